@@ -1,0 +1,29 @@
+# Two commands do all the set-up: `make demo` and `make test`. Nothing but make and Python 3.11 or newer is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+STEPS ?=
+
+.PHONY: demo test clean
+
+.venv/.demo: setup.cfg
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+data/records/sample_scenes/dataset.json: | .venv/.demo
+	$(BIN)/python data/prepare.py sample --out data/records
+
+# train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
+demo: .venv/.demo data/records/sample_scenes/dataset.json
+	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv runs/demo data/records/sample_*

@@ -1,0 +1,101 @@
+"""MQ-Former on COCO panoptic + RefCOCO/+/g.
+
+    python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
+
+R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size (it needs a pod).
+
+The same recipe, smaller only in numbers:
+
+    python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo     # `make demo`
+    python -m mqformer_jax.main --config=configs/coco_ref.py:small  --workdir=runs/small
+
+`:sample` is the embedded sample (`python data/prepare.py sample`); about 5 minutes of training on two CPU cores.
+`:small` is any small folder prepared with `python data/prepare.py small`: every annotation kind at once, on a laptop.
+"""
+
+from ml_collections import ConfigDict
+
+from mqformer_jax.config import base
+
+
+def get_config(variant: str = "full") -> ConfigDict:
+    recipes = {"full": full, "sample": sample, "small": small}
+    if variant not in recipes:
+        raise ValueError(f"configs/coco_ref.py:{variant}: variants are {', '.join(recipes)}.")
+    return recipes[variant]()
+
+
+def full() -> ConfigDict:
+    config = base()
+    refcoco = ("refcoco", "refcocoplus", "refcocog")
+    config.data.mixture = [dict(name="coco_panoptic", split="train", tasks=("panoptic",))]
+    config.data.mixture += [dict(name=name, split="train", tasks=("referring",)) for name in refcoco]
+    config.eval.sets = [dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic"))]
+    config.eval.sets += [dict(name=name, split="val", tasks=("referring",)) for name in refcoco]
+    return config
+
+
+def laptop() -> ConfigDict:
+    """The recipe in the numbers of two CPU cores."""
+    config = base()
+    config.model.update(
+        dict(
+            backbone=dict(name="convnet", widths=(32, 48, 64, 96)),
+            text=dict(vocab_size=1024, context=12, width=64, heads=2, layers=2, embed_dim=96),
+            width=96, heads=4, ffn=192, strides=(8, 16), encoder_layers=1, decoder_layers=2, mask_dim=96,
+            num_learnable=20, num_conditional=20, dtype="float32", remat=False,
+        )
+    )  # fmt: skip
+    config.loss.update(class_=8.0, points=256)
+    config.denoising.slots = 0  # paid nothing in a run this short
+    config.optimizer.update(learning_rate=1.5e-3, weight_decay=0.02, clip=10.0, warmup=100, schedule="cosine", backbone=1.0, text=1.0)
+    config.data.update(max_targets=12, max_prompts=20, threads=2)
+    config.batch_size = 8
+    config.log_every = 20
+    config.checkpoint_every = 200
+    return config
+
+
+def sample() -> ConfigDict:
+    config = laptop()
+    config.steps = 1300
+    config.data.update(canvas=(96, 96), scale=(1.0, 1.0))
+    config.data.mixture = [
+        dict(name="sample_scenes", split="train", tasks=("panoptic", "referring", "foreground"), weight=0.8),
+        dict(name="sample_boxes", split="train", tasks=("instance",), weight=0.1),
+        dict(name="sample_mattes", split="train", tasks=("foreground",), weight=0.1),
+    ]
+    config.eval.sets = [
+        dict(name="sample_scenes", split="val", tasks=("panoptic", "instance", "semantic", "referring")),
+        dict(name="sample_mattes", split="val", tasks=("foreground",)),
+    ]
+    config.eval.batch_size = 16
+    config.eval.kinds = [("relation", " of | above | below "), ("extremal", "most "), ("attribute", "the .+ ")]
+    return config
+
+
+def small() -> ConfigDict:
+    config = laptop()
+    config.steps = 600
+    config.model.text.vocab_size = 4096
+    config.model.update(strides=(8, 16, 32), num_learnable=40, num_conditional=60)
+    config.model.backbone.widths = (32, 48, 64, 96, 128)
+    config.data.update(canvas=(256, 256), scale=(0.5, 1.5), max_targets=40, max_prompts=60)
+    config.data.mixture = [
+        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_instances", split="train", tasks=("instance",)),
+        dict(name="lvis", split="train", tasks=("instance",)),
+        dict(name="refcoco", split="train", tasks=("referring",)),
+        dict(name="camvid", split="train", tasks=("semantic",)),
+        dict(name="ade20k", split="train", tasks=("semantic",)),
+        dict(name="balloon", split="train", tasks=("instance",)),
+        dict(name="foreground", split="train", tasks=("foreground",)),
+        dict(name="mattes", split="train", tasks=("foreground",)),
+        dict(name="raccoon", split="train", tasks=("detection",)),
+        dict(name="kangaroo", split="train", tasks=("detection",)),
+    ]
+    config.eval.sets = [
+        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="refcoco", split="val", tasks=("referring",)),
+    ]
+    return config

@@ -1,0 +1,227 @@
+"""COCO annotations of one image to its record, in a worker process. Whatever is wrong is counted, never guessed at."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from hotcoco import mask as rle_codec
+
+from folders import foreground_record
+from images import Image, Unusable, read_ids, same_size
+from mqformer_jax.input.record import ClassInfo, Record, Segment, decode_rle, encode_rle
+from shards import Job, Problems
+
+Box = tuple[float, float, float, float]
+
+
+class Labels(NamedTuple):
+    """What the json says of one image. items: its annotations, as the family needs them. height, width: pixels, if given.
+
+    negative, not_exhaustive: LVIS's category ids checked to be absent, and labelled only in part.
+    """
+
+    items: Any
+    height: int | None
+    width: int | None
+    negative: tuple[int, ...]
+    not_exhaustive: tuple[int, ...]
+
+
+def panoptic_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]) -> Record:
+    """Things one by one, a stuff class as one region however many pieces it has; every other pixel is ignored."""
+    png, infos = _items(job, image)
+    ids = same_size(read_ids(png), image)
+    present = set(np.unique(ids).tolist()) - {0}
+    masks: dict[Any, tuple[int, bool, np.ndarray]] = {}
+    used: list[int] = []
+    for info in infos:
+        segment_id, what = info.get("id"), f"{job.key} segment {info.get('id')}"
+        if segment_id in used:
+            problems.add("segment: its id comes twice in the json", what)
+        elif segment_id not in present:
+            problems.add("segment: in the json, not in the PNG", what)
+        elif info.get("category_id") not in class_of:
+            problems.add("segment: unknown category", what)
+        else:
+            used.append(segment_id)
+            class_id, crowd = class_of[info["category_id"]], bool(info.get("iscrowd", 0))
+            key = segment_id if classes[class_id].thing else ("stuff", class_id, crowd)
+            mask = ids == segment_id
+            masks[key] = (class_id, crowd, mask | masks[key][2] if key in masks else mask)
+    for segment_id in sorted(present - {info.get("id") for info in infos}):
+        problems.add("segment: in the PNG, not in the json", f"{job.key} segment {segment_id}")
+    if not masks:
+        raise Unusable("image has nothing labelled")
+    segments = tuple(_masked(encode_rle(mask), image, class_id=c, crowd=crowd) for c, crowd, mask in masks.values())
+    ignore = ~np.isin(ids, used)
+    return Record(job.key, image.data, image.height, image.width, segments, encode_rle(ignore) if ignore.any() else None)
+
+
+def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
+    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught absent."""
+    segments, partial = [], set(job.labels.not_exhaustive)
+    for annotation in _items(job, image):
+        category, what = annotation.get("category_id"), f"{job.key} annotation {annotation.get('id')}"
+        try:
+            segments.append(_shape(annotation, image, problems, what, _class(category, class_of)))
+        except Unusable as e:
+            problems.add(f"segment: {e}", what)
+            partial.add(category)
+    owned = {s.class_id for s in segments}
+    partial = {class_of[c] for c in partial if c in class_of}
+    absent = {class_of[c] for c in job.labels.negative if c in class_of} - owned - partial
+    if federated and not owned and not absent:
+        raise Unusable("image has nothing labelled")
+    lists = {"absent_classes": tuple(sorted(absent)), "partial_classes": tuple(sorted(partial))}
+    return Record(job.key, image.data, image.height, image.width, tuple(segments), **lists)
+
+
+def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int]) -> Record:
+    """One segment for each object referred to, with all its expressions.
+
+    An expression of two objects is no target of either and is dropped; one that is also said to name nothing stays present.
+    """
+    found: dict[Any, tuple[Segment, list[str]]] = {}
+    absent: list[str] = []
+    for number, ref in enumerate(_items(job, image)):
+        what = f"{job.key} ref {ref.get('ref_id', number)}"
+        try:
+            texts = _sentences(ref)
+            if ref.get("no_target"):
+                absent += texts
+                continue
+            key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
+            class_id = _class(ref["category_id"], class_of) if "category_id" in ref else None
+            shape = _shape(ref, image, problems, what, class_id)
+            old, old_texts = found.get(key, (shape, []))
+            found[key] = (old if old.mask else shape, old_texts + texts)
+        except Unusable as e:
+            problems.add(f"expression: {e}", what)
+        except (TypeError, ValueError):
+            problems.add("expression: malformed mask or box", what)
+    uses = collections.Counter(text for _, texts in found.values() for text in set(texts))
+    for text in sorted(uses):
+        if uses[text] > 1:
+            problems.add("expression: names two objects", f"{job.key} {text!r}")
+        elif text in absent:
+            problems.add("expression: both present and absent", f"{job.key} {text!r}")
+    segments = []
+    for shape, texts in found.values():
+        own = tuple(dict.fromkeys(text for text in texts if uses[text] == 1))
+        if own:
+            segments.append(dataclasses.replace(shape, texts=own))
+    gone = tuple(text for text in dict.fromkeys(absent) if text not in uses)
+    if not segments and not gone:
+        raise Unusable("image has no usable expression")
+    return Record(job.key, image.data, image.height, image.width, tuple(segments), absent_texts=gone)
+
+
+def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
+    """The union of some annotations as one salient foreground."""
+    masks = [_shape(shape, image, problems, job.key, None).mask for shape in _items(job, image)]
+    if None in masks:
+        raise Unusable("image has an annotation without a mask")
+    union = np.any([decode_rle(mask, image.height, image.width) for mask in masks], axis=0)
+    return foreground_record(job.key, image, union)
+
+
+def _items(job: Job, image: Image) -> Any:
+    """The annotations. Raises Unusable where they were made for another size than the image's (say, before EXIF rotation)."""
+    said, real = (job.labels.height, job.labels.width), (image.height, image.width)
+    if None not in said and said != real:
+        turned = " (turned by EXIF)" if said == real[::-1] else ""
+        raise Unusable(f"image has another size than the json says{turned}")
+    return job.labels.items
+
+
+def _class(category: Any, class_of: dict[int, int]) -> int:
+    if category not in class_of:
+        raise Unusable("unknown category")
+    return class_of[category]
+
+
+def _sentences(ref: Mapping[str, Any]) -> list[str]:
+    """The expressions of a ref: strings, or RefCOCO's {"sent": ...}."""
+    if ref.get("uncertain"):
+        raise Unusable("marked as uncertain")
+    texts = [s.get("sent", "") if isinstance(s, dict) else str(s) for s in ref.get("sentences", [])]
+    texts = [" ".join(text.split()) for text in texts if text.strip()]
+    if not texts:
+        raise Unusable("no sentence")
+    return texts
+
+
+# ---- Shapes --------------------------------------------------------------------------------------------------------
+
+
+def _shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
+    """The segment of an annotation: mask and box, or a box alone. Raises Unusable, for malformed values too."""
+    crowd = bool(annotation.get("iscrowd", 0))
+    try:
+        if annotation.get("segmentation"):
+            segment = _masked(_rle(annotation["segmentation"], image), image, class_id=class_id, crowd=crowd)
+            box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
+            if _iou(box, segment.box) >= 0.5:
+                return dataclasses.replace(segment, box=box)  # exact to fractions of a pixel
+            problems.add("note: box disagrees with its mask; the mask's box is kept", what)
+            return segment
+        if not annotation.get("bbox"):
+            raise Unusable("neither mask nor box")
+        box = _corners(annotation["bbox"], image)
+        x, y, w, h = annotation["bbox"]
+        if w <= 0 or h <= 0:
+            raise Unusable("box without area")
+        if box[0] >= box[2] or box[1] >= box[3]:
+            raise Unusable("box outside its image")
+        if min(x, y) < -1 or x + w > image.width + 1 or y + h > image.height + 1:
+            problems.add("note: box clipped to its image (json boxes are x, y, width, height)", what)
+        return Segment(class_id, box=box, crowd=crowd)
+    except Unusable:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise Unusable("malformed mask or box") from None
+
+
+def _corners(xywh: Sequence[float], image: Image) -> Box:
+    """A COCO box x, y, width, height as x0, y0, x1, y1, clipped to the image."""
+    x, y, w, h = (float(v) for v in xywh)
+    if not all(map(math.isfinite, (x, y, w, h))):
+        raise ValueError("not finite")
+    return max(x, 0.0), max(y, 0.0), min(x + w, float(image.width)), min(y + h, float(image.height))
+
+
+def _iou(a: Box, b: Box) -> float:
+    def area(x0: float, y0: float, x1: float, y1: float) -> float:
+        return max(x1 - x0, 0.0) * max(y1 - y0, 0.0)
+
+    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
+    return common / (area(*a) + area(*b) - common + 1e-9)
+
+
+def _masked(counts: bytes, image: Image, **fields: Any) -> Segment:
+    x, y, w, h = rle_codec.toBbox({"size": [image.height, image.width], "counts": counts})
+    return Segment(box=(float(x), float(y), float(x + w), float(y + h)), mask=counts, **fields)
+
+
+def _rle(segmentation: Any, image: Image) -> bytes:
+    """Polygons, counts or compressed counts to compressed run-length code. Raises Unusable where nothing is in it."""
+    height, width = image.height, image.width
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise Unusable("mask has another size than its image")
+        if isinstance(segmentation["counts"], list):
+            segmentation = rle_codec.frPyObjects(segmentation, height, width)
+        rle = {"size": [height, width], "counts": encode_rle(rle_codec.decode(segmentation))}
+    else:
+        polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
+        if not polygons:
+            raise Unusable("empty polygon")
+        rle = rle_codec.merge(rle_codec.frPyObjects(polygons, height, width))
+    if not rle_codec.area(rle):
+        raise Unusable("mask is empty")
+    return rle["counts"]

@@ -1,0 +1,72 @@
+"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import jax
+from absl import logging
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+
+class Checkpoints:
+    """The checkpoints of a workdir. Saving happens behind the step; a save cut short is never seen as a checkpoint."""
+
+    def __init__(self, workdir: str, keep: int = 2):
+        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
+
+    def latest(self) -> int | None:
+        found = self._orbax.latest
+        return None if found is None else found.step
+
+    def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
+        """Start saving; waits for an earlier save, not for this one."""
+        self._orbax.save_async(step, state, custom_metadata={"config": config_to_json(config), "data": data}, force=True)
+
+    def restore(self, abstract: Any) -> tuple[Any, dict]:
+        """The newest checkpoint laid out as `abstract` says (any mesh), and the data position saved with it.
+
+        Raises ValueError, in one line, where the checkpoint is of another model.
+        """
+        step = self.latest()
+        try:
+            state = self._orbax.load(step, abstract)
+        except (ValueError, KeyError, TypeError) as e:
+            first = str(e).strip().splitlines()[0]
+            raise ValueError(f"{self.folder}/{step} does not fit this config ({first}): use another --workdir or the config it was made with.") from e
+        logging.info("restored %s, step %d", self.folder, step)
+        return state, self._orbax.metadata(step).custom_metadata["data"]
+
+    def close(self) -> None:
+        """Wait for the save under way."""
+        self._orbax.close()
+
+
+def load_params(path: str) -> tuple[ConfigDict, Any, Any]:
+    """Config, parameters and frozen constants of the newest checkpoint of a workdir, on the host's first device."""
+    folder = os.path.join(os.path.abspath(path), "checkpoints")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{path}: no checkpoint there (a workdir of mqformer_jax.main has a folder 'checkpoints').")
+    with ocp.training.Checkpointer(folder) as orbax:
+        if orbax.latest is None:
+            raise FileNotFoundError(f"{folder}: no finished checkpoint there.")
+        metadata = orbax.metadata(orbax.latest.step)
+        config = config_from_json(metadata.custom_metadata["config"])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        wanted = {name: metadata.metadata[name] for name in ("params", "frozen")}
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), wanted)
+        state = orbax.load(orbax.latest.step, abstract)
+    return config, state["params"], state["frozen"]
+
+
+def config_to_json(config: ConfigDict) -> str:
+    return json.dumps(config.to_dict(), sort_keys=True)
+
+
+def config_from_json(text: str) -> ConfigDict:
+    return ConfigDict(json.loads(text))

@@ -1,0 +1,131 @@
+"""What a recipe may hold, with Mask DINO's values where the paper says "as Mask DINO", and the check of it."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
+EVALUATIONS = ("panoptic", "instance", "semantic", "referring", "foreground")
+CHOICES = {
+    "model.queries": ("mixed", "learnable", "conditional"),
+    "model.interaction": ("exchange", "joint", "none"),
+    "model.backbone.name": ("resnet50", "resnet101", "convnet"),
+    "model.dtype": ("float32", "bfloat16"),
+    "optimizer.schedule": ("steps", "cosine"),
+}
+
+
+def base() -> ConfigDict:
+    """Every field a recipe has. Recipes in `configs/` start from it and change numbers."""
+    return ConfigDict(
+        dict(
+            seed=0,
+            steps=368_750,
+            batch_size=16,  # images a step over all devices
+            model=dict(
+                backbone=dict(name="resnet50", widths=(32, 48, 64, 96)),  # widths: the convnet's, from stride 2 on
+                text=dict(vocab_size=16384, context=32, width=512, heads=8, layers=12, embed_dim=512),
+                grain=True,  # tell the model whether a prompt owns one region or several segments
+                width=256,
+                heads=8,
+                points=4,
+                ffn=2048,
+                strides=(8, 16, 32, 64),
+                encoder_layers=6,
+                decoder_layers=9,
+                mask_dim=256,
+                mask_stride=4,
+                queries="mixed",  # which kinds there are; every strategy has num_learnable + num_conditional in all
+                num_learnable=100,
+                num_conditional=300,
+                interaction="exchange",  # of the two kinds; "joint" is one self-attention over both
+                dtype="bfloat16",
+                remat=True,
+            ),
+            loss=dict(class_=4.0, mask=5.0, dice=5.0, box=5.0, giou=2.0, points=12544),
+            denoising=dict(slots=100, flip=0.2, jitter=0.4),
+            optimizer=dict(
+                learning_rate=1e-4,
+                weight_decay=0.05,
+                clip=0.01,
+                warmup=10,
+                schedule="steps",  # learning rate / 10 at each of `drops`, fractions of the run; or "cosine" to zero
+                drops=(0.8889, 0.963),
+                backbone=0.1,  # multiplies the learning rate of the image encoder
+                text=0.1,  # likewise of the text encoder; 0 freezes it
+            ),
+            data=dict(
+                root="data/records",
+                mixture=[],  # dicts: name, split, tasks, weight (default size ** alpha)
+                alpha=0.5,
+                canvas=(1024, 1024),
+                max_targets=100,
+                max_prompts=160,
+                scale=(0.1, 2.0),
+                flip=0.5,
+                jitter=0.0,
+                templates=("{}",),
+                workers=0,
+                threads=8,
+            ),
+            mesh=(-1, 1, 1),  # data, fsdp, tensor; -1: what is left
+            rules=[],  # (regex over a parameter's path, mesh axes of its trailing dimensions)
+            log_every=50,
+            checkpoint_every=5000,
+            keep_checkpoints=2,
+            eval=dict(
+                every=0,  # steps; 0: at the end only
+                sets=[],  # dicts: name, split, tasks
+                batch_size=8,
+                limit=0,  # images a set; 0: all
+                pictures=8,
+                keep=0.25,  # panoptic: the least score of a segment
+                overlap=0.8,  # panoptic: the least visible share of a segment
+                top=100,  # instance: segments an image
+                absent=0.0,  # referring: below this score an expression names nothing
+                kinds=[],  # referring: (name, regex) pairs; expressions are also reported by the first that fits
+            ),
+        )
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Raise ValueError with one line that names the field and the mend, or return."""
+    _known(config.to_dict(), base().to_dict(), "config")
+    for field, allowed in CHOICES.items():
+        value = _get(config, field)
+        if value not in allowed:
+            raise ValueError(f"config.{field} = {value!r} is not one of {', '.join(allowed)}.")
+    model, data = config.model, config.data
+    _require(config.batch_size > 0, "batch_size", config.batch_size, "must be positive")
+    _require(config.steps > 0, "steps", config.steps, "must be positive")
+    _require(model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4")
+    total = model.num_learnable + model.num_conditional
+    _require(total >= data.max_targets, "data.max_targets", data.max_targets, f"must not exceed the {total} queries")
+    deepest = max(model.strides)
+    fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
+    _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
+    _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")
+    for field, sets, tasks in (("data.mixture", data.mixture, TASKS), ("eval.sets", config.eval.sets, EVALUATIONS)):
+        for entry in sets:
+            wrong = [t for t in entry["tasks"] if t not in tasks]
+            _require(not wrong, f"{field} ({entry['name']})", wrong, f"tasks are {', '.join(tasks)}")
+
+
+def _known(given: dict, allowed: dict, where: str) -> None:
+    for key, value in given.items():
+        if key not in allowed:
+            raise ValueError(f"{where}.{key} is not a field; {where} has {', '.join(allowed)}.")
+        if isinstance(allowed[key], dict):
+            _known(value, allowed[key], f"{where}.{key}")
+
+
+def _get(config: ConfigDict, path: str):
+    for part in path.split("."):
+        config = config[part]
+    return config
+
+
+def _require(ok: bool, field: str, value: object, mend: str) -> None:
+    if not ok:
+        raise ValueError(f"config.{field} = {value!r}: {mend}.")

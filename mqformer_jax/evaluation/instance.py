@@ -1,0 +1,86 @@
+"""Average precision of masks and boxes, COCO's protocol, computed by hotcoco."""
+
+from __future__ import annotations
+
+from hotcoco import COCO, COCOeval
+
+from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
+from mqformer_jax.segments import Segments
+
+
+class InstanceEvaluator:
+    """AP over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
+
+    Images with a labelled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS), its
+    federated protocol applies: a prediction of a class that nobody checked in the image counts for nothing.
+    """
+
+    def __init__(self, info: DatasetInfo):
+        self.info = info
+        self.images: list[dict] = []
+        self.truth: list[dict] = []
+        self.found: list[dict] = []
+        self.with_masks: list[int] = []
+
+    def update(self, record: Record, segments: Segments) -> None:
+        """`segments`: those of `instance_segments`. They may overlap; those that are not things are left out."""
+        if len(segments.texts) != len(self.info.classes):
+            raise ValueError(
+                f"{record.key}: average precision needs the {len(self.info.classes)} classes of {self.info.name} as prompts; "
+                f"these segments have {len(segments.texts)}."
+            )
+        image_id = len(self.images) + 1
+        image = {"id": image_id, "height": record.height, "width": record.width}
+        if not self.info.exhaustive:
+            image["neg_category_ids"] = [i + 1 for i in record.absent_classes]
+            image["not_exhaustive_category_ids"] = [i + 1 for i in record.partial_classes]
+        self.images.append(image)
+        things = [s for s in record.segments if s.class_id is not None and self.info.classes[s.class_id].thing]
+        if all(s.mask is not None for s in things):
+            self.with_masks.append(image_id)
+        for s in things:
+            mask = None if s.mask is None else record.decode_mask(s.mask)
+            box = s.box if s.box is not None or mask is None else box_of(mask)
+            if box is None:  # an empty mask: nothing to be found
+                continue
+            x0, y0, x1, y1 = box
+            area = (x1 - x0) * (y1 - y0) if mask is None else int(mask.sum())
+            fields = {"id": len(self.truth) + 1, "image_id": image_id, "category_id": s.class_id + 1, "iscrowd": int(s.crowd)}
+            rle = {} if mask is None else {"segmentation": {"size": list(mask.shape), "counts": s.mask}}
+            self.truth.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, **rle})
+        for mask, box, score, label in zip(segments.masks, segments.boxes, segments.scores, segments.prompt_ids):
+            if self.info.classes[label].thing:
+                x0, y0, x1, y1 = map(float, box)
+                fields = {"image_id": image_id, "category_id": int(label) + 1, "score": float(score)}
+                rle = {"size": list(mask.shape), "counts": encode_rle(mask)}
+                self.found.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": rle})
+
+    def result(self) -> dict[str, float]:
+        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l and the same for box, in percent; a size nothing has is left out."""
+        results = self._average_precision("bbox", "box", [i["id"] for i in self.images])
+        if self.with_masks:
+            results |= self._average_precision("segm", "mask", self.with_masks)
+        return results
+
+    def _average_precision(self, iou_type: str, name: str, image_ids: list[int]) -> dict[str, float]:
+        wanted = set(image_ids)
+        categories = [{"id": i + 1, "name": c.name} for i, c in enumerate(self.info.classes) if c.thing]
+        truth = COCO(
+            {
+                "images": [i for i in self.images if i["id"] in wanted],
+                "categories": categories,
+                "annotations": [a for a in self.truth if a["image_id"] in wanted],
+            }
+        )
+        # A box result that carries a mask would be taken for a mask result, and its box made anew.
+        other = "segmentation" if iou_type == "bbox" else "bbox"
+        found = [{k: v for k, v in d.items() if k != other} for d in self.found if d["image_id"] in wanted]
+        keys = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
+        if not found:
+            return {f"{name}_{k}": 0.0 for k in ("ap", "ap50", "ap75")}
+        evaluation = COCOeval(truth, truth.load_res(found), iou_type, lvis_style=not self.info.exhaustive)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summary_lines()  # `summarize` without its print; fills the results
+        values = evaluation.get_results()
+        return {f"{name}_{short}": 100.0 * values[k] for k, short in keys.items() if values.get(k, -1) >= 0}

@@ -1,0 +1,51 @@
+"""Referring segmentation: one expression, one region or none."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+from jaxtyping import Bool
+
+THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class ReferringEvaluator:
+    """IoU over expressions that have a target; for those that have none, how often the answer was empty.
+
+    ciou: all intersections over all unions, which large objects rule (Yu et al., RefCOCO). miou: mean over expressions.
+    precision@t: expressions with IoU of at least t. no_target_accuracy: Liu et al., "GRES", CVPR 2023.
+    """
+
+    def __init__(self):
+        self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)  # kind → (intersection, union) in pixels
+        self.rejected: list[bool] = []
+
+    def update(self, prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"] | None, kind: str | None = None) -> None:
+        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own."""
+        if target is None:
+            self.rejected.append(not prediction.any())
+            return
+        if prediction.shape != target.shape:
+            raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
+        self.areas[kind].append((int((prediction & target).sum()), int((prediction | target).sum())))
+
+    def result(self) -> dict[str, float]:
+        """In percent: ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/kind, miou/kind for each kind."""
+        results = {}
+        everything = [pair for pairs in self.areas.values() for pair in pairs]
+        if everything:
+            results["ciou"], results["miou"], ious = _ious(everything)
+            results |= {f"precision@{t}": 100.0 * float(np.mean(ious >= t)) for t in THRESHOLDS}
+        if self.rejected:
+            results["no_target_accuracy"] = 100.0 * float(np.mean(self.rejected))
+        for kind in sorted(k for k in self.areas if k is not None):
+            results[f"ciou/{kind}"], results[f"miou/{kind}"], _ = _ious(self.areas[kind])
+        return results
+
+
+def _ious(pairs: list[tuple[int, int]]) -> tuple[float, float, np.ndarray]:
+    """cIoU and mIoU in percent, and the IoU of each expression. An empty target met by an empty answer counts 0."""
+    inter, union = np.array(pairs, np.float64).T
+    ious = inter / np.maximum(union, 1)
+    return 100.0 * float(inter.sum() / max(union.sum(), 1)), 100.0 * float(ious.mean()), ious

@@ -1,0 +1,43 @@
+"""Mean intersection over union of classes, mmsegmentation's protocol, computed by hotcoco."""
+
+from __future__ import annotations
+
+import numpy as np
+from hotcoco.semantic import SemanticEval
+from jaxtyping import Int
+
+from mqformer_jax.input.record import DatasetInfo, Record
+
+
+class SemanticEvaluator:
+    """mIoU over the classes of one data set; the evaluated maps hold class indices."""
+
+    def __init__(self, info: DatasetInfo):
+        self.info = info
+        self.evaluation = SemanticEval([c.name for c in info.classes], ignore_index=len(info.classes))
+
+    def update(self, record: Record, prediction: Int[np.ndarray, "h w"]) -> None:
+        """`prediction`: that of `semantic_map`, at the record's own size."""
+        if prediction.shape != (record.height, record.width):
+            raise ValueError(f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}.")
+        self.evaluation.update(ground_truth_map(record, self.info), prediction.astype(np.int32))
+
+    def result(self) -> dict[str, float]:
+        """miou, fwiou (weighted by pixels) and pixel_accuracy, in percent, over the classes that occur."""
+        results = self.evaluation.results()
+        return {name: 100.0 * results[key] for name, key in (("miou", "mIoU"), ("fwiou", "fwIoU"), ("pixel_accuracy", "aAcc"))}
+
+
+def ground_truth_map(record: Record, info: DatasetInfo) -> Int[np.ndarray, "h w"]:
+    """The class of each pixel; `len(info.classes)` where it is not known, which is not counted.
+
+    A crowd has its class like any segment. Where masks overlap, the later segment wins.
+    """
+    unknown = len(info.classes)
+    out = np.full((record.height, record.width), unknown, np.int32)
+    for segment in record.segments:
+        if segment.class_id is not None and segment.mask is not None:
+            out[record.decode_mask(segment.mask)] = segment.class_id
+    if record.ignore is not None:
+        out[record.decode_mask(record.ignore)] = unknown
+    return out

@@ -1,0 +1,1 @@
+"""From prepared shards to batches. Knows no JAX device."""

@@ -1,0 +1,62 @@
+"""Which of an image's prompts are asked this time, in which words, and how the words turn when the image is mirrored."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+
+import numpy as np
+
+from mqformer_jax.input.example import Example, Prompt
+
+# RefCOCO's annotators write "rightmost", "topleft" and "lft"; "bright", "upright" and "leftover" must stay.
+_SWAP = {"left": "right", "right": "left", "lft": "rgt", "rgt": "lft"}
+_SIDE_WORD = re.compile(
+    r"\b((?:top|bottom|upper|lower|far|front|back|mid|middle|center|centre)?)(left|right|lft|rgt)"
+    r"((?:most|hand|ward|wards|side)?)\b",
+    re.IGNORECASE,
+)
+# Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt", and
+# "right" that is no side.
+_UNKNOWN = re.compile(
+    r"\b(?:l|r|lt|rt|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock"
+    r"|right (?:above|at|behind|below|beside|by|in|near|next|now|under))\b",
+    re.IGNORECASE,
+)
+
+
+def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
+    """At most `budget` of the example's prompts, in random order, each in one of its wordings.
+
+    Prompts that own a target come first (a random subset if they are too many), then known negatives at random. A prompt
+    that is neither teaches nothing and is left out.
+
+    Returns: the wordings, and int [n], their indices into `example.prompts`.
+    """
+    owned = {p for target in example.targets for p in target.prompts}
+    absent = [i for i, prompt in enumerate(example.prompts) if prompt.exhaustive and i not in owned]
+    positives = rng.permutation(np.array(sorted(owned), np.int64))[:budget]
+    negatives = rng.permutation(np.array(absent, np.int64))[: budget - len(positives)]
+    indices = rng.permutation(np.concatenate([positives, negatives]))
+    draws = rng.random(len(indices))
+    choices = [example.prompts[i].texts for i in indices]
+    return [texts[int(u * len(texts))] for texts, u in zip(choices, draws)], indices
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def mirror(prompt: Prompt) -> Prompt | None:
+    """The prompt as it reads of the mirrored image: "left" is "right"; None where that cannot be told."""
+    if any(_UNKNOWN.search(text) for text in prompt.texts):
+        return None
+    return dataclasses.replace(prompt, texts=tuple(_SIDE_WORD.sub(_swap, text) for text in prompt.texts))
+
+
+def _swap(match: re.Match) -> str:
+    before, side, after = match.groups()
+    other = _SWAP[side.lower()]
+    if side.isupper():
+        other = other.upper()
+    elif side[0].isupper():
+        other = other.capitalize()
+    return before + other + after

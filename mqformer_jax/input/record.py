@@ -1,0 +1,183 @@
+"""The record format: what a shard holds for one image, whatever its data set labels.
+
+A prepared data set is a folder of ArrayRecord shards and one `dataset.json`:
+
+    <root>/<name>/dataset.json                     a `DatasetInfo`
+    <root>/<name>/<split>-00000-of-00004.array_record
+
+`dataset.json` is written last, so a folder without it is a preparation that did not finish. Every record is one
+msgpack map (`Record.to_bytes`), so that no code runs when it is read. Masks are COCO run-length codes in image pixels,
+mattes are 8-bit PNGs, the image keeps the bytes of the file it came from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import cv2
+import msgpack
+import numpy as np
+from hotcoco import mask as rle_codec
+
+FORMAT = 1
+
+
+class BadRecord(ValueError):
+    """One record that cannot be used; the message names the record and what is wrong with it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassInfo:
+    """One class of a data set's vocabulary.
+
+    `texts` are the words it may be prompted with (synonyms; the first is its display name). A `thing` may own several
+    segments of one image; anything else owns one region.
+    """
+
+    texts: tuple[str, ...]
+    thing: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.texts[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetInfo:
+    """What holds for a whole prepared data set.
+
+    `exhaustive`: every class is labelled wherever it occurs, so a class without a segment is absent. Federated sets
+    (LVIS) are not exhaustive; their records list what is known instead. `splits` maps a split to its number of records.
+    """
+
+    name: str
+    classes: tuple[ClassInfo, ...]
+    splits: dict[str, int]
+    exhaustive: bool = True
+    source: str = ""
+
+    def save(self, folder: str) -> None:
+        path = os.path.join(folder, "dataset.json")
+        with open(path + ".tmp", "w") as f:
+            json.dump({"format": FORMAT, **dataclasses.asdict(self)}, f, indent=1)
+        os.replace(path + ".tmp", path)
+
+    @classmethod
+    def load(cls, folder: str) -> "DatasetInfo":
+        with open(os.path.join(folder, "dataset.json")) as f:
+            fields = json.load(f)
+        if fields.pop("format") != FORMAT:
+            raise ValueError(f"{folder}/dataset.json: another record format; prepare the data set again.")
+        fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["thing"]) for c in fields["classes"])
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """One annotated piece of an image.
+
+    class_id: index into `DatasetInfo.classes`, or None where only words name it (a referred object, a foreground).
+    texts: expressions that refer to this segment and to no other of the image.
+    box: x0, y0, x1, y1 in pixels (continuous; the right and lower edges are outside), or None.
+    mask: COCO compressed run-length code of the image's size, or None where only a box is labelled.
+    alpha: 8-bit grey PNG of the image's size (0 to 255), or None. A matte.
+    crowd: a region of many objects that nobody separated: never a target, never punished.
+    foreground: this is the salient foreground of the image, not a member of a class.
+    """
+
+    class_id: int | None = None
+    texts: tuple[str, ...] = ()
+    box: tuple[float, float, float, float] | None = None
+    mask: bytes | None = None
+    alpha: bytes | None = None
+    crowd: bool = False
+    foreground: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """All that is known of one image.
+
+    key: the image's name in its data set, for messages and evaluation.
+    image: bytes of a JPEG or PNG file. height, width: its size in pixels (after EXIF rotation).
+    ignore: run-length code of pixels that nobody labelled, or None. absent_texts: expressions that name nothing here.
+    absent_classes, partial_classes: for sets that are not exhaustive, classes checked to be absent, and classes of
+    which some segments are labelled and others may not be.
+    """
+
+    key: str
+    image: bytes
+    height: int
+    width: int
+    segments: tuple[Segment, ...] = ()
+    ignore: bytes | None = None
+    absent_texts: tuple[str, ...] = ()
+    absent_classes: tuple[int, ...] = ()
+    partial_classes: tuple[int, ...] = ()
+
+    def to_bytes(self) -> bytes:
+        return msgpack.packb({"format": FORMAT, **dataclasses.asdict(self)}, use_bin_type=True)
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Record":
+        try:
+            fields = msgpack.unpackb(data, raw=False)
+            if fields.pop("format") != FORMAT:
+                raise ValueError("another record format; prepare the data set again")
+            fields["segments"] = tuple(Segment(**_tuples(s)) for s in fields["segments"])
+            return cls(**_tuples(fields))
+        except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
+            raise BadRecord(f"not a record: {e}") from e
+
+    def decode_image(self) -> np.ndarray:
+        """The image as uint8 [height, width, 3], RGB. Raises BadRecord where the bytes are no whole image."""
+        image = cv2.imdecode(np.frombuffer(self.image, np.uint8), cv2.IMREAD_COLOR_RGB)
+        if image is None:
+            raise BadRecord(f"{self.key}: the image cannot be decoded")
+        if image.shape[:2] != (self.height, self.width):
+            raise BadRecord(f"{self.key}: image is {image.shape[1]}x{image.shape[0]}, record says {self.width}x{self.height}")
+        return image
+
+    def decode_mask(self, mask: bytes) -> np.ndarray:
+        """A run-length code of this record as bool [height, width]."""
+        return decode_rle(mask, self.height, self.width)
+
+    def decode_alpha(self, alpha: bytes) -> np.ndarray:
+        """A matte of this record as uint8 [height, width]."""
+        matte = cv2.imdecode(np.frombuffer(alpha, np.uint8), cv2.IMREAD_GRAYSCALE)
+        if matte is None or matte.shape != (self.height, self.width):
+            raise BadRecord(f"{self.key}: the matte cannot be decoded, or is not {self.width}x{self.height}")
+        return matte
+
+
+def encode_rle(mask: np.ndarray) -> bytes:
+    """bool or uint8 [h, w] to COCO's compressed run-length code."""
+    return rle_codec.encode(np.asfortranarray(mask, np.uint8))["counts"]
+
+
+def decode_rle(counts: bytes, height: int, width: int) -> np.ndarray:
+    """COCO's compressed run-length code to bool [height, width]."""
+    rle = {"size": [height, width], "counts": counts}
+    try:
+        columns = rle_codec.decode(rle).T  # the code runs down columns; this view is contiguous
+    except (ValueError, TypeError) as e:
+        raise BadRecord(f"bad run-length code: {e}") from e
+    return cv2.transpose(columns).view(bool)
+
+
+def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
+    """The tight box x0, y0, x1, y1 (pixels; right and lower edge outside) of bool [h, w], None where it is empty."""
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    return (float(left), float(top), float(left + width), float(top + height)) if width else None
+
+
+def _tuples(fields: dict) -> dict:
+    """msgpack reads every sequence as a list; the dataclasses hold tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def shard_paths(folder: str, split: str, count: int) -> Sequence[str]:
+    return [os.path.join(folder, f"{split}-{i:05d}-of-{count:05d}.array_record") for i in range(count)]

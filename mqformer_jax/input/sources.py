@@ -1,0 +1,91 @@
+"""Reading prepared data sets: one split of ArrayRecord shards as a Grain random access source of record bytes."""
+
+from __future__ import annotations
+
+import operator
+import os
+import re
+from typing import SupportsIndex
+
+from array_record.python.array_record_module import ArrayRecordReader
+from grain.sources import ArrayRecordDataSource
+
+from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
+
+# The subcommand of data/prepare.py that makes a set, by a part of its name.
+_KINDS = {"panoptic": "panoptic", "ref": "referring", "camvid": "semantic", "ade20k": "semantic"}
+_KINDS |= {"foreground": "foreground", "mattes": "mattes"}
+
+
+class ShardSource:
+    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`).
+
+    It goes to worker processes by pickle. Raises FileNotFoundError where the split is not prepared, ValueError where shards
+    are missing or damaged, both in one line; BadRecord for one record that is damaged.
+    """
+
+    def __init__(self, root: str, name: str, split: str) -> None:
+        self.name, self.split, self._folder = name, split, os.path.join(root, name)
+        try:
+            self.info = DatasetInfo.load(self._folder)
+        except FileNotFoundError:
+            raise FileNotFoundError(_not_prepared(root, name, split, _kind(name))) from None
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            raise ValueError(f"{self._folder}/dataset.json cannot be read ({e}): delete the folder and prepare it again") from None
+        if split not in self.info.splits:
+            raise FileNotFoundError(_not_prepared(root, name, split, self.info.source))
+        self._records = _open(self._folder, split, self.info.splits[split])
+
+    def __len__(self) -> int:
+        return self.info.splits[self.split]
+
+    def __getitem__(self, index: SupportsIndex) -> bytes:
+        i = operator.index(index)
+        if not 0 <= i < len(self):
+            raise IndexError(f"{self!r}: record {i} of {len(self)}")
+        try:
+            return self._records[i]
+        except RuntimeError as e:
+            raise BadRecord(f"{self._folder} {self.split}: record {i} is damaged: {e}") from e
+
+    def __repr__(self) -> str:
+        return f"ShardSource({self._folder!r}, {self.split!r})"
+
+
+def _open(folder: str, split: str, expected: int) -> ArrayRecordDataSource:
+    again = "prepare the split again with data/prepare.py"
+    found = {name for name in os.listdir(folder) if re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record", name)}
+    totals = {int(name[-18:-13]) for name in found} or {1}
+    paths = shard_paths(folder, split, max(totals))
+    for path in paths:
+        if os.path.basename(path) not in found:
+            raise ValueError(f"{path} is missing: {again}")
+    if len(paths) != len(found):
+        raise ValueError(f"{folder}: {split} shards of more than one preparation: delete them and {again}")
+    counts = [_count(path) for path in paths]
+    for path, count in zip(paths, counts):
+        if not count:
+            raise ValueError(f"{path} is damaged or cut short: {again}")
+    if sum(counts) != expected:
+        raise ValueError(f"{folder}: {split} shards hold {sum(counts)} records, dataset.json says {expected}: {again}")
+    return ArrayRecordDataSource(paths)
+
+
+def _count(path: str) -> int:
+    """Records of a shard; 0 where it is damaged, since a shard that lost its end opens as an empty one."""
+    try:
+        reader = ArrayRecordReader(path)
+        count = reader.num_records()
+        reader.close()
+        return count
+    except RuntimeError:
+        return 0
+
+
+def _kind(name: str) -> str:
+    return "sample" if name.startswith("sample_") else next((kind for part, kind in _KINDS.items() if part in name), "instances")
+
+
+def _not_prepared(root: str, name: str, split: str, kind: str) -> str:
+    command = f"sample --out {root}" if kind == "sample" else f"{kind} --name {name} --split {split} --out {root} …"
+    return f"data set '{name}' split '{split}' is not in {root}: run `python data/prepare.py {command}` (see data/README.md)"

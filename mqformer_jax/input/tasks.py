@@ -1,0 +1,145 @@
+"""From a Record (what is labelled) to an Example (what is asked): one function for all six tasks, alone or together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mqformer_jax.input.example import Example, Prompt, Target
+from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, box_of
+
+TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
+FOREGROUND = Prompt(("foreground",), region=True)
+
+# A question: a prompt, the groups of segments it names (each group becomes one target), and whether masks are wanted.
+Question = tuple[Prompt, list[tuple[int, ...]], bool]
+
+
+def to_example(record: Record, info: DatasetInfo, tasks: Sequence[str], key: str, templates: tuple[str, ...] = ("{}",)) -> Example:
+    """Everything that `tasks` ask of one record.
+
+    panoptic: things one by one, stuff one region a class. instance: things only. detection: things, boxes only.
+    semantic: one region a class. referring: expressions. foreground: all salient segments as one region. Several tasks at
+    once share targets: a group of segments is one Target, however many prompts name it.
+
+    Classes without a segment are asked too, as true negatives, where the data set (`info.exhaustive`) or the record
+    (`absent_classes`) vouches for it. Our choice (unpublished): a class with a crowd is never called exhaustively
+    labelled, since the members of the crowd are not. `templates` wrap class names, never expressions.
+
+    Raises BadRecord where the record contradicts itself, ValueError for a task that does not exist.
+    """
+    if unknown := sorted(set(tasks) - set(TASKS)):
+        raise ValueError(f"{info.name}: no task is called {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
+    prompts: list[Prompt] = []
+    groups: dict[tuple[int, ...], list[int]] = {}
+    masked: set[tuple[int, ...]] = set()
+    for prompt, named, with_mask in _questions(record, info, tasks, templates):
+        for group in named:
+            groups.setdefault(group, []).append(len(prompts))
+            if with_mask:
+                masked.add(group)
+        prompts.append(prompt)
+    targets = [_target(record, group, tuple(ids), group in masked) for group, ids in groups.items()]
+    image = np.ascontiguousarray(record.decode_image())
+    return Example(key, image, prompts, [t for t in targets if t is not None], _ignored(record))
+
+
+def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
+    """Whether a crop could falsify a text: expressions compare with what may be cut off, and so does salience."""
+    referring = "referring" in tasks and (record.absent_texts or any(s.texts for s in record.segments))
+    return bool(referring) or ("foreground" in tasks and any(s.foreground for s in record.segments))
+
+
+def _questions(record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]) -> Iterator[Question]:
+    labelled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
+    yield from _class_questions(record, info, tasks, templates)
+    if "referring" in tasks:
+        for i, segment in labelled:
+            if segment.texts:
+                yield Prompt(tuple(segment.texts), region=True), [(i,)], True
+        for text in record.absent_texts:
+            yield Prompt((text,), region=True), [], True
+    salient = tuple(i for i, s in labelled if s.foreground)
+    if "foreground" in tasks and salient:
+        yield FOREGROUND, [salient], True
+
+
+def _class_questions(record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]) -> Iterator[Question]:
+    members: dict[int, list[int]] = {}
+    crowded = set()
+    for i, segment in enumerate(record.segments):
+        if segment.class_id is None or segment.foreground:
+            continue
+        if not 0 <= segment.class_id < len(info.classes):
+            raise BadRecord(f"{record.key}: segment {i} has class {segment.class_id}, the vocabulary has {len(info.classes)}")
+        if segment.crowd:
+            crowded.add(segment.class_id)
+        else:
+            members.setdefault(segment.class_id, []).append(i)
+    asked = range(len(info.classes)) if info.exhaustive else sorted({*members, *record.absent_classes})
+    unsure = crowded.union(record.partial_classes)
+    for c in asked:
+        exhaustive = c not in unsure
+        ids = members.get(c, [])
+        if not ids and not exhaustive:
+            continue  # such a prompt teaches nothing
+        for region, with_mask in _grains(info.classes[c].thing, tasks):
+            groups = [tuple(ids)] if region and ids else [(i,) for i in ids]
+            yield _class_prompt(info.classes[c], region, exhaustive, templates), groups, with_mask
+
+
+def _grains(thing: bool, tasks: Sequence[str]) -> list[tuple[bool, bool]]:
+    """How a class is asked: (as one region?, with masks?), at most once as instances and once as a region."""
+    grains = []
+    if thing and ("panoptic" in tasks or "instance" in tasks or "detection" in tasks):
+        grains.append((False, "panoptic" in tasks or "instance" in tasks))
+    if "semantic" in tasks or (not thing and "panoptic" in tasks):
+        grains.append((True, True))
+    return grains
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _class_prompt(info: ClassInfo, region: bool, exhaustive: bool, templates: tuple[str, ...]) -> Prompt:
+    return Prompt(tuple(t.format(text) for text in info.texts for t in templates), region, exhaustive)
+
+
+def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
+    """The union of a group of segments; None where its mask is empty."""
+    segments = [record.segments[i] for i in group]
+    if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
+        alphas = [record.decode_alpha(s.alpha) for s in segments if s.alpha is not None]
+        masks = [record.decode_mask(s.mask) for s in segments if s.alpha is None] + [a > 127 for a in alphas]
+        mask = functools.reduce(np.logical_or, masks)
+        box = box_of(mask)
+        alpha = functools.reduce(np.maximum, alphas) if len(alphas) == len(group) else None
+        return None if box is None else Target(prompts, np.array(box, np.float32), mask, alpha)
+    boxes = [box for box in (_box(record, i) for i in group) if box is not None]
+    if not boxes:
+        return None
+    corners = np.array(boxes, np.float32)
+    return Target(prompts, np.concatenate([corners[:, :2].min(0), corners[:, 2:].max(0)]))
+
+
+def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
+    """The box of segment i: the labelled one, else the mask's; None where the mask is empty."""
+    segment = record.segments[i]
+    if segment.box is not None:
+        return segment.box
+    if segment.mask is None and segment.alpha is None:
+        raise BadRecord(f"{record.key}: segment {i} has neither box nor mask")
+    return box_of(record.decode_mask(segment.mask) if segment.alpha is None else record.decode_alpha(segment.alpha) > 127)
+
+
+def _ignored(record: Record) -> np.ndarray:
+    """bool [h, w]: unlabelled pixels and crowds (their box where they have no mask)."""
+    ignore = np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
+    for i, segment in enumerate(record.segments):
+        if segment.crowd and segment.mask is not None:
+            ignore |= record.decode_mask(segment.mask)
+        elif segment.crowd and (box := _box(record, i)) is not None:
+            x0, y0 = np.maximum(np.floor(box[:2]), 0).astype(int)
+            x1, y1 = np.maximum(np.ceil(box[2:]), 0).astype(int)
+            ignore[y0:y1, x0:x1] = True
+    return ignore

@@ -1,0 +1,141 @@
+"""One image and all its labels, moved together: crop, resize, mirror, colours. Everything random comes from the `rng` given."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from mqformer_jax.input.batch import PAD
+from mqformer_jax.input.example import Example, Target
+from mqformer_jax.input.prompts import mirror
+
+MIN_AREA = 4.0  # pixels; what is smaller cannot be learned from
+
+
+def resize_crop(example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]) -> Example:
+    """Large-scale jitter: resize by a random share of what fills the canvas, cut out a random window where that is larger.
+
+    As in Mask DINO (0.1 to 2.0 of 1024), but cut first and resize after, so that no pixel is made to be thrown away.
+    canvas: height, width. The result may be smaller than the canvas; `to_row` pads it.
+    """
+    h, w = example.image.shape[:2]
+    ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale)
+    ch, cw = (min(side, max(1, round(room / ratio))) for side, room in zip((h, w), canvas))
+    y, x = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1))
+    return _place(example, (y, x, ch, cw), _scaled(ch, cw, ratio, canvas))
+
+
+def fit(example: Example, canvas: tuple[int, int]) -> Example:
+    """The whole image, as large as the canvas (height, width) allows."""
+    h, w = example.image.shape[:2]
+    return _place(example, (0, 0, h, w), _scaled(h, w, _fill_ratio(h, w, canvas), canvas))
+
+
+def fit_image(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
+    """`fit` for an image without labels. Returns the padded canvas and the valid (height, width) on it."""
+    size = _scaled(*image.shape[:2], _fill_ratio(*image.shape[:2], canvas), canvas)
+    padded = np.full((*canvas, 3), PAD, np.uint8)
+    padded[: size[0], : size[1]] = resize_image(image, size)
+    return padded, size
+
+
+def random_flip(example: Example, rng: np.random.Generator, probability: float) -> Example:
+    """Left and right swapped, in the pixels and in the words. Stays as it is where a text's mirror image is not known."""
+    if rng.random() >= probability:
+        return example
+    prompts = [mirror(prompt) for prompt in example.prompts]
+    if None in prompts:
+        return example
+    width = example.image.shape[1]
+    targets = [
+        dataclasses.replace(
+            t,
+            box=np.array([width - t.box[2], t.box[1], width - t.box[0], t.box[3]], np.float32),
+            mask=None if t.mask is None else _flipped(t.mask),
+            alpha=None if t.alpha is None else cv2.flip(t.alpha, 1),
+        )
+        for t in example.targets
+    ]
+    return dataclasses.replace(example, image=cv2.flip(example.image, 1), prompts=prompts, targets=targets, ignore=_flipped(example.ignore))
+
+
+def colour_jitter(example: Example, rng: np.random.Generator, strength: float) -> Example:
+    """Brightness, contrast and saturation, each by a factor of 1 - strength to 1 + strength."""
+    brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
+    grey = cv2.cvtColor(example.image, cv2.COLOR_RGB2GRAY)
+    levels = np.arange(256, dtype=np.float32)
+    table = brightness * (contrast * levels + (1 - contrast) * float(grey.mean()))
+    image = cv2.addWeighted(example.image, saturation, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - saturation, 0)
+    return dataclasses.replace(example, image=cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8)))
+
+
+def resize_image(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+    """Bilinear; averaged over areas where it shrinks to less than half, since bilinear skips pixels there."""
+    if image.shape[:2] == size:
+        return image
+    shrinks = size[0] * 2 < image.shape[0]
+    return cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def _fill_ratio(h: int, w: int, canvas: tuple[int, int]) -> float:
+    return min(canvas[0] / h, canvas[1] / w)
+
+
+def _scaled(h: int, w: int, ratio: float, canvas: tuple[int, int]) -> tuple[int, int]:
+    return min(canvas[0], max(1, round(h * ratio))), min(canvas[1], max(1, round(w * ratio)))
+
+
+def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int, int]) -> Example:
+    """The window (top, left, height, width) of the image, resized to `size`.
+
+    A prompt whose targets all left the window is absent from it. One whose last target is there, but too small to be
+    kept, is no longer exhaustively labelled.
+    """
+    y, x, h, w = window
+    cut = np.s_[y : y + h, x : x + w]
+    targets, seen = [], set()
+    for target in example.targets:
+        moved, visible = _move_target(target, window, size)
+        if moved is not None:
+            targets.append(moved)
+        elif visible:
+            seen.update(target.prompts)
+    unsure = seen.difference(*(t.prompts for t in targets))
+    prompts = [dataclasses.replace(p, exhaustive=False) if i in unsure else p for i, p in enumerate(example.prompts)]
+    image = resize_image(np.ascontiguousarray(example.image[cut]), size)
+    ignore = _resize_mask(example.ignore[cut], size) if example.ignore.any() else np.zeros(size, bool)
+    return Example(example.key, image, prompts, targets, ignore)
+
+
+def _move_target(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Target | None, bool]:
+    """The target inside the window, None where too little is left, and whether anything of it is in the window at all."""
+    y, x, h, w = window
+    cut = np.s_[y : y + h, x : x + w]
+    if target.mask is None:
+        box = (target.box - np.array([x, y, x, y])) * np.array([size[1] / w, size[0] / h] * 2)
+        box = np.clip(box, 0, [size[1], size[0]] * 2).astype(np.float32)
+        area = float((box[2] - box[0]) * (box[3] - box[1]))
+        return (dataclasses.replace(target, box=box) if area >= MIN_AREA else None), area > 0
+    mask = _resize_mask(target.mask[cut], size)
+    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
+    if width * height < MIN_AREA or cv2.countNonZero(mask.view(np.uint8)) < MIN_AREA:
+        return None, bool(target.mask[cut].any())
+    alpha = None
+    if target.alpha is not None:
+        alpha = cv2.resize(np.ascontiguousarray(target.alpha[cut]), size[::-1], interpolation=cv2.INTER_LINEAR)
+    box = np.array([left, top, left + width, top + height], np.float32)
+    return dataclasses.replace(target, box=box, mask=mask, alpha=alpha), True
+
+
+def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    mask = np.ascontiguousarray(mask)
+    if mask.shape == size:
+        return mask
+    return cv2.resize(mask.view(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(bool)
+
+
+def _flipped(mask: np.ndarray) -> np.ndarray:
+    return cv2.flip(mask.view(np.uint8), 1).view(bool)

@@ -1,0 +1,66 @@
+"""The terms that costs and losses share: focal, L1 and GIoU, point-wise cross entropy and dice."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ALPHA, GAMMA = 0.25, 2.0  # RetinaNet's, and Mask DINO's
+
+
+def focal(logits: Float[Array, "..."], labels: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Sigmoid focal loss, element by element."""
+    p = jax.nn.sigmoid(logits)
+    cross_entropy = jax.nn.softplus(logits) - logits * labels
+    miss = p * (1 - labels) + (1 - p) * labels
+    return (ALPHA * labels + (1 - ALPHA) * (1 - labels)) * miss**GAMMA * cross_entropy
+
+
+def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Float[Array, "n q"]:
+    """Focal cost of naming a target by its prompts: what the label "yes" costs less what "no" would; the mean where
+    several prompts name it (with one, Mask DINO's)."""
+    p = jax.nn.sigmoid(logits)
+    yes = ALPHA * (1 - p) ** GAMMA * -jnp.log(p + 1e-8)
+    no = (1 - ALPHA) * p**GAMMA * -jnp.log(1 - p + 1e-8)
+    share = positive / jnp.maximum(positive.sum(-1, keepdims=True), 1)
+    return share @ (yes - no).T
+
+
+def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
+    """cx, cy, w, h to x0, y0, x1, y1."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return jnp.concatenate([centre - half, centre + half], -1)
+
+
+def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
+    """Generalised IoU of x0, y0, x1, y1 boxes that broadcast together; 1e-6 on both denominators (Mask DINO)."""
+    area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
+    between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
+    inter = between(jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:]))
+    union = area(a) + area(b) - inter
+    hull = between(jnp.minimum(a[..., :2], b[..., :2]), jnp.maximum(a[..., 2:], b[..., 2:]))
+    return inter / (union + 1e-6) - (hull - union) / (hull + 1e-6)
+
+
+def mask_costs(
+    logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, "k"]
+) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
+    """Cross entropy and dice of every query against every target at k shared points; `weight` 0 leaves a point out."""
+    known = masks * weight
+    entropy = (jax.nn.softplus(logits) @ weight)[None] - known @ logits.T
+    p = jax.nn.sigmoid(logits)
+    overlap = 2 * known @ p.T
+    dice = 1 - (overlap + 1) / ((p @ weight)[None] + known.sum(-1)[:, None] + 1)
+    return entropy / jnp.maximum(weight.sum(), 1), dice
+
+
+def mask_losses(
+    logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
+) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
+    """Cross entropy (mean over points) and dice of matched pairs, each at its own k points."""
+    entropy = (jax.nn.softplus(logits) - logits * masks) * weight
+    p = jax.nn.sigmoid(logits) * weight
+    known = masks * weight
+    dice = 1 - (2 * (p * known).sum(-1) + 1) / (p.sum(-1) + known.sum(-1) + 1)
+    return entropy.sum(-1) / jnp.maximum(weight.sum(-1), 1), dice

@@ -1,0 +1,178 @@
+"""One Hungarian matching over both kinds of query at every stage, and one loss over what it pairs (paper sec. 3.3).
+
+What a loss may assume is explicit in the Batch: a (query, prompt) pair is taught where the query was matched to a target
+that the prompt names, or where all that the prompt names in this image is labelled; nothing else is. A target without a
+mask has no mask cost and no mask loss. Pixels where nothing is known count nowhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mqformer_jax.input.batch import Batch
+from mqformer_jax.losses import costs
+from mqformer_jax.losses.matcher import match
+from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps, uncertain_points
+from mqformer_jax.models.mqformer import Outputs, Predictions
+from mqformer_jax.models.queries import Noised
+
+TERMS = ("class", "mask", "dice", "box", "giou")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Weights of the five terms, in costs and loss alike, and the points a mask is compared at (Mask DINO's values)."""
+
+    class_: float = 4.0
+    mask: float = 5.0
+    dice: float = 5.0
+    box: float = 5.0
+    giou: float = 2.0
+    points: int = 12544
+
+    def total(self, terms: dict[str, Array]) -> Array:
+        return sum(terms[name] * getattr(self, "class_" if name == "class" else name) for name in TERMS)
+
+
+@flax.struct.dataclass
+class Pairs:
+    """r pairs of a query and a target at s stages of one image, and which queries may be taught what is absent.
+
+    Rows that are not `valid` are padding. A query that is neither in a valid pair nor in `teach` enters no loss.
+    """
+
+    query: Int[Array, "s r"]
+    target: Int[Array, "s r"]
+    valid: Bool[Array, "s r"]
+    teach: Bool[Array, "s q"]
+
+
+def criterion(
+    key: Array, outputs: Outputs, batch: Batch, copies: tuple[Noised, Int[Array, "b d"]] | None, weights: Weights, local: Callable
+) -> tuple[Array, dict[str, Array]]:
+    """The loss of a batch, and metrics.
+
+    `copies`: what the denoising queries are and which target each copies (`noise_targets`). `local` wraps a function of
+    arrays with a leading batch axis so that each device runs it on its own images (`parallel.mesh`): a search loop that
+    ran over all images at once would meet at every iteration.
+
+    Terms are summed over stages and divided by the number of targets in the whole, global batch, as in the originals.
+    Metrics: the terms of the last layer; the loss of each image by its own number of targets (`per_image`); targets that
+    learnable queries took, and all targets, for [instances, regions] (`taken` [2, 2]).
+    """
+    b, n = batch.boxes.shape[:2]
+    match_key, loss_key, noise_key = (jax.random.split(k, b) for k in jax.random.split(key, 3))
+    stages = outputs.matching.boxes.shape[0]
+    per_stage = lambda x: jnp.broadcast_to(x[:, None], (b, stages, *x.shape[1:]))
+    losses = jax.vmap(_losses, in_axes=(0, 1, 0, 0, 0, None))
+
+    total, excused = jax.vmap(_matching_costs, in_axes=(0, 1, 0, 0, None))(
+        match_key, jax.lax.stop_gradient(outputs.matching), jax.lax.stop_gradient(outputs.mask_features), batch, weights
+    )
+    assigned = local(jax.vmap(jax.vmap(match, in_axes=(0, None))))(total, batch.num_targets)
+    real = jnp.arange(n) < batch.num_targets[:, None]
+    pairs = Pairs(jnp.maximum(assigned, 0), jnp.broadcast_to(jnp.arange(n), assigned.shape), per_stage(real), ~excused)
+    terms = losses(loss_key, outputs.matching, outputs.mask_features, batch, pairs, weights)
+    count = jnp.maximum(batch.num_targets.sum(), 1)
+    loss = weights.total(jax.tree.map(jnp.sum, terms)) / count
+    metrics = {name: value[:, -1].sum() / count for name, value in terms.items()}
+
+    if copies is not None:
+        noised, target = copies
+        stages = outputs.denoising.boxes.shape[0]
+        slot = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
+        pairs = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
+        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, pairs, weights)
+        metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / jnp.maximum(noised.valid.sum(), 1)
+        loss = loss + metrics["denoising"]
+
+    per_image = weights.total({name: value.sum(1) for name, value in terms.items()}) / jnp.maximum(batch.num_targets, 1)
+    region = jnp.any(batch.positive & batch.prompt_region[:, None], -1)
+    kinds = jnp.stack([real & ~region, real & region])
+    learnable = (assigned[:, -1] < outputs.num_learnable) & (assigned[:, -1] >= 0)
+    taken = jnp.stack([(kinds & learnable).sum((1, 2)), kinds.sum((1, 2))], -1)
+    return loss, {**metrics, "total": loss, "per_image": per_image, "taken": taken}
+
+
+def _extent(batch: Batch) -> Float[Array, "2"]:
+    """The valid part of one image's canvas as fractions (x, y)."""
+    h, w8 = batch.ignore.shape
+    return batch.size[::-1].astype(jnp.float32) / jnp.array([w8 * 8, h], jnp.float32)
+
+
+def _unknown(batch: Batch, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
+    """How much of each point of one image is unlabelled; at the very edge the outermost pixel speaks for itself."""
+    h, w8 = batch.ignore.shape
+    margin = 0.5 / jnp.array([w8 * 8, h], jnp.float32)
+    return sample_bits(batch.ignore[None], jnp.zeros(points.shape[:-2], jnp.int32), jnp.clip(points, margin, 1 - margin))
+
+
+def _matching_costs(
+    key: Array, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, weights: Weights
+) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
+    """The cost of every pair of one image, and the queries whose mask lies mostly where nothing is known.
+
+    Such a query may have found an unlabelled object (a crowd, a void), so its silence is not taught. All masks are read
+    at the same points; a mask embedding times sampled features is the sampled mask, so no mask is ever drawn.
+    """
+    n = batch.boxes.shape[0]
+    points = jax.random.uniform(key, (weights.points, 2)) * _extent(batch)
+    sampled = sample_features(features, points)
+    masks = sample_bits(batch.masks, jnp.arange(n), jnp.broadcast_to(points, (n, *points.shape)))
+    unknown = _unknown(batch, points)
+
+    def stage(p: Predictions):
+        logits = jnp.einsum("qd,kd->qk", p.mask_embed, sampled.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32)
+        entropy, dice = costs.mask_costs(logits, masks, 1 - unknown)
+        boxes, wanted = p.boxes, batch.boxes
+        terms = {
+            "class": costs.class_cost(p.class_logits, batch.positive.astype(jnp.float32)),
+            "mask": jnp.where(batch.has_mask[:, None], entropy, 0.0),
+            "dice": jnp.where(batch.has_mask[:, None], dice, 0.0),
+            "box": jnp.abs(wanted[:, None] - boxes[None]).sum(-1),
+            "giou": -costs.giou(costs.corners(wanted)[:, None], costs.corners(boxes)[None]),
+        }
+        p_mask = jax.nn.sigmoid(logits)
+        return weights.total(terms), p_mask @ unknown > 0.5 * p_mask.sum(-1)
+
+    return jax.vmap(stage)(predictions)
+
+
+def _losses(
+    key: Array, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs, weights: Weights
+) -> dict[str, Float[Array, "s"]]:
+    """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage."""
+    valid = pairs.valid.astype(jnp.float32)
+    take = lambda x: jnp.take_along_axis(x, pairs.query[..., None], 1)
+
+    named = batch.positive[pairs.target] & pairs.valid[..., None]
+    rows = jnp.arange(pairs.query.shape[0])[:, None]
+    labels = jnp.zeros(predictions.class_logits.shape, bool).at[rows, pairs.query].max(named)
+    matched = jnp.zeros(pairs.teach.shape, bool).at[rows, pairs.query].max(pairs.valid)
+    exhaustive = batch.prompt_valid & batch.prompt_exhaustive
+    known = labels | (exhaustive & (matched | pairs.teach)[..., None])
+    class_ = jnp.where(known, costs.focal(predictions.class_logits, labels.astype(jnp.float32)), 0.0).sum((1, 2))
+
+    boxes, wanted = take(predictions.boxes), batch.boxes[pairs.target]
+    box = (jnp.abs(boxes - wanted).sum(-1) * valid).sum(1)
+    giou = ((1 - costs.giou(costs.corners(boxes), costs.corners(wanted))) * valid).sum(1)
+
+    embed = take(predictions.mask_embed)
+    logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)
+    points = uncertain_points(key, jax.lax.stop_gradient(logits), _extent(batch), weights.points)
+    unknown = _unknown(batch, points)
+    entropy, dice = costs.mask_losses(sample_maps(logits, points), sample_bits(batch.masks, pairs.target, points), 1 - unknown)
+    with_mask = valid * batch.has_mask[pairs.target]
+    return {
+        "class": class_,
+        "mask": (entropy * with_mask).sum(1),
+        "dice": (dice * with_mask).sum(1),
+        "box": box,
+        "giou": giou,
+    }

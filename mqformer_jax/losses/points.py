@@ -1,0 +1,64 @@
+"""Masks are compared at sampled points, never whole (PointRend; Mask2Former)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+
+def _corners(points: Float[Array, "... 2"], h: int, w: int):
+    """The four pixels around each point with their bilinear weights (zero outside the map), as lists of x, y, weight."""
+    x, y = points[..., 0] * w - 0.5, points[..., 1] * h - 0.5
+    x0, y0 = jnp.floor(x), jnp.floor(y)
+    corners = []
+    for dx in (0, 1):
+        for dy in (0, 1):
+            xi, yi = x0 + dx, y0 + dy
+            weight = (1 - jnp.abs(x - xi)) * (1 - jnp.abs(y - yi))
+            inside = (xi >= 0) & (xi < w) & (yi >= 0) & (yi < h)
+            xi, yi = jnp.clip(xi, 0, w - 1).astype(jnp.int32), jnp.clip(yi, 0, h - 1).astype(jnp.int32)
+            corners.append((xi, yi, jnp.where(inside, weight, 0.0)))
+    return corners
+
+
+def sample_maps(maps: Float[Array, "*n h w"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
+    """Each map at its own points (x, y in 0..1): torch's `grid_sample(align_corners=False)`, zero outside."""
+    *n, h, w = maps.shape
+    flat = maps.reshape(*n, h * w)
+    return sum(wt * jnp.take_along_axis(flat, y * w + x, -1) for x, y, wt in _corners(points, h, w))
+
+
+def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]) -> Float[Array, "k d"]:
+    """A feature map at points shared by all channels."""
+    h, w, d = features.shape
+    flat = features.reshape(h * w, d)
+    return sum(wt[:, None].astype(flat.dtype) * flat[y * w + x] for x, y, wt in _corners(points, h, w))
+
+
+def sample_bits(bits: UInt8[Array, "m h w8"], row: Int[Array, "*n"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
+    """The bit-packed mask (`np.packbits` along rows) of each `row` at its own points; only what is read is unpacked."""
+    _, h, w8 = bits.shape
+    flat, start = bits.reshape(-1), row[..., None] * (h * w8)
+
+    def pixel(x, y):
+        byte = flat[start + y * w8 + x // 8]
+        return ((byte >> (7 - x % 8).astype(jnp.uint8)) & 1).astype(jnp.float32)
+
+    return sum(wt * pixel(x, y) for x, y, wt in _corners(points, h, w8 * 8))
+
+
+def uncertain_points(
+    key: Array, logits: Float[Array, "*n h w"], extent: Float[Array, "2"], k: int, oversample: float = 3.0, share: float = 0.75
+) -> Float[Array, "*n k 2"]:
+    """k points a map: `share` of them the most uncertain (least |logit|) of `oversample * k`, the rest uniform.
+
+    `extent` is the valid part of the canvas as fractions (x, y); no point falls outside it.
+    """
+    n = logits.shape[:-2]
+    candidate_key, rest_key = jax.random.split(key)
+    candidates = jax.random.uniform(candidate_key, (*n, int(k * oversample), 2)) * extent
+    chosen = int(share * k)
+    _, index = jax.lax.top_k(-jnp.abs(sample_maps(logits, candidates)), chosen)
+    uncertain = jnp.take_along_axis(candidates, index[..., None], -2)
+    return jnp.concatenate([uncertain, jax.random.uniform(rest_key, (*n, k - chosen, 2)) * extent], -2)

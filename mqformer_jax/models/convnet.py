@@ -1,0 +1,74 @@
+"""A small convolutional image encoder that a laptop can train from nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mqformer_jax.models import layers
+
+
+class ConvNorm(nnx.Module):
+    """A 3x3 convolution and a LayerNorm over each pixel's channels, which no batch size or padding disturbs."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.conv = layers.Conv(inputs, outputs, 3, stride, use_bias=False, rngs=rngs, dtype=dtype)
+        self.norm = layers.layer_norm(outputs, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        return self.norm(self.conv(x))
+
+
+class Stage(nnx.Module):
+    """Half the resolution, then residual blocks of one convolution each."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        make = functools.partial(ConvNorm, rngs=rngs, dtype=dtype)
+        self.down = make(inputs, outputs, 2)
+        self.blocks = nnx.List(make(outputs, outputs) for _ in range(blocks))
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        x = jax.nn.relu(self.down(x))
+        for block in self.blocks:
+            x = jax.nn.relu(x + block(x))
+        return x
+
+
+class ConvNet(nnx.Module):
+    """Image to features at strides 4, 8, 16 (and 32 with a fifth width).
+
+    widths: channels at stride 2, 4, 8, ... blocks: residual blocks a stage; stride 2 has none, for they would cost as much as all
+    the others. The default has 0.24 M parameters; eight 96 x 96 images, forward and backward, take 27 ms on two CPU cores.
+    `channels` maps a stride to its feature's width.
+    """
+
+    def __init__(
+        self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
+        self.widths = tuple(widths)
+        self.stem = ConvNorm(12, widths[0], rngs=rngs, dtype=dtype)
+        self.stages = nnx.List(Stage(i, o, blocks, rngs=rngs, dtype=dtype) for i, o in zip(widths[:-1], widths[1:]))
+
+    @property
+    def channels(self) -> dict[int, int]:
+        return {4 << k: width for k, width in enumerate(self.widths[1:])}
+
+    def __call__(self, image: Float[Array, "b h w 3"]) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride: feature}."""
+        x = jax.nn.relu(self.stem(_space_to_depth(image)))
+        features = {}
+        for stride, stage in zip(self.channels, self.stages):
+            features[stride] = x = stage(x)
+        return features
+
+
+def _space_to_depth(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 4*c"]:
+    """Each 2x2 patch as one pixel: no convolution at full resolution."""
+    b, h, w, c = x.shape
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(b, h // 2, w // 2, 4 * c)

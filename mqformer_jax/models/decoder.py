@@ -1,0 +1,138 @@
+"""The mixed-query decoder: layers in which learnable and conditional queries exchange what they know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from mqformer_jax.models.deformable_attention import MSDeformAttn
+from mqformer_jax.models.heads import Heads, inverse_sigmoid
+from mqformer_jax.models.layers import MLP, layer_norm, scan_layers, stack
+
+INTERACTIONS = ("exchange", "joint", "none")
+
+
+class Attention(nnx.Module):
+    """Multi-head attention; positions enter queries and keys, never values (DETR)."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any, zero_out: bool = False):
+        make = lambda init: nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
+        xavier = nnx.initializers.xavier_uniform()
+        self.query, self.key, self.value = make(xavier), make(xavier), make(xavier)
+        self.out = make(nnx.initializers.zeros if zero_out else xavier)
+        self.heads = heads
+
+    def __call__(
+        self,
+        x: Float[Array, "b q d"],
+        x_pos: Float[Array, "b q d"],
+        y: Float[Array, "b k d"],
+        y_pos: Float[Array, "b k d"],
+        mask: Bool[Array, "b q k"] | None = None,
+    ) -> Float[Array, "b q d"]:
+        split = lambda t: t.reshape(*t.shape[:2], self.heads, -1)
+        attended = jax.nn.dot_product_attention(
+            split(self.query(x + x_pos)), split(self.key(y + y_pos)), split(self.value(y)), mask=None if mask is None else mask[:, None]
+        )
+        return self.out(attended.reshape(x.shape))
+
+
+class Exchange(nnx.Module):
+    """The paper's two cross-attentions: conditional -> learnable and learnable -> conditional, from the same inputs.
+
+    The order inside a layer is unpublished; ours is simultaneous, after self-attention. Each is a pre-normed residual
+    whose output projection starts at zero, so that a fresh exchange is exactly the identity and a converted Mask DINO
+    predicts what it did.
+    """
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any):
+        self.norm_learnable = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm_conditional = layer_norm(width, rngs=rngs, dtype=dtype)
+        self.to_learnable = Attention(width, heads, rngs=rngs, dtype=dtype, zero_out=True)
+        self.to_conditional = Attention(width, heads, rngs=rngs, dtype=dtype, zero_out=True)
+
+    def __call__(self, x: Float[Array, "b q d"], pos: Float[Array, "b q d"], learnable: int, conditional: int) -> Float[Array, "b q d"]:
+        """Rows are learnable, conditional, then denoising queries; the last take no part."""
+        parts = np.cumsum([learnable, conditional])
+        lx, cx, rest = jnp.split(x, parts, 1)
+        lp, cp, _ = jnp.split(pos, parts, 1)
+        ln, cn = self.norm_learnable(lx), self.norm_conditional(cx)
+        return jnp.concatenate([lx + self.to_learnable(ln, lp, cn, cp), cx + self.to_conditional(cn, cp, ln, lp), rest], 1)
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention -> exchange -> deformable cross-attention to the image -> FFN, post-norm (Mask DINO's but for the exchange)."""
+
+    def __init__(self, width: int, heads: int, ffn: int, levels: int, points: int, exchange: bool, *, rngs: nnx.Rngs, dtype: Any):
+        norm = lambda: layer_norm(width, rngs=rngs, dtype=dtype)
+        self.self_attention = Attention(width, heads, rngs=rngs, dtype=dtype)
+        self.exchange = Exchange(width, heads, rngs=rngs, dtype=dtype) if exchange else None
+        self.cross_attention = MSDeformAttn(width, heads, levels, points, rngs=rngs, dtype=dtype)
+        self.ffn = MLP(width, ffn, width, 2, rngs=rngs, dtype=dtype)
+        self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
+
+    def __call__(self, x, pos, reference, mask, learnable, conditional, memory, shapes, valid) -> Float[Array, "b q d"]:
+        x = self.norm2(x + self.self_attention(x, pos, x, pos, mask))
+        if self.exchange is not None:
+            x = self.exchange(x, pos, learnable, conditional)
+        x = self.norm1(x + self.cross_attention(x + pos, reference, memory, shapes, valid))
+        return self.norm3(x + self.ffn(x))
+
+
+class Decoder(nnx.Module):
+    """`layers` decoder layers, scanned; anchors are refined after each (Mask DINO's order of operations)."""
+
+    def __init__(
+        self, width: int, heads: int, ffn: int, layers: int, levels: int, points: int, exchange: bool, *,
+        rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: bool = False,
+    ):  # fmt: skip
+        self.anchor_pos = MLP(2 * width, width, width, 2, rngs=rngs, dtype=dtype)
+        self.layers = stack(lambda r: DecoderLayer(width, heads, ffn, levels, points, exchange, rngs=r, dtype=dtype), layers, rngs)
+        self.width, self.dtype, self.remat = width, dtype, remat
+
+    def __call__(
+        self,
+        content: Float[Array, "b q d"],
+        anchors: Float[Array, "b q 4"],
+        mask: Bool[Array, "b q q"],
+        split: tuple[int, int],
+        memory: Float[Array, "b s d"],
+        shapes: tuple[tuple[int, int], ...],
+        valid: Bool[Array, "b s"],
+        heads: Heads,
+    ) -> tuple[Float[Array, "l b q d"], Float[Array, "l b q 4"]]:
+        """Normed queries and boxes (cx, cy, w, h in 0..1) after each layer.
+
+        Boxes are fractions of the canvas; `anchors` are before the sigmoid, `split` counts learnable and conditional
+        queries. References are cut from the gradient between layers, but the box predicted from one is not ("look
+        forward twice"); the refinement reads un-normed queries, the predicted box normed ones.
+        """
+
+        def layer_step(layer: DecoderLayer, carry, _):
+            x, reference = carry
+            pos = self.anchor_pos(anchor_embedding(reference, self.width).astype(self.dtype))
+            at_levels = jnp.broadcast_to(reference[:, :, None], (*reference.shape[:2], len(shapes), 4))
+            x = layer(x, pos, at_levels, mask, *split, memory, shapes, valid)
+            refined = jax.nn.sigmoid(heads.box(x).astype(jnp.float32) + inverse_sigmoid(reference))
+            return (x, jax.lax.stop_gradient(refined)), (x, refined)
+
+        first = jax.nn.sigmoid(anchors)
+        _, (queries, references) = scan_layers(self.layers, layer_step, (content.astype(self.dtype), first), remat=self.remat)
+        queries = heads.norm(queries)
+        before = jnp.concatenate([first[None], references[:-1]])
+        boxes = jax.nn.sigmoid(heads.box(queries).astype(jnp.float32) + inverse_sigmoid(before))
+        return queries, boxes
+
+
+def anchor_embedding(boxes: Float[Array, "b q 4"], width: int) -> Float[Array, "b q e"]:
+    """Sine embedding of cx, cy, w, h in 0..1 with width/2 channels each, in DAB-DETR's order y, x, w, h."""
+    half = width // 2
+    frequency = 2 * np.pi / 10000.0 ** (2 * (np.arange(half) // 2) / half)
+    angle = boxes[..., jnp.array([1, 0, 2, 3]), None] * jnp.asarray(frequency, jnp.float32)
+    waves = jnp.stack([jnp.sin(angle[..., 0::2]), jnp.cos(angle[..., 1::2])], -1)
+    return waves.reshape(*boxes.shape[:-1], 4 * half)

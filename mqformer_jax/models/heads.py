@@ -1,0 +1,61 @@
+"""The prediction heads: class (against text), mask and box. Shared by all decoder layers and the first proposals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from mqformer_jax.models.layers import MLP, layer_norm
+
+FOCAL_PRIOR = -4.0  # every score starts near 2 %, so that the first steps are not spent on unlearning 50 %
+
+
+class Heads(nnx.Module):
+    """What a query says: which text (d -> e), which pixels (d -> mask_dim), where (d -> 4).
+
+    The class score is cosine(query, text) * exp(logit_scale) + logit_bias: no class has weights of its own. The paper
+    names only the dot product; cosine and scale follow X-Decoder and OpenSeeD, the bias is RetinaNet's prior (ours: with
+    focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads).
+    """
+
+    def __init__(self, width: int, text_dim: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.norm = layer_norm(width, rngs=rngs)
+        self.class_embed = nnx.Linear(width, text_dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.mask_embed = MLP(width, width, mask_dim, 3, rngs=rngs, dtype=dtype)
+        self.box = MLP(width, width, 4, 3, rngs=rngs)
+        last = self.box.layers[-1]
+        last.kernel[...] = jnp.zeros_like(last.kernel[...])  # boxes start at their anchors (Deformable DETR)
+        self.logit_scale = nnx.Param(jnp.float32(math.log(1 / 0.07)))
+        self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR))
+
+    def scores(
+        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
+    ) -> Float[Array, "*s b q p"]:
+        """Class logits in float32; -inf would poison gradients, so absent prompts get a large negative number."""
+        query = _normalize(self.class_embed(queries))
+        logits = jnp.einsum("...bqe,bpe->...bqp", query, _normalize(text), preferred_element_type=jnp.float32)
+        scale = jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0)))  # CLIP's clip
+        return jnp.where(valid[:, None], logits * scale + self.logit_bias[...], -30.0)
+
+    def __call__(
+        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
+    ) -> tuple[Float[Array, "*s b q p"], Float[Array, "*s b q m"]]:
+        """Class logits and mask embeddings of queries that are not normalised yet."""
+        queries = self.norm(queries)
+        return self.scores(queries, text, valid), self.mask_embed(queries)
+
+
+def _normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-12)).astype(x.dtype)
+
+
+def inverse_sigmoid(x: Float[Array, "..."], eps: float = 1e-5) -> Float[Array, "..."]:
+    """Mask DINO's: both x and 1 - x are kept above eps."""
+    x = jnp.clip(x, 0.0, 1.0)
+    return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

@@ -1,0 +1,187 @@
+"""The segmentation encoder: Mask DINO's pixel decoder (Li et al., CVPR 2023), a deformable transformer over image features."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mqformer_jax.models import layers
+from mqformer_jax.models.deformable_attention import MSDeformAttn, Shapes
+
+Tokens = Float[Array, "b s c"]
+Features = dict[int, Float[Array, "b h w c"]]
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and GroupNorm."""
+
+    def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1, *, use_bias: bool, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.conv = layers.Conv(inputs, outputs, size, stride, use_bias=use_bias, rngs=rngs, dtype=dtype)
+        self.norm = layers.group_norm(outputs, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        return self.norm(self.conv(x))
+
+
+class EncoderLayer(nnx.Module):
+    """Deformable self-attention over the tokens of all levels, then an MLP; post-norm."""
+
+    def __init__(self, width: int, heads: int, levels: int, points: int, ffn: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.attention = MSDeformAttn(width, heads, levels, points, rngs=rngs, dtype=dtype)
+        self.norm1 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.ffn = layers.MLP(width, ffn, width, 2, rngs=rngs, dtype=dtype)
+        self.norm2 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, x: Tokens, position: Tokens, reference: Float[Array, "b s levels 2"], shapes: Shapes, valid: Bool[Array, "b s"]
+    ) -> Tokens:
+        x = self.norm1(x + self.attention(x + position, reference, x, shapes, valid))
+        return self.norm2(x + self.ffn(x))
+
+
+class MaskFeatures(nnx.Module):
+    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's feature there.
+
+    lateral: channels of that feature, or None where the memory has the mask stride already (Mask DINO then only projects it).
+    """
+
+    def __init__(self, width: int, lateral: int | None, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        make = functools.partial(ConvNorm, use_bias=False, rngs=rngs, dtype=dtype)
+        self.lateral = None if lateral is None else make(lateral, width)
+        self.merge = None if lateral is None else make(width, width, 3)
+        self.project = layers.Conv(width, mask_dim, rngs=rngs, dtype=dtype)
+
+    def __call__(self, finest: Float[Array, "b h w c"], features: Features, stride: int) -> Float[Array, "b h2 w2 d"]:
+        if self.lateral is not None:
+            side = self.lateral(features[stride])
+            finest = jax.nn.relu(self.merge(side + _resize(finest, side.shape[1:3])))
+        return self.project(finest)
+
+
+class PixelDecoder(nnx.Module):
+    """Backbone features to memory (tokens of several strides) and mask features.
+
+    channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double the one
+    before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth, ffn: of the
+    encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: trade time for memory in the layers.
+    """
+
+    def __init__(
+        self,
+        channels: dict[int, int],
+        width: int,
+        heads: int,
+        points: int,
+        depth: int,
+        ffn: int,
+        strides: Sequence[int] = (8, 16, 32, 64),
+        mask_dim: int = 256,
+        mask_stride: int = 4,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ):
+        strides = tuple(strides)
+        if mask_stride not in channels or strides[0] not in channels or strides != tuple(strides[0] << k for k in range(len(strides))):
+            raise ValueError(
+                f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, and the first and the "
+                f"mask stride among those of the backbone, {tuple(channels)}."
+            )
+        self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
+        make = functools.partial(ConvNorm, use_bias=True, rngs=rngs, dtype=dtype)
+        inputs = [channels.get(s, channels[self.coarsest] if s == 2 * self.coarsest else width) for s in strides]
+        self.input_proj = nnx.List(make(i, width) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs))
+        self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (len(strides), width)))
+        self.layers = layers.stack(
+            lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs
+        )
+        lateral = channels[mask_stride] if mask_stride < strides[0] else None
+        self.mask_features = MaskFeatures(width, lateral, mask_dim, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self, features: Features, size: Int[Array, "b 2"], canvas: tuple[int, int]
+    ) -> tuple[Tokens, tuple[tuple[int, int], ...], Bool[Array, "b s"], Float[Array, "b h w d"]]:
+        """features: {stride: feature}. size: height and width of each image's valid part, in pixels of its canvas (H, W).
+
+        Returns memory, tokens in the order of `strides`, each level row by row; the levels' (h, w); which tokens' cells touch the
+        valid part (the others are not attended to); mask features.
+        """
+        if any(side % self.coarsest for side in canvas):
+            raise ValueError(f"canvas {canvas[0]}x{canvas[1]}: its sides must be multiples of the backbone's stride {self.coarsest}.")
+        maps = self._levels(features)
+        shapes = tuple(m.shape[1:3] for m in maps)
+        counts = [jnp.minimum(-(-size // s), np.array(hw)) for s, hw in zip(self.strides, shapes)]
+        grids = [_Grid(count, hw) for count, hw in zip(counts, shapes)]
+        flat = lambda parts: jnp.concatenate([p.reshape(p.shape[0], -1, *p.shape[3:]) for p in parts], 1)
+        x, valid = flat(maps), flat([g.valid for g in grids])
+        width = x.shape[-1]
+        position = flat([g.sine(width) + self.level_embed[k] for k, g in enumerate(grids)]).astype(x.dtype)
+        ratios = jnp.stack([count / np.array(hw) for count, hw in zip(counts, shapes)], 1)[:, :, ::-1]
+        reference = flat([g.centre for g in grids])[:, :, None] * ratios[:, None]
+
+        step = lambda layer, x, _: (layer(x, position, reference, shapes, valid), None)
+        memory, _ = layers.scan_layers(self.layers, step, x, remat=self.remat)
+        finest = memory[:, : shapes[0][0] * shapes[0][1]].reshape(-1, *shapes[0], width)
+        return memory, shapes, valid, self.mask_features(finest, features, self.mask_stride)
+
+    def _levels(self, features: Features) -> list[Float[Array, "b h w c"]]:
+        """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest feature."""
+        maps = []
+        for stride, project in zip(self.strides, self.input_proj):
+            beyond = features[self.coarsest] if stride == 2 * self.coarsest else maps[-1] if maps else None
+            maps.append(project(features.get(stride, beyond)))
+        return maps
+
+
+class _Grid:
+    """The cells of one level; count [b, 2] says how many rows and columns of its (h, w) are valid."""
+
+    def __init__(self, count: Int[Array, "b 2"], shape: tuple[int, int]):
+        self.shape = shape
+        self.rows, self.columns = (jnp.arange(n)[None] for n in shape)
+        self.height, self.width = count[:, :1], count[:, 1:]
+        self.valid = (self.rows < self.height)[:, :, None] & (self.columns < self.width)[:, None, :]
+
+    @property
+    def centre(self) -> Float[Array, "b h w 2"]:
+        """x, y of each cell's centre; 0 to 1 is the valid part."""
+        y, x = (self.rows + 0.5) / self.height, (self.columns + 0.5) / self.width
+        return self._pair(x[:, None, :, None], y[:, :, None, None])
+
+    def sine(self, width: int) -> Float[Array, "b h w c"]:
+        """Sine position encoding: width / 2 channels of y, then as many of x, over the valid part scaled to 2 pi (DETR)."""
+        y, x = (_waves(i, n, width // 2) for i, n in ((self.rows, self.height), (self.columns, self.width)))
+        return self._pair(y[:, :, None], x[:, None])
+
+    def _pair(self, a: Float[Array, "b ..."], b: Float[Array, "b ..."]) -> Float[Array, "b h w c"]:
+        full = lambda v: jnp.broadcast_to(v, (v.shape[0], *self.shape, v.shape[-1]))
+        return jnp.concatenate([full(a), full(b)], -1)
+
+
+def _waves(index: Int[Array, "1 n"], count: Int[Array, "b 1"], channels: int) -> Float[Array, "b n channels"]:
+    """Sines and cosines, alternating, of a cell's place along one side; padded cells repeat the last valid one."""
+    place = jnp.minimum(index + 1, count) / (count + 1e-6) * (2 * math.pi)
+    wavelength = 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
+    angle = place[..., None] / wavelength.astype(np.float32)
+    return jnp.where(np.arange(channels) % 2 == 0, jnp.sin(angle), jnp.cos(angle))
+
+
+def _resize(x: Float[Array, "b h w c"], shape: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
+    """Bilinear resizing (align_corners=False) as two small matmuls: `jax.image.resize` is very slow on CPU."""
+    rows, columns = (_interpolation(n, m) for n, m in zip(x.shape[1:3], shape))
+    return jnp.einsum("Hh,Ww,bhwc->bHWc", rows.astype(x.dtype), columns.astype(x.dtype), x, precision="highest")
+
+
+def _interpolation(n: int, m: int) -> np.ndarray:
+    """[m, n]: each of m outputs as a mean of its two nearest of n inputs; beyond the ends, the end itself."""
+    place = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(n))).astype(np.float32)

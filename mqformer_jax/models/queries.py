@@ -1,0 +1,93 @@
+"""Where object queries come from: learned ones, conditional ones read off the image, noised targets for denoising."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from mqformer_jax.models.heads import Heads, inverse_sigmoid
+from mqformer_jax.models.layers import layer_norm
+
+OUTSIDE = 1e4  # the logit of a proposal that is no proposal (padding, or off the image): its sigmoid is 1 in float32
+
+
+@flax.struct.dataclass
+class Noised:
+    """Noised copies of targets, to be restored (made by `losses.denoising`).
+
+    prompt: which prompt the copy claims to be. boxes: cx, cy, w, h in 0..1. group: copies see their own group only.
+    valid: false for padding.
+    """
+
+    prompt: Int[Array, "b d"]
+    boxes: Float[Array, "b d 4"]
+    group: Int[Array, "b d"]
+    valid: Bool[Array, "b d"]
+
+
+class LearnableQueries(nnx.Module):
+    """n queries that are parameters: content and a 4-d anchor each.
+
+    Where the anchors come from is unpublished. Ours are learned, start large and spread over the image, since what these
+    queries come to own in the paper is mostly stuff. Never detached (OpenSeeD detaches them, and they hardly learn).
+    """
+
+    def __init__(self, n: int, width: int, *, rngs: nnx.Rngs):
+        self.content = nnx.Param(jax.random.normal(rngs.params(), (n, width)))
+        side = int(np.ceil(np.sqrt(n)))
+        grid = (np.stack(np.divmod(np.arange(n), side)[::-1], -1) + 0.5) / side
+        self.anchors = nnx.Param(inverse_sigmoid(jnp.concatenate([jnp.asarray(grid, jnp.float32), jnp.full((n, 2), 0.5)], -1)))
+
+    def __call__(self, batch: int) -> tuple[Float[Array, "b n d"], Float[Array, "b n 4"]]:
+        """Content and anchors (before the sigmoid) for a batch."""
+        content, anchors = self.content[...], self.anchors[...]
+        return jnp.broadcast_to(content, (batch, *content.shape)), jnp.broadcast_to(anchors, (batch, *anchors.shape))
+
+
+class ConditionalQueries(nnx.Module):
+    """The k tokens of the encoded image that score best against any prompt (Mask DINO's two-stage selection)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm = layer_norm(width, rngs=rngs)
+
+    def __call__(
+        self,
+        memory: Float[Array, "b s d"],
+        shapes: tuple[tuple[int, int], ...],
+        valid: Bool[Array, "b s"],
+        heads: Heads,
+        text: Float[Array, "b p e"],
+        prompt_valid: Bool[Array, "b p"],
+        k: int,
+    ) -> tuple[Float[Array, "b k d"], Float[Array, "b k 4"]]:
+        """Content and boxes (before the sigmoid) of the best k tokens; both still carry gradients.
+
+        `shapes` and tokens are in the decoder's order.
+        """
+        proposals = grid_proposals(shapes)
+        inside = (jnp.all((proposals > 0.01) & (proposals < 0.99), -1) & valid)[..., None]
+        tokens = self.norm(self.proj(jnp.where(inside, memory, 0)))
+        boxes = heads.box(tokens).astype(jnp.float32) + jnp.where(inside, inverse_sigmoid(proposals), OUTSIDE)
+        best = jnp.max(heads.scores(tokens, text, prompt_valid), -1)
+        _, index = jax.lax.top_k(jax.lax.stop_gradient(best), k)
+        return jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
+
+
+def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
+    """One box a token: its cell's centre and 0.05 * 2^level, all as fractions of the canvas, levels counted in the order given.
+
+    Mask DINO counts the coarsest level first, so stride 64 has the smallest proposals: a quirk its checkpoints need.
+    """
+    levels = []
+    for level, (h, w) in enumerate(shapes):
+        y, x = np.meshgrid((np.arange(h) + 0.5) / h, (np.arange(w) + 0.5) / w, indexing="ij")
+        side = np.full(h * w, 0.05 * 2**level)
+        levels.append(np.stack([x.ravel(), y.ravel(), side, side], -1))
+    return np.concatenate(levels).astype(np.float32)

@@ -1,0 +1,68 @@
+"""The text tower of CLIP (Radford et al., ICML 2021): a causal transformer read at the end-of-text token."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from mqformer_jax.models import layers
+
+
+class TextBlock(nnx.Module):
+    """Pre-norm causal self-attention and an MLP with QuickGELU. `qkv` packs queries, keys and values, in that order."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.heads = heads
+        self.norm1 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.qkv = layers.linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.out = layers.linear(width, width, rngs=rngs, dtype=dtype)
+        self.norm2 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.fc1 = layers.linear(width, 4 * width, rngs=rngs, dtype=dtype)
+        self.fc2 = layers.linear(4 * width, width, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "n l c"]) -> Float[Array, "n l c"]:
+        qkv = self.qkv(self.norm1(x)).reshape(*x.shape[:2], 3, self.heads, -1)
+        x = x + self.out(jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), is_causal=True).reshape(x.shape))
+        y = self.fc1(self.norm2(x))
+        return x + self.fc2(y * jax.nn.sigmoid(1.702 * y))
+
+
+class TextEncoder(nnx.Module):
+    """Token ids to one vector a text, not normalised.
+
+    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        width: int,
+        heads: int,
+        depth: int,
+        embed_dim: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        normal = jax.random.normal
+        self.dtype = dtype
+        self.tokens = nnx.Param(0.02 * normal(rngs.params(), (vocab_size, width)))
+        self.positions = nnx.Param(0.01 * normal(rngs.params(), (context, width)))
+        self.blocks = layers.stack(lambda keys: TextBlock(width, heads, rngs=keys, dtype=dtype), depth, rngs)
+        self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.projection = layers.linear(width, embed_dim, use_bias=False, rngs=rngs, dtype=dtype)
+
+    def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
+        """tokens: as a `Tokenizer` makes them; the end token has the highest id, which is how it is found (as OpenAI does).
+
+        They may be cut shorter than `context` if the end token stays.
+        """
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        x = (self.tokens[...][flat] + self.positions[: flat.shape[1]]).astype(self.dtype)
+        x, _ = layers.scan_layers(self.blocks, lambda block, x, _: (block(x), None), x)
+        x = x[jnp.arange(len(x)), flat.argmax(-1)]
+        return self.projection(self.norm(x)).reshape(*tokens.shape[:-1], -1)

@@ -1,0 +1,43 @@
+"""AdamW as Mask DINO has it: schedule, parameter groups, what decays and what does not."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from mqformer_jax.parallel.rules import path_name
+
+NO_DECAY = re.compile(r"norm|scale$|grain|learnable/|level_embed|embedding|position|relative_position|logit_")
+
+
+def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up, then either drops by ten at fractions of the run or a cosine to zero."""
+    peak, warmup = config.learning_rate, config.warmup
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+    drops = optax.piecewise_constant_schedule(peak, {int(f * steps): 0.1 for f in config.drops})
+    return lambda step: drops(step) * jax.numpy.minimum(1.0, (step + 1) / max(warmup, 1))
+
+
+def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformation:
+    """Global-norm clip, then AdamW with a learning rate a group; frozen groups (rate 0) keep no optimiser state.
+
+    Weight decay leaves out norms, embeddings and biases of tables; Linear and Conv biases are decayed (Mask DINO).
+    """
+    rates = {"rest": 1.0, "backbone": config.backbone, "text_encoder": config.text}
+    rate = schedule(config, steps)
+    group = lambda path, _: next((g for g in ("backbone", "text_encoder") if path_name(path).startswith(g)), "rest")
+    labels = jax.tree_util.tree_map_with_path(group, params)
+    decays = lambda tree: jax.tree_util.tree_map_with_path(lambda path, _: not NO_DECAY.search(path_name(path)), tree)
+
+    def adamw(multiplier: float) -> optax.GradientTransformation:
+        if multiplier == 0:
+            return optax.set_to_zero()
+        return optax.adamw(lambda step: multiplier * rate(step), weight_decay=config.weight_decay, mask=decays)
+
+    groups = optax.multi_transform({name: adamw(m) for name, m in rates.items()}, labels)
+    return optax.chain(optax.clip_by_global_norm(config.clip), groups)

@@ -1,0 +1,37 @@
+"""Where parameters live: a short list of (regex over the parameter's path, PartitionSpec), first match wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+
+Rules = Sequence[tuple[str, tuple[str | None, ...]]]
+
+
+def path_name(path: tuple) -> str:
+    """A key path of `jax.tree_util` as "decoder/layers/ffn/0/kernel"."""
+    return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
+
+
+def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
+    """A NamedSharding for each leaf of `tree` (arrays or their shapes).
+
+    A rule's axes name the trailing dimensions of a leaf (scanned layers have one more in front); an axis that does not
+    divide its dimension is dropped, so that one list serves every model size.
+    """
+
+    def spec(path, leaf):
+        shape, name = np.shape(leaf), path_name(path)
+        for pattern, axes in rules:
+            if re.search(pattern, name) and len(axes) <= len(shape):
+                front = (None,) * (len(shape) - len(axes))
+                fits = lambda axis, n: axis is not None and n % mesh.shape[axis] == 0
+                return NamedSharding(mesh, P(*front, *(a if fits(a, n) else None for a, n in zip(axes, shape[len(front) :]))))
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(spec, tree)

@@ -1,0 +1,142 @@
+"""Predictor: a checkpoint, an image and words in; Segments out. The command line is the same thing for files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from mqformer_jax.checkpoint import load_params
+from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.models.tokenizer import WordTokenizer
+from mqformer_jax.segments import CanvasMasks, Segments, instance_segments, panoptic_segments, region_segments
+from mqformer_jax.train_step import build_model
+
+TASKS = ("panoptic", "instance", "referring", "foreground")
+
+
+@flax.struct.dataclass
+class Question:
+    """What is asked of a batch of images: p prompts each, embedded; `valid` marks the real ones."""
+
+    text: Float[Array, "b p e"]
+    valid: Any
+
+
+@flax.struct.dataclass
+class Answer:
+    """What the network says of one image, on the host: what every rule of `segments` reads."""
+
+    class_probs: Float[np.ndarray, "q p"]
+    boxes: Float[np.ndarray, "q 4"]
+    masks: CanvasMasks
+
+
+class Predictor:
+    """A trained model behind one call.
+
+    >>> predictor = Predictor.from_checkpoint("runs/demo")
+    >>> predictor(image, ["sky", "the red star"], regions=[True, True], task="referring")
+    """
+
+    def __init__(self, config: ConfigDict, params: Any, frozen: Any):
+        self.config, self.params, self.frozen = config, params, frozen
+        self.canvas = tuple(config.data.canvas)
+        self.tokenizer = WordTokenizer(config.model.text.vocab_size, config.model.text.context)
+        holder = {}
+
+        def graph(key):
+            holder["graph"], p, _ = build_model(config, key)
+            return p
+
+        jax.eval_shape(graph, jax.random.key(0))
+        merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
+        self._embed = jax.jit(lambda p, f, tokens, region: merge(p, f).embed_text(tokens, region))
+
+        def forward(params, frozen, image, size, question):
+            outputs = merge(params, frozen)(image, size, question.text, question.valid)
+            last = jax.tree.map(lambda x: x[-1], outputs.matching)
+            masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, outputs.mask_features.astype(last.mask_embed.dtype))
+            return jax.nn.sigmoid(last.class_logits), last.boxes, masks.astype(jnp.float32)
+
+        self._forward = jax.jit(forward)
+
+    @classmethod
+    def from_checkpoint(cls, path: str) -> "Predictor":
+        """`path`: a workdir of `mqformer_jax.main`. The config is the checkpoint's own."""
+        return cls(*load_params(path))
+
+    def embed(self, texts: Sequence[str], regions: Sequence[bool]) -> Float[Array, "p e"]:
+        """Prompts as vectors; padded to a multiple of 8 inside, so that few lengths are ever compiled."""
+        if not texts:
+            raise ValueError("no prompts: give at least one text to look for.")
+        padding = -len(texts) % 8
+        tokens = np.pad(self.tokenizer(list(texts)), ((0, padding), (0, 0)))
+        return self._embed(self.params, self.frozen, tokens, np.pad(np.asarray(regions, bool), (0, padding)))[: len(texts)]
+
+    def ask(self, images: Sequence[np.ndarray], prompts: Sequence[Float[Array, "p e"]], batch: int | None = None) -> list[Answer]:
+        """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
+
+        Images are padded to `batch` (default: their number) and prompts to a multiple of 8, so that few shapes are compiled.
+        """
+        count, batch = len(images), batch or len(images)
+        fitted = [fit_image(image, self.canvas) for image in images]
+        length = max(len(p) for p in prompts)
+        length += -length % 8
+        text = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)
+        valid = np.zeros((batch, length), bool)
+        for i, p in enumerate(prompts):
+            text[i, : len(p)], valid[i, : len(p)] = p, True
+        pixels = np.zeros((batch, *self.canvas, 3), np.uint8)
+        sizes = np.full((batch, 2), self.canvas, np.int32)
+        for i, (padded, size) in enumerate(fitted):
+            pixels[i], sizes[i] = padded, size
+        probs, boxes, masks = jax.device_get(self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid)))
+        answers = []
+        for i in range(count):
+            output = images[i].shape[:2]
+            answers.append(
+                Answer(
+                    np.asarray(probs[i, :, : len(prompts[i])], np.float32),
+                    _to_pixels(boxes[i], self.canvas, fitted[i][1], output),
+                    CanvasMasks(masks[i], self.canvas, fitted[i][1], output),
+                )
+            )
+        return answers
+
+    def __call__(self, image: np.ndarray, prompts: Sequence[str], task: str = "panoptic", regions: Sequence[bool] | None = None) -> Segments:
+        """Segments of one uint8 RGB image for the prompts.
+
+        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "referring" or "foreground" (one region a prompt).
+        regions: which prompts own one region (stuff) rather than several segments (things); default: all of them for
+        referring and foreground, none otherwise.
+        """
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
+        regions = np.full(len(prompts), task in ("referring", "foreground")) if regions is None else np.asarray(regions, bool)
+        answer = self.ask([image], [self.embed(prompts, regions)])[0]
+        return answer_segments(answer, list(prompts), regions, task, self.config.eval)
+
+
+def answer_segments(answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict) -> Segments:
+    """The rule of a task with the thresholds of a config (`config.eval`): the one way from answers to segments."""
+    if task == "panoptic":
+        return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
+    if task == "instance":
+        return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, thresholds.top)
+    return region_segments(texts, answer.class_probs, answer.boxes, answer.masks, thresholds.absent)
+
+
+def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[np.ndarray, "q 4"]:
+    """cx, cy, w, h as fractions of the canvas to x0, y0, x1, y1 in pixels of the user's image, cut at its borders."""
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    xyxy = np.concatenate([centre - half, centre + half], 1) * np.tile(canvas[::-1], 2)
+    xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)
+    return np.clip(xyxy, 0, np.tile(output[::-1], 2)).astype(np.float32)

@@ -1,0 +1,262 @@
+"""Segments: the answer for one image, which evaluators, predictor and pictures all read, and the rules that make it.
+
+The rules are Mask DINO's inference. They read, for Q queries and the P prompts that were asked (padding removed):
+
+    class_probs   [Q, P]      0 to 1, the sigmoid already taken
+    boxes         [Q, 4]      x0, y0, x1, y1 in pixels of the image
+    mask_logits   [Q, h, w]   at the image's resolution, or a `CanvasMasks`, which restores only the queries in use
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+if TYPE_CHECKING:
+    from mqformer_jax.input.record import DatasetInfo, Record
+
+
+@dataclasses.dataclass
+class Segments:
+    """n segments of one image of h x w pixels.
+
+    texts: all the prompts that were asked. prompt_ids: index into `texts`, one a segment. scores: 0 to 1.
+    boxes: x0, y0, x1, y1 in pixels. query_ids: which query answered (learnable ones come first).
+    panoptic: segment index + 1 at each pixel, 0 where nothing was found; None where segments may overlap.
+    """
+
+    texts: list[str]
+    masks: Bool[np.ndarray, "n h w"]
+    boxes: Float[np.ndarray, "n 4"]
+    scores: Float[np.ndarray, "n"]
+    prompt_ids: Int[np.ndarray, "n"]
+    query_ids: Int[np.ndarray, "n"]
+    panoptic: Int[np.ndarray, "h w"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def above(self, score: float) -> Segments:
+        """The segments that score more than `score`, as overlapping segments (no `panoptic` map)."""
+        k = self.scores > score
+        return Segments(self.texts, self.masks[k], self.boxes[k], self.scores[k], self.prompt_ids[k], self.query_ids[k])
+
+
+@dataclasses.dataclass(frozen=True)
+class CanvasMasks:
+    """Mask logits as the network gives them. Indexing with query ids restores those, and only those, to the image.
+
+    logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`.
+    """
+
+    logits: Float[np.ndarray, "q hc wc"]
+    canvas: tuple[int, int]
+    valid: tuple[int, int]
+    output: tuple[int, int]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.logits), *self.output
+
+    def __getitem__(self, queries: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k h0 w0"]:
+        return restore(self.logits[queries], self.canvas, self.valid, self.output)
+
+
+Masks = np.ndarray | CanvasMasks
+
+
+def restore(
+    mask_logits: Float[np.ndarray, "q hc wc"], canvas: tuple[int, int], valid: tuple[int, int], output: tuple[int, int]
+) -> Float[np.ndarray, "q h0 w0"]:
+    """Masks of the padded canvas brought back to the image: up to the canvas, cropped to the image in it, resized.
+
+    canvas, valid, output: (height, width) in pixels of the padded input, of the image on it, of the image the user gave.
+    Bilinear with pixel centres at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
+    """
+    out = np.empty((len(mask_logits), *output), np.float32)
+    for low, full in zip(np.asarray(mask_logits, np.float32), out):
+        padded = low if low.shape == tuple(canvas) else cv2.resize(low, canvas[::-1], interpolation=cv2.INTER_LINEAR)
+        image = padded[: valid[0], : valid[1]]
+        full[...] = image if valid == output else cv2.resize(image, output[::-1], interpolation=cv2.INTER_LINEAR)
+    return out
+
+
+def panoptic_segments(
+    texts: Sequence[str],
+    class_probs: Float[np.ndarray, "q p"],
+    mask_logits: Masks,
+    region: Bool[np.ndarray, "p"],
+    keep: float = 0.25,
+    overlap: float = 0.8,
+    temperature: float | None = None,
+) -> Segments:
+    """Every pixel to at most one segment (Mask DINO, `panoptic_inference`).
+
+    Queries whose best prompt scores above `keep` compete for pixels with score x mask probability. A query that wins less
+    than `overlap` of its own mask is dropped; `region` prompts merge their queries into one segment. `temperature`
+    replaces the competing scores by softmax(class_probs / temperature) over the prompts: Mask DINO's 0.06 for COCO's long
+    list of classes, but None (plain scores) for lists of a few prompts, where a softmax says nothing.
+    """
+    _, h, w = mask_logits.shape
+    queries = np.flatnonzero(class_probs.max(1, initial=0) > keep)
+    if not len(queries):
+        return _segments(texts, np.zeros((0, h, w), bool), np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros((h, w), np.int32))
+    ranks = _sharpen(class_probs[queries], temperature)
+    labels = ranks.argmax(1)
+    probs = _sigmoid(mask_logits[queries])
+    own = probs >= 0.5
+    probs *= ranks.max(1)[:, None, None]
+    winner = probs.argmax(0)
+    visible = np.bincount(winner.ravel(), minlength=len(queries))
+    own_area = np.maximum(own.sum((1, 2)), 1)
+
+    panoptic = np.zeros((h, w), np.int32)
+    found: list[int] = []  # index into `queries`, one a segment
+    region_segment: dict[int, int] = {}
+    for k, label in enumerate(labels):
+        mask = (winner == k) & own[k]
+        if visible[k] / own_area[k] < overlap or not mask.any():
+            continue
+        if label in region_segment:
+            panoptic[mask] = region_segment[label]
+            continue
+        found.append(k)
+        panoptic[mask] = len(found)
+        if region[label]:
+            region_segment[label] = len(found)
+    masks = panoptic == np.arange(1, len(found) + 1)[:, None, None]
+    scores = class_probs[queries[found], labels[found]]
+    return _segments(texts, masks, scores, labels[found], queries[found], panoptic)
+
+
+def instance_segments(
+    texts: Sequence[str],
+    class_probs: Float[np.ndarray, "q p"],
+    boxes: Float[np.ndarray, "q 4"],
+    mask_logits: Masks,
+    wanted: Bool[np.ndarray, "p"] | None = None,
+    top: int = 100,
+    rate_masks: bool = True,
+) -> Segments:
+    """The `top` best (query, prompt) pairs, best first; segments may overlap (Mask DINO, `instance_inference`).
+
+    A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
+    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken.
+    """
+    candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
+    count = min(top, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
+    flat = candidates.ravel()
+    best = np.argpartition(-flat, count - 1)[:count] if count else np.zeros(0, int)
+    queries, prompts = np.divmod(best, class_probs.shape[1])
+    used, row = np.unique(queries, return_inverse=True)
+    logits = mask_logits[used]
+    masks, scores = logits > 0, flat[best]
+    if rate_masks:
+        inside = (_sigmoid(logits) * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
+        scores = scores * inside[row]
+    order = np.argsort(-scores, kind="stable")
+    return Segments(
+        list(texts), masks[row[order]], boxes[queries[order]], scores[order].astype(np.float32), prompts[order], queries[order]
+    )
+
+
+def semantic_map(
+    class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, keep: float = 0.0, temperature: float | None = None
+) -> Int[np.ndarray, "h w"]:
+    """The best prompt of each pixel: argmax over prompts of the sum over queries of score x mask probability.
+
+    `keep` leaves out queries whose best prompt scores less, for speed; `temperature` as in `panoptic_segments`.
+    Source: MaskFormer's semantic inference, as in Mask DINO, `semantic_inference`.
+    """
+    _, h, w = mask_logits.shape
+    queries = np.flatnonzero(class_probs.max(1) >= keep)
+    weights = _sharpen(class_probs, temperature).astype(np.float32)
+    total = np.zeros((class_probs.shape[1], h * w), np.float32)
+    for ids in np.array_split(queries, max(1, len(queries) // 64)):  # bounds the memory that full-size masks take
+        total += weights[ids].T @ _sigmoid(mask_logits[ids]).reshape(len(ids), h * w)
+    return total.argmax(0).reshape(h, w)
+
+
+def region_segments(
+    texts: Sequence[str],
+    class_probs: Float[np.ndarray, "q p"],
+    boxes: Float[np.ndarray, "q 4"],
+    mask_logits: Masks,
+    threshold: float = 0.0,
+) -> Segments:
+    """One segment a prompt, in the prompts' order: the mask and box of its best query (referring, foreground).
+
+    A prompt whose best score is below `threshold` has no target here: an empty mask and a zero box, its score kept.
+    """
+    queries = class_probs.argmax(0)
+    scores = class_probs.max(0)
+    there = scores >= threshold
+    used, row = np.unique(queries, return_inverse=True)
+    masks = (mask_logits[used] > 0)[row] & there[:, None, None]
+    prompts = np.arange(len(texts))
+    return Segments(list(texts), masks, np.where(there[:, None], boxes[queries], 0), scores, prompts, queries)
+
+
+def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt: int) -> Float[np.ndarray, "h w"]:
+    """Mask probability of the prompt's best query: the soft answer that foreground metrics score."""
+    return _sigmoid(mask_logits[class_probs[:, prompt].argmax(keepdims=True)])[0]
+
+
+def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
+    """The labelled masks of a record as Segments whose prompts are the classes of `info`, crowds left out.
+
+    Classes that are not things own one segment, the union of theirs. Where masks overlap, a `panoptic` pixel is the smaller one's.
+    """
+    masks: list[np.ndarray] = []
+    labels: list[int] = []
+    for segment in record.segments:
+        if segment.class_id is None or segment.mask is None or segment.crowd:
+            continue
+        mask = record.decode_mask(segment.mask)
+        if not info.classes[segment.class_id].thing and segment.class_id in labels:
+            masks[labels.index(segment.class_id)] |= mask
+        else:
+            masks.append(mask)
+            labels.append(segment.class_id)
+    stack = np.stack(masks) if masks else np.zeros((0, record.height, record.width), bool)
+    panoptic = np.zeros((record.height, record.width), np.int32)
+    for i in np.argsort(-stack.sum((1, 2)), kind="stable"):
+        panoptic[stack[i]] = i + 1
+    ids = np.full(len(labels), -1)
+    return _segments([c.name for c in info.classes], stack, np.ones(len(labels)), np.asarray(labels, int), ids, panoptic)
+
+
+def _segments(texts, masks, scores, prompt_ids, query_ids, panoptic) -> Segments:
+    """Segments whose boxes are those of their masks."""
+    return Segments(list(texts), masks, _boxes_of(masks), scores.astype(np.float32), prompt_ids, query_ids, panoptic)
+
+
+def _boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
+    """Tight boxes x0, y0, x1, y1 (right and lower edge outside), zero for an empty mask."""
+    cols, rows = masks.any(1), masks.any(2)
+    if not masks.size:
+        return np.zeros((len(masks), 4), np.float32)
+    x0, y0 = cols.argmax(1), rows.argmax(1)
+    x1, y1 = cols.shape[1] - cols[:, ::-1].argmax(1), rows.shape[1] - rows[:, ::-1].argmax(1)
+    return np.stack([x0, y0, x1, y1], 1).astype(np.float32) * cols.any(1)[:, None]
+
+
+def _sharpen(class_probs: np.ndarray, temperature: float | None) -> np.ndarray:
+    if temperature is None:
+        return class_probs
+    e = np.exp((class_probs - class_probs.max(1, keepdims=True)) / temperature)
+    return e / e.sum(1, keepdims=True)
+
+
+def _sigmoid(logits: np.ndarray) -> np.ndarray:
+    """float32, one temporary: the masks are by far the largest arrays here."""
+    out = np.negative(logits, dtype=np.float32)
+    with np.errstate(over="ignore"):  # exp(100) is inf, and 1 / inf the 0 we want
+        np.exp(out, out=out)
+    out += 1
+    return np.reciprocal(out, out=out)

@@ -1,0 +1,276 @@
+"""Pictures: segments over their image, contact sheets of several images, curves of metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from mqformer_jax.input.record import DatasetInfo, Record
+from mqformer_jax.segments import Segments, ground_truth_segments
+
+SMALL = 384  # an image whose longer side has fewer pixels is enlarged, or no label could be read
+GAP = 10
+GOLDEN = 0.618034
+INK = (32, 33, 36)
+Rect = tuple[float, float, float, float]
+
+
+def overlay(
+    image: UInt8[np.ndarray, "h w 3"],
+    segments: Segments,
+    opacity: float = 0.55,
+    boxes: bool = False,
+    labels: bool = True,
+    among: Sequence[int] | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """The segments in colour over the image, with contours and a label each (its prompt, and its score in percent).
+
+    A colour belongs to a prompt, in shades for several segments of it, so that two pictures of one list of prompts compare.
+    `among`: the prompts that the colours are spread over, all of them unless given; of a long list, give those in use.
+    Small images are enlarged by a whole factor (see `SMALL`). `boxes` draws them too. A label that finds no room is left
+    out, smaller segments first. Ground truth (query id -1) shows no scores.
+    """
+    factor = max(1, SMALL // max(image.shape[:2]))
+    masks = [_enlarge(m, factor) for m in segments.masks]
+    largest_first = np.argsort([-m.sum() for m in masks], kind="stable")
+    among = range(len(segments.texts)) if among is None else among
+    shades = colors(segments.prompt_ids, among)
+    if factor > 1:
+        image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
+    canvas, faded = image.astype(np.float32), 0.3 * image + 0.7 * grey  # the image's own colours would muddy ours
+    for i in largest_first:
+        canvas[masks[i]] = (1 - opacity) * faded[masks[i]] + opacity * shades[i]
+    canvas = np.ascontiguousarray(canvas.round().astype(np.uint8))
+    thickness = max(1, round(max(canvas.shape) / 600))
+    for i in largest_first:
+        wider = cv2.copyMakeBorder(masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE)  # no line along the image's edge
+        outlines, _ = cv2.findContours(wider, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(canvas, outlines, -1, (0.3 * shades[i] + 0.7 * 255).tolist(), thickness, cv2.LINE_AA, offset=(-4, -4))
+    if boxes:
+        for i in largest_first:
+            x0, y0, x1, y1 = (segments.boxes[i] * factor).round().astype(int).tolist()
+            cv2.rectangle(canvas, (x0, y0), (x1 - 1, y1 - 1), shades[i].tolist(), thickness + 1, cv2.LINE_AA)
+    if labels:
+        texts = [label_of(segments, i) for i in range(len(segments))]
+        _draw_labels(canvas, texts, masks, segments.boxes * factor, shades, largest_first)
+    return canvas
+
+
+def label_of(segments: Segments, index: int) -> str:
+    text = segments.texts[segments.prompt_ids[index]]
+    return text if segments.query_ids[index] < 0 else f"{text} {100 * segments.scores[index]:.0f}"
+
+
+def colors(prompt_ids: Sequence[int], among: Sequence[int]) -> Float[np.ndarray, "n 3"]:
+    """RGB, 0 to 255, one a segment: a hue for each prompt, shifted for its second, third ... segment.
+
+    Hues go in golden-ratio steps through the sorted `among`, which keeps up to some twenty prompts apart.
+    """
+    rank = {prompt: i for i, prompt in enumerate(sorted(set(map(int, among))))}
+    seen: dict[int, int] = {}
+    out = np.zeros((len(prompt_ids), 3))
+    for row, prompt in enumerate(map(int, prompt_ids)):
+        again = seen[prompt] = seen.get(prompt, -1) + 1
+        lightness = (0.70, 0.60, 0.79, 0.65)[(rank[prompt] + again) % 4]
+        out[row] = _oklch(lightness, 0.17, 0.09 + GOLDEN * rank[prompt] + 0.045 * ((again + 1) // 2) * (-1) ** again)
+    return out
+
+
+def sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: Sequence[str] = ()) -> None:
+    """A PNG of rows of captioned images under column titles; the images of a row get one height.
+
+    rows: (caption, uint8 [h, w, 3]) for each cell; captions are wrapped to the image's width, and may be empty.
+    """
+    rows = [[(text, _to_height(image, max(i.shape[0] for _, i in row))) for text, image in row] for row in rows]
+    widths = [max(row[k][1].shape[1] for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
+    size = max(13, min(widths) // 26)
+    font, head = ImageFont.load_default(size), ImageFont.load_default(round(1.25 * size))
+    line = round(1.35 * size)
+    captions = [[_wrap(text, font, image.shape[1]) for text, image in row] for row in rows]
+    heights = [row[0][1].shape[0] + line * max(map(len, lines)) for row, lines in zip(rows, captions)]
+    top = GAP + (round(1.8 * size) if columns else 0)
+    page = Image.new("RGB", (sum(widths) + GAP * (len(widths) + 1), top + sum(heights) + GAP * len(rows)), "white")
+    draw = ImageDraw.Draw(page)
+    left = np.cumsum([GAP] + [w + GAP for w in widths])
+    for title, x, width in zip(columns, left, widths):
+        draw.text((x + width / 2, (GAP + top) / 2), title, INK, head, anchor="mm")
+    y = top
+    for row, lines, height in zip(rows, captions, heights):
+        for (_, image), text, x, width in zip(row, lines, left, widths):
+            page.paste(Image.fromarray(image), (int(x) + (width - image.shape[1]) // 2, y))
+            for k, part in enumerate(text):
+                draw.text((x + width / 2, y + image.shape[0] + (k + 0.6) * line), part, INK, font, anchor="mm")
+        y += height + GAP
+    page.save(path)
+
+
+@dataclasses.dataclass
+class Shown:
+    """One image of a prediction sheet, and what the tasks answered for it (None where a task was not asked)."""
+
+    record: Record
+    image: UInt8[np.ndarray, "h w 3"]
+    panoptic: Segments | None = None
+    regions: Segments | None = None
+
+
+def prediction_sheet(shown: Sequence[Shown], info: DatasetInfo, path: str) -> None:
+    """A row an image: input, ground truth, prediction, and what the expressions (or "foreground") found.
+
+    Under each picture stands what was asked; a column that no task filled is left out.
+    """
+    rows = []
+    for item in shown:
+        truth = ground_truth_segments(item.record, info)
+        row = [("", _enlarged(item.image))]
+        if item.panoptic is not None:
+            among = np.union1d(truth.prompt_ids, item.panoptic.prompt_ids)
+            row += [("", overlay(item.image, truth, among=among)), ("", overlay(item.image, item.panoptic, among=among))]
+        if item.regions is not None:
+            row += _region_cells(item)
+        rows.append(row)
+    columns = ["input"] + ["ground truth", "prediction"] * (shown[0].panoptic is not None)
+    sheet(rows, path, columns + ["asked for"] * (shown[0].regions is not None))
+
+
+def _region_cells(item: Shown, most: int = 3) -> list[tuple[str, np.ndarray]]:
+    """One picture an expression, the words below it; expressions spread over the image's list."""
+    regions = item.regions
+    rows = np.unique(np.linspace(0, len(regions) - 1, most).round().astype(int))
+    cells = []
+    for i in rows:
+        pick = np.array([i])
+        one = Segments(regions.texts, regions.masks[pick], regions.boxes[pick], regions.scores[pick], regions.prompt_ids[pick], regions.query_ids[pick])
+        cells.append((f"“{regions.texts[i]}” {100 * regions.scores[i]:.0f}", overlay(item.image, one, labels=False)))
+    return cells
+
+
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    factor = max(1, SMALL // max(image.shape[:2]))
+    return cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC) if factor > 1 else image
+
+
+def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
+    """A PNG with one plot a key. runs: label → JSON-lines file of metrics, each line with "step" and some of the keys."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window and no global state, unlike pyplot
+    from matplotlib.figure import Figure
+
+    logs = {}
+    for label, file in runs.items():
+        if not os.path.exists(file):
+            raise FileNotFoundError(f"{file}: no such metrics file; `runs` maps a label to a JSON-lines file.")
+        with open(file) as f:
+            logs[label] = [json.loads(line) for line in f if line.strip()]
+    figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys):
+        for i, (label, lines) in enumerate(logs.items()):
+            points = [(entry["step"], entry[key]) for entry in lines if key in entry]
+            if points:
+                axis.plot(*zip(*points), color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label)
+        axis.set(title=key, xlabel="step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.lines:
+            axis.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def _draw_labels(
+    canvas: np.ndarray, texts: list[str], masks: list[np.ndarray], boxes: np.ndarray, shades: np.ndarray, order: np.ndarray
+) -> None:
+    """Writes each text where its segment is widest, or outside it where it would hide it; in place."""
+    height, width = canvas.shape[:2]
+    size = max(14, round(max(height, width) / 34))
+    font = ImageFont.load_default(size)
+    page = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(page)
+    taken: list[Rect] = []
+    for i in order:
+        text = _shorten(texts[i], font, 0.6 * width)
+        w, h = draw.textlength(text, font) + 0.8 * size, 1.4 * size
+        for x, y in _label_places(masks[i], boxes[i], w, h):
+            x, y = min(max(x, 1), width - w - 1), min(max(y, 1), height - h - 1)
+            rect = (x, y, x + w, y + h)
+            if not any(_overlap(rect, other) for other in taken):
+                taken.append(rect)
+                draw.rounded_rectangle(rect, 0.3 * size, tuple((0.4 * shades[i]).astype(int).tolist()))
+                draw.text((x + w / 2, y + h / 2), text, "white", font, anchor="mm")
+                break
+    canvas[...] = np.asarray(page)
+
+
+def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: float, h: float) -> list[tuple[float, float]]:
+    """Left upper corners for a label of w x h pixels, best first."""
+    if not mask.any():  # only a box is known; nothing at all where that is empty too
+        return [(box[0], box[1] - h), (box[0], box[1])] if box[2] > box[0] else []
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
+    x, y = _widest_point(mask)
+    left, top, width, height, area = stats[pieces[y, x]]
+    if area < 0.5 * w * h:  # a speck
+        return []
+    if area < 4 * w * h:
+        middle = left + width / 2 - w / 2
+        return [(middle, top - h - 2), (middle, top + height + 2)]
+    return [(x - w / 2, y - h / 2 + shift * h) for shift in (0, -1.1, 1.1)]
+
+
+def _widest_point(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
+    """x, y of the pixel farthest from the mask's edge and the image's."""
+    distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(distance.argmax(), mask.shape)
+    return int(x), int(y)
+
+
+def _overlap(a: Rect, b: Rect) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def _enlarge(mask: Bool[np.ndarray, "h w"], factor: int) -> Bool[np.ndarray, "H W"]:
+    if factor == 1:
+        return mask
+    soft = cv2.resize(mask.astype(np.float32), None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
+    return cv2.GaussianBlur(soft, (0, 0), 0.4 * factor) > 0.5  # rounds the steps of the small mask's pixels
+
+
+def _to_height(image: np.ndarray, height: int) -> np.ndarray:
+    if image.shape[0] == height:
+        return image
+    scale = height / image.shape[0]
+    return cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=cv2.INTER_CUBIC)
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text.rstrip() + "…"
+
+
+def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, "3"]:
+    """sRGB (0 to 255) of an OKLCH colour (Ottosson 2020): equal lightness looks equal in every hue. hue: turns."""
+    a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
+    lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [a, b]
+    to_rgb = [[4.0767416621, -3.3077115913, 0.2309699292], [-1.2684380046, 2.6097574011, -0.3413193965]]
+    to_rgb += [[-0.0041960863, -0.7034186147, 1.7076147010]]
+    linear = np.clip(to_rgb @ (lightness + lms) ** 3, 0, 1)
+    return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

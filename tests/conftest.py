@@ -1,0 +1,66 @@
+"""Eight virtual devices for the sharding tests, and one compilation cache for the whole suite."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "compiled"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> pathlib.Path:
+    """The folder of small real data sets, where there is one."""
+    return _folder("MQFORMER_TEST_DATA")
+
+
+@pytest.fixture(scope="session")
+def fixtures() -> pathlib.Path:
+    """The folder of arrays recorded from the original Mask DINO code, where there is one."""
+    return _folder("MQFORMER_TEST_FIXTURES")
+
+
+def _folder(variable: str) -> pathlib.Path:
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set")
+    return pathlib.Path(os.environ[variable])
+
+
+@pytest.fixture(scope="session")
+def sample_root(tmp_path_factory) -> str:
+    """The embedded sample, a few scenes of it, prepared as a user prepares it."""
+    root = tmp_path_factory.mktemp("records")
+    script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
+    command = [sys.executable, str(script), "sample", "--out", str(root), "--train", "32", "--val", "4", "--size", "64", "--workers", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    return str(root)
+
+
+@pytest.fixture
+def tiny_config(sample_root):
+    """A fresh tiny recipe that reads the prepared sample."""
+    from tiny import get_config
+
+    config = get_config()
+    config.data.root = sample_root
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny_batch(sample_root):
+    """One batch of the tiny recipe, of 8 images."""
+    from tiny import get_config
+
+    from mqformer_jax.input.mixture import make_loader
+    from mqformer_jax.models.tokenizer import WordTokenizer
+
+    config = get_config()
+    config.data.root = sample_root
+    return next(make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context)).batches())

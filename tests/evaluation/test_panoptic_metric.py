@@ -1,0 +1,104 @@
+"""PQ against the definition written out over pixel maps: overlaps, void, crowds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mqformer_jax.evaluation.panoptic import PanopticEvaluator
+from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle
+from mqformer_jax.segments import Segments
+
+INFO = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("sky",), False), ClassInfo(("sea",), False)), {})
+SIZE = 32
+
+
+def scene(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """A map of `count` cells around random points and a class for each; stuff at most once."""
+    points = rng.random((count, 2)) * SIZE
+    grid = np.stack(np.mgrid[:SIZE, :SIZE], -1)
+    cells = ((grid[:, :, None] - points) ** 2).sum(-1).argmin(-1)
+    labels = np.concatenate([[2, 3], rng.integers(0, 2, count - 2)])
+    return cells, labels
+
+
+def disturbed(rng: np.random.Generator, cells: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Moved by up to two pixels, one pair of cells merged, the class of one thing changed."""
+    cells = np.roll(cells, rng.integers(-2, 3, 2), (0, 1))
+    cells = np.where(cells == len(labels) - 1, len(labels) - 2, cells)
+    labels = labels.copy()
+    labels[2] = 1 - labels[2]
+    return cells, labels
+
+
+def predicted(cells: np.ndarray, labels: np.ndarray, hole: np.ndarray) -> Segments:
+    ids = [i for i in range(len(labels)) if ((cells == i) & ~hole).any()]
+    masks = np.stack([(cells == i) & ~hole for i in ids])
+    panoptic = (masks * np.arange(1, len(ids) + 1)[:, None, None]).sum(0)
+    n = len(ids)
+    return Segments([c.name for c in INFO.classes], masks, np.zeros((n, 4)), np.ones(n), labels[ids], np.zeros(n, int), panoptic)
+
+
+def direct_pq(pairs: list) -> dict[int, tuple[float, int, int, int]]:
+    """(sum of IoU, TP, FP, FN) a class. Each pair: truth [(class, mask, crowd)], prediction [(class, mask)]."""
+    totals = {c: [0.0, 0, 0, 0] for c in range(4)}
+    for truth, found in pairs:
+        void = ~np.any([m for _, m, _ in truth], axis=0)
+        matched_truth, matched_found = set(), set()
+        for i, (c, t, crowd) in enumerate(truth):
+            for j, (d, p) in enumerate(found):
+                iou = (t & p).sum() / ((t | p).sum() - (void & p & ~t).sum())
+                if c == d and not crowd and iou > 0.5:
+                    totals[c][0] += iou
+                    totals[c][1] += 1
+                    matched_truth.add(i)
+                    matched_found.add(j)
+        for i, (c, _, crowd) in enumerate(truth):
+            totals[c][3] += i not in matched_truth and not crowd
+        for j, (d, p) in enumerate(found):
+            free = void | np.any([np.zeros_like(void)] + [m for c, m, crowd in truth if crowd and c == d], axis=0)
+            totals[d][2] += j not in matched_found and (p & free).sum() / p.sum() <= 0.5
+    return totals
+
+
+def test_pq_is_the_definition_with_void_and_crowds():
+    rng = np.random.default_rng(0)
+    evaluator, pairs = PanopticEvaluator(INFO), []
+    for image in range(6):
+        cells, labels = scene(rng, 8)
+        crowd, ignored = 7, cells == 5
+        segments = [Segment(int(c), mask=encode_rle(cells == i), crowd=i == crowd) for i, c in enumerate(labels) if (cells == i).any()]
+        record = Record(str(image), b"", SIZE, SIZE, tuple(segments), ignore=encode_rle(ignored))
+        hole = rng.random((SIZE, SIZE)) < 0.05
+        segments = predicted(*disturbed(rng, cells, labels), hole)
+        evaluator.update(record, segments)
+        truth = [(c, cells == i, i == crowd) for i, c in enumerate(labels) if i != 5 and (cells == i).any()]
+        pairs.append((truth, list(zip(segments.prompt_ids, segments.masks))))
+    totals = direct_pq(pairs)
+    assert sum(v[2] for v in totals.values()) and sum(v[3] for v in totals.values())  # the noise makes errors of both kinds
+
+    def mean(classes: range) -> tuple[float, float, float]:
+        rows = [totals[c] for c in classes if sum(totals[c][1:])]
+        sq = [s / max(tp, 1) for s, tp, _, _ in rows]
+        rq = [tp / (tp + fp / 2 + fn / 2) for _, tp, fp, fn in rows]
+        return tuple(100 * np.mean(x) for x in (np.multiply(sq, rq), sq, rq))
+
+    result = evaluator.result()
+    for suffix, classes in (("", range(4)), ("_things", range(2)), ("_stuff", range(2, 4))):
+        np.testing.assert_allclose([result[k + suffix] for k in ("pq", "sq", "rq")], mean(classes), atol=1e-9)
+
+
+def test_a_perfect_answer_is_100_though_part_of_the_image_is_void():
+    cells, labels = scene(np.random.default_rng(1), 5)
+    record = Record("a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels) if i != 4))
+    evaluator = PanopticEvaluator(INFO)
+    evaluator.update(record, predicted(cells, labels, np.zeros((SIZE, SIZE), bool)))  # finds the void cell too
+    assert evaluator.result()["pq"] == pytest.approx(100)
+
+
+def test_prompts_that_are_not_the_classes_are_refused_in_one_line():
+    cells, labels = scene(np.random.default_rng(1), 5)
+    segments = predicted(cells, labels, np.zeros((SIZE, SIZE), bool))
+    segments.texts = ["cat"]
+    with pytest.raises(ValueError, match="a: panoptic quality needs .* 4 classes of toy"):
+        PanopticEvaluator(INFO).update(Record("a", b"", SIZE, SIZE), segments)

@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import itertools
+import json
+import types
+
+import cv2
+import ml_collections
+import numpy as np
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mqformer_jax.input.mixture import MAX_BAD, Loader, eval_records, make_loader
+from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle, shard_paths
+
+SIZE = 16
+
+
+def tokenizer(texts):
+    return np.array([[len(t), 1] for t in texts], np.int32)
+
+
+def make_record(number):
+    """A record that the batch can be recognised by: the red of every pixel is its number."""
+    image = np.zeros((SIZE, SIZE, 3), np.uint8)
+    image[..., 2] = number
+    mask = np.zeros((SIZE, SIZE), bool)
+    mask[2:9, 3:12] = True
+    return Record(str(number), cv2.imencode(".png", image)[1].tobytes(), SIZE, SIZE, (Segment(class_id=0, mask=encode_rle(mask)),))
+
+
+def source(name, size, first=0, bad=()):
+    records = [b"\xc1 no record" if i in bad else make_record(first + i).to_bytes() for i in range(size)]
+    info = DatasetInfo(name, (ClassInfo(("cat",)), ClassInfo(("dog",))), {"train": size})
+
+    class Fake(list):
+        pass
+
+    fake = Fake(records)
+    fake.info, fake.name, fake.split = info, name, "train"
+    return fake
+
+
+def config(mixture, batch_size=4, seed=0, root="", **data):
+    fields = dict(
+        root=root, mixture=mixture, alpha=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, scale=(1.0, 1.0), flip=0.0, jitter=0.0,
+        templates=("{}",), workers=0, threads=0,
+    )  # fmt: skip
+    return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data))
+
+
+def two(**kwargs):
+    mixture = [dict(name="a", tasks=("instance",)), dict(name="b", weight=8.0)]
+    return Loader([source("a", 16), source("b", 7, first=100)], config(mixture, **kwargs), tokenizer)
+
+
+def numbers(batch):
+    return batch.image[:, 0, 0, 0].tolist()
+
+
+def take(loader, n, **where):
+    return list(itertools.islice(loader.batches(**where), n))
+
+
+def assert_same(a, b):
+    for name, value in vars(a).items():
+        np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
+
+
+def test_a_run_stopped_at_any_step_goes_on_exactly():
+    options = dict(scale=(0.5, 2.0), flip=0.5, jitter=0.2)
+    whole = take(two(**options), 12)
+    for step in (1, 5, 11):
+        for after, batch in zip(whole[step:], take(two(**options), 12 - step, start_step=step)):
+            assert_same(after, batch)
+
+
+def test_threads_do_not_change_the_stream():
+    for a, b in zip(take(two(flip=0.5), 6), take(two(flip=0.5, threads=3), 6)):
+        assert_same(a, b)
+
+
+def test_another_seed_is_another_stream():
+    assert [numbers(b) for b in take(two(), 4)] != [numbers(b) for b in take(two(seed=1), 4)]
+
+
+def test_hosts_share_the_global_batch_without_overlap():
+    whole = take(two(flip=0.5), 8)
+    hosts = [take(two(flip=0.5), 8, host=h, num_hosts=2) for h in range(2)]
+    for step, batch in enumerate(whole):
+        assert_same(batch, types.SimpleNamespace(**{k: np.concatenate([vars(h[step])[k] for h in hosts]) for k in vars(batch)}))
+
+
+def test_no_host_is_stuck_with_one_data_set():
+    mixture = [dict(name="a", weight=1.0), dict(name="b", weight=1.0)]
+    loader = Loader([source("a", 9), source("b", 9)], config(mixture, batch_size=2), tokenizer)
+    for host in range(2):
+        seen = [int(b.source[0]) for b in take(loader, 20, host=host, num_hosts=2)]
+        assert 4 <= sum(seen) <= 16, "the mixture's period is the global batch, one row a host"
+
+
+def test_every_epoch_has_every_image_once_in_another_order():
+    loader = Loader([source("a", 16)], config([dict(name="a")]), tokenizer)
+    order = [n for batch in take(loader, 8) for n in numbers(batch)]
+    assert sorted(order[:16]) == sorted(order[16:]) == list(range(16)) and order[:16] != order[16:]
+
+
+def test_an_image_is_augmented_anew_every_epoch():
+    loader = Loader([source("a", 2)], config([dict(name="a")], scale=(0.2, 1.0), batch_size=2), tokenizer)
+    sizes = [(n, h) for batch in take(loader, 10) for n, (h, _) in zip(numbers(batch), batch.size.tolist())]
+    for number in (0, 1):
+        assert len({h for n, h in sizes if n == number}) > 4, "ten epochs draw ten scales between 3 and 16 pixels"
+
+
+def test_weights_are_respected():
+    sources = np.concatenate([b.source for b in take(two(), 30)])
+    assert abs((sources == 0).mean() - 4 / 12) < 0.02, "16^0.5 against 8"
+
+
+def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
+    cut = make_record(3)
+    broken = source("a", 8, bad=(2,))
+    broken[3] = Record(cut.key, cut.image[:-30], SIZE, SIZE, cut.segments).to_bytes()
+    loader = Loader([broken], config([dict(name="a")]), tokenizer)
+    with caplog.at_level("WARNING", logger="absl"):
+        seen = [n for batch in take(loader, 6) for n in numbers(batch)]
+    assert set(seen) == {0, 1, 4, 5, 6, 7} and seen.count(4) == 9, "the next usable record takes the place of 2 and 3"
+    assert loader.bad == {"a/train": 2}
+    assert sorted(r.getMessage()[:29] for r in caplog.records) == ["a/train: record 2 is left out", "a/train: record 3 is left out"]
+
+
+def test_a_broken_data_set_ends_in_one_line():
+    loader = Loader([source("a", 70, bad=range(70))], config([dict(name="a")]), tokenizer)
+    with pytest.raises(ValueError, match=f"a/train: {MAX_BAD} records in a row are unusable; prepare"):
+        next(loader.batches())
+
+
+def test_a_checkpoint_of_another_mixture_is_refused():
+    state = json.loads(json.dumps(two().state(7)))
+    assert state["step"] == 7
+    two().check_state(state)
+    with pytest.raises(ValueError, match="^batch_size: the checkpoint was written with 4, the config says 8"):
+        two(batch_size=8).check_state(state)
+    other = Loader([source("a", 16)], config([dict(name="a")]), tokenizer)
+    with pytest.raises(ValueError, match="^mixture: "):
+        other.check_state(state)
+
+
+def test_mistakes_in_a_config_end_in_one_line():
+    for message, mixture, options in (
+        ("data.canvas: the width", [dict(name="a")], dict(canvas=(16, 20))),
+        ("data.mixture: a has weight -1", [dict(name="a", weight=-1)], {}),
+        ("asks for the task 'boxes'", [dict(name="a", tasks=("boxes",))], {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Loader([source("a", 4)], config(mixture, **options), tokenizer)
+    with pytest.raises(ValueError, match="batch_size: 4 cannot be shared by 3 hosts"):
+        two().batches(num_hosts=3)
+
+
+def write_set(root, size):
+    folder = root / "toy"
+    folder.mkdir()
+    (path,) = shard_paths(str(folder), "train", 1)
+    writer = ArrayRecordWriter(path, "group_size:1")
+    for i in range(size):
+        writer.write(make_record(i).to_bytes())
+    writer.close()
+    DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("dog",))), {"train": size}).save(str(folder))
+
+
+def test_the_config_opens_prepared_shards(tmp_path):
+    write_set(tmp_path, 6)
+    loader = make_loader(config([dict(name="toy")], root=str(tmp_path), batch_size=6), tokenizer)
+    (batch,) = take(loader, 1)
+    assert sorted(numbers(batch)) == list(range(6)) and batch.num_targets.tolist() == [1] * 6
+    assert batch.prompt_valid.sum(1).tolist() == [2] * 6 and batch.has_mask[:, 0].all()
+
+
+def test_evaluation_reads_every_record_once_in_order():
+    assert [r.key for r in eval_records(source("a", 5, bad=(1,)))] == ["0", "2", "3", "4"]

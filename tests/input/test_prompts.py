@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mqformer_jax.input.example import Example, Prompt, Target
+from mqformer_jax.input.prompts import choose_prompts, mirror
+
+
+def example(num_prompts, owned, unsure=()):
+    prompts = [Prompt((f"{i}a", f"{i}b"), region=False, exhaustive=i not in unsure) for i in range(num_prompts)]
+    targets = [Target((i,), np.array([0, 0, 4, 4], np.float32)) for i in owned]
+    return Example("t", np.zeros((8, 8, 3), np.uint8), prompts, targets, np.zeros((8, 8), bool))
+
+
+def test_positives_come_before_negatives():
+    for seed in range(20):
+        texts, indices = choose_prompts(example(30, owned=[3, 7, 20]), 5, np.random.default_rng(seed))
+        assert {3, 7, 20} <= set(indices.tolist()) and len(set(indices.tolist())) == 5
+        assert all(text[:-1] == str(i) for text, i in zip(texts, indices))
+
+
+def test_too_many_positives_leave_a_random_subset():
+    chosen = [frozenset(choose_prompts(example(30, owned=range(10)), 4, np.random.default_rng(s))[1].tolist()) for s in range(20)]
+    assert all(len(c) == 4 and max(c) < 10 for c in chosen) and len(set(chosen)) > 10
+
+
+def test_order_wording_and_negatives_are_random_but_fixed_by_the_rng():
+    draws = [choose_prompts(example(30, owned=[3]), 5, np.random.default_rng(s)) for s in (1, 1, 2)]
+    assert draws[0][0] == draws[1][0] != draws[2][0]
+    wordings = {choose_prompts(example(1, owned=[0]), 5, np.random.default_rng(s))[0][0] for s in range(20)}
+    assert wordings == {"0a", "0b"}
+
+
+def test_a_prompt_that_is_neither_found_nor_known_absent_is_not_asked():
+    assert sorted(choose_prompts(example(4, owned=[1], unsure=[1, 2]), 9, np.random.default_rng(0))[1].tolist()) == [0, 1, 3]
+    texts, indices = choose_prompts(example(0, owned=[]), 9, np.random.default_rng(0))
+    assert texts == [] and indices.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("man on the left", "man on the right"),
+        ("Left-most Cat, not the right one", "Right-most Cat, not the left one"),
+        ("leftmost topright rightside", "rightmost topleft leftside"),
+        ("lft guy", "rgt guy"),
+        ("bright upright leftovers, copyright", "bright upright leftovers, copyright"),
+    ],
+)
+def test_left_and_right_trade_places(text, mirrored):
+    assert mirror(Prompt((text,), True)).texts == (mirrored,)
+    assert mirror(mirror(Prompt((text,), True))).texts == (text,)
+
+
+@pytest.mark.parametrize("text", ["2nd from l", "the man right behind her", "plate at 3 o'clock", "lt blue shirt"])
+def test_a_text_whose_mirror_image_is_not_known_is_not_mirrored(text):
+    assert mirror(Prompt(("a cat", text), True)) is None

@@ -1,0 +1,113 @@
+"""ShardSource: what it reads is what was written, and whatever is missing or damaged is said in one line."""
+
+from __future__ import annotations
+
+import os
+import pickle
+
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+
+from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, shard_paths
+from mqformer_jax.input.sources import ShardSource
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A set `toy` with 5 records in two shards."""
+    folder = tmp_path / "toy"
+    folder.mkdir()
+    for shard, path in enumerate(shard_paths(str(folder), "train", 2)):
+        writer = ArrayRecordWriter(path, "group_size:1")
+        for i in range(3 - shard):
+            writer.write(f"record {3 * shard + i}".encode() + os.urandom(30_000))
+        writer.close()
+    DatasetInfo("toy", (ClassInfo(("cat",)),), {"train": 5}, source="semantic").save(str(folder))
+    return str(tmp_path)
+
+
+def _shards(root):
+    return shard_paths(os.path.join(root, "toy"), "train", 2)
+
+
+def _complaint(error, call):
+    with pytest.raises(error) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_records_come_in_order_over_the_shards(root):
+    source = ShardSource(root, "toy", "train")
+    assert len(source) == 5 and source.info.classes[0].name == "cat"
+    assert [source[i][:8] for i in range(5)] == [f"record {i}".encode() for i in range(5)]
+
+
+def test_an_index_out_of_range_is_an_index_error(root):
+    source = ShardSource(root, "toy", "train")
+    for index in (5, -1):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+def test_source_travels_to_worker_processes(root):
+    source = ShardSource(root, "toy", "train")
+    source[0]
+    copy = pickle.loads(pickle.dumps(source))
+    assert copy[4] == source[4] and len(copy) == 5
+
+
+def test_grain_reads_it(root):
+    grain = pytest.importorskip("grain")
+    dataset = grain.MapDataset.source(ShardSource(root, "toy", "train")).shuffle(seed=0)
+    assert sorted(record[:8] for record in dataset) == [f"record {i}".encode() for i in range(5)]
+
+
+def test_missing_set_names_the_command(root):
+    assert "`python data/prepare.py panoptic --name coco_panoptic --split train" in _complaint(
+        FileNotFoundError, lambda: ShardSource(root, "coco_panoptic", "train")
+    )
+    assert f"`python data/prepare.py sample --out {root}`" in _complaint(
+        FileNotFoundError, lambda: ShardSource(root, "sample_scenes", "train")
+    )
+
+
+def test_missing_split_names_the_command_that_made_the_others(root):
+    assert "prepare.py semantic --name toy --split val" in _complaint(FileNotFoundError, lambda: ShardSource(root, "toy", "val"))
+
+
+def test_missing_shard_is_named(root):
+    os.remove(_shards(root)[0])
+    assert "00000-of-00002.array_record is missing" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+
+
+@pytest.mark.parametrize("keep", [0, 10_000, 70_000])
+def test_truncated_shard_is_named(root, keep):
+    with open(_shards(root)[1], "r+b") as f:
+        f.truncate(keep)
+    assert "00001-of-00002.array_record is damaged" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+
+
+def test_wrong_record_count_is_an_error(root):
+    DatasetInfo("toy", (), {"train": 6}).save(os.path.join(root, "toy"))
+    assert "hold 5 records, dataset.json says 6" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+
+
+def test_shards_of_two_preparations_are_an_error(root):
+    os.link(_shards(root)[0], shard_paths(os.path.join(root, "toy"), "train", 1)[0])
+    assert "more than one preparation" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+
+
+def test_broken_dataset_json_is_an_error(root):
+    with open(os.path.join(root, "toy", "dataset.json"), "w") as f:
+        f.write("{")
+    assert "dataset.json cannot be read" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+
+
+def test_a_damaged_record_is_a_bad_record_and_the_others_are_read(root):
+    with open(_shards(root)[0], "r+b") as f:
+        f.seek(45_000)  # in the second record
+        f.write(os.urandom(64))
+    source = ShardSource(root, "toy", "train")
+    assert "record 1 is damaged" in _complaint(BadRecord, lambda: source[1])
+    assert source[0].startswith(b"record 0") and source[2].startswith(b"record 2")

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, Segment, encode_rle
+from mqformer_jax.input.tasks import needs_whole_image, to_example
+
+CAT, DOG, SKY = 0, 1, 2
+CLASSES = (ClassInfo(("cat", "kitty")), ClassInfo(("dog",)), ClassInfo(("sky",), thing=False))
+INFO = DatasetInfo("toy", CLASSES, {"train": 1})
+FEDERATED = DatasetInfo("toy", CLASSES, {"train": 1}, exhaustive=False)
+H, W = 12, 16
+
+
+def area(x0, y0, x1, y1):
+    mask = np.zeros((H, W), bool)
+    mask[y0:y1, x0:x1] = True
+    return mask
+
+
+def segment(*box, **fields):
+    return Segment(mask=encode_rle(area(*box)), **fields)
+
+
+def record(*segments, **fields):
+    image = cv2.imencode(".png", np.zeros((H, W, 3), np.uint8))[1].tobytes()
+    return Record("a", image, H, W, segments, **fields)
+
+
+def asked(example):
+    """{(first text, region): (exhaustive, targets that it names)}"""
+    return {
+        (p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts]) for i, p in enumerate(example.prompts)
+    }
+
+
+def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
+    sky = [segment(x, 8, x + 2, 12, class_id=SKY) for x in (0, 8)]
+    rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), *sky)
+    example = to_example(rec, INFO, ("panoptic",), "toy/a")
+    prompts = asked(example)
+    assert set(prompts) == {("cat", False), ("dog", False), ("sky", True)}
+    assert len(prompts["cat", False][1]) == 2 and prompts["dog", False] == (True, [])
+    (sky,) = prompts["sky", True][1]
+    np.testing.assert_array_equal(sky.mask, area(0, 8, 2, 12) | area(8, 8, 10, 12))
+    np.testing.assert_array_equal(sky.box, [0, 8, 10, 12])
+    assert example.prompts[0].texts == ("cat", "kitty")
+
+
+def test_an_object_with_a_class_and_an_expression_is_one_target_with_two_prompts():
+    rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("left cat", "small one")), segment(6, 0, 9, 4, class_id=CAT))
+    example = to_example(rec, INFO, ("instance", "referring"), "toy/a")
+    assert len(example.targets) == 2
+    both, other = sorted(example.targets, key=lambda t: -len(t.prompts))
+    assert sorted(example.prompts[i].texts for i in both.prompts) == [("cat", "kitty"), ("left cat", "small one")]
+    assert len(other.prompts) == 1 and example.prompts[max(both.prompts)].region
+
+
+def test_semantic_unites_the_segments_of_a_class():
+    rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), segment(0, 5, 9, 9, class_id=DOG))
+    example = to_example(rec, INFO, ("semantic", "instance"), "toy/a")
+    prompts = asked(example)
+    (cats,) = prompts["cat", True][1]
+    np.testing.assert_array_equal(cats.mask, area(0, 0, 4, 4) | area(6, 0, 9, 4))
+    assert prompts["dog", True][1][0] is prompts["dog", False][1][0], "the only dog is one target under both questions"
+    assert ("sky", False) not in prompts
+
+
+def test_detection_drops_masks_and_boxes_only_labels_have_none():
+    rec = record(segment(1, 2, 5, 6, class_id=CAT, box=(1, 2, 5.5, 6)), Segment(class_id=DOG, box=(2.5, 3, 9, 8)))
+    for task, has_mask in (("detection", False), ("instance", True)):
+        example = to_example(rec, INFO, (task,), "toy/a")
+        cat, dog = example.targets
+        assert (cat.mask is not None) == has_mask and dog.mask is None
+        np.testing.assert_array_equal(dog.box, [2.5, 3, 9, 8])
+        assert not example.ignore.any()
+
+
+def test_crowds_are_ignored_and_make_their_class_unsure():
+    rec = record(
+        segment(0, 0, 4, 4, class_id=CAT),
+        segment(8, 0, 12, 4, class_id=CAT, crowd=True),
+        Segment(class_id=DOG, box=(2.5, 6, 5, 8), crowd=True),
+        ignore=encode_rle(area(0, 10, 16, 12)),
+    )
+    example = to_example(rec, INFO, ("panoptic",), "toy/a")
+    assert len(example.targets) == 1
+    np.testing.assert_array_equal(example.ignore, area(8, 0, 12, 4) | area(2, 6, 5, 8) | area(0, 10, 16, 12))
+    prompts = asked(example)
+    assert prompts["cat", False][0] is False and ("dog", False) not in prompts and prompts["sky", True][0] is True
+
+
+def test_federated_sets_ask_only_what_is_known():
+    rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=SKY), absent_classes=(DOG,), partial_classes=(CAT,))
+    prompts = asked(to_example(rec, FEDERATED, ("panoptic",), "toy/a"))
+    assert {k: v[0] for k, v in prompts.items()} == {("cat", False): False, ("dog", False): True, ("sky", True): True}
+    assert prompts["dog", False][1] == []
+    assert set(asked(to_example(record(segment(0, 0, 4, 4, class_id=CAT)), FEDERATED, ("instance",), "toy/a"))) == {("cat", False)}
+
+
+def test_referring_asks_expressions_and_knows_absent_ones():
+    rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)), segment(6, 0, 9, 4, class_id=DOG), absent_texts=("a bird",))
+    example = to_example(rec, INFO, ("referring",), "toy/a")
+    prompts = asked(example)
+    assert set(prompts) == {("the cat", True), ("a bird", True)} and prompts["a bird", True] == (True, [])
+    assert len(example.targets) == 1 and needs_whole_image(rec, ("referring",)) and not needs_whole_image(rec, ("instance",))
+
+
+def test_foreground_is_the_matte_above_half():
+    matte = np.tile(np.linspace(0, 255, W).astype(np.uint8), (H, 1))
+    rec = record(Segment(alpha=cv2.imencode(".png", matte)[1].tobytes(), foreground=True), segment(0, 0, 2, 2, class_id=CAT))
+    example = to_example(rec, INFO, ("foreground",), "toy/a")
+    (target,) = example.targets
+    np.testing.assert_array_equal(target.alpha, matte)
+    np.testing.assert_array_equal(target.mask, matte > 127)
+    assert [p.texts for p in example.prompts] == [("foreground",)] and needs_whole_image(rec, ("foreground",))
+
+
+def test_an_image_without_objects_is_all_negatives():
+    example = to_example(record(), INFO, ("panoptic",), "toy/a")
+    assert example.targets == [] and len(example.prompts) == 3 and all(p.exhaustive for p in example.prompts)
+
+
+def test_templates_wrap_class_names_and_never_expressions():
+    rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)))
+    example = to_example(rec, INFO, ("instance", "referring"), "toy/a", ("a {}.", "my {}"))
+    assert example.prompts[0].texts == ("a cat.", "my cat", "a kitty.", "my kitty") and example.prompts[-1].texts == ("the cat",)
+
+
+def test_contradictions_name_the_record():
+    with pytest.raises(BadRecord, match="a: segment 0 has class 7"):
+        to_example(record(segment(0, 0, 4, 4, class_id=7)), INFO, ("instance",), "toy/a")
+    with pytest.raises(BadRecord, match="a: segment 0 has neither box nor mask"):
+        to_example(record(Segment(class_id=CAT)), INFO, ("instance",), "toy/a")
+    with pytest.raises(ValueError, match="no task is called 'panoptics'"):
+        to_example(record(), INFO, ("panoptics",), "toy/a")

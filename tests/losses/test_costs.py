@@ -1,0 +1,42 @@
+import numpy as np
+
+from mqformer_jax.losses import costs
+
+rng = np.random.default_rng(0)
+sigmoid = lambda x: 1 / (1 + np.exp(-x))
+
+
+def test_focal_loss_is_retinanets():
+    logits, labels = rng.normal(size=50), rng.integers(0, 2, 50)
+    p = sigmoid(logits)
+    expected = np.where(labels == 1, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
+    np.testing.assert_allclose(costs.focal(logits, labels), expected, rtol=1e-5)
+
+
+def test_class_cost_is_the_mean_over_the_prompts_that_name_a_target():
+    logits = rng.normal(size=(6, 3)).astype(np.float32)
+    one = np.array(costs.class_cost(logits, np.eye(3, dtype=np.float32)))
+    both = np.array(costs.class_cost(logits, np.array([[1.0, 0, 1]], np.float32)))
+    np.testing.assert_allclose(both[0], (one[0] + one[2]) / 2, rtol=1e-5)
+    p = sigmoid(logits[:, 1])
+    np.testing.assert_allclose(one[1], -0.25 * (1 - p) ** 2 * np.log(p) + 0.75 * p**2 * np.log(1 - p), rtol=1e-4)
+
+
+def test_giou_of_known_boxes():
+    a = np.array([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1]], np.float32)
+    b = np.array([[1, 1, 3, 3], [0, 0, 1, 1], [2, 0, 3, 1]], np.float32)
+    np.testing.assert_allclose(costs.giou(a, b), [1 / 7 - 2 / 9, 1, -1 / 3], atol=1e-5)
+
+
+def test_pairwise_mask_costs_equal_matched_losses_and_leave_unknown_points_out():
+    logits, masks = rng.normal(size=(4, 30)).astype(np.float32), (rng.random((3, 30)) < 0.5).astype(np.float32)
+    weight = (rng.random(30) < 0.7).astype(np.float32)
+    entropy, dice = costs.mask_costs(logits, masks, weight)
+    for n in range(3):
+        for q in range(4):
+            expected = costs.mask_losses(logits[q], masks[n], weight)
+            np.testing.assert_allclose((entropy[n, q], dice[n, q]), expected, rtol=1e-4)
+    known = weight > 0
+    p, t = sigmoid(logits[1, known]), masks[2, known]
+    np.testing.assert_allclose(entropy[2, 1], -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rtol=1e-4)
+    np.testing.assert_allclose(dice[2, 1], 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1), rtol=1e-4)

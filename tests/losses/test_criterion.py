@@ -1,0 +1,123 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mqformer_jax.losses import costs
+from mqformer_jax.losses.criterion import TERMS, Weights, criterion
+from mqformer_jax.models.mqformer import Outputs, Predictions
+
+WEIGHTS = Weights(points=64)
+STAGES, QUERIES, WIDTH = 2, 14, 8
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny_batch):
+    """Random predictions whose shapes fit the batch."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (STAGES, 8, QUERIES)
+    boxes = jax.nn.sigmoid(jax.random.normal(keys[1], (*shape, 4)))
+    predictions = Predictions(jax.random.normal(keys[0], (*shape, 16)), boxes, jax.random.normal(keys[2], (*shape, WIDTH)))
+    return Outputs(predictions, None, jax.random.normal(keys[3], (8, 16, 16, WIDTH)), num_learnable=6)
+
+
+@functools.partial(jax.jit, static_argnames="weights")
+def run(outputs, batch, weights=WEIGHTS):
+    return criterion(jax.random.key(1), outputs, batch, None, weights, lambda fn: fn)
+
+
+@jax.jit
+def gradients(outputs, batch):
+    return jax.grad(lambda o: criterion(jax.random.key(1), o, batch, None, WEIGHTS, lambda fn: fn)[0])(outputs)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):
+    one_stage = outputs.replace(matching=jax.tree.map(lambda x: x[-1:], outputs.matching))
+    loss, metrics = run(one_stage, tiny_batch)
+    weights = {"class": 4, "mask": 5, "dice": 5, "box": 5, "giou": 2}
+    assert float(loss) == pytest.approx(sum(weights[t] * float(metrics[t]) for t in TERMS), rel=1e-5)
+    images = metrics["per_image"] * tiny_batch.num_targets
+    assert float(images.sum() / tiny_batch.num_targets.sum()) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_perfect_predictions_cost_nothing(outputs, tiny_batch):
+    """Each target is predicted exactly by one query; the rest are silent."""
+    n, b = tiny_batch.boxes.shape[1], 8
+    masks = np.unpackbits(tiny_batch.masks, axis=-1)[:, :, 2::4, 2::4].astype(np.float32)
+    features = jnp.asarray(np.moveaxis(masks, 1, -1) * 60 - 30)
+    embed = jnp.broadcast_to(jnp.eye(QUERIES, n), (STAGES, b, QUERIES, n))
+    logits = np.full((STAGES, b, QUERIES, 16), -20.0, np.float32)
+    boxes = np.full((STAGES, b, QUERIES, 4), 0.5, np.float32)
+    for i, count in enumerate(tiny_batch.num_targets):
+        logits[:, i, :count] = np.where(tiny_batch.positive[i, :count], 20.0, -20.0)
+        boxes[:, i, :count] = tiny_batch.boxes[i, :count]
+    perfect = Outputs(Predictions(jnp.asarray(logits), jnp.asarray(boxes), embed), None, features, num_learnable=6)
+    _, metrics = run(perfect, tiny_batch)
+    assert float(metrics["class"]) < 1e-6 and float(metrics["box"]) < 1e-5 and float(metrics["giou"]) < 1e-3
+    _, worse = run(outputs, tiny_batch)
+    assert float(metrics["dice"]) < 0.5 * float(worse["dice"])  # at stride 4 the borders are not exact
+
+
+def test_padded_rows_and_prompts_are_never_read(outputs, tiny_batch):
+    rows = np.arange(tiny_batch.boxes.shape[1]) >= tiny_batch.num_targets[:, None]
+    garbage = tiny_batch.replace(
+        boxes=np.where(rows[..., None], 9.0, tiny_batch.boxes).astype(np.float32),
+        masks=np.where(rows[..., None, None], 255, tiny_batch.masks).astype(np.uint8),
+        positive=tiny_batch.positive | rows[..., None],
+        prompt_exhaustive=tiny_batch.prompt_exhaustive | ~tiny_batch.prompt_valid,
+    )
+    np.testing.assert_allclose(run(outputs, tiny_batch)[0], run(outputs, garbage)[0], rtol=1e-6)
+
+
+def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_batch):
+    box_only = tiny_batch.replace(has_mask=np.zeros_like(tiny_batch.has_mask), masks=np.full_like(tiny_batch.masks, 255))
+    found = gradients(outputs, box_only)
+    assert not found.mask_features.any() and not found.matching.mask_embed.any()
+    assert found.matching.class_logits.any() and found.matching.boxes.any()
+
+
+def test_what_is_not_exhaustively_labelled_is_not_taught_absent(outputs, tiny_batch):
+    unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive))
+    found = np.array(gradients(outputs, unknown).matching.class_logits)
+    assert (found <= 0).all()  # only "yes" is taught
+    per_image = [p[:n].sum() for p, n in zip(tiny_batch.positive, tiny_batch.num_targets)]
+    np.testing.assert_array_equal((found < 0).sum((0, 2, 3)), STAGES * np.array(per_image))
+    known = np.array(gradients(outputs, tiny_batch).matching.class_logits)
+    assert (known > 0).any()
+
+
+def test_pixels_where_nothing_is_known_count_nowhere(outputs, tiny_batch):
+    ignore = np.zeros((8, 64, 64), bool)
+    ignore[:, :, :32] = True
+    found = np.array(gradients(outputs, tiny_batch.replace(ignore=np.packbits(ignore, axis=-1))).mask_features)
+    assert np.abs(found[:, :, :7]).max() < 1e-8 and np.abs(found[:, :, 9:]).max() > 1e-6
+
+
+def test_a_query_that_found_something_unlabelled_is_left_in_peace(outputs, tiny_batch):
+    ignore = np.packbits(np.ones((8, 64, 64), bool), axis=-1)  # the whole image is unknown: every query is excused
+    found = np.array(gradients(outputs, tiny_batch.replace(ignore=ignore)).matching.class_logits)
+    taught = found.any(-1).sum(-1)
+    np.testing.assert_array_equal(taught, np.broadcast_to(tiny_batch.num_targets, (STAGES, 8)))
+
+
+def test_padding_of_the_image_takes_no_part_in_mask_losses(outputs, tiny_batch):
+    cut = tiny_batch.replace(size=np.tile(np.array([64, 32], np.int32), (8, 1)))
+    found = np.array(gradients(outputs, cut).mask_features)
+    assert not found[:, :, 9:].any() and found[:, :, :8].any()
+
+
+def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch):
+    empty = tiny_batch.replace(num_targets=np.zeros(8, np.int32))
+    loss, metrics = run(outputs, empty)
+    negatives = costs.focal(outputs.matching.class_logits, jnp.zeros(1)) * (tiny_batch.prompt_valid & tiny_batch.prompt_exhaustive)[None, :, None]
+    assert float(loss) == pytest.approx(4 * float(negatives.sum()), rel=1e-4)
+    assert float(metrics["mask"]) == float(metrics["box"]) == 0
+
+
+def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch):
+    near = outputs.matching.class_logits.at[:, :, :6].set(-9.0)  # learnable queries score badly: the others take all but what is left
+    taken = np.array(run(outputs.replace(matching=outputs.matching.replace(class_logits=near)), tiny_batch)[1]["taken"])
+    assert taken[:, 1].sum() == tiny_batch.num_targets.sum()
+    assert (taken[:, 0] <= taken[:, 1]).all() and taken[:, 0].sum() < 0.3 * taken[:, 1].sum()

@@ -1,0 +1,51 @@
+import jax
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from mqformer_jax.losses.matcher import match
+
+batched = jax.jit(jax.vmap(match))
+
+
+def total(cost, assignment):
+    return cost[np.arange(len(assignment)), assignment].sum()
+
+
+@pytest.mark.parametrize("n, q, ties", [(6, 40, False), (20, 30, True), (30, 30, False)])
+def test_assignment_costs_what_scipys_costs(n, q, ties):
+    rng = np.random.default_rng(n)
+    cost = rng.normal(size=(16, n, q)).astype(np.float32)
+    if ties:
+        cost = np.round(2 * cost) / 2
+    counts = rng.integers(0, n + 1, 16)
+    for c, count, found in zip(cost, counts, np.array(batched(cost, counts))):
+        rows, columns = linear_sum_assignment(c[:count])
+        assert len(set(found[:count])) == count and found[:count].min(initial=0) >= 0
+        assert total(c[:count], found[:count]) == pytest.approx(c[rows, columns].sum(), abs=1e-4)
+        if not ties:
+            np.testing.assert_array_equal(found[:count], columns)
+
+
+def test_padded_rows_get_no_query_and_are_never_read():
+    cost = np.random.default_rng(0).normal(size=(1, 8, 12)).astype(np.float32)
+    poisoned = cost.copy()
+    poisoned[:, 3:] = np.nan
+    np.testing.assert_array_equal(batched(cost, np.array([3])), batched(poisoned, np.array([3])))
+    assert (np.array(batched(cost, np.array([3])))[0, 3:] == -1).all()
+
+
+def test_nan_and_infinite_pairs_are_taken_last():
+    cost = np.random.default_rng(1).normal(size=(1, 5, 9)).astype(np.float32)
+    cost[0, 0, :] = np.nan
+    cost[0, 1, 2:] = np.inf
+    found = np.array(batched(cost, np.array([5])))[0]
+    assert len(set(found)) == 5 and found.min() >= 0
+    assert found[1] in (0, 1)
+    rows, columns = linear_sum_assignment(np.nan_to_num(cost[0], nan=1e6, posinf=1e6))
+    np.testing.assert_array_equal(found[1:], columns[1:])
+
+
+def test_more_rows_than_queries_is_refused():
+    with pytest.raises(ValueError, match="more target rows"):
+        match(np.zeros((5, 4), np.float32), 4)

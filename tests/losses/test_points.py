@@ -1,0 +1,43 @@
+import jax
+import numpy as np
+from scipy.ndimage import map_coordinates
+
+from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps, uncertain_points
+
+rng = np.random.default_rng(0)
+
+
+def oracle(maps, points):
+    """Bilinear at pixel centres, zero outside, by SciPy."""
+    _, h, w = maps.shape
+    padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
+    return np.stack(
+        [map_coordinates(m, [p[:, 1] * h + 0.5, p[:, 0] * w + 0.5], order=1, mode="constant") for m, p in zip(padded, points)]
+    )
+
+
+def test_maps_are_sampled_bilinearly_with_zeros_outside():
+    maps, points = rng.normal(size=(3, 5, 7)).astype(np.float32), rng.uniform(-0.05, 1.05, (3, 50, 2)).astype(np.float32)
+    np.testing.assert_allclose(sample_maps(maps, points), oracle(maps, points), atol=1e-5)
+
+
+def test_features_at_shared_points_equal_maps_channel_by_channel():
+    features, points = rng.normal(size=(5, 7, 4)).astype(np.float32), rng.uniform(0, 1, (20, 2)).astype(np.float32)
+    expected = oracle(features.transpose(2, 0, 1), np.broadcast_to(points, (4, 20, 2))).T
+    np.testing.assert_allclose(sample_features(features, points), expected, atol=1e-5)
+
+
+def test_packed_bits_are_sampled_like_the_mask_they_pack():
+    masks = rng.random((4, 6, 16)) < 0.5
+    rows, points = np.array([2, 0, 3]), rng.uniform(0, 1, (3, 40, 2)).astype(np.float32)
+    found = sample_bits(np.packbits(masks, axis=-1), rows, points)
+    np.testing.assert_allclose(found, oracle(masks[rows].astype(np.float32), points), atol=1e-5)
+
+
+def test_most_points_lie_where_the_mask_is_uncertain_and_none_outside_the_image():
+    logits = np.full((1, 32, 32), 9.0, np.float32)
+    logits[:, :, :8] = 0.0
+    points = np.array(uncertain_points(jax.random.key(0), logits, np.array([0.9, 0.5], np.float32), 200))
+    assert points.shape == (1, 200, 2)
+    assert points[..., 0].max() <= 0.9 and points[..., 1].max() <= 0.5
+    assert (points[..., 0] < 0.27).mean() > 0.6  # a quarter by chance

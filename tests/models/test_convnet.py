@@ -1,0 +1,34 @@
+"""The small image encoder."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mqformer_jax.models.convnet import ConvNet, _space_to_depth
+
+
+@pytest.mark.parametrize("widths, channels", [((8, 12, 16, 24), {4: 12, 8: 16, 16: 24}), ((8, 8, 8, 8, 9), {4: 8, 8: 8, 16: 8, 32: 9})])
+def test_every_width_past_the_first_is_a_stride(widths, channels):
+    def run():
+        net = ConvNet(widths, rngs=nnx.Rngs(0))
+        assert net.channels == channels
+        return net(jnp.zeros((2, 64, 96, 3)))
+
+    assert {s: f.shape for s, f in jax.eval_shape(run).items()} == {s: (2, 64 // s, 96 // s, c) for s, c in channels.items()}
+
+
+def test_space_to_depth_keeps_each_patch_together():
+    patches = _space_to_depth(np.arange(32).reshape(1, 4, 4, 2))
+    assert patches[0, 0, 1].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def test_every_parameter_learns_and_stays_float32():
+    graph, state = jax.jit(lambda: nnx.split(ConvNet((8, 8, 8, 8), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
+    image = np.random.default_rng(0).normal(size=(1, 32, 32, 3))
+    loss = lambda state: sum((f.astype(jnp.float32) ** 2).mean() for f in nnx.merge(graph, state)(image).values())
+    gradients = jax.tree.leaves(jax.jit(jax.grad(loss))(state))
+    assert all(g.dtype == jnp.float32 and np.isfinite(g).all() and np.any(g) for g in gradients)

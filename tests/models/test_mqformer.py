@@ -1,0 +1,121 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from mqformer_jax.losses.denoising import noise_targets
+from mqformer_jax.models.mqformer import MQFormer
+from tiny import get_config
+
+
+@functools.cache
+def build(queries="mixed", interaction="exchange"):
+    """The tiny model as (graph, parameters, constants); one seed, so that parts two variants share are equal."""
+    config = ConfigDict(get_config().model)
+    config.update(queries=queries, interaction=interaction)
+    graph, params, rest = nnx.split(MQFormer(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+
+
+@functools.cache
+def forward(queries="mixed", interaction="exchange"):
+    graph, _, rest = build(queries, interaction)
+
+    @jax.jit
+    def run(params, batch, noised=None):
+        model = nnx.merge(graph, params, rest)
+        return model(batch.image, batch.size, model.embed_text(batch.tokens, batch.prompt_region), batch.prompt_valid, noised)
+
+    return run
+
+
+def close(a, b, tolerance=2e-5):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=1e-4), a, b)
+
+
+@pytest.mark.parametrize("queries, stages, learnable", [("mixed", 4, 6), ("conditional", 4, 0), ("learnable", 3, 14)])
+def test_every_strategy_has_all_queries_and_answers_every_prompt(tiny_batch, queries, stages, learnable):
+    out = forward(queries)(build(queries)[1], tiny_batch)
+    assert out.matching.class_logits.shape == (stages, 8, 14, 16)
+    assert out.matching.boxes.shape == (stages, 8, 14, 4)
+    assert out.num_learnable == learnable
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
+
+
+def test_a_fresh_exchange_is_the_identity(tiny_batch):
+    with_exchange, without = forward()(build()[1], tiny_batch), forward("mixed", "none")
+    params = jax.tree.map(lambda x: x, build()[1])
+    params["decoder"]["layers"].pop("exchange")
+    close(with_exchange.matching, without(params, tiny_batch).matching)
+
+
+def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
+    params = build()[1]
+
+    def opened(way):
+        changed = jax.tree.map(lambda x: x, params)
+        out = changed["decoder"]["layers"]["exchange"][way]["out"]
+        out["kernel"] = jnp.ones_like(out["kernel"])
+        return forward()(changed, tiny_batch).matching.mask_embed[2]  # after the first layer: one exchange was made
+
+    before = forward()(params, tiny_batch).matching.mask_embed[2]
+    learnable, conditional = np.s_[:, :6], np.s_[:, 6:]
+    to_learnable, to_conditional = opened("to_learnable"), opened("to_conditional")
+    assert np.abs(to_learnable - before)[learnable].max() > 1e-3 and np.abs(to_conditional - before)[conditional].max() > 1e-3
+    close(to_learnable[conditional], before[conditional])
+    close(to_conditional[learnable], before[learnable])
+
+
+def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tiny_batch):
+    params = jax.tree.map(lambda x: x, build("mixed", "none")[1])
+    moved = jax.tree.map(lambda x: x, params)
+    moved["learnable"]["content"] = moved["learnable"]["content"] + 1.0
+    change = lambda kind: np.abs(forward("mixed", kind)(moved, tiny_batch).matching.class_logits - forward("mixed", kind)(params, tiny_batch).matching.class_logits)
+    assert change("none")[:, :, :6].max() > 1e-2 and change("none")[:, :, 6:].max() < 1e-5
+    assert change("joint")[2:, :, 6:].max() > 1e-4
+
+
+def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
+    params = build()[1]
+    noised, _ = noise_targets(jax.random.key(0), tiny_batch, 6)
+    with_noise, without = forward()(params, tiny_batch, noised), forward()(params, tiny_batch)
+    close(with_noise.matching, without.matching)
+    assert with_noise.denoising.class_logits.shape == (3, 8, 6, 16)
+    other = noised.replace(boxes=noised.boxes.at[:, 0].set(0.5))
+    changed = forward()(params, tiny_batch, other).denoising.boxes
+    separate = (noised.group != noised.group[:, :1]) & noised.valid
+    assert separate.any()
+    close(changed[:, separate], with_noise.denoising.boxes[:, separate])
+
+
+def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
+    params, batch = build()[1], tiny_batch
+    order = np.random.default_rng(0).permutation(16)
+    shuffled = batch.replace(tokens=batch.tokens[:, order], prompt_valid=batch.prompt_valid[:, order], prompt_region=batch.prompt_region[:, order])
+    expected = forward()(params, batch).matching
+    found = forward()(params, shuffled).matching
+    close(found.class_logits, expected.class_logits[..., order])
+    close(found.boxes, expected.boxes)
+    poisoned = batch.replace(tokens=np.where(batch.prompt_valid[..., None], batch.tokens, 7))
+    close(forward()(params, poisoned).matching.boxes, expected.boxes)
+
+
+def test_the_region_bit_changes_what_a_text_means(tiny_batch):
+    params = build()[1]
+    asked = lambda region: forward()(params, tiny_batch.replace(prompt_region=np.full_like(tiny_batch.prompt_region, region))).matching
+    assert np.abs(asked(True).class_logits - asked(False).class_logits).max() > 1e-3
+
+
+def test_learnable_queries_learn_from_every_stage_and_proposals_from_their_own_alone(tiny_batch):
+    def loss(params, stage):
+        return (forward()(params, tiny_batch).matching.class_logits[stage] ** 2).mean()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    size = lambda tree: float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(tree)))
+    last, proposals = gradient(build()[1], 3), gradient(build()[1], 0)
+    assert size(last["learnable"]["content"]) > 0 and size(proposals["learnable"]["content"]) > 0
+    assert size(last["conditional"]) == 0 and size(proposals["conditional"]) > 0

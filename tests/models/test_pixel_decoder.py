@@ -1,0 +1,164 @@
+"""The segmentation encoder against Mask DINO's recorded numbers, and what padding may not change."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mqformer_jax.models.pixel_decoder import PixelDecoder, _resize
+
+CHANNELS = {4: 6, 8: 8, 16: 10}
+
+
+def build(*args, **kwargs) -> PixelDecoder:
+    return nnx.merge(*jax.jit(lambda: nnx.split(PixelDecoder(*args, **kwargs, rngs=nnx.Rngs(0))))())
+
+
+@pytest.fixture(scope="module")
+def split():
+    """A small decoder, split, so that a test may change its copy."""
+    return nnx.split(build(CHANNELS, 16, 2, 2, 2, 24, (8, 16), 12))
+
+
+def random_features(height: int, width: int) -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {s: rng.normal(size=(2, height // s, width // s, c)).astype(np.float32) for s, c in CHANNELS.items()}
+
+
+def recorded(name: str):
+    folder = os.environ.get("MQFORMER_TEST_FIXTURES")
+    if not folder:
+        pytest.skip("MQFORMER_TEST_FIXTURES is not set")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    stem = os.path.join(folder, "maskdino", name)
+    return np.load(stem + ".npz"), safetensors.load_file(stem + ".safetensors")
+
+
+def copy_weights(ours: PixelDecoder, weights: dict[str, np.ndarray], depth: int) -> None:
+    w = {k.removeprefix("sem_seg_head.pixel_decoder."): v for k, v in weights.items()}
+
+    def conv(target, key):
+        target.kernel[...] = jnp.asarray(w[f"{key}.weight"].transpose(2, 3, 1, 0))
+        if target.bias is not None:
+            target.bias[...] = jnp.asarray(w[f"{key}.bias"])
+
+    def norm(target, key):
+        target.scale[...], target.bias[...] = jnp.asarray(w[f"{key}.weight"]), jnp.asarray(w[f"{key}.bias"])
+
+    for i, project in enumerate(ours.input_proj):
+        conv(project.conv, f"input_proj.{i}.0")
+        norm(project.norm, f"input_proj.{i}.1")
+    both = lambda key: np.stack([w[f"transformer.encoder.layers.{i}.{key}"] for i in range(depth)])
+    names = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
+    dense = {f"self_attn.{name}": getattr(ours.layers.attention, name) for name in names}
+    dense |= {f"linear{i + 1}": ours.layers.ffn.layers[i] for i in range(2)}
+    for key, target in dense.items():
+        target.kernel[...] = jnp.asarray(both(f"{key}.weight").swapaxes(1, 2))
+        target.bias[...] = jnp.asarray(both(f"{key}.bias"))
+    for key, target in {"norm1": ours.layers.norm1, "norm2": ours.layers.norm2}.items():
+        target.scale[...], target.bias[...] = jnp.asarray(both(f"{key}.weight")), jnp.asarray(both(f"{key}.bias"))
+    ours.level_embed[...] = jnp.asarray(w["transformer.level_embed"])
+    conv(ours.mask_features.project, "mask_features")
+    conv(ours.mask_features.lateral.conv, "adapter_1")
+    norm(ours.mask_features.lateral.norm, "adapter_1.norm")
+    conv(ours.mask_features.merge.conv, "layer_1")
+    norm(ours.mask_features.merge.norm, "layer_1.norm")
+
+
+def test_it_repeats_mask_dino_recorded_outputs():
+    arrays, weights = recorded("maskdino_tiny_s0")
+    ours = build({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, (8, 16, 32, 64), 64)
+    copy_weights(ours, weights, depth=2)
+    features = {s: arrays[f"in/res{k}"].transpose(0, 2, 3, 1) for s, k in ((4, 2), (8, 3), (16, 4), (32, 5))}
+    size = np.full((2, 2), (128, 160))
+    memory, shapes, valid, mask_features = jax.jit(lambda f: ours(f, size, (128, 160)))(features)
+    np.testing.assert_array_equal([[int(n) for n in s] for s in shapes], arrays["enc/spatial_shapes"])
+    assert valid.all()
+    cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
+    for i, level in enumerate(np.split(np.asarray(memory), cuts, 1)):
+        expected = arrays[f"px/multi_scale_{i}"].transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(level.reshape(expected.shape), expected, atol=1e-4)
+    np.testing.assert_allclose(mask_features, arrays["px/mask_features"].transpose(0, 2, 3, 1), atol=1e-4)
+
+
+def test_padding_changes_nothing_for_the_valid_tokens(split):
+    """Without GroupNorm (whose statistics see the padding), an image on a larger canvas full of noise is as if alone."""
+    decoder = nnx.merge(*split)
+    for project in decoder.input_proj:
+        project.norm = jax.nn.tanh
+    for part in (decoder.layers.attention.sampling_offsets, decoder.layers.attention.attention_weights):
+        part.kernel[...] = jnp.asarray(np.random.default_rng(1).normal(size=part.kernel.shape, scale=0.2).astype(np.float32))
+    noisy = random_features(64, 128)
+    alone = {s: f[:, : 32 // s, : 64 // s] for s, f in noisy.items()}
+    run = lambda features, canvas: jax.jit(lambda f: decoder(f, np.full((2, 2), (32, 64)), canvas)[::2])(features)
+    (expected, everything), (memory, valid) = run(alone, (32, 64)), run(noisy, (64, 128))
+    assert everything.all() and not valid.all()
+    np.testing.assert_allclose(memory[valid], expected.reshape(-1, 16), atol=1e-5)
+
+
+def test_a_token_is_valid_if_its_cell_touches_the_image(split):
+    size = np.array([[41, 65], [64, 96]])
+    run = lambda: nnx.merge(*split)(random_features(64, 96), size, (64, 96))
+    memory, shapes, valid, mask_features = jax.jit(run)()
+    assert jax.tree.map(int, shapes) == ((8, 12), (4, 6))
+    fine, coarse = np.split(np.asarray(valid), [96], 1)
+    assert fine[0].reshape(8, 12).tolist() == (np.outer(np.arange(8) < 6, np.arange(12) < 9)).tolist()
+    assert coarse[0].reshape(4, 6).tolist() == (np.outer(np.arange(4) < 3, np.arange(6) < 5)).tolist()
+    assert valid[1].all() and np.isfinite(memory).all() and mask_features.shape == (2, 16, 24, 12)
+
+
+def test_remat_changes_no_gradient(split):
+    graph, state = split
+    features = random_features(32, 64)
+
+    def gradient(remat: bool):
+        def loss(state):
+            decoder = nnx.merge(graph, state)
+            decoder.remat = remat
+            memory = decoder(features, np.full((2, 2), (32, 64)), (32, 64))[0]
+            return memory[:, 0, 0].sum()
+
+        return jax.jit(jax.grad(loss))(state)
+
+    kept, again = gradient(False), gradient(True)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(again)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(kept["input_proj"]))
+
+
+@pytest.mark.parametrize("strides, mask_stride, parts", [((4, 8), 4, False), ((16, 32, 64), 4, True)])
+def test_mask_features_have_the_mask_stride(strides, mask_stride, parts):
+    def run():
+        decoder = PixelDecoder(CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        assert (decoder.mask_features.lateral is not None) == parts
+        memory, shapes, _, mask_features = decoder(random_features(64, 96), np.full((2, 2), 64), (64, 96))
+        assert list(shapes) == [(64 // s, -(-96 // s)) for s in strides]
+        return memory, mask_features
+
+    memory, mask_features = jax.eval_shape(run)
+    assert memory.dtype == mask_features.dtype == jnp.bfloat16
+    assert mask_features.shape == (2, 16, 24, 12)
+
+
+def test_resizing_is_that_of_torch():
+    torch = pytest.importorskip("torch")
+    x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
+    for shape in ((6, 10), (7, 11), (3, 20)):
+        expected = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), shape, mode="bilinear", align_corners=False)
+        np.testing.assert_allclose(_resize(jnp.asarray(x), shape), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize("strides, mask_stride", [((8, 32), 4), ((32, 64), 4), ((8, 16), 2)])
+def test_strides_that_do_not_fit_the_backbone_are_refused(strides, mask_stride):
+    with pytest.raises(ValueError, match="double the one before"):
+        PixelDecoder(CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0))
+
+
+def test_a_canvas_that_does_not_fit_the_backbone_is_refused(split):
+    with pytest.raises(ValueError, match="60x96: its sides must be multiples of the backbone's stride 16"):
+        nnx.merge(*split)(random_features(64, 96), np.full((2, 2), 60), (60, 96))

@@ -1,0 +1,190 @@
+"""Post-processing against Mask DINO's own outputs, and each rule by itself on masks small enough to read."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import numpy as np
+import pytest
+
+from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle
+from mqformer_jax.segments import (
+    CanvasMasks,
+    ground_truth_segments,
+    instance_segments,
+    panoptic_segments,
+    region_segments,
+    restore,
+    semantic_map,
+    soft_mask,
+)
+
+THINGS = np.isin(np.arange(12), [0, 1, 2, 3, 5, 6])
+TEXTS = [f"class {i}" for i in range(12)]
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+@pytest.fixture(scope="module")
+def maskdino():
+    root = os.environ.get("MQFORMER_TEST_FIXTURES")
+    if not root:
+        pytest.skip("MQFORMER_TEST_FIXTURES is not set")
+    folder = os.path.join(root, "maskdino")
+    with open(os.path.join(folder, "inference_s0.json")) as f:
+        settings = json.load(f)["inference"]["settings"]
+    arrays = dict(np.load(os.path.join(folder, "inference_s0.npz")))
+    arrays["low"] = np.load(os.path.join(folder, "maskdino_tiny_s0.npz"))["pred/3/pred_masks"]
+    return arrays, settings
+
+
+def inputs(arrays: dict, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return sigmoid(arrays[f"input/mask_cls_{image}"]), arrays[f"input/mask_box_{image}"], arrays[f"input/mask_pred_{image}"]
+
+
+@pytest.mark.parametrize("image, valid, output", [(0, (120, 152), (30, 38)), (1, (128, 140), (32, 35))])
+def test_restored_masks_are_mask_dinos(maskdino, image, valid, output):
+    arrays, _ = maskdino
+    got = restore(arrays["low"][image], (128, 160), valid, output)
+    np.testing.assert_allclose(got, arrays[f"input/mask_pred_{image}"], atol=2e-4)
+
+
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("name", ["pano", "pano_mid", "pano_loose", "pano_none"])
+def test_panoptic_map_is_mask_dinos(maskdino, name, image):
+    arrays, settings = maskdino
+    s = settings[name]
+    probs, _, logits = inputs(arrays, image)
+    temperature = s["pano_temp"] if s["transform_eval"] else None
+    got = panoptic_segments(TEXTS, probs, logits, ~THINGS, s["object_mask_threshold"], s["overlap_threshold"], temperature)
+    np.testing.assert_array_equal(got.panoptic, arrays[f"{name}/panoptic_seg_{image}"])
+    np.testing.assert_array_equal(got.prompt_ids, arrays[f"{name}/segments_{image}"][:, 1])
+    np.testing.assert_array_equal(got.masks, got.panoptic == np.arange(1, len(got) + 1)[:, None, None])
+
+
+@pytest.mark.parametrize("image", [0, 1])
+@pytest.mark.parametrize("name", ["inst", "inst_focus_on_box", "pano"])
+def test_instances_are_mask_dinos(maskdino, name, image):
+    arrays, settings = maskdino
+    s = settings[name]
+    probs, boxes, logits = inputs(arrays, image)
+    got = instance_segments(TEXTS, probs, boxes, logits, top=s["test_topk_per_image"], rate_masks=not s["focus_on_box"])
+    if s["panoptic_on"]:  # Mask DINO takes the best 20 of all classes and then drops those that are not things
+        keep = THINGS[got.prompt_ids]
+        got = type(got)(TEXTS, got.masks[keep], got.boxes[keep], got.scores[keep], got.prompt_ids[keep], got.query_ids[keep])
+    order = np.lexsort((arrays[f"{name}/inst_classes_{image}"], -arrays[f"{name}/inst_scores_{image}"]))
+    want = {k: arrays[f"{name}/inst_{k}_{image}"][order] for k in ("scores", "classes", "boxes", "masks")}
+    mine = np.lexsort((got.prompt_ids, -got.scores))
+    np.testing.assert_allclose(got.scores[mine], want["scores"], atol=1e-5)
+    np.testing.assert_array_equal(got.prompt_ids[mine], want["classes"])
+    np.testing.assert_allclose(got.boxes[mine], want["boxes"], atol=1e-3)
+    assert (got.masks[mine] != want["masks"]).sum() == 0
+
+
+@pytest.mark.parametrize("image", [0, 1])
+def test_semantic_map_is_mask_dinos(maskdino, image):
+    arrays, settings = maskdino
+    probs, _, logits = inputs(arrays, image)
+    got = semantic_map(probs, logits, temperature=settings["pano"]["pano_temp"])
+    np.testing.assert_array_equal(got, arrays[f"pano/sem_seg_{image}"].argmax(0))
+
+
+def block(h: int, w: int, rows: slice, cols: slice, inside: float = 4.0) -> np.ndarray:
+    out = np.full((h, w), -4.0, np.float32)
+    out[rows, cols] = inside
+    return out
+
+
+ALL = slice(None)
+
+
+def test_queries_of_one_region_prompt_become_one_segment_and_of_a_thing_prompt_two():
+    logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8))])
+    probs = np.array([[0.9], [0.8]], np.float32)
+    merged = panoptic_segments(["sky"], probs, logits, np.array([True]))
+    assert len(merged) == 1 and merged.masks[0].all() and merged.scores[0] == np.float32(0.9)
+    np.testing.assert_array_equal(merged.boxes, [[0, 0, 8, 4]])
+    apart = panoptic_segments(["cat"], probs, logits, np.array([False]))
+    np.testing.assert_array_equal(apart.panoptic[0], [1, 1, 1, 1, 2, 2, 2, 2])
+    np.testing.assert_array_equal(apart.boxes, [[0, 0, 4, 4], [4, 0, 8, 4]])
+
+
+def test_a_segment_mostly_hidden_by_a_better_one_is_dropped():
+    logits = np.stack([block(4, 8, ALL, slice(0, 6)), block(4, 8, ALL, slice(2, 8))])
+    got = panoptic_segments(["cat"], np.array([[0.9], [0.5]], np.float32), logits, np.array([False]))
+    assert got.query_ids.tolist() == [0]
+    both = panoptic_segments(["cat"], np.array([[0.9], [0.5]], np.float32), logits, np.array([False]), overlap=0.3)
+    assert both.query_ids.tolist() == [0, 1]
+
+
+def test_nothing_above_the_threshold_is_an_empty_answer():
+    got = panoptic_segments(["cat"], np.array([[0.1]], np.float32), block(4, 8, ALL, ALL)[None], np.array([False]))
+    assert len(got) == 0 and got.masks.shape == (0, 4, 8) and not got.panoptic.any()
+
+
+def test_instances_come_best_first_and_only_for_wanted_prompts():
+    logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8), inside=0.1)])
+    probs = np.array([[0.5, 0.9], [0.6, 0.2]], np.float32)
+    got = instance_segments(["cat", "sky"], probs, np.zeros((2, 4)), logits, wanted=np.array([True, False]))
+    assert got.query_ids.tolist() == [0, 1] and got.prompt_ids.tolist() == [0, 0]
+    np.testing.assert_allclose(got.scores, [0.5 * sigmoid(4.0), 0.6 * sigmoid(0.1)], rtol=1e-4)
+    assert len(instance_segments(["cat", "sky"], probs, np.zeros((2, 4)), logits, wanted=np.zeros(2, bool))) == 0
+    assert len(got.above(0.4)) == 1
+
+
+def test_each_region_prompt_gets_its_best_query_or_an_empty_mask():
+    logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8))])
+    probs = np.array([[0.1, 0.7, 0.05], [0.9, 0.2, 0.04]], np.float32)
+    boxes = np.array([[0, 0, 4, 4], [4, 0, 8, 4]], np.float32)
+    got = region_segments(["right", "left", "nothing"], probs, boxes, logits, threshold=0.3)
+    assert got.query_ids[:2].tolist() == [1, 0]
+    np.testing.assert_array_equal(got.masks.sum((1, 2)), [16, 16, 0])
+    np.testing.assert_array_equal(got.boxes, [[4, 0, 8, 4], [0, 0, 4, 4], [0, 0, 0, 0]])
+    np.testing.assert_allclose(soft_mask(probs, logits, 1), sigmoid(logits[0]), rtol=1e-5)
+
+
+def test_masks_restored_on_demand_give_the_same_answer():
+    rng = np.random.default_rng(0)
+    low = rng.normal(size=(6, 12, 12)).astype(np.float32) * 4
+    frame = ((48, 48), (40, 44), (80, 88))
+    probs, boxes = rng.random((6, 3)).astype(np.float32), np.zeros((6, 4), np.float32)
+    lazy, full = CanvasMasks(low, *frame), restore(low, *frame)
+    assert lazy.shape == full.shape
+    region = np.array([True, False, False])
+    a, b = (panoptic_segments(TEXTS[:3], probs, m, region, overlap=0.1) for m in (lazy, full))
+    assert len(a) and np.array_equal(a.panoptic, b.panoptic)
+    a, b = (instance_segments(TEXTS[:3], probs, boxes, m) for m in (lazy, full))
+    assert np.array_equal(a.masks, b.masks)
+    assert np.array_equal(semantic_map(probs, lazy), semantic_map(probs, full))
+
+
+def test_semantic_map_sums_the_queries_of_a_prompt():
+    logits = np.stack([block(1, 2, ALL, ALL)] * 3)
+    assert semantic_map(np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits).tolist() == [[1, 1]]
+    assert semantic_map(np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits, keep=0.4).tolist() == [[0, 0]]
+
+
+def test_small_images_take_a_few_milliseconds():
+    rng = np.random.default_rng(0)
+    masks = CanvasMasks(rng.normal(size=(40, 24, 24)).astype(np.float32), (96, 96), (96, 96), (96, 96))
+    probs = (rng.random((40, 9)) ** 4).astype(np.float32)
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        panoptic_segments(TEXTS[:9], probs, masks, np.arange(9) < 4)
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.015  # 2 ms where nothing else runs
+
+
+def test_ground_truth_merges_stuff_and_leaves_crowds_out():
+    info = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), thing=False)), {})
+    left, right = np.zeros((4, 8), bool), np.zeros((4, 8), bool)
+    left[:, :2], right[:, 6:] = True, True
+    segments = [Segment(k, mask=encode_rle(m), crowd=c) for k, m, c in [(1, left, False), (1, right, False), (0, ~left, True)]]
+    got = ground_truth_segments(Record("a", b"", 4, 8, tuple(segments)), info)
+    assert got.texts == ["cat", "sky"] and got.prompt_ids.tolist() == [1]
+    np.testing.assert_array_equal(got.panoptic, left | right)

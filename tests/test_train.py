@@ -1,0 +1,128 @@
+"""The loop: the same run on one device and eight, stopped and resumed, killed and resumed."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.train import Metrics, train
+from mqformer_jax.train_step import TrainStep
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+
+
+def losses(workdir) -> dict[int, float]:
+    with open(os.path.join(workdir, "metrics.jsonl")) as f:
+        return {line["step"]: line["loss/total"] for line in map(json.loads, f) if "loss/total" in line}
+
+
+def final_state(config, workdir):
+    from mqformer_jax.checkpoint import Checkpoints
+
+    state, data = Checkpoints(workdir).restore(TrainStep(config, make_mesh(config.mesh, jax.devices()[:1])).abstract)
+    return jax.device_get(state), data
+
+
+@pytest.fixture(scope="module")
+def whole_run(sample_root, tmp_path_factory):
+    """A run nobody disturbed: (config, workdir, its evaluation)."""
+    from tiny import get_config
+
+    config = get_config()
+    config.data.root = sample_root
+    config.mesh = (8, 1, 1)
+    workdir = str(tmp_path_factory.mktemp("whole"))
+    return config, workdir, train(config, workdir)
+
+
+def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
+    config, workdir, results = whole_run
+    found = losses(workdir)
+    assert list(found) == [1, 2, 3, 4, 5, 6] and all(np.isfinite(v) for v in found.values())
+    with open(os.path.join(workdir, "eval.json")) as f:
+        assert json.load(f) == results
+    wanted = {"panoptic.pq", "instance.mask_ap", "semantic.miou", "referring.miou", "referring.ciou", "foreground.mae"}
+    assert wanted <= set(results) and all(0 <= results[k] <= 100 for k in wanted)
+    assert {"sample_scenes_val.png", "sample_mattes_val.png", "checkpoints", "config.json"} <= set(os.listdir(workdir))
+
+
+def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkeypatch):
+    config, whole, _ = whole_run
+
+    write = Metrics.write
+
+    def interrupted(self, step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return write(self, step)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Metrics, "write", interrupted)
+        train(config, str(tmp_path))  # the checkpoint of step 2 is the newest
+    train(config, str(tmp_path))
+    assert losses(tmp_path) == losses(whole)
+    ours, theirs = (jax.tree.leaves(final_state(config, w)[0]) for w in (str(tmp_path), whole))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_losses_do_not_depend_on_the_mesh(tiny_config, tiny_batch):
+    def first_losses(shape, devices, rules=()):
+        tiny_config.rules = rules
+        step = TrainStep(tiny_config, make_mesh(shape, devices))
+        state, out = step.init(), []
+        for _ in range(2):
+            state, metrics = step(state, step.put(tiny_batch))
+            out.append([float(metrics[k]) for k in ("total", "gradient_norm")])
+        return out
+
+    one = first_losses((1, 1, 1), jax.devices()[:1])
+    np.testing.assert_allclose(first_losses((2, 2, 2), jax.devices(), [("kernel", ("fsdp", "tensor"))]), one, rtol=2e-3)
+
+
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(whole_run, tmp_path):
+    config, workdir, _ = whole_run
+    other = config.copy_and_resolve_references()
+    other.model.ffn = 48
+    with pytest.raises(ValueError, match="does not fit this config") as error:
+        train(other, workdir)
+    assert "\n" not in str(error.value)
+
+
+def test_other_data_than_the_checkpoints_is_refused(whole_run):
+    config, workdir, _ = whole_run
+    other = config.copy_and_resolve_references()
+    other.batch_size, other.steps = 16, 8
+    with pytest.raises(ValueError, match="batch_size"):
+        train(other, workdir)
+
+
+def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_ends(sample_root, tmp_path):
+    command = [sys.executable, "-m", "mqformer_jax.main", f"--config={REPOSITORY}/tests/tiny.py:train", f"--config.data.root={sample_root}"]
+    command += ["--config.steps=30"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"}
+    start = lambda name: subprocess.Popen([*command, f"--workdir={tmp_path / name}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert start("whole").wait() == 0
+    rng, killed = random.Random(0), 0
+    while killed < 5:
+        process = start("killed")
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        before = metrics.stat().st_size if metrics.exists() else 0
+        while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= before):
+            time.sleep(0.01)  # it trains again
+        time.sleep(rng.uniform(0, 0.4))
+        if process.poll() is not None:
+            break  # it came to its end before it could be killed
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+    assert start("killed").wait() == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
