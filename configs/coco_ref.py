@@ -70,17 +70,18 @@ def sample() -> ConfigDict:
         dict(name="sample_mattes", split="val", tasks=("foreground",)),
     ]
     config.eval.batch_size = 16
+    config.eval.absent = 0.15
     config.eval.kinds = [("relation", " of | above | below "), ("extremal", "most "), ("attribute", "the .+ ")]
     return config
 
 
 def small() -> ConfigDict:
     config = laptop()
-    config.steps = 600
+    config.steps = 400
     config.model.text.vocab_size = 4096
     config.model.update(strides=(8, 16, 32), num_learnable=40, num_conditional=60)
     config.model.backbone.widths = (32, 48, 64, 96, 128)
-    config.data.update(canvas=(256, 256), scale=(0.5, 1.5), max_targets=40, max_prompts=60)
+    config.data.update(canvas=(192, 192), scale=(0.5, 1.5), max_targets=40, max_prompts=60)
     config.data.mixture = [
         dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
         dict(name="coco_instances", split="train", tasks=("instance",)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import os
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -95,18 +96,25 @@ def image_ids(json_path: str) -> set[int]:
 
 
 def load_json(path: str, *fields: str) -> dict[str, Any]:
-    """A json object that holds these lists. Raises FileNotFoundError or ValueError, one line, if it does not."""
+    """A json object (or RefCOCO's pickled refs) that holds these lists. Raises FileNotFoundError or ValueError, one line, if it does not."""
     try:
-        with open(path) as f:
-            data = json.load(f)
+        with open(path, "rb") as f:
+            data = {"refs": _PlainUnpickler(f, encoding="latin1").load()} if path.endswith(".p") else json.load(f)
     except OSError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
+    except (ValueError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"{path}: not {'a pickle of plain values' if path.endswith('.p') else 'JSON'}: {e}") from None
     for field in fields:
         if not isinstance(data, dict) or not isinstance(data.get(field), list):
             raise ValueError(f"{path}: field '{field}' is missing or no list; is it the right annotation file?")
     return data
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers, as RefCOCO's `refs(*).p` hold; nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which expressions do not need")
 
 
 def vocabulary(categories: Iterable[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:

@@ -42,8 +42,11 @@ class Checkpoints:
         logging.info("restored %s, step %d", self.folder, step)
         return state, self._orbax.metadata(step).custom_metadata["data"]
 
-    def close(self) -> None:
-        """Wait for the save under way."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """However a run ends, a save under way is finished."""
         self._orbax.close()
 
 

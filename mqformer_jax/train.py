@@ -35,40 +35,45 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     # -- data, model, state -------------------------------------------------------------------------------------------
     loader = make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context))
     train_step = TrainStep(config, make_mesh(config.mesh))
-    checkpoints = checkpoint.Checkpoints(workdir, config.keep_checkpoints)
-    if checkpoints.latest() is None:
-        state, step = train_step.init(), 0
-    else:
-        state, data = checkpoints.restore(train_step.abstract)
-        step = int(state.step)
-        loader.check_state(data)
-    count = sum(x.size for x in jax.tree.leaves(state.params))
-    print(f"{workdir}: {count:,} parameters on {jax.device_count()} {jax.default_backend()} device(s), steps {step} to {config.steps}")
+    with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+        if checkpoints.latest() is None:
+            state, step = train_step.init(), 0
+        else:
+            state, data = checkpoints.restore(train_step.abstract)
+            step = int(state.step)
+            loader.check_state(data)
+        metrics = Metrics(workdir, config, [entry["name"] for entry in config.data.mixture], step)
+        print(f"{workdir}: {describe(state, config)}", flush=True)
 
-    # -- steps --------------------------------------------------------------------------------------------------------
-    metrics = Metrics(workdir, config, [entry["name"] for entry in config.data.mixture], step)
-    batches = loader.batches(step, jax.process_index(), jax.process_count())
-    results: dict[str, float] = {}
-    with tqdm(total=config.steps, initial=step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
-        while step < config.steps:
-            state, measured = train_step(state, train_step.put(next(batches)))
-            step += 1
-            metrics.add(measured)
-            if step % config.log_every == 0 or step == config.steps:
-                bar.set_postfix_str(metrics.write(step))
-            if step % config.checkpoint_every == 0 or step == config.steps:
-                checkpoints.save(step, state, config, loader.state(step))
-            if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                metrics.write_evaluation(step, _evaluate(config, state, workdir))
-            bar.update()
-    checkpoints.close()
+        # -- steps ----------------------------------------------------------------------------------------------------
+        batches = loader.batches(step, jax.process_index(), jax.process_count())
+        with tqdm(total=config.steps, initial=step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
+            while step < config.steps:
+                state, measured = train_step(state, train_step.put(next(batches)))
+                step += 1
+                metrics.add(measured)
+                if step % config.log_every == 0 or step == config.steps:
+                    bar.set_postfix_str(metrics.write(step))
+                if step % config.checkpoint_every == 0 or step == config.steps:
+                    checkpoints.save(step, state, config, loader.state(step))
+                if config.eval.every and step % config.eval.every == 0 and step < config.steps:
+                    metrics.write_evaluation(step, _evaluate(config, state, workdir))
+                bar.update()
+        if any(loader.bad.values()):
+            print("records that could not be used, left out: " + ", ".join(f"{k} {v}" for k, v in loader.bad.items() if v))
 
     # -- what came of it ----------------------------------------------------------------------------------------------
-    if config.eval.sets:
-        results = _evaluate(config, state, workdir)
-        metrics.write_evaluation(step, results)
+    results = _evaluate(config, state, workdir) if config.eval.sets else {}
+    metrics.write_evaluation(step, results)
     metrics.close()
     return results
+
+
+def describe(state: TrainState, config: ConfigDict) -> str:
+    """One line on what is about to run."""
+    count = sum(x.size for x in jax.tree.leaves(state.params))
+    devices = f"{jax.device_count()} {jax.default_backend()} device(s)"
+    return f"{count:,} parameters on {devices}, steps {int(state.step)} to {config.steps}; the first step compiles"
 
 
 def _evaluate(config: ConfigDict, state: TrainState, workdir: str) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import os
 import sys
 
@@ -152,6 +153,21 @@ def test_referring_groups_expressions_by_object(folder, capsys):
     assert "names two objects (a.jpg 'both')" in capsys.readouterr().out
     assert _prepare(folder, "referring", json=path, instances=instances, split="testA", refs_split="testA") == 0
     assert list(_read(folder, "testA")[1]) == ["b.png"]
+
+
+def test_refs_may_be_a_pickle_but_no_code_in_it_runs(folder, capsys):
+    refs = [{"image_id": 0, "ann_id": 77, "sentences": [{"sent": "the cat"}], "split": "train"}]
+    shape = {"id": 77, "image_id": 0, "category_id": 7, "segmentation": SQUARE}
+    instances = _json(folder / "inst.json", {"images": _images("a.jpg", "b.png"), "annotations": [shape], "categories": CATEGORIES[:1]})
+    path = folder / "refs(unc).p"
+    path.write_bytes(pickle.dumps(refs, protocol=2))
+    assert _prepare(folder, "referring", json=path, instances=instances) == 0
+    assert _read(folder)[1]["a.jpg"].segments[0].texts == ("the cat",)
+    trace = folder / "it_ran"
+    path.write_bytes(b"cos\nsystem\n(S'touch " + str(trace).encode() + b"'\ntR.")
+    capsys.readouterr()
+    assert _prepare(folder, "referring", json=path, instances=instances) == 1
+    assert not trace.exists() and "not a pickle of plain values" in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("palette", [False, True])

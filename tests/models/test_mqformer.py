@@ -59,7 +59,7 @@ def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
     def opened(way):
         changed = jax.tree.map(lambda x: x, params)
         out = changed["decoder"]["layers"]["exchange"][way]["out"]
-        out["kernel"] = jnp.ones_like(out["kernel"])
+        out["kernel"] = jax.random.normal(jax.random.key(1), out["kernel"].shape)
         return forward()(changed, tiny_batch).matching.mask_embed[2]  # after the first layer: one exchange was made
 
     before = forward()(params, tiny_batch).matching.mask_embed[2]
@@ -81,10 +81,10 @@ def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tin
 
 def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
     params = build()[1]
-    noised, _ = noise_targets(jax.random.key(0), tiny_batch, 6)
+    noised, _ = noise_targets(jax.random.key(0), tiny_batch, 24)
     with_noise, without = forward()(params, tiny_batch, noised), forward()(params, tiny_batch)
     close(with_noise.matching, without.matching)
-    assert with_noise.denoising.class_logits.shape == (3, 8, 6, 16)
+    assert with_noise.denoising.class_logits.shape == (3, 8, 24, 16)
     other = noised.replace(boxes=noised.boxes.at[:, 0].set(0.5))
     changed = forward()(params, tiny_batch, other).denoising.boxes
     separate = (noised.group != noised.group[:, :1]) & noised.valid

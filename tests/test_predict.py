@@ -1,0 +1,60 @@
+import jax
+import numpy as np
+import pytest
+
+from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.predict import Predictor
+from mqformer_jax.train_step import build_model
+from tiny import get_config
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    config = get_config()
+    _, params, frozen = jax.jit(lambda k: build_model(config, k)[1:] and (0, *build_model(config, k)[1:]))(jax.random.key(0))
+    return Predictor(config, params, frozen)
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
+
+
+def test_segments_have_the_size_of_the_image_whatever_it_is(predictor, image):
+    for picture in (image, image[:1, :1], np.zeros((200, 30, 3), np.uint8)):
+        found = predictor(picture, ["sky", "the red star"], task="referring")
+        assert found.masks.shape == (2, *picture.shape[:2])
+        assert found.boxes.min() >= 0 and (found.boxes <= np.tile(picture.shape[1::-1], 2)).all()
+
+
+def test_panoptic_segments_do_not_overlap_and_instances_are_ranked(predictor, image):
+    predictor.config.eval.keep = 0.0
+    panoptic = predictor(image, ["sky", "ball"], task="panoptic", regions=[True, False])
+    assert panoptic.panoptic.shape == image.shape[:2] and panoptic.masks.sum(0).max(initial=0) <= 1
+    instances = predictor(image, ["sky", "ball"], task="instance", regions=[True, False])
+    assert (np.diff(instances.scores) <= 0).all() and (instances.prompt_ids == 1).all()
+
+
+def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
+    prompts = predictor.embed(["ball", "star"], [False, False])
+    few = predictor.embed(["sky"], [True])
+    alone = predictor.ask([image], [prompts])[0]
+    _, beside = predictor.ask([image[:20], image], [few, prompts], batch=3)
+    np.testing.assert_allclose(alone.class_probs, beside.class_probs, atol=1e-5)
+    np.testing.assert_allclose(alone.boxes, beside.boxes, atol=1e-2)
+
+
+def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
+    """A box that fills the valid part of the canvas is the whole image."""
+    from mqformer_jax.predict import _to_pixels
+
+    _, valid = fit_image(image, (64, 64))
+    fraction = np.array([[valid[1] / 128, valid[0] / 128, valid[1] / 64, valid[0] / 64]], np.float32)
+    np.testing.assert_allclose(_to_pixels(fraction, (64, 64), valid, (50, 90)), [[0, 0, 90, 50]], atol=1e-4)
+
+
+def test_no_prompt_and_an_unknown_task_are_one_line(predictor, image):
+    with pytest.raises(ValueError, match="no prompts"):
+        predictor(image, [])
+    with pytest.raises(ValueError, match="panoptic, instance, referring, foreground"):
+        predictor(image, ["sky"], task="depth")
