@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coco_records import Labels, foreground_union, instances_record, panoptic_record, referring_record
-from mqformer_jax.input.record import ClassInfo
 from shards import Job, Plan, Problems, builder
 
+from mqformer_jax.input.record import ClassInfo
 
 # ---- Plans: the json, once ----------------------------------------------------------------------------------------
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from hotcoco import mask as rle_codec
-
 from folders import foreground_record
+from hotcoco import mask as rle_codec
 from images import Image, Unusable, read_ids, same_size
-from mqformer_jax.input.record import ClassInfo, Record, Segment, decode_rle, encode_rle
 from shards import Job, Problems
+
+from mqformer_jax.input.record import ClassInfo, Record, Segment, decode_rle, encode_rle
 
 Box = tuple[float, float, float, float]
 

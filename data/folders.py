@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import cv2
 import numpy as np
-
 from images import Image, Unusable, files_by_stem, read_grey, read_index, same_size
-from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
 from shards import Job, Plan, Problems, builder
+
+from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
 
 
 def semantic(images: str, masks: str, classes: str, ignore: Sequence[int] | None = None, offset: int | None = None) -> Plan:

@@ -15,9 +15,9 @@ from typing import Any
 
 import cv2
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from images import Image, Unusable, read_image
 from tqdm import tqdm
 
-from images import Image, Unusable, read_image
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, shard_paths
 
 SHARD_BYTES = 256 << 20

@@ -1,29 +1,18 @@
-import importlib.util
-import pathlib
-
 import pytest
+from tiny import recipe
 
 from mqformer_jax import config as recipes
 from mqformer_jax.train import train
 
-RECIPES = pathlib.Path(__file__).parent.parent / "configs"
-
-
-def recipe(name, variant):
-    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
-
 
 @pytest.mark.parametrize("variant", ["full", "sample", "small"])
 def test_every_variant_of_the_recipe_passes_the_check(variant):
-    recipes.check(recipe("coco_ref", variant))
+    recipes.check(recipe(variant))
 
 
 def test_the_variants_differ_in_numbers_only():
     shape = lambda tree: {k: shape(v) for k, v in tree.items()} if isinstance(tree, dict) else None
-    shapes = [shape(recipe("coco_ref", v).to_dict()) for v in ("full", "sample", "small")]
+    shapes = [shape(recipe(v).to_dict()) for v in ("full", "sample", "small")]
     assert shapes[0] == shapes[1] == shapes[2] == shape(recipes.base().to_dict())
 
 
@@ -41,7 +30,7 @@ def test_the_variants_differ_in_numbers_only():
     ],
 )
 def test_a_field_that_cannot_be_is_named_with_its_mend(field, value, words):
-    config = recipe("coco_ref", "sample")
+    config = recipe("sample")
     *parents, last = field.split(".")
     node = config
     for parent in parents:
@@ -54,7 +43,7 @@ def test_a_field_that_cannot_be_is_named_with_its_mend(field, value, words):
 
 
 def test_an_unknown_field_is_named():
-    config = recipe("coco_ref", "sample")
+    config = recipe("sample")
     with config.unlocked():
         config.model.dropout = 0.1
     with pytest.raises(ValueError, match="config.model.dropout is not a field"):
@@ -62,7 +51,7 @@ def test_an_unknown_field_is_named():
 
 
 def test_data_that_is_not_prepared_names_the_command(tmp_path):
-    config = recipe("coco_ref", "sample")
+    config = recipe("sample")
     config.data.root = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="python data/prepare.py sample"):
         train(config, str(tmp_path / "run"))

@@ -1,10 +1,8 @@
 """The recipe at full size, traced and not compiled: R50, 1024 x 1024, 400 queries, 9 layers, 100 targets."""
 
-import importlib.util
-import pathlib
-
 import jax
 import jax.numpy as jnp
+from tiny import recipe
 
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.parallel.mesh import make_mesh
@@ -12,11 +10,7 @@ from mqformer_jax.train_step import TrainStep
 
 
 def test_the_full_step_traces_with_the_originals_sizes():
-    path = pathlib.Path(__file__).parent.parent / "configs" / "coco_ref.py"
-    spec = importlib.util.spec_from_file_location("coco_ref", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    config = recipe.get_config("full")
+    config = recipe("full")
     b, n, p, side = config.batch_size, config.data.max_targets, config.data.max_prompts, config.data.canvas[0]
     array = lambda kind, *shape: jax.ShapeDtypeStruct((b, *shape), kind)
     batch = Batch(

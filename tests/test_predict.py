@@ -1,11 +1,11 @@
 import jax
 import numpy as np
 import pytest
+from tiny import get_config
 
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.predict import Predictor
 from mqformer_jax.train_step import build_model
-from tiny import get_config
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 import os
+import pickle
 import sys
 
 import numpy as np

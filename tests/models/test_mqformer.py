@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
+from tiny import get_config
 
 from mqformer_jax.losses.denoising import noise_targets
 from mqformer_jax.models.mqformer import MQFormer
-from tiny import get_config
 
 
 @functools.cache

@@ -1,0 +1,65 @@
+"""Every family of real data, prepared as a user prepares it, through the `:small` recipe's own pipeline into batches."""
+
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import recipe
+
+from mqformer_jax.input.mixture import make_loader
+from mqformer_jax.models.tokenizer import WordTokenizer
+
+REPOSITORY = pathlib.Path(__file__).parent.parent.parent
+BOX_ONLY = {"raccoon", "kangaroo"}
+REGIONS_ONLY = {"refcoco", "camvid", "ade20k", "foreground", "mattes"}
+
+
+@pytest.fixture(scope="module")
+def rows(real_data, tmp_path_factory):
+    """Name of a data set → its rows among 24 batches of the mixture."""
+    root = tmp_path_factory.mktemp("small")
+    command = [sys.executable, str(REPOSITORY / "data" / "prepare.py"), "small", "--source", str(real_data), "--out", str(root)]
+    subprocess.run(command, check=True, capture_output=True)
+    config = recipe("small")
+    config.data.root = str(root)
+    loader = make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context))
+    batches, found = loader.batches(), {entry["name"]: [] for entry in config.data.mixture}
+    for _ in range(24):
+        batch = next(batches)
+        for i, source in enumerate(batch.source):
+            found[config.data.mixture[source]["name"]].append({k: v[i] for k, v in vars(batch).items()})
+    assert not any(loader.bad.values())
+    return found
+
+
+def test_every_family_is_in_the_mixture_and_has_targets(rows):
+    assert all(len(examples) > 0 for examples in rows.values())
+    for name, examples in rows.items():
+        assert sum(row["num_targets"] for row in examples) > 0, name
+
+
+def test_each_family_says_what_it_knows(rows):
+    for name, examples in rows.items():
+        for row in examples:
+            n = row["num_targets"]
+            assert row["positive"][:n].any(1).all() and not row["positive"][:, ~row["prompt_valid"]].any()
+            if name in BOX_ONLY:
+                assert not row["has_mask"].any()
+            if name in REGIONS_ONLY:
+                assert row["prompt_region"][row["prompt_valid"]].all()
+            if name in ("coco_instances", "balloon", *BOX_ONLY):
+                assert not row["prompt_region"].any()
+
+
+def test_boxes_are_those_of_the_masks(rows):
+    for examples in rows.values():
+        for row in examples:
+            h, w = row["masks"].shape[1], row["masks"].shape[2] * 8
+            for box, has, bits in zip(row["boxes"][: row["num_targets"]], row["has_mask"], row["masks"]):
+                if has:
+                    y, x = np.nonzero(np.unpackbits(bits, axis=-1))
+                    tight = np.array([x.min(), y.min(), x.max() + 1, y.max() + 1]) / [w, h, w, h]
+                    found = np.concatenate([box[:2] - box[2:] / 2, box[:2] + box[2:] / 2])
+                    np.testing.assert_allclose(found, tight, atol=1e-5)
