@@ -15,15 +15,16 @@ STEPS ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	touch $@
 
-data/records/sample_scenes/dataset.json: | .venv/.demo
+data/records/.sample: data/sample.py data/sample_render.py | .venv/.demo
 	$(BIN)/python data/prepare.py sample --out data/records
+	touch $@
 
 # train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
-demo: .venv/.demo data/records/sample_scenes/dataset.json
+demo: .venv/.demo data/records/.sample
 	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
 
 test: .venv/.test
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv runs/demo data/records/sample_*
+	rm -rf .venv runs/demo data/records/.sample data/records/sample_*

@@ -22,7 +22,6 @@ from shards import write_split  # noqa: E402
 
 from mqformer_jax import config as recipes  # noqa: E402
 from mqformer_jax.evaluate import table  # noqa: E402
-from mqformer_jax.parallel.mesh import prepare_backend  # noqa: E402
 from mqformer_jax.train import train  # noqa: E402
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of small real data.", required=True)
@@ -43,7 +42,6 @@ def prepare(source: str, root: str) -> None:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    prepare_backend()
     root = os.path.join(_WORKDIR.value, "records")
     prepare(_SOURCE.value, root)
     config = coco_ref.small()
@@ -51,14 +49,14 @@ def main(_: list[str]) -> None:
     config.batch_size = 4
     config.checkpoint_every = _STEPS.value
     config.data.update(root=root, canvas=(256, 256), scale=(1.0, 1.0), flip=0.0)
-    config.data.mixture = [
+    config.data.mixture = (
         dict(name="coco_panoptic", split="train", tasks=("panoptic",), weight=0.6),
         dict(name="refcoco", split="train", tasks=("referring",), weight=0.4),
-    ]
-    config.eval.sets = [
+    )
+    config.eval.sets = (
         dict(name="coco_panoptic", split="train", tasks=("panoptic", "semantic")),
         dict(name="refcoco", split="train", tasks=("referring",)),
-    ]
+    )
     config.eval.batch_size = 4
     recipes.check(config)
     print(table(train(config, _WORKDIR.value)))

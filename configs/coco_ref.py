@@ -2,7 +2,8 @@
 
     python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
 
-R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size (it needs a pod).
+R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod, and
+ImageNet and CLIP weights, which cannot be loaded yet; from random ones a frozen-norm R50 will hardly learn.
 
 The same recipe, smaller only in numbers:
 
@@ -28,10 +29,14 @@ def get_config(variant: str = "full") -> ConfigDict:
 def full() -> ConfigDict:
     config = base()
     refcoco = ("refcoco", "refcocoplus", "refcocog")
-    config.data.mixture = [dict(name="coco_panoptic", split="train", tasks=("panoptic",))]
-    config.data.mixture += [dict(name=name, split="train", tasks=("referring",)) for name in refcoco]
-    config.eval.sets = [dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic"))]
-    config.eval.sets += [dict(name=name, split="val", tasks=("referring",)) for name in refcoco]
+    config.data.mixture = (
+        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        *(dict(name=name, split="train", tasks=("referring",)) for name in refcoco),
+    )
+    config.eval.sets = (
+        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        *(dict(name=name, split="val", tasks=("referring",)) for name in refcoco),
+    )
     return config
 
 
@@ -60,29 +65,29 @@ def sample() -> ConfigDict:
     config = laptop()
     config.steps = 1300
     config.data.update(canvas=(96, 96), scale=(1.0, 1.0))
-    config.data.mixture = [
+    config.data.mixture = (
         dict(name="sample_scenes", split="train", tasks=("panoptic", "referring", "foreground"), weight=0.8),
         dict(name="sample_boxes", split="train", tasks=("instance",), weight=0.1),
         dict(name="sample_mattes", split="train", tasks=("foreground",), weight=0.1),
-    ]
-    config.eval.sets = [
+    )
+    config.eval.sets = (
         dict(name="sample_scenes", split="val", tasks=("panoptic", "instance", "semantic", "referring")),
         dict(name="sample_mattes", split="val", tasks=("foreground",)),
-    ]
+    )
     config.eval.batch_size = 16
     config.eval.absent = 0.15
-    config.eval.kinds = [("relation", " of | above | below "), ("extremal", "most "), ("attribute", "the .+ ")]
+    config.eval.kinds = (("relation", " of | above | below "), ("extremal", "most "), ("attribute", "the .+ "))
     return config
 
 
 def small() -> ConfigDict:
     config = laptop()
     config.steps = 400
-    config.model.text.vocab_size = 4096
+    config.model.text.vocab_size = 32768
     config.model.update(strides=(8, 16, 32), num_learnable=40, num_conditional=60)
     config.model.backbone.widths = (32, 48, 64, 96, 128)
     config.data.update(canvas=(192, 192), scale=(0.5, 1.5), max_targets=40, max_prompts=60)
-    config.data.mixture = [
+    config.data.mixture = (
         dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
         dict(name="coco_instances", split="train", tasks=("instance",)),
         dict(name="lvis", split="train", tasks=("instance",)),
@@ -94,9 +99,9 @@ def small() -> ConfigDict:
         dict(name="mattes", split="train", tasks=("foreground",)),
         dict(name="raccoon", split="train", tasks=("detection",)),
         dict(name="kangaroo", split="train", tasks=("detection",)),
-    ]
-    config.eval.sets = [
+    )
+    config.eval.sets = (
         dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         dict(name="refcoco", split="val", tasks=("referring",)),
-    ]
+    )
     return config

@@ -61,9 +61,12 @@ def load_params(path: str) -> tuple[ConfigDict, Any, Any]:
         metadata = orbax.metadata(orbax.latest.step)
         config = config_from_json(metadata.custom_metadata["config"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        wanted = {name: metadata.metadata[name] for name in ("params", "frozen")}
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), wanted)
-        state = orbax.load(orbax.latest.step, abstract)
+        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
+        wanted = {
+            name: jax.tree.map(place if name in ("params", "frozen") else lambda _: ocp.PLACEHOLDER, tree)
+            for name, tree in metadata.metadata.items()
+        }
+        state = orbax.load(orbax.latest.step, wanted)
     return config, state["params"], state["frozen"]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ml_collections import ConfigDict
 
 TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
@@ -24,7 +26,7 @@ def base() -> ConfigDict:
             batch_size=16,  # images a step over all devices
             model=dict(
                 backbone=dict(name="resnet50", widths=(32, 48, 64, 96)),  # widths: the convnet's, from stride 2 on
-                text=dict(vocab_size=16384, context=32, width=512, heads=8, layers=12, embed_dim=512),
+                text=dict(vocab_size=49408, context=32, width=512, heads=8, layers=12, embed_dim=512),
                 grain=True,  # tell the model whether a prompt owns one region or several segments
                 width=256,
                 heads=8,
@@ -56,7 +58,7 @@ def base() -> ConfigDict:
             ),
             data=dict(
                 root="data/records",
-                mixture=[],  # dicts: name, split, tasks, weight (default size ** alpha)
+                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha)
                 alpha=0.5,
                 canvas=(1024, 1024),
                 max_targets=100,
@@ -69,13 +71,13 @@ def base() -> ConfigDict:
                 threads=8,
             ),
             mesh=(-1, 1, 1),  # data, fsdp, tensor; -1: what is left
-            rules=[],  # (regex over a parameter's path, mesh axes of its trailing dimensions)
+            rules=(),  # (regex over a parameter's path, mesh axes of its trailing dimensions)
             log_every=50,
             checkpoint_every=5000,
             keep_checkpoints=2,
             eval=dict(
                 every=0,  # steps; 0: at the end only
-                sets=[],  # dicts: name, split, tasks
+                sets=(),  # dicts: name, split, tasks
                 batch_size=8,
                 limit=0,  # images a set; 0: all
                 pictures=8,
@@ -83,7 +85,7 @@ def base() -> ConfigDict:
                 overlap=0.8,  # panoptic: the least visible share of a segment
                 top=100,  # instance: segments an image
                 absent=0.0,  # referring: below this score an expression names nothing
-                kinds=[],  # referring: (name, regex) pairs; expressions are also reported by the first that fits
+                kinds=(),  # referring: (name, regex) pairs; expressions are also reported by the first that fits
             ),
         )
     )
@@ -106,10 +108,21 @@ def check(config: ConfigDict) -> None:
     fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
     _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
     _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")
-    for field, sets, tasks in (("data.mixture", data.mixture, TASKS), ("eval.sets", config.eval.sets, EVALUATIONS)):
-        for entry in sets:
-            wrong = [t for t in entry["tasks"] if t not in tasks]
-            _require(not wrong, f"{field} ({entry['name']})", wrong, f"tasks are {', '.join(tasks)}")
+    tokens = sum((data.canvas[0] // s) * (data.canvas[1] // s) for s in model.strides)
+    _require(total <= tokens, "model.num_conditional", model.num_conditional, f"{total} queries are more than the {tokens} tokens of the canvas")
+    _require(config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive")
+    for entry in data.mixture:
+        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight"})
+    for entry in config.eval.sets:
+        _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
+
+
+def _check_entry(field: str, entry: Mapping, tasks: tuple[str, ...], needed: set[str], allowed: set[str]) -> None:
+    """One data set of a recipe: its keys, and that its tasks exist."""
+    keys = set(entry)
+    _require(needed <= keys <= needed | allowed, field, dict(entry), f"an entry has {', '.join(sorted(needed | allowed))}")
+    wrong = [t for t in entry["tasks"] if t not in tasks]
+    _require(not wrong, f"{field} ({entry['name']})", wrong, f"tasks are {', '.join(tasks)}")
 
 
 def _known(given: dict, allowed: dict, where: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from absl import logging
@@ -30,7 +30,7 @@ CLASS_TASKS = ("panoptic", "instance", "semantic")
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str) -> dict[str, float]:
     """Evaluate the sets of `config.eval`; writes eval.json and one picture sheet a set into `folder`.
 
-    Keys are task.metric ("panoptic.pq"), in percent; a second data set of a task has its name in front.
+    Keys are task.metric ("panoptic.pq"), in percent; from the second set of a task on with "name/split/" in front.
     """
     results: dict[str, float] = {}
     os.makedirs(folder, exist_ok=True)
@@ -39,7 +39,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str) -> dict[str,
         evaluation = SetEvaluation(predictor, config.eval, source, tuple(entry["tasks"]))
         known = {key.split(".")[0] for key in results}
         for task, metrics in evaluation.run().items():
-            prefix = f"{entry['name']}/{task}" if task in known else task
+            prefix = f"{entry['name']}/{entry['split']}/{task}" if task in known else task
             results.update({f"{prefix}.{name}": value for name, value in metrics.items()})
         if evaluation.shown:
             visualize.prediction_sheet(evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png"))
@@ -69,23 +69,19 @@ class SetEvaluation:
 
     def run(self) -> dict[str, dict[str, float]]:
         """Metrics of each task. An image that cannot be read is named, counted and left out."""
-        bad = 0
-        for records in _batches(self.source, self.options.batch_size, self.options.limit):
-            readable = []
-            for record in records:
-                try:
-                    image = record.decode_image()
-                except BadRecord as e:
-                    bad += 1
-                    logging.warning("%s %s: left out of the evaluation: %s", self.source.name, self.source.split, e)
-                    continue
-                readable.append(Shown(record, image))
-            if readable:
-                self._update(readable)
-        results = {task: evaluator.result() for task, evaluator in self.evaluators.items()}
+        count, bad, waiting = min(len(self.source), self.options.limit or len(self.source)), 0, []
+        for i in tqdm(range(count), desc=f"evaluate {self.source.name} {self.source.split}", unit="image", dynamic_ncols=True):
+            try:
+                waiting.append(_read(self.source, i))
+            except BadRecord as e:
+                bad += 1
+                logging.warning("%s %s: record %d is left out of the evaluation: %s", self.source.name, self.source.split, i, e)
+            if waiting and (len(waiting) == self.options.batch_size or i == count - 1):
+                self._update(waiting)
+                waiting = []
         if bad:
             logging.warning("%s %s: %d images could not be read; the figures are without them", self.source.name, self.source.split, bad)
-        return results
+        return {task: evaluator.result() for task, evaluator in self.evaluators.items()}
 
     def _update(self, items: list[Shown]) -> None:
         images = [item.image for item in items]
@@ -136,6 +132,17 @@ class SetEvaluation:
             self.evaluators["referring"].update(predicted, target, _kind(text, self.options.kinds))
 
 
+def _read(source: ShardSource, index: int) -> Shown:
+    """One record with all that an evaluator will decode of it. Raises BadRecord where any of it is damaged."""
+    record = Record.from_bytes(source[index])
+    for segment in record.segments:
+        if segment.mask is not None:
+            record.decode_mask(segment.mask)
+        if segment.alpha is not None:
+            record.decode_alpha(segment.alpha)
+    return Shown(record, record.decode_image())
+
+
 def _expressions(record: Record) -> list[tuple[str, bytes | None]]:
     """Each expression of an image with its mask (None: it names nothing); those known by a box alone are left out."""
     named = [(text, s.mask) for s in record.segments if s.mask is not None and not s.crowd for text in s.texts]
@@ -154,15 +161,6 @@ def _foreground(record: Record) -> np.ndarray | None:
         if segment.foreground and segment.mask is not None:
             return record.decode_mask(segment.mask).astype(np.float64)
     return None
-
-
-def _batches(source: ShardSource, size: int, limit: int) -> Iterator[list[Record]]:
-    count = min(len(source), limit or len(source))
-    with tqdm(total=count, desc=f"evaluate {source.name} {source.split}", unit="image", dynamic_ncols=True) as bar:
-        for start in range(0, count, size):
-            chunk = range(start, min(start + size, count))
-            yield [Record.from_bytes(source[i]) for i in chunk]
-            bar.update(len(chunk))
 
 
 def table(results: dict[str, float]) -> str:

@@ -17,13 +17,11 @@ def main(argv: list[str]) -> None:
     # after the flags are read: a wrong flag should not wait for JAX
     from mqformer_jax import config as recipes
     from mqformer_jax.evaluate import table
-    from mqformer_jax.parallel.mesh import prepare_backend
     from mqformer_jax.train import train
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     recipes.check(_CONFIG.value)
-    prepare_backend()
     results = train(_CONFIG.value, _WORKDIR.value)
     print(table(results))
     print(f"\n{_WORKDIR.value}: eval.json, pictures, metrics.jsonl, checkpoints")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from mqformer_jax.parallel.rules import path_name
 
-NO_DECAY = re.compile(r"norm|scale$|grain|learnable/|level_embed|embedding|position|relative_position|logit_")
+NO_DECAY = re.compile(r"norm|^learnable/|^grain|level_embed|text_encoder/(tokens|positions)|logit_")
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
@@ -24,9 +24,9 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with a learning rate a group; frozen groups (rate 0) keep no optimiser state.
+    """Global-norm clip, then AdamW with a learning rate a group; a frozen group (rate 0) has no state and no part in the clip.
 
-    Weight decay leaves out norms, embeddings and biases of tables; Linear and Conv biases are decayed (Mask DINO).
+    Weight decay leaves out norms and embeddings; Linear and Conv biases are decayed (Mask DINO).
     """
     rates = {"rest": 1.0, "backbone": config.backbone, "text_encoder": config.text}
     rate = schedule(config, steps)
@@ -39,5 +39,6 @@ def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.Gradien
             return optax.set_to_zero()
         return optax.adamw(lambda step: multiplier * rate(step), weight_decay=config.weight_decay, mask=decays)
 
+    frozen = jax.tree.map(lambda label: rates[label] == 0, labels)
     groups = optax.multi_transform({name: adamw(m) for name, m in rates.items()}, labels)
-    return optax.chain(optax.clip_by_global_norm(config.clip), groups)
+    return optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.clip_by_global_norm(config.clip), groups)

@@ -1,4 +1,4 @@
-"""Predictor: a checkpoint, an image and words in; Segments out. The command line is the same thing for files."""
+"""Predictor: a checkpoint, an image and words in; Segments out."""
 
 from __future__ import annotations
 
@@ -16,10 +16,17 @@ from ml_collections import ConfigDict
 from mqformer_jax.checkpoint import load_params
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.tokenizer import WordTokenizer
-from mqformer_jax.segments import CanvasMasks, Segments, instance_segments, panoptic_segments, region_segments
+from mqformer_jax.segments import (
+    CanvasMasks,
+    Segments,
+    instance_segments,
+    panoptic_segments,
+    region_segments,
+    semantic_segments,
+)
 from mqformer_jax.train_step import build_model
 
-TASKS = ("panoptic", "instance", "referring", "foreground")
+TASKS = ("panoptic", "instance", "semantic", "referring", "foreground")
 
 
 @flax.struct.dataclass
@@ -63,8 +70,9 @@ class Predictor:
         def forward(params, frozen, image, size, question):
             outputs = merge(params, frozen)(image, size, question.text, question.valid)
             last = jax.tree.map(lambda x: x[-1], outputs.matching)
-            masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, outputs.mask_features.astype(last.mask_embed.dtype))
-            return jax.nn.sigmoid(last.class_logits), last.boxes, masks.astype(jnp.float32)
+            features = outputs.mask_features.astype(last.mask_embed.dtype)
+            masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, features, preferred_element_type=jnp.float32)
+            return jax.nn.sigmoid(last.class_logits), last.boxes, masks
 
         self._forward = jax.jit(forward)
 
@@ -114,13 +122,18 @@ class Predictor:
     def __call__(self, image: np.ndarray, prompts: Sequence[str], task: str = "panoptic", regions: Sequence[bool] | None = None) -> Segments:
         """Segments of one uint8 RGB image for the prompts.
 
-        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "referring" or "foreground" (one region a prompt).
-        regions: which prompts own one region (stuff) rather than several segments (things); default: all of them for
-        referring and foreground, none otherwise.
+        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt), "referring" or
+            "foreground" (one region a prompt).
+        regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
+            panoptic and instance, all otherwise.
         """
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"the image is {image.dtype} {image.shape}: give uint8 RGB of shape (height, width, 3).")
+        if regions is not None and len(regions) != len(prompts):
+            raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give one True or False a prompt.")
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
-        regions = np.full(len(prompts), task in ("referring", "foreground")) if regions is None else np.asarray(regions, bool)
+        regions = np.full(len(prompts), task not in ("panoptic", "instance")) if regions is None else np.asarray(regions, bool)
         answer = self.ask([image], [self.embed(prompts, regions)])[0]
         return answer_segments(answer, list(prompts), regions, task, self.config.eval)
 
@@ -131,6 +144,8 @@ def answer_segments(answer: Answer, texts: Sequence[str], regions: np.ndarray, t
         return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
     if task == "instance":
         return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, thresholds.top)
+    if task == "semantic":
+        return semantic_segments(texts, answer.class_probs, answer.masks)
     return region_segments(texts, answer.class_probs, answer.boxes, answer.masks, thresholds.absent)
 
 

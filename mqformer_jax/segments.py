@@ -182,6 +182,15 @@ def semantic_map(
     return total.argmax(0).reshape(h, w)
 
 
+def semantic_segments(texts: Sequence[str], class_probs: Float[np.ndarray, "q p"], mask_logits: Masks) -> Segments:
+    """`semantic_map` as Segments: one for each prompt that owns a pixel, scored by its best query."""
+    labels = semantic_map(class_probs, mask_logits)
+    present = np.unique(labels)
+    masks = labels == present[:, None, None]
+    panoptic = np.searchsorted(present, labels).astype(np.int32) + 1
+    return _segments(texts, masks, class_probs.max(0)[present], present, class_probs.argmax(0)[present], panoptic)
+
+
 def region_segments(
     texts: Sequence[str],
     class_probs: Float[np.ndarray, "q p"],

@@ -30,7 +30,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     the run that was not (bit for bit on CPU).
     """
     os.makedirs(workdir, exist_ok=True)
-    evaluate.save_json(os.path.join(workdir, "config.json"), config.to_dict())
+    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
 
     # -- data, model, state -------------------------------------------------------------------------------------------
     loader = make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context))
@@ -42,6 +43,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             state, data = checkpoints.restore(train_step.abstract)
             step = int(state.step)
             loader.check_state(data)
+        evaluate.save_json(os.path.join(workdir, "config.json"), config.to_dict())
         metrics = Metrics(workdir, config, [entry["name"] for entry in config.data.mixture], step)
         print(f"{workdir}: {describe(state, config)}", flush=True)
 

@@ -134,11 +134,9 @@ def prediction_sheet(shown: Sequence[Shown], info: DatasetInfo, path: str) -> No
         if item.panoptic is not None:
             among = np.union1d(truth.prompt_ids, item.panoptic.prompt_ids)
             row += [("", overlay(item.image, truth, among=among)), ("", overlay(item.image, item.panoptic, among=among))]
-        if item.regions is not None:
-            row += _region_cells(item)
-        rows.append(row)
-    columns = ["input"] + ["ground truth", "prediction"] * (shown[0].panoptic is not None)
-    sheet(rows, path, columns + ["asked for"] * (shown[0].regions is not None))
+        rows.append(row + ([] if item.regions is None else _region_cells(item)))
+    columns = ["input"] + ["ground truth", "prediction"] * any(item.panoptic is not None for item in shown)
+    sheet(rows, path, columns + ["asked for"] * (max(map(len, rows)) - len(columns)))
 
 
 def _region_cells(item: Shown, most: int = 3) -> list[tuple[str, np.ndarray]]:

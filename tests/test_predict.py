@@ -11,7 +11,7 @@ from mqformer_jax.train_step import build_model
 @pytest.fixture(scope="module")
 def predictor():
     config = get_config()
-    _, params, frozen = jax.jit(lambda k: build_model(config, k)[1:] and (0, *build_model(config, k)[1:]))(jax.random.key(0))
+    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
     return Predictor(config, params, frozen)
 
 
@@ -56,5 +56,21 @@ def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
 def test_no_prompt_and_an_unknown_task_are_one_line(predictor, image):
     with pytest.raises(ValueError, match="no prompts"):
         predictor(image, [])
-    with pytest.raises(ValueError, match="panoptic, instance, referring, foreground"):
+    with pytest.raises(ValueError, match="panoptic, instance, semantic, referring, foreground"):
         predictor(image, ["sky"], task="depth")
+
+
+@pytest.mark.parametrize("wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_an_image_that_is_not_rgb_bytes_is_one_line(predictor, wrong):
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        predictor(wrong, ["sky"])
+
+
+def test_regions_must_be_one_a_prompt(predictor, image):
+    with pytest.raises(ValueError, match="1 regions for 2 prompts"):
+        predictor(image, ["sky", "ball"], regions=[True])
+
+
+def test_semantic_gives_every_pixel_to_one_prompt(predictor, image):
+    found = predictor(image, ["sky", "ball"], task="semantic")
+    assert (found.masks.sum(0) == 1).all() and (found.panoptic > 0).all()

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from mqformer_jax.checkpoint import Checkpoints, load_params
 from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.predict import Predictor
 from mqformer_jax.train import Metrics, train
 from mqformer_jax.train_step import TrainStep
 
@@ -27,8 +29,6 @@ def losses(workdir) -> dict[int, float]:
 
 
 def final_state(config, workdir):
-    from mqformer_jax.checkpoint import Checkpoints
-
     state, data = Checkpoints(workdir).restore(TrainStep(config, make_mesh(config.mesh)).abstract)
     return jax.device_get(state), data
 
@@ -55,6 +55,16 @@ def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
     wanted = {"panoptic.pq", "instance.mask_ap", "semantic.miou", "referring.miou", "referring.ciou", "foreground.mae"}
     assert wanted <= set(results) and all(0 <= results[k] <= 100 for k in wanted)
     assert {"sample_scenes_val.png", "sample_mattes_val.png", "checkpoints", "config.json"} <= set(os.listdir(workdir))
+
+
+def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run):
+    config, workdir, _ = whole_run
+    state, _ = final_state(config, workdir)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    answer = lambda predictor: predictor.ask([image], [predictor.embed(["sky", "the red star"], [True, True])])[0]
+    loaded, trained = answer(Predictor.from_checkpoint(workdir)), answer(Predictor(config, state.params, state.frozen))
+    np.testing.assert_allclose(loaded.class_probs, trained.class_probs, atol=1e-6)
+    np.testing.assert_allclose(loaded.masks.logits, trained.masks.logits, atol=1e-4)
 
 
 def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkeypatch):
@@ -111,22 +121,22 @@ def test_other_data_than_the_checkpoints_is_refused(whole_run):
 
 def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_ends(sample_root, tmp_path):
     command = [sys.executable, "-m", "mqformer_jax.main", f"--config={REPOSITORY}/tests/tiny.py:train", f"--config.data.root={sample_root}"]
-    command += ["--config.steps=30"]
+    command += ["--config.steps=60"]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"}
     start = lambda name: subprocess.Popen([*command, f"--workdir={tmp_path / name}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert start("whole").wait() == 0
-    rng, killed = random.Random(0), 0
-    while killed < 5:
+    rng = random.Random(0)
+    for _ in range(5):
         process = start("killed")
         metrics = tmp_path / "killed" / "metrics.jsonl"
         before = metrics.stat().st_size if metrics.exists() else 0
         while process.poll() is None and (not metrics.exists() or metrics.stat().st_size <= before):
             time.sleep(0.01)  # it trains again
         time.sleep(rng.uniform(0, 0.4))
-        if process.poll() is not None:
-            break  # it came to its end before it could be killed
+        assert process.poll() is None, "it came to its end before it could be killed"
         process.send_signal(signal.SIGKILL)
         process.wait()
-        killed += 1
     assert start("killed").wait() == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    ours, theirs = (jax.tree.leaves(load_params(str(tmp_path / name))[1]) for name in ("killed", "whole"))
+    assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))

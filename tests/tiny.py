@@ -29,5 +29,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.checkpoint_every = 2
     config.eval.update(batch_size=4, limit=4, pictures=2)
     if variant == "train":
-        config.eval.sets = []
+        config.eval.sets = ()
     return config

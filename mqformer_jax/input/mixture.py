@@ -65,6 +65,8 @@ class Loader:
             RowMaker(source, i, tuple(entry.get("tasks", ("panoptic",))), data, tokenizer, set())
             for i, (source, entry) in enumerate(zip(sources, data.mixture))
         ]
+        for source in sources:
+            _warn_of_twins(source, tokenizer)
         streams = [
             WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(maker, seed=_seed(config.seed, i))
             for i, (size, maker) in enumerate(zip(self._sizes, self._makers))
@@ -178,13 +180,14 @@ class RowMaker:
         return colour_jitter(example, rng, data.jitter) if data.jitter else example
 
 
-def eval_records(source: Source) -> Iterator[Record]:
-    """Every record once, in order. One that cannot be read is named in the log and left out."""
-    for i in range(len(source)):
-        try:
-            yield Record.from_bytes(source[i])
-        except BadRecord as e:
-            logging.warning("%s/%s: record %d is left out: %s", source.name, source.split, i, e)
+def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
+    """Two classes that a tokenizer makes the same are one prompt that is both there and not: say so."""
+    names = [c.name for c in source.info.classes]
+    seen: dict[bytes, str] = {}
+    for name, row in zip(names, tokenizer(names) if names else ()):
+        other = seen.setdefault(row.tobytes(), name)
+        if other != name:
+            logging.warning("%s: the tokenizer cannot tell %r from %r; raise config.model.text.vocab_size.", source.name, name, other)
 
 
 def _seed(*entropy: int) -> int:

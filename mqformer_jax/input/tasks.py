@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mqformer_jax.config import TASKS
 from mqformer_jax.input.example import Example, Prompt, Target
 from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, box_of
 
-TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
 FOREGROUND = Prompt(("foreground",), region=True)
 
 # A question: a prompt, the groups of segments it names (each group becomes one target), and whether masks are wanted.

@@ -93,7 +93,7 @@ def criterion(
         loss = loss + metrics["denoising"]
 
     per_image = weights.total({name: value.sum(1) for name, value in terms.items()}) / jnp.maximum(batch.num_targets, 1)
-    region = jnp.any(batch.positive & batch.prompt_region[:, None], -1)
+    region = ~jnp.any(batch.positive & ~batch.prompt_region[:, None], -1)  # no class of several segments names it
     kinds = jnp.stack([real & ~region, real & region])
     learnable = (assigned[:, -1] < outputs.num_learnable) & (assigned[:, -1] >= 0)
     taken = jnp.stack([(kinds & learnable).sum((1, 2)), kinds.sum((1, 2))], -1)

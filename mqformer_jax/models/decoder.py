@@ -12,19 +12,16 @@ from jaxtyping import Array, Bool, Float
 
 from mqformer_jax.models.deformable_attention import MSDeformAttn
 from mqformer_jax.models.heads import Heads, inverse_sigmoid
-from mqformer_jax.models.layers import MLP, layer_norm, scan_layers, stack
-
-INTERACTIONS = ("exchange", "joint", "none")
+from mqformer_jax.models.layers import MLP, layer_norm, linear, scan_layers, stack
 
 
 class Attention(nnx.Module):
     """Multi-head attention; positions enter queries and keys, never values (DETR)."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any, zero_out: bool = False):
-        make = lambda init: nnx.Linear(width, width, kernel_init=init, dtype=dtype, rngs=rngs)
-        xavier = nnx.initializers.xavier_uniform()
-        self.query, self.key, self.value = make(xavier), make(xavier), make(xavier)
-        self.out = make(nnx.initializers.zeros if zero_out else xavier)
+        make = lambda **kwargs: linear(width, width, rngs=rngs, dtype=dtype, **kwargs)
+        self.query, self.key, self.value = make(), make(), make()
+        self.out = make(kernel_init=nnx.initializers.zeros) if zero_out else make()
         self.heads = heads
 
     def __call__(

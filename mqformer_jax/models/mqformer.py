@@ -113,7 +113,9 @@ class MQFormer(nnx.Module):
             anchors.append(anchor)
         if self.conditional is not None:
             content, anchor = self.conditional(memory, shapes, valid, self.heads, text, prompt_valid, self.num_conditional)
-            first = jnp.concatenate([*contents, content], 1), jnp.concatenate([*anchors, anchor], 1)
+            # learnable queries compete for targets here too, but learn this state once only: from the initial stage
+            rivals = jax.lax.stop_gradient((contents, anchors))
+            first = jnp.concatenate([*rivals[0], content], 1), jnp.concatenate([*rivals[1], anchor], 1)
             contents.append(jax.lax.stop_gradient(content))  # Mask DINO: proposals learn from their own loss alone
             anchors.append(jax.lax.stop_gradient(anchor))
         if noised is not None:

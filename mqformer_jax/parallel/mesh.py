@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,14 +11,6 @@ from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = P(("data", "fsdp"))  # images are split over both; parameters over fsdp and tensor
-
-
-def prepare_backend() -> None:
-    """What every command wants of JAX: compiled steps kept between runs, and on CPU no step that waits inside the pool."""
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
-    jax.config.update("jax_compilation_cache_dir", cache)
-    if jax.default_backend() == "cpu":
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # a waiting step would hold one of few threads: 3x slower
 
 
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mqformer_jax.input.mixture import MAX_BAD, Loader, eval_records, make_loader
+from mqformer_jax.input.mixture import MAX_BAD, Loader, make_loader
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle, shard_paths
 
 SIZE = 16
 
 
 def tokenizer(texts):
-    return np.array([[len(t), 1] for t in texts], np.int32)
+    return np.array([[len(t), ord(t[0]) if t else 0] for t in texts], np.int32)
 
 
 def make_record(number):
@@ -129,6 +129,12 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
     assert sorted(r.getMessage()[:29] for r in caplog.records) == ["a/train: record 2 is left out", "a/train: record 3 is left out"]
 
 
+def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
+    with caplog.at_level("WARNING", logger="absl"):
+        Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
+    assert [r.getMessage() for r in caplog.records] == ["a: the tokenizer cannot tell 'dog' from 'cat'; raise config.model.text.vocab_size."]
+
+
 def test_a_broken_data_set_ends_in_one_line():
     loader = Loader([source("a", 70, bad=range(70))], config([dict(name="a")]), tokenizer)
     with pytest.raises(ValueError, match=f"a/train: {MAX_BAD} records in a row are unusable; prepare"):
@@ -175,7 +181,3 @@ def test_the_config_opens_prepared_shards(tmp_path):
     (batch,) = take(loader, 1)
     assert sorted(numbers(batch)) == list(range(6)) and batch.num_targets.tolist() == [1] * 6
     assert batch.prompt_valid.sum(1).tolist() == [2] * 6 and batch.has_mask[:, 0].all()
-
-
-def test_evaluation_reads_every_record_once_in_order():
-    assert [r.key for r in eval_records(source("a", 5, bad=(1,)))] == ["0", "2", "3", "4"]
