@@ -1,0 +1,54 @@
+"""Does an expression find its object, or one that only looks like it?
+
+    python benchmarks/distractors.py --checkpoint=runs/demo
+
+Over the held-out scenes of the embedded sample: among expressions that need more than a shape, and whose object stands in its
+scene with others of the same colour (or shape), how often the answer overlaps the object more than any of those others.
+With one distractor a guess among the two is right half of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+from absl import app, flags
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
+
+import sample  # noqa: E402
+
+from mqformer_jax.input.record import Record  # noqa: E402
+from mqformer_jax.input.sources import ShardSource  # noqa: E402
+from mqformer_jax.predict import Predictor  # noqa: E402
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "A workdir of the sample recipe.")
+_ROOT = flags.DEFINE_string("root", "data/records", "Where the sample was prepared.")
+
+
+def main(_: list[str]) -> None:
+    predictor, source = Predictor.from_checkpoint(_CHECKPOINT.value), ShardSource(_ROOT.value, "sample_scenes", "val")
+    right = {"colour": [], "shape": []}
+    for i in tqdm(range(len(source)), unit="scene"):
+        record = Record.from_bytes(source[i])
+        things = sample.scene_graph(int(record.key), record.width).things
+        segments = record.segments[: len(things)]  # things come first, in the graph's order
+        truth = [record.decode_mask(s.mask) for s in segments]
+        asked = [(text, k) for k, s in enumerate(segments) for text in s.texts if sample.expression_kind(text) != "class"]
+        if not asked:
+            continue
+        found = predictor(record.decode_image(), [text for text, _ in asked], task="referring").masks
+        for (_, k), mask in zip(asked, found):
+            overlap = [(mask & t).sum() / max((mask | t).sum(), 1) for t in truth]
+            for trait, verdicts in right.items():
+                rivals = [overlap[j] for j, t in enumerate(things) if j != k and getattr(t, trait) == getattr(things[k], trait)]
+                if rivals:
+                    verdicts.append(overlap[k] > max(rivals))
+    for trait, verdicts in right.items():
+        print(f"against others of the same {trait}: {100 * np.mean(verdicts):.1f} % of {len(verdicts)} expressions")
+
+
+if __name__ == "__main__":
+    app.run(main)
