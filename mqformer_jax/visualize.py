@@ -178,7 +178,8 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
         for i, (label, lines) in enumerate(logs.items()):
             points = [(entry["step"], entry[key]) for entry in lines if key in entry]
             if points:
-                axis.plot(*zip(*points), color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label)
+                marker = "o" if len(points) < 20 else None  # a run evaluated once is a point
+                axis.plot(*zip(*points), marker=marker, color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label)
         axis.set(title=key, xlabel="step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
