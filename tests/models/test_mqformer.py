@@ -33,7 +33,7 @@ def forward(queries="mixed", interaction="exchange"):
     return run
 
 
-def close(a, b, tolerance=2e-5):
+def assert_close(a, b, tolerance=2e-5):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=tolerance, rtol=1e-4), a, b)
 
 
@@ -50,7 +50,7 @@ def test_a_fresh_exchange_is_the_identity(tiny_batch):
     with_exchange, without = forward()(build()[1], tiny_batch), forward("mixed", "none")
     params = jax.tree.map(lambda x: x, build()[1])
     params["decoder"]["layers"].pop("exchange")
-    close(with_exchange.matching, without(params, tiny_batch).matching)
+    assert_close(with_exchange.matching, without(params, tiny_batch).matching)
 
 
 def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
@@ -66,8 +66,8 @@ def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
     learnable, conditional = np.s_[:, :6], np.s_[:, 6:]
     to_learnable, to_conditional = opened("to_learnable"), opened("to_conditional")
     assert np.abs(to_learnable - before)[learnable].max() > 1e-3 and np.abs(to_conditional - before)[conditional].max() > 1e-3
-    close(to_learnable[conditional], before[conditional])
-    close(to_conditional[learnable], before[learnable])
+    assert_close(to_learnable[conditional], before[conditional])
+    assert_close(to_conditional[learnable], before[learnable])
 
 
 def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tiny_batch):
@@ -83,13 +83,13 @@ def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
     params = build()[1]
     noised, _ = noise_targets(jax.random.key(0), tiny_batch, 24)
     with_noise, without = forward()(params, tiny_batch, noised), forward()(params, tiny_batch)
-    close(with_noise.matching, without.matching)
+    assert_close(with_noise.matching, without.matching)
     assert with_noise.denoising.class_logits.shape == (3, 8, 24, 16)
     other = noised.replace(boxes=noised.boxes.at[:, 0].set(0.5))
     changed = forward()(params, tiny_batch, other).denoising.boxes
     separate = (noised.group != noised.group[:, :1]) & noised.valid
     assert separate.any()
-    close(changed[:, separate], with_noise.denoising.boxes[:, separate])
+    assert_close(changed[:, separate], with_noise.denoising.boxes[:, separate])
 
 
 def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
@@ -98,10 +98,10 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
     shuffled = batch.replace(tokens=batch.tokens[:, order], prompt_valid=batch.prompt_valid[:, order], prompt_region=batch.prompt_region[:, order])
     expected = forward()(params, batch).matching
     found = forward()(params, shuffled).matching
-    close(found.class_logits, expected.class_logits[..., order])
-    close(found.boxes, expected.boxes)
+    assert_close(found.class_logits, expected.class_logits[..., order])
+    assert_close(found.boxes, expected.boxes)
     poisoned = batch.replace(tokens=np.where(batch.prompt_valid[..., None], batch.tokens, 7))
-    close(forward()(params, poisoned).matching.boxes, expected.boxes)
+    assert_close(forward()(params, poisoned).matching.boxes, expected.boxes)
 
 
 def test_the_region_bit_changes_what_a_text_means(tiny_batch):
