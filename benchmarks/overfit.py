@@ -32,7 +32,9 @@ _STEPS = flags.DEFINE_integer("steps", 800, "Training steps.")
 def prepare(source: str, root: str) -> None:
     """Write as two data sets the images that have panoptic labels and expressions, filled up to four by the first others."""
     images = os.path.join(source, "coco", "images")
-    panoptic = coco.panoptic(os.path.join(source, "coco", "panoptic", "train.json"), images, os.path.join(source, "coco", "panoptic", "train"))
+    panoptic = coco.panoptic(
+        os.path.join(source, "coco", "panoptic", "train.json"), images, os.path.join(source, "coco", "panoptic", "train")
+    )
     referring = coco.referring(os.path.join(source, "coco", "referring.json"), images)
     asked = {job.id for job in referring.jobs if any(ref.get("segmentation") for ref in job.labels.items)}
     chosen = {job.id for job in sorted(panoptic.jobs, key=lambda job: (job.id not in asked, job.id))[:4]}

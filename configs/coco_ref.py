@@ -2,8 +2,10 @@
 
     python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
 
-R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod, and
-ImageNet and CLIP weights, which cannot be loaded yet; from random ones a frozen-norm R50 will hardly learn.
+R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod. It also needs ImageNet
+and CLIP weights, since from random ones a frozen-norm R50 will hardly learn: convert them (`python -m mqformer_jax.convert`) and add
+
+    --config.init_from="('pretrained/r50','pretrained/clip')" --config.model.text.tokenizer=clip
 
 The same recipe, smaller only in numbers:
 
@@ -47,7 +49,7 @@ def laptop() -> ConfigDict:
         dict(
             backbone=dict(name="convnet", widths=(32, 48, 64, 96)),
             text=dict(vocab_size=1024, context=12, width=64, heads=2, layers=2, embed_dim=96),
-            width=96, heads=4, ffn=192, strides=(8, 16), encoder_layers=1, decoder_layers=2, mask_dim=96,
+            width=96, heads=4, ffn=192, encoder_ffn=192, strides=(8, 16), encoder_layers=1, decoder_layers=2, mask_dim=96,
             num_learnable=20, num_conditional=20, dtype="float32", remat=False,
         )
     )  # fmt: skip

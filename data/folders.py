@@ -56,7 +56,7 @@ def read_classes(path: str) -> tuple[list[tuple[str, ...]], list[int], int]:
             raise ValueError(f"{path}: not JSON: {e}") from None
         fields = {"classes": fields} if isinstance(fields, list) else fields
         if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
-            raise ValueError(f"{path}: field 'classes' is missing; give {{\"classes\": [\"sky\", ...], \"ignore_index\": 255}}")
+            raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
         lines, offset = fields["classes"], fields.get("index_offset", 0)
         ignore = [fields["ignore_index"]] if "ignore_index" in fields else ignore
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from typing import Any
@@ -38,7 +39,9 @@ class Checkpoints:
             state = self._orbax.load(step, abstract)
         except (ValueError, KeyError, TypeError) as e:
             first = str(e).strip().splitlines()[0]
-            raise ValueError(f"{self.folder}/{step} does not fit this config ({first}): use another --workdir or the config it was made with.") from e
+            raise ValueError(
+                f"{self.folder}/{step} does not fit this config ({first}): use another --workdir or the config it was made with."
+            ) from e
         logging.info("restored %s, step %d", self.folder, step)
         return state, self._orbax.metadata(step).custom_metadata["data"]
 
@@ -50,11 +53,35 @@ class Checkpoints:
         self._orbax.close()
 
 
-def load_params(path: str) -> tuple[ConfigDict, Any, Any]:
-    """Config, parameters and frozen constants of the newest checkpoint of a workdir, on the host's first device."""
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A checkpoint's config, and its parameters and frozen constants as nested dicts (of a converted one maybe a part only)."""
+
+    config: ConfigDict
+    params: Any
+    frozen: Any
+
+
+def save_weights(folder: str, weights: Weights, about: dict) -> None:
+    """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from (JSON).
+
+    Raises FileExistsError where the folder has a checkpoint.
+    """
+    folder = os.path.join(os.path.abspath(folder), "checkpoints")
+    with ocp.training.Checkpointer(folder, cleanup_tmp_directories=True) as orbax:
+        if orbax.latest is not None:
+            raise FileExistsError(f"{folder}: a checkpoint is there already; give another --output.")
+        metadata = {"config": config_to_json(weights.config), "data": None, "about": about}
+        orbax.save(0, {"params": weights.params, "frozen": weights.frozen}, custom_metadata=metadata, force=True)
+
+
+def load_weights(path: str) -> Weights:
+    """The newest checkpoint of a workdir of `main`, or what `convert` wrote, on the host's first device."""
     folder = os.path.join(os.path.abspath(path), "checkpoints")
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{path}: no checkpoint there (a workdir of mqformer_jax.main has a folder 'checkpoints').")
+        raise FileNotFoundError(
+            f"{path}: no checkpoint there (a workdir of mqformer_jax.main, or what mqformer_jax.convert wrote, has a folder 'checkpoints')."
+        )
     with ocp.training.Checkpointer(folder) as orbax:
         if orbax.latest is None:
             raise FileNotFoundError(f"{folder}: no finished checkpoint there.")
@@ -67,7 +94,7 @@ def load_params(path: str) -> tuple[ConfigDict, Any, Any]:
             for name, tree in metadata.metadata.items()
         }
         state = orbax.load(orbax.latest.step, wanted)
-    return config, state["params"], state["frozen"]
+    return Weights(config, state["params"], state["frozen"])
 
 
 def config_to_json(config: ConfigDict) -> str:

@@ -9,9 +9,13 @@ from ml_collections import ConfigDict
 TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
 EVALUATIONS = ("panoptic", "instance", "semantic", "referring", "foreground")
 CHOICES = {
-    "model.queries": ("mixed", "learnable", "conditional"),
+    "model.queries": ("mixed", "learnable", "conditional", "decoupled"),
+    "model.score": ("cosine", "dot"),
+    "model.box_init": ("no", "mask2box", "bitmask"),
     "model.interaction": ("exchange", "joint", "none"),
-    "model.backbone.name": ("resnet50", "resnet101", "convnet"),
+    "model.backbone.name": ("resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "efficientnet_lite0", "convnet"),
+    "model.text.name": ("clip", "bert", "classes"),
+    "model.text.tokenizer": ("words", "clip", "wordpiece", "classes"),
     "model.dtype": ("float32", "bfloat16"),
     "optimizer.schedule": ("steps", "cosine"),
 }
@@ -24,19 +28,44 @@ def base() -> ConfigDict:
             seed=0,
             steps=368_750,
             batch_size=16,  # images a step over all devices
+            init_from=(),  # folders of converted or trained checkpoints: a run starts from all that fits
+            init_skip=(),  # regexes over parameter paths that stay fresh all the same
             model=dict(
-                backbone=dict(name="resnet50", widths=(32, 48, 64, 96)),  # widths: the convnet's, from stride 2 on
-                text=dict(vocab_size=49408, context=32, width=512, heads=8, layers=12, embed_dim=512),
+                backbone=dict(
+                    name="resnet50",
+                    stride_in_1x1=False,  # ResNet: Microsoft's original weights have it
+                    window=7,  # Swin
+                    drop_path=0.0,  # Swin: chance of leaving out the deepest block's branch in training
+                    widths=(32, 48, 64, 96),  # convnet: channels from stride 2 on
+                ),
+                text=dict(
+                    name="clip",
+                    tokenizer="words",
+                    vocab_size=49408,
+                    context=32,
+                    width=512,
+                    heads=8,
+                    layers=12,
+                    embed_dim=512,
+                    norm_eps=1e-5,
+                    classes=(),  # "classes": the names that the table's rows stand for
+                ),
                 grain=True,  # tell the model whether a prompt owns one region or several segments
                 width=256,
                 heads=8,
                 points=4,
-                ffn=2048,
-                strides=(8, 16, 32, 64),
+                ffn=2048,  # of the decoder
+                strides=(8, 16, 32, 64),  # from 4 on: five levels
                 encoder_layers=6,
+                encoder_ffn=2048,
                 decoder_layers=9,
                 mask_dim=256,
                 mask_stride=4,
+                score="cosine",  # of query and text, with a learned scale and bias; or their plain "dot" product
+                box_init="no",  # conditional anchors: the proposals' boxes, or those around their masks (Mask DINO's two ways)
+                learned_content=False,  # conditional queries take anchors from the image, content from parameters
+                coarse_first=True,  # the order in which the decoder counts levels; Mask DINO's high2low is False
+                initial_pred=True,  # supervise the queries before the first layer too
                 queries="mixed",  # which kinds there are; every strategy has num_learnable + num_conditional in all
                 num_learnable=100,
                 num_conditional=300,
@@ -54,7 +83,7 @@ def base() -> ConfigDict:
                 schedule="steps",  # learning rate / 10 at each of `drops`, fractions of the run; or "cosine" to zero
                 drops=(0.8889, 0.963),
                 backbone=0.1,  # multiplies the learning rate of the image encoder
-                text=0.1,  # likewise of the text encoder; 0 freezes it
+                text=0.1,  # likewise of the text encoder; 0 freezes it, and each text is then encoded once
             ),
             data=dict(
                 root="data/records",
@@ -66,7 +95,7 @@ def base() -> ConfigDict:
                 scale=(0.1, 2.0),
                 flip=0.5,
                 jitter=0.0,
-                templates=("{}",),
+                templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (prompts.CLIP_TEMPLATES)
                 workers=0,
                 threads=8,
             ),
@@ -101,7 +130,9 @@ def check(config: ConfigDict) -> None:
     model, data = config.model, config.data
     _require(config.batch_size > 0, "batch_size", config.batch_size, "must be positive")
     _require(config.steps > 0, "steps", config.steps, "must be positive")
-    _require(model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4")
+    _require(
+        model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4"
+    )
     total = model.num_learnable + model.num_conditional
     _require(total >= data.max_targets, "data.max_targets", data.max_targets, f"must not exceed the {total} queries")
     deepest = max(model.strides)
@@ -109,8 +140,12 @@ def check(config: ConfigDict) -> None:
     _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
     _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")
     tokens = sum((data.canvas[0] // s) * (data.canvas[1] // s) for s in model.strides)
-    _require(total <= tokens, "model.num_conditional", model.num_conditional, f"{total} queries are more than the {tokens} tokens of the canvas")
-    _require(config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive")
+    _require(
+        total <= tokens, "model.num_conditional", model.num_conditional, f"{total} queries are more than the {tokens} tokens of the canvas"
+    )
+    _require(
+        config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive"
+    )
     for entry in data.mixture:
         _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight"})
     for entry in config.eval.sets:

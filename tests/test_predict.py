@@ -4,6 +4,7 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.predict import Predictor
 from mqformer_jax.train_step import build_model
 
@@ -12,7 +13,7 @@ from mqformer_jax.train_step import build_model
 def predictor():
     config = get_config()
     params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
-    return Predictor(config, params, frozen)
+    return Predictor(config, params, frozen, make_tokenizer(config.model.text))
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +75,16 @@ def test_regions_must_be_one_a_prompt(predictor, image):
 def test_semantic_gives_every_pixel_to_one_prompt(predictor, image):
     found = predictor(image, ["sky", "ball"], task="semantic")
     assert (found.masks.sum(0) == 1).all() and (found.panoptic > 0).all()
+
+
+def test_templates_are_averaged_as_directions(predictor):
+    """One template changes nothing; of several, the unit vectors are averaged (CLIP, OpenSeeD)."""
+    texts, regions = ["sky", "ball"], [True, False]
+    np.testing.assert_allclose(predictor.embed(texts, regions), predictor.embed(texts, regions, ["{}"]), atol=1e-6)
+    templates = ["{}", "a photo of {}", "the small {}"]
+    unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
+    merge = lambda t: np.array(predictor._encode(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts])))
+    each = [merge(t) for t in templates]
+    grain = np.array(predictor.params["grain"])[[1, 0]]
+    found = np.array(predictor.embed(texts, regions, templates)) - grain
+    np.testing.assert_allclose(unit(found), unit(sum(unit(e) for e in each)), atol=1e-5)

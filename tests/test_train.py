@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mqformer_jax.checkpoint import Checkpoints, load_params
+from mqformer_jax.checkpoint import Checkpoints, load_weights
+from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.parallel.rules import path_name
 from mqformer_jax.predict import Predictor
@@ -63,7 +64,10 @@ def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run)
     state, _ = final_state(config, workdir)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     answer = lambda predictor: predictor.ask([image], [predictor.embed(["sky", "the red star"], [True, True])])[0]
-    loaded, trained = answer(Predictor.from_checkpoint(workdir)), answer(Predictor(config, state.params, state.frozen))
+    loaded, trained = (
+        answer(Predictor.from_checkpoint(workdir)),
+        answer(Predictor(config, state.params, state.frozen, make_tokenizer(config.model.text))),
+    )
     np.testing.assert_allclose(loaded.class_probs, trained.class_probs, atol=1e-6)
     np.testing.assert_allclose(loaded.masks.logits, trained.masks.logits, atol=1e-4)
 
@@ -124,8 +128,15 @@ def test_other_data_than_the_checkpoints_is_refused(whole_run):
 def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_ends(sample_root, tmp_path):
     command = [sys.executable, "-m", "mqformer_jax.main", f"--config={REPOSITORY}/tests/tiny.py:train", f"--config.data.root={sample_root}"]
     command += ["--config.steps=60"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests"}
-    start = lambda name: subprocess.Popen([*command, f"--workdir={tmp_path / name}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests",
+    }
+    start = lambda name: subprocess.Popen(
+        [*command, f"--workdir={tmp_path / name}"], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
     assert start("whole").wait() == 0
     rng = random.Random(0)
     for _ in range(5):
@@ -140,5 +151,5 @@ def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_ends(sample_
         process.wait()
     assert start("killed").wait() == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    ours, theirs = (jax.tree.leaves(load_params(str(tmp_path / name))[1]) for name in ("killed", "whole"))
+    ours, theirs = (jax.tree.leaves(load_weights(str(tmp_path / name)).params) for name in ("killed", "whole"))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))

@@ -6,10 +6,10 @@ import pathlib
 from ml_collections import ConfigDict
 
 
-def recipe(variant: str) -> ConfigDict:
-    """A variant of configs/coco_ref.py, which is a file of its own and not of a package."""
-    path = pathlib.Path(__file__).parent.parent / "configs" / "coco_ref.py"
-    spec = importlib.util.spec_from_file_location("coco_ref", path)
+def recipe(variant: str, name: str = "coco_ref") -> ConfigDict:
+    """A variant of configs/NAME.py, which is a file of its own and not of a package."""
+    path = pathlib.Path(__file__).parent.parent / "configs" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant)
@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 6
     config.model.backbone.widths = (8, 8, 16, 16)
     config.model.text.update(vocab_size=512, width=16, heads=2, layers=2, embed_dim=16)
-    config.model.update(width=32, heads=2, ffn=32, points=2, mask_dim=16, num_learnable=6, num_conditional=8)
+    config.model.update(width=32, heads=2, ffn=32, encoder_ffn=32, points=2, mask_dim=16, num_learnable=6, num_conditional=8)
     config.loss.points = 32
     config.denoising.slots = 6
     config.data.update(canvas=(64, 64), max_targets=10, max_prompts=16)

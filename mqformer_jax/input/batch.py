@@ -21,6 +21,7 @@ class Batch:
     Rows past `num_targets` and prompts that are not `prompt_valid` are padding. Masks travel as bits, eight pixels of a
     row in a byte (`np.packbits(mask, axis=-1)`), so W is a multiple of 8.
 
+    tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
     image: 0 to 255, padded right and below. size: height and width of the valid part, pixels.
     prompt_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
     positive: which prompts name which target. has_mask: the target's mask is known. masks: its bits.
@@ -30,7 +31,7 @@ class Batch:
 
     image: UInt8[np.ndarray, "b h w 3"]
     size: Int[np.ndarray, "b 2"]
-    tokens: Int[np.ndarray, "b p l"]
+    tokens: Int[np.ndarray, "b p l"] | Float[np.ndarray, "b p e"]
     prompt_valid: Bool[np.ndarray, "b p"]
     prompt_region: Bool[np.ndarray, "b p"]
     prompt_exhaustive: Bool[np.ndarray, "b p"]

@@ -8,6 +8,7 @@ mask has no mask cost and no mask loss. Pixels where nothing is known count nowh
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import flax.struct
@@ -17,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.losses import costs
-from mqformer_jax.losses.matcher import match
+from mqformer_jax.losses.matcher import UNUSABLE, match
 from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps, uncertain_points
 from mqformer_jax.models.mqformer import Outputs, Predictions
 from mqformer_jax.models.queries import Noised
@@ -70,15 +71,22 @@ def criterion(
     match_key, loss_key, noise_key = (jax.random.split(k, b) for k in jax.random.split(key, 3))
     stages = outputs.matching.boxes.shape[0]
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (b, stages, *x.shape[1:]))
-    losses = jax.vmap(_losses, in_axes=(0, 1, 0, 0, 0, None))
+    draw = lambda k: functools.partial(uncertain_points, k, k=weights.points)
+    losses = jax.vmap(lambda k, *image: _losses(draw(k), *image), in_axes=(0, 1, 0, 0, 0))
 
+    points = jax.vmap(lambda k, image: jax.random.uniform(k, (weights.points, 2)) * _extent(image))(match_key, batch)
     total, excused = jax.vmap(_matching_costs, in_axes=(0, 1, 0, 0, None))(
-        match_key, jax.lax.stop_gradient(outputs.matching), jax.lax.stop_gradient(outputs.mask_features), batch, weights
+        points, jax.lax.stop_gradient(outputs.matching), jax.lax.stop_gradient(outputs.mask_features), batch, weights
     )
+    region = ~jnp.any(batch.positive & ~batch.prompt_region[:, None], -1)  # no class of several segments names it
+    if outputs.decoupled:
+        total = jnp.where(_of_the_other_kind(region, outputs)[:, None], UNUSABLE, total)
     assigned = local(jax.vmap(jax.vmap(match, in_axes=(0, None))))(total, batch.num_targets)
     real = jnp.arange(n) < batch.num_targets[:, None]
-    pairs = Pairs(jnp.maximum(assigned, 0), jnp.broadcast_to(jnp.arange(n), assigned.shape), per_stage(real), ~excused)
-    terms = losses(loss_key, outputs.matching, outputs.mask_features, batch, pairs, weights)
+    query = jnp.maximum(assigned, 0)
+    usable = jnp.take_along_axis(total, query[..., None], -1)[..., 0] < UNUSABLE  # where a kind has too few queries, targets go without
+    pairs = Pairs(query, jnp.broadcast_to(jnp.arange(n), assigned.shape), per_stage(real) & usable, ~excused)
+    terms = losses(loss_key, outputs.matching, outputs.mask_features, batch, pairs)
     count = jnp.maximum(batch.num_targets.sum(), 1)
     loss = weights.total(jax.tree.map(jnp.sum, terms)) / count
     metrics = {name: value[:, -1].sum() / count for name, value in terms.items()}
@@ -88,16 +96,21 @@ def criterion(
         stages = outputs.denoising.boxes.shape[0]
         slot = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
         pairs = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
-        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, pairs, weights)
+        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, pairs)
         metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / jnp.maximum(noised.valid.sum(), 1)
         loss = loss + metrics["denoising"]
 
     per_image = weights.total({name: value.sum(1) for name, value in terms.items()}) / jnp.maximum(batch.num_targets, 1)
-    region = ~jnp.any(batch.positive & ~batch.prompt_region[:, None], -1)  # no class of several segments names it
     kinds = jnp.stack([real & ~region, real & region])
     learnable = (assigned[:, -1] < outputs.num_learnable) & (assigned[:, -1] >= 0)
     taken = jnp.stack([(kinds & learnable).sum((1, 2)), kinds.sum((1, 2))], -1)
     return loss, {**metrics, "total": loss, "per_image": per_image, "taken": taken}
+
+
+def _of_the_other_kind(region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:
+    """The pairs that OpenSeeD's hard split forbids: instances to learnable queries, regions to conditional ones."""
+    learnable = jnp.arange(outputs.matching.boxes.shape[2]) < outputs.num_learnable
+    return region[..., None] != learnable
 
 
 def _extent(batch: Batch) -> Float[Array, "2"]:
@@ -114,7 +127,7 @@ def _unknown(batch: Batch, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k
 
 
 def _matching_costs(
-    key: Array, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, weights: Weights
+    points: Float[Array, "k 2"], predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, weights: Weights
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
     """The cost of every pair of one image, and the queries whose mask lies mostly where nothing is known.
 
@@ -122,7 +135,6 @@ def _matching_costs(
     at the same points; a mask embedding times sampled features is the sampled mask, so no mask is ever drawn.
     """
     n = batch.boxes.shape[0]
-    points = jax.random.uniform(key, (weights.points, 2)) * _extent(batch)
     sampled = sample_features(features, points)
     masks = sample_bits(batch.masks, jnp.arange(n), jnp.broadcast_to(points, (n, *points.shape)))
     unknown = _unknown(batch, points)
@@ -145,9 +157,12 @@ def _matching_costs(
 
 
 def _losses(
-    key: Array, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs, weights: Weights
+    draw: Callable, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs
 ) -> dict[str, Float[Array, "s"]]:
-    """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage."""
+    """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage.
+
+    draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared.
+    """
     valid = pairs.valid.astype(jnp.float32)
     take = lambda x: jnp.take_along_axis(x, pairs.query[..., None], 1)
 
@@ -165,7 +180,7 @@ def _losses(
 
     embed = take(predictions.mask_embed)
     logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)
-    points = uncertain_points(key, jax.lax.stop_gradient(logits), _extent(batch), weights.points)
+    points = draw(jax.lax.stop_gradient(logits), _extent(batch))
     unknown = _unknown(batch, points)
     entropy, dice = costs.mask_losses(sample_maps(logits, points), sample_bits(batch.masks, pairs.target, points), 1 - unknown)
     with_mask = valid * batch.has_mask[pairs.target]

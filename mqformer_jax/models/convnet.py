@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mqformer_jax.models import layers
+from mqformer_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 
 class ConvNorm(nnx.Module):
@@ -48,9 +49,9 @@ class ConvNet(nnx.Module):
     `channels` maps a stride to its feature's width.
     """
 
-    def __init__(
-        self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
-    ):
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.widths = tuple(widths)
         self.stem = ConvNorm(12, widths[0], rngs=rngs, dtype=dtype)
         self.stages = nnx.List(Stage(i, o, blocks, rngs=rngs, dtype=dtype) for i, o in zip(widths[:-1], widths[1:]))
@@ -59,7 +60,7 @@ class ConvNet(nnx.Module):
     def channels(self) -> dict[int, int]:
         return {4 << k: width for k, width in enumerate(self.widths[1:])}
 
-    def __call__(self, image: Float[Array, "b h w 3"]) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(_space_to_depth(image)))
         features = {}

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from mqformer_jax.models.layers import MLP, layer_norm
 
+ABSENT = -30.0  # the class logit of a prompt that is padding
 FOCAL_PRIOR = -4.0  # every score starts near 2 %, so that the first steps are not spent on unlearning 50 %
 
 
@@ -20,27 +21,30 @@ class Heads(nnx.Module):
 
     The class score is cosine(query, text) * exp(logit_scale) + logit_bias: no class has weights of its own. The paper
     names only the dot product; cosine and scale follow X-Decoder and OpenSeeD, the bias is RetinaNet's prior (ours: with
-    focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads).
+    focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads). Without
+    `cosine` it is the plain dot product with the text, which is then as long as it is (a converted Mask DINO's classes).
     """
 
-    def __init__(self, width: int, text_dim: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(self, width: int, text_dim: int, mask_dim: int, cosine: bool = True, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.cosine = cosine
         self.norm = layer_norm(width, rngs=rngs)
-        self.class_embed = nnx.Linear(width, text_dim, use_bias=False, dtype=dtype, rngs=rngs)
+        self.class_embed = nnx.Linear(width, text_dim, use_bias=not cosine, dtype=dtype, rngs=rngs)
         self.mask_embed = MLP(width, width, mask_dim, 3, rngs=rngs, dtype=dtype)
         self.box = MLP(width, width, 4, 3, rngs=rngs)
         last = self.box.layers[-1]
         last.kernel[...] = jnp.zeros_like(last.kernel[...])  # boxes start at their anchors (Deformable DETR)
-        self.logit_scale = nnx.Param(jnp.float32(math.log(1 / 0.07)))
-        self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR))
+        self.logit_scale = nnx.Param(jnp.float32(math.log(1 / 0.07))) if cosine else None
+        self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
-    def scores(
-        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
-    ) -> Float[Array, "*s b q p"]:
+    def scores(self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]) -> Float[Array, "*s b q p"]:
         """Class logits in float32; -inf would poison gradients, so absent prompts get a large negative number."""
-        query = _normalize(self.class_embed(queries))
-        logits = jnp.einsum("...bqe,bpe->...bqp", query, _normalize(text), preferred_element_type=jnp.float32)
-        scale = jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0)))  # CLIP's clip
-        return jnp.where(valid[:, None], logits * scale + self.logit_bias[...], -30.0)
+        query = self.class_embed(queries)
+        if self.cosine:
+            query, text = normalize(query), normalize(text)
+        logits = jnp.einsum("...bqe,bpe->...bqp", query, text.astype(query.dtype), preferred_element_type=jnp.float32)
+        if self.cosine:
+            logits = logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]  # CLIP's clip
+        return jnp.where(valid[:, None], logits, ABSENT)
 
     def __call__(
         self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
@@ -50,7 +54,8 @@ class Heads(nnx.Module):
         return self.scores(queries, text, valid), self.mask_embed(queries)
 
 
-def _normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    """Unit vectors, computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-12)).astype(x.dtype)
 

@@ -15,6 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+IMAGENET_MEAN, IMAGENET_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of pixels, RGB, 0 to 255
 xavier = nnx.initializers.xavier_uniform()
 he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -28,9 +29,9 @@ def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.
     return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, **{"kernel_init": xavier, **kwargs})
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.LayerNorm:
+def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.LayerNorm:
     """LayerNorm over the last axis with torch's eps; over NHWC it normalises each pixel's channels."""
-    return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs, dtype=dtype)
+    return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, dtype=dtype)
 
 
 def group_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.GroupNorm:
@@ -72,15 +73,15 @@ class Conv(nnx.Module):
 
 
 class FrozenBatchNorm(nnx.Module):
-    """BatchNorm whose statistics and affine map are constants, as in detectron2's backbones. eps 1e-5."""
+    """BatchNorm whose statistics and affine map are constants, as in detectron2's backbones. eps: 1e-5 is torch's."""
 
-    def __init__(self, width: int, *, dtype: DTypeLike = jnp.float32):
-        self.dtype = dtype
+    def __init__(self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32):
+        self.eps, self.dtype = eps, dtype
         self.scale, self.bias = Frozen(jnp.ones(width)), Frozen(jnp.zeros(width))
         self.mean, self.var = Frozen(jnp.zeros(width)), Frozen(jnp.ones(width))
 
     def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + 1e-5)
+        scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.eps)
         shift = self.bias[...] - self.mean[...] * scale
         return (x * scale + shift).astype(self.dtype)
 

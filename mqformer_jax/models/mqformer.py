@@ -10,7 +10,7 @@ Every query of both kinds answers every prompt; the matcher (losses/) decides wh
 
 from __future__ import annotations
 
-from typing import Any
+import functools
 
 import flax.struct
 import jax
@@ -20,15 +20,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from ml_collections import ConfigDict
 
-from mqformer_jax.models.convnet import ConvNet
+from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.decoder import Decoder
-from mqformer_jax.models.heads import Heads
+from mqformer_jax.models.heads import Heads, inverse_sigmoid, normalize
 from mqformer_jax.models.pixel_decoder import PixelDecoder
-from mqformer_jax.models.queries import ConditionalQueries, LearnableQueries, Noised
-from mqformer_jax.models.resnet import ResNet
-from mqformer_jax.models.text_encoder import TextEncoder
-
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # ImageNet's, 0 to 255
+from mqformer_jax.models.queries import ConditionalQueries, LearnableQueries, Noised, mask_boxes
+from mqformer_jax.models.text_encoder import make_text_encoder
 
 
 @flax.struct.dataclass
@@ -46,12 +43,16 @@ class Predictions:
 
 @flax.struct.dataclass
 class Outputs:
-    """Matching queries (learnable first), denoising queries where asked for, and the features their masks are made of."""
+    """Matching queries (learnable first), denoising queries where asked for, and the features their masks are made of.
+
+    decoupled: learnable queries may take regions only and conditional ones instances only (OpenSeeD's hard split).
+    """
 
     matching: Predictions
     denoising: Predictions | None
     mask_features: Float[Array, "b h w d"]
     num_learnable: int = flax.struct.field(pytree_node=False)
+    decoupled: bool = flax.struct.field(pytree_node=False, default=False)
 
 
 class MQFormer(nnx.Module):
@@ -61,34 +62,36 @@ class MQFormer(nnx.Module):
         c, dtype = config, jnp.dtype(config.dtype)
         self.dtype = dtype
         self.num_learnable, self.num_conditional = query_counts(c)
-        self.joint = c.interaction == "joint"
+        self.joint, self.decoupled = c.interaction == "joint", c.queries == "decoupled"
+        self.box_init, self.coarse_first, self.initial_pred = c.box_init, c.coarse_first, c.initial_pred
         mixed = self.num_learnable > 0 and self.num_conditional > 0
 
-        self.backbone = _backbone(c.backbone, rngs, dtype)
-        self.text_encoder = TextEncoder(
-            c.text.vocab_size, c.text.context, c.text.width, c.text.heads, c.text.layers, c.text.embed_dim, rngs=rngs, dtype=dtype
-        )
+        self.backbone = make_backbone(c.backbone, c.remat, rngs, dtype)
+        self.text_encoder = make_text_encoder(c.text, rngs, dtype)
         self.grain = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2, c.text.embed_dim))) if c.grain else None
         self.pixel_decoder = PixelDecoder(
-            self.backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.ffn, tuple(c.strides), c.mask_dim, c.mask_stride,
-            rngs=rngs, dtype=dtype, remat=c.remat,
+            self.backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, tuple(c.strides), c.mask_dim,
+            c.mask_stride, rngs=rngs, dtype=dtype, remat=c.remat,
         )  # fmt: skip
-        self.heads = Heads(c.width, c.text.embed_dim, c.mask_dim, rngs=rngs, dtype=dtype)
+        self.heads = Heads(c.width, c.text.embed_dim, c.mask_dim, c.score == "cosine", rngs=rngs, dtype=dtype)
         self.learnable = LearnableQueries(self.num_learnable, c.width, rngs=rngs) if self.num_learnable else None
-        self.conditional = ConditionalQueries(c.width, rngs=rngs, dtype=dtype) if self.num_conditional else None
+        conditional = functools.partial(ConditionalQueries, self.num_conditional, c.width, c.learned_content)
+        self.conditional = conditional(rngs=rngs, dtype=dtype) if self.num_conditional else None
         self.noised = nnx.Linear(c.text.embed_dim, c.width, dtype=dtype, rngs=rngs)
         self.decoder = Decoder(
             c.width, c.heads, c.ffn, c.decoder_layers, len(c.strides), c.points, mixed and c.interaction == "exchange",
             rngs=rngs, dtype=dtype, remat=c.remat,
         )  # fmt: skip
 
-    def embed_text(self, tokens: Int[Array, "*n l"], region: Bool[Array, "*n"]) -> Float[Array, "*n e"]:
-        """Prompts as vectors: the text encoder's, plus what tells "one region" from "several segments".
+    def embed_text(self, tokens: Int[Array, "*n l"] | Float[Array, "*n e"], region: Bool[Array, "*n"]) -> Float[Array, "*n e"]:
+        """Prompts as vectors: the text encoder's (or given: what a frozen one said), plus what tells "one region" from
+        "several segments".
 
         The paper says nothing of how COCO's "person" (each one) and ADE's "person" (all of them) live together; a learned
         two-valued embedding lets one text ask either way (`model.grain` turns it off).
         """
-        text = self.text_encoder(tokens)
+        given = jnp.issubdtype(tokens.dtype, jnp.floating)
+        text = tokens.astype(self.dtype) if given else self.text_encoder(tokens)
         return text if self.grain is None else text + self.grain[...][region.astype(jnp.int32)].astype(text.dtype)
 
     def __call__(
@@ -98,13 +101,28 @@ class MQFormer(nnx.Module):
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],
         noised: Noised | None = None,
+        key: Array | None = None,
     ) -> Outputs:
-        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`."""
-        batch, canvas = image.shape[0], image.shape[1:3]
-        pixels = (image.astype(jnp.float32) - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
-        features = self.backbone(pixels.astype(self.dtype))
+        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. key: of the backbone's drop
+        path; None in evaluation."""
+        pixels = (image.astype(jnp.float32) - jnp.asarray(self.backbone.mean)) / jnp.asarray(self.backbone.std)
+        features = self.backbone(pixels.astype(self.dtype), key)
+        return self.segment(features, image.shape[1:3], size, text, prompt_valid, noised)
+
+    def segment(
+        self,
+        features: dict[int, Float[Array, "b h w c"]],
+        canvas: tuple[int, int],
+        size: Int[Array, "b 2"],
+        text: Float[Array, "b p e"],
+        prompt_valid: Bool[Array, "b p"],
+        noised: Noised | None = None,
+    ) -> Outputs:
+        """All that follows the backbone. features: {stride: feature} of a canvas (h, w)."""
         memory, shapes, valid, mask_features = self.pixel_decoder(features, size, canvas)
-        memory, shapes, valid = _coarse_first(memory, shapes, valid)
+        if self.coarse_first:
+            memory, shapes, valid = _coarse_first(memory, shapes, valid)
+        batch = memory.shape[0]
 
         contents, anchors, first = [], [], None
         if self.learnable is not None:
@@ -112,40 +130,49 @@ class MQFormer(nnx.Module):
             contents.append(content)
             anchors.append(anchor)
         if self.conditional is not None:
-            content, anchor = self.conditional(memory, shapes, valid, self.heads, text, prompt_valid, self.num_conditional)
+            tokens, anchor = self.conditional(memory, shapes, valid, self.heads, text, prompt_valid)
             # learnable queries compete for targets here too, but learn this state once only: from the initial stage
             rivals = jax.lax.stop_gradient((contents, anchors))
-            first = jnp.concatenate([*rivals[0], content], 1), jnp.concatenate([*rivals[1], anchor], 1)
-            contents.append(jax.lax.stop_gradient(content))  # Mask DINO: proposals learn from their own loss alone
-            anchors.append(jax.lax.stop_gradient(anchor))
+            first = jnp.concatenate([*rivals[0], tokens], 1), jnp.concatenate([*rivals[1], anchor], 1)
+            contents.append(self.conditional.start(tokens))
+            anchors.append(jax.lax.stop_gradient(self._anchors_from_masks(tokens, anchor, mask_features)))
         if noised is not None:
             claimed = jnp.take_along_axis(text, noised.prompt[..., None], 1)
-            contents.append(self.noised(claimed))
+            contents.append(self.noised(normalize(claimed) if self.heads.cosine else claimed))
             anchors.append(jax.scipy.special.logit(jnp.clip(noised.boxes, 1e-3, 1 - 1e-3)))  # Mask DINO's range
         content = jnp.concatenate([c.astype(jnp.float32) for c in contents], 1)
         anchor = jnp.concatenate(anchors, 1)
 
         mask = visibility(self.num_learnable, self.num_conditional, self.joint, noised)
-        layers, boxes = self.decoder(
-            content, anchor, mask, (self.num_learnable, self.num_conditional), memory, shapes, valid, self.heads
-        )
-        queries = jnp.concatenate([content.astype(layers.dtype)[None], layers])
-        boxes = jnp.concatenate([jax.nn.sigmoid(anchor)[None], boxes])
-        logits, embeds = self.heads(queries, text, prompt_valid)
-        stages, n = Predictions(logits, boxes, embeds), self.num_learnable + self.num_conditional
+        queries, boxes = self.decoder(content, anchor, mask, (self.num_learnable, self.num_conditional), memory, shapes, valid, self.heads)
+        if self.initial_pred:
+            boxes = jnp.concatenate([jax.nn.sigmoid(anchor)[None], boxes])
+            queries = jnp.concatenate([content.astype(queries.dtype)[None], queries])
+        stages, n = self._predict(queries, boxes, text, prompt_valid), self.num_learnable + self.num_conditional
         matching = jax.tree.map(lambda x: x[:, :, :n], stages)
         if first is not None:
-            logits, embeds = self.heads(first[0].astype(layers.dtype)[None], text, prompt_valid)
-            proposals = Predictions(logits, jax.nn.sigmoid(first[1])[None], embeds)
+            proposals = self._predict(first[0].astype(queries.dtype)[None], jax.nn.sigmoid(first[1])[None], text, prompt_valid)
             matching = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), proposals, matching)
         denoising = None if noised is None else jax.tree.map(lambda x: x[:, :, n:], stages)
-        return Outputs(matching, denoising, mask_features, self.num_learnable)
+        return Outputs(matching, denoising, mask_features, self.num_learnable, self.decoupled)
+
+    def _predict(self, queries: Array, boxes: Array, text: Array, prompt_valid: Array) -> Predictions:
+        logits, embeds = self.heads(queries, text, prompt_valid)
+        return Predictions(logits, boxes, embeds)
+
+    def _anchors_from_masks(self, tokens: Array, anchor: Array, mask_features: Array) -> Float[Array, "b k 4"]:
+        """Anchors (before the sigmoid): the boxes that were predicted, or those around the masks that were (`box_init`)."""
+        if self.box_init == "no":
+            return anchor
+        embed = self.heads.mask_embed(self.heads.norm(tokens))
+        masks = jnp.einsum("bqd,bhwd->bqhw", embed, mask_features.astype(embed.dtype), preferred_element_type=jnp.float32)
+        return inverse_sigmoid(mask_boxes(masks > 0, inclusive=self.box_init == "mask2box"))
 
 
 def query_counts(config: ConfigDict) -> tuple[int, int]:
     """Learnable and conditional queries of a strategy; every strategy uses all of them (400 in the paper's ablations)."""
     total = config.num_learnable + config.num_conditional
-    return {"learnable": (total, 0), "conditional": (0, total), "mixed": (config.num_learnable, config.num_conditional)}[config.queries]
+    return {"learnable": (total, 0), "conditional": (0, total)}.get(config.queries, (config.num_learnable, config.num_conditional))
 
 
 def visibility(learnable: int, conditional: int, joint: bool, noised: Noised | None) -> Bool[Array, "b q q"]:
@@ -171,9 +198,3 @@ def _coarse_first(memory, shapes, valid):
     cuts = np.cumsum([h * w for h, w in shapes])[:-1]
     reverse = lambda x: jnp.concatenate(jnp.split(x, cuts, 1)[::-1], 1)
     return reverse(memory), shapes[::-1], reverse(valid)
-
-
-def _backbone(config: ConfigDict, rngs: nnx.Rngs, dtype: Any) -> nnx.Module:
-    if config.name == "convnet":
-        return ConvNet(tuple(config.widths), rngs=rngs, dtype=dtype)
-    return ResNet({"resnet50": 50, "resnet101": 101}[config.name], rngs=rngs, dtype=dtype)

@@ -48,22 +48,17 @@ class EncoderLayer(nnx.Module):
 
 
 class MaskFeatures(nnx.Module):
-    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's feature there.
+    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's feature there
+    (also where the memory has that stride already, as Mask DINO's five levels do)."""
 
-    lateral: channels of that feature, or None where the memory has the mask stride already (Mask DINO then only projects it).
-    """
-
-    def __init__(self, width: int, lateral: int | None, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         make = functools.partial(ConvNorm, use_bias=False, rngs=rngs, dtype=dtype)
-        self.lateral = None if lateral is None else make(lateral, width)
-        self.merge = None if lateral is None else make(width, width, 3)
+        self.lateral, self.merge = make(lateral, width), make(width, width, 3)
         self.project = layers.Conv(width, mask_dim, rngs=rngs, dtype=dtype)
 
     def __call__(self, finest: Float[Array, "b h w c"], features: Features, stride: int) -> Float[Array, "b h2 w2 d"]:
-        if self.lateral is not None:
-            side = self.lateral(features[stride])
-            finest = jax.nn.relu(self.merge(side + _resize(finest, side.shape[1:3])))
-        return self.project(finest)
+        side = self.lateral(features[stride])
+        return self.project(jax.nn.relu(self.merge(side + _resize(finest, side.shape[1:3]))))
 
 
 class PixelDecoder(nnx.Module):
@@ -101,11 +96,8 @@ class PixelDecoder(nnx.Module):
         inputs = [channels.get(s, channels[self.coarsest] if s == 2 * self.coarsest else width) for s in strides]
         self.input_proj = nnx.List(make(i, width) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs))
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (len(strides), width)))
-        self.layers = layers.stack(
-            lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs
-        )
-        lateral = channels[mask_stride] if mask_stride < strides[0] else None
-        self.mask_features = MaskFeatures(width, lateral, mask_dim, rngs=rngs, dtype=dtype)
+        self.layers = layers.stack(lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs)
+        self.mask_features = MaskFeatures(width, channels[mask_stride], mask_dim, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, features: Features, size: Int[Array, "b 2"], canvas: tuple[int, int]

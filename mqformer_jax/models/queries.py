@@ -51,11 +51,16 @@ class LearnableQueries(nnx.Module):
 
 
 class ConditionalQueries(nnx.Module):
-    """The k tokens of the encoded image that score best against any prompt (Mask DINO's two-stage selection)."""
+    """The k tokens of the encoded image that score best against any prompt (Mask DINO's two-stage selection).
 
-    def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    learned: take only anchors from the image; content is a parameter (Mask DINO's LEARN_TGT).
+    """
+
+    def __init__(self, k: int, width: int, learned: bool = False, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+        self.k = k
         self.proj = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.norm = layer_norm(width, rngs=rngs)
+        self.content = nnx.Param(jax.random.normal(rngs.params(), (k, width))) if learned else None
 
     def __call__(
         self,
@@ -65,9 +70,8 @@ class ConditionalQueries(nnx.Module):
         heads: Heads,
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],
-        k: int,
     ) -> tuple[Float[Array, "b k d"], Float[Array, "b k 4"]]:
-        """Content and boxes (before the sigmoid) of the best k tokens; both still carry gradients.
+        """The best k tokens and their boxes (before the sigmoid); both still carry gradients.
 
         `shapes` and tokens are in the decoder's order.
         """
@@ -76,8 +80,30 @@ class ConditionalQueries(nnx.Module):
         tokens = self.norm(self.proj(jnp.where(inside, memory, 0)))
         boxes = heads.box(tokens).astype(jnp.float32) + jnp.where(inside, inverse_sigmoid(proposals), OUTSIDE)
         best = jnp.max(heads.scores(tokens, text, prompt_valid), -1)
-        _, index = jax.lax.top_k(jax.lax.stop_gradient(best), k)
+        _, index = jax.lax.top_k(jax.lax.stop_gradient(best), self.k)
         return jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
+
+    def start(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
+        """What the decoder starts from: the tokens, cut from the gradient (they learn from their own loss), or the parameter."""
+        return jax.lax.stop_gradient(tokens) if self.content is None else jnp.broadcast_to(self.content[...], tokens.shape)
+
+
+def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*n 4"]:
+    """The box around each mask: cx, cy, w, h as fractions of the map.
+
+    Mask DINO has two ways (INITIALIZE_BOX_TYPE): "mask2box" ends at the last pixel (`inclusive`) and puts an empty mask at 1
+    without extent, "bitmask" ends after it and puts an empty mask at 0.
+    """
+
+    def side(hit: Bool[Array, "*n m"]) -> tuple[Array, Array]:
+        m = hit.shape[-1]
+        first, last = jnp.argmax(hit, -1), m - 1 - jnp.argmax(hit[..., ::-1], -1)
+        low, high = first / m, (last + (0 if inclusive else 1)) / m
+        empty, nowhere = ~hit.any(-1), 1.0 if inclusive else 0.0
+        return jnp.where(empty, nowhere, (low + high) / 2), jnp.where(empty, 0.0, high - low)
+
+    (cx, w), (cy, h) = side(masks.any(-2)), side(masks.any(-1))
+    return jnp.stack([cx, cy, w, h], -1)
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mqformer_jax.models import layers
+from mqformer_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -19,9 +20,7 @@ class ConvNorm(nnx.Module):
     """A convolution without bias and its frozen BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv = layers.Conv(
-            inputs, outputs, size, stride, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype
-        )
+        self.conv = layers.Conv(inputs, outputs, size, stride, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype)
         self.norm = layers.FrozenBatchNorm(outputs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
@@ -65,6 +64,7 @@ class ResNet(nnx.Module):
     """
 
     channels = {4: 256, 8: 512, 16: 1024, 32: 2048}
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         if depth not in BLOCKS:
@@ -76,7 +76,7 @@ class ResNet(nnx.Module):
             for k, (i, o, n) in enumerate(zip(widths[:-1], widths[1:], BLOCKS[depth]))
         )
 
-    def __call__(self, image: Float[Array, "b h w 3"]) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -1,4 +1,8 @@
-"""The text tower of CLIP (Radford et al., ICML 2021): a causal transformer read at the end-of-text token."""
+"""Prompts to vectors, behind one interface: token ids [*n, l] in, vectors [*n, embed_dim] out, not normalised.
+
+CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end-of-text token; MiniLM (bert.py); and a
+table for the closed set of classes of a converted checkpoint that has no text encoder.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +11,31 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from mqformer_jax.models import layers
+from mqformer_jax.models.bert import BertTextEncoder
+
+
+def make_text_encoder(config: ConfigDict, rngs: nnx.Rngs, dtype: DTypeLike) -> TextEncoder | BertTextEncoder | ClassTable:
+    """The text encoder of `config.model.text`."""
+    c = config
+    if c.name == "classes":
+        return ClassTable(len(c.classes), c.embed_dim, rngs=rngs)
+    if c.name == "bert":
+        return BertTextEncoder(c.vocab_size, c.context, c.width, c.heads, c.layers, norm_eps=c.norm_eps, rngs=rngs, dtype=dtype)
+    return TextEncoder(c.vocab_size, c.context, c.width, c.heads, c.layers, c.embed_dim, c.norm_eps, rngs=rngs, dtype=dtype)
 
 
 class TextBlock(nnx.Module):
     """Pre-norm causal self-attention and an MLP with QuickGELU. `qkv` packs queries, keys and values, in that order."""
 
-    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(self, width: int, heads: int, norm_eps: float, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.heads = heads
-        self.norm1 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm1 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
         self.qkv = layers.linear(width, 3 * width, rngs=rngs, dtype=dtype)
         self.out = layers.linear(width, width, rngs=rngs, dtype=dtype)
-        self.norm2 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.norm2 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
         self.fc1 = layers.linear(width, 4 * width, rngs=rngs, dtype=dtype)
         self.fc2 = layers.linear(4 * width, width, rngs=rngs, dtype=dtype)
 
@@ -33,7 +49,8 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to one vector a text, not normalised.
 
-    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512.
+    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512. norm_eps: of its
+    LayerNorms; OpenSeeD's has 1e-12.
     """
 
     def __init__(
@@ -44,6 +61,7 @@ class TextEncoder(nnx.Module):
         heads: int,
         depth: int,
         embed_dim: int,
+        norm_eps: float = 1e-5,
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
@@ -52,8 +70,8 @@ class TextEncoder(nnx.Module):
         self.dtype = dtype
         self.tokens = nnx.Param(0.02 * normal(rngs.params(), (vocab_size, width)))
         self.positions = nnx.Param(0.01 * normal(rngs.params(), (context, width)))
-        self.blocks = layers.stack(lambda keys: TextBlock(width, heads, rngs=keys, dtype=dtype), depth, rngs)
-        self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype)
+        self.blocks = layers.stack(lambda keys: TextBlock(width, heads, norm_eps, rngs=keys, dtype=dtype), depth, rngs)
+        self.norm = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
         self.projection = layers.linear(width, embed_dim, use_bias=False, rngs=rngs, dtype=dtype)
 
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
@@ -66,3 +84,14 @@ class TextEncoder(nnx.Module):
         x, _ = layers.scan_layers(self.blocks, lambda block, x, _: (block(x), None), x)
         x = x[jnp.arange(len(x)), flat.argmax(-1)]
         return self.projection(self.norm(x)).reshape(*tokens.shape[:-1], -1)
+
+
+class ClassTable(nnx.Module):
+    """One vector a class: what a closed-set checkpoint knows instead of words. A token is a row's number + 1."""
+
+    def __init__(self, classes: int, embed_dim: int, *, rngs: nnx.Rngs):
+        self.rows = nnx.Param(0.02 * jax.random.normal(rngs.params(), (classes, embed_dim)))
+
+    def __call__(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n embed_dim"]:
+        """Padding (0) reads the first row; such prompts are not valid and never seen."""
+        return self.rows[...][jnp.maximum(tokens[..., 0] - 1, 0)]

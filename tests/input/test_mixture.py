@@ -132,7 +132,9 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
 def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
-    assert [r.getMessage() for r in caplog.records] == ["a: the tokenizer cannot tell 'dog' from 'cat'; raise config.model.text.vocab_size."]
+    assert [r.getMessage() for r in caplog.records] == [
+        "a: the tokenizer cannot tell 'dog' from 'cat'; raise config.model.text.vocab_size."
+    ]
 
 
 def test_a_broken_data_set_ends_in_one_line():

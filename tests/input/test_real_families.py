@@ -9,7 +9,7 @@ import pytest
 from tiny import recipe
 
 from mqformer_jax.input.mixture import make_loader
-from mqformer_jax.models.tokenizer import WordTokenizer
+from mqformer_jax.models.tokenizer import make_tokenizer
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 BOX_ONLY = {"raccoon", "kangaroo"}
@@ -24,7 +24,7 @@ def rows(real_data, tmp_path_factory):
     subprocess.run(command, check=True, capture_output=True)
     config = recipe("small")
     config.data.root = str(root)
-    loader = make_loader(config, WordTokenizer(config.model.text.vocab_size, config.model.text.context))
+    loader = make_loader(config, make_tokenizer(config.model.text))
     batches, found = loader.batches(), {entry["name"]: [] for entry in config.data.mixture}
     for _ in range(24):
         batch = next(batches)

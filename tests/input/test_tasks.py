@@ -31,9 +31,7 @@ def record(*segments, **fields):
 
 def asked(example):
     """{(first text, region): (exhaustive, targets that it names)}"""
-    return {
-        (p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts]) for i, p in enumerate(example.prompts)
-    }
+    return {(p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts]) for i, p in enumerate(example.prompts)}
 
 
 def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():

@@ -111,7 +111,9 @@ def test_padding_of_the_image_takes_no_part_in_mask_losses(outputs, tiny_batch):
 def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch):
     empty = tiny_batch.replace(num_targets=np.zeros(8, np.int32))
     loss, metrics = run(outputs, empty)
-    negatives = costs.focal(outputs.matching.class_logits, jnp.zeros(1)) * (tiny_batch.prompt_valid & tiny_batch.prompt_exhaustive)[None, :, None]
+    negatives = (
+        costs.focal(outputs.matching.class_logits, jnp.zeros(1)) * (tiny_batch.prompt_valid & tiny_batch.prompt_exhaustive)[None, :, None]
+    )
     assert float(loss) == pytest.approx(4 * float(negatives.sum()), rel=1e-4)
     assert float(metrics["mask"]) == float(metrics["box"]) == 0
 
@@ -121,3 +123,20 @@ def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch
     taken = np.array(run(outputs.replace(matching=outputs.matching.replace(class_logits=near)), tiny_batch)[1]["taken"])
     assert taken[:, 1].sum() == tiny_batch.num_targets.sum()
     assert (taken[:, 0] <= taken[:, 1]).all() and taken[:, 0].sum() < 0.3 * taken[:, 1].sum()
+
+
+def test_decoupled_queries_take_their_own_kind_of_target_only(outputs, tiny_batch):
+    """OpenSeeD's hard split: 6 learnable queries take regions, 8 conditional ones instances."""
+    split = outputs.replace(decoupled=True)
+    taken = np.array(run(split, tiny_batch)[1]["taken"])
+    instances, regions = taken
+    assert instances[1] > 0 and regions[1] > 0
+    assert instances[0] == 0 and regions[0] == regions[1]
+
+
+def test_where_a_kind_has_too_few_queries_its_targets_go_without(outputs, tiny_batch):
+    one_learnable = outputs.replace(decoupled=True, num_learnable=1)
+    loss, metrics = run(one_learnable, tiny_batch)
+    assert np.isfinite(float(loss))
+    (instances, _), (regions, all_regions) = np.array(metrics["taken"])
+    assert instances == 0 and 0 < regions < all_regions

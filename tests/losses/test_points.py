@@ -11,9 +11,7 @@ def oracle(maps, points):
     """Bilinear at pixel centres, zero outside, by SciPy."""
     _, h, w = maps.shape
     padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
-    return np.stack(
-        [map_coordinates(m, [p[:, 1] * h + 0.5, p[:, 0] * w + 0.5], order=1, mode="constant") for m, p in zip(padded, points)]
-    )
+    return np.stack([map_coordinates(m, [p[:, 1] * h + 0.5, p[:, 0] * w + 0.5], order=1, mode="constant") for m, p in zip(padded, points)])
 
 
 def test_maps_are_sampled_bilinearly_with_zeros_outside():

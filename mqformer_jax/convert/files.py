@@ -1,0 +1,230 @@
+"""The tensors of a checkpoint file by name, whatever its format, without torch and without running anything in the file."""
+
+from __future__ import annotations
+
+import io
+import json
+import mmap
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
+from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
+
+FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")  # Hugging Face's names
+SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
+    f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
+}
+# where trainers put the weights, the first that is there; a name that is no certain sign must stand alone
+CERTAIN = ("model", "state_dict", "model_state_dict")
+WRAPPERS = (*CERTAIN, "module", "net", "network", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema")
+BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # what they put beside them
+PREFIXES = ("module.", "_orig_mod.")  # of torch's data-parallel and compiled modules
+DEEPEST, MOST = 32, 1_000_000  # a pickle of a few bytes can describe a tree without end
+
+MEND = "give a safetensors file, a torch checkpoint, a detectron2 .pkl, a numpy .npz or a Hugging Face folder."
+
+
+def read(path: str) -> dict[str, np.ndarray]:
+    """Tensors by name of a checkpoint: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy, or a
+    Hugging Face folder or shard index. The format is told by the content, not by the name.
+
+    Weights inside a training checkpoint are unwrapped ("model", "state_dict", ...), nested names joined with dots, and the
+    prefixes of torch's wrappers taken off. Shapes and types are the file's (bfloat16 is ml_dtypes'). Arrays may be read-only
+    views of the file, read when they are used: leave it in place until then. Raises FileNotFoundError or ValueError in one line
+    that names the file and the mend.
+    """
+    if os.path.isdir(path):
+        path = _in_folder(path)
+    shards = _shards(path)
+    if shards is None:
+        return _read_file(path)
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(set(shards.values())):
+        tensors |= _read_file(os.path.join(os.path.dirname(path), file))
+    if absent := sorted(set(shards) - set(tensors)):
+        raise ValueError(f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): download all of one version.")
+    return tensors
+
+
+def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file; one cut short never bears the name `path`. metadata: texts for the header."""
+    whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        safetensors.numpy.save_file(whole, temporary, metadata=dict(metadata or {}))
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def _read_file(path: str) -> dict[str, np.ndarray]:
+    _check_there(path)
+    with open(path, "rb") as file:
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # lives as long as an array is a view of it
+        try:
+            return _named(_parse(file, buffer))
+        except Unreadable as e:
+            wrong = str(e)
+        except Exception as e:  # a damaged pickle can end in any error
+            wrong = f"cut short or damaged ({type(e).__name__} {str(e)[:200]}): download or copy it again."
+    raise ValueError(f"{path}: {' '.join(wrong.split())}")  # a name in the file may hold a line break
+
+
+def _parse(file: Any, buffer: mmap.mmap) -> Any:
+    """A tree of the file's tensors, by its first bytes."""
+    start = buffer[:512]
+    if start[:4] == b"PK\x03\x04":
+        return _read_zip(file, buffer)
+    if start[:6] == b"\x93NUMPY":
+        return {os.path.splitext(os.path.basename(file.name))[0]: _read_npy(buffer)}
+    if (length := _header_length(start)) is not None:
+        return _read_safetensors(buffer, length)
+    if start[:1] == b"\x80" and start[1] <= 5:
+        return read_pickle(buffer)
+    if start.startswith(b"version https://git-lfs"):
+        raise Unreadable("a git-lfs pointer, not the weights: run 'git lfs pull' or download the file itself.")
+    if start.lstrip()[:1] == b"<":
+        raise Unreadable("a web page, not weights: the download was refused or redirected; download the file itself.")
+    if start[257:262] == b"ustar":
+        raise Unreadable("a tar archive (torch before 0.1.10 wrote such): unpack it, or load it with torch and save it again.")
+    raise Unreadable(f"no format that is known here: {MEND}")
+
+
+def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
+    header = json.loads(buffer[8 : 8 + length])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS:
+            raise Unreadable(f"{name} is of type {entry['dtype']}, which is not read: save it as F32 or BF16.")
+        begin, end = entry["data_offsets"]
+        tensors[name] = np.ndarray(entry["shape"], DTYPES[SAFETENSORS[entry["dtype"]]], buffer, 8 + length + begin)
+        if begin < 0 or tensors[name].nbytes != end - begin:
+            raise ValueError(f"{name} has {end - begin} bytes for a shape of {entry['shape']}")
+    return tensors
+
+
+def _read_npy(data: Any) -> np.ndarray:
+    """An array of numpy's file format as a view of its bytes."""
+    head = io.BytesIO(data[: 1 << 16])
+    version = np.lib.format.read_magic(head)
+    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+    shape, fortran, dtype = read_header(head)
+    if dtype == np.dtype("V2"):  # numpy knows no bfloat16 and writes its bytes as such
+        dtype = DTYPES["bfloat16"]
+    if dtype.hasobject or dtype.names:
+        raise Unreadable("holds Python objects or records, not plain arrays: save each array by its name with numpy.savez.")
+    return np.ndarray(shape, dtype, data, head.tell(), order="F" if fortran else "C")
+
+
+def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
+    """numpy's .npz, torch.save's archive since 1.6, or TorchScript's."""
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+        if names and all(name.endswith(".npy") for name in names):
+            return {name[:-4]: _read_npy(member(archive, buffer, name)) for name in names}
+        inside = [name for name in names if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(inside) == 1:
+            return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
+    raise Unreadable(f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): unpack it and give the checkpoint inside.")
+
+
+def _header_length(start: bytes) -> int | None:
+    """Bytes of a safetensors header, told by a file's first nine bytes; None: another format."""
+    length = int.from_bytes(start[:8], "little")
+    return length if start[8:9] == b"{" and length < 1 << 32 else None
+
+
+def _check_there(path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: no such checkpoint file.")
+    if not os.path.getsize(path):
+        raise ValueError(f"{path}: an empty file: download or copy it again.")
+
+
+def _in_folder(path: str) -> str:
+    for name in FOLDER:
+        if os.path.isfile(os.path.join(path, name)):
+            return os.path.join(path, name)
+    raise FileNotFoundError(f"{path}: a folder without {', '.join(FOLDER)}: give the checkpoint file itself.")
+
+
+def _shards(path: str) -> dict[str, str] | None:
+    """{tensor: file} where the file is a Hugging Face index, whose shards lie in its own folder; None: it is no JSON."""
+    _check_there(path)
+    with open(path, "rb") as file:
+        start = file.read(9)
+        if start[:1] != b"{" or _header_length(start) is not None:
+            return None
+        try:
+            shards = json.loads(start + file.read())["weight_map"]
+            named_well = all(os.path.basename(shard) == shard for shard in shards.values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            named_well = False
+    if not named_well:
+        raise ValueError(f"{path}: a JSON text that is no index of shards: {MEND}")
+    return shards
+
+
+def _named(tree: Any) -> dict[str, np.ndarray]:
+    """The weights in a tree by name."""
+    if isinstance(tree, (Tensor, Array)):
+        raise Unreadable("one tensor without a name: save a dictionary of tensors (a state_dict).")
+    tensors = {}
+    for name, leaf in _leaves(_unwrapped(tree)):
+        if name in tensors:
+            raise Unreadable(f"two tensors are named {name}: save a plain state_dict.")
+        tensors[name] = leaf if isinstance(leaf, np.ndarray) else leaf.array()
+    if not tensors:
+        raise Unreadable("holds no tensors: save the model's state_dict.")
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def _unwrapped(tree: Any) -> Any:
+    """The weights' own part of a training checkpoint: one whose top holds no weights."""
+    for _ in range(DEEPEST):
+        if isinstance(tree, Module) or not isinstance(tree, dict):
+            break
+        tree = {key: value for key, value in tree.items() if isinstance(key, (str, int)) and not re.fullmatch(BESIDE, str(key))}
+        holders = [key for key, value in tree.items() if _holds_weights(value)]
+        wrapper = next((key for key in WRAPPERS if key in holders and not _is_leaf(tree[key])), None)
+        if wrapper is None or any(_is_leaf(tree[key]) for key in holders) or wrapper not in CERTAIN and set(holders) - set(WRAPPERS):
+            break
+        tree = tree[wrapper]
+    return tree
+
+
+def _holds_weights(tree: Any) -> bool:
+    """Any tensor but lone numbers, as a best score is."""
+    return any(len(leaf.shape) for _, leaf in _leaves(tree))
+
+
+def _is_leaf(value: Any) -> bool:
+    return isinstance(value, (Tensor, Array, np.ndarray))
+
+
+def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Tensors of nested dictionaries and lists, names joined with dots, in the file's order."""
+    left, seen = [("", tree, 0)], 0
+    while left:
+        name, node, depth = left.pop()
+        if _is_leaf(node):
+            yield name, node
+        elif isinstance(node, (dict, list, tuple)):
+            inner = [item for item in (node.items() if isinstance(node, dict) else enumerate(node)) if isinstance(item[0], (str, int))]
+            seen += len(inner)
+            if depth > DEEPEST or seen > MOST:
+                raise Unreadable("its parts are nested without end: save a plain state_dict.")
+            left += [(f"{name}.{key}" if depth else str(key), value, depth + 1) for key, value in reversed(inner)]

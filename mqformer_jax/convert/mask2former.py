@@ -1,0 +1,241 @@
+"""Mask2Former (Cheng et al., CVPR 2022), original and Hugging Face's, as a warm start for MQ-Former.
+
+Backbone and pixel decoder convert exactly. Of the decoder, what has a counterpart: each layer's self-attention, FFN and norms, the
+mask head, the queries' content. Its masked cross-attention and its classes, learned without text, have none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+from ml_collections import ConfigDict
+
+from mqformer_jax import config as recipe
+from mqformer_jax.convert import resnet, swin
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, linear, norm, packed, reversed_levels
+
+STRIDES, POINTS, MASK_STRIDE = (8, 16, 32), 4, 4
+LEVELS = len(STRIDES)
+LICENCE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
+NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has the deformable one", "classes learned without text"
+IGNORED = {
+    r"(transformer_cross_attention_layers\.\d+\.multihead_attn|layers\.\d+\.cross_attn)\.": NO_CROSS,
+    r"(predictor|transformer_module)\.(level_embed|input_proj|input_projections)\.": NO_CROSS,
+    r"(query_embed|queries_embedder)\.": "query positions: ours come from anchors",
+    r"(class_embed|class_predictor|^criterion)\.": NO_CLASS,
+    r"encoder\.swin\.layernorm\.": "the classifier's norm",
+    r"num_batches_tracked$": "a counter of training",
+    r"relative_position_index$": "computed from the window",
+}
+
+# ours: (kind, the original's name, Hugging Face's)
+ENCODER_LAYER = {
+    "attention/value_proj": (linear, "self_attn.value_proj", "self_attn.value_proj"),
+    "attention/output_proj": (linear, "self_attn.output_proj", "self_attn.output_proj"),
+    "norm1": (norm, "norm1", "self_attn_layer_norm"),
+    "ffn/layers/0": (linear, "linear1", "fc1"),
+    "ffn/layers/1": (linear, "linear2", "fc2"),
+    "norm2": (norm, "norm2", "final_layer_norm"),
+}
+DECODER_LAYER = {  # {}: the layer's number
+    "self_attention/out": (linear, "transformer_self_attention_layers.{}.self_attn.out_proj", "decoder.layers.{}.self_attn.out_proj"),
+    "norm1": (norm, "transformer_cross_attention_layers.{}.norm", "decoder.layers.{}.cross_attn_layer_norm"),
+    "norm2": (norm, "transformer_self_attention_layers.{}.norm", "decoder.layers.{}.self_attn_layer_norm"),
+    "ffn/layers/0": (linear, "transformer_ffn_layers.{}.linear1", "decoder.layers.{}.fc1"),
+    "ffn/layers/1": (linear, "transformer_ffn_layers.{}.linear2", "decoder.layers.{}.fc2"),
+    "norm3": (norm, "transformer_ffn_layers.{}.norm", "decoder.layers.{}.final_layer_norm"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How one of the two originals names what the tables above do not say. column: of the tables. projection, lateral, merge:
+    a convolution and its GroupNorm."""
+
+    column: int
+    backbone: str
+    pixel: str
+    encoder: str
+    level_embed: str
+    projection: tuple[str, str]
+    lateral: tuple[str, str]
+    merge: tuple[str, str]
+    mask_features: str
+    predictor: str
+    self_attention: str
+    decoder_norm: str
+    mask_embed: str
+    queries: str
+
+
+ORIGINAL = Names(
+    column=1,
+    backbone="backbone.",
+    pixel="sem_seg_head.pixel_decoder.",
+    encoder="transformer.encoder.layers.{}.",
+    level_embed="transformer.level_embed",
+    projection=("input_proj.{}.0", "input_proj.{}.1"),
+    lateral=("adapter_1", "adapter_1.norm"),
+    merge=("layer_1", "layer_1.norm"),
+    mask_features="mask_features",
+    predictor="sem_seg_head.predictor.",
+    self_attention="transformer_self_attention_layers.{}.self_attn.",
+    decoder_norm="decoder_norm",
+    mask_embed="mask_embed.layers.{}",
+    queries="query_feat.weight",
+)
+HUGGING_FACE = Names(
+    column=2,
+    backbone="pixel_level_module.encoder.",
+    pixel="pixel_level_module.decoder.",
+    encoder="encoder.layers.{}.",
+    level_embed="level_embed",
+    projection=("input_projections.{}.0", "input_projections.{}.1"),
+    lateral=("adapter_1.0", "adapter_1.1"),
+    merge=("layer_1.0", "layer_1.1"),
+    mask_features="mask_projection",
+    predictor="transformer_module.",
+    self_attention="decoder.layers.{}.self_attn.",
+    decoder_norm="decoder.layernorm",
+    mask_embed="decoder.mask_predictor.mask_embedder.{}.0",
+    queries="queries_features.weight",
+)
+
+
+def pixel_decoder_entries(names: Names, heads: int, layers: int) -> list[Entry]:
+    """Theirs counts levels coarse to fine, ours fine to coarse: projections, embeddings and each head's offsets turn round."""
+    ours, pixel = "pixel_decoder", names.pixel
+    entries = [Entry(f"{ours}/level_embed", pixel + names.level_embed, order=reversed_levels(1, LEVELS, 1))]
+    for level in range(LEVELS):
+        mine = LEVELS - 1 - level
+        entries += _conv_norm(f"{ours}/input_proj/{mine}", pixel, [name.format(level) for name in names.projection], bias=True)
+    for i in range(layers):
+        theirs = pixel + names.encoder.format(i)
+        for name, size in (("sampling_offsets", 2 * POINTS), ("attention_weights", POINTS)):
+            dense = linear(f"{ours}/layers/attention/{name}", f"{theirs}self_attn.{name}", i)
+            entries += [dataclasses.replace(entry, order=reversed_levels(heads, LEVELS, size)) for entry in dense]
+        for name, row in ENCODER_LAYER.items():
+            entries += row[0](f"{ours}/layers/{name}", theirs + row[names.column], i)
+    entries += _conv_norm(f"{ours}/mask_features/lateral", pixel, names.lateral)
+    entries += _conv_norm(f"{ours}/mask_features/merge", pixel, names.merge)
+    return entries + conv(f"{ours}/mask_features/project", pixel + names.mask_features, bias=True)
+
+
+def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
+    """What the masked-attention decoder shares with ours."""
+    ours, theirs = "decoder/layers", names.predictor
+    entries = [Entry("learnable/content", theirs + names.queries), *norm("heads/norm", theirs + names.decoder_norm)]
+    for i in range(3):
+        entries += linear(f"heads/mask_embed/layers/{i}", theirs + names.mask_embed.format(i))
+    for i in range(layers):
+        attention, parts = theirs + names.self_attention.format(i), [f"{ours}/self_attention/{name}" for name in ("query", "key", "value")]
+        if names.column == ORIGINAL.column:
+            entries += packed(parts, f"{attention}in_proj_", width, i)
+        else:
+            for part, letter in zip(parts, "qkv"):
+                entries += linear(part, f"{attention}{letter}_proj", i)
+        for name, row in DECODER_LAYER.items():
+            entries += row[0](f"{ours}/{name}", theirs + row[names.column].format(i), i)
+    return entries
+
+
+def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias: bool = False) -> list[Entry]:
+    return conv(f"{ours}/conv", prefix + theirs[0], bias=bias) + norm(f"{ours}/norm", prefix + theirs[1])
+
+
+def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
+    """Sets the backbone's fields of `config`; returns its entries."""
+    ours, has = config.model.backbone, lambda part: any(key.startswith(prefix) and part in key for key in shapes)
+    if has("relative_position_bias_table"):
+        size, ours.window = swin.sizes_of(shapes, prefix)
+        ours.name = f"swin_{size}"
+        return swin.entries(shapes, prefix)
+    if has("stem.conv1."):
+        make, block = resnet.detectron2_entries, r"res(\d)\.(\d+)\.conv3\.weight"
+    elif has("embedder.embedder.convolution."):
+        make, block = resnet.hugging_face_entries, r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.2\.convolution\.weight"
+    else:
+        raise ValueError(f"{prefix}*: this backbone is neither a ResNet nor a Swin, the two that can be converted.")
+    depth = resnet.depth_of(shapes, re.escape(prefix) + block)
+    ours.name = f"resnet{depth}"
+    return make("backbone", prefix, depth)
+
+
+def _plan(shapes: Shapes, names: Names) -> Plan:
+    """Sizes are read off the tables and matrices; heads off the attention weights, since a level always has four points."""
+    pixel, predictor, column = names.pixel, names.predictor, names.column
+    sides = lambda key: _matrix(shapes, key)
+    queries, width = sides(predictor + names.queries)
+    encoder, ffn = pixel + names.encoder.format(0), predictor + DECODER_LAYER["ffn/layers/0"][column].format(0)
+    heads = sides(f"{encoder}self_attn.attention_weights.weight")[0] // (LEVELS * POINTS)
+    encoder_layers = _count(shapes, pixel + names.encoder + "self_attn.value_proj.weight")
+    decoder_layers = _count(shapes, predictor + DECODER_LAYER["norm2"][column] + ".weight")
+    config = recipe.base()
+    backbone = backbone_entries(config, shapes, names.backbone)
+    config.model.update(
+        width=width,
+        heads=heads,
+        points=POINTS,
+        encoder_ffn=sides(encoder + ENCODER_LAYER["ffn/layers/0"][column] + ".weight")[0],
+        ffn=sides(f"{ffn}.weight")[0],
+        strides=STRIDES,
+        encoder_layers=encoder_layers,
+        decoder_layers=decoder_layers,
+        mask_dim=sides(predictor + names.mask_embed.format(2) + ".weight")[0],
+        mask_stride=MASK_STRIDE,
+        queries="learnable",
+        num_learnable=queries,
+        num_conditional=0,
+    )
+    config.data.max_targets = min(config.data.max_targets, queries)
+    entries = [*backbone, *pixel_decoder_entries(names, heads, encoder_layers), *decoder_entries(names, width, decoder_layers)]
+    return Plan(config, "", entries, ignored=IGNORED)
+
+
+def _matrix(shapes: Shapes, key: str) -> tuple[int, int]:
+    if len(shapes.get(key, ())) != 2:
+        raise ValueError(f"{key} {shapes.get(key, 'is missing')}: a Mask2Former has a matrix there; give the whole file.")
+    return shapes[key]
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """How many layers there are, from the first on."""
+    count = 0
+    while pattern.format(count) in shapes:
+        count += 1
+    return count
+
+
+def _original(shapes: Shapes) -> Names:
+    """The original's names; its first checkpoints say static_query for query_feat."""
+    old = f"{ORIGINAL.predictor}static_query.weight" in shapes
+    return dataclasses.replace(ORIGINAL, queries="static_query.weight") if old else ORIGINAL
+
+
+def _hugging_face(shapes: Shapes) -> Names:
+    """Hugging Face's names, after "model." where the model has its class head."""
+    root = "model." if f"model.{HUGGING_FACE.pixel}{HUGGING_FACE.level_embed}" in shapes else ""
+    places = {name: root + getattr(HUGGING_FACE, name) for name in ("backbone", "pixel", "predictor")}
+    return dataclasses.replace(HUGGING_FACE, **places)
+
+
+FAMILIES = (
+    Family(
+        "mask2former",
+        "Mask2Former's model zoo (ResNet-50 and -101, Swin-T/S/B/L), as a warm start",
+        lambda shapes: "sem_seg_head.predictor.transformer_cross_attention_layers.0.norm.weight" in shapes,
+        lambda shapes: _plan(shapes, _original(shapes)),
+        LICENCE,
+    ),
+    Family(
+        "hf_mask2former",
+        "Hugging Face's Mask2FormerForUniversalSegmentation and Mask2FormerModel, as a warm start",
+        lambda shapes: (
+            any(f"{root}transformer_module.queries_features.weight" in shapes for root in ("", "model."))
+            and any("decoder.layers.0.cross_attn.in_proj_weight" in key for key in shapes)
+        ),
+        lambda shapes: _plan(shapes, _hugging_face(shapes)),
+        LICENCE,
+    ),
+)

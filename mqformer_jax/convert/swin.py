@@ -1,0 +1,197 @@
+"""Swin Transformers: Microsoft's names (its detection code's and timm's too) and Hugging Face's, in memory and on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from mqformer_jax.config import base
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, linear, norm, packing
+from mqformer_jax.models.swin import SIZES, Size
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """Where a kind of checkpoint keeps the parts of a Swin. block, merge and norm are patterns of a stage's (and block's) number.
+
+    qkv: one packed layer, or three. norm: of an output feature. The other names stand inside a block.
+    """
+
+    embed: str
+    embed_norm: str
+    block: str
+    merge: str
+    norm: str
+    norm1: str
+    qkv: tuple[str, ...]
+    out: str
+    table: str
+    norm2: str
+    fc1: str
+    fc2: str
+
+    @property
+    def first_table(self) -> str:
+        """The key by which this kind is known."""
+        return self.block.format(0, 0) + self.table
+
+
+MICROSOFT = Names(
+    embed="patch_embed.proj",
+    embed_norm="patch_embed.norm",
+    block="layers.{}.blocks.{}.",
+    merge="layers.{}.downsample.",
+    norm="norm{}",
+    norm1="norm1",
+    qkv=("attn.qkv",),
+    out="attn.proj",
+    table="attn.relative_position_bias_table",
+    norm2="norm2",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+)
+HUGGING_FACE = Names(
+    embed="embeddings.patch_embeddings.projection",
+    embed_norm="embeddings.norm",
+    block="encoder.layers.{}.blocks.{}.",
+    merge="encoder.layers.{}.downsample.",
+    norm="hidden_states_norms.stage{}",
+    norm1="layernorm_before",
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    out="attention.o_proj",
+    table="attention.relative_position_bias.relative_position_bias_table",
+    norm2="layernorm_after",
+    fc1="mlp.fc1",
+    fc2="mlp.fc2",
+)
+HUGGING_FACE_ON_DISK = dataclasses.replace(
+    HUGGING_FACE,
+    qkv=("attention.self.query", "attention.self.key", "attention.self.value"),
+    out="attention.output.dense",
+    table="attention.self.relative_position_bias_table",
+    fc1="intermediate.dense",
+    fc2="output.dense",
+)
+KINDS = {"swin": (MICROSOFT,), "hf_swin": (HUGGING_FACE, HUGGING_FACE_ON_DISK)}
+
+IGNORED = {
+    r"relative_position_index$": "computed from the window",
+    r"attn_mask$": "computed from the image's size",
+    r"(^|\.)(norm|layernorm)\.(weight|bias)$": "the classifier's norm; features have norms of their own, at the start scale 1 and bias 0",
+    r"(^|\.)(head|classifier)\.": "the classifier",
+    r"embeddings\.mask_token$": "of masked image modelling",
+}
+
+
+def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
+    """Size ("t", "s", "b" or "l") and window of the Swin named from `prefix` on; ValueError where there is none, or of another size."""
+    _, root = _kind(shapes, prefix)
+    size, window = _size(shapes, prefix)
+    name = next((name for name, known in SIZES.items() if known == size), None)
+    if name is None:
+        known = "; ".join(f"{name}: {size.width}, {size.depths}" for name, size in SIZES.items())
+        raise ValueError(f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; convertible are {known}.")
+    return name, window
+
+
+def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
+    """The entries of our "backbone" from the Swin whose names start with `prefix` ("", "backbone.", "model.pixel_level_module.encoder.").
+
+    Of either kind, which the names tell. Output norms are among them where the checkpoint has them (`absent_norms`).
+    """
+    names, root = _kind(shapes, prefix)
+    size, _ = _size(shapes, prefix)
+    timm = int(f"{root}{names.merge.format(3)}reduction.weight" in shapes)  # merges before a stage, not after
+    found = conv("backbone/embed", root + names.embed, bias=True) + norm("backbone/embed/norm", root + names.embed_norm)
+    for stage, depth in enumerate(size.depths):
+        for block in range(depth):
+            ours = f"backbone/stages/{stage}/{('plain', 'shifted')[block % 2]}"
+            found += _block(ours, root + names.block.format(stage, block), names, size.width * 2**stage, block // 2)
+        if stage < 3:
+            merge, theirs = f"backbone/merges/{stage}", root + names.merge.format(stage + timm)
+            found += norm(f"{merge}/norm", f"{theirs}norm") + linear(f"{merge}/reduction", f"{theirs}reduction", bias=False)
+        if (theirs := _norm(names, prefix, stage)) + ".weight" in shapes:
+            found += norm(f"backbone/norms/{stage}", theirs)
+    return found
+
+
+def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
+    """Constants for the output norms that a checkpoint lacks, as a classifier's does: scale 1, bias 0."""
+    names, _ = _kind(shapes, prefix)
+    size, _ = _size(shapes, prefix)
+    absent = [stage for stage in range(4) if _norm(names, prefix, stage) + ".weight" not in shapes]
+    widths = {f"backbone/norms/{stage}": size.width * 2**stage for stage in absent}
+    scales = {f"{path}/scale": np.ones(width, np.float32) for path, width in widths.items()}
+    return scales | {f"{path}/bias": np.zeros(width, np.float32) for path, width in widths.items()}
+
+
+def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[Entry]:
+    """One block, row `pair` of our stack."""
+    qkv = [theirs + name for name in names.qkv]
+    found = linear(f"{ours}/qkv", qkv[0], pair) if len(qkv) == 1 else packing(f"{ours}/qkv", qkv, width, pair)
+    for name in ("out", "fc1", "fc2"):
+        found += linear(f"{ours}/{name}", theirs + getattr(names, name), pair)
+    for name in ("norm1", "norm2"):
+        found += norm(f"{ours}/{name}", theirs + getattr(names, name), pair)
+    return [*found, Entry(f"{ours}/position_bias", theirs + names.table, index=pair)]
+
+
+def _norm(names: Names, prefix: str, stage: int) -> str:
+    """An output norm; Hugging Face counts from 1, and keeps them outside of "swin."."""
+    return prefix + names.norm.format(stage + (names is not MICROSOFT))
+
+
+def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
+    """Whose names these are, and what stands before them: the prefix, or the prefix and "swin."."""
+    for names in (MICROSOFT, HUGGING_FACE, HUGGING_FACE_ON_DISK):
+        for root in (prefix, f"{prefix}swin."):
+            if root + names.first_table in shapes:
+                return names, root
+    raise ValueError(f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; give the whole file.")
+
+
+def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
+    """Width, depths and window, read from the shapes of the position tables."""
+    names, root = _kind(shapes, prefix)
+    table = lambda stage, block: root + names.block.format(stage, block) + names.table
+    depths = []
+    for stage in range(4):
+        depths.append(0)
+        while table(stage, depths[-1]) in shapes:
+            depths[-1] += 1
+    offsets, embed = shapes[table(0, 0)], shapes.get(f"{root}{names.embed}.weight", ())
+    side = round(offsets[0] ** 0.5)
+    if side**2 != offsets[0] or side % 2 == 0:
+        raise ValueError(f"{table(0, 0)} has shape {tuple(offsets)}: its rows must be (2 window - 1)^2; give an unchanged file.")
+    if len(embed) != 4:
+        raise ValueError(f"{root}{names.embed}.weight has shape {tuple(embed)}: it must be [width, 3, 4, 4]; give the whole file.")
+    return Size(embed[0], tuple(depths)), (side + 1) // 2
+
+
+def _prefixes(shapes: Shapes, family: str) -> list[str]:
+    """What stands before the names of a family's Swins, "swin." not counted."""
+    tables = [names.first_table for names in KINDS[family]]
+    roots = [key.removesuffix(table) for key in shapes for table in tables if key == table or key.endswith(f".{table}")]
+    return [root if not f".{root}".endswith(".swin.") else root[: -len("swin.")] for root in roots]
+
+
+def _family(name: str, originals: str) -> Family:
+    def recognises(shapes: Shapes) -> bool:
+        whole_model = any(key.startswith("sem_seg_head.") or "pixel_level_module." in key for key in shapes)
+        return not whole_model and bool(_prefixes(shapes, name))
+
+    def plan(shapes: Shapes) -> Plan:
+        prefix = next(iter(_prefixes(shapes, name)), "")
+        size, window = sizes_of(shapes, prefix)
+        config = base()
+        config.model.backbone.name, config.model.backbone.window = f"swin_{size}", window
+        return Plan(config, "backbone", entries(shapes, prefix), absent_norms(shapes, prefix), IGNORED)
+
+    return Family(name, originals, recognises, plan)
+
+
+FAMILIES = (
+    _family("swin", "Swin-T/S/B/L of Microsoft's repositories, of timm, and of detection code"),
+    _family("hf_swin", "Swin-T/S/B/L of Hugging Face transformers (SwinModel, SwinBackbone, SwinForImageClassification)"),
+)

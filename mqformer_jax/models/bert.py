@@ -1,0 +1,75 @@
+"""BERT (Devlin et al., NAACL 2019) as sentence-transformers uses it: the mean of its tokens is the sentence. MiniLM is such a one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from mqformer_jax.models import layers
+
+
+class BertBlock(nnx.Module):
+    """Post-norm self-attention and an MLP with the exact GELU. `qkv` packs queries, keys and values, in that order."""
+
+    def __init__(self, width: int, heads: int, norm_eps: float, *, rngs: nnx.Rngs, dtype: DTypeLike):
+        self.heads = heads
+        self.qkv = layers.linear(width, 3 * width, rngs=rngs, dtype=dtype)
+        self.out = layers.linear(width, width, rngs=rngs, dtype=dtype)
+        self.norm1 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
+        self.fc1 = layers.linear(width, 4 * width, rngs=rngs, dtype=dtype)
+        self.fc2 = layers.linear(4 * width, width, rngs=rngs, dtype=dtype)
+        self.norm2 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "n l c"], real: Bool[Array, "n l"]) -> Float[Array, "n l c"]:
+        """real: which tokens may be attended to."""
+        qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
+        attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), mask=real[:, None, None])
+        x = self.norm1(x + self.out(attended.reshape(x.shape)))
+        return self.norm2(x + self.fc2(jax.nn.gelu(self.fc1(x), approximate=False)))
+
+
+class BertTextEncoder(nnx.Module):
+    """Token ids to one vector a text of `width`, not normalised.
+
+    The sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: the longest prompt; positions: rows of the
+    position table, all kept so that a checkpoint comes back whole. norm_eps: of the LayerNorms.
+    Raises ValueError where prompts may be longer than the table.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        context: int,
+        width: int,
+        heads: int,
+        depth: int,
+        *,
+        positions: int = 512,
+        norm_eps: float = 1e-12,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
+        if context > positions:
+            raise ValueError(f"config.model.text.context = {context}: BERT has {positions} positions, ask for no more.")
+        table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
+        self.dtype = dtype
+        self.tokens, self.positions, self.types = table(vocab_size), table(positions), table(2)
+        self.norm = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
+        self.blocks = layers.stack(lambda keys: BertBlock(width, heads, norm_eps, rngs=keys, dtype=dtype), depth, rngs)
+
+    def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n width"]:
+        """tokens: word pieces with their [CLS] and [SEP], padded with 0; cut as short as the longest allows.
+
+        A text is the mean over its tokens; one that is all padding is zero.
+        """
+        flat = tokens.reshape(-1, tokens.shape[-1])
+        real = flat != 0
+        x = self.tokens[...][flat] + self.positions[: flat.shape[1]] + self.types[0]
+        x = self.norm(x.astype(self.dtype))
+        x, _ = layers.scan_layers(self.blocks, lambda block, x, _: (block(x, real), None), x)
+        share = real / jnp.maximum(real.sum(-1, keepdims=True), 1)
+        mean = jnp.einsum("nl,nlc->nc", share, x, preferred_element_type=jnp.float32)
+        return mean.astype(self.dtype).reshape(*tokens.shape[:-1], -1)

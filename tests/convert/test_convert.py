@@ -1,0 +1,156 @@
+"""The command and what it writes: every family at full size in its true layout, round trips, and what goes wrong in one line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import layouts
+import numpy as np
+import pytest
+from tiny import get_config
+
+from mqformer_jax.checkpoint import Weights, load_weights, save_weights
+from mqformer_jax.convert.convert import convert, export, own_config, restore
+from mqformer_jax.convert.families import FAMILIES, find_family
+from mqformer_jax.convert.files import read, write_safetensors
+from mqformer_jax.convert.rules import apply, invert, leaves
+from mqformer_jax.predict import Predictor
+from mqformer_jax.train_step import build_model
+
+WARM_STARTS = ("mask2former_r50", "mask2former_swinl", "hf_mask2former_swin_tiny")  # our decoder is another: parts of it stay missing
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mqformer_jax.convert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+
+
+@pytest.mark.parametrize("name", layouts.NAMES)
+def test_every_public_layout_is_recognised_and_finds_its_place(name):
+    """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes fit."""
+    shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
+    family = find_family(shapes, None, name)
+    plan = family.plan(shapes)
+    model = jax.eval_shape(lambda: build_model(plan.config)[1:])
+    ours = {path: leaf for tree in model for path, leaf in leaves(tree).items() if path.startswith(plan.part)}
+    empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
+    _, report = apply(plan, empty, ours)
+    assert not report.unused and not report.mismatched, report.table(5)
+    if name in WARM_STARTS:
+        left = {path.split("/")[0] for path in report.missing}
+        assert left <= {"text_encoder", "heads", "learnable", "decoder", "noised", "grain"}
+    else:
+        assert not report.missing, report.table(5)
+    others = [other.name for other in FAMILIES.values() if other.recognises(shapes) and other is not family]
+    assert not others, others
+
+
+@pytest.fixture(scope="module")
+def resnet_file(tmp_path_factory):
+    path = str(tmp_path_factory.mktemp("theirs") / "r50.safetensors")
+    write_safetensors(path, dict(layouts.random("torchvision_resnet50")))
+    return path
+
+
+def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_path):
+    folder, back = str(tmp_path / "ours"), str(tmp_path / "back.safetensors")
+    ((source, report),) = convert(resnet_file, folder)
+    assert source.endswith(": resnet") and report.complete
+    assert load_weights(folder).config.model.backbone.name == "resnet50"
+    export(folder, back, like=resnet_file)
+    theirs, returned = read(resnet_file), read(back)
+    assert set(returned) == {key for key in theirs if not key.endswith("num_batches_tracked") and not key.startswith("fc.")}
+    for key, value in returned.items():
+        np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_path):
+    list(convert(resnet_file, str(tmp_path / "ours")))
+    with pytest.raises(ValueError, match="holds only backbone.*init_from"):
+        Predictor.from_checkpoint(str(tmp_path / "ours"))
+
+
+def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
+    config = get_config()
+    params, frozen = jax.jit(lambda: build_model(config)[1:])()
+    save_weights(str(tmp_path / "a"), Weights(config, params, frozen), {})
+    export(str(tmp_path / "a"), str(tmp_path / "model.safetensors"))
+    assert own_config(str(tmp_path / "model.safetensors")) is not None
+    restore(str(tmp_path / "model.safetensors"), str(tmp_path / "b"))
+    before, after = (load_weights(str(tmp_path / name)) for name in "ab")
+    assert before.config == after.config
+    first, second = leaves(before.params), leaves(after.params)
+    assert set(first) == set(second)
+    for path, value in first.items():
+        np.testing.assert_array_equal(value, second[path])
+
+
+def test_the_command_reports_by_name_and_strict_writes_nothing(resnet_file, tmp_path):
+    tensors = dict(read(resnet_file)) | {"surprise.weight": np.ones(3, np.float32)}
+    tensors.pop("layer1.0.conv2.weight")
+    path = str(tmp_path / "odd.safetensors")
+    write_safetensors(path, tensors)
+    strict = run("--from", "resnet", "--input", path, "--output", str(tmp_path / "a"), "--strict")
+    assert strict.returncode == 1 and "--strict" in strict.stderr and not (tmp_path / "a").exists()
+    assert "missing: 1\n  backbone/stages/0/first/conv2/conv/kernel" in strict.stdout and "unused: 1\n  surprise.weight" in strict.stdout
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda path: None, "no such"),
+        (lambda path: path.write_bytes(b""), "empty"),
+        (lambda path: path.write_text("<html>not found</html>"), "HTML|web page"),
+        (lambda path: write_safetensors(str(path), {"a": np.ones(2)}), "no known family"),
+    ],
+)
+def test_a_wrong_file_is_one_line_that_names_it(make, words, tmp_path):
+    path = tmp_path / "given.pth"
+    make(path)
+    with pytest.raises((ValueError, OSError), match=f"(?i){words}") as error:
+        list(convert(str(path), str(tmp_path / "out")))
+    assert "given.pth" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_family_says_what_the_file_looks_like(resnet_file, tmp_path):
+    with pytest.raises(ValueError, match="looks like resnet"):
+        list(convert(resnet_file, str(tmp_path / "out"), "maskdino"))
+
+
+def test_an_output_that_has_a_checkpoint_is_left_alone(resnet_file, tmp_path):
+    list(convert(resnet_file, str(tmp_path / "out")))
+    with pytest.raises(FileExistsError, match="--output"):
+        list(convert(resnet_file, str(tmp_path / "out")))
+
+
+def test_tensors_come_back_from_every_family_bit_for_bit():
+    """In float32; the largest models by their shapes only (benchmarks/conversion.py converts those)."""
+    for name in ("torchvision_resnet50", "hf_resnet50", "swin_t", "hf_swin_t", "minilm", "efficientnet_lite0"):
+        tensors = layouts.random(name)
+        shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
+        plan = find_family(shapes, None, name).plan(shapes)
+        model = jax.eval_shape(lambda plan=plan: build_model(plan.config)[1:])
+        ours = {path: leaf for tree in model for path, leaf in leaves(tree).items() if path.startswith(plan.part)}
+        values, _ = apply(plan, tensors, ours)
+        returned = invert(plan, values)
+        assert set(returned) == {entry.theirs for entry in plan.entries}
+        for key, value in returned.items():
+            np.testing.assert_array_equal(value, tensors[key].astype(np.float32), err_msg=key)
+
+
+def test_classes_and_settings_reach_the_config(tmp_path):
+    """Mask DINO's file holds neither names nor every choice."""
+    from mqformer_jax.convert.convert import _configure
+
+    shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_panoptic").items()}
+    plan = FAMILIES["maskdino"].plan(shapes)
+    assert plan.config.model.text.classes[0] == "person" and plan.config.model.text.classes[-1] == "rug"
+    _configure(plan, [f"name {i}" for i in range(133)], {"model.box_init": "bitmask"})
+    assert plan.config.model.box_init == "bitmask" and plan.config.model.text.classes[3] == "name 3"
+    with pytest.raises(ValueError, match="133 classes"):
+        _configure(plan, ["one"], {})
+    with pytest.raises(ValueError, match="--set.*nonsense"):
+        _configure(plan, (), {"model.nonsense": 1})
+    json.dumps(plan.config.to_dict())

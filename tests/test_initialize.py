@@ -1,0 +1,114 @@
+"""A run starts from converted weights: several checkpoints, each by the parts it has."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import get_config
+
+from mqformer_jax.checkpoint import Weights, save_weights
+from mqformer_jax.convert.rules import leaves
+from mqformer_jax.initialize import bring_tokenizer, initialize
+from mqformer_jax.models.swin import resize_table
+from mqformer_jax.train import train
+from mqformer_jax.train_step import build_model
+
+
+def model(seed: int, **changes):
+    config = get_config()
+    config.model.update(**changes)
+    return config, *jax.jit(lambda: build_model(config, seed)[1:])()
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return model(0)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another seed's weights in two folders: backbone and text encoder, and the rest."""
+    config, params, frozen = model(1)
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ("parts", "rest")]
+    encoders = {name: params[name] for name in ("backbone", "text_encoder")}
+    save_weights(folders[0], Weights(config, encoders, {}), {})
+    save_weights(folders[1], Weights(config, {name: tree for name, tree in params.items() if name not in encoders}, frozen), {})
+    return params, folders
+
+
+def test_several_checkpoints_make_one_model(fresh, other):
+    config, params, frozen = fresh
+    wanted, folders = other
+    config.init_from = tuple(folders)
+    found, _, lines = initialize(params, frozen, config)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert not any(line.startswith("fresh") for line in lines)
+
+
+def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
+    config, params, frozen = fresh
+    wanted, folders = other
+    config.init_from, config.init_skip = tuple(folders[:1]), ("^backbone/stem",)
+    found, _, lines = initialize(params, frozen, config)
+    config.init_skip = ()
+    np.testing.assert_array_equal(found["text_encoder"]["tokens"], wanted["text_encoder"]["tokens"])
+    jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])
+    jax.tree.map(np.testing.assert_array_equal, found["backbone"]["stem"], params["backbone"]["stem"])
+    assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("fresh")
+
+
+def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
+    config, params, frozen = fresh
+    theirs = get_config()
+    theirs.model.backbone.name, theirs.model.text.embed_dim = "resnet50", 99
+    changed = {
+        "backbone": {"stem": {"kernel": np.ones(3)}},
+        "noised": {"kernel": np.ones((99, 32))},
+        "learnable": {"content": np.ones((6, 32))},
+    }
+    save_weights(str(tmp_path), Weights(theirs, changed, {}), {})
+    config.init_from = (str(tmp_path),)
+    found, _, lines = initialize(params, frozen, config)
+    assert (np.array(found["learnable"]["content"]) == 1).all()
+    jax.tree.map(np.testing.assert_array_equal, found["noised"], params["noised"])
+    assert "resnet50" in lines[0] and "text encoder" in lines[0] and lines[0].startswith(f"{tmp_path}: 1 of 3")
+
+
+def test_another_shape_is_one_line_with_its_mend(fresh, tmp_path):
+    config, params, frozen = fresh
+    save_weights(str(tmp_path), Weights(get_config(), {"learnable": {"content": np.ones((7, 32))}}, {}), {})
+    config.init_from = (str(tmp_path),)
+    with pytest.raises(ValueError, match=r"learnable/content is \(7, 32\).*\(6, 32\).*init_skip"):
+        initialize(params, frozen, config)
+
+
+def test_text_positions_are_cut_to_the_context(fresh, tmp_path):
+    config, params, frozen = fresh
+    table = np.random.default_rng(0).normal(size=(77, 16)).astype(np.float32)
+    save_weights(str(tmp_path), Weights(get_config(), {"text_encoder": {"positions": table}}, {}), {})
+    config.init_from = (str(tmp_path),)
+    np.testing.assert_array_equal(initialize(params, frozen, config)[0]["text_encoder"]["positions"], table[:12])
+
+
+def test_swin_tables_are_resized_to_another_window(tmp_path):
+    """Window 12 pre-trained weights serve a window of 7."""
+    config = get_config()
+    table = np.random.default_rng(0).normal(size=(1, 23 * 23, 3)).astype(np.float32)
+    tree = {"backbone": {"stages": {"0": {"plain": {"position_bias": table}}}}}
+    save_weights(str(tmp_path), Weights(config, tree, {}), {})
+    config.init_from = (str(tmp_path),)
+    start = {"backbone": {"stages": {"0": {"plain": {"position_bias": jax.numpy.zeros((1, 169, 3))}}}}}
+    found, _, _ = initialize(start, {}, config)
+    np.testing.assert_array_equal(leaves(found)["backbone/stages/0/plain/position_bias"], resize_table(table, 7))
+
+
+def test_a_run_starts_from_init_from_and_keeps_its_tokenizer(tiny_config, other, tmp_path):
+    _, folders = other
+    config = tiny_config
+    config.init_from, config.steps, config.eval.sets = tuple(folders), 1, ()
+    (tmp_path / "run").mkdir()
+    open(f"{folders[0]}/tokenizer.json", "w").write("{}")
+    bring_tokenizer(config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+    config.init_from = ("nowhere",)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(config, str(tmp_path / "run"))

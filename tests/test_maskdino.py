@@ -1,0 +1,186 @@
+"""The whole of Mask DINO against numbers recorded from its own code: proposals, every decoder layer, masks, losses, gradients."""
+
+from __future__ import annotations
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mqformer_jax.convert.maskdino import head_plan
+from mqformer_jax.convert.rules import apply, invert, leaves
+from mqformer_jax.input.batch import Batch
+from mqformer_jax.losses.criterion import TERMS, Pairs, Weights, _losses, _matching_costs
+from mqformer_jax.losses.matcher import match
+from mqformer_jax.models.mqformer import MQFormer
+
+
+def recorded(folder: pathlib.Path, name: str) -> tuple[dict, dict, dict]:
+    """Arrays, weights and description of a recording."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    stem = folder / "maskdino" / name
+    about = json.loads(stem.with_suffix(".json").read_text())
+    base = stem.with_name(about.get("base", name))
+    weights, layout = (
+        safetensors.load_file(base.with_suffix(".safetensors")),
+        json.loads(base.with_suffix(".json").read_text()).get("weights", {}),
+    )
+    if "scale" in layout:
+        weights = {key: value.astype(np.float32) * layout["scale"][key] for key, value in weights.items()}
+        weights |= {key: weights[other] for key, other in layout["alias_of"].items()}
+    arrays = dict(np.load(base.with_suffix(".npz"))) | dict(np.load(stem.with_suffix(".npz")))
+    return arrays, weights, about.get("model")
+
+
+@functools.cache
+def converted(folder: pathlib.Path, name: str, queries: str = "conditional"):
+    """Our model with the recording's weights, and what it says of the recording's inputs.
+
+    The recording starts at the backbone's features, so the backbone is a small one of those widths, not run.
+    """
+    arrays, weights, about = recorded(folder, name)
+    plan = head_plan({key: value.shape for key, value in weights.items()})
+    model = plan.config.model
+    model.update(
+        heads=about["enc_nheads"], num_conditional=about["num_queries"], box_init=about["initialize_box_type"], dtype="float32", remat=False
+    )
+    model.backbone.update(name="convnet", widths=(8, *about["in_channels"]))
+    if queries == "mixed":
+        model.update(queries="mixed", num_learnable=5, interaction="exchange")
+    graph, state = nnx.split(nnx.eval_shape(lambda: MQFormer(model, rngs=nnx.Rngs(0))))
+    pure = nnx.to_pure_dict(state)
+    named = leaves(pure)
+    values, report = apply(plan, weights, named)
+    assert not report.unused and not report.mismatched, report.table()
+    extra = ("backbone/", "learnable/", "decoder/layers/exchange/") if queries == "mixed" else ("backbone/",)
+    assert all(path.startswith(extra) for path in report.missing), report.table()
+    filled = [jnp.asarray(values.get(path, np.zeros(leaf.shape))) for path, leaf in named.items()]
+    params = jax.tree.unflatten(jax.tree.structure(pure), filled)
+    features = {4 << i: jnp.asarray(arrays[f"in/res{i + 2}"].transpose(0, 2, 3, 1)) for i in range(4)}
+    height, width = about["image_size"]
+
+    def run(params, features):
+        model_state = state
+        nnx.replace_by_pure_dict(model_state, params)
+        ours = nnx.merge(graph, model_state)
+        b = features[4].shape[0]
+        tokens = jnp.broadcast_to(jnp.arange(1, about["num_classes"] + 1)[:, None], (b, about["num_classes"], 1))
+        text = ours.embed_text(tokens, jnp.zeros(tokens.shape[:2], bool))
+        size = jnp.full((b, 2), jnp.array([height, width]))
+        return ours.segment(features, (height, width), size, text, jnp.ones(tokens.shape[:2], bool))
+
+    return params, features, run, jax.jit(run)(params, features)
+
+
+def masks(outputs, stage: int):
+    return np.einsum("bqd,bhwd->bqhw", outputs.matching.mask_embed[stage], outputs.mask_features)
+
+
+@pytest.mark.parametrize("name", ["maskdino_tiny_s0", "maskdino_tiny_s0_bitmask", "maskdino_tiny_s0_mask2box", "maskdino_h256_s0"])
+def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
+    """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box initialisations."""
+    arrays, _, about = recorded(fixtures, name)
+    _, _, _, out = converted(fixtures, name)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0)
+    stages = ["interm", *(f"pred/{i}" for i in range(about["dec_layers"] + 1))]
+    assert out.matching.boxes.shape[0] == len(stages)
+    for i, stage in enumerate(stages):
+        close(out.matching.class_logits[i], arrays[f"{stage}/pred_logits"], err_msg=stage)
+        close(out.matching.boxes[i], arrays[f"{stage}/pred_boxes"], err_msg=stage)
+        if f"{stage}/pred_masks" in arrays:
+            close(masks(out, i), arrays[f"{stage}/pred_masks"], err_msg=stage)
+
+
+NAMES = dict(zip(TERMS, ("loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou")))
+STAGES = ("interm", "aux_0", "aux_1", "aux_2", "last")  # as ours are stacked
+
+
+def image(arrays, i: int, classes: int) -> Batch:
+    """One image's recorded targets as a row of a Batch: every class is a prompt, all of them exhaustively labelled."""
+    labels, boxes, drawn = (arrays[f"target/{name}_{i}"] for name in ("labels", "boxes", "masks"))
+    n, (h, w) = len(labels), drawn.shape[1:]
+    row = Batch(
+        image=np.zeros((h, w, 3), np.uint8), size=np.array([h, w]), tokens=np.zeros((classes, 1), np.int32),
+        prompt_valid=np.ones(classes, bool), prompt_region=np.zeros(classes, bool), prompt_exhaustive=np.ones(classes, bool),
+        num_targets=np.array(n), boxes=boxes, positive=np.eye(classes, dtype=bool)[labels], has_mask=np.ones(n, bool),
+        masks=np.packbits(drawn, axis=-1), ignore=np.zeros((h, w // 8), np.uint8), source=np.array(0),
+    )  # fmt: skip
+    return jax.tree.map(jnp.asarray, row)
+
+
+def of_image(outputs, i: int, stage: int):
+    return jax.tree.map(lambda x: x[stage : stage + 1, i], outputs.matching), outputs.mask_features[i]
+
+
+@pytest.fixture(scope="module")
+def loss_recording(fixtures):
+    arrays, gradients, _ = recorded(fixtures, "matcher_criterion_s0")
+    about = json.loads((fixtures / "maskdino" / "matcher_criterion_s0.json").read_text())
+    draws = {name: arrays[f"rand_log/{k:03d}"] for k, name in enumerate(about["rand_log_order"])}
+    return arrays, draws, gradients, about
+
+
+def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording):
+    arrays, draws, _, _ = loss_recording
+    _, _, _, out = converted(fixtures, "maskdino_tiny_s0")
+    costs = jax.jit(functools.partial(_matching_costs, weights=Weights()))
+    for i in range(2):
+        batch = image(arrays, i, 12)
+        for s, stage in enumerate(STAGES):
+            points = draws[f"{stage}/matcher_points_{i}"][0]
+            cost, excused = costs(points, *of_image(out, i, s), batch)
+            np.testing.assert_allclose(cost[0].T, arrays[f"{stage}/cost_total_{i}"], atol=1e-4, err_msg=f"{stage} {i}")
+            assert not excused.any()
+            query = np.array(jax.jit(match)(cost[0], batch.num_targets))
+            target = np.argsort(query)
+            np.testing.assert_array_equal(query[target], arrays[f"{stage}/match_src_{i}"])
+            np.testing.assert_array_equal(target, arrays[f"{stage}/match_tgt_{i}"])
+
+
+def recorded_losses(outputs, arrays) -> dict:
+    """Each term [stages], divided by the targets of both images, at the recorded points for the recorded pairs."""
+    found, first = dict.fromkeys(TERMS, 0.0), 0
+    for i in range(2):
+        batch = image(arrays, i, 12)
+        n = batch.boxes.shape[0]
+        both = lambda name: np.stack([arrays[f"{stage}/{name}_{i}"] for stage in STAGES])
+        pairs = Pairs(both("match_src"), both("match_tgt"), np.ones((5, n), bool), np.ones((5, 30), bool))
+        points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in STAGES])
+        predictions = jax.tree.map(lambda x: x[:, i], outputs.matching)
+        terms = _losses(lambda *_: points, predictions, outputs.mask_features[i], batch, pairs)
+        found = {name: found[name] + terms[name] / 8 for name in TERMS}
+        first += n
+    return found
+
+
+def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_recording):
+    arrays, _, gradients, about = loss_recording
+    params, features, run, _ = converted(fixtures, "maskdino_tiny_s0")
+
+    @jax.jit
+    def losses(params):
+        terms = recorded_losses(run(params, features), arrays)
+        return sum(about["weight_dict"][NAMES[name]] * value.sum() for name, value in terms.items()), terms
+
+    (total, terms), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True, allow_int=True))(params)
+    for name, value in terms.items():
+        np.testing.assert_allclose(value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], rtol=1e-4, err_msg=name)
+    assert float(total) == pytest.approx(float(arrays["total_weighted"]), rel=1e-5)
+    _, weights, _ = recorded(fixtures, "maskdino_tiny_s0")
+    ours = invert(head_plan({key: value.shape for key, value in weights.items()}), leaves(gradient))
+    for key, norm in about["grad_norms"].items():
+        assert np.linalg.norm(ours[key]) == pytest.approx(norm, rel=1e-4, abs=1e-4), key
+    for key, value in gradients.items():
+        np.testing.assert_allclose(ours[key], value, rtol=1e-3, atol=1e-4 * max(1, np.abs(value).max()), err_msg=key)
+
+
+def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):
+    """What MQ-Former adds starts as the identity: the conditional queries of a converted Mask DINO are exactly its own."""
+    _, _, _, alone = converted(fixtures, "maskdino_tiny_s0")
+    _, _, _, mixed = converted(fixtures, "maskdino_tiny_s0", "mixed")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, :, 5:], b, atol=1e-5), mixed.matching, alone.matching)
