@@ -11,8 +11,10 @@ STEPS ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
+# parity: torch and transformers, to compare with; without them (TESTS=test) those tests skip and say so
+TESTS ?= test,parity
 .venv/.test: .venv/.demo
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(TESTS)]'
 	touch $@
 
 data/records/.sample: data/sample.py data/sample_render.py | .venv/.demo

@@ -1,11 +1,10 @@
 """MQ-Former on COCO panoptic + RefCOCO/+/g.
 
+    python -m mqformer_jax.convert --input resnet50.pth --output pretrained/resnet50    # torchvision's, timm's
+    python -m mqformer_jax.convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's folder
     python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
 
-R50, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod. It also needs ImageNet
-and CLIP weights, since from random ones a frozen-norm R50 will hardly learn: convert them (`python -m mqformer_jax.convert`) and add
-
-    --config.init_from="('pretrained/r50','pretrained/clip')" --config.model.text.tokenizer=clip
+R50, CLIP's text encoder, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod.
 
 The same recipe, smaller only in numbers:
 
@@ -19,6 +18,7 @@ The same recipe, smaller only in numbers:
 from ml_collections import ConfigDict
 
 from mqformer_jax.config import base
+from mqformer_jax.input.prompts import PHOTO_TEMPLATES
 
 
 def get_config(variant: str = "full") -> ConfigDict:
@@ -30,6 +30,9 @@ def get_config(variant: str = "full") -> ConfigDict:
 
 def full() -> ConfigDict:
     config = base()
+    config.init_from = ("pretrained/resnet50", "pretrained/clip")
+    config.model.text.tokenizer = "clip"
+    config.data.templates = PHOTO_TEMPLATES
     refcoco = ("refcoco", "refcocoplus", "refcocog")
     config.data.mixture = (
         dict(name="coco_panoptic", split="train", tasks=("panoptic",)),

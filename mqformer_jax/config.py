@@ -74,7 +74,7 @@ def base() -> ConfigDict:
                 remat=True,
             ),
             loss=dict(class_=4.0, mask=5.0, dice=5.0, box=5.0, giou=2.0, points=12544),
-            denoising=dict(slots=100, flip=0.2, jitter=0.4),
+            denoising=dict(slots=100, flip=0.2, jitter=0.4, masks=True),
             optimizer=dict(
                 learning_rate=1e-4,
                 weight_decay=0.05,
@@ -95,7 +95,7 @@ def base() -> ConfigDict:
                 scale=(0.1, 2.0),
                 flip=0.5,
                 jitter=0.0,
-                templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (prompts.CLIP_TEMPLATES)
+                templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
                 workers=0,
                 threads=8,
             ),

@@ -85,7 +85,7 @@ class TrainStep:
 
 def make_step(config: ConfigDict, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, key: Array, local: Callable) -> Callable:
     """The pure function state, batch -> state, metrics. Randomness depends on the seed and the step alone."""
-    weights, dn = Weights(**config.loss), config.denoising
+    weights, dn = Weights(**config.loss, noised_masks=config.denoising.masks), config.denoising
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         step_key = jax.random.fold_in(key, state.step)

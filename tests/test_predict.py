@@ -88,3 +88,17 @@ def test_templates_are_averaged_as_directions(predictor):
     grain = np.array(predictor.params["grain"])[[1, 0]]
     found = np.array(predictor.embed(texts, regions, templates)) - grain
     np.testing.assert_allclose(unit(found), unit(sum(unit(e) for e in each)), atol=1e-5)
+
+
+def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
+    """What a converted Mask DINO is: a table of classes, plain dot products, conditional queries."""
+    config = get_config()
+    config.model.update(queries="conditional", score="dot", grain=False, box_init="bitmask")
+    config.model.text.update(name="classes", tokenizer="classes", classes=("sky", "traffic light"), context=1, embed_dim=9)
+    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
+    predictor = Predictor(config, params, frozen, make_tokenizer(config.model.text))
+    found = predictor(image, ["Traffic  light"], task="instance")
+    assert len(found.scores) > 0 and (found.prompt_ids == 0).all()
+    with pytest.raises(ValueError, match="'trafic lights'.*closest is 'traffic light'") as error:
+        predictor(image, ["trafic lights"])
+    assert "\n" not in str(error.value)

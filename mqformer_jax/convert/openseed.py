@@ -29,6 +29,7 @@ from mqformer_jax.convert.maskdino import (
     strides,
 )
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, linear, norm
+from mqformer_jax.input.prompts import PHOTO_TEMPLATES
 
 HEAD_WIDTH = 64  # of the text encoder, as in every CLIP; no tensor shows it
 LANGUAGE = f"{PREDICTOR}lang_encoder."
@@ -88,6 +89,7 @@ def _model_plan(shapes: Shapes) -> Plan:
         interaction="joint",
     )
     config.denoising.flip = 0.0  # noised copies always claim their own class
+    config.data.templates = PHOTO_TEMPLATES
     entries = [
         *backbone_entries(config, shapes, "backbone."),
         *pixel_decoder_entries(PIXEL, model.encoder_layers, levels, model.heads),

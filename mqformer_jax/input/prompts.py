@@ -10,6 +10,14 @@ import numpy as np
 
 from mqformer_jax.input.example import Example, Prompt
 
+# Wordings around a class name, for text encoders that were trained on captions of photos (CLIP, OpenSeeD).
+PHOTO_TEMPLATES = (
+    "{}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a photo of many {}.", "a photo of one {}.", "a photo of a small {}.",
+    "a photo of a large {}.", "a close-up photo of a {}.", "a photo of a {} far away.", "a dark photo of a {}.", "a bright photo of a {}.",
+    "a blurry photo of a {}.", "a photo of part of a {}.", "a photo of a {} indoors.", "a photo of a {} outdoors.", "there is a {} in the scene.",
+    "a {} in the background.",
+)  # fmt: skip
+
 # RefCOCO's annotators write "rightmost", "topleft" and "lft"; "bright", "upright" and "leftover" must stay.
 _SWAP = {"left": "right", "right": "left", "lft": "rgt", "rgt": "lft"}
 _SIDE_WORD = re.compile(

@@ -36,6 +36,7 @@ class Weights:
     box: float = 5.0
     giou: float = 2.0
     points: int = 12544
+    noised_masks: bool = True  # denoising queries restore masks too (Mask DINO's "seg"), or classes and boxes alone ("standard")
 
     def total(self, terms: dict[str, Array]) -> Array:
         return sum(terms[name] * getattr(self, "class_" if name == "class" else name) for name in TERMS)
@@ -95,14 +96,16 @@ def criterion(
         noised, target = copies
         stages = outputs.denoising.boxes.shape[0]
         slot = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
-        pairs = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
-        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, pairs)
+        copied = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
+        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, copied)
+        if not weights.noised_masks:
+            noise |= {"mask": jnp.zeros(()), "dice": jnp.zeros(())}
         metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / jnp.maximum(noised.valid.sum(), 1)
         loss = loss + metrics["denoising"]
 
     per_image = weights.total({name: value.sum(1) for name, value in terms.items()}) / jnp.maximum(batch.num_targets, 1)
     kinds = jnp.stack([real & ~region, real & region])
-    learnable = (assigned[:, -1] < outputs.num_learnable) & (assigned[:, -1] >= 0)
+    learnable = (query[:, -1] < outputs.num_learnable) & pairs.valid[:, -1]
     taken = jnp.stack([(kinds & learnable).sum((1, 2)), kinds.sum((1, 2))], -1)
     return loss, {**metrics, "total": loss, "per_image": per_image, "taken": taken}
 

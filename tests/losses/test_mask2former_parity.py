@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from originals import agree
 
 from mqformer_jax.losses import costs
 from mqformer_jax.losses.matcher import match
@@ -26,9 +27,9 @@ def one_thread():
     torch.manual_seed(0)
 
 
-def close(ours, theirs, atol: float = 1e-5) -> None:
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b.detach().numpy() if isinstance(b, torch.Tensor) else b, atol=atol, rtol=1e-5)
+def close(component: str, kind: str, ours, theirs) -> None:
+    for a, b in zip(ours, theirs, strict=True):
+        agree(f"{component} (transformers)", kind, a, b.detach(), 1e-5)
 
 
 def array(tensor) -> jax.Array:
@@ -63,15 +64,15 @@ def test_sampled_points_are_theirs_outside_the_map_too():
     cotangent = torch.randn_like(expected)
     expected.backward(cotangent)
     values, gradients = with_gradients(sample_maps, array(maps[:, 0]), array(points), cotangent=array(cotangent))
-    close(values, expected)
-    close(gradients, (maps.grad[:, 0], points.grad), atol=5e-5)
+    close("point sampling", "forward", [values], [expected])
+    close("point sampling", "gradient", gradients, (maps.grad[:, 0], points.grad))
 
 
 def test_pairwise_mask_costs_are_theirs():
     logits, targets = 3 * torch.randn(QUERIES, POINTS), masks(TARGETS, POINTS)
     entropy, dice = mask_costs(array(logits), array(targets), jnp.ones(POINTS))
-    close(entropy.T, mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets))
-    close(dice.T, mask2former.pair_wise_dice_loss(logits, targets))
+    theirs = mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets), mask2former.pair_wise_dice_loss(logits, targets)
+    close("pairwise mask costs", "forward", (entropy.T, dice.T), theirs)
 
 
 def test_mask_losses_have_their_values_and_gradients():
@@ -80,16 +81,17 @@ def test_mask_losses_have_their_values_and_gradients():
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in expected]
     ours = lambda x: [loss.sum() / 3 for loss in costs.mask_losses(x, array(targets), jnp.ones(targets.shape))]
     values, found = jax.jit(lambda x: (ours(x), jax.jacrev(ours)(x)))(array(logits))
-    close(values, expected)
-    close(found, gradients)
+    close("mask losses", "forward", values, expected)
+    close("mask losses", "gradient", found, gradients)
 
 
 def test_a_point_left_out_is_as_if_never_drawn():
     logits, targets = 3 * torch.randn(QUERIES, POINTS), masks(TARGETS, POINTS)
     weight = (jnp.arange(POINTS) < 20).astype(jnp.float32)
     entropy, dice = mask_costs(array(logits), array(targets), weight)
-    close(entropy.T, mask2former.pair_wise_sigmoid_cross_entropy_loss(logits[:, :20], targets[:, :20]))
-    close(dice.T, mask2former.pair_wise_dice_loss(logits[:, :20], targets[:, :20]))
+    logits, targets = logits[:, :20], targets[:, :20]
+    theirs = mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets), mask2former.pair_wise_dice_loss(logits, targets)
+    close("pairwise mask costs", "forward", (entropy.T, dice.T), theirs)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -116,7 +118,8 @@ def test_focal_loss_has_its_values_and_gradients():
     expected = detr.sigmoid_focal_loss(logits, targets, 3)
     expected.backward()
     value, gradient = jax.jit(jax.value_and_grad(lambda x: costs.focal(x, array(targets)).mean(1).sum() / 3))(array(logits))
-    close((value, gradient), (expected, logits.grad))
+    close("focal", "forward", [value], [expected])
+    close("focal", "gradient", [gradient], [logits.grad])
 
 
 def test_giou_has_its_values_and_gradients():
@@ -128,8 +131,8 @@ def test_giou_has_its_values_and_gradients():
     expected.backward(cotangent)
     run = lambda a: costs.giou(costs.corners(a)[:, None], costs.corners(array(theirs))[None])
     values, (gradient,) = with_gradients(run, array(ours), cotangent=array(cotangent))
-    close(values, expected)
-    close(gradient, ours.grad)
+    close("GIoU", "forward", [values], [expected])
+    close("GIoU", "gradient", [gradient], [ours.grad])
 
 
 def test_boxes_without_extent_give_numbers():

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from mqformer_jax.convert.fetch import fetch, member
 from mqformer_jax.models.tokenizer import ClipTokenizer, clip_tokenizer_json
 
 pytest.importorskip("ftfy")
@@ -46,26 +45,20 @@ e\u0301 a\u0308\u0304 zero\u200bwidth \ufeff \ud800 \udc00\ud83d\ude00
 
 
 @pytest.fixture(scope="module")
-def clip_package():
-    """The package that holds OpenAI's merge list and tokenizer."""
-    try:
-        return fetch("clip-anytorch")
-    except FileNotFoundError as e:
-        pytest.skip(str(e))
+def openai(published):
+    """The folder of OpenAI's merge list and tokenizer."""
+    return published("clip-anytorch") / "clip"
 
 
 @pytest.fixture(scope="module")
-def clip(clip_package):
-    return ClipTokenizer(clip_tokenizer_json(gzip.decompress(member(clip_package, "bpe_simple_vocab_16e6.txt.gz")).decode()), 77)
+def clip(openai):
+    return ClipTokenizer(clip_tokenizer_json(gzip.decompress((openai / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()), 77)
 
 
 @pytest.fixture(scope="module")
-def reference(clip_package, tmp_path_factory):
+def reference(openai):
     """OpenAI's `SimpleTokenizer`, from its own file."""
-    folder = tmp_path_factory.mktemp("clip")
-    for name in ("bpe_simple_vocab_16e6.txt.gz", "simple_tokenizer.py"):
-        (folder / name).write_bytes(member(clip_package, f"clip/{name}"))
-    spec = importlib.util.spec_from_file_location("simple_tokenizer", folder / "simple_tokenizer.py")
+    spec = importlib.util.spec_from_file_location("simple_tokenizer", openai / "simple_tokenizer.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.SimpleTokenizer()

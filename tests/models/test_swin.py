@@ -80,7 +80,7 @@ def test_values_and_all_gradients_are_those_of_torch():
     pixels = torch.tensor(image, requires_grad=True)
     expected = theirs(pixels).feature_maps
     weights = [np.random.default_rng(k).normal(size=e.shape).astype(np.float32) for k, e in enumerate(expected)]
-    sum((e * torch.tensor(w)).mean() for e, w in zip(expected, weights)).backward()
+    sum((e * torch.tensor(w)).sum() for e, w in zip(expected, weights)).backward()
 
     graph, state = nnx.split(ours)
 
@@ -88,7 +88,7 @@ def test_values_and_all_gradients_are_those_of_torch():
     def differentiate(state, image):
         def loss(state, image):
             features = nnx.merge(graph, state)(image)
-            return sum((f * w.transpose(0, 2, 3, 1)).mean() for f, w in zip(features.values(), weights)), features
+            return sum((f * w.transpose(0, 2, 3, 1)).sum() for f, w in zip(features.values(), weights)), features
 
         return jax.grad(loss, (0, 1), has_aux=True)(state, image)
 
