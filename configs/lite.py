@@ -1,4 +1,4 @@
-"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, 14 M parameters without the words: for laptops.
+"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, for laptops: 5.4 M parameters and a text encoder of 22.6 M.
 
     python -m mqformer_jax.convert --from lite --output pretrained/lite
     python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from absl import logging
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
+
+from mqformer_jax.config import base
 
 
 class Checkpoints:
@@ -62,29 +66,30 @@ class Weights:
     frozen: Any
 
 
+def has_checkpoint(folder: str) -> bool:
+    """Whether a workdir, or what `convert` wrote, holds a finished checkpoint."""
+    folder = os.path.join(os.path.abspath(folder), "checkpoints")
+    if not os.path.isdir(folder):
+        return False
+    with ocp.training.Checkpointer(folder) as orbax:
+        return orbax.latest is not None
+
+
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
     """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from (JSON).
 
-    Raises FileExistsError where the folder has a checkpoint.
+    What a save that was cut short left there is cleaned up. Raises FileExistsError where the folder has a checkpoint.
     """
-    folder = os.path.join(os.path.abspath(folder), "checkpoints")
-    with ocp.training.Checkpointer(folder, cleanup_tmp_directories=True) as orbax:
-        if orbax.latest is not None:
-            raise FileExistsError(f"{folder}: a checkpoint is there already; give another --output.")
+    if has_checkpoint(folder):
+        raise FileExistsError(f"{folder}: a checkpoint is there already.")
+    with ocp.training.Checkpointer(os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True) as orbax:
         metadata = {"config": config_to_json(weights.config), "data": None, "about": about}
         orbax.save(0, {"params": weights.params, "frozen": weights.frozen}, custom_metadata=metadata, force=True)
 
 
 def load_weights(path: str) -> Weights:
     """The newest checkpoint of a workdir of `main`, or what `convert` wrote, on the host's first device."""
-    folder = os.path.join(os.path.abspath(path), "checkpoints")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(
-            f"{path}: no checkpoint there (a workdir of mqformer_jax.main, or what mqformer_jax.convert wrote, has a folder 'checkpoints')."
-        )
-    with ocp.training.Checkpointer(folder) as orbax:
-        if orbax.latest is None:
-            raise FileNotFoundError(f"{folder}: no finished checkpoint there.")
+    with _opened(path) as orbax:
         metadata = orbax.metadata(orbax.latest.step)
         config = config_from_json(metadata.custom_metadata["config"])
         device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -97,9 +102,32 @@ def load_weights(path: str) -> Weights:
     return Weights(config, state["params"], state["frozen"])
 
 
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """Orbax's view of a folder that has a finished checkpoint."""
+    folder = os.path.join(os.path.abspath(path), "checkpoints")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(
+            f"{path}: no checkpoint there; give a workdir of mqformer_jax.main or a folder that mqformer_jax.convert wrote."
+        )
+    with ocp.training.Checkpointer(folder) as orbax:
+        if orbax.latest is None:
+            raise FileNotFoundError(f"{folder}: no finished checkpoint there.")
+        yield orbax
+
+
 def config_to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), sort_keys=True)
 
 
 def config_from_json(text: str) -> ConfigDict:
-    return ConfigDict(json.loads(text))
+    """The config of a checkpoint; fields that did not exist when it was made have their defaults, which are what they then were."""
+    config = base()
+    config.update(json.loads(text))
+    return config
+
+
+def load_config(path: str) -> ConfigDict:
+    """The config of the newest checkpoint of a folder, without its weights. Raises FileNotFoundError in one line."""
+    with _opened(path) as orbax:
+        return config_from_json(orbax.metadata(orbax.latest.step).custom_metadata["config"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -122,18 +123,20 @@ def base() -> ConfigDict:
 
 def check(config: ConfigDict) -> None:
     """Raise ValueError with one line that names the field and the mend, or return."""
-    _known(config.to_dict(), base().to_dict(), "config")
-    for field, allowed in CHOICES.items():
-        value = _get(config, field)
-        if value not in allowed:
-            raise ValueError(f"config.{field} = {value!r} is not one of {', '.join(allowed)}.")
+    check_choices(config)
     model, data = config.model, config.data
     _require(config.batch_size > 0, "batch_size", config.batch_size, "must be positive")
     _require(config.steps > 0, "steps", config.steps, "must be positive")
     _require(
         model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4"
     )
+    _check_text(config)
     total = model.num_learnable + model.num_conditional
+    both = model.num_learnable > 0 and model.num_conditional > 0
+    _require(model.queries != "decoupled" or both, "model.queries", "decoupled", "it needs learnable and conditional queries")
+    _require(len(model.strides) > 0, "model.strides", tuple(model.strides), "must name at least one stride")
+    _require(model.backbone.window > 0, "model.backbone.window", model.backbone.window, "must be positive")
+    _require(0 <= model.backbone.drop_path < 1, "model.backbone.drop_path", model.backbone.drop_path, "must be at least 0 and below 1")
     _require(total >= data.max_targets, "data.max_targets", data.max_targets, f"must not exceed the {total} queries")
     deepest = max(model.strides)
     fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
@@ -150,6 +153,50 @@ def check(config: ConfigDict) -> None:
         _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight"})
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
+
+
+def _check_text(config: ConfigDict) -> None:
+    """That encoder, tokenizer, templates and tasks can work together."""
+    text, templates = config.model.text, tuple(config.data.templates)
+    fits = {"clip": ("words", "clip"), "bert": ("words", "wordpiece"), "classes": ("classes",)}[text.name]
+    _require(text.tokenizer in fits, "model.text.tokenizer", text.tokenizer, f"the encoder {text.name!r} goes with {' or '.join(fits)}")
+    _require(templates and all(t.count("{}") == 1 for t in templates), "data.templates", templates, 'each must hold "{}" once')
+    if text.name == "classes":
+        _require(len(text.classes) > 0, "model.text.classes", (), "name the classes that the rows of the table stand for")
+        _require(text.context == 1, "model.text.context", text.context, "a class is one token: 1")
+        _require(templates == ("{}",), "data.templates", templates, 'a table of classes knows no sentences: ("{}",)')
+        asked = {task for entry in (*config.data.mixture, *config.eval.sets) for task in entry.get("tasks", ())}
+        free = sorted(asked & {"referring", "foreground"})
+        _require(not free, "model.text.name", "classes", f"a table of classes cannot answer {', '.join(free)}: leave those tasks out")
+    else:
+        _require(text.width % text.heads == 0, "model.text.width", text.width, f"must divide by {text.heads} heads")
+    if text.name == "bert":
+        _require(
+            text.embed_dim == text.width, "model.text.embed_dim", text.embed_dim, f"the encoder 'bert' has no projection: {text.width}"
+        )
+
+
+def check_choices(config: ConfigDict) -> None:
+    """The part of `check` that holds for a config without data: no unknown fields, and words that mean something."""
+    _known(config.to_dict(), base().to_dict(), "config")
+    for field, allowed in CHOICES.items():
+        value = _get(config, field)
+        if value not in allowed:
+            raise ValueError(f"config.{field} = {value!r} is not one of {', '.join(allowed)}.")
+
+
+def set_field(config: ConfigDict, field: str, value: Any, where: str = "config.") -> None:
+    """config.a.b = value for the field "a.b". Raises ValueError in one line for an unknown field or a value of another type."""
+    *parents, last = field.split(".")
+    node = config
+    for name in parents:
+        node = node.get(name) if isinstance(node, ConfigDict) else None
+    if not isinstance(node, ConfigDict) or last not in node or isinstance(node[last], ConfigDict):
+        raise ValueError(f"{where}{field}: there is no such field; mqformer_jax/config.py lists them all.")
+    try:
+        node[last] = value
+    except TypeError as e:
+        raise ValueError(f"{where}{field}={value!r}: it must be a {type(node[last]).__name__}.") from e
 
 
 def _check_entry(field: str, entry: Mapping, tasks: tuple[str, ...], needed: set[str], allowed: set[str]) -> None:

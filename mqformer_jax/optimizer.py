@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 
 from mqformer_jax.parallel.rules import path_name
 
-NO_DECAY = re.compile(r"norm|^learnable/|^grain|level_embed|text_encoder/(tokens|positions|types|rows)|position_bias|logit_")
+NO_DECAY = re.compile(
+    r"norm|^learnable/|^conditional/content|^grain|level_embed|text_encoder/(tokens|positions|types|rows)|position_bias|logit_"
+)
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:

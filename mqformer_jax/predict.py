@@ -17,6 +17,7 @@ from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.heads import normalize
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
+from mqformer_jax.parallel.rules import path_name
 from mqformer_jax.segments import (
     CanvasMasks,
     Segments,
@@ -81,9 +82,13 @@ class Predictor:
     def from_checkpoint(cls, path: str) -> "Predictor":
         """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is its own."""
         weights = load_weights(path)
-        if "heads" not in weights.params:
-            parts = ", ".join(sorted({*weights.params, *weights.frozen}))
-            raise ValueError(f"{path} holds only {parts}: start a training from it with config.init_from.")
+        shapes = jax.eval_shape(lambda: build_model(weights.config)[1:])
+        named = lambda *trees: {path_name(p) for tree in trees for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
+        if missing := sorted(named(*shapes) - named(weights.params, weights.frozen)):
+            raise ValueError(
+                f"{path} is not a whole model ({len(missing)} arrays are missing, {missing[0]} among them): start a training from it with "
+                "config.init_from."
+            )
         return cls(weights.config, weights.params, weights.frozen, make_tokenizer(weights.config.model.text, path))
 
     def embed(self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)) -> Float[Array, "p e"]:

@@ -15,7 +15,7 @@ from mqformer_jax.input.batch import Batch
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 CHUNK = 64  # texts a call, so that one shape is compiled
-MOST = 1 << 17  # texts kept: 256 MB of 512 numbers each
+MOST = 1 << 19  # texts kept: 1 GB of 512 numbers each; more than RefCOCO, RefCOCO+ and RefCOCOg have together
 
 
 class TextCache:

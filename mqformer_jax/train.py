@@ -36,7 +36,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
 
     # -- data, model, state -------------------------------------------------------------------------------------------
-    bring_tokenizer(config, workdir)
+    if not checkpoint.has_checkpoint(workdir):
+        bring_tokenizer(config, workdir)
     tokenizer = make_tokenizer(config.model.text, workdir)
     loader = make_loader(config, tokenizer)
     train_step = TrainStep(config, make_mesh(config.mesh))
@@ -46,7 +47,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             if config.init_from:
                 params, frozen, report = initialize(state.params, state.frozen, config)
                 state = state.replace(params=params, frozen=frozen)
-                print("\n".join(report), flush=True)
+                if jax.process_index() == 0:
+                    print("\n".join(report), flush=True)
         else:
             state, data = checkpoints.restore(train_step.abstract)
             step = int(state.step)

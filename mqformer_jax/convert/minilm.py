@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mqformer_jax.config import base
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, linear, norm, packing
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linear, norm, packing, prefix_of, shape_of
 
 WORDS = "embeddings.word_embeddings.weight"
 WIDTH, HEADS, POSITIONS = 384, 12, 512
@@ -15,18 +15,18 @@ IGNORED = {
 
 
 def recognises(shapes: Shapes) -> bool:
-    return any(key.endswith(WORDS) for key in shapes) and any("encoder.layer.0.intermediate.dense." in key for key in shapes)
+    return prefix_of(shapes, WORDS) is not None and any("encoder.layer.0.intermediate.dense." in key for key in shapes)
 
 
 def plan(shapes: Shapes) -> Plan:
     """Keys may begin with a prefix ("bert.", "0.auto_model."). Raises ValueError where the sizes are not a MiniLM's."""
-    prefix = next(key for key in shapes if key.endswith(WORDS)).removesuffix(WORDS)
-    vocabulary, width = shapes[f"{prefix}{WORDS}"]
+    prefix = prefix_of(shapes, WORDS) or ""
+    vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:
         raise ValueError(f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; give a MiniLM ({WIDTH}).")
     _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
     _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
-    depth = sum(key.endswith(".intermediate.dense.weight") for key in shapes)
+    depth = count(shapes, f"{prefix}encoder.layer.{{}}.")
     entries = [
         Entry("text_encoder/tokens", f"{prefix}{WORDS}"),
         Entry("text_encoder/positions", f"{prefix}embeddings.position_embeddings.weight"),
@@ -57,8 +57,8 @@ def _block(ours: str, theirs: str, i: int) -> list[Entry]:
 
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
-    if tuple(shapes.get(key, ())) != shape:
-        raise ValueError(f"{key} is {shapes.get(key, 'missing')}, MiniLM has {shape}: give a MiniLM's weights.")
+    if (found := shape_of(shapes, key, len(shape))) != shape:
+        raise ValueError(f"{key} is {found}, MiniLM has {shape}: give a MiniLM's weights.")
 
 
 FAMILY = Family(

@@ -16,22 +16,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mqformer_jax.config import base
-from mqformer_jax.convert.mask2former import backbone_entries
-from mqformer_jax.convert.maskdino import (
-    PIXEL,
-    PREDICTOR,
-    QUERIES,
-    count,
-    decoder_entries,
-    pixel_decoder_entries,
-    proposal_entries,
-    sizes,
-    strides,
-)
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, linear, norm
+from mqformer_jax.convert.clip_text import openai_entries, set_sizes
+from mqformer_jax.convert.mask2former import ORIGINAL, backbone_entries, pixel_decoder_entries
+from mqformer_jax.convert.maskdino import PREDICTOR, QUERIES, decoder_entries, proposal_entries, sizes, strides
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, prefix_of, shape_of
 from mqformer_jax.input.prompts import PHOTO_TEMPLATES
 
-HEAD_WIDTH = 64  # of the text encoder, as in every CLIP; no tensor shows it
 LANGUAGE = f"{PREDICTOR}lang_encoder."
 TOWER = f"{LANGUAGE}lang_encoder."
 IGNORED = {
@@ -39,25 +29,6 @@ IGNORED = {
     r"\.relative_position_index$": "computed from the window",
     r"\.lang_encoder\.logit_scale$": "it belongs to the heads, which learn their own",  # only of a text encoder by itself
 }
-
-
-def text_entries(layers: int) -> list[Entry]:
-    """The text encoder: OpenAI's names, but for the projection's."""
-    ours = "text_encoder/blocks"
-    entries = [
-        Entry("text_encoder/tokens", f"{TOWER}token_embedding.weight"),
-        Entry("text_encoder/positions", f"{TOWER}positional_embedding"),
-        Entry("text_encoder/projection/kernel", f"{LANGUAGE}lang_proj"),  # stands on the right of a product, as ours does
-        *norm("text_encoder/norm", f"{TOWER}ln_final"),
-    ]
-    for i in range(layers):
-        block = f"{TOWER}resblocks.{i}"
-        entries.append(Entry(f"{ours}/qkv/kernel", f"{block}.attn.in_proj_weight", "linear", i))
-        entries.append(Entry(f"{ours}/qkv/bias", f"{block}.attn.in_proj_bias", "same", i))
-        for mine, theirs in (("out", "attn.out_proj"), ("fc1", "mlp.c_fc"), ("fc2", "mlp.c_proj")):
-            entries += linear(f"{ours}/{mine}", f"{block}.{theirs}", i)
-        entries += norm(f"{ours}/norm1", f"{block}.ln_1", i) + norm(f"{ours}/norm2", f"{block}.ln_2", i)
-    return entries
 
 
 def head_entries(learned: bool) -> list[Entry]:
@@ -78,7 +49,8 @@ def _model_plan(shapes: Shapes) -> Plan:
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
-    learned = shapes.get(f"{PREDICTOR}query_feat.weight", (0,))[0]
+    content = f"{PREDICTOR}query_feat.weight"
+    learned = shape_of(shapes, content, 2)[0] if content in shapes else 0
     model.update(
         strides=strides(shapes, levels),
         grain=False,
@@ -92,11 +64,11 @@ def _model_plan(shapes: Shapes) -> Plan:
     config.data.templates = PHOTO_TEMPLATES
     entries = [
         *backbone_entries(config, shapes, "backbone."),
-        *pixel_decoder_entries(PIXEL, model.encoder_layers, levels, model.heads),
+        *pixel_decoder_entries(ORIGINAL, model.heads, model.encoder_layers, levels, coarse_first=False),
         *decoder_entries(PREDICTOR, model.decoder_layers, model.width),
         *proposal_entries(PREDICTOR),
         *head_entries(learned > 0),
-        *text_entries(_size_text(shapes, model.text)),
+        *_text_entries(model.text, shapes),
     ]
     return Plan(config, "", entries, {"heads/logit_bias": np.zeros(()), "noised/bias": np.zeros(model.width)}, IGNORED)
 
@@ -104,43 +76,25 @@ def _model_plan(shapes: Shapes) -> Plan:
 def _text_plan(shapes: Shapes) -> Plan:
     """The text encoder by itself, of names without a prefix."""
     config = base()
-    return Plan(config, "text_encoder", text_entries(_size_text(shapes, config.model.text)), ignored=IGNORED)
+    return Plan(config, "text_encoder", _text_entries(config.model.text, shapes), ignored=IGNORED)
 
 
-def _size_text(shapes: Shapes, text: ConfigDict) -> int:
-    """Writes the text encoder's sizes into the config's `text`; returns its number of layers."""
-    keys = f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", f"{LANGUAGE}lang_proj"
-    for key in keys:
-        if len(shapes.get(key, ())) != 2:
-            raise ValueError(f"{key} {shapes.get(key, 'is missing')}: OpenSeeD has a matrix there; is the file whole?")
-    (vocab_size, width), (context, _), (_, embed_dim) = (shapes[key] for key in keys)
-    layers = count(shapes, f"{TOWER}resblocks.{{}}.")
-    text.update(
-        name="clip",
-        tokenizer="clip",
-        vocab_size=vocab_size,
-        context=context,
-        width=width,
-        heads=max(1, width // HEAD_WIDTH),
-        layers=layers,
-        embed_dim=embed_dim,
-        norm_eps=1e-12,
-    )
-    return layers
-
-
-def _root(shapes: Shapes) -> str | None:
-    """What stands before all names: nothing in the released files, "model." in those that its training writes; None: not OpenSeeD's."""
-    return next((key.removesuffix(f"{LANGUAGE}lang_proj") for key in shapes if key.endswith(f"{LANGUAGE}lang_proj")), None)
+def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
+    """The text encoder's entries; its sizes go into the config's `text`."""
+    layers, projection = count(shapes, f"{TOWER}resblocks.{{}}."), f"{LANGUAGE}lang_proj"
+    embed_dim = shape_of(shapes, projection, 2)[1]
+    set_sizes(text, shapes, f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", layers, embed_dim)
+    text.norm_eps = 1e-12
+    return openai_entries(TOWER, f"{TOWER}resblocks.", projection, layers)
 
 
 def _family(name: str, originals: str, whole: bool) -> Family:
     def recognises(shapes: Shapes) -> bool:
-        root = _root(shapes)
+        root = prefix_of(shapes, f"{LANGUAGE}lang_proj")
         return root is not None and (f"{root}{PREDICTOR}lang_mapper" in shapes) == whole
 
     def plan(shapes: Shapes) -> Plan:
-        root = _root(shapes) or ""
+        root = prefix_of(shapes, f"{LANGUAGE}lang_proj") or ""  # training writes "model." before all names
         bare = {key.removeprefix(root): shape for key, shape in shapes.items()}
         found = _model_plan(bare) if whole else _text_plan(bare)
         return dataclasses.replace(found, entries=[dataclasses.replace(entry, theirs=root + entry.theirs) for entry in found.entries])

@@ -10,14 +10,19 @@ import re
 from collections.abc import Callable
 
 from mqformer_jax import config as recipe
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, batch_norm, conv
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, batch_norm, conv, is_model, prefix_of
 from mqformer_jax.models.resnet import BLOCKS
 
+# the last convolution of every bottleneck: {} for its stage and its number
+TORCHVISION = "layer{}.{}.conv3.weight"
+HUGGING_FACE = "encoder.stages.{}.layers.{}.layer.2.convolution.weight"
+DETECTRON2 = "res{}.{}.conv3.weight"
+MSRA = {"conv1_w", "res2_0_branch2a_w"}  # keys of Microsoft's first weights
 IGNORED = {r"num_batches_tracked$": "a counter of training", r"(^|\.)(fc|classifier\.1)\.": "the classifier of ImageNet"}
 
 
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The backbone at path `ours` from keys that follow `theirs` ("" or "backbone."), as torchvision and timm name them."""
+    """The backbone at path `ours` from keys that follow `theirs` ("", "backbone."), as torchvision and timm name them."""
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}layer{stage + 1}.{block}."
@@ -29,7 +34,7 @@ def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The same of Hugging Face's `ResNetModel` and `ResNetBackbone`; `theirs`: what their names start with ("" or "resnet.")."""
+    """The same of Hugging Face's `ResNetModel` and `ResNetBackbone`; `theirs`: what their names start with ("", "resnet.")."""
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         inner = "shortcut" if name == "shortcut" else f"layer.{int(name[-1]) - 1}"
@@ -50,18 +55,17 @@ def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
     return _entries(ours, depth, (f"{theirs}stem.conv1", f"{theirs}stem.conv1.norm"), part)
 
 
-def depth_of(shapes: Shapes, block: str) -> int:
-    """50 or 101, by the blocks of each stage. block: a regex of a key of every bottleneck, with groups for its stage and number."""
-    found = [match.groups() for key in shapes if (match := re.match(block, key))]
-    stages = sorted({int(stage) for stage, _ in found})
-    blocks = tuple(1 + max(int(number) for stage, number in found if int(stage) == s) for s in stages)
+def depth_of(shapes: Shapes, bottleneck: str) -> int:
+    """50 or 101, by the blocks of each stage. bottleneck: a key that every block has, with {} for its stage and its number."""
+    pattern = re.compile(re.escape(bottleneck).replace(r"\{\}", r"(\d+)"))
+    found = [(int(match[1]), int(match[2])) for key in shapes if (match := pattern.fullmatch(key))]
+    blocks = tuple(1 + max(number for stage, number in found if stage == s) for s in sorted({stage for stage, _ in found}))
     for depth, expected in BLOCKS.items():
         if blocks == expected:
             return depth
-    raise ValueError(
-        f"keys like {block} show a ResNet with {blocks or 'no'} bottlenecks a stage; "
-        f"only {' and '.join(f'ResNet-{depth} {expected}' for depth, expected in BLOCKS.items())} can be converted."
-    )
+    known = " and ".join(f"ResNet-{depth} {expected}" for depth, expected in BLOCKS.items())
+    seen = f"{blocks} bottlenecks a stage" if blocks else "no bottlenecks, as those of 18 and 34 layers are made,"
+    raise ValueError(f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); only {known} can.")
 
 
 def _entries(ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]) -> list[Entry]:
@@ -80,49 +84,46 @@ def _conv_norm(ours: str, theirs: tuple[str, str], index: int | None = None) -> 
     return conv(f"{ours}/conv", theirs[0], index) + batch_norm(f"{ours}/norm", theirs[1], index)
 
 
-def _plan(depth: int, entries: list[Entry]) -> Plan:
-    config = recipe.base()
-    config.model.backbone.update(name=f"resnet{depth}", stride_in_1x1=False)
-    return Plan(config, "backbone", entries, ignored=IGNORED)
+def _family(name: str, originals: str, make: Callable[[str, str, int], list[Entry]], bottleneck: str, keys: tuple[str, ...]) -> Family:
+    """keys: what shows such a backbone, after any prefix; the first ends no other key."""
 
+    def recognises(shapes: Shapes) -> bool:
+        return (not is_model(shapes) and prefix_of(shapes, *keys) is not None) or (name == "d2_resnet" and MSRA <= shapes.keys())
 
-def _torchvision(shapes: Shapes) -> Plan:
-    depth = depth_of(shapes, r"layer(\d)\.(\d+)\.conv3\.weight")
-    return _plan(depth, torchvision_entries("backbone", "", depth))
+    def plan(shapes: Shapes) -> Plan:
+        if MSRA <= shapes.keys():
+            raise ValueError(
+                "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; take detectron2's torchvision/R-50.pkl or R-101.pkl."
+            )
+        prefix = prefix_of(shapes, *keys) or ""
+        depth = depth_of(shapes, prefix + bottleneck)
+        config = recipe.base()
+        config.model.backbone.update(name=f"resnet{depth}", stride_in_1x1=False)
+        return Plan(config, "backbone", make("backbone", prefix, depth), ignored=IGNORED)
 
-
-def _hugging_face(shapes: Shapes) -> Plan:
-    prefix = "resnet." if "resnet.embedder.embedder.convolution.weight" in shapes else ""
-    depth = depth_of(shapes, re.escape(prefix) + r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.2\.convolution\.weight")
-    return _plan(depth, hugging_face_entries("backbone", prefix, depth))
-
-
-def _detectron2(shapes: Shapes) -> Plan:
-    if "conv1_w" in shapes:
-        raise ValueError(
-            "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; take detectron2's torchvision/R-50.pkl or R-101.pkl."
-        )
-    depth = depth_of(shapes, r"res(\d)\.(\d+)\.conv3\.weight")
-    return _plan(depth, detectron2_entries("backbone", "", depth))
+    return Family(name, originals, recognises, plan)
 
 
 FAMILIES = (
-    Family(
+    _family(
         "resnet",
         "torchvision's and timm's ResNet-50 and -101",
-        lambda shapes: {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight"} <= shapes.keys(),
-        _torchvision,
+        torchvision_entries,
+        TORCHVISION,
+        ("layer1.0.conv1.weight", "conv1.weight", "bn1.weight"),
     ),
-    Family(
+    _family(
         "hf_resnet",
         "Hugging Face's ResNetModel, ResNetBackbone and ResNetForImageClassification, 50 and 101 layers",
-        lambda shapes: any(f"{prefix}embedder.embedder.convolution.weight" in shapes for prefix in ("", "resnet.")),
-        _hugging_face,
+        hugging_face_entries,
+        HUGGING_FACE,
+        ("embedder.embedder.convolution.weight",),
     ),
-    Family(
+    _family(
         "d2_resnet",
         "detectron2's ImageNetPretrained/torchvision/R-50.pkl and R-101.pkl",
-        lambda shapes: {"stem.conv1.weight", "res2.0.conv1.weight"} <= shapes.keys() or {"conv1_w", "res2_0_branch2a_w"} <= shapes.keys(),
-        _detectron2,
+        detectron2_entries,
+        DETECTRON2,
+        ("res2.0.conv1.weight", "stem.conv1.weight"),
     ),
 )

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -82,6 +83,39 @@ class Family:
     licence: str = ""
 
 
+def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
+    """The shape of a tensor that sizes are read from. Raises ValueError, one line, where it is missing or of other dimensions."""
+    shape = shapes.get(key)
+    if shape is None or len(shape) != ndim:
+        found = "is missing" if shape is None else f"has shape {tuple(shape)}"
+        raise ValueError(f"{key} {found}: a tensor of {ndim} dimension{'s' * (ndim > 1)} belongs there; is the file whole?")
+    return tuple(shape)
+
+
+def count(shapes: Shapes, pattern: str) -> int:
+    """How many layers there are: numbers from 0 on with which `pattern` ({} for the number) starts a key.
+
+    Raises ValueError, one line, where there is none or one in between is missing.
+    """
+    layer = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
+    found = {int(match[1]) for key in shapes if (match := layer.match(key))}
+    absent = next(i for i in range(len(found) + 1) if i not in found)
+    if absent < max(len(found), 1):
+        raise ValueError(f"{pattern.replace('{}', str(absent))}* is missing: there must be layers from 0 on; is the file whole?")
+    return len(found)
+
+
+def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
+    """What stands before `name` in the first key that ends in it ("", "model.", "backbone."), if the others are there, too."""
+    prefix = next((key.removesuffix(name) for key in shapes if key == name or key.endswith(f".{name}")), None)
+    return prefix if prefix is not None and all(prefix + other in shapes for other in others) else None
+
+
+def is_model(shapes: Shapes) -> bool:
+    """Is this a whole model, whose backbone is not all there is? Those have families of their own (the last is CLIP's)."""
+    return any(part in key for key in shapes for part in ("sem_seg_head.", "pixel_level_module.", "visual."))
+
+
 def linear(ours: str, theirs: str, index: int | None = None, bias: bool = True) -> list[Entry]:
     """A dense layer: ours/kernel and ours/bias of theirs.weight and theirs.bias."""
     kernel = [Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", index)]
@@ -131,27 +165,32 @@ def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
 
 
 def apply(plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, np.ndarray], Report]:
-    """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are returned."""
+    """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are returned.
+
+    Tensors that hold NaN or infinity are taken as they are, and named in a warning.
+    """
     report, values, filled = Report(), {}, {}
-    read = set()
+    read, odd = set(), {}
     for entry in plan.entries:
         read.add(entry.theirs)
         if entry.theirs not in tensors or entry.ours not in ours:
             continue  # named below, as missing or unused
-        piece = LAYOUTS[entry.layout][0](_rows(tensors[entry.theirs], entry)).astype(np.float32)
         if entry.ours not in values:
             values[entry.ours] = np.zeros(ours[entry.ours].shape, np.float32)
             filled[entry.ours] = np.zeros(ours[entry.ours].shape, bool)
-        place = _place(entry)
-        told = f"{entry.theirs} {tensors[entry.theirs].shape} -> {_name(entry)} {values[entry.ours].shape}"
+        tensor, place = tensors[entry.theirs], _place(entry)
+        told = f"{entry.theirs} {tensor.shape} -> {_name(entry)} {values[entry.ours].shape}"
         try:
+            piece = LAYOUTS[entry.layout][0](_rows(tensor, entry)).astype(np.float32)
             target, done = values[entry.ours][place], filled[entry.ours][place]
-        except IndexError:
+        except (IndexError, ValueError):  # dimensions that the layout or the leaf has not
             report.mismatched.append(told)
             continue
+        if not np.isfinite(piece).all():
+            odd[entry.theirs] = True
         if target.shape != piece.shape:
             report.mismatched.append(told)
-        elif done.size and done.all() and not np.array_equal(target, piece):
+        elif done.size and done.all() and not np.array_equal(target, piece, equal_nan=True):
             report.mismatched.append(f"{told}: another tensor that should be the same is not")
         else:
             values[entry.ours][place], filled[entry.ours][place] = piece, True
@@ -164,22 +203,56 @@ def apply(plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]
     for key in sorted(set(tensors) - read):
         reason = next((why for pattern, why in plan.ignored.items() if re.search(pattern, key)), None)
         (report.unused if reason is None else report.ignored).append(key if reason is None else f"{key}: {reason}")
+    if odd:
+        logging.warning("NaN or infinity in %s", ", ".join(odd))
     return complete, report
 
 
-def invert(plan: Plan, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Ours back to theirs, exactly: the tensors that the plan's entries name, in float32."""
-    pieces: dict[str, list[tuple[Entry, np.ndarray]]] = {}
+def invert(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
+    """Ours back to theirs, exactly: the tensors whose leaves are all in `values`, in float32.
+
+    shapes: of the checkpoint that the plan was made of. Then `values` must be what its layout can hold: leaves of the shapes that the
+    plan fills, constants unchanged. Raises ValueError, one line that names the leaf, where they are not.
+    """
+    if shapes is not None:
+        _check_expressible(plan, values, shapes)
+    by_key: dict[str, list[Entry]] = {}
     for entry in plan.entries:
-        if entry.ours in values:
-            pieces.setdefault(entry.theirs, []).append((entry, LAYOUTS[entry.layout][1](values[entry.ours][_place(entry)])))
+        by_key.setdefault(entry.theirs, []).append(entry)
     tensors = {}
-    for key, parts in pieces.items():
-        entry, piece = parts[0]
-        if entry.take is not None:
-            piece = np.concatenate([piece for _, piece in sorted(parts, key=lambda part: part[0].take)])
-        tensors[key] = np.ascontiguousarray(piece if entry.order is None else piece[np.argsort(entry.order)])
+    for key, entries in by_key.items():
+        if all(entry.ours in values for entry in entries):
+            pieces = [_inverted(values[entry.ours], entry) for entry in sorted(entries, key=lambda entry: entry.take or ())]
+            piece, order = pieces[0] if entries[0].take is None else np.concatenate(pieces), entries[0].order
+            tensors[key] = np.ascontiguousarray(piece if order is None else piece[np.argsort(order)])
     return tensors
+
+
+def _inverted(value: np.ndarray, entry: Entry) -> np.ndarray:
+    try:
+        return LAYOUTS[entry.layout][1](value[_place(entry)])
+    except (IndexError, ValueError) as e:
+        raise ValueError(f"{entry.ours} {value.shape} has no {_name(entry)} that {entry.theirs} could be: it is of another model.") from e
+
+
+def _check_expressible(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes) -> None:
+    """That the leaves have the shapes that tensors of these shapes fill, and the constants their values."""
+    for path, constant in plan.constants.items():
+        if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
+            raise ValueError(f"{path} was trained away from what the original's layout can express.")
+    layers, columns = {}, {}
+    for entry in plan.entries:
+        layers[entry.ours] = max(layers.get(entry.ours, 0), 0 if entry.index is None else entry.index + 1)
+        columns[entry.ours] = max(columns.get(entry.ours, 0), 0 if entry.into is None else entry.into[1])
+    for entry in plan.entries:
+        if entry.ours not in values or entry.theirs not in shapes:
+            continue
+        one = np.broadcast_to(np.float32(0), shapes[entry.theirs])
+        shape = LAYOUTS[entry.layout][0](one if entry.take is None else one[slice(*entry.take)]).shape
+        shape = (layers[entry.ours],) * (entry.index is not None) + shape
+        shape = shape if entry.into is None else (*shape[:-1], columns[entry.ours])
+        if values[entry.ours].shape != shape:
+            raise ValueError(f"{entry.ours} is {values[entry.ours].shape}, the layout of {entry.theirs} makes it {shape}: another model.")
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -197,7 +270,7 @@ def fill(module: nnx.Module, values: Mapping[str, np.ndarray], part: str) -> nnx
 
 
 def _rows(x: np.ndarray, entry: Entry) -> np.ndarray:
-    if entry.order is not None and len(entry.order) == len(x):
+    if entry.order is not None and x.shape[:1] == entry.order.shape:
         x = x[entry.order]
     return x if entry.take is None else x[slice(*entry.take)]
 

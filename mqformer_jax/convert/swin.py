@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from mqformer_jax.config import base
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, linear, norm, packing
+from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, is_model, linear, norm, packing, prefix_of, shape_of
 from mqformer_jax.models.swin import SIZES, Size
 
 
@@ -160,29 +160,26 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
         depths.append(0)
         while table(stage, depths[-1]) in shapes:
             depths[-1] += 1
-    offsets, embed = shapes[table(0, 0)], shapes.get(f"{root}{names.embed}.weight", ())
+    offsets, embed = shape_of(shapes, table(0, 0), 2), shape_of(shapes, f"{root}{names.embed}.weight", 4)
     side = round(offsets[0] ** 0.5)
     if side**2 != offsets[0] or side % 2 == 0:
-        raise ValueError(f"{table(0, 0)} has shape {tuple(offsets)}: its rows must be (2 window - 1)^2; give an unchanged file.")
-    if len(embed) != 4:
-        raise ValueError(f"{root}{names.embed}.weight has shape {tuple(embed)}: it must be [width, 3, 4, 4]; give the whole file.")
+        raise ValueError(f"{table(0, 0)} has shape {offsets}: its rows must be (2 window - 1)^2; give an unchanged file.")
     return Size(embed[0], tuple(depths)), (side + 1) // 2
 
 
-def _prefixes(shapes: Shapes, family: str) -> list[str]:
-    """What stands before the names of a family's Swins, "swin." not counted."""
-    tables = [names.first_table for names in KINDS[family]]
-    roots = [key.removesuffix(table) for key in shapes for table in tables if key == table or key.endswith(f".{table}")]
-    return [root if not f".{root}".endswith(".swin.") else root[: -len("swin.")] for root in roots]
+def _prefix(shapes: Shapes, family: str) -> str | None:
+    """What stands before the names of a family's Swin, "swin." not counted; None where there is none."""
+    found = (prefix_of(shapes, names.first_table) for names in KINDS[family])
+    root = next((root for root in found if root is not None), None)
+    return root[: -len("swin.")] if root is not None and f".{root}".endswith(".swin.") else root
 
 
 def _family(name: str, originals: str) -> Family:
     def recognises(shapes: Shapes) -> bool:
-        whole_model = any(key.startswith("sem_seg_head.") or "pixel_level_module." in key for key in shapes)
-        return not whole_model and bool(_prefixes(shapes, name))
+        return not is_model(shapes) and _prefix(shapes, name) is not None
 
     def plan(shapes: Shapes) -> Plan:
-        prefix = next(iter(_prefixes(shapes, name)), "")
+        prefix = _prefix(shapes, name) or ""
         size, window = sizes_of(shapes, prefix)
         config = base()
         config.model.backbone.name, config.model.backbone.window = f"swin_{size}", window

@@ -84,9 +84,10 @@ def criterion(
         total = jnp.where(_of_the_other_kind(region, outputs)[:, None], UNUSABLE, total)
     assigned = local(jax.vmap(jax.vmap(match, in_axes=(0, None))))(total, batch.num_targets)
     real = jnp.arange(n) < batch.num_targets[:, None]
-    query = jnp.maximum(assigned, 0)
-    usable = jnp.take_along_axis(total, query[..., None], -1)[..., 0] < UNUSABLE  # where a kind has too few queries, targets go without
-    pairs = Pairs(query, jnp.broadcast_to(jnp.arange(n), assigned.shape), per_stage(real) & usable, ~excused)
+    query, taken_by_a_query = jnp.maximum(assigned, 0), per_stage(real)
+    if outputs.decoupled:  # where a kind has too few queries, targets go without
+        taken_by_a_query &= jnp.take_along_axis(total, query[..., None], -1)[..., 0] < UNUSABLE
+    pairs = Pairs(query, jnp.broadcast_to(jnp.arange(n), assigned.shape), taken_by_a_query, ~excused)
     terms = losses(loss_key, outputs.matching, outputs.mask_features, batch, pairs)
     count = jnp.maximum(batch.num_targets.sum(), 1)
     loss = weights.total(jax.tree.map(jnp.sum, terms)) / count

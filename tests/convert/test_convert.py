@@ -1,6 +1,5 @@
 """The command and what it writes: every family at full size in its true layout, round trips, and what goes wrong in one line."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,7 +11,10 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.checkpoint import Weights, load_weights, save_weights
-from mqformer_jax.convert.convert import convert, export, own_config, restore
+from mqformer_jax.convert.__main__ import _names, main
+from mqformer_jax.convert.__main__ import arguments as command_line
+from mqformer_jax.convert.convert import _configure, convert
+from mqformer_jax.convert.export import export, is_ours, restore
 from mqformer_jax.convert.families import FAMILIES, find_family
 from mqformer_jax.convert.files import read, write_safetensors
 from mqformer_jax.convert.rules import apply, invert, leaves
@@ -56,7 +58,9 @@ def resnet_file(tmp_path_factory):
 
 def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_path):
     folder, back = str(tmp_path / "ours"), str(tmp_path / "back.safetensors")
-    ((source, report),) = convert(resnet_file, folder)
+    told = []
+    convert(resnet_file, folder, tell=lambda *said: told.append(said))
+    ((source, report),) = told
     assert source.endswith(": resnet") and report.complete
     assert load_weights(folder).config.model.backbone.name == "resnet50"
     export(folder, back, like=resnet_file)
@@ -67,8 +71,8 @@ def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_pa
 
 
 def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_path):
-    list(convert(resnet_file, str(tmp_path / "ours")))
-    with pytest.raises(ValueError, match="holds only backbone.*init_from"):
+    convert(resnet_file, str(tmp_path / "ours"))
+    with pytest.raises(ValueError, match="not a whole model.*init_from"):
         Predictor.from_checkpoint(str(tmp_path / "ours"))
 
 
@@ -77,8 +81,11 @@ def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
     params, frozen = jax.jit(lambda: build_model(config)[1:])()
     save_weights(str(tmp_path / "a"), Weights(config, params, frozen), {})
     export(str(tmp_path / "a"), str(tmp_path / "model.safetensors"))
-    assert own_config(str(tmp_path / "model.safetensors")) is not None
+    (tmp_path / "a" / "tokenizer.json").write_text("{}")
+    export(str(tmp_path / "a"), str(tmp_path / "model.safetensors"))
+    assert is_ours(str(tmp_path / "model.safetensors"))
     restore(str(tmp_path / "model.safetensors"), str(tmp_path / "b"))
+    assert (tmp_path / "b" / "tokenizer.json").read_text() == "{}"
     before, after = (load_weights(str(tmp_path / name)) for name in "ab")
     assert before.config == after.config
     first, second = leaves(before.params), leaves(after.params)
@@ -93,7 +100,7 @@ def test_the_command_reports_by_name_and_strict_writes_nothing(resnet_file, tmp_
     path = str(tmp_path / "odd.safetensors")
     write_safetensors(path, tensors)
     strict = run("--from", "resnet", "--input", path, "--output", str(tmp_path / "a"), "--strict")
-    assert strict.returncode == 1 and "--strict" in strict.stderr and not (tmp_path / "a").exists()
+    assert strict.returncode == 1 and "--strict" in strict.stderr and not (tmp_path / "a" / "checkpoints").exists()
     assert "missing: 1\n  backbone/stages/0/first/conv2/conv/kernel" in strict.stdout and "unused: 1\n  surprise.weight" in strict.stdout
 
 
@@ -110,19 +117,19 @@ def test_a_wrong_file_is_one_line_that_names_it(make, words, tmp_path):
     path = tmp_path / "given.pth"
     make(path)
     with pytest.raises((ValueError, OSError), match=f"(?i){words}") as error:
-        list(convert(str(path), str(tmp_path / "out")))
+        convert(str(path), str(tmp_path / "out"))
     assert "given.pth" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_wrong_family_says_what_the_file_looks_like(resnet_file, tmp_path):
     with pytest.raises(ValueError, match="looks like resnet"):
-        list(convert(resnet_file, str(tmp_path / "out"), "maskdino"))
+        convert(resnet_file, str(tmp_path / "out"), "maskdino")
 
 
 def test_an_output_that_has_a_checkpoint_is_left_alone(resnet_file, tmp_path):
-    list(convert(resnet_file, str(tmp_path / "out")))
+    convert(resnet_file, str(tmp_path / "out"))
     with pytest.raises(FileExistsError, match="--output"):
-        list(convert(resnet_file, str(tmp_path / "out")))
+        convert(resnet_file, str(tmp_path / "out"))
 
 
 def test_tensors_come_back_from_every_family_bit_for_bit():
@@ -140,10 +147,8 @@ def test_tensors_come_back_from_every_family_bit_for_bit():
             np.testing.assert_array_equal(value, tensors[key].astype(np.float32), err_msg=key)
 
 
-def test_classes_and_settings_reach_the_config(tmp_path):
+def test_classes_and_settings_reach_the_config():
     """Mask DINO's file holds neither names nor every choice."""
-    from mqformer_jax.convert.convert import _configure
-
     shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_panoptic").items()}
     plan = FAMILIES["maskdino"].plan(shapes)
     assert plan.config.model.text.classes[0] == "person" and plan.config.model.text.classes[-1] == "rug"
@@ -151,6 +156,66 @@ def test_classes_and_settings_reach_the_config(tmp_path):
     assert plan.config.model.box_init == "bitmask" and plan.config.model.text.classes[3] == "name 3"
     with pytest.raises(ValueError, match="133 classes"):
         _configure(plan, ["one"], {})
-    with pytest.raises(ValueError, match="--set.*nonsense"):
-        _configure(plan, (), {"model.nonsense": 1})
-    json.dumps(plan.config.to_dict())
+    for field, value, words in (
+        ("model.nonsense", 1, "no such field"),
+        ("model.box_init", "bitmsk", "bitmask"),
+        ("model.heads", "a", "int"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            _configure(plan, (), {field: value})
+        assert "\n" not in str(error.value)
+    part = FAMILIES["resnet"].plan({key: shape for key, (shape, _) in layouts.load("torchvision_resnet50").items()})
+    with pytest.raises(ValueError, match="model.backbone"):
+        _configure(part, (), {"data.canvas": (512, 512)})
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (("--like", "a.pth", "--input", "a", "--output", "b"), "--like goes with --to"),
+        (("--to", "safetensors", "--strict", "--input", "a", "--output", "b"), "--to takes"),
+        (("--input", "a", "--output", ""), "--output is empty"),
+        (("--set", "model.box_init", "--input", "a", "--output", "b"), "FIELD=VALUE"),
+        (("--input", "absent", "--output", "b"), "absent"),
+    ],
+)
+def test_options_that_make_no_sense_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
+    with pytest.raises((SystemExit, ValueError, OSError)) as error:
+        main(command_line())
+    said = capsys.readouterr().err.strip().splitlines()
+    assert words in (said[-1] if said else str(error.value))
+
+
+@pytest.mark.parametrize("text, words", [(b"", "no names"), (b"a\nb\na", "twice"), (b"\xff\xfea", "UTF-8")])
+def test_a_file_of_names_must_be_one(text, words, tmp_path):
+    (tmp_path / "names.txt").write_bytes(text)
+    with pytest.raises(ValueError, match=words):
+        _names(str(tmp_path / "names.txt"))
+
+
+def test_names_are_read_from_any_editor(tmp_path):
+    (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfsky \r\n\r\ntraffic light\r\n")
+    assert _names(str(tmp_path / "names.txt")) == ["sky", "traffic light"]
+
+
+def test_a_conversion_cut_short_is_begun_again(resnet_file, tmp_path):
+    """What a kill leaves is not a checkpoint, and not in the way."""
+    folder = tmp_path / "ours"
+    (folder / "checkpoints" / "0.orbax-checkpoint-tmp-1").mkdir(parents=True)
+    convert(resnet_file, str(folder))
+    assert load_weights(str(folder)).config.model.backbone.name == "resnet50"
+
+
+def test_a_trained_model_that_their_layout_cannot_hold_is_not_written_in_it(resnet_file, tmp_path):
+    convert(resnet_file, str(tmp_path / "ours"))
+    other = str(tmp_path / "r101.safetensors")
+    shapes = {key: tuple(value.shape) for key, value in read(resnet_file).items()}
+    deeper = shapes | {
+        f"layer3.{i}.{key.split('.', 2)[2]}": shape for i in range(6, 23) for key, shape in shapes.items() if key.startswith("layer3.5.")
+    }
+    write_safetensors(other, {key: np.zeros(shape, np.float32) for key, shape in deeper.items()})
+    with pytest.raises(ValueError, match="layer3|stages/2") as error:
+        export(str(tmp_path / "ours"), str(tmp_path / "out.safetensors"), like=other)
+    assert "\n" not in str(error.value) and not (tmp_path / "out.safetensors").exists()
