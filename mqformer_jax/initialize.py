@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -34,7 +35,7 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
     """Parameters and constants with what the checkpoints of `config.init_from` hold, in order; and what was done, in lines.
 
     A part whose kind differs (another backbone, another text encoder and all that speaks its language) is left out and named.
-    Tables of positions are cut or resized; any other difference of shape is an error, unless `config.init_skip` (regexes over
+    Tables of positions are cut or resized. What is new beside trained weights starts as the identity. Any other difference of shape is an error, unless `config.init_skip` (regexes over
     parameter paths) leaves it fresh.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
@@ -56,6 +57,8 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         lines.append(f"{path}: {len(used)} of {len(theirs)} arrays" + "".join(f"; {reason}" for reason in foreign))
         if unused := sorted(set(wanted) - used):
             lines.append(f"{path}: this model has no place for {_summary(unused)}")
+    if "grain" in params and "grain" not in loaded and "heads/class_embed/kernel" in loaded:
+        trees["params"]["grain"] = jax.tree.map(jnp.zeros_like, params["grain"])  # trained classes know no grain: the identity
     fresh = sorted({**_named(params), **_named(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
 

@@ -60,6 +60,15 @@ def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
     assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("fresh")
 
 
+def test_the_grain_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
+    config, params, frozen = fresh
+    wanted, folders = other
+    save_weights(str(tmp_path), Weights(get_config(), {"heads": wanted["heads"]}, {}), {})
+    for folder, zero in ((str(tmp_path), True), (folders[0], False)):
+        config.init_from = (folder,)
+        assert (not np.any(initialize(params, frozen, config)[0]["grain"])) == zero
+
+
 def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
     config, params, frozen = fresh
     theirs = get_config()

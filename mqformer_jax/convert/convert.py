@@ -120,6 +120,7 @@ def nest(values: Mapping[str, Any]) -> dict:
 def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) -> None:
     """What the user says of the checkpoint, into the plan's config."""
     text, part = plan.config.model.text, f"model.{FIELDS[plan.part]}." if plan.part else ""
+    plan.config.model.dtype = "float32"  # a whole model then answers as its original does
     if classes and not text.classes:
         raise ValueError("--classes: this checkpoint has no table of classes.")
     if classes and len(classes) != len(text.classes):

@@ -1,18 +1,22 @@
 """The original and the converted model side by side, stage by stage:
 
-    python -m mqformer_jax.convert.verify --input FILE_OR_FOLDER [--image photo.jpg]
+    python -m mqformer_jax.convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
 
-Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its config.json), timm,
-efficientnet_lite_pytorch. Mask DINO's, Mask2Former's and OpenSeeD's own code is in no release; tests/test_maskdino.py holds ours to
-numbers recorded from it.
+With --converted it is what `convert` wrote that stands beside the original, else a conversion made on the spot.
+
+Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its config.json), timm
+(for ResNets), clip-anytorch, efficientnet_lite_pytorch. Mask DINO's, Mask2Former's, OpenSeeD's and the detection Swin's own code is in
+no release (timm's Swin shifts its windows before it pads them, which is another function); tests/test_maskdino.py holds ours to
+numbers recorded from Mask DINO's.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import cv2
@@ -21,61 +25,75 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
+from ml_collections import ConfigDict
 
+from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.convert.convert import plan_of
-from mqformer_jax.convert.rules import Plan, apply, fill, leaves
+from mqformer_jax.convert.rules import Tensors, apply, fill, leaves, prefix_of
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.pixel_decoder import PixelDecoder
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 Stages = dict[str, np.ndarray]
+Leaves = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]]  # of these paths and shapes, those that there are
 SIDES = 256, 320  # of the image that both are shown
 
 
-def verify(path: str, family: str | None = None, image: np.ndarray | None = None) -> list[tuple[str, float, float]]:
+def verify(
+    path: str, family: str | None = None, image: np.ndarray | None = None, converted: str | None = None
+) -> list[tuple[str, float, float]]:
     """For each stage: its name, the largest absolute difference, and the largest value of the original.
 
-    image: RGB uint8 of any size; noise where None. Raises ValueError, one line, for a family whose original cannot be had.
+    image: RGB uint8 of any size; noise where None. converted: the folder that `convert` wrote of `path`; where None it is converted
+    anew. Raises ValueError or OSError, one line, also for a family whose original cannot be had.
     """
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
         raise ValueError(f"{path}: the original of {name} is in no package; families that can be verified are {', '.join(ORIGINALS)}.")
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (*SIDES, 3), np.uint8) if image is None else cv2.resize(image, SIDES[::-1], interpolation=cv2.INTER_AREA)
-    if plan.part == "text_encoder":
-        given = _tokens(plan, rng)
-        ours = {
-            "text": _module(plan, tensors, "text_encoder", lambda rngs: make_text_encoder(plan.config.model.text, rngs, jnp.float32))(given)
-        }
+    if converted is None:
+        config, values = plan.config.model, lambda wanted: apply(plan, tensors, wanted)[0]
     else:
-        backbone = _module(plan, tensors, "backbone", lambda rngs: make_backbone(plan.config.model.backbone, False, rngs, jnp.float32))
+        weights = load_weights(converted)
+        config, found = weights.config.model, leaves(weights.params) | leaves(weights.frozen)
+        values = lambda wanted: found
+    rng = np.random.default_rng(0)
+    if plan.part == "text_encoder":
+        given = _tokens(plan.config.model.text, rng)
+        ours = lambda: {"text": _module(values, "text_encoder", lambda rngs: make_text_encoder(config.text, rngs, jnp.float32))(given)}
+    else:
+        backbone = _module(values, "backbone", lambda rngs: make_backbone(config.backbone, False, rngs, jnp.float32))
+        image = rng.integers(0, 256, (*SIDES, 3), np.uint8) if image is None else image
+        image = cv2.resize(image, SIDES[::-1], interpolation=cv2.INTER_AREA)
         given = ((image - np.array(backbone.mean)) / np.array(backbone.std)).astype(np.float32)[None]
-        ours = _image_stages(plan, tensors, backbone, given)
-    theirs = ORIGINALS[name](path, tensors, given)
-    return [(stage, float(np.abs(ours[stage] - value).max()), float(np.abs(value).max())) for stage, value in theirs.items()]
+        ours = lambda: _image_stages(values, config, backbone, given, whole=not plan.part)
+    with _torch().inference_mode():
+        theirs = ORIGINALS[name](path, tensors, given)
+    mine = ours()
+    return [(stage, float(np.abs(mine[stage] - value).max()), float(np.abs(value).max())) for stage, value in theirs.items()]
 
 
-def _module(plan: Plan, tensors: Any, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     module = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    shapes = leaves(nnx.to_pure_dict(nnx.split(module)[1]))
-    values, report = apply(plan, tensors, {f"{part}/{path}": leaf for path, leaf in shapes.items()})
-    if report.missing:
+    wanted = {f"{part}/{path}": leaf for path, leaf in leaves(nnx.to_pure_dict(nnx.split(module)[1])).items()}
+    found = values(wanted)
+    absent = [path for path, leaf in wanted.items() if path not in found or found[path].shape != leaf.shape]
+    if absent:
         raise ValueError(
-            f"{len(report.missing)} parameters of the {part} are missing ({report.missing[0]}, ...): convert it first and read the report."
+            f"{len(absent)} of {len(wanted)} parameters of the {part} are missing ({absent[0]}, ...): see the report of convert."
         )
-    return fill(module, values, part)
+    return fill(module, found, part)
 
 
-def _image_stages(plan: Plan, tensors: Any, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"]) -> Stages:
-    """Features of the backbone, and what the pixel decoder makes of them where the plan has one."""
+def _image_stages(values: Leaves, config: ConfigDict, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"], whole: bool) -> Stages:
+    """Features of the backbone, and of a whole model what the pixel decoder makes of them."""
     features = jax.jit(lambda x: backbone(x))(pixels)
     stages = {f"stride {stride}": np.asarray(value) for stride, value in features.items()}
-    if not plan.part:
-        c = plan.config.model
+    if whole:
+        c = config
         make = lambda rngs: PixelDecoder(
             backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, c.strides, c.mask_dim, c.mask_stride, rngs=rngs
         )
-        decoder = _module(plan, tensors, "pixel_decoder", make)
+        decoder = _module(values, "pixel_decoder", make)
         memory, shapes, _, masks = jax.jit(lambda f: decoder(f, np.array([SIDES]), SIDES))(features)
         cuts = np.cumsum([int(h) * int(w) for h, w in shapes])[:-1]
         for stride, (h, w), level in zip(c.strides, shapes, np.split(np.asarray(memory), cuts, 1)):
@@ -84,9 +102,8 @@ def _image_stages(plan: Plan, tensors: Any, backbone: nnx.Module, pixels: Float[
     return stages
 
 
-def _tokens(plan: Plan, rng: np.random.Generator) -> Int[np.ndarray, "4 l"]:
+def _tokens(text: ConfigDict, rng: np.random.Generator) -> Int[np.ndarray, "4 l"]:
     """Four texts of different lengths; CLIP's end token, the highest id, ends each, zeros follow."""
-    text = plan.config.model.text
     length = min(text.context, 16)
     tokens = rng.integers(1, text.vocab_size - 2, (4, length))
     for row, end in enumerate((3, 5, length - 2, length - 1)):
@@ -99,54 +116,78 @@ def _torch():
     return _package("torch")
 
 
-def _package(name: str):
+def _package(module: str, name: str | None = None):
+    """name: that pip knows it by, where it is another."""
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(module)
     except ImportError as e:
-        raise ValueError(f"the original needs the package {name}: pip install {name}.") from e
+        name = name or module
+        raise ValueError(f"the original needs the package {name} ({e}): pip install {name}.") from e
 
 
 def _nhwc(x) -> np.ndarray:
-    return x.detach().numpy().transpose(0, 2, 3, 1)
+    return x.numpy().transpose(0, 2, 3, 1)
 
 
 def _nchw(pixels: np.ndarray):
     return _torch().tensor(pixels.transpose(0, 3, 1, 2))
 
 
-def _weights(tensors: Any) -> dict:
-    return {key: _torch().tensor(np.asarray(value)) for key, value in tensors.items()}
+def _weights(tensors: Tensors, known: str = "") -> dict:
+    """torch's, in float32; names from where that of `known` starts, a key of the original's (with "model." before it, say)."""
+    prefix = known and prefix_of({key: () for key in tensors}, known)
+    return {
+        key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32)) for key, value in tensors.items() if key.startswith(prefix)
+    }
 
 
-def _backbone_folder(path: str, tensors: Any, pixels: np.ndarray) -> Stages:
-    names = ["stage1", "stage2", "stage3", "stage4"]
-    model = _package("transformers").AutoBackbone.from_pretrained(path, out_features=names).eval()
-    maps = model(_nchw(pixels)).feature_maps
-    return {f"stride {4 << k}": _nhwc(x) for k, x in enumerate(maps)}
+def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
+    """unused: the beginnings of names that play no part in the stages."""
+    kept = {key: value for key, value in weights.items() if not key.startswith(unused)}
+    absent = [key for key in module.load_state_dict(kept, strict=False).missing_keys if not key.startswith(unused)]
+    if absent := [key for key in absent if not key.endswith("num_batches_tracked")]:
+        raise ValueError(f"{len(absent)} tensors of the original are missing ({absent[0]}, ...): give the whole file.")
 
 
-def _mask2former_folder(path: str, tensors: Any, pixels: np.ndarray) -> Stages:
-    model = _package("transformers").Mask2FormerModel.from_pretrained(path).eval().pixel_level_module
-    out = model(_nchw(pixels), output_hidden_states=True)
+def _from_folder(path: str, model: str, **settings: Any):
+    """A model of transformers, from its own folder alone."""
+    if not os.path.isfile(os.path.join(path, "config.json")):
+        raise ValueError(f"{path}: transformers makes the original of a folder; give the folder with its config.json.")
+    transformers = _package("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        return getattr(transformers, model).from_pretrained(path, local_files_only=True, **settings).eval()
+    except (OSError, RuntimeError, ValueError) as e:
+        raise ValueError(f"{path}: transformers cannot make a {model} of it: {str(e).strip().splitlines()[0]}") from e
+
+
+def _backbone_folder(model: str) -> Callable[[str, Tensors, np.ndarray], Stages]:
+    def stages(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
+        maps = _from_folder(path, model, out_features=["stage1", "stage2", "stage3", "stage4"])(_nchw(pixels)).feature_maps
+        return {f"stride {4 << k}": _nhwc(x) for k, x in enumerate(maps)}
+
+    return stages
+
+
+def _mask2former_folder(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
+    out = _from_folder(path, "Mask2FormerModel").pixel_level_module(_nchw(pixels), output_hidden_states=True)
     stages = {f"stride {4 << k}": _nhwc(x) for k, x in enumerate(out.encoder_hidden_states)}
-    levels = out.decoder_hidden_states
-    return (
-        stages
-        | {f"memory at stride {32 >> k}": _nhwc(x) for k, x in enumerate(levels)}
-        | {"mask features": _nhwc(out.decoder_last_hidden_state)}
-    )
+    stages |= {f"memory at stride {32 >> k}": _nhwc(x) for k, x in enumerate(out.decoder_hidden_states)}
+    return stages | {"mask features": _nhwc(out.decoder_last_hidden_state)}
 
 
-def _timm_resnet(path: str, tensors: Any, pixels: np.ndarray) -> Stages:
-    depth = 50 if "layer3.6.conv1.weight" not in tensors else 101
+def _timm_resnet(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
+    weights = _weights(tensors, "layer1.0.conv1.weight")
+    depth = 50 if "layer3.6.conv1.weight" not in weights else 101
     model = _package("timm").create_model(f"resnet{depth}", features_only=True).eval()
-    model.load_state_dict({key: value for key, value in _weights(tensors).items() if not key.startswith("fc.")})
+    _load(model, weights, ("fc.",))
     return {f"stride {4 << k}": _nhwc(x) for k, x in enumerate(model(_nchw(pixels))[1:])}
 
 
-def _lite0(path: str, tensors: Any, pixels: np.ndarray) -> Stages:
+def _lite0(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
     model = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0").eval()
-    model.load_state_dict(_weights(tensors))
+    _load(model, _weights(tensors), ("_conv_head.", "_bn1.", "_fc."))
     x, stages = model._swish(model._bn0(model._conv_stem(_nchw(pixels)))), {}
     for k, block in enumerate(model._blocks):
         x = block(x)
@@ -155,27 +196,40 @@ def _lite0(path: str, tensors: Any, pixels: np.ndarray) -> Stages:
     return stages
 
 
-def _clip_folder(path: str, tensors: Any, tokens: np.ndarray) -> Stages:
-    model = _package("transformers").CLIPTextModelWithProjection.from_pretrained(path).eval()
-    return {"text": model(_torch().tensor(tokens)).text_embeds.detach().numpy()}
+def _clip(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
+    if not any(key.startswith("visual.") for key in tensors):
+        raise ValueError(f"{path}: OpenAI's code makes both towers, and this file has the text tower alone.")
+    weights = {key: value for key, value in _weights(tensors).items() if key not in ("input_resolution", "context_length", "vocab_size")}
+    model = _package("clip.model", "clip-anytorch").build_model(dict(weights)).float()
+    model.load_state_dict(weights)  # once more: it was made in half precision
+    rest = len(tensors["positional_embedding"]) - tokens.shape[1]
+    return {"text": model.encode_text(_torch().tensor(np.pad(tokens, ((0, 0), (0, rest))))).numpy()}
 
 
-def _minilm(path: str, tensors: Any, tokens: np.ndarray) -> Stages:
+def _clip_folder(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
+    return {"text": _from_folder(path, "CLIPTextModelWithProjection")(_torch().tensor(tokens)).text_embeds.numpy()}
+
+
+def _minilm(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     transformers, torch = _package("transformers"), _torch()
-    depth = 1 + max(int(key.split("layer.")[1].split(".")[0]) for key in tensors if "encoder.layer." in key)
-    config = transformers.BertConfig(hidden_size=384, num_hidden_layers=depth, num_attention_heads=12, intermediate_size=1536)
-    model = transformers.BertModel(config).eval()
-    model.load_state_dict(_weights(tensors), strict=False)
+    weights = _weights(tensors, "embeddings.word_embeddings.weight")
+    depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer."))
+    vocabulary = len(weights["embeddings.word_embeddings.weight"])
+    model = transformers.BertModel(
+        transformers.BertConfig(vocabulary, hidden_size=384, num_hidden_layers=depth, num_attention_heads=12, intermediate_size=1536)
+    ).eval()
+    _load(model, weights, ("pooler.",))
     mask = torch.tensor(tokens != 0)
     states = model(torch.tensor(tokens), attention_mask=mask.long()).last_hidden_state * mask[..., None]
-    return {"text": (states.sum(1) / mask.sum(1, keepdim=True)).detach().numpy()}
+    return {"text": (states.sum(1) / mask.sum(1, keepdim=True)).numpy()}
 
 
-ORIGINALS: dict[str, Callable[[str, Any, np.ndarray], Stages]] = {
+ORIGINALS: dict[str, Callable[[str, Tensors, np.ndarray], Stages]] = {
     "resnet": _timm_resnet,
-    "hf_resnet": _backbone_folder,
-    "hf_swin": _backbone_folder,
+    "hf_resnet": _backbone_folder("ResNetBackbone"),
+    "hf_swin": _backbone_folder("SwinBackbone"),
     "efficientnet_lite0": _lite0,
+    "clip_text": _clip,
     "hf_clip_text": _clip_folder,
     "minilm": _minilm,
     "hf_mask2former": _mask2former_folder,
@@ -188,6 +242,7 @@ def main() -> None:
     )
     parser.add_argument("--input", required=True, help="the original checkpoint")
     parser.add_argument("--from", dest="family", help="its family; guessed if left out")
+    parser.add_argument("--converted", metavar="FOLDER", help="what convert wrote of it (default: it is converted anew)")
     parser.add_argument("--image", help="a photo for both to look at (default: noise)")
     args = parser.parse_args()
     image = None
@@ -196,8 +251,9 @@ def main() -> None:
         if image is None:
             raise ValueError(f"--image {args.image}: no image could be read there.")
         image = image[..., ::-1]
+    rows = verify(args.input, args.family, image, args.converted)
     print(f"{'stage':24} {'largest difference':>20} {'largest value':>15}")
-    for stage, difference, largest in verify(args.input, args.family, image):
+    for stage, difference, largest in rows:
         print(f"{stage:24} {difference:20.2e} {largest:15.3g}")
 
 

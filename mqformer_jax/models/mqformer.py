@@ -68,7 +68,7 @@ class MQFormer(nnx.Module):
 
         self.backbone = make_backbone(c.backbone, c.remat, rngs, dtype)
         self.text_encoder = make_text_encoder(c.text, rngs, dtype)
-        self.grain = nnx.Param(jnp.zeros((2, c.text.embed_dim))) if c.grain else None
+        self.grain = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2, c.text.embed_dim))) if c.grain else None
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, tuple(c.strides), c.mask_dim,
             c.mask_stride, rngs=rngs, dtype=dtype, remat=c.remat,
@@ -88,7 +88,8 @@ class MQFormer(nnx.Module):
         "several segments".
 
         The paper says nothing of how COCO's "person" (each one) and ADE's "person" (all of them) live together; a learned
-        two-valued embedding, zero at first, lets one text ask either way (`model.grain` turns it off).
+        two-valued embedding lets one text ask either way (`model.grain` turns it off). It starts random: from zero, expressions
+        ground worse (docs/results.md); a model of trained weights that know no grain starts it at zero (`initialize`).
         """
         given = jnp.issubdtype(tokens.dtype, jnp.floating)
         text = tokens.astype(self.dtype) if given else self.text_encoder(tokens)

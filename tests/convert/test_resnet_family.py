@@ -101,6 +101,22 @@ def test_each_layout_is_known_by_its_own_family_alone():
     assert owners == [["resnet"], ["d2_resnet"], ["hf_resnet"], ["hf_resnet"]]
 
 
+@pytest.mark.parametrize("prefix", ["model.", "backbone.", "net.backbone."])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_other_code_writes_before_the_names_is_read_over(name, prefix):
+    layout = LAYOUTS[name](50)
+    prefixed = {prefix + key: shape for key, shape in layout.items()}
+    assert [n for n, family in families.items() if family.recognises(prefixed)] == [name]
+    expected, found = families[name].plan(layout).entries, families[name].plan(prefixed).entries
+    assert found == [dataclasses.replace(entry, theirs=prefix + entry.theirs) for entry in expected]
+
+
+def test_the_backbone_of_a_whole_model_is_not_taken_alone():
+    for more in ("sem_seg_head.predictor.decoder_norm.weight", "model.pixel_level_module.decoder.level_embed", "visual.proj"):
+        shapes = {f"backbone.{key}": shape for key, shape in detectron2(50).items()} | torchvision(50) | {more: (256,)}
+        assert not any(family.recognises(shapes) for family in families.values())
+
+
 def test_the_classifier_of_hugging_face_is_ignored_by_name():
     shapes = hugging_face(50, "ResNetForImageClassification")
     plan = families["hf_resnet"].plan(shapes)
@@ -111,10 +127,12 @@ def test_the_classifier_of_hugging_face_is_ignored_by_name():
 
 def test_other_depths_are_refused_in_one_line():
     shapes = {key: shape for key, shape in torchvision(50).items() if not key.startswith("layer3.5.")}
-    with pytest.raises(ValueError, match=r"\(3, 4, 5, 3\) bottlenecks a stage; only ResNet-50 .* and ResNet-101"):
+    with pytest.raises(ValueError, match=r"\(3, 4, 5, 3\) bottlenecks a stage .*; only ResNet-50 .* and ResNet-101"):
         families["resnet"].plan(shapes)
     basic = {key: shape for key, shape in torchvision(50).items() if "conv3" not in key}
-    with pytest.raises(ValueError, match="no bottlenecks"):
+    with pytest.raises(
+        ValueError, match=r"no bottlenecks, as those of 18 and 34 layers .* \(a bottleneck has layer\?\.\?\.conv3\.weight\)"
+    ):
         families["resnet"].plan(basic)
 
 

@@ -193,7 +193,8 @@ def test_what_is_no_swin_is_refused_in_one_line():
         ({"conv1.weight": (64, 3, 7, 7)}, f"{first} is missing: .* give the whole file"),
         (microsoft_shapes(TINY, 7), r"width 32 and depths \(2, 2, 4, 2\); convertible are t: 96, \(2, 2, 6, 2\)"),
         (shapes | {first: (170, 3)}, r"shape \(170, 3\)"),
-        ({key: shape for key, shape in shapes.items() if "patch_embed" not in key}, r"patch_embed.proj.weight has shape \(\)"),
+        ({key: shape for key, shape in shapes.items() if "patch_embed" not in key}, r"patch_embed.proj.weight is missing"),
+        (shapes | {first: ()}, rf"{first} has shape \(\)"),
     ]
     for shapes, told in wrong:
         with pytest.raises(ValueError, match=told) as error:

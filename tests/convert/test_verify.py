@@ -1,10 +1,19 @@
 """The side-by-side command on random weights, and that it sees a difference."""
 
+import dataclasses
+import re
+
+import jax
+import layouts
 import numpy as np
 import pytest
 
-from mqformer_jax.convert.verify import verify
+from mqformer_jax.checkpoint import load_weights, save_weights
+from mqformer_jax.convert.convert import convert
+from mqformer_jax.convert.files import write_safetensors
+from mqformer_jax.convert.verify import main, verify
 
+STRIDES = [f"stride {s}" for s in (4, 8, 16, 32)]
 transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
 
 
@@ -18,6 +27,18 @@ def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
     transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
     return folder
+
+
+def agree(rows, stages):
+    assert [stage for stage, _, _ in rows] == stages
+    for stage, difference, largest in rows:
+        assert difference < 1e-4 * largest, stage
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No test may ask the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def test_a_text_encoder_agrees_and_a_changed_one_does_not(clip_folder, monkeypatch):
@@ -37,18 +58,60 @@ def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_pat
     )  # fmt: skip
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
     rows = verify(str(tmp_path), image=np.random.default_rng(0).integers(0, 256, (100, 90, 3), np.uint8))
-    assert [stage for stage, _, _ in rows] == [
-        *(f"stride {s}" for s in (4, 8, 16, 32)), *(f"memory at stride {s}" for s in (32, 16, 8)), "mask features",
-    ]  # fmt: skip
-    for stage, difference, largest in rows:
-        assert difference < 1e-4 * largest, stage
+    agree(rows, [*STRIDES, *(f"memory at stride {s}" for s in (32, 16, 8)), "mask features"])
+
+
+@pytest.mark.parametrize("model", ["SwinModel", "ResNetForImageClassification"])
+def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
+    torch.manual_seed(0)
+    made = getattr(transformers, model)
+    made(made.config_class()).save_pretrained(tmp_path)
+    capfd.readouterr()
+    agree(verify(str(tmp_path)), STRIDES)
+    assert capfd.readouterr() == ("", "")  # nor what transformers says of weights that a backbone has no place for
+
+
+def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
+    pytest.importorskip("timm")
+    path = str(tmp_path / "backbone.safetensors")
+    write_safetensors(path, {f"backbone.{key}": value for key, value in layouts.random("torchvision_resnet50").items()})
+    agree(verify(path), STRIDES)
+
+
+def test_openais_clip_agrees_in_its_text_tower(tmp_path):
+    pytest.importorskip("clip")
+    path, random = str(tmp_path / "clip.safetensors"), layouts.random("openai_clip_b32")
+    write_safetensors(path, {key: random[key] for key in random if not re.search(r"resblocks\.([2-9]|1\d)\.", key)})
+    agree(verify(path), ["text"])
+
+
+def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("mqformer_jax.convert.convert._tokenizer", lambda *_: None)  # which is fetched
+    written, other = str(tmp_path / "written"), str(tmp_path / "other")
+    convert(str(clip_folder), written)
+    weights = load_weights(written)
+    save_weights(other, dataclasses.replace(weights, params=jax.tree.map(lambda x: 1.01 * x, weights.params)), {})
+    agree(verify(str(clip_folder), converted=written), ["text"])
+    ((_, difference, largest),) = verify(str(clip_folder), converted=other)
+    assert difference > 1e-3 * largest
+
+
+def test_the_command_prints_the_table_and_nothing_else(clip_folder, monkeypatch, capfd):
+    monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder)])
+    main()
+    told = capfd.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == ["stage", "text"]
+    assert not told.err
+
+
+def test_a_file_instead_of_its_folder_is_one_line_with_the_mend(clip_folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder / "model.safetensors")])
+    with pytest.raises(ValueError, match="model.safetensors: .* give the folder with its config.json"):
+        main()
+    assert not capsys.readouterr().out
 
 
 def test_an_original_that_no_package_holds_is_one_line(tmp_path):
-    import layouts
-
-    from mqformer_jax.convert.files import write_safetensors
-
     shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_instance").items()}
     path = str(tmp_path / "maskdino.safetensors")
     write_safetensors(path, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
