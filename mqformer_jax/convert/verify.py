@@ -216,7 +216,9 @@ def _minilm(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     depth = 1 + max(int(key.split(".")[2]) for key in weights if key.startswith("encoder.layer."))
     vocabulary = len(weights["embeddings.word_embeddings.weight"])
     model = transformers.BertModel(
-        transformers.BertConfig(vocabulary, hidden_size=384, num_hidden_layers=depth, num_attention_heads=12, intermediate_size=1536)
+        transformers.BertConfig(
+            vocab_size=vocabulary, hidden_size=384, num_hidden_layers=depth, num_attention_heads=12, intermediate_size=1536
+        )
     ).eval()
     _load(model, weights, ("pooler.",))
     mask = torch.tensor(tokens != 0)

