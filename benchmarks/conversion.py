@@ -10,6 +10,7 @@ tensor once; ours: those in the checkpoint that was written (what the rest was, 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import subprocess
@@ -32,14 +33,12 @@ COUNTS = ("loaded", "reshaped", "missing", "unused", "mismatched", "ignored")
 def measure(name: str, folder: str) -> str:
     """One row of the table."""
     theirs, ours = os.path.join(folder, "theirs.safetensors"), os.path.join(folder, "ours")
-    write_safetensors(theirs, dict(layouts.random(name)))
-    owners = layouts.load(name).keys() - layouts.aliases(name).keys()
-    count = sum(int(value.size) for key in owners if (value := layouts.random(name)[key]).dtype.kind == "f")
+    # a child's peak memory counts what its parent held when it began, so this process must not hold the weights before
+    subprocess.run([sys.executable, __file__, "--write", name, theirs], check=True)
     command = [sys.executable, "-m", "mqformer_jax.convert", "--input", theirs, "--output", ours]
     started = time.perf_counter()
-    child = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}
-    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
@@ -47,6 +46,8 @@ def measure(name: str, folder: str) -> str:
     seconds, scale = time.perf_counter() - started, 1 if sys.platform == "darwin" else 1024
     weights = load_weights(ours)
     written = sum(leaf.size for tree in (weights.params, weights.frozen) for leaf in leaves(tree).values())
+    shared = layouts.aliases(name)
+    count = sum(math.prod(shape) for key, (shape, dtype) in layouts.load(name).items() if key not in shared and dtype.kind == "f")
     counts = [re.search(rf"^{kind}: (\d+)", said, re.M).group(1) for kind in COUNTS]
     family = re.search(r"\.safetensors: (\w+)", said).group(1)
     cells = (name, family, f"{count / 1e6:.2f}", f"{written / 1e6:.2f}", *counts, f"{seconds:.1f}", f"{usage.ru_maxrss * scale / 1e9:.2f}")
@@ -56,12 +57,19 @@ def measure(name: str, folder: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default=",".join(layouts.NAMES), help="names, comma-separated (default: all)")
-    names = parser.parse_args().layouts.split(",")
-    header = ("layout", "family", "parameters, M", "ours, M", *COUNTS, "seconds", "peak, GB")
-    print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
-    for name in names:
+    parser.add_argument("--row", metavar="NAME", help="print one row alone")
+    parser.add_argument("--write", nargs=2, metavar=("NAME", "FILE"), help="write a random checkpoint alone")
+    args = parser.parse_args()
+    if args.write:
+        write_safetensors(args.write[1], dict(layouts.random(args.write[0])))
+    elif args.row:
         with tempfile.TemporaryDirectory() as folder:
-            print(measure(name, folder), flush=True)
+            print(measure(args.row, folder))
+    else:
+        header = ("layout", "family", "parameters, M", "ours, M", *COUNTS, "seconds", "peak, GB")
+        print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+        for name in args.layouts.split(","):
+            subprocess.run([sys.executable, __file__, "--row", name], check=True)
 
 
 if __name__ == "__main__":
