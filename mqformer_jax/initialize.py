@@ -35,8 +35,9 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
     """Parameters and constants with what the checkpoints of `config.init_from` hold, in order; and what was done, in lines.
 
     A part whose kind differs (another backbone, another text encoder and all that speaks its language) is left out and named.
-    Tables of positions are cut or resized. What is new beside trained weights starts as the identity. Any other difference of shape is an error, unless `config.init_skip` (regexes over
-    parameter paths) leaves it fresh.
+    Tables of positions are cut or resized; what is new beside trained weights starts as the identity. Raises ValueError in one line
+    for any other difference of shape, and for weights that fit and would mean something else (MEANING), unless
+    `config.init_skip` (regexes over parameter paths) leaves them fresh.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in config.init_from:
