@@ -1,5 +1,6 @@
 """MQ-Former on COCO panoptic + RefCOCO/+/g.
 
+    pip install -e '.[text]'
     python -m mqformer_jax.convert --input resnet50.pth --output pretrained/resnet50    # torchvision's, timm's
     python -m mqformer_jax.convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's folder
     python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref

