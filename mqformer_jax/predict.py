@@ -48,6 +48,10 @@ class Answer:
     masks: CanvasMasks
 
 
+class IncompleteModel(ValueError):
+    """Weights that are only a part of the model their config describes."""
+
+
 class Predictor:
     """A trained model behind one call.
 
@@ -61,10 +65,12 @@ class Predictor:
         holder = {}
 
         def graph(key):
-            holder["graph"], p, _ = build_model(config, key)
-            return p
+            holder["graph"], *trees = build_model(config, key)
+            return trees
 
-        jax.eval_shape(graph, jax.random.key(0))
+        wanted = _paths(jax.eval_shape(graph, jax.random.key(0)))
+        if missing := sorted(wanted - _paths([params, frozen])):
+            raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
         merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
         self._encode = jax.jit(lambda p, f, tokens: merge(p, f).text_encoder(tokens).astype(jnp.float32))
         self._embed = jax.jit(lambda p, f, vectors, region: merge(p, f).embed_text(vectors, region))
@@ -82,14 +88,11 @@ class Predictor:
     def from_checkpoint(cls, path: str) -> "Predictor":
         """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is its own."""
         weights = load_weights(path)
-        shapes = jax.eval_shape(lambda: build_model(weights.config)[1:])
-        named = lambda *trees: {path_name(p) for tree in trees for p, _ in jax.tree_util.tree_leaves_with_path(tree)}
-        if missing := sorted(named(*shapes) - named(weights.params, weights.frozen)):
-            raise ValueError(
-                f"{path} is not a whole model ({len(missing)} arrays are missing, {missing[0]} among them): start a training from it with "
-                "config.init_from."
-            )
-        return cls(weights.config, weights.params, weights.frozen, make_tokenizer(weights.config.model.text, path))
+        tokenizer = make_tokenizer(weights.config.model.text, path)
+        try:
+            return cls(weights.config, weights.params, weights.frozen, tokenizer)
+        except IncompleteModel as e:
+            raise ValueError(f"{path} is not a whole model ({e}): start a training from it with config.init_from.") from e
 
     def embed(self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)) -> Float[Array, "p e"]:
         """Prompts as vectors; padded to a multiple of 8 inside, so that few lengths are ever compiled.
@@ -157,6 +160,10 @@ class Predictor:
         templates = self.config.data.templates if classes else ("{}",)
         answer = self.ask([image], [self.embed(prompts, regions, templates)])[0]
         return answer_segments(answer, list(prompts), regions, task, self.config.eval)
+
+
+def _paths(trees: Sequence[Any]) -> set[str]:
+    return {path_name(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def average(vectors: Sequence[Float[Array, "p e"]]) -> Float[Array, "p e"]:

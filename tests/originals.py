@@ -35,7 +35,7 @@ def state_dict(torch_module) -> dict[str, np.ndarray]:
 MEASURED: dict[str, dict[str, tuple[float, float]]] = {}  # component: {"forward" or "gradient": largest difference, largest value}
 
 
-def agree(component: str, kind: str, ours, theirs, tolerance: float = 1e-4, told: str = "") -> None:
+def assert_agrees(component: str, kind: str, ours, theirs, tolerance: float = 1e-4, told: str = "") -> None:
     """Ours equals theirs within `tolerance` of theirs' largest value.
 
     component, kind ("forward", "gradient"): the row and column of the table that the test run prints at its end.

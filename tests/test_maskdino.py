@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree
+from originals import assert_agrees
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.convert.rules import apply, invert, leaves
@@ -90,7 +90,7 @@ def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
     stages = ["interm", *(f"pred/{i}" for i in range(about["dec_layers"] + 1))]
     assert out.matching.boxes.shape[0] == len(stages)
     for i, stage in enumerate(stages):
-        close = functools.partial(agree, kind="forward", told=stage)
+        close = functools.partial(assert_agrees, kind="forward", told=stage)
         close("Mask DINO proposals and layers: classes", ours=out.matching.class_logits[i], theirs=arrays[f"{stage}/pred_logits"])
         close("Mask DINO proposals and layers: boxes", ours=out.matching.boxes[i], theirs=arrays[f"{stage}/pred_boxes"])
         if f"{stage}/pred_masks" in arrays:
@@ -135,7 +135,7 @@ def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording
         for s, stage in enumerate(STAGES):
             points = draws[f"{stage}/matcher_points_{i}"][0]
             cost, excused = costs(points, *of_image(out, i, s), batch)
-            agree("Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}")
+            assert_agrees("Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}")
             assert not excused.any()
             query = np.array(jax.jit(match)(cost[0], batch.num_targets))
             target = np.argsort(query)
@@ -170,14 +170,14 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
 
     (total, terms), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True, allow_int=True))(params)
     for name, value in terms.items():
-        agree("Mask DINO losses", "forward", value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], told=name)
+        assert_agrees("Mask DINO losses", "forward", value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], told=name)
     assert float(total) == pytest.approx(float(arrays["total_weighted"]), rel=1e-5)
     _, weights, _ = recorded(fixtures, "maskdino_tiny_s0")
     ours = invert(head_plan({key: value.shape for key, value in weights.items()}), leaves(gradient))
     for key, norm in about["grad_norms"].items():
         assert np.linalg.norm(ours[key]) == pytest.approx(norm, rel=1e-4, abs=1e-4), key
     for key, value in gradients.items():
-        agree("Mask DINO: gradient of the loss in every parameter", "gradient", ours[key], value, told=key)
+        assert_agrees("Mask DINO: gradient of the loss in every parameter", "gradient", ours[key], value, told=key)
 
 
 def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):

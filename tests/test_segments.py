@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from originals import agree
+from originals import assert_agrees
 
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle
 from mqformer_jax.segments import (
@@ -51,7 +51,7 @@ def inputs(arrays: dict, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def test_restored_masks_are_mask_dinos(maskdino, image, valid, output):
     arrays, _ = maskdino
     got = restore(arrays["low"][image], (128, 160), valid, output)
-    agree("Mask DINO post-processing (recorded)", "forward", got, arrays[f"input/mask_pred_{image}"])
+    assert_agrees("Mask DINO post-processing (recorded)", "forward", got, arrays[f"input/mask_pred_{image}"])
 
 
 @pytest.mark.parametrize("image", [0, 1])
@@ -80,9 +80,9 @@ def test_instances_are_mask_dinos(maskdino, name, image):
     order = np.lexsort((arrays[f"{name}/inst_classes_{image}"], -arrays[f"{name}/inst_scores_{image}"]))
     want = {k: arrays[f"{name}/inst_{k}_{image}"][order] for k in ("scores", "classes", "boxes", "masks")}
     mine = np.lexsort((got.prompt_ids, -got.scores))
-    agree("Mask DINO post-processing (recorded)", "forward", got.scores[mine], want["scores"], 1e-5, "scores")
+    assert_agrees("Mask DINO post-processing (recorded)", "forward", got.scores[mine], want["scores"], 1e-5, "scores")
     np.testing.assert_array_equal(got.prompt_ids[mine], want["classes"])
-    agree("Mask DINO post-processing (recorded)", "forward", got.boxes[mine], want["boxes"], 1e-5, "boxes")
+    assert_agrees("Mask DINO post-processing (recorded)", "forward", got.boxes[mine], want["boxes"], 1e-5, "boxes")
     assert (got.masks[mine] != want["masks"]).sum() == 0
 
 

@@ -12,7 +12,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mqformer_jax.models import layers
-from mqformer_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 
 class ConvNorm(nnx.Module):
@@ -49,7 +48,7 @@ class ConvNet(nnx.Module):
     `channels` maps a stride to its feature's width.
     """
 
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
 
     def __init__(self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.widths = tuple(widths)

@@ -11,7 +11,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from mqformer_jax.models import layers
-from mqformer_jax.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
@@ -64,7 +63,7 @@ class ResNet(nnx.Module):
     """
 
     channels = {4: 256, 8: 512, 16: 1024, 32: 2048}
-    mean, std = IMAGENET_MEAN, IMAGENET_STD
+    mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
 
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         if depth not in BLOCKS:

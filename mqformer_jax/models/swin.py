@@ -127,7 +127,7 @@ class Swin(nnx.Module):
     remat: compute the blocks again for their gradients (at 1024 x 1024 Swin-L then needs half the memory).
     """
 
-    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
 
     def __init__(
         self, size: str | Size, window: int = 7, drop_path: float = 0.0, remat: bool = False, *, rngs: nnx.Rngs,

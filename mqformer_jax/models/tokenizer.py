@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import difflib
 import html
 import importlib
@@ -44,7 +45,7 @@ class Tokenizer(Protocol):
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]: ...
 
 
-class _Rows:
+class _Rows(abc.ABC):
     """What all tokenizers here share: rows padded to one length, and a memory of whole texts, for prompts come back over and over.
 
     Threads may share one; it pickles, for the processes of a data loader.
@@ -66,9 +67,9 @@ class _Rows:
             row = self._rows[text] = np.pad(np.array(ids, np.int32), (0, self.context - len(ids)))
         return row
 
+    @abc.abstractmethod
     def _ids(self, text: str) -> list[int]:
         """The tokens of one text with those that start and end it, `context` of them at most."""
-        raise NotImplementedError
 
 
 class WordTokenizer(_Rows):

@@ -59,7 +59,7 @@ def assert_same(found: dict, expected: dict) -> None:
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def one_line(path, kind=ValueError) -> str:
+def assert_one_line(path, kind=ValueError) -> str:
     """The error that `path` ends in."""
     with pytest.raises(kind) as caught:
         read(str(path))
@@ -254,20 +254,20 @@ def test_a_program_in_a_pickle_does_not_run(torch, tmp_path, form):
         path.write_bytes(pickle.dumps({"evil": Evil(marker)}))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
-    assert "refused to run posix.system" in one_line(path) or os.name == "nt"
+    assert "refused to run posix.system" in assert_one_line(path) or os.name == "nt"
     assert not marker.exists()
 
 
 def test_a_whole_model_is_refused_by_its_class(torch, tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "x.pth")
-    assert "torch.nn.modules.linear.Linear" in one_line(tmp_path / "x.pth")
+    assert "torch.nn.modules.linear.Linear" in assert_one_line(tmp_path / "x.pth")
 
 
 def test_a_pickle_cannot_change_the_reader(tmp_path):
     """BUILD with a pair of states sets attributes, of a class or function too."""
     attack = b"\x80\x02ccollections\nOrderedDict\nN}X\x06\x00\x00\x00updateK\x01s\x86b."
     (tmp_path / "x.pkl").write_bytes(attack)
-    assert "attributes" in one_line(tmp_path / "x.pkl")
+    assert "attributes" in assert_one_line(tmp_path / "x.pkl")
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
 def test_claimed_sizes_take_no_memory(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     tracemalloc.start()
-    one_line(tmp_path / "x")
+    assert_one_line(tmp_path / "x")
     assert tracemalloc.get_traced_memory()[1] < 32 << 20
     tracemalloc.stop()
 
@@ -296,7 +296,7 @@ def test_a_tree_without_end_is_refused(tmp_path):
         wide = [wide, wide]
     for tree in (loop, {"model": wide}):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(tree))
-        assert "nested without end" in one_line(tmp_path / "x.pkl")
+        assert "nested without end" in assert_one_line(tmp_path / "x.pkl")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_views_outside_their_storage_are_refused(torch, tmp_path, shape, strides
             return torch._utils._rebuild_tensor_v2, (torch.ones(4)._typed_storage(), offset, shape, strides, False, OrderedDict())
 
     torch.save({"w": Lie()}, tmp_path / "x.pth")
-    one_line(tmp_path / "x.pth")
+    assert_one_line(tmp_path / "x.pth")
 
 
 def small_files(folder) -> dict[str, bytes]:
@@ -348,7 +348,7 @@ def test_half_files_say_so(torch, tmp_path):
     for name, data in small_files(tmp_path / "whole").items():
         for length in (len(data) // 3, len(data) - 10):
             (tmp_path / "half").write_bytes(data[:length])
-            assert "damaged" in one_line(tmp_path / "half"), name
+            assert "damaged" in assert_one_line(tmp_path / "half"), name
 
 
 # ---- what is no checkpoint
@@ -394,12 +394,12 @@ def objects_of_numpy() -> bytes:
 )
 def test_other_files_are_named_with_a_mend(tmp_path, content, told):
     (tmp_path / "x").write_bytes(content)
-    assert told in one_line(tmp_path / "x")
+    assert told in assert_one_line(tmp_path / "x")
 
 
 def test_missing_files_are_named(tmp_path):
-    one_line(tmp_path / "none.pth", FileNotFoundError)
-    assert "model.safetensors" in one_line(tmp_path, FileNotFoundError)
+    assert_one_line(tmp_path / "none.pth", FileNotFoundError)
+    assert "model.safetensors" in assert_one_line(tmp_path, FileNotFoundError)
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}')
     with pytest.raises(FileNotFoundError, match="1.safetensors: no such"):
         read(str(tmp_path))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, load
+from originals import assert_agrees, load
 
 from mqformer_jax.convert import efficientnet, minilm
 from mqformer_jax.convert.report import Report
@@ -134,7 +134,7 @@ def test_the_published_lite0_gives_its_own_features(published):
     plan = efficientnet.plan({key: value.shape for key, value in tensors.items()})
     model = load(nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0))), plan, tensors)
     for stride, feature in jax.jit(model)(jnp.asarray(image)).items():
-        agree("EfficientNet-Lite0, published weights", "forward", feature, expected[stride], told=f"stride {stride}")
+        assert_agrees("EfficientNet-Lite0, published weights", "forward", feature, expected[stride], told=f"stride {stride}")
 
 
 def test_the_published_minilm_gives_its_own_sentences(published):
@@ -159,4 +159,4 @@ def test_the_published_minilm_gives_its_own_sentences(published):
     text = plan.config.model.text
     make = lambda: BertTextEncoder(text.vocab_size, text.context, text.width, text.heads, text.layers, rngs=nnx.Rngs(0))
     output = jax.jit(load(nnx.eval_shape(make), plan, tensors))(tokens.numpy())
-    agree("MiniLM, published weights", "forward", output, expected, 1e-5)
+    assert_agrees("MiniLM, published weights", "forward", output, expected, 1e-5)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, load, state_dict
+from originals import assert_agrees, load, state_dict
 
 from mqformer_jax import config as recipe
 from mqformer_jax.convert.mask2former import FAMILIES
@@ -146,8 +146,8 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
     to_ours = lambda x: jnp.asarray(x.detach().numpy().transpose(0, 2, 3, 1))
     values, gradient, into_image = both(states, to_ours(image), [to_ours(c) for c in cotangents])
     for ours, theirs_at in zip(values, expected):
-        agree("Mask2Former backbone + pixel decoder (transformers)", "forward", ours, to_ours(theirs_at))
-    close = functools.partial(agree, "Mask2Former backbone + pixel decoder (transformers)", "gradient")
+        assert_agrees("Mask2Former backbone + pixel decoder (transformers)", "forward", ours, to_ours(theirs_at))
+    close = functools.partial(assert_agrees, "Mask2Former backbone + pixel decoder (transformers)", "gradient")
     close(into_image, to_ours(image.grad))
     wanted = {name.removeprefix("model.pixel_level_module."): p.grad for name, p in theirs.named_parameters()}
     offsets = lambda g: g.reshape(32, 2, 3, 8)[:, :, ::-1].reshape(32, -1)  # [width, heads, levels, points and xy]

@@ -9,7 +9,7 @@ import layouts
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, build, load, state_dict
+from originals import assert_agrees, build, load, state_dict
 
 from mqformer_jax.convert.maskdino import PIXEL, PREDICTOR
 from mqformer_jax.convert.openseed import FAMILIES, LANGUAGE, TOWER
@@ -100,7 +100,7 @@ def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     plan = TEXT.plan(shapes(tensors))
     encoder = load(build(lambda rngs: make_text_encoder(plan.config.model.text, rngs, "float32")), plan, tensors)
     expected = theirs(input_ids=torch.tensor(tokens)).text_embeds.detach().numpy()
-    agree("OpenSeeD text (transformers)", "forward", nnx.jit(lambda m, x: m(x))(encoder, tokens), expected, 1e-5)
+    assert_agrees("OpenSeeD text (transformers)", "forward", nnx.jit(lambda m, x: m(x))(encoder, tokens), expected, 1e-5)
 
 
 def test_a_part_of_a_checkpoint_is_refused_in_one_line_that_names_the_tensor():

@@ -29,7 +29,7 @@ def clip_folder(tmp_path_factory):
     return folder
 
 
-def agree(rows, stages):
+def assert_stages_agree(rows, stages):
     assert [stage for stage, _, _ in rows] == stages
     for stage, difference, largest in rows:
         assert difference < 1e-4 * largest, stage
@@ -58,7 +58,7 @@ def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_pat
     )  # fmt: skip
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
     rows = verify(str(tmp_path), image=np.random.default_rng(0).integers(0, 256, (100, 90, 3), np.uint8))
-    agree(rows, [*STRIDES, *(f"memory at stride {s}" for s in (32, 16, 8)), "mask features"])
+    assert_stages_agree(rows, [*STRIDES, *(f"memory at stride {s}" for s in (32, 16, 8)), "mask features"])
 
 
 @pytest.mark.parametrize("model", ["SwinModel", "ResNetForImageClassification"])
@@ -67,7 +67,7 @@ def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
     made = getattr(transformers, model)
     made(made.config_class()).save_pretrained(tmp_path)
     capfd.readouterr()
-    agree(verify(str(tmp_path)), STRIDES)
+    assert_stages_agree(verify(str(tmp_path)), STRIDES)
     assert capfd.readouterr() == ("", "")  # nor what transformers says of weights that a backbone has no place for
 
 
@@ -75,14 +75,14 @@ def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
     pytest.importorskip("timm")
     path = str(tmp_path / "backbone.safetensors")
     write_safetensors(path, {f"backbone.{key}": value for key, value in layouts.random("torchvision_resnet50").items()})
-    agree(verify(path), STRIDES)
+    assert_stages_agree(verify(path), STRIDES)
 
 
 def test_openais_clip_agrees_in_its_text_tower(tmp_path):
     pytest.importorskip("clip")
     path, random = str(tmp_path / "clip.safetensors"), layouts.random("openai_clip_b32")
     write_safetensors(path, {key: random[key] for key in random if not re.search(r"resblocks\.([2-9]|1\d)\.", key)})
-    agree(verify(path), ["text"])
+    assert_stages_agree(verify(path), ["text"])
 
 
 def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch
     convert(str(clip_folder), written)
     weights = load_weights(written)
     save_weights(other, dataclasses.replace(weights, params=jax.tree.map(lambda x: 1.01 * x, weights.params)), {})
-    agree(verify(str(clip_folder), converted=written), ["text"])
+    assert_stages_agree(verify(str(clip_folder), converted=written), ["text"])
     ((_, difference, largest),) = verify(str(clip_folder), converted=other)
     assert difference > 1e-3 * largest
 

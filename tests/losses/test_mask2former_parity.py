@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from originals import agree
+from originals import assert_agrees
 
 from mqformer_jax.losses import costs
 from mqformer_jax.losses.matcher import match
@@ -29,7 +29,7 @@ def one_thread():
 
 def close(component: str, kind: str, ours, theirs) -> None:
     for a, b in zip(ours, theirs, strict=True):
-        agree(f"{component} (transformers)", kind, a, b.detach(), 1e-5)
+        assert_agrees(f"{component} (transformers)", kind, a, b.detach(), 1e-5)
 
 
 def array(tensor) -> jax.Array:

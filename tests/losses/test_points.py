@@ -1,6 +1,6 @@
 import jax
 import numpy as np
-from originals import agree
+from originals import assert_agrees
 from scipy.ndimage import map_coordinates
 
 from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps, uncertain_points
@@ -17,20 +17,20 @@ def oracle(maps, points):
 
 def test_maps_are_sampled_bilinearly_with_zeros_outside():
     maps, points = rng.normal(size=(3, 5, 7)).astype(np.float32), rng.uniform(-0.05, 1.05, (3, 50, 2)).astype(np.float32)
-    agree("point sampling (SciPy)", "forward", sample_maps(maps, points), oracle(maps, points), 1e-5)
+    assert_agrees("point sampling (SciPy)", "forward", sample_maps(maps, points), oracle(maps, points), 1e-5)
 
 
 def test_features_at_shared_points_equal_maps_channel_by_channel():
     features, points = rng.normal(size=(5, 7, 4)).astype(np.float32), rng.uniform(0, 1, (20, 2)).astype(np.float32)
     expected = oracle(features.transpose(2, 0, 1), np.broadcast_to(points, (4, 20, 2))).T
-    agree("point sampling (SciPy)", "forward", sample_features(features, points), expected, 1e-5)
+    assert_agrees("point sampling (SciPy)", "forward", sample_features(features, points), expected, 1e-5)
 
 
 def test_packed_bits_are_sampled_like_the_mask_they_pack():
     masks = rng.random((4, 6, 16)) < 0.5
     rows, points = np.array([2, 0, 3]), rng.uniform(0, 1, (3, 40, 2)).astype(np.float32)
     found = sample_bits(np.packbits(masks, axis=-1), rows, points)
-    agree("point sampling (SciPy)", "forward", found, oracle(masks[rows].astype(np.float32), points), 1e-5)
+    assert_agrees("point sampling (SciPy)", "forward", found, oracle(masks[rows].astype(np.float32), points), 1e-5)
 
 
 def test_most_points_lie_where_the_mask_is_uncertain_and_none_outside_the_image():

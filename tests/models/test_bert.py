@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, build, load, state_dict
+from originals import assert_agrees, build, load, state_dict
 
 from mqformer_jax.convert import minilm
 from mqformer_jax.models.bert import BertTextEncoder
@@ -66,8 +66,8 @@ def test_values_and_gradients_are_those_of_bert():
         return output, pull_back(jnp.asarray(cotangent))[0]
 
     output, gradient = run(state)
-    agree("MiniLM (transformers)", "forward", output, expected.detach(), 1e-5)
-    close = functools.partial(agree, "MiniLM (transformers)", "gradient")
+    assert_agrees("MiniLM (transformers)", "forward", output, expected.detach(), 1e-5)
+    close = functools.partial(assert_agrees, "MiniLM (transformers)", "gradient")
     wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     close(gradient["tokens"], wanted["embeddings.word_embeddings.weight"])
     close(gradient["positions"], wanted["embeddings.position_embeddings.weight"])

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree
+from originals import assert_agrees
 
 from mqformer_jax.models import deformable_attention
 from mqformer_jax.models.deformable_attention import MSDeformAttn, ms_deform_attn
@@ -59,9 +59,9 @@ def test_values_and_gradients_are_those_of_grid_sample():
     expected = sampled_by_torch(inputs[0], SHAPES, *inputs[1:])
     (expected * torch.tensor(cotangent)).sum().backward()
     got = values_and_gradients(value, SHAPES, locations, weights, cotangent)
-    agree("deformable attention (torch grid_sample)", "forward", got[0], expected.detach(), 1e-5)
+    assert_agrees("deformable attention (torch grid_sample)", "forward", got[0], expected.detach(), 1e-5)
     for ours, theirs in zip(got[1:], inputs):
-        agree("deformable attention (torch grid_sample)", "gradient", ours, theirs.grad, 1e-5)
+        assert_agrees("deformable attention (torch grid_sample)", "gradient", ours, theirs.grad, 1e-5)
 
 
 def test_a_point_far_outside_gives_zero_and_no_gradient():
@@ -93,7 +93,7 @@ def test_the_core_repeats_mask_dino_recorded_values_and_gradients():
     got = values_and_gradients(f["in/value"], shapes, f["in/sampling_locations"], f["in/attention_weights"], f["in/cotangent"])
     for ours, name in zip(got, ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")):
         kind = "forward" if name == "output" else "gradient"
-        agree("deformable attention (Mask DINO, recorded)", kind, ours, f[f"f64/{name}"], 1e-5, name)
+        assert_agrees("deformable attention (Mask DINO, recorded)", kind, ours, f[f"f64/{name}"], 1e-5, name)
 
 
 @pytest.mark.parametrize("coordinates", [2, 4])
@@ -108,7 +108,7 @@ def test_the_module_repeats_mask_dino_recorded_outputs(coordinates, padded):
     valid = ~f["module/padding_mask"] if padded else None
     output = module(f["module/query"], f[f"module/reference_points_{coordinates}"], f["module/input_flatten"], shapes, valid)
     expected = f[f"module/output_ref{coordinates}" + "_padded" * padded]
-    agree("deformable attention (Mask DINO, recorded)", "forward", output, expected, 1e-5)
+    assert_agrees("deformable attention (Mask DINO, recorded)", "forward", output, expected, 1e-5)
 
 
 def test_a_fresh_module_looks_along_one_direction_a_head():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, load, state_dict
+from originals import assert_agrees, load, state_dict
 
 from mqformer_jax.convert import efficientnet
 from mqformer_jax.models.efficientnet import EfficientNetLite0, SameConv, convolve, depthwise
@@ -66,8 +66,8 @@ def test_values_and_gradients_are_those_of_the_original():
     features, gradient, d_image = run(params, jnp.asarray(image.transpose(0, 2, 3, 1)))
     for (stride, here), there in zip(features.items(), expected):
         assert here.shape == (2, 64 // stride, 32 // stride, EfficientNetLite0.channels[stride])
-        agree("EfficientNet-Lite0 (its package)", "forward", here, there.detach().permute(0, 2, 3, 1))
-    close = functools.partial(agree, "EfficientNet-Lite0 (its package)", "gradient")
+        assert_agrees("EfficientNet-Lite0 (its package)", "forward", here, there.detach().permute(0, 2, 3, 1))
+    close = functools.partial(assert_agrees, "EfficientNet-Lite0 (its package)", "gradient")
     close(d_image, image_there.grad.permute(0, 2, 3, 1))
     blocks = theirs._blocks
     for here, there in {

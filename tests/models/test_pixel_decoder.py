@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, load
+from originals import assert_agrees, load
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.models.pixel_decoder import PixelDecoder, _resize
@@ -54,9 +54,9 @@ def test_it_repeats_mask_dino_recorded_outputs():
     cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
     for i, level in enumerate(np.split(np.asarray(memory), cuts, 1)):
         expected = arrays[f"px/multi_scale_{i}"].transpose(0, 2, 3, 1)
-        agree("Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}")
+        assert_agrees("Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}")
     expected = arrays["px/mask_features"].transpose(0, 2, 3, 1)
-    agree("Mask DINO pixel decoder (recorded)", "forward", mask_features, expected, told="mask features")
+    assert_agrees("Mask DINO pixel decoder (recorded)", "forward", mask_features, expected, told="mask features")
 
 
 def test_padding_changes_nothing_for_the_valid_tokens(split):
@@ -122,7 +122,7 @@ def test_resizing_is_that_of_torch():
     x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
     for shape in ((6, 10), (7, 11), (3, 20)):
         expected = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), shape, mode="bilinear", align_corners=False)
-        agree("bilinear resizing (torch)", "forward", _resize(jnp.asarray(x), shape), expected.permute(0, 2, 3, 1), 1e-5)
+        assert_agrees("bilinear resizing (torch)", "forward", _resize(jnp.asarray(x), shape), expected.permute(0, 2, 3, 1), 1e-5)
 
 
 @pytest.mark.parametrize("strides, mask_stride", [((8, 32), 4), ((32, 64), 4), ((8, 16), 2)])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from originals import agree, load, state_dict
+from originals import assert_agrees, load, state_dict
 
 from mqformer_jax.convert import resnet
 from mqformer_jax.models.resnet import ResNet
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_those_of_torch(stride_in_1x1):
 
 
 def close(kind: str, ours, theirs, axes) -> None:
-    agree("ResNet-50 (transformers)", kind, ours, theirs.permute(axes))
+    assert_agrees("ResNet-50 (transformers)", kind, ours, theirs.permute(axes))
 
 
 def test_the_statistics_are_no_parameters():

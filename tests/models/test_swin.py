@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, load, state_dict
+from originals import assert_agrees, load, state_dict
 
 from mqformer_jax.config import base
 from mqformer_jax.convert.rules import Plan, invert, leaves
@@ -60,7 +60,7 @@ def run(graph, state, *args):
 
 def close(kind: str, ours, theirs, told: str) -> None:
     """An NHWC array against a torch NCHW one."""
-    agree("Swin (transformers)", kind, ours, theirs.detach().permute(0, 2, 3, 1), 2e-5, told)
+    assert_agrees("Swin (transformers)", kind, ours, theirs.detach().permute(0, 2, 3, 1), 2e-5, told)
 
 
 def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
@@ -103,7 +103,7 @@ def test_values_and_all_gradients_are_those_of_torch():
         # A bias of keys moves all scores of a query alike: its gradient is rounding noise around zero, small beside the queries'.
         both = (key, key.replace("k_proj.bias", "q_proj.bias"))
         pairs = (np.stack([mine[k] for k in both]), np.stack([theirs.get_parameter(k).grad for k in both]))
-        agree("Swin (transformers)", "gradient", *pairs, 5e-5, key)
+        assert_agrees("Swin (transformers)", "gradient", *pairs, 5e-5, key)
 
 
 def test_windows_of_12_larger_than_the_last_maps_give_the_values_of_torch():
@@ -154,7 +154,7 @@ def test_a_position_table_is_resized_as_torch_resizes_it(window, other):
     size = (2 * other - 1, 2 * other - 1)
     expected = torch.nn.functional.interpolate(grid, size, mode="bicubic", align_corners=False).permute(0, 2, 3, 1)
     resized = resize_table(tables, other)
-    agree("Swin table resizing (torch)", "forward", resized, expected.reshape(2, -1, 3), 1e-5)
+    assert_agrees("Swin table resizing (torch)", "forward", resized, expected.reshape(2, -1, 3), 1e-5)
     assert resized.dtype == np.float32
     np.testing.assert_array_equal(resize_table(tables, window), tables)
 

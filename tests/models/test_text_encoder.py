@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from originals import agree, build, load, state_dict
+from originals import assert_agrees, build, load, state_dict
 
 from mqformer_jax.convert import clip_text
 from mqformer_jax.models.text_encoder import TextEncoder
@@ -63,8 +63,8 @@ def test_values_and_gradients_are_those_of_clip():
         return output, pull_back(jnp.asarray(cotangent))[0]
 
     output, gradient = run(state)
-    agree("CLIP text (transformers)", "forward", output, expected.detach())
-    close = functools.partial(agree, "CLIP text (transformers)", "gradient")
+    assert_agrees("CLIP text (transformers)", "forward", output, expected.detach())
+    close = functools.partial(assert_agrees, "CLIP text (transformers)", "gradient")
     wanted = {name.removeprefix("text_model."): parameter.grad for name, parameter in theirs.named_parameters()}
     close(gradient["tokens"], wanted["embeddings.token_embedding.weight"])
     for i in range(2):
