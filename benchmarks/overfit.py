@@ -38,7 +38,7 @@ def prepare(source: str, root: str) -> None:
     referring = coco.referring(os.path.join(source, "coco", "referring.json"), images)
     asked = {job.id for job in referring.jobs if any(ref.get("segmentation") for ref in job.labels.items)}
     chosen = {job.id for job in sorted(panoptic.jobs, key=lambda job: (job.id not in asked, job.id))[:4]}
-    for name, plan in (("coco_panoptic", panoptic), ("refcoco", referring)):
+    for name, plan in (("coco_2017_panoptic", panoptic), ("refcoco", referring)):
         print(write_split(root, name, "train", plan.only(lambda job: job.id in chosen)))
 
 
@@ -52,11 +52,11 @@ def main(_: list[str]) -> None:
     config.checkpoint_every = _STEPS.value
     config.data.update(root=root, canvas=(256, 256), scale=(1.0, 1.0), flip=0.0)
     config.data.mixture = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic",), weight=0.6),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",), weight=0.6),
         dict(name="refcoco", split="train", tasks=("referring",), weight=0.4),
     )
     config.eval.sets = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic", "semantic")),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic", "semantic")),
         dict(name="refcoco", split="train", tasks=("referring",)),
     )
     config.eval.batch_size = 4

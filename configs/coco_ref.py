@@ -36,11 +36,11 @@ def full() -> ConfigDict:
     config.data.templates = PHOTO_TEMPLATES
     refcoco = ("refcoco", "refcocoplus", "refcocog")
     config.data.mixture = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
         *(dict(name=name, split="train", tasks=("referring",)) for name in refcoco),
     )
     config.eval.sets = (
-        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         *(dict(name=name, split="val", tasks=("referring",)) for name in refcoco),
     )
     return config
@@ -94,12 +94,12 @@ def small() -> ConfigDict:
     config.model.backbone.widths = (32, 48, 64, 96, 128)
     config.data.update(canvas=(192, 192), scale=(0.5, 1.5), max_targets=40, max_prompts=60)
     config.data.mixture = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
-        dict(name="coco_instances", split="train", tasks=("instance",)),
-        dict(name="lvis", split="train", tasks=("instance",)),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_2017", split="train", tasks=("instance",)),
+        dict(name="lvis_v0.5", split="train", tasks=("instance",)),
         dict(name="refcoco", split="train", tasks=("referring",)),
         dict(name="camvid", split="train", tasks=("semantic",)),
-        dict(name="ade20k", split="train", tasks=("semantic",)),
+        dict(name="ade20k_sem_seg", split="train", tasks=("semantic",)),
         dict(name="balloon", split="train", tasks=("instance",)),
         dict(name="foreground", split="train", tasks=("foreground",)),
         dict(name="mattes", split="train", tasks=("foreground",)),
@@ -107,7 +107,7 @@ def small() -> ConfigDict:
         dict(name="kangaroo", split="train", tasks=("detection",)),
     )
     config.eval.sets = (
-        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         dict(name="refcoco", split="val", tasks=("referring",)),
     )
     return config

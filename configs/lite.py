@@ -48,11 +48,11 @@ def coco() -> ConfigDict:
     config.data.update(canvas=(512, 512), max_targets=80, max_prompts=150)
     refcoco = ("refcoco", "refcocoplus", "refcocog")
     config.data.mixture = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
         *(dict(name=name, split="train", tasks=("referring",)) for name in refcoco),
     )
     config.eval.sets = (
-        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         *(dict(name=name, split="val", tasks=("referring",)) for name in refcoco),
     )
     return config
@@ -65,12 +65,12 @@ def small() -> ConfigDict:
     config.checkpoint_every = 200
     config.data.update(canvas=(192, 192), scale=(0.5, 1.5))
     config.data.mixture = (
-        dict(name="coco_panoptic", split="train", tasks=("panoptic",)),
-        dict(name="coco_instances", split="train", tasks=("instance",)),
-        dict(name="lvis", split="train", tasks=("instance",)),
+        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
+        dict(name="coco_2017", split="train", tasks=("instance",)),
+        dict(name="lvis_v0.5", split="train", tasks=("instance",)),
         dict(name="refcoco", split="train", tasks=("referring",)),
         dict(name="camvid", split="train", tasks=("semantic",)),
-        dict(name="ade20k", split="train", tasks=("semantic",)),
+        dict(name="ade20k_sem_seg", split="train", tasks=("semantic",)),
         dict(name="balloon", split="train", tasks=("instance",)),
         dict(name="foreground", split="train", tasks=("foreground",)),
         dict(name="mattes", split="train", tasks=("foreground",)),
@@ -78,7 +78,7 @@ def small() -> ConfigDict:
         dict(name="kangaroo", split="train", tasks=("detection",)),
     )
     config.eval.sets = (
-        dict(name="coco_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         dict(name="refcoco", split="val", tasks=("referring",)),
     )
     return config

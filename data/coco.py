@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from coco_records import Labels, foreground_union, instances_record, panoptic_record, referring_record
-from shards import Job, Plan, Problems, builder
+from shards import Job, Plan, Problems, builder, coco_origin
 
 from mqformer_jax.input.record import ClassInfo
 
@@ -180,7 +180,7 @@ def _job(entry: dict, folder: str, items: Any) -> Job:
     flat = os.path.join(folder, os.path.basename(name))
     federated = (tuple(entry.get(k, ())) for k in ("neg_category_ids", "not_exhaustive_category_ids"))
     labels = Labels(items, entry.get("height"), entry.get("width"), *federated)
-    return Job(name, entry["id"], path if os.path.exists(path) else flat, labels)
+    return Job(name, entry["id"], path if os.path.exists(path) else flat, labels, coco_origin(name))
 
 
 def _by_image(annotations: list[dict]) -> dict[Any, list[dict]]:

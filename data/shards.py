@@ -44,12 +44,22 @@ class Problems:
 
 @dataclasses.dataclass
 class Job:
-    """One image to be made a record. id: what other annotation files call it. labels: whatever its family needs."""
+    """One image to be made a record. id: what other annotation files call it. labels: whatever its family needs.
+
+    origin: see `Record`; `coco_origin` knows COCO's pictures by their file names.
+    """
 
     key: str
     id: int | str
     image: str
     labels: Any
+    origin: str = ""
+
+
+def coco_origin(name: str) -> str:
+    """ "coco/391895" for the file name of a picture of COCO, 2014's or 2017's; "" for any other."""
+    found = re.fullmatch(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", os.path.basename(name))
+    return f"coco/{int(found[1])}" if found else ""
 
 
 @dataclasses.dataclass
@@ -63,7 +73,10 @@ class Built:
 
 @dataclasses.dataclass
 class Plan:
-    """A split that is ready to be prepared. kind: the subcommand. make: job to Built, in another process."""
+    """A split that is ready to be prepared. kind: the subcommand. make: job to Built, in another process.
+
+    exhaustive, unique_texts: see `DatasetInfo`.
+    """
 
     kind: str
     classes: tuple[ClassInfo, ...]
@@ -71,6 +84,7 @@ class Plan:
     make: Callable[[Any], Built]
     exhaustive: bool = True
     problems: Problems = dataclasses.field(default_factory=Problems)
+    unique_texts: bool = True
 
     def only(self, keep: Callable[[Job], bool]) -> Plan:
         """The plan for the images that belong to this split, where one file lists several."""
@@ -120,7 +134,7 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
     """Reads a job's image and makes its record; whatever makes the whole image unusable is counted, not raised."""
     problems = Problems()
     try:
-        record = make_record(job, read_image(job.image), problems)
+        record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
     except Unusable as e:
         problems.add(f"image: {e}" if not str(e).startswith("image") else f"image: {str(e)[6:]}", job.key)
         return Built(None, collections.Counter(), problems)
@@ -195,10 +209,10 @@ def write_split(out: str, name: str, split: str, plan: Plan, ordered_map: Callab
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
     """The set's `dataset.json`, or a new one. Raises ValueError where it disagrees with the plan."""
     if not os.path.exists(os.path.join(folder, "dataset.json")):
-        return DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind)
+        return DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
     info = DatasetInfo.load(folder)
     if info.splits.keys() <= {split}:
-        return dataclasses.replace(info, classes=plan.classes, exhaustive=plan.exhaustive, source=plan.kind)
+        return DatasetInfo(name, plan.classes, info.splits, plan.exhaustive, plan.kind, plan.unique_texts)
     if (info.classes, info.exhaustive) != (plan.classes, plan.exhaustive):
         others = ", ".join(sorted(info.splits))
         raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other classes than {split}; give another --name")

@@ -34,18 +34,18 @@ def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
     trained = _ids(panoptic["train"], instances["train"], lvis, foreground)
     held_out |= {i for i in _ids(referring) - trained if i % REFERRING_VAL == 0}
 
-    yield "coco_panoptic", "train", panoptic["train"].without(held_out)
-    yield "coco_panoptic", "val", panoptic["val"]
-    yield "coco_instances", "train", instances["train"].without(held_out)
-    yield "coco_instances", "val", instances["val"]
-    yield "lvis", "train", lvis.without(held_out)
+    yield "coco_2017_panoptic", "train", panoptic["train"].without(held_out)
+    yield "coco_2017_panoptic", "val", panoptic["val"]
+    yield "coco_2017", "train", instances["train"].without(held_out)
+    yield "coco_2017", "val", instances["val"]
+    yield "lvis_v0.5", "train", lvis.without(held_out)
     yield "foreground", "train", foreground.without(held_out)
     yield "refcoco", "train", referring.only(lambda job: job.id not in held_out)
     yield "refcoco", "val", referring.only(lambda job: job.id in held_out)
     for split in _SPLITS:
         yield "camvid", split, folders.semantic(at("camvid", split), at("camvid", f"{split}annot"), at("camvid", "classes.json"))
     ade = (at("ade20k", "images"), at("ade20k", "annotations"), at("ade20k", "objectInfo150.txt"))
-    yield "ade20k", "train", folders.semantic(*ade)
+    yield "ade20k_sem_seg", "train", folders.semantic(*ade)
     yield from _split("balloon", coco.instances(at("balloon", "instances.json"), at("balloon", "images")), every=5)
     yield from _split("mattes", folders.mattes(at("matting", "images"), at("matting", "alpha")), every=6)
     for name in ("raccoon", "kangaroo"):

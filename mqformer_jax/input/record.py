@@ -50,7 +50,9 @@ class DatasetInfo:
     """What holds for a whole prepared data set.
 
     `exhaustive`: every class is labelled wherever it occurs, so a class without a segment is absent. Federated sets
-    (LVIS) are not exhaustive; their records list what is known instead. `splits` maps a split to its number of records.
+    (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment and
+    nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody marked.
+    `splits` maps a split to its number of records, `class_images` to the number of images that show each class.
     """
 
     name: str
@@ -58,6 +60,8 @@ class DatasetInfo:
     splits: dict[str, int]
     exhaustive: bool = True
     source: str = ""
+    unique_texts: bool = True
+    class_images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: str) -> None:
         path = os.path.join(folder, "dataset.json")
@@ -72,6 +76,7 @@ class DatasetInfo:
         if fields.pop("format") != FORMAT:
             raise ValueError(f"{folder}/dataset.json: another record format; prepare the data set again.")
         fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["thing"]) for c in fields["classes"])
+        fields["class_images"] = {split: tuple(counts) for split, counts in fields.get("class_images", {}).items()}
         return cls(**fields)
 
 
@@ -84,6 +89,7 @@ class Segment:
     box: x0, y0, x1, y1 in pixels (continuous; the right and lower edges are outside), or None.
     mask: COCO compressed run-length code of the image's size, or None where only a box is labelled.
     alpha: 8-bit grey PNG of the image's size (0 to 255), or None. A matte.
+    trimap: 8-bit grey PNG, 0 outside, 255 inside, between them unknown, or None. Where the matte is measured.
     crowd: a region of many objects that nobody separated: never a target, never punished.
     foreground: this is the salient foreground of the image, not a member of a class.
     """
@@ -93,6 +99,7 @@ class Segment:
     box: tuple[float, float, float, float] | None = None
     mask: bytes | None = None
     alpha: bytes | None = None
+    trimap: bytes | None = None
     crowd: bool = False
     foreground: bool = False
 
@@ -106,6 +113,8 @@ class Record:
     ignore: run-length code of pixels that nobody labelled, or None. absent_texts: expressions that name nothing here.
     absent_classes, partial_classes: for sets that are not exhaustive, classes checked to be absent, and classes of
     which some segments are labelled and others may not be.
+    origin: whose picture it is, where several data sets label the same pictures ("coco/391895"), or "". What one set
+    evaluates on leaves the others by it.
     """
 
     key: str
@@ -117,6 +126,7 @@ class Record:
     absent_texts: tuple[str, ...] = ()
     absent_classes: tuple[int, ...] = ()
     partial_classes: tuple[int, ...] = ()
+    origin: str = ""
 
     def to_bytes(self) -> bytes:
         return msgpack.packb({"format": FORMAT, **dataclasses.asdict(self)}, use_bin_type=True)
@@ -177,6 +187,11 @@ def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
 def _tuples(fields: dict) -> dict:
     """msgpack reads every sequence as a list; the dataclasses hold tuples."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def origins_path(folder: str, split: str) -> str:
+    """Where a split keeps the `origin` of its records, one a line; there is no such file where all are ""."""
+    return os.path.join(folder, f"{split}.origins.txt")
 
 
 def shard_paths(folder: str, split: str, count: int) -> Sequence[str]:

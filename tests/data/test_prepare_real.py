@@ -46,7 +46,7 @@ def test_real_panoptic_equals_its_pngs(real):
     data = _load(source, "coco", "panoptic", "val.json")
     file_of = {i["id"]: i["file_name"] for i in data["images"]}
     annotations = {file_of[a["image_id"]]: a for a in data["annotations"]}
-    _, records = _records(root, "coco_panoptic", "val")
+    _, records = _records(root, "coco_2017_panoptic", "val")
     assert len(records) == len(annotations)
     for record in records[:10]:
         annotation = annotations[record.key]
@@ -58,7 +58,7 @@ def test_real_panoptic_equals_its_pngs(real):
         np.testing.assert_array_equal(ignore, ids == 0)
 
 
-@pytest.mark.parametrize(("name", "split", "file"), [("coco_instances", "val", "instances_val.json"), ("lvis", "train", "lvis.json")])
+@pytest.mark.parametrize(("name", "split", "file"), [("coco_2017", "val", "instances_val.json"), ("lvis_v0.5", "train", "lvis.json")])
 def test_real_instances_equal_pycocotools(real, name, split, file):
     source, root = real
     data = _load(source, "coco", file)
@@ -103,7 +103,7 @@ def test_real_expressions_all_arrive(real):
 
 def test_no_coco_image_is_both_trained_and_evaluated_on(real):
     _, root = real
-    sets = ("coco_panoptic", "coco_instances", "lvis", "refcoco", "foreground")
+    sets = ("coco_2017_panoptic", "coco_2017", "lvis_v0.5", "refcoco", "foreground")
     keys = {"train": set(), "val": set()}
     for name in sets:
         for split in _records(root, name, "train")[0].splits:

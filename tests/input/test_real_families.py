@@ -13,7 +13,7 @@ from mqformer_jax.models.tokenizer import make_tokenizer
 
 REPOSITORY = pathlib.Path(__file__).parent.parent.parent
 BOX_ONLY = {"raccoon", "kangaroo"}
-REGIONS_ONLY = {"refcoco", "camvid", "ade20k", "foreground", "mattes"}
+REGIONS_ONLY = {"refcoco", "camvid", "ade20k_sem_seg", "foreground", "mattes"}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_each_family_says_what_it_knows(rows):
                 assert not row["has_mask"].any()
             if name in REGIONS_ONLY:
                 assert row["prompt_region"][row["prompt_valid"]].all()
-            if name in ("coco_instances", "balloon", *BOX_ONLY):
+            if name in ("coco_2017", "balloon", *BOX_ONLY):
                 assert not row["prompt_region"].any()
 
 
