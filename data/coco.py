@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from coco_records import Labels, foreground_union, instances_record, panoptic_record, referring_record
-from shards import Job, Plan, Problems, builder, coco_origin
+from label_maps import distinct
+from plan import Job, Plan, Problems, builder, coco_origin
 
 from mqformer_jax.input.record import ClassInfo
+
+# Fields that no record needs are dropped while a json is read. One of boxes then takes 3.3 times its size on disk at the
+# peak, not 3.9 (a synthetic 0.2 GB measured); Objects365's has 5 GB. Annotations are handed on to the jobs, never copied.
+_UNUSED = frozenset(("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url"))
+_UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_object_ids", "attributes"}
+
+# Names that their data sets misspell or run together (Objects365, LVIS), as they should be asked for.
+_MENDED = {
+    "Moniter/TV": ("Monitor", "TV"),
+    "Bakset": ("Basket",),
+    "Ballon": ("Balloon",),
+    "Dinning Table": ("Dining Table",),
+    "Cutting/chopping Board": ("Cutting Board", "Chopping Board"),
+    "Billards": ("Billiards",),
+    "Extention Cord": ("Extension Cord",),
+    "Hotair ballon": ("Hot air balloon",),
+    "Hamimelon": ("Hami melon",),
+    "Mushroon": ("Mushroom",),
+    "Tape Measur/ Ruler": ("Tape Measure", "Ruler"),
+    "Campel": ("Camel",),
+    "Buttefly": ("Butterfly",),
+    "Noddles": ("Noodles",),
+    "Table Teniis paddle": ("Table Tennis paddle",),
+    "monitor_(computer_equipment) computer_monitor": ("monitor (computer equipment)", "computer monitor"),
+}
+
+# "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
+_OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
 
 # ---- Plans: the json, once ----------------------------------------------------------------------------------------
 
@@ -21,7 +51,7 @@ from mqformer_jax.input.record import ClassInfo
 def panoptic(json_path: str, images: str, masks: str) -> Plan:
     """COCO panoptic: a json and a folder of PNGs whose pixels are segment ids. Pixels of id 0 are ignored."""
     data = load_json(json_path, "images", "annotations", "categories")
-    _need_folder(images, masks)
+    need_folders(images, masks)
     if not all("isthing" in c for c in data["categories"]):
         raise ValueError(f"{json_path}: field 'isthing' is missing from a category; is it a panoptic json?")
     classes, class_of = vocabulary(data["categories"], json_path)
@@ -39,11 +69,15 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
 
 
 def instances(json_path: str, images: str) -> Plan:
-    """COCO instances: polygons, run-length codes, or boxes alone. A json with `neg_category_ids` is federated (LVIS)."""
+    """COCO instances: polygons, run-length codes, or boxes alone. A json with `neg_category_ids` is federated (LVIS).
+
+    Objects365's `iscrowd` boxes are crowds; its fake and mirrored objects are objects. Roboflow's exports (SeginW) are read as
+    they are: see `_without_root`.
+    """
     data = load_json(json_path, "images", "annotations", "categories")
-    _need_folder(images)
-    classes, class_of = vocabulary(data["categories"], json_path)
+    need_folders(images)
     problems = Problems()
+    classes, class_of = vocabulary(_without_root(data["categories"], data["annotations"], problems), json_path)
     of_image = _by_image(data["annotations"])
     entries = _entries(data["images"], problems)
     for image_id in of_image.keys() - {entry["id"] for entry in entries}:
@@ -53,32 +87,35 @@ def instances(json_path: str, images: str) -> Plan:
     return Plan("instances", classes, jobs, builder(instances_record, class_of=class_of, federated=federated), not federated, problems)
 
 
-def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
+def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None, every: bool = False) -> Plan:
     """Expressions: `refs` of {image_id, sentences, and bbox, segmentation or ann_id, or no_target}; `refs_split` keeps one split.
 
     An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the json does not.
+    A `refs_split` other than train is there to evaluate on and keeps every expression: see `referring_record`.
     """
     data = load_json(json_path, "refs")
-    _need_folder(images)
+    need_folders(images)
     shapes, entries, categories = _instance_index(instance_files)
     classes, class_of = vocabulary(data.get("categories", categories), json_path)
+    every = refs_split not in (None, "train")
     problems = Problems()
     of_image = collections.defaultdict(list)
-    for ref in data["refs"]:
-        if refs_split is None or ref.get("split") == refs_split:
-            known = {k: v for k, v in ref.items() if v is not None}
-            of_image[ref.get("image_id")].append({**shapes.get(ref.get("ann_id"), {}), **known})
+    for ref in _of_split(data["refs"], refs_split, json_path):
+        known = {k: v for k, v in ref.items() if v is not None}
+        of_image[ref.get("image_id")].append({**shapes.get(ref.get("ann_id"), {}), **known})
     listed = {e["id"]: e for e in _entries(data.get("images", list(entries.values())), problems)}
+    if not listed:
+        raise ValueError(f"{json_path}: it lists no images; give --instances, the json that does (RefCOCO's instances.json)")
     for image_id in of_image.keys() - listed.keys():
         problems.add("expression: its image is not in the json", f"image_id {image_id}")
     jobs = [_job(entry, images, of_image[i]) for i, entry in listed.items() if i in of_image]
-    return Plan("referring", classes, jobs, builder(referring_record, class_of=class_of), False, problems)
+    return Plan("referring", classes, jobs, builder(referring_record, class_of=class_of, every=every), False, problems)
 
 
 def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
     """Foregrounds that are unions of annotations: `items` of {image_id, ann_ids}, shapes from `instance_files`."""
     data = load_json(json_path, "items")
-    _need_folder(images)
+    need_folders(images)
     shapes, entries, _ = _instance_index(instance_files)
     jobs, problems = [], Problems()
     for item in data["items"]:
@@ -96,18 +133,32 @@ def image_ids(json_path: str) -> set[int]:
 
 
 def load_json(path: str, *fields: str) -> dict[str, Any]:
-    """A json object (or RefCOCO's pickled refs) that holds these lists. Raises FileNotFoundError or ValueError, one line, if it does not."""
+    """A json object (or RefCOCO's pickled refs) that holds these lists of objects. Raises as `read_json` does."""
+    data = {"refs": read_json(path)} if path.endswith(".p") else read_json(path)
+    for field in fields:
+        items = data.get(field) if isinstance(data, dict) else None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"{path}: field '{field}' is missing or no list of objects; is it the right annotation file?")
+    return data
+
+
+def read_json(path: str) -> Any:
+    """What a json file or a pickle (.p) of plain values holds. Raises FileNotFoundError or ValueError where it cannot be read, one line."""
+    pickled = path.endswith(".p")
     try:
-        with open(path, "rb") as f:
-            data = {"refs": _PlainUnpickler(f, encoding="latin1").load()} if path.endswith(".p") else json.load(f)
+        if pickled:
+            with open(path, "rb") as f:
+                return _PlainUnpickler(f, encoding="latin1").load()
+        with open(path, encoding="utf-8-sig") as f:  # as text: of a binary file, json.load holds the bytes as well
+            return json.load(f, object_pairs_hook=_needed)
     except OSError:
         raise FileNotFoundError(f"{path}: no such file") from None
-    except (ValueError, EOFError, pickle.UnpicklingError) as e:
-        raise ValueError(f"{path}: not {'a pickle of plain values' if path.endswith('.p') else 'JSON'}: {e}") from None
-    for field in fields:
-        if not isinstance(data, dict) or not isinstance(data.get(field), list):
-            raise ValueError(f"{path}: field '{field}' is missing or no list; is it the right annotation file?")
-    return data
+    except (ValueError, EOFError, pickle.UnpicklingError, IndexError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path}: not {'a pickle of plain values' if pickled else 'JSON'}: {e}") from None
+
+
+def _needed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {field: value for field, value in pairs if field not in _UNUSED}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -117,40 +168,67 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which expressions do not need")
 
 
-def vocabulary(categories: Iterable[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
+def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
     """Classes sorted by category id, and the map from category id to class index.
 
-    Texts are the name and `synonyms`; a text that is another class's name is left out. Stuff names lose "-merged", "-other",
-    "-stuff" ("sky-other-merged" is "sky") unless two classes would become one.
+    Texts are the name, or the names that a slash parts ("Cabinet/shelf"), and `synonyms`; one that another class has
+    too is left out. A qualifier in brackets stays ("bow (weapon)"): without it, LVIS would have classes of one name. Stuff names
+    lose "-merged", "-other", "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get is not changed at all.
     """
     if any(not isinstance(c.get("id"), int) or not str(c.get("name", "")).strip() for c in categories):
         raise ValueError(f"{path}: a category without 'id' or 'name'")
     categories = sorted(categories, key=lambda c: c["id"])
-    names = [_display(c) for c in categories]
-    counts = collections.Counter(names)
-    names = [n if counts[n] == 1 else _spaced(c["name"].replace("-", " ")) for c, n in zip(categories, names)]
+    words = [_words(c) for c in categories]
+    counts = collections.Counter(w[0] for w in words)
+    names = [w[0] if counts[w[0]] == 1 else _spaced(c["name"].replace("-", " ")) for c, w in zip(categories, words)]
     for name, count in collections.Counter(names).items():
         if count > 1:
             raise ValueError(f"{path}: category name {name!r} occurs {count} times; names must differ")
-    classes = []
-    taken = set(names)
-    for category, name in zip(categories, names):
-        others = [s for s in dict.fromkeys(map(_spaced, category.get("synonyms", []))) if s not in taken]
-        taken.update(others)
-        classes.append(ClassInfo((name, *others), bool(category.get("isthing", 1))))
-    return tuple(classes), {c["id"]: i for i, c in enumerate(categories)}
+    synonyms = ([_spaced(s) for s in c.get("synonyms", []) if s != c["name"]] for c in categories)
+    texts = distinct([tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)])
+    classes = tuple(ClassInfo(tuple(t), bool(c.get("isthing", 1))) for c, t in zip(categories, texts))
+    return classes, {c["id"]: i for i, c in enumerate(categories)}
 
 
-def _display(category: Mapping[str, Any]) -> str:
+def _words(category: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a category's name says: one name, or several that a slash parts."""
     name = category["name"]
-    return _spaced(name if category.get("isthing", 1) else re.sub("(-merged|-other|-stuff)+$", "", name).replace("-", " "))
+    if name in _MENDED:
+        return _MENDED[name]
+    name = _spaced(name if category.get("isthing", 1) else re.sub("(-merged|-other|-stuff)+$", "", name).replace("-", " "))
+    return (name,) if "(" in name else tuple(_OR.split(name))
 
 
 def _spaced(name: str) -> str:
     return " ".join(str(name).replace("_", " ").split())
 
 
-def _need_folder(*folders: str) -> None:
+def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
+    """The categories without the row that Roboflow adds for the project itself: the super-category of all others, in none itself.
+
+    It has no annotation, so as a class it would be taught absent everywhere. One that has annotations is a class, and so is one
+    that is in a super-category of its name (SeginW's Hand-Segmentation; its files come without the project's row).
+    """
+    above = collections.Counter(c.get("supercategory") for c in categories)
+    for root in categories:
+        is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
+        if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
+            problems.add("note: category without annotations, the super-category of all others, is no class", str(root.get("name")))
+            return [c for c in categories if c is not root]
+    return categories
+
+
+def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
+    """The refs of one split. Raises ValueError where there is none such, or where train would be mixed with what is evaluated on."""
+    splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
+    if split is None and "train" in splits and len(splits) > 1:
+        raise ValueError(f"{path}: holds the splits {', '.join(splits)}; say which with --refs-split")
+    if split is not None and split not in splits:
+        raise ValueError(f"{path}: no ref is of split {split!r}; its splits are {', '.join(splits) or 'not named'}")
+    return refs if split is None else [ref for ref in refs if ref.get("split") == split]
+
+
+def need_folders(*folders: str) -> None:
     for folder in folders:
         if not os.path.isdir(folder):
             raise FileNotFoundError(f"{folder}: no such folder")
@@ -176,11 +254,21 @@ def _name(entry: Mapping[str, Any]) -> str:
 
 def _job(entry: dict, folder: str, items: Any) -> Job:
     name = _name(entry)
-    path = os.path.join(folder, name)
-    flat = os.path.join(folder, os.path.basename(name))
+    parent, file = os.path.split(name)
     federated = (tuple(entry.get(k, ())) for k in ("neg_category_ids", "not_exhaustive_category_ids"))
     labels = Labels(items, entry.get("height"), entry.get("width"), *federated)
-    return Job(name, entry["id"], path if os.path.exists(path) else flat, labels, coco_origin(name))
+    return Job(name, entry["id"], os.path.join(_below(folder, parent), file), labels, coco_origin(name))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _below(folder: str, parent: str) -> str:
+    """The folder below `folder` that an image's own path ends with, asked once a folder and not once an image.
+
+    Objects365's json says images/v1/patch8 where its archives unpack to patch8, LVIS's says train2017 for what may be `folder`.
+    """
+    parts = parent.split("/")
+    ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
+    return next(filter(os.path.isdir, ends), folder)
 
 
 def _by_image(annotations: list[dict]) -> dict[Any, list[dict]]:

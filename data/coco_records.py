@@ -8,11 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import label_maps
 import numpy as np
 from folders import foreground_record
 from hotcoco import mask as rle_codec
 from images import Image, Unusable, read_ids, same_size
-from shards import Job, Problems
+from label_maps import Piece
+from plan import Job, Problems
 
 from mqformer_jax.input.record import ClassInfo, Record, Segment, decode_rle, encode_rle
 
@@ -34,41 +36,39 @@ class Labels(NamedTuple):
 
 def panoptic_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]) -> Record:
     """Things one by one, a stuff class as one region however many pieces it has; every other pixel is ignored."""
-    png, infos = _items(job, image)
+    png, infos = items_of(job, image)
     ids = same_size(read_ids(png), image)
     present = set(np.unique(ids).tolist()) - {0}
-    masks: dict[Any, tuple[int, bool, np.ndarray]] = {}
-    used: list[int] = []
+    pieces: dict[int, Piece] = {}
     for info in infos:
         segment_id, what = info.get("id"), f"{job.key} segment {info.get('id')}"
-        if segment_id in used:
+        if segment_id in pieces:
             problems.add("segment: its id comes twice in the json", what)
         elif segment_id not in present:
             problems.add("segment: in the json, not in the PNG", what)
         elif info.get("category_id") not in class_of:
             problems.add("segment: unknown category", what)
         else:
-            used.append(segment_id)
-            class_id, crowd = class_of[info["category_id"]], bool(info.get("iscrowd", 0))
-            key = segment_id if classes[class_id].thing else ("stuff", class_id, crowd)
-            mask = ids == segment_id
-            masks[key] = (class_id, crowd, mask | masks[key][2] if key in masks else mask)
+            pieces[segment_id] = Piece(class_of[info["category_id"]], ids == segment_id, bool(info.get("iscrowd", 0)))
     for segment_id in sorted(present - {info.get("id") for info in infos}):
         problems.add("segment: in the PNG, not in the json", f"{job.key} segment {segment_id}")
-    if not masks:
-        raise Unusable("image has nothing labelled")
-    segments = tuple(_masked(encode_rle(mask), image, class_id=c, crowd=crowd) for c, crowd, mask in masks.values())
-    ignore = ~np.isin(ids, used)
-    return Record(job.key, image.data, image.height, image.width, segments, encode_rle(ignore) if ignore.any() else None)
+    return label_maps.panoptic_record(job.key, image, pieces.values(), classes)
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
-    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught absent."""
+    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught absent.
+
+    A box that comes twice is one object (Objects365 repeats all of an image's boxes now and then).
+    """
     segments, partial = [], set(job.labels.not_exhaustive)
-    for annotation in _items(job, image):
+    for annotation in items_of(job, image):
         category, what = annotation.get("category_id"), f"{job.key} annotation {annotation.get('id')}"
         try:
-            segments.append(_shape(annotation, image, problems, what, _class(category, class_of)))
+            segment = shape(annotation, image, problems, what, _class(category, class_of))
+            if segment.mask is None and segment in segments:
+                problems.add("segment: the same box twice", what)
+            else:
+                segments.append(segment)
         except Unusable as e:
             problems.add(f"segment: {e}", what)
             partial.add(category)
@@ -81,14 +81,15 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
     return Record(job.key, image.data, image.height, image.width, tuple(segments), **lists)
 
 
-def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int]) -> Record:
-    """One segment for each object referred to, with all its expressions.
+def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False) -> Record:
+    """One segment for each object referred to, with all its expressions. Its class is labelled in part: others go unmentioned.
 
     An expression of two objects is no target of either and is dropped; one that is also said to name nothing stays present.
+    `every`: to evaluate on, where published figures count each expression as often as it was said, whatever it names.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
     absent: list[str] = []
-    for number, ref in enumerate(_items(job, image)):
+    for number, ref in enumerate(items_of(job, image)):
         what = f"{job.key} ref {ref.get('ref_id', number)}"
         try:
             texts = _sentences(ref)
@@ -97,40 +98,47 @@ def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[
                 continue
             key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
             class_id = _class(ref["category_id"], class_of) if "category_id" in ref else None
-            shape = _shape(ref, image, problems, what, class_id)
-            old, old_texts = found.get(key, (shape, []))
-            found[key] = (old if old.mask else shape, old_texts + texts)
+            segment = shape({**ref, "iscrowd": 0}, image, problems, what, class_id)  # somebody pointed at it, so it is a target
+            old, old_texts = found.get(key, (segment, []))
+            found[key] = (old if old.mask else segment, old_texts + texts)
         except Unusable as e:
             problems.add(f"expression: {e}", what)
         except (TypeError, ValueError):
             problems.add("expression: malformed mask or box", what)
     uses = collections.Counter(text for _, texts in found.values() for text in set(texts))
+    if every:
+        segments = tuple(dataclasses.replace(segment, texts=tuple(texts)) for segment, texts in found.values())
+        return _referred(job, image, segments, tuple(absent))
     for text in sorted(uses):
         if uses[text] > 1:
             problems.add("expression: names two objects", f"{job.key} {text!r}")
         elif text in absent:
             problems.add("expression: both present and absent", f"{job.key} {text!r}")
     segments = []
-    for shape, texts in found.values():
+    for segment, texts in found.values():
         own = tuple(dict.fromkeys(text for text in texts if uses[text] == 1))
         if own:
-            segments.append(dataclasses.replace(shape, texts=own))
-    gone = tuple(text for text in dict.fromkeys(absent) if text not in uses)
-    if not segments and not gone:
+            segments.append(dataclasses.replace(segment, texts=own))
+    return _referred(job, image, tuple(segments), tuple(text for text in dict.fromkeys(absent) if text not in uses))
+
+
+def _referred(job: Job, image: Image, segments: tuple[Segment, ...], absent: tuple[str, ...]) -> Record:
+    if not segments and not absent:
         raise Unusable("image has no usable expression")
-    return Record(job.key, image.data, image.height, image.width, tuple(segments), absent_texts=gone)
+    partial = tuple(sorted({s.class_id for s in segments if s.class_id is not None}))
+    return Record(job.key, image.data, image.height, image.width, segments, absent_texts=absent, partial_classes=partial)
 
 
 def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
     """The union of some annotations as one salient foreground."""
-    masks = [_shape(shape, image, problems, job.key, None).mask for shape in _items(job, image)]
+    masks = [shape(annotation, image, problems, job.key, None).mask for annotation in items_of(job, image)]
     if None in masks:
         raise Unusable("image has an annotation without a mask")
     union = np.any([decode_rle(mask, image.height, image.width) for mask in masks], axis=0)
     return foreground_record(job.key, image, union)
 
 
-def _items(job: Job, image: Image) -> Any:
+def items_of(job: Job, image: Image) -> Any:
     """The annotations. Raises Unusable where they were made for another size than the image's (say, before EXIF rotation)."""
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
@@ -146,7 +154,7 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
 
 
 def _sentences(ref: Mapping[str, Any]) -> list[str]:
-    """The expressions of a ref: strings, or RefCOCO's {"sent": ...}."""
+    """The expressions of a ref: strings, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the cleaned one."""
     if ref.get("uncertain"):
         raise Unusable("marked as uncertain")
     texts = [s.get("sent", "") if isinstance(s, dict) else str(s) for s in ref.get("sentences", [])]
@@ -159,14 +167,14 @@ def _sentences(ref: Mapping[str, Any]) -> list[str]:
 # ---- Shapes --------------------------------------------------------------------------------------------------------
 
 
-def _shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
+def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
     """The segment of an annotation: mask and box, or a box alone. Raises Unusable, for malformed values too."""
     crowd = bool(annotation.get("iscrowd", 0))
     try:
         if annotation.get("segmentation"):
             segment = _masked(_rle(annotation["segmentation"], image), image, class_id=class_id, crowd=crowd)
             box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
-            if _iou(box, segment.box) >= 0.5:
+            if iou(box, segment.box) >= 0.5:
                 return dataclasses.replace(segment, box=box)  # exact to fractions of a pixel
             problems.add("note: box disagrees with its mask; the mask's box is kept", what)
             return segment
@@ -195,7 +203,7 @@ def _corners(xywh: Sequence[float], image: Image) -> Box:
     return max(x, 0.0), max(y, 0.0), min(x + w, float(image.width)), min(y + h, float(image.height))
 
 
-def _iou(a: Box, b: Box) -> float:
+def iou(a: Box, b: Box) -> float:
     def area(x0: float, y0: float, x1: float, y1: float) -> float:
         return max(x1 - x0, 0.0) * max(y1 - y0, 0.0)
 

@@ -3,95 +3,216 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
-from images import Image, Unusable, files_by_stem, read_grey, read_index, same_size
-from shards import Job, Plan, Problems, builder
+from images import EXTENSIONS, JPEG, Image, Unusable, files_by_stem, read_grey, read_index, same_size
+from plan import Job, Plan, Problems, builder, coco_origin
 
 from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
 
+# ---- Plans: the folders, once --------------------------------------------------------------------------------------
 
-def semantic(images: str, masks: str, classes: str, ignore: Sequence[int] | None = None, offset: int | None = None) -> Plan:
-    """Index masks: each class present becomes one region. `ignore`, `offset`: see `read_classes`, whose values they replace."""
-    names, file_ignore, file_offset = read_classes(classes)
+
+def semantic(
+    images: str,
+    masks: str,
+    classes: str,
+    ignore: Sequence[int] | None = None,
+    offset: int | None = None,
+    names: str | None = None,
+    suffix: str = "",
+) -> Plan:
+    """Index masks, or colour pictures where the class list has colours: each class present becomes one region.
+
+    `ignore`, `offset`: see `read_classes`, whose values they replace. `names`, `suffix`: see `pairs`.
+    """
+    listed, file_ignore, file_offset = read_classes(classes)
     ignore = file_ignore if ignore is None else ignore
     offset = file_offset if offset is None else offset
-    values = [value for value in range(offset, offset + len(names)) if value not in ignore]
-    infos = tuple(ClassInfo(names[value - offset], thing=False) for value in values)
+    values = [value for value in range(offset, offset + len(listed)) if value not in ignore]
+    infos = tuple(ClassInfo(listed[value - offset], thing=False) for value in values)
     class_of = {value: i for i, value in enumerate(values)}
-    jobs, problems = _pairs(images, masks)
-    return Plan("semantic", infos, jobs, builder(_semantic, class_of=class_of, unlabelled={*ignore, *range(offset)}), True, problems)
+    colours = {colour: offset + i for colour, i in read_colours(classes).items()}
+    jobs, problems = pairs(images, masks, names, suffix)
+    make = builder(_semantic, class_of=class_of, unlabelled={*ignore, *range(offset)}, colours=colours)
+    return Plan("semantic", infos, jobs, make, True, problems)
 
 
-def foreground(images: str, masks: str) -> Plan:
-    """Black and white masks of the salient foreground (0 and 255, or 0 and 1)."""
-    jobs, problems = _pairs(images, masks)
+def foreground(images: str, masks: str, names: str | None = None, suffix: str = "") -> Plan:
+    """Black and white masks of the salient foreground. `names`, `suffix`: see `pairs`."""
+    jobs, problems = pairs(images, masks, names, suffix)
     return Plan("foreground", (), jobs, builder(_foreground), False, problems)
 
 
-def mattes(images: str, alphas: str) -> Plan:
-    """Alpha mattes of the foreground, 0 to 255."""
-    jobs, problems = _pairs(images, alphas)
+def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | None = None, suffix: str = "") -> Plan:
+    """Alpha mattes of the foreground, and their trimaps where there are any. `names`, `suffix`: see `pairs`."""
+    jobs, problems = pairs(images, alphas, names, suffix)
+    found = files_by_stem(trimaps) if trimaps else {}
+    if trimaps and not any(job.key in found for job in jobs):
+        raise ValueError(f"{trimaps}: no trimap has the name of an image of {images}")
+    for job in jobs:
+        job.labels = (job.labels, found.get(job.key))
+        if trimaps and job.key not in found:
+            problems.add("trimap: no file of its image's name", job.key)
     return Plan("mattes", (), jobs, builder(_matte), False, problems)
+
+
+# ---- Which mask is whose -------------------------------------------------------------------------------------------
+
+
+def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -> tuple[list[Job], Problems]:
+    """A job for each image with a mask of its name (plus `suffix`); what stands alone is counted.
+
+    `names`: a file that lists the images of this split. `images` and `masks` may be one folder: then the masks are the
+    files that end in `suffix`, or, without it, those that are no JPEG.
+    """
+    problems = Problems()
+    if not os.path.isdir(images) or not os.path.isdir(masks) or not os.path.samefile(images, masks):
+        pictures, labels = files_by_stem(images), files_by_stem(masks)
+    elif suffix:
+        labels = files_by_stem(masks)
+        pictures = {key: path for key, path in labels.items() if not key.endswith(suffix)}
+    else:
+        pictures, labels = files_by_stem(images, JPEG), files_by_stem(masks, [e for e in EXTENSIONS if e not in JPEG])
+    labels = {key.removesuffix(suffix): path for key, path in labels.items() if key.endswith(suffix)}
+    alone = [] if names else labels.keys() - pictures.keys()
+    if names:
+        pictures = {key: pictures[key] for key in _listed(names, pictures, problems)}
+    for key in sorted(pictures.keys() - labels.keys()):
+        problems.add("image: no mask of its name", key)
+    for key in sorted(alone):
+        problems.add("mask: no image of its name", key)
+    jobs = [Job(key, key, path, labels[key], coco_origin(path)) for key, path in pictures.items() if key in labels]
+    if not jobs:
+        raise ValueError(f"{masks}: no mask has the name of an image of {names or images}" + f" and the suffix {suffix}" * bool(suffix))
+    return jobs, problems
+
+
+def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
+    """The images that a list file names, sorted; names without a file are counted."""
+    lines = list(dict.fromkeys(line.strip() for line in _read_text(path).splitlines() if line.strip()))
+    found = set()
+    for line in lines:
+        key = next((key for name in (line, line.split()[0]) for key in _tails(name) if key in keys), None)
+        if key is None:
+            problems.add("image: in the list, not in the folder", line)
+        else:
+            found.add(key)
+    if not found:
+        raise ValueError(f"{path}: none of its lines is the name of an image ({lines[0]!r})" if lines else f"{path}: it is empty")
+    return sorted(found)
+
+
+def _read_text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except OSError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None
+
+
+def _tails(name: str) -> list[str]:
+    """What a line of a list may call an image: without its extension, and without some or all folders before it."""
+    stem, extension = os.path.splitext(name)
+    parts = (stem if extension.lower() in EXTENSIONS else name).split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]
+
+
+# ---- Class lists ---------------------------------------------------------------------------------------------------
 
 
 def read_classes(path: str) -> tuple[list[tuple[str, ...]], list[int], int]:
     """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first class.
 
-    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}), ADE20K's objectInfo150.txt (a table
-    whose first column is the mask value and whose last is the name), and plain text, one class a line. Commas part synonyms.
+    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of synonyms,
+    or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask value and whose
+    last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a line. Commas part synonyms.
     """
-    try:
-        with open(path) as f:
-            text = f.read()
-    except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    ignore, offset = [255], 0
-    if path.endswith(".json"):
-        try:
-            fields = json.loads(text)
-        except ValueError as e:
-            raise ValueError(f"{path}: not JSON: {e}") from None
-        fields = {"classes": fields} if isinstance(fields, list) else fields
-        if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
-            raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
-        lines, offset = fields["classes"], fields.get("index_offset", 0)
-        ignore = [fields["ignore_index"]] if "ignore_index" in fields else ignore
-    else:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if lines and "\t" in lines[0]:
-            offset = int(lines[1].split("\t")[0])
-            lines = [line.split("\t")[-1] for line in lines[1:]]
-    names = [_synonyms(line if isinstance(line, str) else ",".join(line)) for line in lines]
-    twice = [n[0] for i, n in enumerate(names) if n[0] in {m[0] for m in names[:i]}]
-    if not names or twice or not all(names):
+    entries, ignore, offset = _read_list(path)
+    names = [name for name, _ in entries]
+    first = [name[0] for name in names if name]
+    twice = [name for name in first if first.count(name) > 1]
+    if not names or len(first) < len(names) or twice:
         raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "a class without a name"))
     return names, ignore, offset
 
 
-def _synonyms(line: str) -> tuple[str, ...]:
+def read_colours(path: str) -> dict[int, int]:
+    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in the list."""
+    colours = [colour for _, colour in _read_list(path)[0]]
+    found = {colour: i for i, colour in enumerate(colours) if colour is not None}
+    if len(found) < len(colours) - colours.count(None):
+        raise ValueError(f"{path}: two classes have one colour")
+    return found
+
+
+def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int], int]:
+    """A class list's words and colours, and the rest of `read_classes`."""
+    text = _read_text(path)
+    lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(text)
+    try:
+        named = [line if isinstance(line, dict) else {"name": line} for line in lines]
+        return [(_synonyms(line["name"]), _colour(line)) for line in named], ignore, offset
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}') from None
+
+
+def _json_classes(path: str, text: str) -> tuple[list[Any], list[int], int]:
+    try:
+        fields = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from None
+    fields = {"classes": fields} if isinstance(fields, list) else fields
+    if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
+        raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
+    return fields["classes"], [fields.get("ignore_index", 255)], fields.get("index_offset", 0)
+
+
+def _text_classes(text: str) -> tuple[list[Any], list[int], int]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    coloured = [re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line) for line in lines]
+    if lines and all(coloured):
+        classes = [{"name": found[4], "color": found.groups()[:3]} for found in coloured]
+        return classes, [i for i, c in enumerate(classes) if c["name"].strip().lower() == "void"], 0
+    if len(lines) > 1 and re.match(r"\d+\t", lines[1]):  # a table with a head: the mask value comes first, the name last
+        return [line.split("\t")[-1] for line in lines[1:]], [255], int(lines[1].split("\t")[0])
+    return lines, [255], 0
+
+
+def _colour(line: dict[str, Any]) -> int | None:
+    if "color" not in line and "colour" not in line:
+        return None
+    red, green, blue = (int(v) for v in line.get("color", line.get("colour")))
+    if not all(0 <= v <= 255 for v in (red, green, blue)):
+        raise ValueError("no colour")
+    return red << 16 | green << 8 | blue
+
+
+def _synonyms(words: str | Sequence[str]) -> tuple[str, ...]:
+    line = words if isinstance(words, str) else ",".join(words)
     return tuple(word.strip().replace("_", " ") for word in line.replace(";", ",").split(",") if word.strip())
 
 
-def _pairs(images: str, masks: str) -> tuple[list[Job], Problems]:
-    """Images and masks of the same name; what stands alone is counted."""
-    pictures, labels, problems = files_by_stem(images), files_by_stem(masks), Problems()
-    for key in sorted(pictures.keys() - labels.keys()):
-        problems.add("image: no mask of its name", key)
-    for key in sorted(labels.keys() - pictures.keys()):
-        problems.add("mask: no image of its name", key)
-    jobs = [Job(key, key, path, labels[key]) for key, path in pictures.items() if key in labels]
-    if not jobs:
-        raise ValueError(f"{masks}: no mask has the name of an image of {images}")
-    return jobs, problems
+# ---- Records, in a worker process ----------------------------------------------------------------------------------
 
 
-def _semantic(job: Job, image: Image, problems: Problems, class_of: dict[int, int], unlabelled: set[int]) -> Record:
-    index = same_size(read_index(job.labels), image)
-    segments, ignore = [], np.zeros(index.shape, bool)
-    for value in np.unique(index).tolist():
+def _semantic(
+    job: Job, image: Image, problems: Problems, class_of: dict[int, int], unlabelled: set[int], colours: dict[int, int]
+) -> Record:
+    index = same_size(read_index(job.labels, colours), image)
+    segments, ignore = [], np.asarray(index < 0)
+    if ignore.any():
+        colour = -1 - int(index[ignore][0])
+        rgb = colour >> 16, colour >> 8 & 255, colour & 255
+        problems.add("segment: mask colour has no class", f"{job.key} {rgb}")
+    for value in np.unique(index[~ignore]).tolist():
         region = index == value
         if value in class_of:
             segments.append(Segment(class_of[value], box=box_of(region), mask=encode_rle(region)))
@@ -106,18 +227,43 @@ def _semantic(job: Job, image: Image, problems: Problems, class_of: dict[int, in
 
 
 def _foreground(job: Job, image: Image, problems: Problems) -> Record:
-    grey = same_size(read_grey(job.labels), image)
-    return foreground_record(job.key, image, grey > (127 if grey.max() > 1 else 0))
+    return foreground_record(job.key, image, read_mask(job.labels, image))
 
 
 def _matte(job: Job, image: Image, problems: Problems) -> Record:
-    alpha = same_size(read_grey(job.labels), image)
-    return foreground_record(job.key, image, alpha > 127, cv2.imencode(".png", alpha)[1].tobytes())
+    alpha_path, trimap_path = job.labels
+    alpha = same_size(read_grey(alpha_path), image)
+    trimap = None
+    if trimap_path:
+        try:
+            trimap = _png(_read_trimap(trimap_path, image))
+        except Unusable as e:
+            problems.add(f"trimap: {str(e).removeprefix('trimap ')}", job.key)
+    return foreground_record(job.key, image, alpha > 127, _png(alpha), trimap)
 
 
-def foreground_record(key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None) -> Record:
+def _read_trimap(path: str, image: Image) -> np.ndarray:
+    trimap = same_size(read_grey(path, "trimap"), image, "trimap")
+    if trimap.max() < 3:
+        raise Unusable("trimap has no value above 2; unknown is 128, inside is 255")
+    return trimap
+
+
+def read_mask(path: str, image: Image) -> np.ndarray:
+    """A black and white mask as bool [h, w]: above 127, or above 0 where nothing is above 1. Raises Unusable."""
+    grey = same_size(read_grey(path), image)
+    if 1 < grey.max() < 128:
+        raise Unusable("mask is nowhere brighter than 127; white is 255, or 1")
+    return grey > (127 if grey.max() > 1 else 0)
+
+
+def foreground_record(key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None, trimap: bytes | None = None) -> Record:
     """The record of one salient foreground, bool [h, w]. Raises Unusable where it is empty."""
     if not mask.any():
         raise Unusable("image has an empty foreground")
-    segment = Segment(box=box_of(mask), mask=encode_rle(mask), alpha=alpha, foreground=True)
+    segment = Segment(box=box_of(mask), mask=encode_rle(mask), alpha=alpha, trimap=trimap, foreground=True)
     return Record(key, image.data, image.height, image.width, (segment,))
+
+
+def _png(grey: np.ndarray) -> bytes:
+    return cv2.imencode(".png", grey)[1].tobytes()

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+JPEG = (".jpg", ".jpeg")
+EXTENSIONS = (*JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic")  # .heic: to be counted, OpenCV reads none
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
+_CHROMA = 32  # a grey JPEG's channels differ by less
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is counted, with the name of the file
 
 
 class Unusable(ValueError):
@@ -36,23 +41,48 @@ def read_image(path: str) -> Image:
     return Image(data, *pixels.shape[:2])
 
 
-def read_index(path: str) -> np.ndarray:
-    """An index mask as uint8 or uint16 [h, w]: grey, palette (the index, not the colour), or grey saved as RGB."""
+def read_index(path: str, colours: Mapping[int, int] | None = None) -> np.ndarray:
+    """An index mask as int [h, w]: grey, palette (the index, not the colour), or grey saved as RGB.
+
+    With `colours` (red << 16 | green << 8 | blue to mask value) a mask of three channels is read by them; a colour that is
+    not among them becomes its own negative less one.
+    """
     data = _read(path, "mask")
     depth = 8
     if data.startswith(_PNG) and data[25] == 3:
         data, depth = _palette_to_grey(data), data[24]
+    elif data.startswith(_PNG) and data[24] == 1:
+        depth = 1  # PIL reads 0 and 1 of it, OpenCV 0 and 255
     mask = _decode(data, cv2.IMREAD_UNCHANGED)
+    if mask.ndim == 3 and mask.shape[2] == 4 and (mask[..., 3] == 255).all():
+        mask = mask[..., :3]
+    if colours and mask.shape[2:] == (3,) and mask.dtype == np.uint8:
+        return _by_colour(mask, colours)
     if mask.ndim == 3:
         if mask.shape[2] > 3 or (mask != mask[..., :1]).any():
-            raise Unusable("mask is a colour picture, not an index PNG")
+            mend = "" if colours else "; a class list with colours can read it"
+            raise Unusable(f"mask is a colour picture, not an index PNG{mend}")
         mask = mask[..., 0]
     return mask // (255 // (2**depth - 1)) if depth < 8 else mask
 
 
-def read_grey(path: str) -> np.ndarray:
-    """A matte or a black and white mask as uint8 [h, w], 0 to 255."""
-    return _decode(_read(path, "mask"), cv2.IMREAD_GRAYSCALE)
+def read_grey(path: str, kind: str = "mask") -> np.ndarray:
+    """A matte or a black and white mask as uint8 [h, w], 0 to 255: the alpha channel if it says anything, else the grey value."""
+    data = _read(path, kind)
+    # UNCHANGED keeps the alpha channel, and leaves an image as EXIF would not: a JPEG has no alpha, but may have EXIF.
+    pixels = _decode(data, cv2.IMREAD_COLOR if data.startswith(_JPEG) else cv2.IMREAD_UNCHANGED, kind)
+    if pixels.dtype == np.uint16:
+        pixels = (pixels >> 8).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise Unusable(f"{kind} cannot be decoded")
+    if pixels.ndim == 2:
+        return pixels
+    blue, green, red, *alpha = cv2.split(pixels)
+    if alpha and alpha[0].min() < alpha[0].max():
+        return alpha[0]
+    if max(cv2.absdiff(blue, green).max(), cv2.absdiff(green, red).max()) > _CHROMA:
+        raise Unusable(f"{kind} is a colour picture, not black and white")
+    return cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
 
 
 def read_ids(path: str) -> np.ndarray:
@@ -61,10 +91,19 @@ def read_ids(path: str) -> np.ndarray:
     return bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
 
 
-def same_size(mask: np.ndarray, image: Image) -> np.ndarray:
+def read_channels(path: str, count: int) -> np.ndarray:
+    """A PNG of `count` (3 or 4) channels of 8 bit as uint8 [h, w, count]: R, G, B, A."""
+    pixels = _decode(_read(path, "mask"), cv2.IMREAD_UNCHANGED)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != count:
+        raise Unusable(f"mask has not {count} channels of 8 bit")
+    return pixels[..., [2, 1, 0, 3][:count]]
+
+
+def same_size(mask: np.ndarray, image: Image, kind: str = "mask") -> np.ndarray:
     """The mask itself. Raises Unusable where its size is not the image's."""
     if mask.shape != (image.height, image.width):
-        raise Unusable("mask has another size than its image")
+        turned = " (turned by EXIF)" if mask.shape == (image.width, image.height) else ""
+        raise Unusable(f"{kind} has another size than its image{turned}")
     return mask
 
 
@@ -105,7 +144,15 @@ def _palette_to_grey(data: bytes) -> bytes:
     return b"".join(out)
 
 
-def files_by_stem(folder: str) -> dict[str, str]:
+def _by_colour(bgr: np.ndarray, colours: Mapping[int, int]) -> np.ndarray:
+    """Mask values int32 [h, w] of a colour picture, as `read_index` says."""
+    packed = bgr.astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
+    known = np.array(sorted(colours), np.int32)
+    at = np.searchsorted(known, packed).clip(max=len(known) - 1)
+    return np.where(known[at] == packed, np.array([colours[c] for c in known.tolist()], np.int32)[at], -1 - packed)
+
+
+def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[str, str]:
     """Image files of a folder and its sub-folders, sorted: path within the folder without extension to full path."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
@@ -114,10 +161,11 @@ def files_by_stem(folder: str) -> dict[str, str]:
         folders.sort()
         for name in sorted(names):
             stem, extension = os.path.splitext(name)
-            if extension.lower() not in EXTENSIONS:
+            if extension.lower() not in extensions or name.startswith("."):  # macOS packs a "._a.jpg" beside each file
                 continue
             key = os.path.relpath(os.path.join(parent, stem), folder).replace(os.sep, "/")
             if key in found:
-                raise ValueError(f"{os.path.join(parent, name)}: {os.path.basename(found[key])} has the same name; remove one of them")
+                other = os.path.basename(found[key])
+                raise ValueError(f"{os.path.join(parent, name)}: {other} has the same name; remove one, or keep masks in their own folder")
             found[key] = os.path.join(parent, name)
     return dict(sorted(found.items()))

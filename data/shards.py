@@ -1,264 +1,369 @@
-"""Writing a prepared split: jobs to records in worker processes, records to ArrayRecord shards, whole or not at all."""
+"""Writing a prepared split: jobs to records to ArrayRecord shards, a shard a worker; whole or not at all, and gone on with.
+
+Shards are made in `<name>/<split>.partial`, which keeps the finished ones for as long as the plan stays the same, and are
+moved out of it when all are there. `<split>.report.json` says what became of the plan.
+"""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import dataclasses
-import functools
+import hashlib
+import itertools
+import json
+import math
 import multiprocessing
 import os
+import pathlib
+import pickle
 import re
+import shutil
 import signal
-from collections.abc import Callable, Iterable, Iterator, Set
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any
 
 import cv2
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from images import Image, Unusable, read_image
+from plan import Built, Job, Plan, Problems, Report
 from tqdm import tqdm
 
-from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, shard_paths
+from mqformer_jax.input.record import FORMAT, DatasetInfo, origins_path, shard_paths
 
-SHARD_BYTES = 256 << 20
-HELD_OUT = "image: held out for evaluation by another set"
-
-
-@dataclasses.dataclass
-class Problems:
-    """What was dropped: how often for each reason, and the first few names."""
-
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-
-    def add(self, reason: str, what: str) -> None:
-        self.counts[reason] += 1
-        self.examples.setdefault(reason, [])
-        self.examples[reason] = (self.examples[reason] + [what])[:3]
-
-    def update(self, other: Problems) -> None:
-        for reason, names in other.examples.items():
-            self.counts[reason] += other.counts[reason]
-            self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
+# A shard holds about so much of image files and so many images at most. A set that is smaller is cut further, down to
+# FEW_IMAGES a shard and into no more than SMALL_SHARDS, so that all cores have work.
+SHARD_BYTES = 128 << 20
+SHARD_IMAGES = 2048
+FEW_IMAGES = 32
+SMALL_SHARDS = 16
 
 
-@dataclasses.dataclass
-class Job:
-    """One image to be made a record. id: what other annotation files call it. labels: whatever its family needs.
-
-    origin: see `Record`; `coco_origin` knows COCO's pictures by their file names.
-    """
-
-    key: str
-    id: int | str
-    image: str
-    labels: Any
-    origin: str = ""
-
-
-def coco_origin(name: str) -> str:
-    """ "coco/391895" for the file name of a picture of COCO, 2014's or 2017's; "" for any other."""
-    found = re.fullmatch(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", os.path.basename(name))
-    return f"coco/{int(found[1])}" if found else ""
-
-
-@dataclasses.dataclass
-class Built:
-    """One job done: the record's bytes (None where the image was dropped), its segments by kind, what was wrong."""
-
-    record: bytes | None
-    segments: collections.Counter[str]
-    problems: Problems
-
-
-@dataclasses.dataclass
-class Plan:
-    """A split that is ready to be prepared. kind: the subcommand. make: job to Built, in another process.
-
-    exhaustive, unique_texts: see `DatasetInfo`.
-    """
-
-    kind: str
-    classes: tuple[ClassInfo, ...]
-    jobs: list[Any]
-    make: Callable[[Any], Built]
-    exhaustive: bool = True
-    problems: Problems = dataclasses.field(default_factory=Problems)
-    unique_texts: bool = True
-
-    def only(self, keep: Callable[[Job], bool]) -> Plan:
-        """The plan for the images that belong to this split, where one file lists several."""
-        problems = Problems()
-        problems.update(self.problems)
-        return dataclasses.replace(self, jobs=[job for job in self.jobs if keep(job)], problems=problems)
-
-    def without(self, held_out: Set[int | str]) -> Plan:
-        """The plan without images that another set evaluates on; each is counted as dropped."""
-        plan = self.only(lambda job: job.id not in held_out)
-        for job in self.jobs:
-            if job.id in held_out:
-                plan.problems.add(HELD_OUT, job.key)
-        return plan
-
-
-@dataclasses.dataclass
-class Report:
-    name: str
-    split: str
-    images: int
-    kept: int
-    size: int
-    shards: int
-    segments: collections.Counter[str]
-    problems: Problems
-
-    def __str__(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(self.segments.items())) or "none"
-        lines = [
-            f"{self.name} {self.split}: {self.kept} images kept, {self.images - self.kept} dropped, "
-            f"{self.shards} shard{'s' * (self.shards > 1)}, {self.size / 1e6:.1f} MB",
-            f"  segments: {kinds}",
-        ]
-        return "\n".join(lines + [f"  {reason}" for reason in self.reasons()])
-
-    def reasons(self) -> list[str]:
-        """What was dropped, most frequent first, with the first few names."""
-        shown = []
-        for reason, count in self.problems.counts.most_common():
-            names = self.problems.examples[reason]
-            shown.append(f"{count} x {reason} ({', '.join(names)}{', …' * (count > len(names))})")
-        return shown
-
-
-def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Built:
-    """Reads a job's image and makes its record; whatever makes the whole image unusable is counted, not raised."""
-    problems = Problems()
-    try:
-        record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
-    except Unusable as e:
-        problems.add(f"image: {e}" if not str(e).startswith("image") else f"image: {str(e)[6:]}", job.key)
-        return Built(None, collections.Counter(), problems)
-    return Built(record.to_bytes(), count_segments(record), problems)
-
-
-def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:
-    """`build` for one family of records; `context` is passed on as keywords. Goes to worker processes."""
-    return functools.partial(build, functools.partial(make_record, **context))
-
-
-def count_segments(record: Record) -> collections.Counter[str]:
-    """Segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
-    counts: collections.Counter[str] = collections.Counter()
-    for s in record.segments:
-        shape = "matte" if s.alpha else "mask" if s.mask else "box only"
-        counts["crowd" if s.crowd else f"foreground {shape}" if s.foreground else shape] += 1
-        counts["expression"] += len(s.texts)
-    counts["expression of nothing"] += len(record.absent_texts)
-    return +counts
+# ---- Worker processes ---------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def worker_map(workers: int) -> Iterator[Callable[[Callable, Iterable], Iterator]]:
-    """A `map` that keeps order, over `workers` processes; in this process where that is 1."""
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
+    """Processes that start when there is work for them and end with this one, however it ends; None where 1 is wanted."""
     if workers <= 1:
-        yield map
+        yield None
         return
     # Spawned on every system alike: forking a process that has threads (OpenCV, hotcoco) may hang.
-    with multiprocessing.get_context("spawn").Pool(workers, _start_worker) as pool:
-        yield functools.partial(pool.imap, chunksize=4)
+    context = multiprocessing.get_context("spawn")
+    theirs, ours = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
+    try:
+        yield pool
+    except BaseException:
+        ours.close()  # a shard may take minutes that nobody waits for any more
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+        ours.close()
 
 
-def _start_worker() -> None:
+def _start_worker(parent: Connection) -> None:
     cv2.setNumThreads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def write_split(out: str, name: str, split: str, plan: Plan, ordered_map: Callable = map, shard_bytes: int = SHARD_BYTES) -> Report:
-    """Prepares one split into `<out>/<name>` and enters it in `dataset.json`.
+def _end_with(parent: Connection) -> None:
+    """Ends this process when the other end of the pipe is closed, by the parent or by its death."""
+    parent.poll(None)
+    os._exit(1)
 
-    Shards grow under temporary names; an exception, a kill or a full disk on the way leaves the split as it was before.
-    Raises ValueError where the set holds other classes already or no image is left.
+
+# ---- One shard ----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Contents:
+    """What shards hold. That of a finished shard lies beside it as JSON, which is written last.
+
+    shards: of a split, how many hold records; there is no file of one that does not. bytes: size of the files. class_images: how many
+    images show each class. origins: of the records, in their order. fingerprint: that of a whole split's plan.
     """
-    folder = os.path.join(out, name)
+
+    shards: int = 0
+    records: int = 0
+    bytes: int = 0
+    segments: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    class_images: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    problems: Problems = dataclasses.field(default_factory=Problems)
+    origins: list[str] = dataclasses.field(default_factory=list)
+    fingerprint: str = ""
+
+    def add(self, built: Built) -> None:
+        self.segments.update(built.segments)
+        self.problems.update(built.problems)
+        if built.record is not None:
+            self.records += 1
+            self.class_images.update(built.classes)
+            self.origins.append(built.origin)
+
+    def update(self, other: Contents) -> None:
+        self.shards += other.records > 0
+        self.records += other.records
+        self.bytes += other.bytes
+        self.segments.update(other.segments)
+        self.class_images.update(other.class_images)
+        self.problems.update(other.problems)
+        self.origins += other.origins
+
+    def save(self, path: str) -> None:
+        _write_text(path, json.dumps({**vars(self), "problems": vars(self.problems)}))
+
+    @classmethod
+    def load(cls, path: str) -> Contents:
+        with open(path) as f:
+            fields = json.load(f)
+        fields["segments"] = collections.Counter(fields["segments"])
+        fields["class_images"] = collections.Counter({int(i): count for i, count in fields["class_images"].items()})
+        problems = fields.pop("problems")
+        return cls(**fields, problems=Problems(collections.Counter(problems["counts"]), problems["examples"]))
+
+
+def make_shard(make: Callable[[Any], Built], jobs: Sequence[Any], path: str) -> int:
+    """Makes a shard: `path`.array_record, then `path`.json. The number of its jobs."""
+    contents, temporary = Contents(), f"{path}.{os.getpid()}.tmp"
+    try:
+        writer = ArrayRecordWriter(temporary, "group_size:1")
+        for job in jobs:
+            built = make(job)
+            contents.add(built)
+            if built.record is not None:
+                with _write_errors(path):
+                    writer.write(built.record)
+        with _write_errors(path):
+            writer.close()
+            reader = ArrayRecordReader(temporary)
+            written = reader.num_records()
+            reader.close()
+        if written != contents.records:
+            raise OSError(f"{path}: {written} of {contents.records} records were written; is the disk full?")
+        if contents.records:
+            contents.bytes = os.path.getsize(temporary)
+            _put(temporary, f"{path}.array_record")
+        contents.save(f"{path}.json")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return len(jobs)
+
+
+@contextlib.contextmanager
+def _write_errors(path: str) -> Iterator[None]:
+    """ArrayRecord's errors are RuntimeErrors of several sentences; the first says what the matter is."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(f"{path}: {str(e).split(';')[0]}") from None
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    _put(path + ".tmp", path)
+
+
+def _put(temporary: str, path: str) -> None:
+    """Renames a file that is whole, on the disk too: a machine may be taken away at any time."""
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+# ---- All shards of a split ----------------------------------------------------------------------------------------
+
+
+def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolExecutor | None = None) -> Report:
+    """Prepares one split into `<out>/<name>` and enters it in `dataset.json`; without a `worker_pool`, in this process.
+
+    An exception, a kill or a full disk on the way leaves the split as it was before, or not there, and the next call goes on
+    with the shards that were finished. Raises ValueError where the set holds other classes already or no image is left.
+    """
+    folder, title = os.path.join(out, name), f"{name} {split}"
     os.makedirs(folder, exist_ok=True)
     _entry(folder, name, split, plan)  # before the work, so that a clash costs nothing
-    _remove(folder, rf"{re.escape(split)}-\d+\.tmp")
-    report = Report(name, split, len(plan.jobs), 0, 0, 0, collections.Counter(), Problems())
-    report.problems.update(plan.problems)
-    report.images += sum(count for reason, count in plan.problems.counts.items() if reason.startswith("image:"))
-    try:
-        counts = _write_shards(folder, split, _records(plan, ordered_map, report), shard_bytes)
-        if not report.kept:
-            raise ValueError(f"nothing of {name} {split} can be used: {'; '.join(report.reasons()) or 'it lists no image'}")
-        # From here to the last line the split is in no dataset.json, so no reader takes old and new shards for one.
-        info = _entry(folder, name, split, plan)
-        info.splits.pop(split, None)
-        info.save(folder)
-        _remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
-        for i, path in enumerate(shard_paths(folder, split, len(counts))):
-            os.replace(_temporary(folder, split, i), path)
-            report.size += os.path.getsize(path)
-        info.splits[split] = report.kept
-        info.save(folder)
-    finally:
-        _remove(folder, rf"{re.escape(split)}-\d+\.tmp")
-    report.shards = len(counts)
+    stats = [[_stat(path) for path in _files(job)] for job in plan.jobs]
+    runs = partition(plan.jobs, [files[0][0] if files else 0 for files in stats])
+    key = fingerprint(plan, runs, stats)
+    partial = os.path.join(folder, f"{split}.partial")
+    if (before := _prepared(folder, split, key)) is not None:
+        print(f"{title}: these files are prepared already, nothing was done", file=sys.stderr)
+        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed at its last step
+        return _report(name, split, plan, before)
+    _open_partial(partial, key, title)
+    paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
+    _take_back(folder, split, paths)
+    todo = {path: jobs for path, jobs in zip(paths, runs) if not _finished(path)}
+    if len(todo) < len(paths):
+        print(f"{title}: {len(paths) - len(todo)} of {len(paths)} shards were finished, going on", file=sys.stderr)
+    done = len(plan.jobs) - sum(map(len, todo.values()))
+    with tqdm(desc=title, total=len(plan.jobs), initial=done, leave=False, disable=None) as bar:
+        for images in _make_shards(plan.make, todo, pool):
+            bar.update(images)
+    shards, total = [Contents.load(f"{path}.json") for path in paths], Contents()
+    for shard in shards:
+        total.update(shard)
+    report = _report(name, split, plan, total)
+    if report.kept:
+        _go_live(folder, split, _moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key)
+    shutil.rmtree(partial)
+    if not report.kept:
+        raise ValueError(f"nothing of {title} can be used: {'; '.join(report.reasons()) or 'it lists no image'}")
     return report
 
 
+def _prepared(folder: str, split: str, key: str) -> Contents | None:
+    """What the split holds, where it is whole and was made of the very same."""
+    try:
+        contents = Contents.load(_report_path(folder, split))
+        shards = shard_paths(folder, split, contents.shards)
+        whole = split in DatasetInfo.load(folder).splits and sum(map(os.path.getsize, shards)) == contents.bytes
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return contents if whole and contents.fingerprint == key else None
+
+
+def _report_path(folder: str, split: str) -> str:
+    return os.path.join(folder, f"{split}.report.json")
+
+
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
-    """The set's `dataset.json`, or a new one. Raises ValueError where it disagrees with the plan."""
+    """The set's `dataset.json`, or a new one, without the split. Raises ValueError where it disagrees with the plan."""
+    new = DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
     if not os.path.exists(os.path.join(folder, "dataset.json")):
-        return DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
+        return new
     info = DatasetInfo.load(folder)
-    if info.splits.keys() <= {split}:
-        return DatasetInfo(name, plan.classes, info.splits, plan.exhaustive, plan.kind, plan.unique_texts)
-    if (info.classes, info.exhaustive) != (plan.classes, plan.exhaustive):
+    info.splits.pop(split, None)
+    info.class_images.pop(split, None)
+    if info.splits and (info.classes, info.exhaustive) != (plan.classes, plan.exhaustive):
         others = ", ".join(sorted(info.splits))
         raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other classes than {split}; give another --name")
-    return info
+    return info if info.splits else new
 
 
-def _records(plan: Plan, ordered_map: Callable, report: Report) -> Iterator[bytes]:
-    title = f"{report.name} {report.split}"
-    for built in tqdm(ordered_map(plan.make, plan.jobs), desc=title, total=len(plan.jobs), leave=False, disable=None):
-        report.problems.update(built.problems)
-        report.segments.update(built.segments)
-        if built.record is not None:
-            report.kept += 1
-            yield built.record
+def _open_partial(partial: str, key: str, title: str) -> None:
+    """Makes the folder. What one holds that was made for the very same is kept, what was made for others is thrown away."""
+    note = os.path.join(partial, "fingerprint")
+    if os.path.isdir(partial):
+        if os.path.exists(note) and pathlib.Path(note).read_text() == key:
+            _remove(partial, r".*\.tmp")
+            return
+        print(f"{title}: {partial} was begun with other files, options or code; starting anew", file=sys.stderr)
+        shutil.rmtree(partial)
+    os.mkdir(partial)
+    _write_text(note, key)
 
 
-def _write_shards(folder: str, split: str, records: Iterator[bytes], shard_bytes: int) -> list[int]:
-    """Writes temporary shards of about `shard_bytes`; the number of records in each."""
-    counts: list[int] = []
-    writer, filled = None, 0
-    for record in records:
-        if writer is None or filled >= shard_bytes:
-            _close(writer, folder, split, counts)
-            writer, filled = ArrayRecordWriter(_temporary(folder, split, len(counts)), "group_size:1"), 0
-            counts.append(0)
-        writer.write(record)
-        filled += len(record)
-        counts[-1] += 1
-    _close(writer, folder, split, counts)
-    return counts
+def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
+    """Jobs to the runs that become shards, about equal by the bytes of their images. Workers have no say in it."""
+    small = min(SMALL_SHARDS, math.ceil(len(jobs) / FEW_IMAGES))
+    count = max(small, math.ceil(sum(sizes) / SHARD_BYTES), math.ceil(len(jobs) / SHARD_IMAGES))
+    ends = list(itertools.accumulate(size + (1 << 14) for size in sizes))  # an image costs something whatever its size
+    numbered = zip(jobs, [0, *ends])
+    return [[job for job, _ in run] for _, run in itertools.groupby(numbered, lambda pair: pair[1] * count // ends[-1])]
 
 
-def _close(writer: ArrayRecordWriter | None, folder: str, split: str, counts: list[int]) -> None:
-    """Closes a shard and counts what can be read of it: the writer is silent about a full disk."""
-    if writer is None:
+def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
+    """Differs wherever shards could: by the jobs, their files, how records are made, the code that makes them."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    for part in (FORMAT, plan.kind, plan.classes, plan.exhaustive, plan.unique_texts, plan.make, stats, *runs):
+        digest.update(pickle.dumps(part))
+    return digest.hexdigest()
+
+
+def _files(job: Any) -> list[str]:
+    """The image of a job, then all that its labels may name as files. The sample's jobs are seeds."""
+    return [job.image, *_paths(job.labels)] if isinstance(job, Job) else []
+
+
+def _paths(labels: Any) -> Iterator[str]:
+    if isinstance(labels, str) and os.sep in labels:
+        yield labels
+    elif isinstance(labels, tuple):
+        for part in labels:
+            yield from _paths(part)
+
+
+def _stat(path: str) -> tuple[int, int]:
+    """Size in bytes and time of the last change of a file, in ns; zeros where there is none."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
+
+
+def _finished(path: str) -> bool:
+    try:
+        contents = Contents.load(f"{path}.json")
+    except FileNotFoundError:
+        return False
+    return _stat(f"{path}.array_record")[0] == contents.bytes
+
+
+def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolExecutor | None) -> Iterator[int]:
+    """Makes the shards in any order; the number of jobs of each when it is finished."""
+    if pool is None:
+        yield from (make_shard(make, jobs, path) for path, jobs in todo.items())
         return
-    writer.close()
-    path = _temporary(folder, split, len(counts) - 1)
-    reader = ArrayRecordReader(path)
-    if reader.num_records() != counts[-1]:
-        raise OSError(f"{path}: {reader.num_records()} of {counts[-1]} records were written; is the disk full?")
-    reader.close()
+    try:
+        for done in as_completed([pool.submit(make_shard, make, jobs, path) for path, jobs in todo.items()]):
+            yield done.result()
+    except BrokenProcessPool:
+        mend = "if memory ran out, give fewer --workers. Finished shards are kept, and the same command goes on"
+        raise OSError(f"a worker process died; {mend}") from None
 
 
-def _temporary(folder: str, split: str, index: int) -> str:
-    return os.path.join(folder, f"{split}-{index:05d}.tmp")
+def _report(name: str, split: str, plan: Plan, total: Contents) -> Report:
+    problems = Problems()
+    problems.update(plan.problems)
+    images = len(plan.jobs) + sum(count for reason, count in problems.counts.items() if reason.startswith("image:"))
+    problems.update(total.problems)
+    return Report(name, split, images, total.records, total.bytes, total.shards, total.segments, problems)
+
+
+def _moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Contents]) -> list[tuple[str, str]]:
+    """Where each shard that holds records lies while it is partial, and where readers look for it."""
+    made = [f"{path}.array_record" for path, shard in zip(paths, shards) if shard.records]
+    return list(zip(made, shard_paths(folder, split, len(made))))
+
+
+def _go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str) -> None:
+    """Moves the shards to where readers look for them. `info`: what `dataset.json` says of the other splits."""
+    # From here to the last line the split is in no dataset.json, so no reader takes old and new shards for one.
+    info.save(folder)
+    _remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
+    _remove(folder, re.escape(os.path.basename(origins_path(folder, split))))
+    _remove(folder, re.escape(os.path.basename(_report_path(folder, split))))
+    for made, live in moves:
+        os.replace(made, live)
+    if any(total.origins):
+        _write_text(origins_path(folder, split), "".join(f"{origin}\n" for origin in total.origins))
+    dataclasses.replace(total, origins=[], fingerprint=key).save(_report_path(folder, split))
+    info.splits[split] = total.records
+    if info.classes:
+        info.class_images[split] = tuple(total.class_images[i] for i in range(len(info.classes)))
+    info.save(folder)
+
+
+def _take_back(folder: str, split: str, paths: Sequence[str]) -> None:
+    """Moves shards back that a preparation had moved when it was killed, before it could enter the split."""
+    entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
+    if entered or not all(os.path.exists(f"{path}.json") for path in paths):
+        return
+    for made, live in _moves(folder, split, paths, [Contents.load(f"{path}.json") for path in paths]):
+        if not os.path.exists(made) and os.path.exists(live):  # old shards are all gone before the first is moved
+            os.replace(live, made)
 
 
 def _remove(folder: str, pattern: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import coco
 import folders
-from shards import Job, Plan
+from plan import Job, Plan
 
 REFERRING_VAL = 4  # of images that only the expressions use, those whose id is a multiple of this are val
 
@@ -47,7 +47,7 @@ def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
     ade = (at("ade20k", "images"), at("ade20k", "annotations"), at("ade20k", "objectInfo150.txt"))
     yield "ade20k_sem_seg", "train", folders.semantic(*ade)
     yield from _split("balloon", coco.instances(at("balloon", "instances.json"), at("balloon", "images")), every=5)
-    yield from _split("mattes", folders.mattes(at("matting", "images"), at("matting", "alpha")), every=6)
+    yield from _split("mattes", folders.mattes(at("matting", "images"), at("matting", "alpha"), at("matting", "trimap")), every=6)
     for name in ("raccoon", "kangaroo"):
         yield name, "train", coco.instances(at("boxonly", f"{name}.json"), at("boxonly", name))
 

@@ -93,10 +93,13 @@ def base() -> ConfigDict:
                 canvas=(1024, 1024),
                 max_targets=100,
                 max_prompts=160,
+                mask_canvases=8.0,  # room for the masks of an image, in canvases; COCO panoptic needs 1.1 on average, 3 at most
                 scale=(0.1, 2.0),
                 flip=0.5,
                 jitter=0.0,
                 templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
+                leak_guard=True,  # images of eval.sets, and of val and test splits of referring sets under root, are not trained on
+                max_bad=0.05,  # the share of unusable records of a data set that stops the run
                 workers=0,
                 threads=8,
             ),
@@ -141,6 +144,8 @@ def check(config: ConfigDict) -> None:
     deepest = max(model.strides)
     fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
     _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
+    _require(data.mask_canvases >= 1, "data.mask_canvases", data.mask_canvases, "must be at least 1, the room of one mask")
+    _require(0 <= data.max_bad <= 1, "data.max_bad", data.max_bad, "is a share of a data set's records: 0 to 1")
     _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")
     tokens = sum((data.canvas[0] // s) * (data.canvas[1] // s) for s in model.strides)
     _require(

@@ -55,7 +55,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             loader.check_state(data)
         evaluate.save_json(os.path.join(workdir, "config.json"), config.to_dict())
         metrics = Metrics(workdir, config, [entry["name"] for entry in config.data.mixture], step)
-        print(f"{workdir}: {describe(state, config)}", flush=True)
+        if jax.process_index() == 0:
+            print("\n".join([*loader.report, f"{workdir}: {describe(state, config)}"]), flush=True)
 
         # -- steps ----------------------------------------------------------------------------------------------------
         batches = loader.batches(step, jax.process_index(), jax.process_count())
@@ -104,11 +105,13 @@ class Metrics:
         self.sources, self.batch_size = sources, config.batch_size
         self.rate = schedule(config.optimizer, config.steps)
         self.pending: list[dict[str, Any]] = []
+        self.images = dict.fromkeys(sources, 0)  # of each source, since step 0
         self.started = time.perf_counter()
         self.writes = jax.process_index() == 0
         if self.writes:
             path = os.path.join(workdir, "metrics.jsonl")
-            _forget_after(path, step)
+            before = _forget_after(path, step)
+            self.images = {name: before.get(f"images/{name}", 0) for name in sources}
             self.file = open(path, "a")
             self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
 
@@ -125,6 +128,9 @@ class Metrics:
             for source, loss in zip(m["source"], m["per_image"]):
                 by_source[self.sources[source]].append(loss)
         values.update({f"source/{name}": float(np.mean(losses)) for name, losses in sorted(by_source.items())})
+        for name, losses in by_source.items():
+            self.images[name] += len(losses)
+        values.update({f"images/{name}": count for name, count in self.images.items()})
         for kind, (learnable, targets) in zip(("instances", "regions"), np.sum([m["taken"] for m in pending], 0)):
             values[f"learnable_share/{kind}"] = float(learnable / max(targets, 1))
         values["learning_rate"] = float(self.rate(step - 1))
@@ -151,12 +157,14 @@ class Metrics:
             self.board.add_scalar(name, value, step)
 
 
-def _forget_after(path: str, step: int) -> None:
-    """Drop the lines of steps that will be done again, and a line that was cut short."""
+def _forget_after(path: str, step: int) -> dict[str, float]:
+    """Drop the lines of steps that will be done again, and a line that was cut short; the last value of everything else."""
     if not os.path.exists(path):
-        return
+        return {}
     with open(path) as f:
-        whole = [line for line in f if line.endswith("\n")]
+        lines = [json.loads(line) for line in f if line.endswith("\n")]
+    known = [line for line in lines if line["step"] <= step]
     with open(path + ".tmp", "w") as f:
-        f.writelines(line for line in whole if json.loads(line)["step"] <= step)
+        f.writelines(json.dumps(line) + "\n" for line in known)
     os.replace(path + ".tmp", path)
+    return {key: value for line in known for key, value in line.items()}

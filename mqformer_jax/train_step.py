@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
-from mqformer_jax.input.batch import Batch
+from mqformer_jax.input.batch import Batch, Room
 from mqformer_jax.losses.criterion import Weights, criterion
 from mqformer_jax.losses.denoising import noise_targets
 from mqformer_jax.models.mqformer import MQFormer
@@ -124,8 +124,10 @@ def abstract_batch(config: ConfigDict) -> Batch:
         num_targets=array(jnp.int32),
         boxes=array(jnp.float32, n, 4),
         positive=array(bool, n, p),
+        negative=array(bool, n, p),
         has_mask=array(bool, n),
-        masks=array(jnp.uint8, n, h, w // 8),
+        masks=array(jnp.uint8, Room.of(config.data).mask_bytes),
+        windows=array(jnp.int32, n, 5),
         ignore=array(jnp.uint8, h, w // 8),
         source=array(jnp.int32),
     )

@@ -72,6 +72,15 @@ def sample_root(tmp_path_factory) -> str:
     return str(root)
 
 
+@pytest.fixture(scope="session")
+def small_root(real_data, tmp_path_factory) -> str:
+    """Every family of the real data, prepared as a user prepares it."""
+    root = tmp_path_factory.mktemp("small")
+    script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
+    subprocess.run([sys.executable, str(script), "small", "--source", str(real_data), "--out", str(root)], check=True, capture_output=True)
+    return str(root)
+
+
 @pytest.fixture
 def tiny_config(sample_root):
     """A fresh tiny recipe that reads the prepared sample."""

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from mqformer_jax import main
+from mqformer_jax.command_line import parse_flags
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 RECIPE = f"--config={REPOSITORY}/configs/coco_ref.py:sample"
@@ -18,7 +19,7 @@ def parse(monkeypatch):
     def run(*arguments):
         argv = ["main", "--workdir=unused", *arguments]
         monkeypatch.setattr(sys, "argv", argv)
-        return main.parse_flags(argv)
+        return parse_flags(argv, "mqformer_jax")
 
     return run
 

@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from mqformer_jax.input.example import Example
+from mqformer_jax.input.example import Example, Target
 
 PAD = 128  # grey of the padding right and below the image
+SAME = 0.5  # IoU of boxes from which two targets may be one object under two names
 
 
 @flax.struct.dataclass
 class Batch:
-    """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt.
+    """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt, M bytes of masks.
 
-    Rows past `num_targets` and prompts that are not `prompt_valid` are padding. Masks travel as bits, eight pixels of a
-    row in a byte (`np.packbits(mask, axis=-1)`), so W is a multiple of 8.
+    Rows past `num_targets` and prompts that are not `prompt_valid` are padding.
 
-    tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
     image: 0 to 255, padded right and below. size: height and width of the valid part, pixels.
+    tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
     prompt_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
-    positive: which prompts name which target. has_mask: the target's mask is known. masks: its bits.
+    positive: which prompts name which target. negative: which do not, of the prompts that are not exhaustive; about a pair
+        that is neither nothing is known.
+    has_mask: the target's mask is known. masks: all masks of an image one after another, each only in a window around it, as
+        bits (eight pixels of a row in a byte, as `np.packbits` has them). windows: where in `masks` and where on the canvas:
+        first byte, top, left / 8, height, width / 8. A full canvas for each target would be 13 MB an image at 1024 x 1024.
     ignore: bits of the pixels where nothing is known (the padding is not among them: see `size`).
     source: index of the data set in the mixture, for metrics only.
     """
@@ -38,10 +43,48 @@ class Batch:
     num_targets: Int[np.ndarray, "b"]
     boxes: Float[np.ndarray, "b n 4"]
     positive: Bool[np.ndarray, "b n p"]
+    negative: Bool[np.ndarray, "b n p"]
     has_mask: Bool[np.ndarray, "b n"]
-    masks: UInt8[np.ndarray, "b n h w8"]
+    masks: UInt8[np.ndarray, "b m"]
+    windows: Int[np.ndarray, "b n 5"]
     ignore: UInt8[np.ndarray, "b h w8"]
     source: Int[np.ndarray, "b"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a row of a Batch has room for: the canvas (height, width), prompts, targets, and bytes of masks."""
+
+    canvas: tuple[int, int]
+    prompts: int
+    targets: int
+    mask_bytes: int
+
+    @classmethod
+    def of(cls, data: Any) -> Room:
+        """That of `config.data`."""
+        height, width = data.canvas
+        return cls((height, width), data.max_prompts, data.max_targets, int(data.mask_canvases * height * (width // 8)))
+
+
+@dataclasses.dataclass
+class Row:
+    """One example ready for a Batch, still without padding: p prompts, n targets, an image of h x w.
+
+    bits: each target's mask in its window, None where only the box is known. windows: without the first byte.
+    """
+
+    image: UInt8[np.ndarray, "h w 3"]
+    tokens: Int[np.ndarray, "p l"]
+    region: Bool[np.ndarray, "p"]
+    exhaustive: Bool[np.ndarray, "p"]
+    boxes: Float[np.ndarray, "n 4"]
+    positive: Bool[np.ndarray, "n p"]
+    negative: Bool[np.ndarray, "n p"]
+    bits: list[UInt8[np.ndarray, "mh mw8"] | None]
+    windows: list[tuple[int, int, int, int]]
+    ignore: UInt8[np.ndarray, "h w8"] | None
+    source: int
 
 
 def to_row(
@@ -49,62 +92,145 @@ def to_row(
     texts: Sequence[str],
     indices: Int[np.ndarray, "p"],
     tokenizer: Callable[[Sequence[str]], Int[np.ndarray, "n l"]],
-    canvas: tuple[int, int],
-    max_targets: int,
-    max_prompts: int,
+    room: Room,
     source: int,
     rng: np.random.Generator,
-) -> Batch:
-    """One example, no larger than the canvas (height, width), as a row of a Batch: its fields without the leading axis.
+) -> Row:
+    """One example, no larger than the canvas, as a row.
 
     texts, indices: what `choose_prompts` gave. Targets that no chosen prompt names are left out. If there are more
-    targets than fit, a random subset stays, and the prompts of the others are no longer exhaustively labelled.
+    targets than fit (rows, or bytes of masks), a random subset stays, and the prompts of the others are no longer
+    exhaustively labelled.
     """
-    new = {int(old): i for i, old in enumerate(indices)}
-    targets = [t for t in example.targets if any(p in new for p in t.prompts)]
-    exhaustive = np.zeros(max_prompts, bool)
-    exhaustive[: len(indices)] = [example.prompts[i].exhaustive for i in indices]
-    if len(targets) > max_targets:
-        order = rng.permutation(len(targets))
-        for i in order[max_targets:]:
-            exhaustive[[new[p] for p in targets[i].prompts if p in new]] = False
-        targets = [targets[i] for i in sorted(order[:max_targets])]
-    (h, w), (height, width) = example.image.shape[:2], canvas
-    region, valid = np.zeros(max_prompts, bool), np.arange(max_prompts) < len(indices)
-    region[: len(indices)] = [example.prompts[i].region for i in indices]
-    image = np.full((height, width, 3), PAD, np.uint8)
-    image[:h, :w] = example.image
-    boxes = np.zeros((max_targets, 4), np.float32)
-    positive, has_mask = np.zeros((max_targets, max_prompts), bool), np.zeros(max_targets, bool)
-    masks = np.zeros((max_targets, height, width // 8), np.uint8)
-    for i, target in enumerate(targets):
-        x0, y0, x1, y1 = target.box
-        boxes[i] = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
-        positive[i, [new[p] for p in target.prompts if p in new]] = True
-        if target.mask is not None:
-            has_mask[i] = True
-            masks[i, :h, : -(-w // 8)] = np.packbits(target.mask, axis=-1)
-    ignore = np.zeros((height, width // 8), np.uint8)
-    ignore[:h, : -(-w // 8)] = np.packbits(example.ignore, axis=-1)
-    tokens = tokenizer(list(texts) or [""])
-    tokens = np.pad(tokens[: len(texts)], ((0, max_prompts - len(texts)), (0, 0)))
-    return Batch(
-        image=image,
-        size=np.array([h, w], np.int32),
-        tokens=tokens.astype(np.int32),
-        prompt_valid=valid,
-        prompt_region=region,
-        prompt_exhaustive=exhaustive,
-        num_targets=np.array(len(targets), np.int32),
-        boxes=boxes,
-        positive=positive,
-        has_mask=has_mask,
-        masks=masks,
-        ignore=ignore,
-        source=np.array(source, np.int32),
+    column = {int(old): new for new, old in enumerate(indices)}
+    prompts = [example.prompts[i] for i in indices]
+    exhaustive = np.array([p.exhaustive for p in prompts], bool)
+    asked = [t for t in example.targets if any(p in column for p in t.prompts)]
+    named = np.zeros((len(asked), len(prompts)), bool)
+    for i, target in enumerate(asked):
+        named[i, [column[p] for p in target.prompts if p in column]] = True
+    packed = [_pack(t) for t in asked]
+    kept = _fitting([0 if bits is None else bits.size for bits, _ in packed], room, rng)
+    lost = np.ones(len(asked), bool)
+    lost[kept] = False
+    exhaustive &= ~named[lost].any(0)
+    corners = np.array([t.box for t in asked], np.float32).reshape(-1, 4)
+    return Row(
+        image=example.image,
+        tokens=tokenizer(list(texts) or [""])[: len(texts)],
+        region=np.array([p.region for p in prompts], bool),
+        exhaustive=exhaustive,
+        boxes=_fractions(corners[kept], room.canvas),
+        positive=named[kept],
+        negative=_known_negatives(named, corners, exhaustive)[kept],
+        bits=[packed[i][0] for i in kept],
+        windows=[packed[i][1] for i in kept],
+        ignore=np.packbits(example.ignore, axis=-1) if example.ignore.any() else None,
+        source=source,
     )
 
 
-def collate(rows: Sequence[Batch]) -> Batch:
-    """Rows of one shape, stacked into a Batch."""
-    return Batch(**{f.name: np.stack([getattr(row, f.name) for row in rows]) for f in dataclasses.fields(Batch)})
+def collate(rows: Sequence[Row], room: Room) -> Batch:
+    """Rows as a Batch: the one place where padding is made."""
+    b, (height, width) = len(rows), room.canvas
+
+    def zeros(dtype: type, *shape: int) -> np.ndarray:
+        return np.zeros((b, *shape), dtype)
+
+    batch = Batch(
+        image=np.empty((b, height, width, 3), np.uint8),
+        size=zeros(np.int32, 2),
+        tokens=zeros(np.int32, room.prompts, rows[0].tokens.shape[1]),
+        prompt_valid=zeros(bool, room.prompts),
+        prompt_region=zeros(bool, room.prompts),
+        prompt_exhaustive=zeros(bool, room.prompts),
+        num_targets=zeros(np.int32),
+        boxes=zeros(np.float32, room.targets, 4),
+        positive=zeros(bool, room.targets, room.prompts),
+        negative=zeros(bool, room.targets, room.prompts),
+        has_mask=zeros(bool, room.targets),
+        masks=zeros(np.uint8, room.mask_bytes),
+        windows=zeros(np.int32, room.targets, 5),
+        ignore=zeros(np.uint8, height, width // 8),
+        source=zeros(np.int32),
+    )
+    for i, row in enumerate(rows):
+        (h, w), p, n = row.image.shape[:2], len(row.tokens), len(row.bits)
+        image = batch.image[i]
+        image[:h, :w], image[:h, w:], image[h:] = row.image, PAD, PAD
+        batch.size[i] = h, w
+        batch.tokens[i, :p], batch.prompt_valid[i, :p] = row.tokens, True
+        batch.prompt_region[i, :p], batch.prompt_exhaustive[i, :p] = row.region, row.exhaustive
+        batch.num_targets[i], batch.source[i] = n, row.source
+        batch.boxes[i, :n], batch.positive[i, :n, :p], batch.negative[i, :n, :p] = row.boxes, row.positive, row.negative
+        if row.ignore is not None:
+            batch.ignore[i, :h, : row.ignore.shape[1]] = row.ignore
+        start = 0
+        for j, (bits, window) in enumerate(zip(row.bits, row.windows)):
+            batch.windows[i, j] = start, *window
+            if bits is not None:
+                batch.has_mask[i, j] = True
+                batch.masks[i, start : start + bits.size] = bits.reshape(-1)
+                start += bits.size
+    return batch
+
+
+def unpack_masks(batch: Batch) -> Bool[np.ndarray, "b n h w"]:
+    """The masks of a batch on its canvas, for pictures and tests; the train step reads single points of them."""
+    b, height, w8 = batch.ignore.shape
+    canvas = np.zeros((b, batch.windows.shape[1], height, w8), np.uint8)
+    for i, windows in enumerate(batch.windows):
+        for j, (start, top, left, h, w) in enumerate(windows):
+            canvas[i, j, top : top + h, left : left + w] = batch.masks[i, start : start + h * w].reshape(h, w)
+    return np.unpackbits(canvas, axis=-1).view(bool)
+
+
+def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, int, int, int]]:
+    """The bits of a target's mask on whole bytes of the canvas, and their window: top, left / 8, height, width / 8."""
+    if target.mask is None:
+        return None, (0, 0, 0, 0)
+    (top, left), (h, w) = target.at, target.mask.shape
+    mask, shift = target.mask, left % 8
+    if shift:
+        mask = np.zeros((h, shift + w), bool)
+        mask[:, shift:] = target.mask
+    bits = np.packbits(mask, axis=-1)
+    return bits, (top, left // 8, *bits.shape)
+
+
+def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+    """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random order."""
+    if len(sizes) <= room.targets and sum(sizes) <= room.mask_bytes:
+        return np.arange(len(sizes))
+    kept, free = [], room.mask_bytes
+    for i in rng.permutation(len(sizes)):
+        if len(kept) < room.targets and sizes[i] <= free:
+            kept.append(i)
+            free -= sizes[i]
+    return np.sort(np.array(kept, np.int64))
+
+
+def _known_negatives(
+    named: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, "p"]
+) -> Bool[np.ndarray, "n p"]:
+    """Of the prompts that are not exhaustive, those that do not name a target for sure.
+
+    Our choice (unpublished): an annotator who marked an object as one thing did not mean the other things marked in the same
+    image, unless one of those lies in nearly the same box: that may be the same object once more. Without it a set that is
+    nowhere exhaustive (Visual Genome) would teach names by praise alone.
+    """
+    unsure = ~exhaustive
+    if not unsure.any() or not len(corners):
+        return np.zeros_like(named)
+    low = np.maximum(corners[:, None, :2], corners[None, :, :2])
+    high = np.minimum(corners[:, None, 2:], corners[None, :, 2:])
+    common = np.prod(np.maximum(high - low, 0), -1)
+    area = np.prod(corners[:, 2:] - corners[:, :2], -1)
+    same = common > SAME * (area[:, None] + area[None] - common)
+    return unsure & named.any(0) & ~named & ~(same.astype(np.float32) @ named > 0)
+
+
+def _fractions(corners: Float[np.ndarray, "n 4"], canvas: tuple[int, int]) -> Float[np.ndarray, "n 4"]:
+    """x0, y0, x1, y1 in pixels as cx, cy, w, h in fractions of the canvas (height, width)."""
+    low, high = corners[:, :2], corners[:, 2:]
+    return np.concatenate([(low + high) / 2, high - low], 1) / np.array([canvas[1], canvas[0]] * 2, np.float32)

@@ -16,11 +16,13 @@ class Prompt:
         segments (instances). The model is told (`prompt_region` in the Batch).
     exhaustive: all that this text names in the image is labelled, so whatever is not matched to it may be taught
         "absent". Where it is False, a query that matched nothing is left in peace about this text.
+    weight: how readily the prompt is drawn as a negative where not all of them can be asked (`choose_prompts`).
     """
 
     texts: tuple[str, ...]
     region: bool
     exhaustive: bool = True
+    weight: float = 1.0
 
 
 @dataclasses.dataclass
@@ -29,14 +31,16 @@ class Target:
 
     prompts: indices into `Example.prompts` of all the texts that name it (its class, the expressions that refer to it).
     box: float32 [4], x0, y0, x1, y1 in pixels of the image.
-    mask: bool [h, w], or None where only the box is known.
-    alpha: uint8 [h, w], or None. A matte.
+    mask: bool [h, w], or None where only the box is known. A window of the image: pixel (0, 0) lies at `at` (top, left),
+        and nothing outside belongs to the target. Most segments are small, and time goes with area.
+    alpha: uint8, of the mask's window, or None. A matte.
     """
 
     prompts: tuple[int, ...]
     box: np.ndarray
     mask: np.ndarray | None = None
     alpha: np.ndarray | None = None
+    at: tuple[int, int] = (0, 0)
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -11,12 +12,13 @@ import grain
 import numpy as np
 from absl import logging
 
-from mqformer_jax.input.batch import Batch, collate, to_row
+from mqformer_jax.input.batch import Batch, Room, Row, collate, to_row
 from mqformer_jax.input.example import Example
+from mqformer_jax.input.leaks import guard
 from mqformer_jax.input.prompts import choose_prompts
 from mqformer_jax.input.record import BadRecord, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
-from mqformer_jax.input.tasks import TASKS, needs_whole_image, to_example
+from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resize_crop
 
 MAX_BAD = 64  # unusable records in a row, after which a data set is taken to be broken
@@ -36,10 +38,29 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> bytes: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """What the Batch does not say of a row. key: "dataset/image". texts: its prompts in words.
+
+    bad: the records that were unusable on the way to this one: (number, what is wrong).
+    """
+
+    key: str
+    texts: tuple[str, ...]
+    bad: tuple[tuple[int, str], ...]
+
+
 def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Loader:
-    """Opens the data sets of `config.data.mixture` under `config.data.root`. Raises FileNotFoundError, ValueError."""
-    sources = [ShardSource(config.data.root, entry["name"], entry.get("split", "train")) for entry in config.data.mixture]
-    return Loader(sources, config, tokenizer)
+    """Opens the data sets of `config.data.mixture` under `config.data.root`, without the images that others evaluate on.
+
+    Raises FileNotFoundError, ValueError.
+    """
+    data = config.data
+    sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
+    if not data.leak_guard:
+        return Loader(sources, config, tokenizer)
+    sources, report = guard(sources, data.root, data.mixture, config.eval.sets)
+    return Loader(sources, config, tokenizer, report)
 
 
 class Loader:
@@ -49,9 +70,13 @@ class Loader:
     threads, nor on where a run was stopped. Data sets are interleaved by their weights (`weight`, or size^`data.alpha`), each
     shuffled anew every epoch and augmented anew every time. The rows of a global batch are shuffled before the hosts
     share them out; a host would otherwise meet the same data set at every step wherever the mixture's period divides its share.
+
+    report: what was left out of the sources, in words.
     """
 
-    def __init__(self, sources: Sequence[Source], config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]):
+    def __init__(
+        self, sources: Sequence[Source], config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray], report: Sequence[str] = ()
+    ):
         data = config.data
         if data.canvas[1] % 8:
             raise ValueError(f"data.canvas: the width must be a multiple of 8, not {data.canvas[1]}.")
@@ -61,15 +86,16 @@ class Loader:
         if 0 in self._sizes or not sources:
             raise ValueError(f"data.mixture: {self._names[self._sizes.index(0)] if sources else 'it'} is empty.")
         self._weights = [_weight(e, size, data.alpha) for e, size in zip(data.mixture, self._sizes)]
-        self._makers = [
-            RowMaker(source, i, tuple(entry.get("tasks", ("panoptic",))), data, tokenizer, set())
-            for i, (source, entry) in enumerate(zip(sources, data.mixture))
-        ]
+        self._bad: list[set[int]] = [set() for _ in sources]
+        self._room = Room.of(data)
+        shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
+        self.report = [f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self._names, self._sizes, shares)] + [*report]
         for source in sources:
             _warn_of_twins(source, tokenizer)
+        makers = [RowMaker(s, i, tuple(entry["tasks"]), data, tokenizer) for i, (s, entry) in enumerate(zip(sources, data.mixture))]
         streams = [
             WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(maker, seed=_seed(config.seed, i))
-            for i, (size, maker) in enumerate(zip(self._sizes, self._makers))
+            for i, (size, maker) in enumerate(zip(self._sizes, makers))
         ]
         mixed = grain.MapDataset.mix(streams, weights=self._weights)
         # Grain computes lengths in floats: sys.maxsize would round up past what len() may return, 2^53 is exact and endless enough.
@@ -77,19 +103,41 @@ class Loader:
 
     def batches(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[Batch]:
         """This host's batches, [batch_size / num_hosts] rows each, from `start_step` on, without end."""
+        return (batch for batch, _ in self.stream(start_step, host, num_hosts))
+
+    def stream(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[tuple[Batch, list[Note]]]:
+        """`batches`, each with a note for every row.
+
+        An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more than
+        `data.max_bad` of a data set's records are unusable (one record always may be).
+        """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
             raise ValueError(f"batch_size: {size} cannot be shared by {num_hosts} hosts.")
-        batches = self._rows.batch(size // num_hosts, batch_fn=collate)[host::num_hosts][start_step:]
+        batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, room=self._room))[host::num_hosts][start_step:]
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(2, data.threads)))
         if data.workers:
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        return iter(stream)
+        return map(self._checked, iter(stream))
 
     @property
     def bad(self) -> dict[str, int]:
-        """How many records of each data set were unusable so far. Worker processes (`data.workers`) count for themselves."""
-        return {name: len(maker.bad) for name, maker in zip(self._names, self._makers)}
+        """How many records of each data set were unusable so far."""
+        return {name: len(bad) for name, bad in zip(self._names, self._bad)}
+
+    def _checked(self, item: tuple[Batch, list[Note]]) -> tuple[Batch, list[Note]]:
+        """Counts what the rows of a batch say of unusable records. Here, since worker processes each see a part of them."""
+        batch, notes = item
+        for source, note in zip(batch.source, notes):
+            name, size, bad = self._names[source], self._sizes[source], self._bad[source]
+            for number, what in note.bad:
+                if number not in bad:
+                    bad.add(number)
+                    logging.warning("%s: record %d is left out: %s", name, number, what)
+            most = self._config.data.max_bad
+            if len(bad) > max(1, most * size):
+                raise ValueError(f"{name}: {len(bad)} of {size} records are unusable, data.max_bad is {most}; prepare the data set again.")
+        return item
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data (JSON): the next step to read, and what `check_state` compares."""
@@ -136,9 +184,9 @@ class WindowShuffle(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class RowMaker:
-    """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch.
+    """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
 
-    number: the data set's place in the mixture. data: `config.data`. bad: indices found unusable, filled while running.
+    number: the data set's place in the mixture. data: `config.data`.
     """
 
     source: Source
@@ -146,38 +194,39 @@ class RowMaker:
     tasks: tuple[str, ...]
     data: Any
     tokenizer: Callable[[Sequence[str]], np.ndarray]
-    bad: set[int]
 
-    def __post_init__(self):
-        if unknown := sorted(set(self.tasks) - set(TASKS)):
-            raise ValueError(f"data.mixture: {self.source.name} asks for the task {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
-
-    def __call__(self, index: int, rng: np.random.Generator) -> Batch:
-        """An unusable record is named once in the log and the next usable one takes its place."""
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Row, Note]:
+        bad = []
         for i in range(index, index + MAX_BAD):
             i %= len(self.source)
             try:
-                return self._row(i, rng)
+                row, key, texts = self._row(i, rng)
+                return row, Note(key, tuple(texts), tuple(bad))
             except (BadRecord, cv2.error) as e:
-                if i not in self.bad:
-                    self.bad.add(i)
-                    logging.warning("%s/%s: record %d is left out: %s", self.source.name, self.source.split, i, e)
-        raise ValueError(f"{self.source.name}/{self.source.split}: {MAX_BAD} records in a row are unusable; prepare the data set again.")
+                bad.append((i, str(e)))
+        raise ValueError(
+            f"{self.source.name}/{self.source.split}: {MAX_BAD} records in a row are unusable; prepare the data set again. "
+            f"The last one: {bad[-1][1]}"
+        )
 
-    def _row(self, index: int, rng: np.random.Generator) -> Batch:
+    def _row(self, index: int, rng: np.random.Generator) -> tuple[Row, str, list[str]]:
         record, data = Record.from_bytes(self.source[index]), self.data
         key = f"{self.source.name}/{record.key}"
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
         example = self._augment(example, needs_whole_image(record, self.tasks), rng)
         texts, indices = choose_prompts(example, data.max_prompts, rng)
-        canvas = tuple(data.canvas)
-        return to_row(example, texts, indices, self.tokenizer, canvas, data.max_targets, data.max_prompts, self.number, rng)
+        return to_row(example, texts, indices, self.tokenizer, Room.of(data), self.number, rng), key, texts
 
     def _augment(self, example: Example, whole: bool, rng: np.random.Generator) -> Example:
         data, canvas = self.data, tuple(self.data.canvas)
-        example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale))
         example = random_flip(example, rng, data.flip)
+        example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale))
         return colour_jitter(example, rng, data.jitter) if data.jitter else example
+
+
+def _collate(items: Sequence[tuple[Row, Note]], room: Room) -> tuple[Batch, list[Note]]:
+    rows, notes = zip(*items)
+    return collate(rows, room), list(notes)
 
 
 def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
@@ -187,7 +236,9 @@ def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarr
     for name, row in zip(names, tokenizer(names) if names else ()):
         other = seen.setdefault(row.tobytes(), name)
         if other != name:
-            logging.warning("%s: the tokenizer cannot tell %r from %r; raise config.model.text.vocab_size.", source.name, name, other)
+            logging.warning(
+                "%s: the tokenizer cannot tell %r from %r; with words, raise config.model.text.vocab_size.", source.name, name, other
+            )
 
 
 def _seed(*entropy: int) -> int:

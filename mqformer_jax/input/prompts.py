@@ -37,15 +37,17 @@ _UNKNOWN = re.compile(
 def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """At most `budget` of the example's prompts, in random order, each in one of its wordings.
 
-    Prompts that own a target come first (a random subset if they are too many), then known negatives at random. A prompt
-    that is neither teaches nothing and is left out.
+    Prompts that own a target come first (a random subset if they are too many), then known negatives, drawn by their
+    weights. A prompt that is neither teaches nothing and is left out.
 
     Returns: the wordings, and int [n], their indices into `example.prompts`.
     """
     owned = {p for target in example.targets for p in target.prompts}
     absent = [i for i, prompt in enumerate(example.prompts) if prompt.exhaustive and i not in owned]
     positives = rng.permutation(np.array(sorted(owned), np.int64))[:budget]
-    negatives = rng.permutation(np.array(absent, np.int64))[: budget - len(positives)]
+    # The first arrivals of independent clocks are a draw without replacement, each in proportion to its weight.
+    clocks = rng.exponential(size=len(absent)) / np.array([example.prompts[i].weight for i in absent])
+    negatives = np.array(absent, np.int64)[np.argsort(clocks)[: budget - len(positives)]]
     indices = rng.permutation(np.concatenate([positives, negatives]))
     draws = rng.random(len(indices))
     choices = [example.prompts[i].texts for i in indices]

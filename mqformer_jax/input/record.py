@@ -13,6 +13,7 @@ mattes are 8-bit PNGs, the image keeps the bytes of the file it came from.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -62,6 +63,12 @@ class DatasetInfo:
     source: str = ""
     unique_texts: bool = True
     class_images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def class_weights(self) -> tuple[float, ...]:
+        """How readily each class is drawn as a negative: the root of how many images show it (as Detic's federated loss)."""
+        counts = np.sum([np.zeros(len(self.classes)), *(c for c in self.class_images.values() if c)], axis=0)
+        return tuple(np.sqrt(np.maximum(counts, 1)).tolist())
 
     def save(self, folder: str) -> None:
         path = os.path.join(folder, "dataset.json")
@@ -154,6 +161,17 @@ class Record:
     def decode_mask(self, mask: bytes) -> np.ndarray:
         """A run-length code of this record as bool [height, width]."""
         return decode_rle(mask, self.height, self.width)
+
+    def decode_window(self, mask: bytes) -> tuple[np.ndarray, tuple[int, int]]:
+        """The part of a mask that lies in its box, bool [h, w], and the box's top and left; 1 x 1 where the mask is empty."""
+        rle = {"size": [self.height, self.width], "counts": mask}
+        try:
+            left, top, width, height = (max(1, int(v)) if i > 1 else int(v) for i, v in enumerate(rle_codec.toBbox(rle)))
+            columns = rle_codec.decode(rle).T
+        except (ValueError, TypeError) as e:
+            raise BadRecord(f"{self.key}: bad run-length code: {e}") from e
+        part = np.ascontiguousarray(columns[left : left + width, top : top + height])
+        return cv2.transpose(part).view(bool), (top, left)
 
     def decode_alpha(self, alpha: bytes) -> np.ndarray:
         """A matte of this record as uint8 [height, width]."""

@@ -10,11 +10,7 @@ from typing import SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
-from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
-
-# The subcommand of data/prepare.py that makes a set, by a part of its name.
-_KINDS = {"panoptic": "panoptic", "ref": "referring", "camvid": "semantic", "ade20k": "semantic"}
-_KINDS |= {"foreground": "foreground", "mattes": "mattes"}
+from mqformer_jax.input.record import BadRecord, DatasetInfo, origins_path, shard_paths
 
 
 class ShardSource:
@@ -29,7 +25,7 @@ class ShardSource:
         try:
             self.info = DatasetInfo.load(self._folder)
         except FileNotFoundError:
-            raise FileNotFoundError(_not_prepared(root, name, split, _kind(name))) from None
+            raise FileNotFoundError(_not_prepared(root, name, split)) from None
         except (ValueError, TypeError, KeyError, AttributeError) as e:
             raise ValueError(f"{self._folder}/dataset.json cannot be read ({e}): delete the folder and prepare it again") from None
         if split not in self.info.splits:
@@ -47,6 +43,17 @@ class ShardSource:
             return self._records[i]
         except RuntimeError as e:
             raise BadRecord(f"{self._folder} {self.split}: record {i} is damaged: {e}") from e
+
+    def origins(self) -> list[str]:
+        """Each record's `origin`; nothing where all of them are ""."""
+        path = origins_path(self._folder, self.split)
+        if not os.path.exists(path):
+            return []
+        with open(path) as f:
+            origins = f.read().splitlines()
+        if len(origins) != len(self):
+            raise ValueError(f"{path} has {len(origins)} lines for {len(self)} records: prepare the split again with data/prepare.py")
+        return origins
 
     def __repr__(self) -> str:
         return f"ShardSource({self._folder!r}, {self.split!r})"
@@ -82,10 +89,8 @@ def _count(path: str) -> int:
         return 0
 
 
-def _kind(name: str) -> str:
-    return "sample" if name.startswith("sample_") else next((kind for part, kind in _KINDS.items() if part in name), "instances")
-
-
-def _not_prepared(root: str, name: str, split: str, kind: str) -> str:
-    command = f"sample --out {root}" if kind == "sample" else f"{kind} --name {name} --split {split} --out {root} …"
+def _not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
+    """kind: the subcommand that prepared the other splits."""
+    command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
+    command = f"sample --out {root}" if name.startswith("sample_") else command
     return f"data set '{name}' split '{split}' is not in {root}: run `python data/prepare.py {command}` (see data/README.md)"

@@ -9,12 +9,13 @@ import numpy as np
 
 from mqformer_jax.config import TASKS
 from mqformer_jax.input.example import Example, Prompt, Target
-from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, box_of
+from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, Segment, box_of
 
 FOREGROUND = Prompt(("foreground",), region=True)
 
 # A question: a prompt, the groups of segments it names (each group becomes one target), and whether masks are wanted.
 Question = tuple[Prompt, list[tuple[int, ...]], bool]
+Window = tuple[np.ndarray, tuple[int, int]]  # a part of a mask, and its top and left in the image
 
 
 def to_example(record: Record, info: DatasetInfo, tasks: Sequence[str], key: str, templates: tuple[str, ...] = ("{}",)) -> Example:
@@ -58,7 +59,7 @@ def _questions(record: Record, info: DatasetInfo, tasks: Sequence[str], template
     if "referring" in tasks:
         for i, segment in labelled:
             if segment.texts:
-                yield Prompt(tuple(segment.texts), region=True), [(i,)], True
+                yield Prompt(segment.texts, region=True, exhaustive=info.unique_texts), [(i,)], True
         for text in record.absent_texts:
             yield Prompt((text,), region=True), [], True
     salient = tuple(i for i, s in labelled if s.foreground)
@@ -87,7 +88,7 @@ def _class_questions(record: Record, info: DatasetInfo, tasks: Sequence[str], te
             continue  # such a prompt teaches nothing
         for region, with_mask in _grains(info.classes[c].thing, tasks):
             groups = [tuple(ids)] if region and ids else [(i,) for i in ids]
-            yield _class_prompt(info.classes[c], region, exhaustive, templates), groups, with_mask
+            yield _class_prompt(info.classes[c], region, exhaustive, templates, info.class_weights[c]), groups, with_mask
 
 
 def _grains(thing: bool, tasks: Sequence[str]) -> list[tuple[bool, bool]]:
@@ -101,25 +102,44 @@ def _grains(thing: bool, tasks: Sequence[str]) -> list[tuple[bool, bool]]:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def _class_prompt(info: ClassInfo, region: bool, exhaustive: bool, templates: tuple[str, ...]) -> Prompt:
-    return Prompt(tuple(t.format(text) for text in info.texts for t in templates), region, exhaustive)
+def _class_prompt(info: ClassInfo, region: bool, exhaustive: bool, templates: tuple[str, ...], weight: float) -> Prompt:
+    return Prompt(tuple(t.format(text) for text in info.texts for t in templates), region, exhaustive, weight)
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
     """The union of a group of segments; None where its mask is empty."""
     segments = [record.segments[i] for i in group]
+    if with_mask and all(s.alpha is not None for s in segments):
+        alpha = functools.reduce(np.maximum, [record.decode_alpha(s.alpha) for s in segments])
+        box = box_of(alpha > 127)
+        return None if box is None else Target(prompts, np.array(box, np.float32), alpha > 127, alpha)
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
-        alphas = [record.decode_alpha(s.alpha) for s in segments if s.alpha is not None]
-        masks = [record.decode_mask(s.mask) for s in segments if s.alpha is None] + [a > 127 for a in alphas]
-        mask = functools.reduce(np.logical_or, masks)
+        mask, at = _union([_window(record, s) for s in segments])
         box = box_of(mask)
-        alpha = functools.reduce(np.maximum, alphas) if len(alphas) == len(group) else None
-        return None if box is None else Target(prompts, np.array(box, np.float32), mask, alpha)
+        return None if box is None else Target(prompts, np.array(box, np.float32) + np.array([*at[::-1]] * 2, np.float32), mask, at=at)
     boxes = [box for box in (_box(record, i) for i in group) if box is not None]
     if not boxes:
         return None
     corners = np.array(boxes, np.float32)
     return Target(prompts, np.concatenate([corners[:, :2].min(0), corners[:, 2:].max(0)]))
+
+
+def _window(record: Record, segment: Segment) -> Window:
+    """The mask of a segment, no more of it than its box, and where that lies."""
+    if segment.alpha is not None:
+        return record.decode_alpha(segment.alpha) > 127, (0, 0)
+    return record.decode_window(segment.mask)
+
+
+def _union(parts: list[Window]) -> Window:
+    if len(parts) == 1:
+        return parts[0]
+    top, left = (min(at[axis] for _, at in parts) for axis in (0, 1))
+    bottom, right = (max(at[axis] + mask.shape[axis] for mask, at in parts) for axis in (0, 1))
+    union = np.zeros((bottom - top, right - left), bool)
+    for mask, (y, x) in parts:
+        union[y - top : y - top + mask.shape[0], x - left : x - left + mask.shape[1]] |= mask
+    return union, (top, left)
 
 
 def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:

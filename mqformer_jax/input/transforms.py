@@ -50,15 +50,7 @@ def random_flip(example: Example, rng: np.random.Generator, probability: float) 
     if None in prompts:
         return example
     width = example.image.shape[1]
-    targets = [
-        dataclasses.replace(
-            t,
-            box=np.array([width - t.box[2], t.box[1], width - t.box[0], t.box[3]], np.float32),
-            mask=None if t.mask is None else _flipped(t.mask),
-            alpha=None if t.alpha is None else cv2.flip(t.alpha, 1),
-        )
-        for t in example.targets
-    ]
+    targets = [_flip_target(t, width) for t in example.targets]
     return dataclasses.replace(example, image=cv2.flip(example.image, 1), prompts=prompts, targets=targets, ignore=_flipped(example.ignore))
 
 
@@ -96,9 +88,10 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
     """
     y, x, h, w = window
     cut = np.s_[y : y + h, x : x + w]
+    sources = _nearest(y, h, size[0]), _nearest(x, w, size[1])
     targets, seen = [], set()
     for target in example.targets:
-        moved, visible = _move_target(target, window, size)
+        moved, visible = _move_box(target, window, size) if target.mask is None else _move_mask(target, window, sources)
         if moved is not None:
             targets.append(moved)
         elif visible:
@@ -106,36 +99,55 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
     unsure = seen.difference(*(t.prompts for t in targets))
     prompts = [dataclasses.replace(p, exhaustive=False) if i in unsure else p for i, p in enumerate(example.prompts)]
     image = resize_image(np.ascontiguousarray(example.image[cut]), size)
-    ignore = _resize_mask(example.ignore[cut], size) if example.ignore.any() else np.zeros(size, bool)
+    ignore = example.ignore.take(sources[1], 1).take(sources[0], 0) if example.ignore[cut].any() else np.zeros(size, bool)
     return Example(example.key, image, prompts, targets, ignore)
 
 
-def _move_target(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Target | None, bool]:
-    """The target inside the window, None where too little is left, and whether anything of it is in the window at all."""
+def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Target | None, bool]:
+    """A box inside the window, None where too little is left, and whether anything of it is in the window at all."""
     y, x, h, w = window
-    cut = np.s_[y : y + h, x : x + w]
+    box = (target.box - np.array([x, y, x, y])) * np.array([size[1] / w, size[0] / h] * 2)
+    box = np.clip(box, 0, [size[1], size[0]] * 2).astype(np.float32)
+    area = float((box[2] - box[0]) * (box[3] - box[1]))
+    return (dataclasses.replace(target, box=box) if area >= MIN_AREA else None), area > 0
+
+
+def _move_mask(target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]) -> tuple[Target | None, bool]:
+    """`_move_box` for a mask: each of its pixels comes from the pixel of the image that `sources` (rows, columns) names."""
+    y, x, h, w = window
+    top, left = target.at
+    inside = np.s_[max(y - top, 0) : max(y + h - top, 0), max(x - left, 0) : max(x + w - left, 0)]
+    rows, columns = (np.searchsorted(source, (at, at + side)) for source, at, side in zip(sources, target.at, target.mask.shape))
+    ys, xs = sources[0][slice(*rows)] - top, sources[1][slice(*columns)] - left
+    mask = target.mask.take(xs, 1).take(ys, 0) if len(ys) * len(xs) >= MIN_AREA else np.zeros((1, 1), bool)
+    bx, by, bw, bh = cv2.boundingRect(mask.view(np.uint8))
+    if bw * bh < MIN_AREA or np.count_nonzero(mask) < MIN_AREA:
+        return None, bool(target.mask[inside].any())
+    top, left = int(rows[0]), int(columns[0])
+    box = np.array([left + bx, top + by, left + bx + bw, top + by + bh], np.float32)
+    if target.alpha is not None:  # of the whole image: a matte is soft beyond its mask
+        size = len(sources[1]), len(sources[0])
+        alpha = cv2.resize(np.ascontiguousarray(target.alpha[y : y + h, x : x + w]), size, interpolation=cv2.INTER_LINEAR)
+        return dataclasses.replace(target, box=box, mask=mask, alpha=alpha), True
+    # What was cut off may have been all that touched a side of the window.
+    return dataclasses.replace(target, box=box, mask=mask[by : by + bh, bx : bx + bw], at=(top + by, left + bx)), True
+
+
+def _nearest(start: int, length: int, size: int) -> np.ndarray:
+    """The nearest pixel of start to start + length for each of `size` pixels, by their centres."""
+    return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
+
+
+def _flip_target(target: Target, width: int) -> Target:
+    x0, y0, x1, y1 = target.box
+    box = np.array([width - x1, y0, width - x0, y1], np.float32)
     if target.mask is None:
-        box = (target.box - np.array([x, y, x, y])) * np.array([size[1] / w, size[0] / h] * 2)
-        box = np.clip(box, 0, [size[1], size[0]] * 2).astype(np.float32)
-        area = float((box[2] - box[0]) * (box[3] - box[1]))
-        return (dataclasses.replace(target, box=box) if area >= MIN_AREA else None), area > 0
-    mask = _resize_mask(target.mask[cut], size)
-    left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
-    if width * height < MIN_AREA or cv2.countNonZero(mask.view(np.uint8)) < MIN_AREA:
-        return None, bool(target.mask[cut].any())
-    alpha = None
-    if target.alpha is not None:
-        alpha = cv2.resize(np.ascontiguousarray(target.alpha[cut]), size[::-1], interpolation=cv2.INTER_LINEAR)
-    box = np.array([left, top, left + width, top + height], np.float32)
-    return dataclasses.replace(target, box=box, mask=mask, alpha=alpha), True
-
-
-def _resize_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    mask = np.ascontiguousarray(mask)
-    if mask.shape == size:
-        return mask
-    return cv2.resize(mask.view(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST_EXACT).view(bool)
+        return dataclasses.replace(target, box=box)
+    alpha = None if target.alpha is None else cv2.flip(target.alpha, 1)
+    return dataclasses.replace(
+        target, box=box, mask=_flipped(target.mask), alpha=alpha, at=(target.at[0], width - target.at[1] - target.mask.shape[1])
+    )
 
 
 def _flipped(mask: np.ndarray) -> np.ndarray:
-    return cv2.flip(mask.view(np.uint8), 1).view(bool)
+    return cv2.flip(np.ascontiguousarray(mask).view(np.uint8), 1).view(bool)

@@ -119,15 +119,16 @@ def _of_the_other_kind(region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Arr
 
 def _extent(batch: Batch) -> Float[Array, "2"]:
     """The valid part of one image's canvas as fractions (x, y)."""
-    h, w8 = batch.ignore.shape
-    return batch.size[::-1].astype(jnp.float32) / jnp.array([w8 * 8, h], jnp.float32)
+    h, w = batch.image.shape[:2]
+    return batch.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
 
 
 def _unknown(batch: Batch, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
     """How much of each point of one image is unlabelled; at the very edge the outermost pixel speaks for itself."""
-    h, w8 = batch.ignore.shape
-    margin = 0.5 / jnp.array([w8 * 8, h], jnp.float32)
-    return sample_bits(batch.ignore[None], jnp.zeros(points.shape[:-2], jnp.int32), jnp.clip(points, margin, 1 - margin))
+    h, w = batch.image.shape[:2]
+    margin = 0.5 / jnp.array([w, h], jnp.float32)
+    everywhere = jnp.broadcast_to(jnp.array([0, 0, 0, h, w // 8]), (*points.shape[:-2], 5))
+    return sample_bits(batch.ignore.reshape(-1), everywhere, (h, w), jnp.clip(points, margin, 1 - margin))
 
 
 def _matching_costs(
@@ -140,7 +141,7 @@ def _matching_costs(
     """
     n = batch.boxes.shape[0]
     sampled = sample_features(features, points)
-    masks = sample_bits(batch.masks, jnp.arange(n), jnp.broadcast_to(points, (n, *points.shape)))
+    masks = sample_bits(batch.masks, batch.windows, batch.image.shape[:2], jnp.broadcast_to(points, (n, *points.shape)))
     unknown = _unknown(batch, points)
 
     def stage(p: Predictions):
@@ -175,7 +176,8 @@ def _losses(
     labels = jnp.zeros(predictions.class_logits.shape, bool).at[rows, pairs.query].max(named)
     matched = jnp.zeros(pairs.teach.shape, bool).at[rows, pairs.query].max(pairs.valid)
     exhaustive = batch.prompt_valid & batch.prompt_exhaustive
-    known = labels | (exhaustive & (matched | pairs.teach)[..., None])
+    denied = jnp.zeros_like(labels).at[rows, pairs.query].max(batch.negative[pairs.target] & pairs.valid[..., None])
+    known = labels | denied | (exhaustive & (matched | pairs.teach)[..., None])
     class_ = jnp.where(known, costs.focal(predictions.class_logits, labels.astype(jnp.float32)), 0.0).sum((1, 2))
 
     boxes, wanted = take(predictions.boxes), batch.boxes[pairs.target]
@@ -186,7 +188,8 @@ def _losses(
     logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)
     points = draw(jax.lax.stop_gradient(logits), _extent(batch))
     unknown = _unknown(batch, points)
-    entropy, dice = costs.mask_losses(sample_maps(logits, points), sample_bits(batch.masks, pairs.target, points), 1 - unknown)
+    masks = sample_bits(batch.masks, batch.windows[pairs.target], batch.image.shape[:2], points)
+    entropy, dice = costs.mask_losses(sample_maps(logits, points), masks, 1 - unknown)
     with_mask = valid * batch.has_mask[pairs.target]
     return {
         "class": class_,

@@ -36,16 +36,22 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]
     return sum(wt[:, None].astype(flat.dtype) * flat[y * w + x] for x, y, wt in _corners(points, h, w))
 
 
-def sample_bits(bits: UInt8[Array, "m h w8"], row: Int[Array, "*n"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-    """The bit-packed mask (`np.packbits` along rows) of each `row` at its own points; only what is read is unpacked."""
-    _, h, w8 = bits.shape
-    flat, start = bits.reshape(-1), row[..., None] * (h * w8)
+def sample_bits(
+    bits: UInt8[Array, "m"], windows: Int[Array, "*n 5"], canvas: tuple[int, int], points: Float[Array, "*n k 2"]
+) -> Float[Array, "*n k"]:
+    """Bit-packed masks at their own points; only what is read is unpacked.
+
+    windows: where each mask lies in `bits` and on the canvas (height, width), as `Batch.windows` says; zero outside.
+    """
+    start, top, left, height, width = (windows[..., i, None] for i in range(5))
 
     def pixel(x, y):
-        byte = flat[start + y * w8 + x // 8]
-        return ((byte >> (7 - x % 8).astype(jnp.uint8)) & 1).astype(jnp.float32)
+        row, column = y - top, x // 8 - left
+        inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        byte = bits[jnp.where(inside, start + row * width + column, 0)]
+        return (((byte >> (7 - x % 8).astype(jnp.uint8)) & 1) * inside).astype(jnp.float32)
 
-    return sum(wt * pixel(x, y) for x, y, wt in _corners(points, h, w8 * 8))
+    return sum(wt * pixel(x, y) for x, y, wt in _corners(points, *canvas))
 
 
 def uncertain_points(

@@ -56,7 +56,7 @@ class _Rows(abc.ABC):
         self._rows: dict[str, np.ndarray] = {}
 
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
-        return np.stack([self._row(text) for text in texts]) if len(texts) else np.zeros((0, self.context), np.int32)
+        return np.concatenate([np.zeros(0, np.int32), *map(self._row, texts)]).reshape(-1, self.context)
 
     def _row(self, text: str) -> Int[np.ndarray, "context"]:
         row = self._rows.get(text)
@@ -64,7 +64,7 @@ class _Rows(abc.ABC):
             if len(self._rows) >= 1 << 16:  # emptied before it grows large
                 self._rows.clear()
             ids = self._ids(text)
-            row = self._rows[text] = np.pad(np.array(ids, np.int32), (0, self.context - len(ids)))
+            row = self._rows[text] = np.array(ids + [0] * (self.context - len(ids)), np.int32)
         return row
 
     @abc.abstractmethod

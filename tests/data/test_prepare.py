@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import os
@@ -345,7 +346,7 @@ def test_masks_and_images_that_stand_alone_are_counted(folder, capsys):
     assert _prepare(folder, "semantic", masks=folder / "masks", classes=classes) == 0
     table = capsys.readouterr().out
     assert "2 x image: no mask of its name (c, d)" in table and "mask: no image of its name (ghost)" in table
-    assert "image: mask is a colour picture, not an index PNG (b)" in table
+    assert "image: mask is a colour picture, not an index PNG; a class list with colours can read it (b)" in table
 
 
 def _one_line(capsys, status, *words):
@@ -403,61 +404,94 @@ def test_stuff_names_are_cleaned_unless_two_classes_become_one():
 # ---- Whole or not at all ------------------------------------------------------------------------------------------
 
 
-def _plan(count, stop=None):
-    def make(i):
-        if i == stop:
-            raise KeyboardInterrupt
-        return shards.Built(bytes([i]) * 2000, shards.collections.Counter(), shards.Problems())
-
-    return shards.Plan("instances", (), list(range(count)), make)
+def _number(stop, i):
+    if i == stop:
+        raise KeyboardInterrupt
+    return shards.Built(bytes([i]) * 2000, shards.collections.Counter(), shards.Problems())
 
 
-def test_records_keep_their_order_over_several_shards(tmp_path):
-    report = shards.write_split(str(tmp_path), "toy", "train", _plan(20), shard_bytes=6000)
-    source = ShardSource(str(tmp_path), "toy", "train")
-    assert report.shards == 7 and [source[i][0] for i in range(len(source))] == list(range(20))
+def _plan(numbers, stop=None):
+    return shards.Plan("instances", (), list(numbers), functools.partial(_number, stop))
 
 
-def test_interrupted_preparation_leaves_no_set(tmp_path):
+def _numbers(root):
+    source = ShardSource(str(root), "toy", "train")
+    return [source[i][0] for i in range(len(source))]
+
+
+@pytest.fixture
+def threes(monkeypatch):
+    """Shards of three records."""
+    monkeypatch.setattr(shards, "SHARD_IMAGES", 3)
+
+
+def test_records_keep_their_order_over_several_shards(tmp_path, threes):
+    report = shards.write_split(str(tmp_path), "toy", "train", _plan(range(20)))
+    assert report.shards == 7 and _numbers(tmp_path) == list(range(20))
+    assert sorted(os.listdir(tmp_path / "toy"))[0] == "dataset.json" and len(os.listdir(tmp_path / "toy")) == 9
+
+
+def test_interrupted_preparation_leaves_no_set(tmp_path, threes):
     with pytest.raises(KeyboardInterrupt):
-        shards.write_split(str(tmp_path), "toy", "train", _plan(20, stop=15), shard_bytes=6000)
-    assert os.listdir(tmp_path / "toy") == []
+        shards.write_split(str(tmp_path), "toy", "train", _plan(range(20), stop=15))
+    assert os.listdir(tmp_path / "toy") == ["train.partial"]
+    with pytest.raises(FileNotFoundError):
+        _numbers(tmp_path)
 
 
-def test_interrupted_repetition_leaves_the_old_split(tmp_path):
-    shards.write_split(str(tmp_path), "toy", "train", _plan(5))
+def test_interrupted_repetition_leaves_the_old_split(tmp_path, threes):
+    shards.write_split(str(tmp_path), "toy", "train", _plan(range(5)))
     with pytest.raises(KeyboardInterrupt):
-        shards.write_split(str(tmp_path), "toy", "train", _plan(20, stop=15), shard_bytes=6000)
-    assert len(ShardSource(str(tmp_path), "toy", "train")) == 5
+        shards.write_split(str(tmp_path), "toy", "train", _plan(range(20), stop=15))
+    assert _numbers(tmp_path) == list(range(5))
 
 
-@pytest.mark.parametrize("renames", range(8))
-def test_a_kill_between_renames_leaves_no_readable_half(tmp_path, monkeypatch, renames):
-    """os.replace fails from the n-th call on, as if the process were gone; 3 old shards give way to 4 new ones."""
-    shards.write_split(str(tmp_path), "toy", "train", _plan(9), shard_bytes=6000)
-    replace, calls = os.replace, iter(range(100))
-
-    def dying(old, new):
-        if next(calls) >= renames:
-            raise OSError("killed")
-        replace(old, new)
-
-    monkeypatch.setattr(os, "replace", dying)
-    try:
-        shards.write_split(str(tmp_path), "toy", "train", _plan(12), shard_bytes=6000)
-    except OSError:
-        pass
-    try:
-        assert len(ShardSource(str(tmp_path), "toy", "train")) in (9, 12)
-    except FileNotFoundError:
-        pass  # not prepared: the honest answer in between
-    monkeypatch.undo()
-    shards.write_split(str(tmp_path), "toy", "train", _plan(12), shard_bytes=6000)
-    assert len(ShardSource(str(tmp_path), "toy", "train")) == 12
+class Killed(BaseException):
+    """Nothing catches it."""
 
 
-def test_worker_processes_make_the_same_shards(folder):
-    names = ["slow.jpg", *(f"{i}.png" for i in range(11))]  # the first chunk is done last
+def test_a_kill_at_any_step_leaves_the_old_split_or_none_or_the_new_one(tmp_path, threes, monkeypatch):
+    """Every call that changes a folder fails from the n-th on, as if the process were gone; 3 old shards give way to 4 new ones."""
+    old, new = list(range(9)), list(range(100, 112))
+    steps = {name: getattr(os, name) for name in ("mkdir", "replace", "remove", "unlink", "rmdir")}
+    left = None
+
+    def step(name, *args, **kwargs):
+        nonlocal left
+        if left is not None:
+            if not left:
+                raise Killed
+            left -= 1
+        return steps[name](*args, **kwargs)
+
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+    for name in steps:
+        monkeypatch.setattr(os, name, functools.partial(step, name))
+    seen = set()
+    for survived in range(100):
+        root = tmp_path / str(survived)
+        shards.write_split(str(root), "toy", "train", _plan(old))
+        left = survived
+        try:
+            shards.write_split(str(root), "toy", "train", _plan(new))
+        except Killed:
+            pass
+        finished, left = left, None
+        try:
+            found = _numbers(root)
+        except FileNotFoundError:
+            found = None  # not prepared: the honest answer in between
+        assert found in (old, None, new)
+        seen.add(str(found))
+        shards.write_split(str(root), "toy", "train", _plan(new))
+        assert _numbers(root) == new and len(os.listdir(root / "toy")) == 6
+        if finished:
+            break
+    assert seen == {str(old), str(None), str(new)} and 20 < survived < 99
+
+
+def test_worker_processes_make_the_same_shards(folder, threes):
+    names = ["slow.jpg", *(f"{i}.png" for i in range(11))]  # the first shard is done last
     Image.fromarray(np.zeros((6000, 6000, 3), np.uint8)).save(folder / "images" / "slow.jpg")
     for name in names[1:]:
         os.link(folder / "images" / "b.png", folder / "images" / name)
@@ -465,5 +499,6 @@ def test_worker_processes_make_the_same_shards(folder):
     images[0] |= {"height": 6000, "width": 6000}
     for workers in (1, 2):
         assert _instances(folder, [], images, name=f"by{workers}", workers=workers) == 0
-    one, two = ((folder / "out" / f"by{n}" / "train-00000-of-00001.array_record").read_bytes() for n in (1, 2))
-    assert one == two
+    made = [sorted((folder / "out" / f"by{n}").glob("*.array_record")) for n in (1, 2)]
+    assert len(made[0]) > 1 and [p.name for p in made[0]] == [p.name for p in made[1]]
+    assert [p.read_bytes() for p in made[0]] == [p.read_bytes() for p in made[1]]

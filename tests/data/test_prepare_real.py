@@ -91,6 +91,8 @@ def test_real_mattes_equal_their_files(real):
     for record in _records(root, "mattes", "val")[1]:
         alpha = np.array(Image.open(os.path.join(source, "matting", "alpha", record.key + ".png")).convert("L"))
         np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(record.segments[0].alpha))), alpha)
+        trimap = np.array(Image.open(os.path.join(source, "matting", "trimap", record.key + ".png")).convert("L"))
+        np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(record.segments[0].trimap))), trimap)
 
 
 def test_real_expressions_all_arrive(real):

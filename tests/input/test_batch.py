@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mqformer_jax.input.batch import collate, to_row
+from mqformer_jax.input.batch import Room, collate, to_row, unpack_masks
 from mqformer_jax.input.example import Example, Prompt, Target
 
 H, W, P, N = 16, 24, 5, 4
@@ -20,48 +20,61 @@ def example(num_targets=2, h=13, w=19, seed=0):
     return Example("t", rng.integers(0, 255, (h, w, 3), np.uint8), prompts, targets, rng.random((h, w)) > 0.5)
 
 
-def row(ex, indices=(2, 0, 1), seed=0, max_targets=N):
-    texts = [ex.prompts[i].texts[0] for i in indices]
-    return to_row(ex, texts, np.array(indices, int), tokenizer, (H, W), max_targets, P, 3, np.random.default_rng(seed))
+def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_bytes=4 * H * W // 8):
+    """A Batch of one."""
+    texts, room = [ex.prompts[i].texts[0] for i in indices], Room((H, W), P, max_targets, mask_bytes)
+    return collate([to_row(ex, texts, np.array(indices, int), tokenizer, room, 3, np.random.default_rng(seed))], room)
 
 
 def test_masks_come_back_from_their_bits():
     ex = example()
     out = row(ex)
-    bits = np.unpackbits(out.masks, axis=-1).astype(bool)
-    assert out.masks.shape == (N, H, W // 8) and bits.shape == (N, H, W)
+    bits = unpack_masks(out)[0]
+    assert bits.shape == (N, H, W)
     for i, target in enumerate(ex.targets):
         np.testing.assert_array_equal(bits[i, :13, :19], target.mask)
     assert not bits[:, 13:].any() and not bits[:, :, 19:].any() and not bits[2:].any()
-    ignore = np.unpackbits(out.ignore, axis=-1).astype(bool)
+    ignore = np.unpackbits(out.ignore[0], axis=-1).astype(bool)
     np.testing.assert_array_equal(ignore[:13, :19], ex.ignore)
     assert not ignore[13:].any() and not ignore[:, 19:].any(), "padding is told by size, not by ignore"
+
+
+def test_a_mask_is_kept_no_larger_than_its_window():
+    ex = example()
+    piece = np.random.default_rng(1).random((4, 5)) > 0.3
+    for top, left in ((0, 0), (9, 14), (3, 7), (2, 8)):
+        ex.targets[1] = Target((1,), ex.targets[1].box, piece, at=(top, left))
+        out = row(ex)
+        mask = np.zeros((H, W), bool)
+        mask[top : top + 4, left : left + 5] = piece
+        np.testing.assert_array_equal(unpack_masks(out)[0, 1], mask)
+        assert out.windows[0, 1].tolist() == [13 * 3, top, left // 8, 4, 2 if left % 8 > 3 else 1]
 
 
 def test_image_is_padded_with_grey_and_size_is_the_valid_part():
     ex = example()
     out = row(ex)
-    np.testing.assert_array_equal(out.image[:13, :19], ex.image)
-    assert (out.image[13:] == 128).all() and (out.image[:, 19:] == 128).all() and out.size.tolist() == [13, 19]
+    np.testing.assert_array_equal(out.image[0, :13, :19], ex.image)
+    assert (out.image[0, 13:] == 128).all() and (out.image[0, :, 19:] == 128).all() and out.size.tolist() == [[13, 19]]
 
 
 def test_prompts_follow_the_chosen_order():
     out = row(example())
-    assert out.prompt_valid.tolist() == [True, True, True, False, False]
-    assert out.prompt_region.tolist() == [False, False, True, False, False]
-    assert out.prompt_exhaustive.tolist() == [False, True, True, False, False]
-    assert out.positive[:2].tolist() == [[False, True, True, False, False], [False, False, True, False, False]]
-    assert out.tokens.tolist() == [[3, 7, 9]] * 3 + [[0, 0, 0]] * 2 and int(out.source) == 3
+    assert out.prompt_valid[0].tolist() == [True, True, True, False, False]
+    assert out.prompt_region[0].tolist() == [False, False, True, False, False]
+    assert out.prompt_exhaustive[0].tolist() == [False, True, True, False, False]
+    assert out.positive[0, :2].tolist() == [[False, True, True, False, False], [False, False, True, False, False]]
+    assert out.tokens[0].tolist() == [[3, 7, 9]] * 3 + [[0, 0, 0]] * 2 and out.source.tolist() == [3]
 
 
 def test_boxes_are_centres_and_sizes_as_fractions_of_the_canvas():
-    np.testing.assert_allclose(row(example()).boxes[0], [7 / W, 6 / H, 10 / W, 6 / H], rtol=1e-6)
+    np.testing.assert_allclose(row(example()).boxes[0, 0], [7 / W, 6 / H, 10 / W, 6 / H], rtol=1e-6)
 
 
 def test_targets_that_no_chosen_prompt_names_are_left_out():
     out = row(example(num_targets=3), indices=(1,))
-    assert int(out.num_targets) == 2 and out.positive.sum() == 2
-    assert int(row(example(num_targets=3), indices=()).num_targets) == 0
+    assert out.num_targets.tolist() == [2] and out.positive.sum() == 2
+    assert row(example(num_targets=3), indices=()).num_targets.tolist() == [0]
 
 
 def test_too_many_targets_leave_a_random_subset_and_unsure_prompts():
@@ -70,17 +83,43 @@ def test_too_many_targets_leave_a_random_subset_and_unsure_prompts():
     assert len(kept) > 3
     for seed in range(10):
         out = row(ex, seed=seed, max_targets=2)
-        assert int(out.num_targets) == 2 and out.positive.any(1).all()
+        assert out.num_targets.tolist() == [2] and out.positive[0, :2].any(1).all()
         # Targets 0 and 1, 4, 7 own "sky", 0, 3 and 6 own "cat": of both, more than two cannot have stayed.
         assert not out.prompt_exhaustive.any()
+
+
+def test_too_many_bytes_of_masks_do_the_same_and_spare_the_boxes():
+    ex = example(num_targets=3)
+    ex.targets[0].mask = None
+    for seed in range(6):
+        out = row(ex, seed=seed, mask_bytes=40)  # one mask has 13 rows of 3 bytes
+        assert out.num_targets.tolist() == [2] and out.has_mask[0].tolist() == [False, True, False, False]
 
 
 def test_boxes_only_targets_say_so():
     ex = example()
     ex.targets[1].mask = None
-    assert row(ex).has_mask.tolist() == [True, False, False, False]
+    assert row(ex).has_mask[0].tolist() == [True, False, False, False]
+
+
+def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_lies_in_the_same_box():
+    prompts = [Prompt((name,), False, exhaustive=name == "sky") for name in ("man", "shirt", "person", "sky", "dog")]
+    boxes = [(0, 0, 10, 12), (2, 4, 8, 8), (0, 0, 10, 11)]  # the man, his shirt, and the man again as a person
+    targets = [Target((i,), np.array(box, np.float32)) for i, box in enumerate(boxes)]
+    out = row(Example("t", np.zeros((13, 19, 3), np.uint8), prompts, targets, np.zeros((13, 19), bool)), range(5))
+    assert out.negative[0, :3].tolist() == [
+        [False, True, False, False, False],  # the man is no shirt; that he is no person nobody said
+        [True, False, True, False, False],
+        [False, True, False, False, False],
+    ], "of sky all is known already, of dogs nothing was marked"
 
 
 def test_rows_stack_into_a_batch():
-    batch = collate([row(example(seed=s)) for s in range(3)])
-    assert batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, N, H, W // 8)
+    room = Room((H, W), P, N, 200)
+    rows = [to_row(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, room, s, np.random.default_rng(0)) for s in range(3)]
+    batch = collate(rows, room)
+    assert batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, 200)
+    for i in range(3):
+        alone = collate([rows[i]], room)
+        for name, value in vars(alone).items():
+            np.testing.assert_array_equal(getattr(batch, name)[i], value[0], err_msg=name)

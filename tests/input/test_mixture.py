@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import pathlib
+import shutil
+import subprocess
+import sys
 import types
 
 import cv2
@@ -43,10 +47,11 @@ def source(name, size, first=0, bad=()):
 
 def config(mixture, batch_size=4, seed=0, root="", **data):
     fields = dict(
-        root=root, mixture=mixture, alpha=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, scale=(1.0, 1.0), flip=0.0, jitter=0.0,
-        templates=("{}",), workers=0, threads=0,
+        root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture], alpha=0.5, canvas=(SIZE, SIZE),
+        max_targets=2, max_prompts=3, mask_canvases=4.0, scale=(1.0, 1.0), flip=0.0, jitter=0.0, templates=("{}",), workers=0, threads=0,
+        leak_guard=True, max_bad=0.5,
     )  # fmt: skip
-    return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data))
+    return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data, eval=dict(sets=())))
 
 
 def two(**kwargs):
@@ -117,11 +122,42 @@ def test_weights_are_respected():
     assert abs((sources == 0).mean() - 4 / 12) < 0.02, "16^0.5 against 8"
 
 
-def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
+@pytest.fixture(scope="module")
+def whole_stream(sample_root):
+    return streams(sample_root, dict(workers=0, start_step=0, host=0, num_hosts=1, count=6))[0][0]
+
+
+def streams(root, *wanted):
+    """What `streams.py` prints of these streams."""
+    script = pathlib.Path(__file__).parent / "streams.py"
+    done = subprocess.run([sys.executable, str(script), root, json.dumps(wanted)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("workers", [0, 2, 4])
+def test_hosts_and_workers_change_nothing_and_a_run_goes_on_anywhere(sample_root, whole_stream, workers):
+    """A run on one host, taken up at step 3 by the second host of two, or at step 4 by any host of four."""
+    places = {
+        0: [dict(start_step=4, host=host, num_hosts=4, count=2) for host in range(4)] + [dict(start_step=2, host=0, num_hosts=1, count=4)],
+        2: [dict(start_step=0, host=0, num_hosts=1, count=4), dict(start_step=4, host=2, num_hosts=4, count=2)],
+        4: [dict(start_step=3, host=1, num_hosts=2, count=3)],
+    }[workers]
+    for place, (found, _) in zip(places, streams(sample_root, *(dict(workers=workers) | place for place in places))):
+        start, host, rows = place["start_step"], place["host"], 4 // place["num_hosts"]
+        assert found == [step[host * rows : (host + 1) * rows] for step in whole_stream[start : start + place["count"]]], place
+
+
+def broken():
+    """Eight records, of which the third is none and the fourth's image is cut."""
     cut = make_record(3)
-    broken = source("a", 8, bad=(2,))
-    broken[3] = Record(cut.key, cut.image[:-30], SIZE, SIZE, cut.segments).to_bytes()
-    loader = Loader([broken], config([dict(name="a")]), tokenizer)
+    records = source("a", 8, bad=(2,))
+    records[3] = Record(cut.key, cut.image[:-30], SIZE, SIZE, cut.segments).to_bytes()
+    return records
+
+
+def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
+    loader = Loader([broken()], config([dict(name="a")]), tokenizer)
     with caplog.at_level("WARNING", logger="absl"):
         seen = [n for batch in take(loader, 6) for n in numbers(batch)]
     assert set(seen) == {0, 1, 4, 5, 6, 7} and seen.count(4) == 9, "the next usable record takes the place of 2 and 3"
@@ -129,11 +165,28 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
     assert sorted(r.getMessage()[:29] for r in caplog.records) == ["a/train: record 2 is left out", "a/train: record 3 is left out"]
 
 
+def test_more_unusable_records_than_allowed_stop_the_run():
+    loader = Loader([broken()], config([dict(name="a")], max_bad=0.2), tokenizer)
+    with pytest.raises(ValueError, match="a/train: 2 of 8 records are unusable, data.max_bad is 0.2; prepare"):
+        take(loader, 6)
+    one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_bad=0.0), tokenizer)
+    assert len(take(one_bad, 6)) == 6, "one corrupt file ends no run of days"
+
+
+def test_worker_processes_report_what_they_could_not_use(sample_root, tmp_path):
+    root = tmp_path / "records"
+    shutil.copytree(sample_root, root)
+    path = root / "sample_boxes"
+    write_set(path.parent, 6, name="sample_boxes", bad=(1,))
+    (_, bad) = streams(str(root), dict(workers=2, start_step=0, host=0, num_hosts=1, count=10))[0]
+    assert bad == {"sample_scenes/train": 0, "sample_boxes/train": 1}
+
+
 def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
     assert [r.getMessage() for r in caplog.records] == [
-        "a: the tokenizer cannot tell 'dog' from 'cat'; raise config.model.text.vocab_size."
+        "a: the tokenizer cannot tell 'dog' from 'cat'; with words, raise config.model.text.vocab_size."
     ]
 
 
@@ -158,7 +211,6 @@ def test_mistakes_in_a_config_end_in_one_line():
     for message, mixture, options in (
         ("data.canvas: the width", [dict(name="a")], dict(canvas=(16, 20))),
         ("data.mixture: a has weight -1", [dict(name="a", weight=-1)], {}),
-        ("asks for the task 'boxes'", [dict(name="a", tasks=("boxes",))], {}),
     ):
         with pytest.raises(ValueError, match=message):
             Loader([source("a", 4)], config(mixture, **options), tokenizer)
@@ -166,15 +218,16 @@ def test_mistakes_in_a_config_end_in_one_line():
         two().batches(num_hosts=3)
 
 
-def write_set(root, size):
-    folder = root / "toy"
+def write_set(root, size, name="toy", bad=()):
+    folder = root / name
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (path,) = shard_paths(str(folder), "train", 1)
     writer = ArrayRecordWriter(path, "group_size:1")
     for i in range(size):
-        writer.write(make_record(i).to_bytes())
+        writer.write(b"no record" if i in bad else make_record(i).to_bytes())
     writer.close()
-    DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("dog",))), {"train": size}).save(str(folder))
+    DatasetInfo(name, (ClassInfo(("cat",)), ClassInfo(("dog",))), {"train": size}).save(str(folder))
 
 
 def test_the_config_opens_prepared_shards(tmp_path):

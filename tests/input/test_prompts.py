@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,20 @@ def test_positives_come_before_negatives():
         texts, indices = choose_prompts(example(30, owned=[3, 7, 20]), 5, np.random.default_rng(seed))
         assert {3, 7, 20} <= set(indices.tolist()) and len(set(indices.tolist())) == 5
         assert all(text[:-1] == str(i) for text, i in zip(texts, indices))
+
+
+def test_negatives_are_drawn_by_their_weights_without_repeats():
+    crowd = example(30, owned=[0])
+    for i, prompt in enumerate(crowd.prompts):
+        crowd.prompts[i] = dataclasses.replace(prompt, weight=9.0 if i in (5, 6) else 1.0)
+    counts = np.zeros(30)
+    for seed in range(400):
+        _, indices = choose_prompts(crowd, 4, np.random.default_rng(seed))
+        assert len(set(indices.tolist())) == 4
+        counts[indices] += 1
+    assert counts[0] == 400
+    # Of 45 parts of weight, two prompts hold 9 each: three draws without replacement take each of them with 0.50, another with 0.074.
+    assert abs(counts[[5, 6]].mean() / 400 - 0.50) < 0.06 and abs(counts[np.r_[1:5, 7:30]].mean() / 400 - 0.074) < 0.01
 
 
 def test_too_many_positives_leave_a_random_subset():

@@ -64,7 +64,7 @@ def test_grain_reads_it(root):
 
 
 def test_missing_set_names_the_command(root):
-    assert "`python data/prepare.py panoptic --name coco_2017_panoptic --split train" in _complaint(
+    assert f"`python data/prepare.py public coco_2017_panoptic --out {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "coco_2017_panoptic", "train")
     )
     assert f"`python data/prepare.py sample --out {root}`" in _complaint(

@@ -24,6 +24,14 @@ def segment(*box, **fields):
     return Segment(mask=encode_rle(area(*box)), **fields)
 
 
+def whole(target):
+    """A target's mask on its image."""
+    (top, left), (h, w) = target.at, target.mask.shape
+    mask = np.zeros((H, W), bool)
+    mask[top : top + h, left : left + w] = target.mask
+    return mask
+
+
 def record(*segments, **fields):
     image = cv2.imencode(".png", np.zeros((H, W, 3), np.uint8))[1].tobytes()
     return Record("a", image, H, W, segments, **fields)
@@ -42,7 +50,7 @@ def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
     assert set(prompts) == {("cat", False), ("dog", False), ("sky", True)}
     assert len(prompts["cat", False][1]) == 2 and prompts["dog", False] == (True, [])
     (sky,) = prompts["sky", True][1]
-    np.testing.assert_array_equal(sky.mask, area(0, 8, 2, 12) | area(8, 8, 10, 12))
+    np.testing.assert_array_equal(whole(sky), area(0, 8, 2, 12) | area(8, 8, 10, 12))
     np.testing.assert_array_equal(sky.box, [0, 8, 10, 12])
     assert example.prompts[0].texts == ("cat", "kitty")
 
@@ -61,7 +69,7 @@ def test_semantic_unites_the_segments_of_a_class():
     example = to_example(rec, INFO, ("semantic", "instance"), "toy/a")
     prompts = asked(example)
     (cats,) = prompts["cat", True][1]
-    np.testing.assert_array_equal(cats.mask, area(0, 0, 4, 4) | area(6, 0, 9, 4))
+    np.testing.assert_array_equal(whole(cats), area(0, 0, 4, 4) | area(6, 0, 9, 4))
     assert prompts["dog", True][1][0] is prompts["dog", False][1][0], "the only dog is one target under both questions"
     assert ("sky", False) not in prompts
 
@@ -134,3 +142,16 @@ def test_contradictions_name_the_record():
         to_example(record(Segment(class_id=CAT)), INFO, ("instance",), "toy/a")
     with pytest.raises(ValueError, match="no task is called 'panoptics'"):
         to_example(record(), INFO, ("panoptics",), "toy/a")
+
+
+def test_phrases_that_may_fit_other_things_are_not_taught_absent():
+    phrases = record(segment(0, 0, 4, 4, texts=("a shirt", "blue cloth")))
+    for unique in (True, False):
+        (prompt,) = to_example(phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k").prompts
+        assert prompt.texts == ("a shirt", "blue cloth") and prompt.region and prompt.exhaustive == unique
+
+
+def test_a_frequent_class_is_asked_for_more_readily():
+    info = DatasetInfo("x", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("emu",))), {}, class_images={"train": (16, 9, 0)})
+    prompts = to_example(record(), info, ("instance",), "k").prompts
+    assert [p.weight for p in prompts] == [4, 3, 1]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import cv2
 import numpy as np
 import pytest
 
@@ -28,6 +29,14 @@ def scene(h=120, w=100):
     return Example("t", image, prompts, targets, disc(h, w, 20, 80, 12))
 
 
+def whole(target, image):
+    """A target's mask on its image."""
+    (top, left), (h, w) = target.at, target.mask.shape
+    mask = np.zeros(image.shape[:2], bool)
+    mask[top : top + h, left : left + w] = target.mask
+    return mask
+
+
 def iou(a, b):
     return (a & b).sum() / max(1, (a | b).sum())
 
@@ -41,9 +50,38 @@ def test_masks_boxes_and_mattes_move_with_the_pixels(seed):
     assert moved.ignore.shape == (h, w)
     for target in moved.targets:
         painted = moved.image[..., target.prompts[0]] > 157
-        assert iou(target.mask, painted) > 0.85
+        assert iou(whole(target, moved.image), painted) > 0.85
         assert iou(target.alpha > 127, painted) > 0.85
-        assert tuple(target.box) == box_of(target.mask)
+        assert tuple(target.box) == box_of(whole(target, moved.image))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_mask_in_its_window_moves_like_the_same_mask_on_the_whole_image(seed):
+    example = scene()
+    windowed = dataclasses.replace(example, targets=[])
+    for target in example.targets:
+        x0, y0, x1, y1 = map(int, target.box)
+        piece = target.mask[y0:y1, x0:x1]
+        windowed.targets.append(dataclasses.replace(target, mask=piece, alpha=None, at=(y0, x0)))
+    for target in example.targets:
+        target.alpha = None
+    a, b = (
+        resize_crop(random_flip(e, rng, 0.5), CANVAS, rng, (0.2, 3.0)) for e in (example, windowed) for rng in [np.random.default_rng(seed)]
+    )
+    assert len(a.targets) == len(b.targets)
+    for one, other in zip(a.targets, b.targets):
+        np.testing.assert_array_equal(whole(one, a.image), whole(other, b.image))
+        np.testing.assert_array_equal(one.box, other.box)
+
+
+def test_masks_are_resized_as_opencv_does_it():
+    example = scene()
+    for canvas in ((60, 50), (96, 128), (300, 211)):
+        moved = fit(example, canvas)
+        for before, after in zip(example.targets, moved.targets):
+            size = moved.image.shape[1::-1]
+            expected = cv2.resize(before.mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST_EXACT).view(bool)
+            np.testing.assert_array_equal(whole(after, moved.image), expected)
 
 
 def test_a_target_that_left_the_crop_makes_its_prompt_a_true_negative():

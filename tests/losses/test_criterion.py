@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mqformer_jax.input.batch import unpack_masks
 from mqformer_jax.losses import costs
 from mqformer_jax.losses.criterion import TERMS, Weights, criterion
 from mqformer_jax.models.mqformer import Outputs, Predictions
@@ -45,7 +46,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):
 def test_perfect_predictions_cost_nothing(outputs, tiny_batch):
     """Each target is predicted exactly by one query; the rest are silent."""
     n, b = tiny_batch.boxes.shape[1], 8
-    masks = np.unpackbits(tiny_batch.masks, axis=-1)[:, :, 2::4, 2::4].astype(np.float32)
+    masks = unpack_masks(tiny_batch)[:, :, 2::4, 2::4].astype(np.float32)
     features = jnp.asarray(np.moveaxis(masks, 1, -1) * 60 - 30)
     embed = jnp.broadcast_to(jnp.eye(QUERIES, n), (STAGES, b, QUERIES, n))
     logits = np.full((STAGES, b, QUERIES, 16), -20.0, np.float32)
@@ -64,8 +65,9 @@ def test_padded_rows_and_prompts_are_never_read(outputs, tiny_batch):
     rows = np.arange(tiny_batch.boxes.shape[1]) >= tiny_batch.num_targets[:, None]
     garbage = tiny_batch.replace(
         boxes=np.where(rows[..., None], 9.0, tiny_batch.boxes).astype(np.float32),
-        masks=np.where(rows[..., None, None], 255, tiny_batch.masks).astype(np.uint8),
+        windows=np.where(rows[..., None], 3, tiny_batch.windows),
         positive=tiny_batch.positive | rows[..., None],
+        negative=tiny_batch.negative | rows[..., None],
         prompt_exhaustive=tiny_batch.prompt_exhaustive | ~tiny_batch.prompt_valid,
     )
     np.testing.assert_allclose(run(outputs, tiny_batch)[0], run(outputs, garbage)[0], rtol=1e-6)
@@ -79,13 +81,21 @@ def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_bat
 
 
 def test_what_is_not_exhaustively_labelled_is_not_taught_absent(outputs, tiny_batch):
-    unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive))
+    unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive), negative=np.zeros_like(tiny_batch.negative))
     found = np.array(gradients(outputs, unknown).matching.class_logits)
     assert (found <= 0).all()  # only "yes" is taught
     per_image = [p[:n].sum() for p, n in zip(tiny_batch.positive, tiny_batch.num_targets)]
     np.testing.assert_array_equal((found < 0).sum((0, 2, 3)), STAGES * np.array(per_image))
     known = np.array(gradients(outputs, tiny_batch).matching.class_logits)
     assert (known > 0).any()
+
+
+def test_an_object_is_taught_what_it_is_known_not_to_be_though_the_prompt_is_not_exhaustive(outputs, tiny_batch):
+    unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive))
+    others = tiny_batch.prompt_valid[:, None] & ~tiny_batch.positive
+    found = np.array(gradients(outputs, unknown.replace(negative=others)).matching.class_logits)
+    rows = np.arange(others.shape[1]) < tiny_batch.num_targets[:, None]
+    np.testing.assert_array_equal((found > 0).sum((0, 2, 3)), STAGES * (others & rows[..., None]).sum((1, 2)))
 
 
 def test_pixels_where_nothing_is_known_count_nowhere(outputs, tiny_batch):

@@ -29,8 +29,22 @@ def test_features_at_shared_points_equal_maps_channel_by_channel():
 def test_packed_bits_are_sampled_like_the_mask_they_pack():
     masks = rng.random((4, 6, 16)) < 0.5
     rows, points = np.array([2, 0, 3]), rng.uniform(0, 1, (3, 40, 2)).astype(np.float32)
-    found = sample_bits(np.packbits(masks, axis=-1), rows, points)
+    bits = np.packbits(masks, axis=-1)
+    whole = np.array([[i * 12, 0, 0, 6, 2] for i in rows])
+    found = sample_bits(bits.reshape(-1), whole, (6, 16), points)
     assert_agrees("point sampling (SciPy)", "forward", found, oracle(masks[rows].astype(np.float32), points), 1e-5)
+
+
+def test_a_mask_that_is_kept_in_a_window_is_nothing_outside_it():
+    masks = np.zeros((2, 9, 24), bool)
+    masks[0, 2:5, 8:16] = rng.random((3, 8)) < 0.5
+    masks[1, 7:9, 16:24] = rng.random((2, 8)) < 0.5
+    parts = [np.packbits(masks[0, 2:5, 8:16], axis=-1), np.packbits(masks[1, 7:9, 16:24], axis=-1)]
+    windows = np.array([[4, 2, 1, 3, 1], [7, 7, 2, 2, 1]])
+    bits = np.concatenate([np.full(4, 255, np.uint8), *(p.reshape(-1) for p in parts), np.full(5, 255, np.uint8)])
+    points = rng.uniform(0, 1, (2, 300, 2)).astype(np.float32)
+    found = sample_bits(bits, windows, (9, 24), points)
+    assert_agrees("point sampling (SciPy)", "forward", found, oracle(masks.astype(np.float32), points), 1e-5)
 
 
 def test_most_points_lie_where_the_mask_is_uncertain_and_none_outside_the_image():

@@ -1,0 +1,337 @@
+"""A contact sheet of training rows: each row's picture with its targets, and beside it what is asked of it."""
+
+from __future__ import annotations
+
+import colorsys
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable, Sequence
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from mqformer_jax.input.batch import PAD
+
+PANEL = 340  # pixels of the words beside a picture
+COLUMNS, GAP, LINE = 3, 16, 18
+INK, GREY, RED = (32, 33, 36), (128, 132, 138), (200, 30, 30)
+FONT, HEAD, SMALL = (ImageFont.load_default(size) for size in (13, 15, 11))
+REGION, INSTANCES = "∎", "▢"  # in words; drawn as icons, since the font has no such letters
+HIDDEN = 500  # square pixels of a target that its number would hide
+ABSENT = 8  # names shown of the prompts that are absent
+Rgb = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One prompt of a row. owned: the targets it names. others: targets it is known not to name although it is not exhaustive."""
+
+    text: str
+    region: bool
+    exhaustive: bool
+    owned: tuple[int, ...]
+    others: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """One row of a batch, unpacked.
+
+    key: "dataset/image". size: height and width of the valid part. boxes: x0, y0, x1, y1 in pixels of the canvas.
+    left_out: what was unusable on the way to this row.
+    """
+
+    key: str
+    asked: tuple[Asked, ...]
+    image: UInt8[np.ndarray, "h w 3"]
+    size: tuple[int, int]
+    ignore: Bool[np.ndarray, "h w"]
+    masks: Bool[np.ndarray, "n h w"]
+    has_mask: Bool[np.ndarray, "n"]
+    boxes: Float[np.ndarray, "n 4"]
+    left_out: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def colour(target: int) -> Rgb:
+    """Golden-ratio steps around the hues, in three lightnesses: neighbours in number are far apart."""
+    r, g, b = colorsys.hls_to_rgb((0.92 + 0.618034 * target) % 1, (0.5, 0.62, 0.42)[target % 3], 0.95)
+    return round(255 * r), round(255 * g), round(255 * b)
+
+
+def picture(shown: Shown, side: int) -> Image.Image:
+    """The canvas with its targets, `side` pixels long: masks filled and outlined, boxes without a mask dashed, all numbered."""
+    height, width = shown.image.shape[:2]
+    scale = side / max(height, width)
+    size = (round(width * scale), round(height * scale))
+    pixels = cv2.resize(shown.image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC)
+    ignored = cv2.resize(shown.ignore.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).view(bool)
+    pixels[ignored] = _hatch(pixels)[ignored]
+    masks = [_resize_mask(m, size) for m in shown.masks]
+    largest_first = sorted(range(len(masks)), key=lambda i: -math.prod(shown.boxes[i, 2:] - shown.boxes[i, :2]))
+    for i in largest_first:
+        pixels[masks[i]] = (0.68 * pixels[masks[i]] + 0.32 * np.array(colour(i))).astype(np.uint8)
+    for i in largest_first:
+        outlines, _ = cv2.findContours(masks[i].view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+        cv2.drawContours(pixels, outlines, -1, colour(i), 2, cv2.LINE_AA)
+    page = Image.fromarray(pixels)
+    draw = ImageDraw.Draw(page)
+    for i in np.flatnonzero(~shown.has_mask):
+        _dashed(draw, shown.boxes[i] * scale, colour(i))
+    bottom, right = (round(v * scale) for v in shown.size)
+    draw.line([(right, 0), (right, bottom), (0, bottom)], INK)  # where the padding begins; off the page where there is none
+    _number(draw, [_anchor(mask, has, box * scale) for mask, has, box in zip(masks, shown.has_mask, shown.boxes)], largest_first, size)
+    return page
+
+
+def _hatch(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    """The picture in dim grey under white diagonals."""
+    grey = (40 + 0.4 * cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)).astype(np.uint8)
+    y, x = np.indices(grey.shape)
+    return np.repeat(np.where((x + y) % 8 < 2, 225, grey).astype(np.uint8)[..., None], 3, -1)
+
+
+def _resize_mask(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    smaller = size[0] < mask.shape[1]
+    soft = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
+    return (soft > 0) & (soft >= min(0.5, 0.5 * soft.max()))  # a mask thinner than a pixel of the sheet is still seen
+
+
+def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: Rgb, dash: int = 6) -> None:
+    """The box in dashes of `ink` on white: one of the two stands out from any picture."""
+    x0, y0, x1, y1 = box
+    for (ax, ay), (bx, by) in itertools.pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
+        draw.line([(ax, ay), (bx, by)], "white", 2)
+        length = max(abs(bx - ax), abs(by - ay), 1)
+        for start in np.arange(0, length, 2 * dash):
+            s, e = start / length, min(start + dash, length) / length
+            draw.line([(ax + s * (bx - ax), ay + s * (by - ay)), (ax + e * (bx - ax), ay + e * (by - ay))], ink, 2)
+
+
+def _anchor(mask: Bool[np.ndarray, "h w"], has_mask: bool, box: Sequence[float]) -> tuple[float, float]:
+    """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would hide."""
+    x0, y0, x1, y1 = box
+    if (x1 - x0) * (y1 - y0) < HIDDEN:
+        return (x0 + x1) / 2, y0 - 9
+    if not has_mask or not mask.any():
+        return x0 + 7, y0 + 7
+    depth = cv2.distanceTransform(np.pad(mask.view(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return int(x), int(y)
+
+
+def _number(draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[float, float]], order: Sequence[int], size: tuple[int, int]) -> None:
+    """Each target's number at its anchor, or beside it where another stands there already."""
+    taken: list[tuple[float, float]] = []
+    for i in order:
+        w, h = _badge_size(str(i + 1))
+        places = [(anchors[i][0] + dx * w, anchors[i][1] + dy * h) for dx, dy in ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))]
+        places = [(min(max(x, w / 2), size[0] - w / 2), min(max(y, h / 2), size[1] - h / 2)) for x, y in places]
+        free = [(x, y) for x, y in places if all(abs(x - tx) >= w or abs(y - ty) >= h for tx, ty in taken)]
+        x, y = (free or places)[0]
+        taken.append((x, y))
+        _badge(draw, x, y, str(i + 1), colour(i))
+
+
+def _badge_size(text: str) -> tuple[float, float]:
+    return SMALL.getlength(text) + 7, 14
+
+
+def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, fill: Rgb) -> None:
+    """A number on its target's colour, centred at x, y."""
+    w, h = _badge_size(text)
+    ink = "black" if np.dot(fill, (0.299, 0.587, 0.114)) > 140 else "white"
+    draw.rounded_rectangle((x - w / 2, y - h / 2, x + w / 2, y + h / 2), 4, fill, outline=ink)
+    draw.text((x, y), text, ink, SMALL, anchor="mm")
+
+
+# ---------------------------------------------------------------- the words
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """A word, an icon (`REGION`, `INSTANCES`, or `image`), or a number on `fill`. Pieces follow each other in lines."""
+
+    text: str
+    ink: Rgb = INK
+    fill: Rgb | None = None
+    image: Image.Image | None = None
+
+    @functools.cached_property
+    def width(self) -> float:
+        if self.image or self.text in (REGION, INSTANCES):
+            return self.image.width if self.image else 15
+        return _badge_size(self.text)[0] if self.fill else FONT.getlength(self.text)
+
+
+Item = list[Piece]
+Placed = tuple[float, float, Piece]  # left, top of its line
+
+
+def prompt_items(asked: Sequence[Asked]) -> tuple[list[Item], list[Item]]:
+    """What is asked: an item for each prompt that owns a target, then the rest in sums."""
+    owning = sorted((a for a in asked if a.owned), key=lambda a: a.owned)
+    absent = [a.text for a in asked if not a.owned and a.exhaustive]
+    silent = [a.text for a in asked if not a.owned and not a.exhaustive]
+    rest = [_list("absent", absent)] if absent else []
+    return [_prompt_item(a) for a in owning], rest + ([_list("nothing taught", silent)] if silent else [])
+
+
+def _prompt_item(asked: Asked) -> Item:
+    item = [Piece(REGION if asked.region else INSTANCES), *_say(asked.text)]
+    item += [Piece(f"x{len(asked.owned)}", GREY)] if len(asked.owned) > 1 else []
+    item += [Piece(str(i + 1), fill=colour(i)) for i in asked.owned]
+    if not asked.exhaustive:
+        item += [Piece("?", RED)]
+    if asked.others:
+        few = ", ".join(str(i + 1) for i in asked.others) if len(asked.others) < 4 else f"{len(asked.others)} others"
+        item += _say(f"not {few}", GREY)
+    return item
+
+
+def _list(title: str, texts: Sequence[str]) -> Item:
+    few = texts if len(texts) <= ABSENT + 1 else texts[:ABSENT]
+    more = f" … +{len(texts) - len(few)}" if len(few) < len(texts) else ""
+    return _say(f"{title} ({len(texts)}): {', '.join(few)}{more}", GREY)
+
+
+def _say(text: str, ink: Rgb = INK) -> Item:
+    return [Piece(word, ink) for word in text.split()]
+
+
+def facts(shown: Shown) -> list[Item]:
+    n, masks, asked = len(shown.masks), int(shown.has_mask.sum()), len(shown.asked)
+    kind = "boxes only" if not masks else "with masks" if masks == n else f"{masks} with masks, {n - masks} boxes only"
+    words = _count(n, "target") + (f" ({kind})" if n else "") + f" · {_count(asked, 'prompt')}"
+    left_out = [_say(f"left out: {what}", RED) for what in shown.left_out[:3]]
+    return [_say(words, GREY), *left_out]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def flow(items: Sequence[Item], width: float, own_line: bool = True, gap: float = 12, line: float = LINE) -> tuple[list[Placed], float]:
+    """Where the pieces go, and the height of all. own_line: every item begins a line, not only one that found no room behind another."""
+    placed: list[Placed] = []
+    x, y = 0.0, 0.0
+    for item in items:
+        whole = sum(piece.width + 4 for piece in item) - 4
+        if placed and (own_line or x + min(whole, width) > width):
+            x, y = 0.0, y + line
+        for piece in item:
+            if x and x + piece.width > width:
+                x, y = 16.0, y + line
+            placed.append((x, y, piece))
+            x += piece.width + 4
+        x += gap
+    return placed, y + line
+
+
+def fitted(owning: list[Item], rest: list[Item], room: float, most: float) -> tuple[list[Placed], float]:
+    """A line for each prompt within `room`; else one after the other; what would go past `most` is only counted."""
+    placed, height = flow(owning + rest, PANEL)
+    if height <= room:
+        return placed, height
+    for count in range(len(owning), -1, -1):
+        more = [_say(f"… and {len(owning) - count} more prompts with targets")] if count < len(owning) else []
+        above, height = flow(owning[:count] + more, PANEL, own_line=False)
+        below, tail = flow(rest, PANEL)
+        if height + tail <= most:
+            break
+    return above + [(x, y + height, piece) for x, y, piece in below], height + tail
+
+
+def write(page: Image.Image, placed: Iterable[Placed], left: float, top: float) -> None:
+    draw = ImageDraw.Draw(page)
+    for x, y, piece in placed:
+        x, middle = left + x, top + y + LINE / 2
+        if piece.image:
+            page.paste(piece.image, (round(x), round(middle - piece.image.height / 2)))
+        elif piece.fill:
+            _badge(draw, x + piece.width / 2, middle, piece.text, piece.fill)
+        elif piece.text == REGION:
+            draw.rectangle((x, middle - 5, x + 11, middle + 5), (150, 155, 165))
+        elif piece.text == INSTANCES:
+            draw.rectangle((x + 4, middle - 6, x + 12, middle + 2), outline=INK)
+            draw.rectangle((x, middle - 2, x + 8, middle + 6), "white", outline=INK)
+        else:
+            draw.text((x, middle), piece.text, piece.ink, FONT, anchor="lm")
+
+
+# ---------------------------------------------------------------- the sheet
+
+
+def card(shown: Shown, side: int) -> Image.Image:
+    """A row: its picture, `side` pixels long, and the words on the right."""
+    image = picture(shown, side)
+    head, under = flow(facts(shown), PANEL)
+    top = LINE + under + 5
+    words, height = fitted(*prompt_items(shown.asked), side - top, 2 * side - top)
+    page = Image.new("RGB", (side + GAP + PANEL, round(max(image.height, top + height))), "white")
+    page.paste(image, (0, 0))
+    left = side + GAP
+    ImageDraw.Draw(page).text((left, LINE / 2), _shortened(shown.key), INK, HEAD, anchor="lm")
+    write(page, head, left, LINE)
+    write(page, words, left, top)
+    return page
+
+
+def _shortened(key: str) -> str:
+    """A key that fits its line; what is cut out is its middle."""
+    while HEAD.getlength(key) > PANEL:
+        half = len(key) // 2
+        key = key[: half - 2].rstrip("…") + "…" + key[half + 2 :].lstrip("…")
+    return key
+
+
+def sheet(cards: Sequence[Image.Image], title: str) -> Image.Image:
+    columns = min(COLUMNS, len(cards))
+    width = columns * (cards[0].width + 2 * GAP)
+    head, height = flow(_legend(), width - 2 * GAP, own_line=False, gap=26, line=27)
+    lines = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    tall = [max(c.height for c in line) for line in lines]
+    page = Image.new("RGB", (width, round(GAP + 2 * LINE + height + sum(tall) + 2 * GAP * len(lines))), "white")
+    draw = ImageDraw.Draw(page)
+    draw.text((GAP, GAP + LINE / 2), title, INK, HEAD, anchor="lm")
+    write(page, head, GAP, GAP + 1.25 * LINE)
+    y = GAP + 2 * LINE + height
+    for line, bottom in zip(lines, tall):
+        draw.line([(0, y), (width, y)], (225, 227, 230))
+        for k, each in enumerate(line):
+            page.paste(each, (round(GAP + k * width / columns), round(y + GAP)))
+        y += bottom + 2 * GAP
+    return page
+
+
+def _legend() -> list[Item]:
+    """What the marks mean, drawn by what draws them."""
+    height, width = 24, 36
+    none = np.zeros((height, width), bool)
+    mask, part = none.copy(), none.copy()
+    mask[4:20, 5:31] = part[:, 14:] = True
+    image = np.full((height, width, 3), 205, np.uint8)
+    padded = np.where(part[..., None], np.uint8(PAD), image)
+    plain = Shown("", (), image, (height, width), none, none[None][:0], np.zeros(0, bool), np.zeros((0, 4)))
+
+    def entry(words: str, **changes) -> Item:
+        return [Piece("", image=picture(dataclasses.replace(plain, **changes), width)), *_say(words)]
+
+    corners = np.array([[3.0, 3, 33, 21]])
+    return [
+        entry("target, mask known", masks=mask[None], has_mask=np.ones(1, bool), boxes=corners),
+        entry("target, only its box known", masks=none[None], has_mask=np.zeros(1, bool), boxes=corners),
+        entry("ignored: no loss here", ignore=part),
+        entry("padding", image=padded, size=(height, 14)),
+        [Piece(REGION), *_say("prompt for one region")],
+        [Piece(INSTANCES), *_say("prompt for instances, any number")],
+        [Piece("1", fill=colour(0)), *_say("the targets it names")],
+        [Piece("?", RED), *_say("more of it may be unlabelled; “not 3”: target 3 is known to be none of it")],
+        _say("absent: asked, known not to be there", GREY),
+    ]
