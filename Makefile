@@ -11,8 +11,8 @@ STEPS ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# parity: torch and transformers, to compare with; without them (TESTS=test) those tests skip and say so
-TESTS ?= test,parity
+# parity: torch and transformers, to compare with; tfds: its builders; without them (TESTS=test) those tests skip and say so
+TESTS ?= test,parity,tfds
 .venv/.test: .venv/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(TESTS)]'
 	touch $@

@@ -90,7 +90,7 @@ def _made(full: str, data_dir: str | None) -> Any:
     if not builder.data_path.exists():
         missing = [package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None]
         if missing:
-            there = f"or make it where they are: tfds build {full} --file_format=array_record --data_dir={builder.data_dir_root}"
+            there = f"or run this where they are, and copy {builder.data_path} here"
             raise ValueError(f"{full}: to make this set its builder needs {', '.join(missing)}: pip install {' '.join(missing)}, {there}")
         try:
             builder.download_and_prepare(file_format="array_record")
@@ -99,9 +99,7 @@ def _made(full: str, data_dir: str | None) -> Any:
             what = str(e).strip().split("\n")[0] or type(e).__name__
             raise ValueError(f"{full}: {what} ({page} tells what the builder needs)") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-        mend = (
-            f"give another --data-dir, or convert them: tfds convert_format --dataset_dir={builder.data_dir} --out_file_format=array_record"
-        )
+        mend = "delete this folder, and it is made anew from its downloads"
         raise ValueError(f"{builder.data_dir}: its files are no ArrayRecord files, which alone are read without TensorFlow; {mend}")
     return builder
 
@@ -130,12 +128,12 @@ def _build(full: str, folder: str, split: str, class_of: dict[int, int], job: Jo
 
 
 def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Masks are as the builder drew them: OpenCV includes the pixels of the outline, pycocotools does not."""
+    """Masks are as the builder drew them: with corners rounded down to pixels, and the outline's pixels included."""
     objects = job.labels["objects"]
-    keys = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
+    rows = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
     items = [
         {"id": int(number), "category_id": int(label), "bbox": _xywh(box, image), "segmentation": _rle(mask)}
-        for number, label, box, mask in keys
+        for number, label, box, mask in rows
     ]
     lists = (tuple(int(label) for label in job.labels[field]) for field in ("neg_category_ids", "not_exhaustive_category_ids"))
     return instances_record(_with(job, items, *lists), image, problems, class_of, federated=True)
@@ -144,7 +142,7 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
     """The builder keeps expressions as they were typed (`raw`), not as REFER cleaned them (`sent`: lower case, no full stop)."""
     objects = job.labels["objects"]
-    keys = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
+    rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
     items = [
         {
             "ref_id": f"of annotation {number}",
@@ -154,7 +152,7 @@ def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, in
             "segmentation": _rle(mask),
             "sentences": [text.decode() for text in texts],
         }
-        for number, label, box, mask, texts in keys
+        for number, label, box, mask, texts in rows
     ]
     return referring_record(_with(job, items), image, problems, class_of, every=split != "train")
 
@@ -260,6 +258,6 @@ SETS: dict[str, TfdsSet] = {
     ),
 }
 _INSTEAD = {
-    "coco": "its builder needs TensorFlow even to be read, and has no masks of instances; use prepare.py public coco_2017 or coco_2017_panoptic",
+    "coco": "its builder loads with TensorFlow alone and has no masks of instances; use prepare.py public coco_2017 or coco_2017_panoptic",
     "scene_parse150": "its builder has neither the maps nor the names of the 150 classes; use prepare.py public ade20k_panoptic",
 }

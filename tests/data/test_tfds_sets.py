@@ -269,4 +269,4 @@ def test_a_set_of_tfrecord_files_is_named_with_its_mend(ref_coco, tmp_path, caps
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
     assert _prepare("ref_coco", tmp_path / "sets", tmp_path / "out", "train") == 1
     said = capsys.readouterr().err
-    assert f"{info.parent}: " in said and "--out_file_format=array_record" in said and said.count("\n") == 1
+    assert f"{info.parent}: " in said and "delete this folder" in said and said.count("\n") == 1
