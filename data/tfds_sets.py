@@ -64,7 +64,7 @@ def plans(builder: str, split: str, name: str | None = None, data_dir: str | Non
     info = os.path.join(made.data_dir, "dataset_info.json")
     jobs = [Job(f"{full} {theirs} {i}", i, "", (info, i)) for i in range(made.info.splits[theirs].num_examples)]
     make = functools.partial(_build, full, str(made.data_dir), theirs, class_of)
-    yield name or known.name, split, Plan("tfds", classes, jobs, make, known.exhaustive)
+    yield name or known.name, split, Plan(f"tfds {full}", classes, jobs, make, known.exhaustive)
 
 
 # ---- Builders ------------------------------------------------------------------------------------------------------

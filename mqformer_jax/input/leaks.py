@@ -14,7 +14,7 @@ from typing import Any
 from mqformer_jax.input.record import DatasetInfo
 from mqformer_jax.input.sources import ShardSource
 
-REFERRING = ("referring", "tfds ref_coco")  # `DatasetInfo.source` of sets of expressions
+REFERRING = ("referring", "table", "tfds ref_coco")  # how `DatasetInfo.source` of a set of expressions begins
 
 
 class Part:
@@ -72,5 +72,5 @@ def _referring_splits(root: str) -> list[tuple[str, str]]:
     for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
         if os.path.exists(os.path.join(root, name, "dataset.json")):
             info = DatasetInfo.load(os.path.join(root, name))
-            found += [(name, split) for split in info.splits if info.source in REFERRING and not split.startswith("train")]
+            found += [(name, split) for split in info.splits if info.source.startswith(REFERRING) and not split.startswith("train")]
     return found

@@ -60,6 +60,13 @@ def test_a_split_that_is_trained_on_by_intent_stays(root):
     assert read(root, [entry("refcoco", "val")], [entry("refcoco", "val")])[0] == [[1]], "the other one is in testA"
 
 
+@pytest.mark.parametrize("kind", ["table", "tfds ref_coco/refcoco_unc"])
+def test_expressions_are_known_however_they_were_prepared(tmp_path, kind):
+    write_set(tmp_path, "coco", train=["coco/1", "coco/2"])
+    write_set(tmp_path, "mine", kind, val=["coco/2"])
+    assert read(tmp_path, [entry("coco")])[0] == [[0]]
+
+
 def test_nothing_left_is_one_line(root):
     write_set(root, "wrong", train=["coco/2"])
     with pytest.raises(ValueError, match="^data.mixture: leak guard: 1 of 1 images of wrong/train left out.*Is it the right split"):
