@@ -46,7 +46,7 @@ class ClassInfo:
         return self.texts[0]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # one is itself alone, and quick to hash
 class DatasetInfo:
     """What holds for a whole prepared data set.
 

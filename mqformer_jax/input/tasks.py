@@ -9,7 +9,7 @@ import numpy as np
 
 from mqformer_jax.config import TASKS
 from mqformer_jax.input.example import Example, Prompt, Target
-from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record, Segment, box_of
+from mqformer_jax.input.record import BadRecord, DatasetInfo, Record, Segment, box_of
 
 FOREGROUND = Prompt(("foreground",), region=True)
 
@@ -86,24 +86,24 @@ def _class_questions(record: Record, info: DatasetInfo, tasks: Sequence[str], te
         ids = members.get(c, [])
         if not ids and not exhaustive:
             continue  # such a prompt teaches nothing
-        for region, with_mask in _grains(info.classes[c].thing, tasks):
-            groups = [tuple(ids)] if region and ids else [(i,) for i in ids]
-            yield _class_prompt(info.classes[c], region, exhaustive, templates, info.class_weights[c]), groups, with_mask
+        for prompt, with_mask in _class_prompts(info, c, tuple(tasks), templates, exhaustive):
+            groups = [tuple(ids)] if prompt.region and ids else [(i,) for i in ids]
+            yield prompt, groups, with_mask
 
 
-def _grains(thing: bool, tasks: Sequence[str]) -> list[tuple[bool, bool]]:
-    """How a class is asked: (as one region?, with masks?), at most once as instances and once as a region."""
-    grains = []
+@functools.lru_cache(maxsize=1 << 16)
+def _class_prompts(
+    info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
+) -> list[tuple[Prompt, bool]]:
+    """How a class is asked, and whether with masks: at most once as instances and once as a region."""
+    thing = info.classes[c].thing
+    texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
+    prompts = []
     if thing and ("panoptic" in tasks or "instance" in tasks or "detection" in tasks):
-        grains.append((False, "panoptic" in tasks or "instance" in tasks))
+        prompts.append((Prompt(texts, False, exhaustive, info.class_weights[c]), "panoptic" in tasks or "instance" in tasks))
     if "semantic" in tasks or (not thing and "panoptic" in tasks):
-        grains.append((True, True))
-    return grains
-
-
-@functools.lru_cache(maxsize=1 << 14)
-def _class_prompt(info: ClassInfo, region: bool, exhaustive: bool, templates: tuple[str, ...], weight: float) -> Prompt:
-    return Prompt(tuple(t.format(text) for text in info.texts for t in templates), region, exhaustive, weight)
+        prompts.append((Prompt(texts, True, exhaustive, info.class_weights[c]), True))
+    return prompts
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:

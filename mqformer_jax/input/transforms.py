@@ -98,8 +98,8 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
             seen.update(target.prompts)
     unsure = seen.difference(*(t.prompts for t in targets))
     prompts = [dataclasses.replace(p, exhaustive=False) if i in unsure else p for i, p in enumerate(example.prompts)]
-    image = resize_image(np.ascontiguousarray(example.image[cut]), size)
-    ignore = example.ignore.take(sources[1], 1).take(sources[0], 0) if example.ignore[cut].any() else np.zeros(size, bool)
+    image = resize_image(example.image[cut], size)
+    ignore = _resample(example.ignore, *sources) if example.ignore[cut].any() else np.zeros(size, bool)
     return Example(example.key, image, prompts, targets, ignore)
 
 
@@ -119,7 +119,7 @@ def _move_mask(target: Target, window: tuple[int, int, int, int], sources: tuple
     inside = np.s_[max(y - top, 0) : max(y + h - top, 0), max(x - left, 0) : max(x + w - left, 0)]
     rows, columns = (np.searchsorted(source, (at, at + side)) for source, at, side in zip(sources, target.at, target.mask.shape))
     ys, xs = sources[0][slice(*rows)] - top, sources[1][slice(*columns)] - left
-    mask = target.mask.take(xs, 1).take(ys, 0) if len(ys) * len(xs) >= MIN_AREA else np.zeros((1, 1), bool)
+    mask = _resample(target.mask, ys, xs) if len(ys) * len(xs) >= MIN_AREA else np.zeros((1, 1), bool)
     bx, by, bw, bh = cv2.boundingRect(mask.view(np.uint8))
     if bw * bh < MIN_AREA or np.count_nonzero(mask) < MIN_AREA:
         return None, bool(target.mask[inside].any())
@@ -136,6 +136,12 @@ def _move_mask(target: Target, window: tuple[int, int, int, int], sources: tuple
 def _nearest(start: int, length: int, size: int) -> np.ndarray:
     """The nearest pixel of start to start + length for each of `size` pixels, by their centres."""
     return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
+
+
+def _resample(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """mask[rows][:, columns]; whole rows are copied, so that columns are turned to rows first: three times as fast."""
+    turned = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8)).take(columns, 0)
+    return cv2.transpose(turned).take(rows, 0).view(bool)
 
 
 def _flip_target(target: Target, width: int) -> Target:
