@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from folders import read_classes
+from class_lists import read_classes
 from images import Image, read_channels, read_index, same_size
 from label_maps import Piece, distinct, paired, panoptic_record
 from plan import Job, Plan, Problems, builder

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
+from class_lists import read_classes, read_colours, read_text
 from images import EXTENSIONS, JPEG, Image, Unusable, files_by_stem, read_grey, read_index, same_size
 from plan import Job, Plan, Problems, builder, coco_origin
 
@@ -95,7 +93,7 @@ def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -
 
 def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
     """The images that a list file names, sorted; names without a file are counted."""
-    lines = list(dict.fromkeys(line.strip() for line in _read_text(path).splitlines() if line.strip()))
+    lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     found = set()
     for line in lines:
         key = next((key for name in (line, line.split()[0]) for key in _tails(name) if key in keys), None)
@@ -108,96 +106,11 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
     return sorted(found)
 
 
-def _read_text(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return f.read()
-    except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
-
-
 def _tails(name: str) -> list[str]:
     """What a line of a list may call an image: without its extension, and without some or all folders before it."""
     stem, extension = os.path.splitext(name)
     parts = (stem if extension.lower() in EXTENSIONS else name).split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]
-
-
-# ---- Class lists ---------------------------------------------------------------------------------------------------
-
-
-def read_classes(path: str) -> tuple[list[tuple[str, ...]], list[int], int]:
-    """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first class.
-
-    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of synonyms,
-    or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask value and whose
-    last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a line. Commas part synonyms.
-    """
-    entries, ignore, offset = _read_list(path)
-    names = [name for name, _ in entries]
-    first = [name[0] for name in names if name]
-    twice = [name for name in first if first.count(name) > 1]
-    if not names or len(first) < len(names) or twice:
-        raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "a class without a name"))
-    return names, ignore, offset
-
-
-def read_colours(path: str) -> dict[int, int]:
-    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in the list."""
-    colours = [colour for _, colour in _read_list(path)[0]]
-    found = {colour: i for i, colour in enumerate(colours) if colour is not None}
-    if len(found) < len(colours) - colours.count(None):
-        raise ValueError(f"{path}: two classes have one colour")
-    return found
-
-
-def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int], int]:
-    """A class list's words and colours, and the rest of `read_classes`."""
-    text = _read_text(path)
-    lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(text)
-    try:
-        named = [line if isinstance(line, dict) else {"name": line} for line in lines]
-        return [(_synonyms(line["name"]), _colour(line)) for line in named], ignore, offset
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}') from None
-
-
-def _json_classes(path: str, text: str) -> tuple[list[Any], list[int], int]:
-    try:
-        fields = json.loads(text)
-    except ValueError as e:
-        raise ValueError(f"{path}: not JSON: {e}") from None
-    fields = {"classes": fields} if isinstance(fields, list) else fields
-    if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
-        raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
-    return fields["classes"], [fields.get("ignore_index", 255)], fields.get("index_offset", 0)
-
-
-def _text_classes(text: str) -> tuple[list[Any], list[int], int]:
-    lines = [line for line in text.splitlines() if line.strip()]
-    coloured = [re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line) for line in lines]
-    if lines and all(coloured):
-        classes = [{"name": found[4], "color": found.groups()[:3]} for found in coloured]
-        return classes, [i for i, c in enumerate(classes) if c["name"].strip().lower() == "void"], 0
-    if len(lines) > 1 and re.match(r"\d+\t", lines[1]):  # a table with a head: the mask value comes first, the name last
-        return [line.split("\t")[-1] for line in lines[1:]], [255], int(lines[1].split("\t")[0])
-    return lines, [255], 0
-
-
-def _colour(line: dict[str, Any]) -> int | None:
-    if "color" not in line and "colour" not in line:
-        return None
-    red, green, blue = (int(v) for v in line.get("color", line.get("colour")))
-    if not all(0 <= v <= 255 for v in (red, green, blue)):
-        raise ValueError("no colour")
-    return red << 16 | green << 8 | blue
-
-
-def _synonyms(words: str | Sequence[str]) -> tuple[str, ...]:
-    line = words if isinstance(words, str) else ",".join(words)
-    return tuple(word.strip().replace("_", " ") for word in line.replace(";", ",").split(",") if word.strip())
 
 
 # ---- Records, in a worker process ----------------------------------------------------------------------------------

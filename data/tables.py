@@ -11,7 +11,8 @@ import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from folders import read_classes, read_mask
+from class_lists import read_classes
+from folders import read_mask
 from images import Image, Unusable
 from plan import Job, Plan, Problems, builder, coco_origin
 

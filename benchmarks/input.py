@@ -1,0 +1,291 @@
+"""Is the data ever the bottleneck? Images a second of the full recipe's input, beside a torch DataLoader and bare JPEG decoding.
+
+    pip install -e '.[test,parity]'
+    python benchmarks/input.py --source=FOLDER [--quality=99]
+
+FOLDER is laid out as `python data/prepare.py small` wants it; its panoptic and referring training sets are mixed as
+configs/coco_ref.py mixes them, on a 1024 x 1024 canvas. The peers (benchmarks/torch_input.py) read the same images in the same
+proportions from the original json, PNG and JPEG files; decoding is OpenCV's, of JPEGs in memory, and nothing else. Each measurement is a
+process of its own, on one core or on all; those to be compared take turns, and a ratio is the median of the turns' ratios.
+Aims, a core: 1.5 times torch, half of decoding. Then what goes to the device, and the loader's memory over --memory-batches. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import glob
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from absl import flags, logging
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "data"), os.path.join(REPOSITORY, "configs")]
+
+import coco_ref  # noqa: E402
+import small  # noqa: E402
+from shards import write_split  # noqa: E402
+
+from mqformer_jax.input.mixture import make_loader  # noqa: E402
+from mqformer_jax.input.record import Record  # noqa: E402
+from mqformer_jax.input.sources import ShardSource  # noqa: E402
+from mqformer_jax.models.tokenizer import make_tokenizer  # noqa: E402
+
+SETS = (dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)), dict(name="refcoco", split="train", tasks=("referring",)))
+BESIDE = ("torch", "torch, tuned", "decoding")  # what the others are compared with
+MEMORY_CANVAS, MEMORY_BATCH, MEMORY_READINGS = 256, 4, 20
+FLAT = 0.05  # a process may grow by so much of its memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all measurements share. root: of the records. source: of the files that they were made of."""
+
+    root: str
+    source: str
+    canvas: int
+    batch_size: int
+    seconds: float
+    warm_up: float
+
+    def recipe(self, seed: int, threads: int = 0, workers: int = 0) -> Any:
+        """configs/coco_ref.py with the data sets that are there."""
+        config = coco_ref.full()
+        config.seed, config.batch_size, config.eval.sets = seed, self.batch_size, ()
+        config.model.text.tokenizer = "words"  # CLIP's needs a file; each of them remembers its texts
+        config.data.update(root=self.root, mixture=SETS, canvas=(self.canvas, self.canvas), threads=threads, workers=workers)
+        return config
+
+    def records(self, number: int) -> list[Record]:
+        """Those of SETS[number]."""
+        source = ShardSource(self.root, SETS[number]["name"], SETS[number]["split"])
+        return [Record.from_bytes(source[i]) for i in range(len(source))]
+
+
+# ---------------------------------------------------------------- who takes part: (setting, seed) to batches without end
+
+
+def ours(setting: Setting, seed: int, threads: int = 0, workers: int = 0) -> Iterator[Any]:
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS([sys.argv[0]])  # Grain hands them to its worker processes
+    logging.set_verbosity(logging.WARNING)
+    config = setting.recipe(seed, threads, workers)
+    return make_loader(config, make_tokenizer(config.model.text)).batches()
+
+
+def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = False) -> Iterator[list[dict[str, Any]]]:
+    import torch_input  # here: only the parity extra has it
+
+    np.random.seed(seed)
+    config = setting.recipe(seed)
+    how = (config.data.to_dict(), make_tokenizer(config.model.text), tuned)
+    names = [[record.key for record in setting.records(i)] for i in range(len(SETS))]
+    kinds = (torch_input.Panoptic, torch_input.Referring)
+    datasets = [kind(os.path.join(setting.source, "coco"), n, *how) for kind, n in zip(kinds, names)]
+    return iter(torch_input.loader(datasets, mixed([*map(len, names)], config.data.alpha, seed), setting.batch_size, workers))
+
+
+def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
+    """No image is kept: the next takes its memory, which is there already."""
+    files = [[np.frombuffer(record.image, np.uint8) for record in setting.records(i)] for i in range(len(SETS))]
+    order = mixed([*map(len, files)], setting.recipe(seed).data.alpha, seed)
+    while True:
+        yield [cv2.imdecode(files[i][j], cv2.IMREAD_COLOR_RGB).shape for i, j in itertools.islice(order, setting.batch_size)]
+
+
+def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, int]]:
+    """(data set, index) without end, in the proportions that our loader uses; each data set shuffled anew every epoch."""
+    rng, weights = np.random.default_rng(seed), np.array(sizes, float) ** alpha
+    streams = [itertools.chain.from_iterable(rng.permutation(size).tolist() for _ in itertools.count()) for size in sizes]
+    given = np.zeros(len(sizes))
+    while True:
+        i = int(np.argmin((given + 1) / weights))
+        given[i] += 1
+        yield i, next(streams[i])
+
+
+# ---------------------------------------------------------------- speed
+
+
+def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
+    """What a function of MEASURES returns in a new process on these cores, which its threads and children inherit."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        command = [sys.executable, __file__, "--alone", json.dumps([measure, dataclasses.asdict(setting), args])]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def rate(setting: Setting, seed: int, stream_of: str, options: dict[str, Any]) -> float:
+    """Images a second, after `warm_up` seconds from the first batch on."""
+    stream = STREAMS[stream_of](setting, seed, **options)
+    next(stream)
+    _count(stream, setting.warm_up)
+    images, seconds = _count(stream, setting.seconds)
+    return images / seconds
+
+
+def _count(stream: Iterator[Any], seconds: float) -> tuple[int, float]:
+    images, started = 0, time.perf_counter()
+    while (passed := time.perf_counter() - started) < seconds:
+        batch = next(stream)
+        images += len(batch) if isinstance(batch, list) else len(batch.size)
+    return images, passed
+
+
+def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting, cores: set[int], repeats: int) -> str:
+    """Rows of the table. contestants: of each name, a stream of STREAMS and its options."""
+    turns = [[alone(cores, "rate", setting, seed, *contestant) for contestant in contestants.values()] for seed in range(repeats)]
+    columns = dict(zip(contestants, zip(*turns)))
+    rows = []
+    for name, rates in columns.items():
+        shown = [f"{value:.1f}" for value in (min(rates), statistics.median(rates), max(rates))]
+        ratios = [statistics.median(a / b for a, b in zip(rates, columns[other])) if other in columns else None for other in BESIDE]
+        shown += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+        rows.append(f"| {name} | {len(cores)} | {' | '.join(shown)} |")
+    return "\n".join(rows)
+
+
+# ---------------------------------------------------------------- what goes to the device
+
+
+def weight(setting: Setting, batches: int = 8) -> str:
+    """Ours by field, torch's in all, and how much there was to do for either."""
+    found = list(itertools.islice(ours(setting, 0), batches))
+    theirs = list(itertools.chain.from_iterable(itertools.islice(torch_loader(setting, 0), batches)))
+    images, names = len(theirs), [field.name for field in dataclasses.fields(found[0])]
+    sizes = {name: sum(getattr(batch, name).nbytes for batch in found) / images / 1e3 for name in names}
+    rows = [f"| ours: {name} | {sizes[name]:.0f} |" for name in sorted(names, key=sizes.get, reverse=True)[:5]]
+    rows += [f"| ours: all | {sum(sizes.values()):.0f} |"]
+    rows += [f"| torch | {sum(tensor.nbytes for example in theirs for tensor in example.values()) / images / 1e3:.0f} |"]
+    our_work = [sum(int(getattr(batch, name).sum()) for batch in found) / images for name in ("num_targets", "has_mask", "prompt_valid")]
+    their_work = [statistics.fmean(len(example[name]) for example in theirs) for name in ("boxes", "masks", "tokens")]
+    work = [f"{name} {a:.1f} boxes, {b:.1f} masks, {c:.1f} prompts" for name, (a, b, c) in (("ours", our_work), ("torch", their_work))]
+    text = f"In an image, on average: {'; '.join(work)} (torch keeps what a crop leaves empty)."
+    return "\n".join(["| to the device | KB an image |", "|---|---|", *rows, "", text])
+
+
+# ---------------------------------------------------------------- memory
+
+
+def memory(setting: Setting, workers: int, batches: int) -> str:
+    """Of this process and of its workers as batches go by. The first tenth is warm-up."""
+    stream, readings = ours(setting, 0, 1, workers), []
+    for _ in range(MEMORY_READINGS):
+        for _ in range(batches // MEMORY_READINGS):
+            next(stream)
+        readings.append((resident(os.getpid()), sum(map(resident, children()))))
+    rows = [f"| MB over {batches} batches | warm | last | most | flat |", "|---|---|---|---|---|"]
+    for name, values in zip(("loader", f"its {workers} workers"), zip(*readings[MEMORY_READINGS // 10 - 1 :])):
+        flat = values[-1] <= (1 + FLAT) * values[0]
+        rows.append(f"| {name} | {values[0]:.0f} | {values[-1]:.0f} | {max(values):.0f} | {'yes' if flat else 'no'} |")
+    return "\n".join(rows)
+
+
+def children() -> list[int]:
+    pids = []
+    for path in glob.glob("/proc/self/task/*/children"):
+        with open(path) as f:
+            pids += map(int, f.read().split())
+    return pids
+
+
+def resident(pid: int) -> float:
+    """MB; a page shared by several processes counts for each."""
+    with open(f"/proc/{pid}/status") as f:
+        return sum(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS:"))
+
+
+# ---------------------------------------------------------------- the same files for all
+
+
+def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
+    """The records' root and the folder of the files that they were made of: `source`, or one with its JPEGs written anew."""
+    if quality is not None:
+        source = reencoded(source, os.path.join(folder, "source"), quality)
+    root = os.path.join(folder, "records")
+    wanted = {(entry["name"], entry["split"]) for entry in SETS}
+    for name, split, plan in small.plans(source):
+        if (name, split) in wanted:
+            print(write_split(root, name, split, plan), file=sys.stderr)
+            wanted.remove((name, split))
+        if not wanted:
+            break
+    return root, source
+
+
+def reencoded(source: str, folder: str, quality: int) -> str:
+    """`source`/coco with JPEGs of this quality; everything else is linked."""
+    theirs, own = os.path.abspath(os.path.join(source, "coco")), os.path.join(folder, "coco")
+    os.makedirs(os.path.join(own, "images"))
+    for entry in os.listdir(theirs):
+        if entry != "images":
+            os.symlink(os.path.join(theirs, entry), os.path.join(own, entry))
+    for name in os.listdir(os.path.join(theirs, "images")):
+        image = cv2.imread(os.path.join(theirs, "images", name))
+        cv2.imwrite(os.path.join(own, "images", name), image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return folder
+
+
+STREAMS = {"ours": ours, "torch": torch_loader, "decoding": decoding}
+MEASURES = {"rate": rate, "weight": weight, "memory": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--source", help="folder of small real data")
+    what.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement: see `alone`
+    parser.add_argument("--quality", type=int, help="write the JPEGs anew with this quality first (COCO's own have 163 KB on average)")
+    parser.add_argument("--canvas", type=int, default=1024)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=20, help="of one measurement (default: %(default)s)")
+    parser.add_argument("--warm-up", type=float, default=10, help="seconds before it (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="where all cores are used (default: %(default)s)")
+    parser.add_argument("--memory-batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)")
+    args = parser.parse_args()
+    if args.alone:
+        measure, setting, rest = json.loads(args.alone)
+        print(json.dumps(MEASURES[measure](Setting(**setting), *rest)))
+        return
+    cores, n = os.sched_getaffinity(0), args.workers
+    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # what Grain read ahead is left to it
+    with tempfile.TemporaryDirectory() as folder:
+        root, source = prepare(args.source, folder, args.quality)
+        setting = Setting(root, source, args.canvas, args.batch_size, args.seconds, args.warm_up)
+        sizes = [len(record.image) for i in range(len(SETS)) for record in setting.records(i)]
+        print(
+            f"{len(sizes)} JPEGs of {statistics.fmean(sizes) / 1e3:.0f} KB on average, canvas {args.canvas}, batches of {args.batch_size}\n"
+        )
+        print(f"| images/s | cores | min | median | max | {' | '.join(f'/ {name}' for name in BESIDE)} |\n|{'---|' * 8}", flush=True)
+        one = {"ours": ("ours", {}), "torch": ("torch", {}), "torch, tuned": ("torch", {"tuned": True}), "decoding": ("decoding", {})}
+        print(speeds(one, setting, {max(cores)}, args.repeats), flush=True)
+        several = {
+            f"ours, {n} threads": ("ours", {"threads": n}),
+            f"ours, {n} workers": ("ours", {"threads": 1, "workers": n}),
+            "torch": ("torch", {"workers": n}),
+            "torch, tuned": ("torch", {"workers": n, "tuned": True}),
+        }
+        print(speeds(several, setting, cores, args.repeats), flush=True)
+        print(f"\n{alone(cores, 'weight', setting)}", flush=True)
+        if args.memory_batches:
+            smaller = dataclasses.replace(setting, canvas=MEMORY_CANVAS, batch_size=MEMORY_BATCH)
+            print(f"\nBatches of {MEMORY_BATCH} at canvas {MEMORY_CANVAS}:\n\n{alone(cores, 'memory', smaller, n, args.memory_batches)}")
+
+
+if __name__ == "__main__":
+    main()
