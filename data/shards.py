@@ -243,6 +243,7 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
     info = DatasetInfo.load(folder)
     info.splits.pop(split, None)
     info.class_images.pop(split, None)
+    info.expressions.pop(split, None)
     if info.splits and (info.classes, info.exhaustive) != (plan.classes, plan.exhaustive):
         others = ", ".join(sorted(info.splits))
         raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other classes than {split}; give another --name")
@@ -351,6 +352,7 @@ def _go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: Da
         _write_text(origins_path(folder, split), "".join(f"{origin}\n" for origin in total.origins))
     dataclasses.replace(total, origins=[], fingerprint=key).save(_report_path(folder, split))
     info.splits[split] = total.records
+    info.expressions[split] = total.segments["expression"] + total.segments["expression of nothing"]
     if info.classes:
         info.class_images[split] = tuple(total.class_images[i] for i in range(len(info.classes)))
     info.save(folder)

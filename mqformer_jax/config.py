@@ -98,8 +98,8 @@ def base() -> ConfigDict:
                 flip=0.5,
                 jitter=0.0,
                 templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
-                leak_guard=True,  # images of eval.sets, and of val and test splits of referring sets under root, are not trained on
-                max_bad=0.05,  # the share of unusable records of a data set that stops the run
+                leak_guard=True,  # images of eval.sets, and of val and test splits of expressions under root, are not trained on
+                max_bad=0.05,  # more unusable records of a data set than this share stop the run
                 workers=0,
                 threads=8,
             ),
@@ -144,6 +144,10 @@ def check(config: ConfigDict) -> None:
     deepest = max(model.strides)
     fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
     _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
+    _require(0 < data.scale[0] <= data.scale[1], "data.scale", tuple(data.scale), "the least and the largest, both positive")
+    _require(0 <= data.flip <= 1, "data.flip", data.flip, "is a probability: 0 to 1")
+    _require(0 <= data.jitter < 1, "data.jitter", data.jitter, "must be at least 0 and below 1")
+    _require(data.max_prompts > 0 and data.max_targets > 0, "data.max_prompts", data.max_prompts, "it and max_targets must be positive")
     _require(data.mask_canvases >= 1, "data.mask_canvases", data.mask_canvases, "must be at least 1, the room of one mask")
     _require(0 <= data.max_bad <= 1, "data.max_bad", data.max_bad, "is a share of a data set's records: 0 to 1")
     _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")

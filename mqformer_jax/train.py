@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
             step = int(state.step)
             loader.check_state(data)
         evaluate.save_json(os.path.join(workdir, "config.json"), config.to_dict())
-        metrics = Metrics(workdir, config, [entry["name"] for entry in config.data.mixture], step)
+        metrics = Metrics(workdir, config, loader.names, step)
         if jax.process_index() == 0:
             print("\n".join([*loader.report, f"{workdir}: {describe(state, config)}"]), flush=True)
 
@@ -67,9 +67,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 state, measured = train_step(state, train_step.put(next(batches)))
                 step += 1
                 metrics.add(measured)
-                if step % config.log_every == 0 or step == config.steps:
+                saves = step % config.checkpoint_every == 0 or step == config.steps
+                if saves or step % config.log_every == 0:  # what is counted goes on from a checkpoint's line
                     bar.set_postfix_str(metrics.write(step))
-                if step % config.checkpoint_every == 0 or step == config.steps:
+                if saves:
                     checkpoints.save(step, state, config, loader.state(step))
                 if config.eval.every and step % config.eval.every == 0 and step < config.steps:
                     metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))

@@ -57,7 +57,7 @@ def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
     found = losses(workdir)
     assert list(found) == [1, 2, 3, 4, 5, 6] and all(np.isfinite(v) for v in found.values())
     images = [{k: v for k, v in line.items() if k.startswith("images/")} for line in metrics(workdir)]
-    assert [sum(counts.values()) for counts in images[:6]] == [8, 16, 24, 32, 40, 48] and images[5]["images/sample_scenes"] > 30
+    assert [sum(counts.values()) for counts in images[:6]] == [8, 16, 24, 32, 40, 48] and images[5]["images/sample_scenes/train"] > 30
     with open(os.path.join(workdir, "eval.json")) as f:
         assert json.load(f) == results
     wanted = {"panoptic.pq", "instance.mask_ap", "semantic.miou", "referring.miou", "referring.ciou", "foreground.mae"}
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkey
         train(config, str(tmp_path))  # the checkpoint of step 2 is the newest
     train(config, str(tmp_path))
     assert losses(tmp_path) == losses(whole)
-    assert [line.get("images/sample_scenes") for line in metrics(tmp_path)] == [line.get("images/sample_scenes") for line in metrics(whole)]
+    assert [line.get("images/sample_scenes/train") for line in metrics(tmp_path)] == [line.get("images/sample_scenes/train") for line in metrics(whole)]
     ours, theirs = (jax.tree.leaves(final_state(config, w)[0]) for w in (str(tmp_path), whole))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from mqformer_jax.input.example import Example, Target
 
 PAD = 128  # grey of the padding right and below the image
-SAME = 0.5  # IoU of boxes from which two targets may be one object under two names
+SAME = 0.5  # the share of the smaller box from which two targets may be one object under two names
 
 
 @flax.struct.dataclass
@@ -215,9 +215,9 @@ def _known_negatives(
 ) -> Bool[np.ndarray, "n p"]:
     """Of the prompts that are not exhaustive, those that do not name a target for sure.
 
-    Our choice (unpublished): an annotator who marked an object as one thing did not mean the other things marked in the same
-    image, unless one of those lies in nearly the same box: that may be the same object once more. Without it a set that is
-    nowhere exhaustive (Visual Genome) would teach names by praise alone.
+    Our choice (unpublished): who marked an object as one thing did not mean the other things marked in the same image, unless
+    one of those lies mostly within its box, or around it: a man, and the man in a hat. Without it a set that is nowhere exhaustive
+    (Visual Genome) would teach names by praise alone.
     """
     unsure = ~exhaustive
     if not unsure.any() or not len(corners):
@@ -226,7 +226,7 @@ def _known_negatives(
     high = np.minimum(corners[:, None, 2:], corners[None, :, 2:])
     common = np.prod(np.maximum(high - low, 0), -1)
     area = np.prod(corners[:, 2:] - corners[:, :2], -1)
-    same = common > SAME * (area[:, None] + area[None] - common)
+    same = common > SAME * np.minimum(area[:, None], area[None])
     return unsure & named.any(0) & ~named & ~(same.astype(np.float32) @ named > 0)
 
 

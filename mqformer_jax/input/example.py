@@ -33,13 +33,11 @@ class Target:
     box: float32 [4], x0, y0, x1, y1 in pixels of the image.
     mask: bool [h, w], or None where only the box is known. A window of the image: pixel (0, 0) lies at `at` (top, left),
         and nothing outside belongs to the target. Most segments are small, and time goes with area.
-    alpha: uint8, of the mask's window, or None. A matte.
     """
 
     prompts: tuple[int, ...]
     box: np.ndarray
     mask: np.ndarray | None = None
-    alpha: np.ndarray | None = None
     at: tuple[int, int] = (0, 0)
 
 

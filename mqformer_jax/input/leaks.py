@@ -11,48 +11,76 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mqformer_jax.input.record import DatasetInfo
-from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.input.record import DatasetInfo, origins_path
+from mqformer_jax.input.sources import ShardSource, not_prepared
 
-REFERRING = ("referring", "table", "tfds ref_coco")  # how `DatasetInfo.source` of a set of expressions begins
+Split = tuple[str, str]  # name, split
 
 
 class Part:
-    """Some of the records of a source, as a source."""
+    """Some of the records of a source, as a source. indices: their numbers there."""
 
     def __init__(self, source: ShardSource, indices: Sequence[int]):
         self.info, self.name, self.split = source.info, source.name, source.split
-        self._source, self._indices = source, indices
+        self.indices, self._source = indices, source
 
     def __len__(self) -> int:
-        return len(self._indices)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> bytes:
-        return self._source[self._indices[index]]
+        return self._source[self.indices[index]]
 
 
-def guard(
-    sources: Sequence[ShardSource], root: str, mixture: Sequence[Mapping[str, Any]], eval_sets: Sequence[Mapping[str, Any]]
-) -> tuple[list[ShardSource | Part], list[str]]:
-    """The training sources without the images that others evaluate on, and lines that say how many those are.
+def guard(sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping[str, Any]]) -> tuple[list[ShardSource | Part], list[str]]:
+    """The training sources without the images that others evaluate on, and lines that say what was left out or cannot be known.
 
-    Held out are the sets of `config.eval.sets`, and every set of expressions under `root` but its train split: who trains
-    today will evaluate on RefCOCO tomorrow. A split that the mixture itself names is trained on by intent. Raises ValueError
-    where nothing of a source is left.
+    Held out are the sets of `config.eval.sets`, and every split of expressions under `root` that is not called train: who
+    trains today will evaluate on RefCOCO tomorrow. A split that is trained on is not held out. Raises FileNotFoundError where
+    a set of `eval_sets` is not prepared, ValueError where nothing of a source is left.
     """
-    trained = {(entry["name"], entry["split"]) for entry in mixture}
-    referring = _referring_splits(root)
-    evaluated = {(entry["name"], entry["split"]) for entry in eval_sets} | set(referring)
+    trained = {(source.name, source.split) for source in sources}
+    evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
+    expressions = _splits_of_expressions(root)
     held: dict[str, set[str]] = defaultdict(set)
-    for name, split in evaluated - trained:
-        for origin in filter(None, ShardSource(root, name, split).origins()):
+    unknown = []
+    for name, split in sorted((evaluated | expressions) - trained):
+        origins = read_origins(root, name, split)
+        unknown += [] if origins else [f"{name}/{split}"]
+        for origin in filter(None, origins):
             held[origin].add(f"{name}/{split}")
-    origins = [source.origins() for source in sources]
-    parts, lines = zip(*(_without(source, of_source, held) for source, of_source in zip(sources, origins)))
-    lines = [line for line in lines if line]
-    if any(origins) and not referring:
+    lines = [f"leak guard: {name}/{split} is trained on and evaluated on" for name, split in sorted(evaluated & trained)]
+    parts, known = [], False
+    for source in sources:
+        origins = read_origins(root, source.name, source.split)
+        unknown += [] if origins else [f"{source.name}/{source.split}"]
+        known |= bool(origins)
+        part, line = _without(source, origins, held)
+        parts.append(part)
+        lines += [line] if line and line not in lines else []
+    if known and not expressions:
         lines.append(f"leak guard: no val or test split of RefCOCO/+/g is in {root}; prepare them first if they are to be evaluated on")
-    return list(parts), lines
+    if (known or held) and unknown:
+        lines.append(
+            f"leak guard: whose pictures these hold is not known, none is taken for another set's: {', '.join(sorted(set(unknown)))}"
+        )
+    return parts, lines
+
+
+def read_origins(root: str, name: str, split: str) -> list[str]:
+    """Each record's `origin`; nothing where all of them are "". Raises FileNotFoundError, ValueError, in one line."""
+    folder = os.path.join(root, name)
+    try:
+        count = DatasetInfo.load(folder).splits[split]
+    except (FileNotFoundError, KeyError):
+        raise FileNotFoundError(not_prepared(root, name, split)) from None
+    path = origins_path(folder, split)
+    if not os.path.exists(path):
+        return []
+    with open(path) as f:
+        origins = f.read().splitlines()
+    if len(origins) != count:
+        raise ValueError(f"{path} has {len(origins)} lines for {count} records: prepare the split again with data/prepare.py")
+    return origins
 
 
 def _without(source: ShardSource, origins: Sequence[str], held: Mapping[str, set[str]]) -> tuple[ShardSource | Part, str]:
@@ -66,11 +94,13 @@ def _without(source: ShardSource, origins: Sequence[str], held: Mapping[str, set
     return Part(source, kept), line
 
 
-def _referring_splits(root: str) -> list[tuple[str, str]]:
-    """The (name, split) of all prepared expressions that nobody trains on."""
-    found = []
-    for name in sorted(os.listdir(root)) if os.path.isdir(root) else ():
-        if os.path.exists(os.path.join(root, name, "dataset.json")):
-            info = DatasetInfo.load(os.path.join(root, name))
-            found += [(name, split) for split in info.splits if info.source.startswith(REFERRING) and not split.startswith("train")]
-    return found
+def _splits_of_expressions(root: str) -> set[Split]:
+    """All prepared splits that hold expressions and are not called train."""
+    infos = [DatasetInfo.load(os.path.join(root, name)) for name in _prepared(root)]
+    return {(info.name, split) for info in infos for split, count in info.expressions.items() if count and not split.startswith("train")}
+
+
+def _prepared(root: str) -> list[str]:
+    return (
+        sorted(name for name in os.listdir(root) if os.path.exists(os.path.join(root, name, "dataset.json"))) if os.path.isdir(root) else []
+    )

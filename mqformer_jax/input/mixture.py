@@ -14,14 +14,15 @@ from absl import logging
 
 from mqformer_jax.input.batch import Batch, Room, Row, collate, to_row
 from mqformer_jax.input.example import Example
-from mqformer_jax.input.leaks import guard
+from mqformer_jax.input.leaks import Part, guard
 from mqformer_jax.input.prompts import choose_prompts
-from mqformer_jax.input.record import BadRecord, DatasetInfo, Record
+from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resize_crop
 
-MAX_BAD = 64  # unusable records in a row, after which a data set is taken to be broken
+MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
+FEW = 1000  # records before which the share of unusable ones is taken of so many
 
 cv2.setNumThreads(1)  # the loader works on many images at once; OpenCV's own threads would only fight over the same cores
 
@@ -59,7 +60,7 @@ def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -
     sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
     if not data.leak_guard:
         return Loader(sources, config, tokenizer)
-    sources, report = guard(sources, data.root, data.mixture, config.eval.sets)
+    sources, report = guard(sources, data.root, config.eval.sets)
     return Loader(sources, config, tokenizer, report)
 
 
@@ -71,7 +72,7 @@ class Loader:
     shuffled anew every epoch and augmented anew every time. The rows of a global batch are shuffled before the hosts
     share them out; a host would otherwise meet the same data set at every step wherever the mixture's period divides its share.
 
-    report: what was left out of the sources, in words.
+    names: of the sources, each its own. report: what they are, and what was left out of them, in words.
     """
 
     def __init__(
@@ -81,15 +82,16 @@ class Loader:
         if data.canvas[1] % 8:
             raise ValueError(f"data.canvas: the width must be a multiple of 8, not {data.canvas[1]}.")
         self._config = config
-        self._names = [f"{s.name}/{s.split}" for s in sources]
+        self.names = _labels(sources)
         self._sizes = [len(s) for s in sources]
         if 0 in self._sizes or not sources:
-            raise ValueError(f"data.mixture: {self._names[self._sizes.index(0)] if sources else 'it'} is empty.")
+            raise ValueError(f"data.mixture: {self.names[self._sizes.index(0)] if sources else 'it'} is empty.")
         self._weights = [_weight(e, size, data.alpha) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
+        self._read = [0] * len(sources)
         self._room = Room.of(data)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
-        self.report = [f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self._names, self._sizes, shares)] + [*report]
+        self.report = [f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)] + [*report]
         for source in sources:
             _warn_of_twins(source, tokenizer)
         makers = [RowMaker(s, i, tuple(entry["tasks"]), data, tokenizer) for i, (s, entry) in enumerate(zip(sources, data.mixture))]
@@ -109,13 +111,15 @@ class Loader:
         """`batches`, each with a note for every row.
 
         An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more than
-        `data.max_bad` of a data set's records are unusable (one record always may be).
+        `data.max_bad` of what this host has read of a data set is unusable (one record always may be, and so much of the
+        first FEW records).
         """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
             raise ValueError(f"batch_size: {size} cannot be shared by {num_hosts} hosts.")
         batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, room=self._room))[host::num_hosts][start_step:]
-        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=max(2, data.threads)))
+        ahead = max(2, data.threads // max(1, data.workers))  # batches, in each process
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
         if data.workers:
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
         return map(self._checked, iter(stream))
@@ -123,29 +127,33 @@ class Loader:
     @property
     def bad(self) -> dict[str, int]:
         """How many records of each data set were unusable so far."""
-        return {name: len(bad) for name, bad in zip(self._names, self._bad)}
+        return {name: len(bad) for name, bad in zip(self.names, self._bad)}
 
     def _checked(self, item: tuple[Batch, list[Note]]) -> tuple[Batch, list[Note]]:
         """Counts what the rows of a batch say of unusable records. Here, since worker processes each see a part of them."""
         batch, notes = item
         for source, note in zip(batch.source, notes):
-            name, size, bad = self._names[source], self._sizes[source], self._bad[source]
+            name, size, bad = self.names[source], self._sizes[source], self._bad[source]
+            self._read[source] += 1
             for number, what in note.bad:
                 if number not in bad:
                     bad.add(number)
                     logging.warning("%s: record %d is left out: %s", name, number, what)
-            most = self._config.data.max_bad
-            if len(bad) > max(1, most * size):
-                raise ValueError(f"{name}: {len(bad)} of {size} records are unusable, data.max_bad is {most}; prepare the data set again.")
+            most, seen = self._config.data.max_bad, min(size, max(self._read[source], FEW))
+            if len(bad) > max(1, most * seen):
+                raise ValueError(f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; prepare the data set again.")
         return item
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint must hold of the data (JSON): the next step to read, and what `check_state` compares."""
-        mixture = [list(entry) for entry in zip(self._names, self._sizes, self._weights)]
+        mixture = [list(entry) for entry in zip(self.names, self._sizes, self._weights)]
         return {"step": step, "seed": self._config.seed, "batch_size": self._config.batch_size, "mixture": mixture}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where `batches(state["step"])` would not continue the stream that was saved."""
+        """Raises ValueError where `batches(state["step"])` would not go on with the same images in the same order.
+
+        What is made of them (tasks, augmentation, canvas) may change: that is the user's to decide.
+        """
         now = self.state(state["step"])
         for field in ("mixture", "batch_size", "seed"):
             if state[field] != now[field]:
@@ -197,15 +205,15 @@ class RowMaker:
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[Row, Note]:
         bad = []
-        for i in range(index, index + MAX_BAD):
+        for i in range(index, index + MAX_IN_A_ROW):
             i %= len(self.source)
             try:
                 row, key, texts = self._row(i, rng)
                 return row, Note(key, tuple(texts), tuple(bad))
             except (BadRecord, cv2.error) as e:
-                bad.append((i, str(e)))
+                bad.append((self.source.indices[i] if isinstance(self.source, Part) else i, str(e)))
         raise ValueError(
-            f"{self.source.name}/{self.source.split}: {MAX_BAD} records in a row are unusable; prepare the data set again. "
+            f"{self.source.name}/{self.source.split}: {MAX_IN_A_ROW} records in a row are unusable; prepare the data set again. "
             f"The last one: {bad[-1][1]}"
         )
 
@@ -219,8 +227,8 @@ class RowMaker:
 
     def _augment(self, example: Example, whole: bool, rng: np.random.Generator) -> Example:
         data, canvas = self.data, tuple(self.data.canvas)
-        example = random_flip(example, rng, data.flip)
         example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale))
+        example = random_flip(example, rng, data.flip)
         return colour_jitter(example, rng, data.jitter) if data.jitter else example
 
 
@@ -231,14 +239,21 @@ def _collate(items: Sequence[tuple[Row, Note]], room: Room) -> tuple[Batch, list
 
 def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
     """Two classes that a tokenizer makes the same are one prompt that is both there and not: say so."""
-    names = [c.name for c in source.info.classes]
-    seen: dict[bytes, str] = {}
-    for name, row in zip(names, tokenizer(names) if names else ()):
-        other = seen.setdefault(row.tobytes(), name)
-        if other != name:
+    names = [text for c in source.info.classes for text in c.texts]
+    classes = [c for c in source.info.classes for _ in c.texts]
+    seen: dict[bytes, tuple[ClassInfo, str]] = {}
+    for name, mine, row in zip(names, classes, tokenizer(names) if names else ()):
+        its, other = seen.setdefault(row.tobytes(), (mine, name))
+        if its is not mine:
             logging.warning(
                 "%s: the tokenizer cannot tell %r from %r; with words, raise config.model.text.vocab_size.", source.name, name, other
             )
+
+
+def _labels(sources: Sequence[Source]) -> list[str]:
+    """Names for logs and metrics: "name/split", numbered where one is there several times."""
+    plain = [f"{s.name}/{s.split}" for s in sources]
+    return [name if plain.count(name) == 1 else f"{name} ({plain[: i + 1].count(name)})" for i, name in enumerate(plain)]
 
 
 def _seed(*entropy: int) -> int:

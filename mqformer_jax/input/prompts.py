@@ -25,20 +25,23 @@ _SIDE_WORD = re.compile(
     r"((?:most|hand|ward|wards|side)?)\b",
     re.IGNORECASE,
 )
-# Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt", and
-# "right" that is no side.
+# Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt", sides that
+# are misspelt, and "right" that is no side.
 _UNKNOWN = re.compile(
-    r"\b(?:l|r|lt|rt|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock"
-    r"|right (?:above|at|behind|below|beside|by|in|near|next|now|under))\b",
+    r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right"
+    r"|right (?:above|at|before|behind|below|beneath|beside|by|in|inside|near|next|now|on top|over|there|under|underneath))\b",
     re.IGNORECASE,
 )
+_SIDE = re.compile(r"\w*(?:left|right)\w*", re.IGNORECASE)
+_NO_SIDE = re.compile(r"\w*(?:bright|upright|fright|outright|forthright|copyright|cleft|leftover)\w*", re.IGNORECASE)
 
 
 def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """At most `budget` of the example's prompts, in random order, each in one of its wordings.
 
     Prompts that own a target come first (a random subset if they are too many), then known negatives, drawn by their
-    weights. A prompt that is neither teaches nothing and is left out.
+    weights. A prompt that is neither teaches nothing and is left out, and so is a negative in the words of a positive: an expression
+    that names nothing may be the name of a class.
 
     Returns: the wordings, and int [n], their indices into `example.prompts`.
     """
@@ -51,15 +54,23 @@ def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> t
     indices = rng.permutation(np.concatenate([positives, negatives]))
     draws = rng.random(len(indices))
     choices = [example.prompts[i].texts for i in indices]
-    return [texts[int(u * len(texts))] for texts, u in zip(choices, draws)], indices
+    texts = [texts[int(u * len(texts))] for texts, u in zip(choices, draws)]
+    said = {(text, example.prompts[i].region) for text, i in zip(texts, indices) if i in owned}
+    kept = [k for k, (text, i) in enumerate(zip(texts, indices)) if i in owned or (text, example.prompts[i].region) not in said]
+    return [texts[k] for k in kept], indices[np.array(kept, np.int64)]
 
 
-@functools.lru_cache(maxsize=1 << 14)
+@functools.lru_cache(maxsize=1 << 16)
 def mirror(prompt: Prompt) -> Prompt | None:
     """The prompt as it reads of the mirrored image: "left" is "right"; None where that cannot be told."""
-    if any(_UNKNOWN.search(text) for text in prompt.texts):
+    if any(_UNKNOWN.search(text) or _odd_side(text) for text in prompt.texts):
         return None
     return dataclasses.replace(prompt, texts=tuple(_SIDE_WORD.sub(_swap, text) for text in prompt.texts))
+
+
+def _odd_side(text: str) -> bool:
+    """Whether a side hides in a word that would not be swapped: "leftish", "rightfront"."""
+    return any(not _SIDE_WORD.fullmatch(word) and not _NO_SIDE.fullmatch(word) for word in _SIDE.findall(text))
 
 
 def _swap(match: re.Match) -> str:

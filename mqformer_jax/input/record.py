@@ -53,7 +53,8 @@ class DatasetInfo:
     `exhaustive`: every class is labelled wherever it occurs, so a class without a segment is absent. Federated sets
     (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment and
     nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody marked.
-    `splits` maps a split to its number of records, `class_images` to the number of images that show each class.
+    `splits` maps a split to its number of records, `class_images` to the number of images that show each class, `expressions`
+    to the number of expressions.
     """
 
     name: str
@@ -63,6 +64,7 @@ class DatasetInfo:
     source: str = ""
     unique_texts: bool = True
     class_images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    expressions: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def class_weights(self) -> tuple[float, ...]:
@@ -78,10 +80,18 @@ class DatasetInfo:
 
     @classmethod
     def load(cls, folder: str) -> "DatasetInfo":
-        with open(os.path.join(folder, "dataset.json")) as f:
-            fields = json.load(f)
+        """Raises FileNotFoundError where there is none, ValueError in one line where it cannot be read."""
+        path = os.path.join(folder, "dataset.json")
+        with open(path) as f:
+            try:
+                return cls._of(json.load(f))
+            except (ValueError, TypeError, KeyError, AttributeError) as e:
+                raise ValueError(f"{path} cannot be read ({e}): delete the folder and prepare it again") from None
+
+    @classmethod
+    def _of(cls, fields: dict) -> "DatasetInfo":
         if fields.pop("format") != FORMAT:
-            raise ValueError(f"{folder}/dataset.json: another record format; prepare the data set again.")
+            raise ValueError("another record format")
         fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["thing"]) for c in fields["classes"])
         fields["class_images"] = {split: tuple(counts) for split, counts in fields.get("class_images", {}).items()}
         return cls(**fields)

@@ -58,6 +58,7 @@ def show(config: ConfigDict, out: str, count: int, start_step: int = 0, dataset:
     if dataset and dataset not in (names := [entry["name"] for entry in entries]):
         raise ValueError(f"--dataset={dataset}: the recipe's data.mixture has {', '.join(names)}.")
     loader = make_loader(config, _numbers)
+    print("\n".join(loader.report) + "\n")
     tallies = [Tally() for _ in entries]
     cards = []
     for row, note in rows(loader.stream(start_step)):
@@ -70,7 +71,7 @@ def show(config: ConfigDict, out: str, count: int, start_step: int = 0, dataset:
     height, width = config.data.canvas
     title = f"The training stream from step {start_step} on: seed {config.seed}, canvas {height} x {width}"
     sheet(cards, title + (f", only {dataset}" if dataset else "")).save(out)
-    return {f"{entry['name']}/{entry['split']}": tally for entry, tally in zip(entries, tallies)}
+    return dict(zip(loader.names, tallies))
 
 
 def rows(stream: Iterable[tuple[Batch, Sequence[Note]]]) -> Iterator[tuple[Batch, Note]]:

@@ -10,7 +10,7 @@ from typing import SupportsIndex
 from array_record.python.array_record_module import ArrayRecordReader
 from grain.sources import ArrayRecordDataSource
 
-from mqformer_jax.input.record import BadRecord, DatasetInfo, origins_path, shard_paths
+from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 
 
 class ShardSource:
@@ -25,11 +25,9 @@ class ShardSource:
         try:
             self.info = DatasetInfo.load(self._folder)
         except FileNotFoundError:
-            raise FileNotFoundError(_not_prepared(root, name, split)) from None
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            raise ValueError(f"{self._folder}/dataset.json cannot be read ({e}): delete the folder and prepare it again") from None
+            raise FileNotFoundError(not_prepared(root, name, split)) from None
         if split not in self.info.splits:
-            raise FileNotFoundError(_not_prepared(root, name, split, self.info.source))
+            raise FileNotFoundError(not_prepared(root, name, split, self.info.source))
         self._records = _open(self._folder, split, self.info.splits[split])
 
     def __len__(self) -> int:
@@ -43,17 +41,6 @@ class ShardSource:
             return self._records[i]
         except RuntimeError as e:
             raise BadRecord(f"{self._folder} {self.split}: record {i} is damaged: {e}") from e
-
-    def origins(self) -> list[str]:
-        """Each record's `origin`; nothing where all of them are ""."""
-        path = origins_path(self._folder, self.split)
-        if not os.path.exists(path):
-            return []
-        with open(path) as f:
-            origins = f.read().splitlines()
-        if len(origins) != len(self):
-            raise ValueError(f"{path} has {len(origins)} lines for {len(self)} records: prepare the split again with data/prepare.py")
-        return origins
 
     def __repr__(self) -> str:
         return f"ShardSource({self._folder!r}, {self.split!r})"
@@ -89,7 +76,7 @@ def _count(path: str) -> int:
         return 0
 
 
-def _not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
+def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
     """kind: the subcommand that prepared the other splits."""
     command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
     command = f"sample --out {root}" if name.startswith("sample_") else command

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
 
 from mqformer_jax.config import TASKS
@@ -42,9 +44,14 @@ def to_example(record: Record, info: DatasetInfo, tasks: Sequence[str], key: str
             if with_mask:
                 masked.add(group)
         prompts.append(prompt)
-    targets = [_target(record, group, tuple(ids), group in masked) for group, ids in groups.items()]
-    image = np.ascontiguousarray(record.decode_image())
-    return Example(key, image, prompts, [t for t in targets if t is not None], _ignored(record))
+    targets = []
+    for group, ids in groups.items():
+        if (target := _target(record, group, tuple(ids), group in masked)) is not None:
+            targets.append(target)
+            continue
+        for i in ids:  # something is there, but what: an empty mask, glass
+            prompts[i] = dataclasses.replace(prompts[i], exhaustive=False)
+    return Example(key, np.ascontiguousarray(record.decode_image()), prompts, targets, _ignored(record))
 
 
 def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
@@ -94,7 +101,7 @@ def _class_questions(record: Record, info: DatasetInfo, tasks: Sequence[str], te
 @functools.lru_cache(maxsize=1 << 16)
 def _class_prompts(
     info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
-) -> list[tuple[Prompt, bool]]:
+) -> tuple[tuple[Prompt, bool], ...]:
     """How a class is asked, and whether with masks: at most once as instances and once as a region."""
     thing = info.classes[c].thing
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
@@ -103,20 +110,16 @@ def _class_prompts(
         prompts.append((Prompt(texts, False, exhaustive, info.class_weights[c]), "panoptic" in tasks or "instance" in tasks))
     if "semantic" in tasks or (not thing and "panoptic" in tasks):
         prompts.append((Prompt(texts, True, exhaustive, info.class_weights[c]), True))
-    return prompts
+    return tuple(prompts)
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
     """The union of a group of segments; None where its mask is empty."""
     segments = [record.segments[i] for i in group]
-    if with_mask and all(s.alpha is not None for s in segments):
-        alpha = functools.reduce(np.maximum, [record.decode_alpha(s.alpha) for s in segments])
-        box = box_of(alpha > 127)
-        return None if box is None else Target(prompts, np.array(box, np.float32), alpha > 127, alpha)
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
         mask, at = _union([_window(record, s) for s in segments])
         box = box_of(mask)
-        return None if box is None else Target(prompts, np.array(box, np.float32) + np.array([*at[::-1]] * 2, np.float32), mask, at=at)
+        return None if box is None else Target(prompts, np.array(box, np.float32) + np.array([*at[::-1]] * 2, np.float32), mask, at)
     boxes = [box for box in (_box(record, i) for i in group) if box is not None]
     if not boxes:
         return None
@@ -126,9 +129,11 @@ def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], wi
 
 def _window(record: Record, segment: Segment) -> Window:
     """The mask of a segment, no more of it than its box, and where that lies."""
-    if segment.alpha is not None:
-        return record.decode_alpha(segment.alpha) > 127, (0, 0)
-    return record.decode_window(segment.mask)
+    if segment.alpha is None:
+        return record.decode_window(segment.mask)
+    mask = record.decode_alpha(segment.alpha) > 127
+    x, y, w, h = cv2.boundingRect(mask.view(np.uint8))
+    return mask[y : y + max(h, 1), x : x + max(w, 1)], (y, x)
 
 
 def _union(parts: list[Window]) -> Window:

@@ -125,10 +125,6 @@ def _move_mask(target: Target, window: tuple[int, int, int, int], sources: tuple
         return None, bool(target.mask[inside].any())
     top, left = int(rows[0]), int(columns[0])
     box = np.array([left + bx, top + by, left + bx + bw, top + by + bh], np.float32)
-    if target.alpha is not None:  # of the whole image: a matte is soft beyond its mask
-        size = len(sources[1]), len(sources[0])
-        alpha = cv2.resize(np.ascontiguousarray(target.alpha[y : y + h, x : x + w]), size, interpolation=cv2.INTER_LINEAR)
-        return dataclasses.replace(target, box=box, mask=mask, alpha=alpha), True
     # What was cut off may have been all that touched a side of the window.
     return dataclasses.replace(target, box=box, mask=mask[by : by + bh, bx : bx + bw], at=(top + by, left + bx)), True
 
@@ -149,10 +145,8 @@ def _flip_target(target: Target, width: int) -> Target:
     box = np.array([width - x1, y0, width - x0, y1], np.float32)
     if target.mask is None:
         return dataclasses.replace(target, box=box)
-    alpha = None if target.alpha is None else cv2.flip(target.alpha, 1)
-    return dataclasses.replace(
-        target, box=box, mask=_flipped(target.mask), alpha=alpha, at=(target.at[0], width - target.at[1] - target.mask.shape[1])
-    )
+    (top, left), mask = target.at, target.mask
+    return dataclasses.replace(target, box=box, mask=_flipped(mask), at=(top, width - left - mask.shape[1]))
 
 
 def _flipped(mask: np.ndarray) -> np.ndarray:

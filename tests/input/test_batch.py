@@ -103,14 +103,15 @@ def test_boxes_only_targets_say_so():
 
 
 def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_lies_in_the_same_box():
-    prompts = [Prompt((name,), False, exhaustive=name == "sky") for name in ("man", "shirt", "person", "sky", "dog")]
-    boxes = [(0, 0, 10, 12), (2, 4, 8, 8), (0, 0, 10, 11)]  # the man, his shirt, and the man again as a person
+    prompts = [Prompt((name,), False, exhaustive=False) for name in ("man", "shirt", "person", "car", "dog")] + [Prompt(("sky",), True)]
+    boxes = [(0, 0, 10, 12), (2, 4, 8, 8), (0, 0, 10, 11), (9, 2, 18, 12)]  # the man, his shirt, the man again as a person, a car
     targets = [Target((i,), np.array(box, np.float32)) for i, box in enumerate(boxes)]
     out = row(Example("t", np.zeros((13, 19, 3), np.uint8), prompts, targets, np.zeros((13, 19), bool)), range(5))
-    assert out.negative[0, :3].tolist() == [
-        [False, True, False, False, False],  # the man is no shirt; that he is no person nobody said
-        [True, False, True, False, False],
-        [False, True, False, False, False],
+    assert out.negative[0, :4].tolist() == [
+        [False, False, False, True, False],  # the man is no car; that he is no person nobody said
+        [False, False, False, True, False],  # nor that what he wears is none, for a phrase may mean a part of him
+        [False, False, False, True, False],
+        [True, True, True, False, False],
     ], "of sky all is known already, of dogs nothing was marked"
 
 

@@ -8,8 +8,8 @@ from mqformer_jax.input.record import DatasetInfo, origins_path, shard_paths
 from mqformer_jax.input.sources import ShardSource
 
 
-def write_set(root, name, kind="instances", **splits):
-    """A data set whose records say nothing but their number; `splits` give the origins of each."""
+def write_set(root, name, expressions=0, **splits):
+    """A data set whose records say nothing but their number; `splits` give the origins of each. expressions: in each split."""
     folder = root / name
     folder.mkdir()
     for split, origins in splits.items():
@@ -21,7 +21,8 @@ def write_set(root, name, kind="instances", **splits):
         if any(origins):
             with open(origins_path(str(folder), split), "w") as f:
                 f.writelines(f"{origin}\n" for origin in origins)
-    DatasetInfo(name, (), {split: len(origins) for split, origins in splits.items()}, source=kind).save(str(folder))
+    counts = {split: len(origins) for split, origins in splits.items()}
+    DatasetInfo(name, (), counts, expressions=dict.fromkeys(splits, expressions)).save(str(folder))
 
 
 def entry(name, split="train"):
@@ -33,19 +34,19 @@ def root(tmp_path):
     write_set(tmp_path, "coco", train=["coco/1", "coco/2", "coco/3", "coco/4", "coco/5"], val=["coco/9"])
     write_set(tmp_path, "lvis", train=["coco/9", "coco/4", "", "coco/7"])
     write_set(tmp_path, "camvid", train=["", ""])
-    write_set(tmp_path, "refcoco", "referring", train=["coco/5"], val=["coco/2", "coco/4"], testA=["coco/2", "coco/7"])
+    write_set(tmp_path, "refcoco", 9, train=["coco/5"], val=["coco/2", "coco/4"], testA=["coco/2", "coco/7"])
     return tmp_path
 
 
 def read(root, mixture, eval_sets=()):
-    sources, lines = guard([ShardSource(str(root), e["name"], e["split"]) for e in mixture], str(root), mixture, eval_sets)
+    sources, lines = guard([ShardSource(str(root), e["name"], e["split"]) for e in mixture], str(root), eval_sets)
     return [[int(source[i].split()[-1]) for i in range(len(source))] for source in sources], lines
 
 
 def test_images_of_the_val_and_test_splits_of_expressions_leave_every_training_source(root):
     kept, lines = read(root, [entry("coco"), entry("lvis"), entry("camvid"), entry("refcoco")])
     assert kept == [[0, 2, 4], [0, 2], [0, 1], [0]]
-    assert lines == [
+    assert lines[:2] == [
         "leak guard: 2 of 5 images of coco/train left out, for refcoco/testA, refcoco/val",
         "leak guard: 2 of 4 images of lvis/train left out, for refcoco/testA, refcoco/val",
     ]
@@ -60,11 +61,30 @@ def test_a_split_that_is_trained_on_by_intent_stays(root):
     assert read(root, [entry("refcoco", "val")], [entry("refcoco", "val")])[0] == [[1]], "the other one is in testA"
 
 
-@pytest.mark.parametrize("kind", ["table", "tfds ref_coco/refcoco_unc"])
-def test_expressions_are_known_however_they_were_prepared(tmp_path, kind):
+def test_a_val_split_without_expressions_is_no_reason_to_leave_anything_out(tmp_path):
     write_set(tmp_path, "coco", train=["coco/1", "coco/2"])
-    write_set(tmp_path, "mine", kind, val=["coco/2"])
-    assert read(tmp_path, [entry("coco")])[0] == [[0]]
+    write_set(tmp_path, "mine", val=["coco/2"])
+    assert read(tmp_path, [entry("coco")])[0] == [[0, 1]]
+
+
+def test_what_cannot_be_known_is_said(root):
+    write_set(root, "old", train=["", ""])
+    write_set(root, "refcocog", 5, val=[""])
+    _, lines = read(root, [entry("coco"), entry("old")])
+    assert lines[-1].startswith("leak guard: whose pictures these hold is not known") and lines[-1].endswith(": old/train, refcocog/val")
+
+
+def test_what_is_trained_on_and_evaluated_on_is_said(root):
+    _, lines = read(root, [entry("coco")], [entry("coco")])
+    assert "leak guard: coco/train is trained on and evaluated on" in lines
+
+
+def test_a_broken_neighbour_is_one_line_and_its_shards_are_not_touched(root):
+    (root / "refcoco" / "testA-00000-of-00001.array_record").write_bytes(b"cut")
+    assert read(root, [entry("coco")])[0] == [[0, 2, 4]]
+    (root / "camvid" / "dataset.json").write_text("{}")
+    with pytest.raises(ValueError, match="camvid/dataset.json cannot be read"):
+        read(root, [entry("coco")])
 
 
 def test_nothing_left_is_one_line(root):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mqformer_jax.input.mixture import MAX_BAD, Loader, make_loader
-from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle, shard_paths
+from mqformer_jax.input import mixture
+from mqformer_jax.input.mixture import MAX_IN_A_ROW, Loader, make_loader
+from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle, origins_path, shard_paths
 
 SIZE = 16
 
@@ -165,12 +167,51 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
     assert sorted(r.getMessage()[:29] for r in caplog.records) == ["a/train: record 2 is left out", "a/train: record 3 is left out"]
 
 
-def test_more_unusable_records_than_allowed_stop_the_run():
+def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
     loader = Loader([broken()], config([dict(name="a")], max_bad=0.2), tokenizer)
     with pytest.raises(ValueError, match="a/train: 2 of 8 records are unusable, data.max_bad is 0.2; prepare"):
         take(loader, 6)
     one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_bad=0.0), tokenizer)
     assert len(take(one_bad, 6)) == 6, "one corrupt file ends no run of days"
+    monkeypatch.setattr(mixture, "FEW", 8)
+    half = Loader([source("a", 250, bad=range(0, 250, 2))], config([dict(name="a")], max_bad=0.1), tokenizer)
+    with pytest.raises(ValueError, match=r"a/train: \d+ of (8|1\d) records"):
+        take(half, 60)  # long before a tenth of the whole set was found to be bad
+
+
+def test_a_data_set_that_is_there_twice_keeps_two_accounts():
+    both = [broken(), source("a", 8)]
+    loader = Loader(both, config([dict(name="a"), dict(name="a", tasks=("instance",))]), tokenizer)
+    take(loader, 8)
+    assert loader.bad == {"a/train (1)": 2, "a/train (2)": 0}
+
+
+def test_images_with_expressions_are_not_cropped():
+    record = make_record(7)
+    said = dataclasses.replace(record, segments=(dataclasses.replace(record.segments[0], texts=("the thing on top",)),))
+    for tasks, whole in ((("referring",), True), (("instance", "referring"), True), (("instance",), False)):
+        fake = source("a", 1)
+        fake[0] = said.to_bytes()
+        loader = Loader([fake], config([dict(name="a", tasks=tasks)], scale=(2.0, 2.0), batch_size=1), tokenizer)
+        (box,) = next(loader.batches()).boxes[0, :1]
+        assert (box[2:] == np.array([9, 7]) / SIZE).all() == whole, tasks
+
+
+def test_templates_wrap_the_names_of_classes():
+    loader = Loader([source("a", 4)], config([dict(name="a")], templates=("a photo of a {}.",)), tokenizer)
+    _, notes = next(loader.stream())
+    assert set(notes[0].texts) == {"a photo of a cat.", "a photo of a dog."} and notes[0].key.startswith("a/")
+
+
+def test_colours_are_jittered_and_no_two_data_sets_alike():
+    plain, coloured = (next(two(jitter=j).batches()).image for j in (0.0, 0.5))
+    assert (plain != coloured).any()
+    twins = Loader([source("a", 4), source("a", 4)], config([dict(name="a"), dict(name="a")], flip=0.5, scale=(0.3, 1.0)), tokenizer)
+    seen = {0: [], 1: []}
+    for batch in take(twins, 12):
+        for row, number in enumerate(batch.source.tolist()):
+            seen[number].append(batch.size[row].tolist())
+    assert seen[0][:8] != seen[1][:8]
 
 
 def test_worker_processes_report_what_they_could_not_use(sample_root, tmp_path):
@@ -192,7 +233,7 @@ def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
 
 def test_a_broken_data_set_ends_in_one_line():
     loader = Loader([source("a", 70, bad=range(70))], config([dict(name="a")]), tokenizer)
-    with pytest.raises(ValueError, match=f"a/train: {MAX_BAD} records in a row are unusable; prepare"):
+    with pytest.raises(ValueError, match=f"a/train: {MAX_IN_A_ROW} records in a row are unusable; prepare"):
         next(loader.batches())
 
 
@@ -208,12 +249,12 @@ def test_a_checkpoint_of_another_mixture_is_refused():
 
 
 def test_mistakes_in_a_config_end_in_one_line():
-    for message, mixture, options in (
+    for message, entries, options in (
         ("data.canvas: the width", [dict(name="a")], dict(canvas=(16, 20))),
         ("data.mixture: a has weight -1", [dict(name="a", weight=-1)], {}),
     ):
         with pytest.raises(ValueError, match=message):
-            Loader([source("a", 4)], config(mixture, **options), tokenizer)
+            Loader([source("a", 4)], config(entries, **options), tokenizer)
     with pytest.raises(ValueError, match="batch_size: 4 cannot be shared by 3 hosts"):
         two().batches(num_hosts=3)
 
@@ -236,3 +277,18 @@ def test_the_config_opens_prepared_shards(tmp_path):
     (batch,) = take(loader, 1)
     assert sorted(numbers(batch)) == list(range(6)) and batch.num_targets.tolist() == [1] * 6
     assert batch.prompt_valid.sum(1).tolist() == [2] * 6 and batch.has_mask[:, 0].all()
+
+
+def test_the_config_guards_against_leaks_unless_told_otherwise(tmp_path):
+    write_set(tmp_path, 6)
+    write_set(tmp_path, 3, name="evaluated")
+    for name, origins in (("toy", range(6)), ("evaluated", (1, 2, 40))):
+        with open(origins_path(str(tmp_path / name), "train"), "w") as f:
+            f.writelines(f"coco/{i}\n" for i in origins)
+    wanted = config([dict(name="toy")], root=str(tmp_path), batch_size=4)
+    wanted.eval.sets = (dict(name="evaluated", split="train", tasks=()),)
+    loader = make_loader(wanted, tokenizer)
+    assert {n for batch in take(loader, 6) for n in numbers(batch)} == {0, 3, 4, 5}
+    assert "2 of 6 images of toy/train left out, for evaluated/train" in loader.report[1]
+    wanted.data.leak_guard = False
+    assert {n for batch in take(make_loader(wanted, tokenizer), 6) for n in numbers(batch)} == set(range(6))

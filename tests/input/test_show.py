@@ -215,6 +215,7 @@ def test_the_command_writes_the_sheet_and_a_line_for_each_data_set(sample_root, 
     command = [sys.executable, "-m", "mqformer_jax.input.show", RECIPE, f"--config.data.root={sample_root}", "--count=3"]
     ran = subprocess.run([*command, f"--out={tmp_path}/new/sheet.png"], capture_output=True, text=True, cwd=REPOSITORY)
     assert ran.returncode == 0, ran.stderr
-    assert [line.split()[0] for line in ran.stdout.splitlines()[:3]] == [f"sample_{s}/train" for s in ("scenes", "boxes", "mattes")]
+    assert ran.stdout.startswith("sample_scenes/train: 32 images, ")
+    assert [line.split()[0] for line in ran.stdout.splitlines()[4:7]] == [f"sample_{s}/train" for s in ("scenes", "boxes", "mattes")]
     with Image.open(tmp_path / "new" / "sheet.png") as page:
         assert page.width == 3 * (320 + 340 + 16 + 2 * 16)

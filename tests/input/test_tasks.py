@@ -119,8 +119,7 @@ def test_foreground_is_the_matte_above_half():
     rec = record(Segment(alpha=cv2.imencode(".png", matte)[1].tobytes(), foreground=True), segment(0, 0, 2, 2, class_id=CAT))
     example = to_example(rec, INFO, ("foreground",), "toy/a")
     (target,) = example.targets
-    np.testing.assert_array_equal(target.alpha, matte)
-    np.testing.assert_array_equal(target.mask, matte > 127)
+    np.testing.assert_array_equal(whole(target), matte > 127)
     assert [p.texts for p in example.prompts] == [("foreground",)] and needs_whole_image(rec, ("foreground",))
 
 
@@ -155,3 +154,12 @@ def test_a_frequent_class_is_asked_for_more_readily():
     info = DatasetInfo("x", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("emu",))), {}, class_images={"train": (16, 9, 0)})
     prompts = to_example(record(), info, ("instance",), "k").prompts
     assert [p.weight for p in prompts] == [4, 3, 1]
+
+
+def test_what_is_there_but_cannot_be_drawn_is_not_taught_absent():
+    glass = cv2.imencode(".png", np.full((H, W), 100, np.uint8))[1].tobytes()
+    empty = Segment(class_id=CAT, mask=encode_rle(np.zeros((H, W), bool)), box=(1, 1, 5, 5), texts=("the cat",))
+    example = to_example(record(Segment(alpha=glass, foreground=True), empty), INFO, ("foreground", "instance", "referring"), "k")
+    assert not example.targets
+    found = asked(example)
+    assert not any(found[prompt][0] for prompt in (("foreground", True), ("cat", False), ("the cat", True))) and found["dog", False][0]
