@@ -142,8 +142,11 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
         record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
     except Unusable as e:
         problems.add(f"image: {e}" if not str(e).startswith("image") else f"image: {str(e)[6:]}", job.key)
-        return Built(None, collections.Counter(), problems)
-    return Built.of(record, problems)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:  # a json can hold anything anywhere
+        problems.add("image: its annotation is malformed", f"{job.key}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+    else:
+        return Built.of(record, problems)
+    return Built(None, collections.Counter(), problems)
 
 
 def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:

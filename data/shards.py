@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import itertools
 import json
@@ -33,6 +34,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from plan import Built, Job, Plan, Problems, Report
 from tqdm import tqdm
 
+from mqformer_jax.input import record
 from mqformer_jax.input.record import FORMAT, DatasetInfo, origins_path, shard_paths
 
 # A shard holds about so much of image files and so many images at most. A set that is smaller is cut further, down to
@@ -41,6 +43,7 @@ SHARD_BYTES = 128 << 20
 SHARD_IMAGES = 2048
 FEW_IMAGES = 32
 SMALL_SHARDS = 16
+COMMANDS = ("prepare.py", "public.py", "catalog.py")  # what they say to the others is in the plan
 
 
 # ---- Worker processes ---------------------------------------------------------------------------------------------
@@ -194,30 +197,50 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     runs = partition(plan.jobs, [files[0][0] if files else 0 for files in stats])
     key = fingerprint(plan, runs, stats)
     partial = os.path.join(folder, f"{split}.partial")
-    if (before := _prepared(folder, split, key)) is not None:
-        print(f"{title}: these files are prepared already, nothing was done", file=sys.stderr)
-        shutil.rmtree(partial, ignore_errors=True)  # of a preparation that was killed at its last step
-        return _report(name, split, plan, before)
-    _open_partial(partial, key, title)
-    paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
-    _take_back(folder, split, paths)
-    todo = {path: jobs for path, jobs in zip(paths, runs) if not _finished(path)}
-    if len(todo) < len(paths):
-        print(f"{title}: {len(paths) - len(todo)} of {len(paths)} shards were finished, going on", file=sys.stderr)
-    done = len(plan.jobs) - sum(map(len, todo.values()))
-    with tqdm(desc=title, total=len(plan.jobs), initial=done, leave=False, disable=None) as bar:
-        for images in _make_shards(plan.make, todo, pool):
-            bar.update(images)
-    shards, total = [Contents.load(f"{path}.json") for path in paths], Contents()
-    for shard in shards:
-        total.update(shard)
+    os.makedirs(partial, exist_ok=True)
+    with _locked(partial, f"{title} is being prepared by another process, in {partial}"):
+        if (before := _prepared(folder, split, key)) is not None:
+            print(f"{title}: these files are prepared already, nothing was done", file=sys.stderr)
+            shutil.rmtree(partial)  # also what a preparation left that was killed at its last step
+            return _report(name, split, plan, before)
+        _open_partial(partial, key, title)
+        paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
+        _take_back(folder, split, paths)
+        todo = {path: jobs for path, jobs in zip(paths, runs) if not _finished(path)}
+        if len(todo) < len(paths):
+            print(f"{title}: {len(paths) - len(todo)} of {len(paths)} shards were finished, going on", file=sys.stderr)
+        done = len(plan.jobs) - sum(map(len, todo.values()))
+        with tqdm(desc=title, total=len(plan.jobs), initial=done, leave=False, disable=None) as bar:
+            for images in _make_shards(plan.make, todo, pool):
+                bar.update(images)
+        shards, total = [Contents.load(f"{path}.json") for path in paths], Contents()
+        for shard in shards:
+            total.update(shard)
+        if total.records:
+            with _locked(folder):  # another split of the set may come to its end at the same time
+                _go_live(folder, split, _moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key)
+        shutil.rmtree(partial)
     report = _report(name, split, plan, total)
-    if report.kept:
-        _go_live(folder, split, _moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key)
-    shutil.rmtree(partial)
     if not report.kept:
         raise ValueError(f"nothing of {title} can be used: {'; '.join(report.reasons()) or 'it lists no image'}")
     return report
+
+
+@contextlib.contextmanager
+def _locked(folder: str, busy: str = "") -> Iterator[None]:
+    """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(busy) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _prepared(folder: str, split: str, key: str) -> Contents | None:
@@ -226,6 +249,7 @@ def _prepared(folder: str, split: str, key: str) -> Contents | None:
         contents = Contents.load(_report_path(folder, split))
         shards = shard_paths(folder, split, contents.shards)
         whole = split in DatasetInfo.load(folder).splits and sum(map(os.path.getsize, shards)) == contents.bytes
+        whole &= os.path.exists(origins_path(folder, split)) == bool(contents.origins)
     except (OSError, ValueError, TypeError, KeyError):
         return None
     return contents if whole and contents.fingerprint == key else None
@@ -244,22 +268,22 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
     info.splits.pop(split, None)
     info.class_images.pop(split, None)
     info.expressions.pop(split, None)
-    if info.splits and (info.classes, info.exhaustive) != (plan.classes, plan.exhaustive):
+    if info.splits and (info.classes, info.exhaustive, info.unique_texts) != (plan.classes, plan.exhaustive, plan.unique_texts):
         others = ", ".join(sorted(info.splits))
-        raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other classes than {split}; give another --name")
+        what = "classes" if info.classes != plan.classes else "rules of what is labelled"
+        raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other {what} than {split}; give another --name")
     return info if info.splits else new
 
 
 def _open_partial(partial: str, key: str, title: str) -> None:
-    """Makes the folder. What one holds that was made for the very same is kept, what was made for others is thrown away."""
+    """What the folder holds that was made for the very same is kept, what was made for others is thrown away."""
     note = os.path.join(partial, "fingerprint")
-    if os.path.isdir(partial):
-        if os.path.exists(note) and pathlib.Path(note).read_text() == key:
-            _remove(partial, r".*\.tmp")
-            return
+    if os.path.exists(note) and pathlib.Path(note).read_text() == key:
+        _remove(partial, r".*\.tmp")
+        return
+    if os.listdir(partial):
         print(f"{title}: {partial} was begun with other files, options or code; starting anew", file=sys.stderr)
-        shutil.rmtree(partial)
-    os.mkdir(partial)
+        _remove(partial, r".*")
     _write_text(note, key)
 
 
@@ -275,7 +299,8 @@ def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
     """Differs wherever shards could: by the jobs, their files, how records are made, the code that makes them."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
+    code = [path for path in sorted(pathlib.Path(__file__).parent.glob("*.py")) if path.name not in COMMANDS]
+    for path in (*code, pathlib.Path(record.__file__)):
         digest.update(path.read_bytes())
     for part in (FORMAT, plan.kind, plan.classes, plan.exhaustive, plan.unique_texts, plan.make, stats, *runs):
         digest.update(pickle.dumps(part))
@@ -350,7 +375,7 @@ def _go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: Da
         os.replace(made, live)
     if any(total.origins):
         _write_text(origins_path(folder, split), "".join(f"{origin}\n" for origin in total.origins))
-    dataclasses.replace(total, origins=[], fingerprint=key).save(_report_path(folder, split))
+    dataclasses.replace(total, origins=list(filter(None, total.origins))[:1], fingerprint=key).save(_report_path(folder, split))
     info.splits[split] = total.records
     info.expressions[split] = total.segments["expression"] + total.segments["expression of nothing"]
     if info.classes:

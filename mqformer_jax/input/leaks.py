@@ -42,38 +42,27 @@ def guard(sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
     expressions = _splits_of_expressions(root)
     held: dict[str, set[str]] = defaultdict(set)
-    unknown = []
     for name, split in sorted((evaluated | expressions) - trained):
-        origins = read_origins(root, name, split)
-        unknown += [] if origins else [f"{name}/{split}"]
-        for origin in filter(None, origins):
+        for origin in filter(None, read_origins(root, name, split)):
             held[origin].add(f"{name}/{split}")
     lines = [f"leak guard: {name}/{split} is trained on and evaluated on" for name, split in sorted(evaluated & trained)]
     parts, known = [], False
     for source in sources:
         origins = read_origins(root, source.name, source.split)
-        unknown += [] if origins else [f"{source.name}/{source.split}"]
         known |= bool(origins)
         part, line = _without(source, origins, held)
         parts.append(part)
         lines += [line] if line and line not in lines else []
     if known and not expressions:
         lines.append(f"leak guard: no val or test split of RefCOCO/+/g is in {root}; prepare them first if they are to be evaluated on")
-    if (known or held) and unknown:
-        lines.append(
-            f"leak guard: whose pictures these hold is not known, none is taken for another set's: {', '.join(sorted(set(unknown)))}"
-        )
+    if old := [f"{name}/{split}" for name, split in sorted(evaluated | trained) if split not in _info(root, name, split).expressions]:
+        lines.append(f"leak guard: whose pictures these hold is not known, prepare them again: {', '.join(old)}")
     return parts, lines
 
 
 def read_origins(root: str, name: str, split: str) -> list[str]:
     """Each record's `origin`; nothing where all of them are "". Raises FileNotFoundError, ValueError, in one line."""
-    folder = os.path.join(root, name)
-    try:
-        count = DatasetInfo.load(folder).splits[split]
-    except (FileNotFoundError, KeyError):
-        raise FileNotFoundError(not_prepared(root, name, split)) from None
-    path = origins_path(folder, split)
+    count, path = _info(root, name, split).splits[split], origins_path(os.path.join(root, name), split)
     if not os.path.exists(path):
         return []
     with open(path) as f:
@@ -81,6 +70,16 @@ def read_origins(root: str, name: str, split: str) -> list[str]:
     if len(origins) != count:
         raise ValueError(f"{path} has {len(origins)} lines for {count} records: prepare the split again with data/prepare.py")
     return origins
+
+
+def _info(root: str, name: str, split: str) -> DatasetInfo:
+    try:
+        info = DatasetInfo.load(os.path.join(root, name))
+    except FileNotFoundError:
+        raise FileNotFoundError(not_prepared(root, name, split)) from None
+    if split not in info.splits:
+        raise FileNotFoundError(not_prepared(root, name, split, info.source))
+    return info
 
 
 def _without(source: ShardSource, origins: Sequence[str], held: Mapping[str, set[str]]) -> tuple[ShardSource | Part, str]:

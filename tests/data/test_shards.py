@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import functools
 import os
 import pathlib
@@ -12,9 +13,10 @@ import subprocess
 import sys
 import time
 
+import cv2
 import numpy as np
 import pytest
-from toy_family import CLASSES, COUNT, SHARDS, Toy, die, interrupt, make, shards
+from toy_family import CLASSES, COUNT, SHARDS, Toy, die, interrupt, make, plan, shards
 
 from mqformer_jax.input.record import DatasetInfo, Record, origins_path
 from mqformer_jax.input.sources import ShardSource
@@ -232,3 +234,30 @@ def test_what_is_prepared_is_not_prepared_again(toy, whole, capsys):
     assert "toy train: these files are prepared already, nothing was done" in capsys.readouterr().err
     (toy.folder / "train-00001-of-00006.array_record").unlink()
     assert str(toy.prepare()) == first and toy.result() == whole[0], "a shard was lost, so all is made again"
+
+
+def test_a_split_that_is_being_prepared_is_left_to_the_other_process(toy):
+    toy.partial.mkdir(parents=True)
+    handle = os.open(toy.partial, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="^toy train is being prepared by another process, in .*train.partial$"):
+        toy.prepare()
+    assert not toy.made() and toy.partial.exists()
+    os.close(handle)
+    assert toy.prepare().kept == COUNT - 1
+
+
+def test_a_list_of_origins_that_was_lost_is_made_again(toy, whole):
+    toy.prepare()
+    os.remove(origins_path(str(toy.folder), "train"))
+    toy.prepare()
+    assert toy.result() == whole[0]
+
+
+def test_an_annotation_that_no_code_expects_costs_its_image_alone(tmp_path):
+    def record(job, image, problems):
+        return {}[job.key]
+
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((2, 2, 3), np.uint8))
+    built = plan.build(record, plan.Job("a", 1, str(tmp_path / "a.png"), None))
+    assert built.record is None and built.problems.examples == {"image: its annotation is malformed": ["a: KeyError: 'a'"]}
