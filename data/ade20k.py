@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from class_lists import read_classes
 from images import Image, read_channels, read_index, same_size
-from label_maps import Piece, distinct, paired, panoptic_record
+from label_maps import Piece, paired, panoptic_record
 from plan import Job, Plan, Problems, builder
 
 from mqformer_jax.input.record import ClassInfo, Record
@@ -30,7 +30,7 @@ def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
     names, _, offset = read_classes(classes)
     if (len(names), offset) != (150, 1):
         raise ValueError(f"{classes}: {len(names)} classes from {offset} on; give ADE20K's objectInfo150.txt, with 150 from 1 on")
-    infos = tuple(ClassInfo(texts, thing=value in THINGS) for value, texts in enumerate(distinct(names), 1))
+    infos = tuple(ClassInfo(texts, thing=value in THINGS) for value, texts in enumerate(names, 1))
     jobs, problems = paired(images, semantic, instances)
     return Plan("ade20k", infos, jobs, builder(_record, classes=infos), True, problems)
 

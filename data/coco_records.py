@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import label_maps
@@ -49,10 +49,22 @@ def panoptic_record(job: Job, image: Image, problems: Problems, class_of: dict[i
         elif info.get("category_id") not in class_of:
             problems.add("segment: unknown category", what)
         else:
-            pieces[segment_id] = Piece(class_of[info["category_id"]], ids == segment_id, bool(info.get("iscrowd", 0)))
+            try:
+                pieces[segment_id] = Piece(class_of[info["category_id"]], ids == segment_id, flag(info, "iscrowd"))
+            except Unusable as e:
+                problems.add(f"segment: {e}", what)
+    kept = {piece.class_id for piece in pieces.values()}
+    partial = {class_of[c] for c in _lost(infos, pieces) if c in class_of}
     for segment_id in sorted(present - {info.get("id") for info in infos}):
         problems.add("segment: in the PNG, not in the json", f"{job.key} segment {segment_id}")
-    return label_maps.panoptic_record(job.key, image, pieces.values(), classes)
+        partial |= set(range(len(classes))) - kept  # it could be any of them
+    return label_maps.panoptic_record(job.key, image, pieces.values(), classes, partial)
+
+
+def _lost(infos: Sequence[Mapping[str, Any]], pieces: Mapping[int, Piece]) -> Iterator[Any]:
+    """Categories of the segments that were dropped; of two with one id, which is meant is not known."""
+    uses = collections.Counter(info.get("id") for info in infos)
+    return (info.get("category_id") for info in infos if info.get("id") not in pieces or uses[info.get("id")] > 1)
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
@@ -92,8 +104,8 @@ def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[
     for number, ref in enumerate(items_of(job, image)):
         what = f"{job.key} ref {ref.get('ref_id', number)}"
         try:
-            texts = _sentences(ref)
-            if ref.get("no_target"):
+            texts = _sentences(ref, problems, what)
+            if flag(ref, "no_target"):
                 absent += texts
                 continue
             key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
@@ -153,15 +165,29 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
     return class_of[category]
 
 
-def _sentences(ref: Mapping[str, Any]) -> list[str]:
-    """The expressions of a ref: strings, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the cleaned one."""
-    if ref.get("uncertain"):
+def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[str]:
+    """The expressions of a ref: a string, several, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the cleaned one."""
+    if flag(ref, "uncertain"):
         raise Unusable("marked as uncertain")
-    texts = [s.get("sent", "") if isinstance(s, dict) else str(s) for s in ref.get("sentences", [])]
-    texts = [" ".join(text.split()) for text in texts if text.strip()]
+    said = ref.get("sentences", [])
+    texts = [s.get("sent") if isinstance(s, dict) else s for s in (said if isinstance(said, list) else [said])]
+    for _ in (text for text in texts if not isinstance(text, str)):
+        problems.add("expression: no text", what)
+    texts = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
     if not texts:
         raise Unusable("no sentence")
     return texts
+
+
+_FLAGS = dict.fromkeys(("0", "false", "none"), False) | dict.fromkeys(("1", "true"), True)
+
+
+def flag(item: Mapping[str, Any], field: str) -> bool:
+    """A field that is 0 or 1, false or true, or either as text; a missing one is false. Raises Unusable for all else."""
+    value = str(item.get(field, 0)).lower()
+    if value not in _FLAGS:
+        raise Unusable(f"'{field}' is neither 0 nor 1")
+    return _FLAGS[value]
 
 
 # ---- Shapes --------------------------------------------------------------------------------------------------------
@@ -169,12 +195,12 @@ def _sentences(ref: Mapping[str, Any]) -> list[str]:
 
 def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
     """The segment of an annotation: mask and box, or a box alone. Raises Unusable, for malformed values too."""
-    crowd = bool(annotation.get("iscrowd", 0))
+    crowd = flag(annotation, "iscrowd")
     try:
         if annotation.get("segmentation"):
             segment = _masked(_rle(annotation["segmentation"], image), image, class_id=class_id, crowd=crowd)
             box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
-            if iou(box, segment.box) >= 0.5:
+            if iou(box, segment.box) >= 0.9 or max(abs(a - b) for a, b in zip(box, segment.box)) <= 2:
                 return dataclasses.replace(segment, box=box)  # exact to fractions of a pixel
             problems.add("note: box disagrees with its mask; the mask's box is kept", what)
             return segment
@@ -224,12 +250,30 @@ def _rle(segmentation: Any, image: Image) -> bytes:
             raise Unusable("mask has another size than its image")
         if isinstance(segmentation["counts"], list):
             segmentation = rle_codec.frPyObjects(segmentation, height, width)
+        if sum(_runs(segmentation["counts"])) != height * width:
+            raise Unusable("run-length code of another size than its image")
         rle = {"size": [height, width], "counts": encode_rle(rle_codec.decode(segmentation))}
     else:
         polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
         if not polygons:
             raise Unusable("empty polygon")
+        if len(polygons) < len(segmentation):
+            raise Unusable("a part of its polygon is malformed")
         rle = rle_codec.merge(rle_codec.frPyObjects(polygons, height, width))
     if not rle_codec.area(rle):
         raise Unusable("mask is empty")
     return rle["counts"]
+
+
+def _runs(counts: str | bytes) -> list[int]:
+    """Lengths of the runs of a compressed code, which the library does not tell: it reads what was cut short without complaint."""
+    runs: list[int] = []
+    value = shift = 0
+    for byte in counts.encode() if isinstance(counts, str) else counts:
+        value |= (byte - 48 & 31) << shift
+        shift += 5
+        if not byte - 48 & 32:  # the last five bits of a run; the fifth is the sign, and from the fourth run on it is a difference
+            value -= (byte - 48 & 16) << shift - 4
+            runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+            value = shift = 0
+    return runs

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import posixpath
+import re
+from collections.abc import Iterator, Sequence
 
 import cv2
 import numpy as np
@@ -29,9 +31,8 @@ def semantic(
 
     `ignore`, `offset`: see `read_classes`, whose values they replace. `names`, `suffix`: see `pairs`.
     """
-    listed, file_ignore, file_offset = read_classes(classes)
+    listed, file_ignore, offset = read_classes(classes, offset)
     ignore = file_ignore if ignore is None else ignore
-    offset = file_offset if offset is None else offset
     values = [value for value in range(offset, offset + len(listed)) if value not in ignore]
     infos = tuple(ClassInfo(listed[value - offset], thing=False) for value in values)
     class_of = {value: i for i, value in enumerate(values)}
@@ -96,7 +97,7 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
     lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     found = set()
     for line in lines:
-        key = next((key for name in (line, line.split()[0]) for key in _tails(name) if key in keys), None)
+        key = next((key for name in _names(line) for key in _tails(name, keys)), None)
         if key is None:
             problems.add("image: in the list, not in the folder", line)
         else:
@@ -106,11 +107,21 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
     return sorted(found)
 
 
-def _tails(name: str) -> list[str]:
-    """What a line of a list may call an image: without its extension, and without some or all folders before it."""
-    stem, extension = os.path.splitext(name)
-    parts = (stem if extension.lower() in EXTENSIONS else name).split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts))]
+def _names(line: str) -> list[str]:
+    """What may be an image's name in a line of a list: all of it, or what comes before a number or the path of a mask."""
+    first, _, rest = line.partition(" ")
+    paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
+    return [line, first] if paths or re.fullmatch(r"\s*-?\d+", rest) else [line]
+
+
+def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
+    """The keys that may be meant by a name: without its extension, and without those folders before it that end in the key's own."""
+    stem, extension = os.path.splitext(posixpath.normpath(name))
+    parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")
+    for i in range(len(parts)):
+        key = "/".join(parts[i:])
+        if key in keys and (i == 0 or parts[i - 1] in ("", os.path.abspath(keys[key]).split(os.sep)[i - 1 - len(parts)])):
+            yield key
 
 
 # ---- Records, in a worker process ----------------------------------------------------------------------------------

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import cv2
 import numpy as np
+import PIL.Image
 
 JPEG = (".jpg", ".jpeg")
 EXTENSIONS = (*JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic")  # .heic: to be counted, OpenCV reads none
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _CHROMA = 32  # a grey JPEG's channels differ by less
+MOST_PIXELS = 178_956_970  # the limit of Pillow: a small file may unpack to any size
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is counted, with the name of the file
+warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class Unusable(ValueError):
@@ -47,7 +52,7 @@ def read_index(path: str, colours: Mapping[int, int] | None = None) -> np.ndarra
     With `colours` (red << 16 | green << 8 | blue to mask value) a mask of three channels is read by them; a colour that is
     not among them becomes its own negative less one.
     """
-    data = _read(path, "mask")
+    data = _read_exact(path)
     depth = 8
     if data.startswith(_PNG) and data[25] == 3:
         data, depth = _palette_to_grey(data), data[24]
@@ -87,13 +92,13 @@ def read_grey(path: str, kind: str = "mask") -> np.ndarray:
 
 def read_ids(path: str) -> np.ndarray:
     """The segment ids of a COCO panoptic PNG as int32 [h, w]: R + 256 G + 65536 B."""
-    bgr = _decode(_read(path, "mask"), cv2.IMREAD_COLOR).astype(np.int32)
+    bgr = _decode(_read_exact(path), cv2.IMREAD_COLOR).astype(np.int32)
     return bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
 
 
 def read_channels(path: str, count: int) -> np.ndarray:
     """A PNG of `count` (3 or 4) channels of 8 bit as uint8 [h, w, count]: R, G, B, A."""
-    pixels = _decode(_read(path, "mask"), cv2.IMREAD_UNCHANGED)
+    pixels = _decode(_read_exact(path), cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != count:
         raise Unusable(f"mask has not {count} channels of 8 bit")
     return pixels[..., [2, 1, 0, 3][:count]]
@@ -115,12 +120,22 @@ def _read(path: str, kind: str) -> bytes:
         raise Unusable(f"{kind} file is missing") from None
     # OpenCV fills what is missing of a cut file with grey. No end marker can occur inside a JPEG scan or before its start.
     cut_jpeg = data.startswith(_JPEG) and data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
-    if not data or cut_jpeg or (data.startswith(_PNG) and b"IEND" not in data[-64:]):
+    if not data or cut_jpeg or (data.startswith(_PNG) and data.find(b"IEND", max(33, len(data) - 64)) < 0):
         raise Unusable(f"{kind} file is cut short")
     return data
 
 
+def _read_exact(path: str) -> bytes:
+    """A mask whose pixels are numbers."""
+    data = _read(path, "mask")
+    if data.startswith(_JPEG):
+        raise Unusable("mask is a JPEG, whose values are not exact")
+    return data
+
+
 def _decode(data: bytes, mode: int, kind: str = "mask") -> np.ndarray:
+    if _pixels(data) > MOST_PIXELS:
+        raise Unusable(f"{kind} has more than {MOST_PIXELS:,} pixels")
     try:
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), mode)
     except cv2.error:
@@ -128,6 +143,17 @@ def _decode(data: bytes, mode: int, kind: str = "mask") -> np.ndarray:
     if pixels is None:
         raise Unusable(f"{kind} cannot be decoded")
     return pixels
+
+
+def _pixels(data: bytes) -> int:
+    """How many pixels a file's head promises; 0 where Pillow does not know the format."""
+    try:
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            return image.width * image.height
+    except PIL.Image.DecompressionBombError:
+        return MOST_PIXELS + 1
+    except Exception:  # whatever a damaged head leads to: OpenCV is to judge it
+        return 0
 
 
 def _palette_to_grey(data: bytes) -> bytes:
@@ -157,8 +183,9 @@ def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[s
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     found: dict[str, str] = {}
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        here = os.path.join(os.path.realpath(parent), "")  # a link to a folder around it would never end
+        folders[:] = sorted(f for f in folders if not here.startswith(os.path.join(os.path.realpath(os.path.join(parent, f)), "")))
         for name in sorted(names):
             stem, extension = os.path.splitext(name)
             if extension.lower() not in extensions or name.startswith("."):  # macOS packs a "._a.jpg" beside each file

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,10 +21,10 @@ class Piece(NamedTuple):
     crowd: bool = False
 
 
-def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo]) -> Record:
+def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo], partial: Collection[int] = ()) -> Record:
     """Things one by one, a stuff class as one region however many pieces it has; pixels of no piece are ignored.
 
-    Pieces must not overlap. Raises Unusable where there are none.
+    Pieces must not overlap. Raises Unusable where there are none. partial: classes of which a piece was lost.
     """
     merged: dict[object, Piece] = {}
     ignore = np.ones((image.height, image.width), bool)
@@ -35,7 +35,8 @@ def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Se
     if not merged:
         raise Unusable("image has nothing labelled")
     segments = tuple(Segment(p.class_id, box=box_of(p.mask), mask=encode_rle(p.mask), crowd=p.crowd) for p in merged.values())
-    return Record(key, image.data, image.height, image.width, segments, encode_rle(ignore) if ignore.any() else None)
+    code = encode_rle(ignore) if ignore.any() else None
+    return Record(key, image.data, image.height, image.width, segments, code, partial_classes=tuple(sorted(partial)))
 
 
 def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> tuple[list[Job], Problems]:

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 
 import numpy as np
+from class_lists import read_text
 from images import Image, Unusable, same_size
 from label_maps import Piece, panoptic_record
 from plan import Job, Plan, Problems, builder
@@ -59,11 +60,7 @@ def _pieces(label_map: np.ndarray, class_of: dict[int, int | None], key: str, pr
 
 
 def _read_lines(path: str) -> list[str]:
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return [line.strip() for line in f if line.strip()]
-    except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _read_list(path: str) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 
@@ -44,8 +45,8 @@ def parser() -> argparse.ArgumentParser:
 
     def one(name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
         command = kind(name, text, lambda args: iter([(args.name, args.split, plan(args))]))
-        command.add_argument("--name", required=True, help="name of the data set, as configs call it")
-        command.add_argument("--split", required=True, help="train, val, ...")
+        command.add_argument("--name", type=_name, required=True, help="name of the data set, as configs call it")
+        command.add_argument("--split", type=_name, required=True, help="train, val, ...")
         command.add_argument("--images", required=True, help="folder of images")
         return command
 
@@ -112,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--list", help="VOC2010/ImageSets/Main/val.txt (default: every .mat)")
 
     p = kind("visual-genome", "Visual Genome: objects and region descriptions", lambda a: iter([(a.name, "train", _visual_genome(a))]))
-    p.add_argument("--name", default="visual_genome", help="name of the data set, as configs call it (default: %(default)s)")
+    p.add_argument("--name", type=_name, default="visual_genome", help="name of the data set, as configs call it (default: %(default)s)")
     p.add_argument("--images", nargs="+", required=True, help="folders VG_100K and VG_100K_2")
     p.add_argument("--image-data", required=True, help="image_data.json")
     p.add_argument("--objects", help="objects.json: boxes of classes")
@@ -130,13 +131,20 @@ def parser() -> argparse.ArgumentParser:
 
     p = kind("tfds", "a builder of tensorflow-datasets", lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir))
     p.add_argument("builder", help=", ".join(tfds_sets.SETS))
-    p.add_argument("--split", required=True, help="train, val, ...")
-    p.add_argument("--name", help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)")
+    p.add_argument("--split", type=_name, required=True, help="train, val, ...")
+    p.add_argument("--name", type=_name, help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)")
     p.add_argument("--data-dir", help="where tensorflow-datasets keeps its sets (default: ~/tensorflow_datasets)")
 
     p = kind("small", "all families of one small folder at once", lambda args: small.plans(args.source))
     p.add_argument("--source", required=True, help="folder laid out as data/README.md says")
     return top
+
+
+def _name(text: str) -> str:
+    """Of a set or a split: a part of the names of its files."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '_', '.', '+' and '-', a letter or digit first")
+    return text
 
 
 def _coco_options(command: argparse.ArgumentParser) -> None:
@@ -173,6 +181,8 @@ def _pascal_context(args: argparse.Namespace) -> Plan:
 
 def _foreground(args: argparse.Namespace) -> Plan:
     if args.masks:
+        if args.exclude or args.instances:
+            raise ValueError("--exclude and --instances go with --json")
         return folders.foreground(args.images, args.masks, args.list, args.mask_suffix)
     if args.list or args.mask_suffix:
         raise ValueError("--list and --mask-suffix go with --masks")
@@ -208,18 +218,22 @@ def _render(name: str, size: int, seed: int) -> Built:
 
 def main(argv: list[str] | None = None) -> int:
     """Prepares what the command line asks for; 0, or 1 after one line on stderr that says what is wrong."""
-    args = parser().parse_args(argv)
+    args, failed = parser().parse_args(argv), False
     try:
         with worker_pool(args.workers) as pool:
             for name, split, plan in args.plan(args):
-                print(write_split(args.out, name, split, plan, pool), flush=True)
+                try:
+                    print(write_split(args.out, name, split, plan, pool), flush=True)
+                except ValueError as e:  # of this split; the others can do without it
+                    print(f"prepare: {e}", file=sys.stderr)
+                    failed = True
     except (ValueError, OSError) as e:
         print(f"prepare: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare: interrupted; finished shards are kept, and the same command goes on with them", file=sys.stderr)
         return 130
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

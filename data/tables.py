@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import os
+import posixpath
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,8 @@ def table(
     for row in rows:
         if not row.image:
             problems.add("row: no image", row.where)
+        elif row.name and row.name not in class_of and exhaustive:  # dropped, what it should have been called would be taught absent
+            raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}")
         elif row.name and row.name not in class_of:
             problems.add(f"row: class {row.name!r} is not in --classes", row.where)
         else:
@@ -125,7 +128,7 @@ def _check_columns(where: str, names: Collection[str]) -> None:
 
 
 def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
-    image, mask = (str(fields.get(column) or "").strip() for column in ("image", "mask"))
+    image, mask = (_within(where, column, str(fields.get(column) or "").strip()) for column in ("image", "mask"))
     bbox, no_target = _bbox(fields.get("bbox")), _words(fields.get("no_target")).lower()
     name = _words(fields.get("class")).replace("_", " ").strip()
     texts = tuple(dict.fromkeys(text for text in map(_words, fields["expression"]) if text))
@@ -142,6 +145,14 @@ def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
     elif (name or texts) and not (absent or shaped):
         wrong = "neither mask nor bbox, nor no_target"
     return Row(where, image, mask and os.path.join(masks, mask), bbox or (), name, texts, absent, wrong)
+
+
+def _within(where: str, column: str, path: str) -> str:
+    """One spelling for each file, so that its rows come together."""
+    path = posixpath.normpath(path) if path else ""
+    if path.startswith(("/", "../")):
+        raise ValueError(f"{where}: {column} {path!r} is not within --{column}s")
+    return path
 
 
 def _words(text: Any) -> str:

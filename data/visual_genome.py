@@ -66,11 +66,15 @@ def _load(path: str) -> list[dict[str, Any]]:
 
 
 def _listed(path: str | None, field: str, entries: dict[Any, dict], problems: Problems) -> Iterator[tuple[Any, list[dict]]]:
-    """(image id, its objects or regions) of every image that image_data.json knows."""
+    """(image id, its objects or regions) of every image that image_data.json knows, once."""
+    seen = set()
     for entry in _load(path) if path else ():
-        if not isinstance(entry.get(field), list):
-            raise ValueError(f"{path}: field '{field}' is missing or no list; is it Visual Genome's file?")
-        if _image_id(entry) in entries:
+        if not isinstance(entry.get(field), list) or not all(isinstance(item, dict) for item in entry[field]):
+            raise ValueError(f"{path}: field '{field}' is missing or no list of objects; is it Visual Genome's file?")
+        if _image_id(entry) in seen:
+            problems.add(f"image: twice in {field}, of which the first counts", f"image_id {_image_id(entry)}")
+        elif _image_id(entry) in entries:
+            seen.add(_image_id(entry))
             yield _image_id(entry), entry[field]
         else:
             problems.add(f"image: of {field}, not in image_data.json", f"image_id {_image_id(entry)}")

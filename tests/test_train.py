@@ -93,7 +93,9 @@ def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkey
         train(config, str(tmp_path))  # the checkpoint of step 2 is the newest
     train(config, str(tmp_path))
     assert losses(tmp_path) == losses(whole)
-    assert [line.get("images/sample_scenes/train") for line in metrics(tmp_path)] == [line.get("images/sample_scenes/train") for line in metrics(whole)]
+    assert [line.get("images/sample_scenes/train") for line in metrics(tmp_path)] == [
+        line.get("images/sample_scenes/train") for line in metrics(whole)
+    ]
     ours, theirs = (jax.tree.leaves(final_state(config, w)[0]) for w in (str(tmp_path), whole))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 

@@ -91,6 +91,56 @@ def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("aachen/x.jpg", True),
+        ("bonn/x.jpg", False),  # another folder's
+        ("x photo.jpg", False),  # a name with a space
+        ("x 3", True),
+        ("x -1", True),
+        ("./x.jpg", True),
+        ("x.jpg x.png", True),
+        ("/SegNet/aachen/x.jpg /SegNet/aachenannot/x.png", True),
+        ("/SegNet/bonn/x.jpg /SegNet/bonnannot/x.png", False),
+    ],
+)
+def test_a_line_of_a_list_is_never_taken_for_a_file_of_another_name_or_folder(tmp_path, capsys, line, found):
+    for name in ("x", "y"):
+        _photo(tmp_path / "aachen" / f"{name}.jpg")
+        _save(tmp_path / "masks" / f"{name}.png", SOFT)
+    (tmp_path / "train.txt").write_text(f"y\n{line}\n")
+    assert _prepare(tmp_path, "foreground", images=tmp_path / "aachen", masks=tmp_path / "masks", list=tmp_path / "train.txt") == 0
+    assert list(_read(tmp_path)[1]) == ["x", "y"][not found :]
+    assert (f"1 x image: in the list, not in the folder ({line})" in capsys.readouterr().out) != found
+
+
+def test_folders_that_are_links_are_read_too(tmp_path):
+    for kind in ("images", "masks"):
+        for city in ("aachen", "bonn"):
+            _save(tmp_path / "disk" / kind / city / f"x{city}.png", SOFT)
+        (tmp_path / kind).mkdir()
+        os.rename(tmp_path / "disk" / kind / "aachen", tmp_path / kind / "aachen")
+        os.symlink(tmp_path / "disk" / kind / "bonn", tmp_path / kind / "bonn")
+        os.symlink(tmp_path / kind, tmp_path / kind / "around")
+    assert _prepare(tmp_path, "foreground", images=tmp_path / "images", masks=tmp_path / "masks") == 0
+    assert list(_read(tmp_path)[1]) == ["aachen/xaachen", "bonn/xbonn"]
+
+
+@pytest.mark.parametrize("words", [["--exclude", "val.json"], ["--instances", "train.json"]])
+def test_options_of_json_foregrounds_are_refused_with_masks(tmp_path, capsys, words):
+    assert _prepare(tmp_path, "foreground", *words, images=tmp_path, masks=tmp_path) == 1
+    assert capsys.readouterr().err == "prepare: --exclude and --instances go with --json\n"
+
+
+@pytest.mark.parametrize("option", ["name", "split"])
+@pytest.mark.parametrize("text", ["..", "a/b", "", "a\n", "-x", ".a", "a b"])
+def test_names_of_sets_and_splits_are_parts_of_file_names(tmp_path, capsys, option, text):
+    with pytest.raises(SystemExit):
+        _prepare(tmp_path, "foreground", images=tmp_path, masks=tmp_path, **{option: text})
+    assert f"argument --{option}: {text!r} is no name" in capsys.readouterr().err
+
+
 def _ways_to_save(folder):
     """File names of one mask saved in every way, and what is white in it."""
     white, clear = SOLID.astype(np.uint8) * 255, np.full((H, W), 255, np.uint8)
@@ -257,3 +307,44 @@ def test_index_masks_are_read_by_value_whatever_colours_the_list_has(tmp_path, s
     for segment in record.segments:
         np.testing.assert_array_equal(record.decode_mask(segment.mask), index == segment.class_id)
     assert len(record.segments) == 2 and record.ignore is None
+
+
+def _index(root, mask, classes, text, *words, **save):
+    _photo(root / "images" / "a.jpg")
+    _save(root / "masks" / mask, np.arange(H * W, dtype=np.uint16).reshape(H, W).astype(np.uint8), **save)
+    (root / classes).write_text(text)
+    return _prepare(root, "semantic", *words, images=root / "images", masks=root / "masks", classes=root / classes)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["# label:color_rgb:parts:actions", "background:0,0,0::", "1: cat", "1,cat", "1 cat", "1\tcat", "7", "1,0.1576,11664,1172,1,wall"],
+)
+def test_a_class_list_in_another_format_is_refused(tmp_path, capsys, line):
+    assert _index(tmp_path, "a.png", "classes.txt", f"{line}\n{line.replace('1', '2')}\n") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"classes.txt: line {line!r} is no class name; read are json, one name a line" in error
+
+
+@pytest.mark.parametrize(("count", "words"), [(256, []), (255, ["--index-offset=1"])])
+def test_255_is_a_class_where_the_list_reaches_it(tmp_path, count, words):
+    assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(count)), *words) == 0
+    info, records = _read(tmp_path)
+    last = records["a"].segments[-1]
+    assert len(info.classes) == count and info.classes[last.class_id].name == f"class {count - 1}"
+    np.testing.assert_array_equal(records["a"].decode_mask(last.mask), _grey(tmp_path / "masks" / "a.png") == 255)
+    assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(255)), "--name=fewer") == 0
+    np.testing.assert_array_equal(
+        (record := _read(tmp_path, "fewer")[1]["a"]).decode_mask(record.ignore), _grey(tmp_path / "masks" / "a.png") == 255
+    )
+
+
+def test_a_synonym_that_two_classes_claim_names_neither(tmp_path):
+    words = "\n".join(["earth, ground", "land, ground, soil", "counter", "kitchen, counter", *(f"class {i}" for i in range(250))])
+    assert _index(tmp_path, "a.png", "classes.txt", words) == 0
+    assert [c.texts for c in _read(tmp_path)[0].classes][:4] == [("earth",), ("land", "soil"), ("counter",), ("kitchen",)]
+
+
+def test_an_index_mask_that_is_a_jpeg_is_counted(tmp_path, capsys):
+    assert _index(tmp_path, "a.jpg", "classes.txt", "sky\nroad\n") == 1
+    assert "1 x image: mask is a JPEG, whose values are not exact (a)" in capsys.readouterr().err

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import sys
+import zlib
 
 import cv2
 import numpy as np
@@ -13,7 +15,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "data"))
 
-from images import Unusable, read_image  # noqa: E402
+from images import Unusable, read_image, read_index  # noqa: E402
 
 from mqformer_jax.input.record import Record  # noqa: E402
 
@@ -79,3 +81,24 @@ def test_a_file_cut_short_is_never_half_an_image(tmp_path, kind):
         (tmp_path / "cut").write_bytes(buffer.getvalue()[: int(part * buffer.tell())])
         with pytest.raises(Unusable, match="cut short|cannot be decoded"):
             read_image(str(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_head_that_promises_too_many_pixels_is_believed_before_decoding(tmp_path, kind):
+    RGB.save(tmp_path / "bomb", kind)
+    data = (tmp_path / "bomb").read_bytes()
+    at = data.index(b"IHDR") + 4 if kind == "PNG" else data.index(b"\xff\xc0") + 5
+    sides = struct.pack(">II" if kind == "PNG" else ">HH", 20_000, 20_000)
+    data = data[:at] + sides + data[at + len(sides) :]
+    if kind == "PNG":
+        data = data[: at + 13] + struct.pack(">I", zlib.crc32(data[at - 4 : at + 13])) + data[at + 17 :]
+    (tmp_path / "bomb").write_bytes(data)
+    with pytest.raises(Unusable, match="image has more than 178,956,970 pixels"):
+        read_image(str(tmp_path / "bomb"))
+
+
+@pytest.mark.parametrize("read", [read_image, read_index])
+def test_twelve_bytes_are_no_png(tmp_path, read):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nIEND")
+    with pytest.raises(Unusable, match="cut short"):
+        read(str(tmp_path / "a.png"))

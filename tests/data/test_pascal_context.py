@@ -129,6 +129,7 @@ def test_what_is_broken_is_counted_and_named(voc, capsys):
         ("names", "aeroplane\n", "names: line 'aeroplane' is not like '3: air conditioner'"),
         ("names", "1: sky\n2: sky\n", "names: class 'sky' occurs twice"),
         ("names", "", "names: it holds no class"),
+        ("names", b"1: caf\xe9\n", "names: not a text file in UTF-8"),
         ("list", "", "list: no name of an image in it"),
         ("list", None, "list: no such file"),
         ("labels", None, "labels: no such folder"),
@@ -137,7 +138,7 @@ def test_what_is_broken_is_counted_and_named(voc, capsys):
 def test_mistakes_end_in_one_line(voc, capsys, option, text, said):
     voc("2008_000002", _rows(360))
     if text is not None:
-        (voc.root / option).write_text(text)
+        (voc.root / option).write_bytes(text if isinstance(text, bytes) else text.encode())
     assert _prepare(voc, **{option: voc.root / option})[0] is None
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and said in error, error

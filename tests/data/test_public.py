@@ -290,6 +290,27 @@ def test_the_family_takes_what_the_table_gives(name):
         assert re.fullmatch("[a-zA-Z0-9_]+", split) and not any("{" in path for path in source.files())
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "path"),
+    [
+        ("dis5k", "test1", "DIS5K/DIS-TE1/im"),
+        ("dis5k", "test2", "DIS5K/DIS-TE2/im"),
+        ("refcoco_google", "train", "refcoco/refs(google).p"),
+        ("lvis_v1", "train", "lvis/lvis_v1_train.json"),
+        ("lvis_v1", "val", "lvis/lvis_v1_val.json"),
+        ("p3m10k", "val", "P3M-10k/validation/P3M-500-P/blurred_image"),
+        ("p3m10k", "val_np", "P3M-10k/validation/P3M-500-NP/original_image"),
+    ],
+)
+def test_a_split_is_read_from_its_own_files(name, split, path):
+    assert path in SETS[name].splits[split].files()
+
+
+def test_camvids_classes_are_in_segnets_order():
+    order = "sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist unlabelled"
+    assert _load(DATA, "classes", "camvid.json") == {"classes": [_spaced(name) for name in order.split()], "ignore_index": 11}
+
+
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_file_is_one_line_with_its_path_the_website_and_the_mend(name, tmp_path, capsys):
     assert prepare.main(["public", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1

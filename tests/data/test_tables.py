@@ -177,3 +177,13 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     says(cat, "--stuff 'sky' is no class; they are cat", options=("--stuff", "sky"))
     (folder / "classes.txt").write_text("dog\n")
     says(cat, "1 x row: class 'cat' is not in --classes", options=(f"--classes={folder / 'classes.txt'}",))
+    says(cat, "t.csv:2: class 'cat' is not in", "classes.txt", options=(f"--classes={folder / 'classes.txt'}", "--exhaustive"))
+    says(_jsonl(folder, {"image": "../images/a.jpg"}), "t.jsonl:1: image '../images/a.jpg' is not within --images")
+    says(_jsonl(folder, {"image": "a.jpg", "mask": "/left.png"}), "t.jsonl:1: mask '/left.png' is not within --masks")
+
+
+def test_spellings_of_a_path_are_one_image_and_one_mask(folder):
+    rows = [{"image": image, "mask": mask, "class": "cat"} for image, mask in (("a.jpg", "./left.png"), ("./sub/../a.jpg", "left.png"))]
+    assert _prepare(folder, _jsonl(folder, *rows), "--exhaustive") == 0
+    records = _read(folder)[1]
+    assert list(records) == ["a.jpg"] and len(records["a.jpg"].segments) == 1

@@ -186,11 +186,18 @@ def test_files_of_the_first_version_are_read(genome):
     assert len(records) == 2 and problems == {"image: of objects, not in image_data.json": 1}
 
 
+def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
+    path = genome.json("objects.json", [{"image_id": 1, "objects": [_object(name)]} for name in ("tree", "man")])
+    plan = visual_genome([str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1)
+    assert [c.name for c in plan.classes] == ["tree"] and plan.problems.counts == {"image: twice in objects, of which the first counts": 1}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
         ("objects.json", {"images": []}, "objects.json: not a list of objects with 'image_id'"),
         ("objects.json", [{"image_id": 1, "regions": []}], "objects.json: field 'objects' is missing"),
+        ("objects.json", [{"image_id": 1, "objects": ["tree"]}], "objects.json: field 'objects' is missing or no list of objects"),
         ("image_data.json", [[1]], "image_data.json: not a list of objects with 'image_id'"),
     ],
 )
