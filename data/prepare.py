@@ -29,53 +29,85 @@ from plan import Built, Plan, Problems
 from shards import worker_pool, write_split
 
 NamedPlan = tuple[str, str, Plan]
+Kinds = argparse._SubParsersAction
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand for each kind of annotation."""
     top = argparse.ArgumentParser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True)
+    _add_whole_sets(kinds)
+    _add_formats(kinds)
+    _add_layouts(kinds)
+    return top
 
-    def kind(name: str, text: str, plan: Callable[[argparse.Namespace], Iterator[NamedPlan]]) -> argparse.ArgumentParser:
-        command = kinds.add_parser(name, help=text, description=text)
-        command.set_defaults(plan=plan)
-        command.add_argument("--out", default="data/records", help="folder of prepared data sets (default: %(default)s)")
-        command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-        return command
 
-    def one(name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
-        command = kind(name, text, lambda args: iter([(args.name, args.split, plan(args))]))
-        command.add_argument("--name", type=_name, required=True, help="name of the data set, as configs call it")
-        command.add_argument("--split", type=_name, required=True, help="train, val, ...")
-        command.add_argument("--images", required=True, help="folder of images")
-        return command
+def _kind(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Iterator[NamedPlan]]) -> argparse.ArgumentParser:
+    command = kinds.add_parser(name, help=text, description=text)
+    command.set_defaults(plan=plan)
+    command.add_argument("--out", default="data/records", help="folder of prepared data sets (default: %(default)s)")
+    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    return command
 
-    p = kind("sample", "the embedded sample, drawn by this code", sample_plans)
+
+def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
+    """A subcommand for one split of one set."""
+    command = _kind(kinds, name, text, lambda args: iter([(args.name, args.split, plan(args))]))
+    command.add_argument("--name", type=_name, required=True, help="name of the data set, as configs call it")
+    command.add_argument("--split", type=_name, required=True, help="train, val, ...")
+    command.add_argument("--images", required=True, help="folder of images")
+    return command
+
+
+def _add_whole_sets(kinds: Kinds) -> None:
+    """What is known by name."""
+    p = _kind(kinds, "sample", "the embedded sample, drawn by this code", sample_plans)
     p.add_argument("--train", type=int, default=4000)
     p.add_argument("--val", type=int, default=128)
     p.add_argument("--size", type=int, default=96, help="side of the pictures in pixels")
     p.add_argument("--seed", type=int, default=0)
 
-    p = one("panoptic", "COCO panoptic: json and PNGs", lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)))
+    p = _kind(kinds, "public", "public data sets by name, from the layouts in which their websites unpack", _public)
+    p.add_argument("names", nargs="*", metavar="NAME", help="such as coco_2017_panoptic refcoco 'seginw_*'")
+    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
+    p.add_argument("--root", default=root, help="folder of the downloads (default: $DETECTRON2_DATASETS or datasets; now %(default)s)")
+    p.add_argument("--split", nargs="+", default=[], help="only these splits (default: all)")
+    p.add_argument("--list", action="store_true", help="show all names, and what is expected where")
+
+    p = _kind(kinds, "tfds", "a builder of tensorflow-datasets", lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir))
+    p.add_argument("builder", help=", ".join(tfds_sets.SETS))
+    p.add_argument("--split", type=_name, required=True, help="train, val, ...")
+    p.add_argument("--name", type=_name, help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)")
+    p.add_argument("--data-dir", help="where tensorflow-datasets keeps its sets (default: ~/tensorflow_datasets)")
+
+    p = _kind(kinds, "small", "all families of one small folder at once", lambda args: small.plans(args.source))
+    p.add_argument("--source", required=True, help="folder laid out as data/README.md says")
+
+
+def _add_formats(kinds: Kinds) -> None:
+    """What anyone's own data may come in."""
+    p = _one(kinds, "panoptic", "COCO panoptic: json and PNGs", lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)))
     _coco_options(p)
     p.add_argument("--masks", required=True, help="folder of the panoptic PNGs")
 
-    p = one("instances", "COCO or LVIS instances, or boxes alone: json", lambda a: coco.instances(a.json, a.images).without(_excluded(a)))
+    p = _one(
+        kinds, "instances", "COCO or LVIS instances, or boxes alone: json", lambda a: coco.instances(a.json, a.images).without(_excluded(a))
+    )
     _coco_options(p)
 
-    p = one("referring", "referring expressions: json", _referring)
+    p = _one(kinds, "referring", "referring expressions: json", _referring)
     _coco_options(p)
     p.add_argument("--instances", nargs="+", default=[], help="COCO instances json that gives the shapes of ann_ids")
     p.add_argument("--refs-split", help="only the refs whose field 'split' is this (unc: train, val, testA, testB)")
 
-    p = one("semantic", "index PNGs: one class a value", _semantic)
+    p = _one(kinds, "semantic", "index PNGs: one class a value", _semantic)
     p.add_argument("--masks", required=True, help="folder of index PNGs named like the images")
     p.add_argument("--classes", required=True, help="json, objectInfo150.txt, or text with one class a line")
     p.add_argument("--ignore-index", type=int, nargs="+", help="mask values that mean unlabelled (default: the class file's, or 255)")
     p.add_argument("--index-offset", type=int, help="mask value of the first class (default: the class file's, or 0)")
     _folder_options(p)
 
-    p = one("foreground", "salient foregrounds: json of annotation ids, or folder of masks", _foreground)
+    p = _one(kinds, "foreground", "salient foregrounds: json of annotation ids, or folder of masks", _foreground)
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--masks", help="folder of black and white masks named like the images")
     source.add_argument("--json", help="json with items of {image_id, ann_ids}")
@@ -83,36 +115,43 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--exclude", nargs="+", default=[], help="with --json: json files whose images (by id) must not be in this split")
     _folder_options(p)
 
-    p = one("mattes", "alpha mattes: folder of images and folder of mattes", _mattes)
+    p = _one(kinds, "mattes", "alpha mattes: folder of images and folder of mattes", _mattes)
     p.add_argument("--alphas", required=True, help="folder of 8-bit mattes, or of cut-outs with an alpha channel, named like the images")
     p.add_argument("--trimaps", help="folder of trimaps named like the images (0 outside, 255 inside, else unknown)")
     _folder_options(p)
 
-    p = one("table", "your own data: csv or jsonl, a row for each image and what is said of it", _table)
+    p = _one(kinds, "table", "your own data: csv or jsonl, a row for each image and what is said of it", _table)
     p.add_argument("--table", required=True, help=f".csv with a header, or .jsonl; columns: {', '.join(tables.COLUMNS)}")
     p.add_argument("--masks", help="folder that the masks' paths start from (default: the table's)")
     p.add_argument("--classes", help="class list, where several splits must agree on it (default: the classes of the table)")
     p.add_argument("--stuff", nargs="+", default=[], help="classes that own one region, not several objects")
     p.add_argument("--exhaustive", action="store_true", help="an image shows no class but those of its rows")
 
-    p = one("cityscapes", "Cityscapes: instanceIds PNGs", lambda a: cityscapes.panoptic(a.images, a.labels))
+
+def _add_layouts(kinds: Kinds) -> None:
+    """What single public sets come in."""
+    p = _one(kinds, "cityscapes", "Cityscapes: instanceIds PNGs", lambda a: cityscapes.panoptic(a.images, a.labels))
     p.add_argument("--labels", required=True, help="gtFine/train")
 
-    p = one("ade20k", "ADE20K's 150 classes with instances", lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes))
+    p = _one(
+        kinds, "ade20k", "ADE20K's 150 classes with instances", lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes)
+    )
     p.add_argument("--semantic", required=True, help="annotations/training")
     p.add_argument("--instances", required=True, help="annotations_instance/training")
     p.add_argument("--classes", required=True, help="objectInfo150.txt")
 
-    p = one("bdd100k", "BDD100K panoptic: bit masks", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
+    p = _one(kinds, "bdd100k", "BDD100K panoptic: bit masks", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
     p.add_argument("--bitmasks", required=True, help="labels/pan_seg/bitmasks/train")
 
-    p = one("pascal-context", "PASCAL-Context: .mat files", _pascal_context)
+    p = _one(kinds, "pascal-context", "PASCAL-Context: .mat files", _pascal_context)
     p.add_argument("--labels", required=True, help="folder trainval of .mat files")
     p.add_argument("--names", required=True, help="labels.txt, the names of the 459 labels")
     p.add_argument("--classes", help="59_labels.txt (default: all of --names)")
     p.add_argument("--list", help="VOC2010/ImageSets/Main/val.txt (default: every .mat)")
 
-    p = kind("visual-genome", "Visual Genome: objects and region descriptions", lambda a: iter([(a.name, "train", _visual_genome(a))]))
+    p = _kind(
+        kinds, "visual-genome", "Visual Genome: objects and region descriptions", lambda a: iter([(a.name, "train", _visual_genome(a))])
+    )
     p.add_argument("--name", type=_name, default="visual_genome", help="name of the data set, as configs call it (default: %(default)s)")
     p.add_argument("--images", nargs="+", required=True, help="folders VG_100K and VG_100K_2")
     p.add_argument("--image-data", required=True, help="image_data.json")
@@ -121,23 +160,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--alias", help="object_alias.txt: spellings of one class")
     p.add_argument("--min-images", type=int, default=50, help="images that must show a class (default: %(default)s)")
     p.add_argument("--exclude", nargs="+", default=[], help="json files whose images (by COCO id) must not be in this split")
-
-    p = kind("public", "public data sets by name, from the layouts in which their websites unpack", _public)
-    p.add_argument("names", nargs="*", metavar="NAME", help="such as coco_2017_panoptic refcoco 'seginw_*'")
-    root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    p.add_argument("--root", default=root, help="folder of the downloads (default: $DETECTRON2_DATASETS or datasets; now %(default)s)")
-    p.add_argument("--split", nargs="+", default=[], help="only these splits (default: all)")
-    p.add_argument("--list", action="store_true", help="show all names, and what is expected where")
-
-    p = kind("tfds", "a builder of tensorflow-datasets", lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir))
-    p.add_argument("builder", help=", ".join(tfds_sets.SETS))
-    p.add_argument("--split", type=_name, required=True, help="train, val, ...")
-    p.add_argument("--name", type=_name, help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)")
-    p.add_argument("--data-dir", help="where tensorflow-datasets keeps its sets (default: ~/tensorflow_datasets)")
-
-    p = kind("small", "all families of one small folder at once", lambda args: small.plans(args.source))
-    p.add_argument("--source", required=True, help="folder laid out as data/README.md says")
-    return top
 
 
 def _name(text: str) -> str:

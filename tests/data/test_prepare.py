@@ -488,17 +488,3 @@ def test_a_kill_at_any_step_leaves_the_old_split_or_none_or_the_new_one(tmp_path
         if finished:
             break
     assert seen == {str(old), str(None), str(new)} and 20 < survived < 99
-
-
-def test_worker_processes_make_the_same_shards(folder, threes):
-    names = ["slow.jpg", *(f"{i}.png" for i in range(11))]  # the first shard is done last
-    Image.fromarray(np.zeros((6000, 6000, 3), np.uint8)).save(folder / "images" / "slow.jpg")
-    for name in names[1:]:
-        os.link(folder / "images" / "b.png", folder / "images" / name)
-    images = _images(*names)
-    images[0] |= {"height": 6000, "width": 6000}
-    for workers in (1, 2):
-        assert _instances(folder, [], images, name=f"by{workers}", workers=workers) == 0
-    made = [sorted((folder / "out" / f"by{n}").glob("*.array_record")) for n in (1, 2)]
-    assert len(made[0]) > 1 and [p.name for p in made[0]] == [p.name for p in made[1]]
-    assert [p.read_bytes() for p in made[0]] == [p.read_bytes() for p in made[1]]

