@@ -11,8 +11,9 @@ STEPS ?=
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable .
 	touch $@
 
-# parity: torch and transformers, to compare with; tfds: its builders; without them (TESTS=test) those tests skip and say so
-TESTS ?= test,parity,tfds
+# parity: torch and transformers, to compare with; without them (TESTS=test) those tests skip and say so. TESTS=test,parity,tfds
+# adds the builders of tensorflow-datasets, whose installation takes a minute
+TESTS ?= test,parity
 .venv/.test: .venv/.demo
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[$(TESTS)]'
 	touch $@

@@ -148,7 +148,7 @@ def test_killed_at_random_moments_it_ends_where_the_undisturbed_run_ends(sample_
     )
     assert start("whole").wait() == 0
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(2):
         process = start("killed")
         metrics = tmp_path / "killed" / "metrics.jsonl"
         before = metrics.stat().st_size if metrics.exists() else 0
