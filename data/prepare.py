@@ -259,4 +259,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == 130:
+        os._exit(status)  # not waiting for the pool, which a worker that died in the middle of a message may have blocked
+    sys.exit(status)

@@ -63,10 +63,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
         yield pool
     except BaseException:
         ours.close()  # a shard may take minutes that nobody waits for any more
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-        ours.close()
+    pool.shutdown()
+    ours.close()
 
 
 def _start_worker(parent: Connection) -> None:
