@@ -1,0 +1,246 @@
+"""What a compiled program does, read from its text: loops, collectives, memory traffic. XLA's own cost analysis counts a loop's body once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+# names for data that is there already, frames around other instructions, and the ends of what was counted at its start
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id"}
+_OPENING = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
+_CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation. kind: its opcode. shape: of its result, as text. source: the JAX operation it came from."""
+
+    name: str
+    kind: str
+    shape: str
+    operands: tuple[str, ...]
+    called: tuple[str, ...]
+    text: str
+    root: bool
+
+    @property
+    def bytes(self) -> float:
+        return shape_bytes(self.shape)
+
+    @property
+    def source(self) -> str:
+        return found.group(1) if (found := re.search(r'op_name="([^"]*)"', self.text)) else ""
+
+    @property
+    def collective(self) -> str | None:
+        """Its kind where it is one; the halves of an asynchronous one count once."""
+        kind = self.kind.removesuffix("-start")
+        return kind if kind in COLLECTIVES else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction with what runs it: how many times (known loops multiplied), and the loops around it, outermost first.
+
+    known: every loop around it has a length that is written in the program. fused: it is inside a fusion.
+    """
+
+    instruction: Instruction
+    times: int
+    loops: tuple[str, ...]
+    known: bool
+    fused: bool
+
+
+class Program:
+    """The text of a compiled program (`compiled.as_text()`), as computations of instructions."""
+
+    def __init__(self, text: str):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        self.entry, current = "", {}
+        for line in text.splitlines():
+            if opening := _OPENING.match(line):
+                current = self.computations.setdefault(opening.group(1), {})
+                self.entry = opening.group(1) if line.startswith("ENTRY") else self.entry
+            elif (start := _LINE.match(line)) and (instruction := _parse(line, start)):
+                current[instruction.name] = instruction
+
+    def runs(self) -> Iterator[Run]:
+        """Every instruction that the program reaches, also inside loops and fusions."""
+        yield from self._runs(self.entry, 1, (), True, False)
+
+    def _runs(self, computation: str, times: int, loops: tuple[str, ...], known: bool, fused: bool) -> Iterator[Run]:
+        for instruction in self.computations[computation].values():
+            yield Run(instruction, times, loops, known, fused)
+            if instruction.kind == "while":
+                length = self.trip_count(instruction)
+                inside = (times * (length or 1), (*loops, instruction.name), known and length is not None, fused)
+            else:
+                inside = (times, loops, known, fused or instruction.kind == "fusion")
+            for called in instruction.called if instruction.kind not in ("all-reduce", "reduce-scatter", "reduce", "sort", "scatter") else ():
+                yield from self._runs(called, *inside)
+
+    def trip_count(self, loop: Instruction) -> int | None:
+        """How often a `while` that counts to a constant runs (a scan); None where its end depends on data."""
+        condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.text).group(1)]
+        root = next(i for i in condition.values() if i.root)
+        if root.kind == "fusion":
+            root = next(i for i in self.computations[root.called[0]].values() if i.root)
+        if root.kind != "compare" or "direction=LT" not in root.text or not root.shape.startswith("pred[]"):
+            return None
+        constants = [i for i in condition.values() if i.kind == "constant" and i.shape.startswith("s32[]")]
+        values = [int(re.search(r"constant\((-?\d+)\)", i.text).group(1)) for i in constants]
+        return values[0] if len(values) == 1 else None
+
+    def collectives(self) -> list[tuple[Run, int]]:
+        """Each collective instruction with the devices of a group."""
+        return [(run, _group(run.instruction.text)) for run in self.runs() if run.instruction.collective]
+
+    def largest(self, count: int = 5) -> list[dict[str, Any]]:
+        """The largest results that lie in a device's memory (S(1) is on its chip), one of each shape: bytes, shape, where from."""
+        made = (r.instruction for r in self.runs() if not r.fused and r.instruction.kind not in FREE | {"copy-done"})
+        return _largest(((i.bytes, re.sub(r"\{.*", "", i.shape), i.source) for i in made if "S(1)" not in i.shape and i.shape[0] != "("), count)
+
+    def traffic(self, once: bool = False) -> float:
+        """Bytes that instructions read and write, each operand and result whole but for slices of it; loops by their length.
+
+        once: bodies of loops count once, as in XLA's `bytes accessed`, which this can then be compared with.
+        """
+        return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
+
+    def _moved(self, run: Run) -> float:
+        i = run.instruction
+        if i.kind in FREE or i.kind.endswith("-done") or i.collective:
+            return 0
+        if i.kind == "fusion":
+            return sum(_slices(self.computations[i.called[0]]))
+        siblings = self._home[i.name]
+        return sum(_part(i, k, siblings[name].bytes) for k, name in enumerate(i.operands) if name in siblings) + _written(i, siblings)
+
+    @functools.cached_property
+    def _home(self) -> dict[str, dict[str, Instruction]]:
+        return {name: computation for computation in self.computations.values() for name in computation}
+
+
+def _slices(fused: dict[str, Instruction]) -> Iterator[float]:
+    """What a fusion reads of each parameter, and what it writes."""
+    for parameter in (i for i in fused.values() if i.kind == "parameter"):
+        users = [(i, k) for i in fused.values() for k, name in enumerate(i.operands) if name == parameter.name]
+        # a parameter read in two ways is read whole at most
+        yield min(parameter.bytes, sum(_part(user, k, parameter.bytes) for user, k in users))
+    root = next(i for i in fused.values() if i.root)
+    for out in [fused[name] for name in root.operands] if root.kind == "tuple" else [root]:
+        while out.kind in ("bitcast", "copy") and out.operands[0] in fused:
+            out = fused[out.operands[0]]
+        yield _written(out, fused)
+
+
+def _part(user: Instruction, position: int, whole: float) -> float:
+    """How much of operand `position`, of `whole` bytes, an instruction reads."""
+    if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
+        return user.bytes
+    if user.kind == "dynamic-update-slice" and position == 0:
+        return 0  # written in place
+    return whole
+
+
+def _written(i: Instruction, siblings: dict[str, Instruction]) -> float:
+    if i.kind == "dynamic-update-slice" and i.operands[1] in siblings:
+        return siblings[i.operands[1]].bytes
+    return i.bytes
+
+
+def _parse(line: str, start: re.Match) -> Instruction | None:
+    rest = line[start.end() :]
+    cut = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:cut], rest[cut:].lstrip()
+    if not (kind := re.match(r"([\w-]+)\(", rest)):
+        return None
+    end = _closing(rest[kind.end() - 1 :]) + kind.end() - 1
+    operands, attributes = rest[kind.end() : end], rest[end:]
+    called = tuple(name.strip(" %") for one, many in _CALLED.findall(attributes) for name in (one or many).split(","))
+    names = tuple(re.findall(r"%([\w.-]+)", operands))
+    return Instruction(start.group(2), kind.group(1), shape, names, called, rest, bool(start.group(1)))
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` starts with is closed."""
+    depth = 0
+    for at in re.finditer(r"[()]", text):
+        depth += 1 if at.group() == "(" else -1
+        if depth == 0:
+            return at.start()
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+
+
+def shape_bytes(shape: str) -> float:
+    """Bytes of a shape as XLA prints it, tuples included; layouts' padding is not counted."""
+    found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
+    return sum(SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n]) for kind, dims in found)
+
+
+def _group(text: str) -> int:
+    """Devices that a collective joins: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}; 1 where it says nothing."""
+    if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
+        return len(found.group(1).split(","))
+    if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+        return int(found.group(2))
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(.*?\)\))?(?: \{([^}]*)\})?", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        return int(np.prod([sizes[name] for name in re.findall(r"'(\w+)'", found.group(2) or "")]))
+    return 1
+
+
+def flops(jaxpr: Any) -> float:
+    """Floating-point operations of the matmuls and convolutions of a jaxpr, scans by their length; inside shard_map, one device's."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            total += 2 * eqn.outvars[0].aval.size * np.prod([eqn.invars[0].aval.shape[d] for d in contracted])
+        elif eqn.primitive.name == "conv_general_dilated":
+            kernel, numbers = eqn.invars[1].aval, eqn.params["dimension_numbers"]
+            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]
+            total += 2 * eqn.outvars[0].aval.size * taps / np.prod(eqn.params["lhs_dilation"])
+        else:
+            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
+            total += times * sum(flops(getattr(inner, "jaxpr", inner)) for inner in _inner(eqn))
+    return total
+
+
+def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
+    """The largest results of a jaxpr, one of each shape: bytes, shape, which operation made them."""
+
+    def made(jaxpr: Any) -> Iterator[tuple[float, str, str]]:
+        for eqn in jaxpr.eqns:
+            for out in eqn.outvars:
+                if hasattr(out.aval, "dtype"):
+                    yield out.aval.size * getattr(out.aval.dtype, "itemsize", 4), out.aval.str_short(), str(eqn.primitive)
+            for inner in _inner(eqn):
+                yield from made(getattr(inner, "jaxpr", inner))
+
+    return _largest(made(jaxpr), count)
+
+
+def _largest(made: Iterator[tuple[float, str, str]], count: int) -> list[dict[str, Any]]:
+    by_shape = {}
+    for size, shape, source in sorted(made, key=lambda item: -item[0]):
+        by_shape.setdefault(shape, {"bytes": float(size), "shape": shape, "source": source})
+        if len(by_shape) == count:
+            break
+    return list(by_shape.values())
+
+
+def _inner(eqn: Any) -> Iterator[Any]:
+    for value in eqn.params.values():
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(getattr(item, "jaxpr", item), "eqns"):
+                yield item
