@@ -38,7 +38,7 @@ def main(_) -> None:
     started = time.perf_counter()
     step = TrainStep(config, mesh)
     built = time.perf_counter()
-    lowered = step.compiled.lower(step.abstract, abstract_batch(config))
+    lowered = step.compiled.lower(*step.arguments)
     traced = time.perf_counter()
     compiled = lowered.compile()
     done = time.perf_counter()

@@ -32,7 +32,7 @@ def lite() -> ConfigDict:
     )
     config.model.update(
         width=128, ffn=512, encoder_ffn=512, strides=(8, 16, 32), encoder_layers=2, decoder_layers=4, mask_dim=128,
-        num_learnable=40, num_conditional=60, dtype="float32", remat=False,
+        num_learnable=40, num_conditional=60, dtype="float32", remat="none",
     )  # fmt: skip
     config.loss.points = 1024
     config.denoising.slots = 40

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,14 +16,21 @@ from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
 
 from mqformer_jax.config import base
+from mqformer_jax.parallel.distributed import barrier, gather
+from mqformer_jax.parallel.rules import path_name
 
 
 class Checkpoints:
     """The checkpoints of a workdir. Saving happens behind the step; a save cut short is never seen as a checkpoint."""
 
     def __init__(self, workdir: str, keep: int = 2):
-        self.folder = os.path.join(os.path.abspath(workdir), "checkpoints")
-        policy = ocp.training.preservation_policies.LatestN(keep)
+        self.workdir, self.keep = os.path.abspath(workdir), keep
+        self.folder = os.path.join(self.workdir, "checkpoints")
+        self._saving: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        policy = ocp.training.preservation_policies.LatestN(self.keep)
         self._orbax = ocp.training.Checkpointer(self.folder, preservation_policy=policy, cleanup_tmp_directories=True)
 
     def latest(self) -> int | None:
@@ -30,31 +38,102 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
-        """Start saving; waits for an earlier save, not for this one."""
-        self._orbax.save_async(step, state, custom_metadata={"config": config_to_json(config), "data": data}, force=True)
+        """Start saving; waits for an earlier save, not for this one. Raises OSError in one line where the earlier one failed."""
+        self.wait()
+        metadata = {"config": config_to_json(config), "data": data}
+        with self._told_in_one_line(step):
+            self._saving = step, self._orbax.save_async(step, state, custom_metadata=metadata, force=True)
+
+    def wait(self) -> None:
+        """Returns when nothing is being saved. Raises OSError in one line where that failed (a full disk)."""
+        if self._saving is not None:
+            (step, saving), self._saving = self._saving, None
+            with self._told_in_one_line(step):
+                saving.result()
+
+    @contextlib.contextmanager
+    def _told_in_one_line(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as e:
+            raise OSError(
+                f"{self.folder}: the checkpoint of step {step} could not be written ({_first_line(e)}): make room or mend the folder; the same "
+                "command goes on from the checkpoint before it."
+            ) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict]:
-        """The newest checkpoint laid out as `abstract` says (any mesh), and the data position saved with it.
+        """The newest checkpoint that can be read, laid out as `abstract` says (any mesh), and the data position saved with it.
 
-        Raises ValueError, in one line, where the checkpoint is of another model.
+        Newer ones that are damaged (a truncated file) are named and set aside in the workdir. Raises ValueError, in one line, where a
+        checkpoint is of another model, or none can be read.
         """
-        step = self.latest()
-        try:
-            state = self._orbax.load(step, abstract)
-        except (ValueError, KeyError, TypeError) as e:
-            first = str(e).strip().splitlines()[0]
-            raise ValueError(
-                f"{self.folder}/{step} does not fit this config ({first}): use another --workdir or the config it was made with."
-            ) from e
-        logging.info("restored %s, step %d", self.folder, step)
-        return state, self._orbax.metadata(step).custom_metadata["data"]
+        damaged: list[tuple[int, str]] = []
+        for found in reversed(self._orbax.checkpoints):
+            loaded, problem = self._read(found.step, abstract)
+            problem = next(filter(None, gather(problem)), None)  # a file may be damaged for one process only
+            if problem is None:
+                self._set_aside(damaged)
+                logging.info("restored %s, step %d", self.folder, found.step)
+                return loaded
+            damaged.append((found.step, problem))
+        tried = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
+        raise ValueError(f"{self.folder}: no checkpoint can be read ({tried}): bring back a copy, or start again with another --workdir.")
 
-    def __enter__(self) -> "Checkpoints":
+    def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
+        """A checkpoint and its data position, or what is wrong with its files."""
+        try:
+            metadata = self._orbax.metadata(step)
+            if metadata.metadata is None:
+                raise FileNotFoundError("the list of its arrays")
+            difference = _difference(metadata.metadata, abstract)
+            data = metadata.custom_metadata["data"]
+        except Exception as e:  # Orbax raises what its parsers raise
+            return None, f"its metadata cannot be read ({_first_line(e)})"
+        if difference:
+            raise ValueError(
+                f"{self.folder}/{step} does not fit this config ({difference}): use another --workdir or the config it was made with."
+            )
+        try:
+            return (self._orbax.load(step, abstract), data), None
+        except Exception as e:
+            return None, _first_line(e)
+
+    def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
+        if not damaged:
+            return
+        self._orbax.close()
+        if jax.process_index() == 0:
+            for step, problem in damaged:
+                aside = os.path.join(self.workdir, f"damaged_{step}_{time.time_ns()}")
+                os.rename(os.path.join(self.folder, str(step)), aside)
+                logging.warning("the checkpoint of step %d is damaged (%s): it lies in %s now, the one before it is used", step, problem, aside)
+        barrier("damaged checkpoints are set aside")
+        self._open()
+
+    def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
         """However a run ends, a save under way is finished."""
-        self._orbax.close()
+        try:
+            if error[0] is None:
+                self.wait()
+        finally:
+            self._orbax.close()
+
+
+def _difference(theirs: Any, ours: Any) -> str | None:
+    """The first array whose shape is another in two trees, in words."""
+    a, b = ({path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (theirs, ours))
+    for name in sorted(a.keys() | b.keys()):
+        if a.get(name) != b.get(name):
+            return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} here"
+    return None
+
+
+def _first_line(e: Exception) -> str:
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[0][:200]}" if lines else type(e).__name__
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,23 +161,31 @@ def save_weights(folder: str, weights: Weights, about: dict) -> None:
     """
     if has_checkpoint(folder):
         raise FileExistsError(f"{folder}: a checkpoint is there already.")
+    barrier("nobody looks any more")
     with ocp.training.Checkpointer(os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True) as orbax:
         metadata = {"config": config_to_json(weights.config), "data": None, "about": about}
         orbax.save(0, {"params": weights.params, "frozen": weights.frozen}, custom_metadata=metadata, force=True)
 
 
 def load_weights(path: str) -> Weights:
-    """The newest checkpoint of a workdir of `main`, or what `convert` wrote, on the host's first device."""
+    """The newest checkpoint of a workdir of `main`, or what `convert` wrote, on the host's first device.
+
+    Raises FileNotFoundError, or ValueError where its files are damaged, in one line.
+    """
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
     with _opened(path) as orbax:
-        metadata = orbax.metadata(orbax.latest.step)
-        config = config_from_json(metadata.custom_metadata["config"])
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
-        wanted = {
-            name: jax.tree.map(place if name in ("params", "frozen") else lambda _: ocp.PLACEHOLDER, tree)
-            for name, tree in metadata.metadata.items()
-        }
-        state = orbax.load(orbax.latest.step, wanted)
+        step = orbax.latest.step
+        try:
+            metadata = orbax.metadata(step)
+            config = config_from_json(metadata.custom_metadata["config"])
+            wanted = {
+                name: jax.tree.map(place if name in ("params", "frozen") else lambda _: ocp.PLACEHOLDER, tree)
+                for name, tree in metadata.metadata.items()
+            }
+            state = orbax.load(step, wanted)
+        except Exception as e:  # Orbax raises what its parsers raise
+            raise ValueError(f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): move it away, and an older one is used.") from e
     return Weights(config, state["params"], state["frozen"])
 
 
@@ -122,8 +209,10 @@ def config_to_json(config: ConfigDict) -> str:
 
 def config_from_json(text: str) -> ConfigDict:
     """The config of a checkpoint; fields that did not exist when it was made have their defaults, which are what they then were."""
-    config = base()
-    config.update(json.loads(text))
+    config, values = base(), json.loads(text)
+    if isinstance(values["model"]["remat"], bool):  # as it was in version 0.1
+        values["model"]["remat"] = "layers" if values["model"]["remat"] else "none"
+    config.update(values)
     return config
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -10,14 +11,36 @@ from absl import app, flags, logging
 
 def run(main: Callable[[list[str]], None], program: str, interrupted: str) -> None:
     """absl's `app.run` for a `main` with a --config flag. interrupted: what Ctrl-C prints."""
+    app.run(lambda argv: _in_one_line(lambda: main(argv), program, interrupted), flags_parser=lambda argv: parse_flags(argv, program))
+
+
+def _in_one_line(main: Callable[[], None], program: str, interrupted: str) -> None:
+    """Runs `main`; what a user can mend, and what another process of a run brought about, ends in one line."""
     try:
-        app.run(main, flags_parser=lambda argv: parse_flags(argv, program))
-    except (ValueError, OSError) as e:
+        return main()
+    except KeyboardInterrupt:
+        message = f"\n{program}: {interrupted}"
+    except (ValueError, OSError, FloatingPointError) as e:
         if logging.level_debug():
             raise
-        sys.exit(f"{program}: {e}\n(--verbosity=1 shows where)")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{program}: {interrupted}")
+        message = f"{program}: {e}\n(--verbosity=1 shows where)"
+    except Exception as e:
+        if not _is_one_of_several():
+            raise
+        if not isinstance(e, RuntimeError):  # JAX's, where a collective operation lost a partner; anything else is nobody's mistake but ours
+            traceback.print_exc()
+        message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+    if not _is_one_of_several():
+        sys.exit(message)
+    from mqformer_jax.parallel.distributed import leave
+
+    # the others would wait for this one, and this one for them
+    leave(1, f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.")
+
+
+def _is_one_of_several() -> bool:
+    jax = sys.modules.get("jax")  # not loaded for this: a wrong flag should not wait for it
+    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:

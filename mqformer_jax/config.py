@@ -18,8 +18,17 @@ CHOICES = {
     "model.text.name": ("clip", "bert", "classes"),
     "model.text.tokenizer": ("words", "clip", "wordpiece", "classes"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.remat": ("none", "dots", "layers"),
     "optimizer.schedule": ("steps", "cosine"),
+    "not_finite": ("stop", "skip"),
 }
+
+# Parameters and their optimiser state live in slices along fsdp. Along tensor, each device computes some heads and some of an MLP's hidden channels.
+RULES = (
+    (r"(query|key|value|value_proj|attention_weights|sampling_offsets|fc1|ffn/layers/0)/kernel$", ("fsdp", "tensor")),
+    (r"(out|output_proj|fc2|ffn/layers/1)/kernel$", ("tensor", "fsdp")),
+    (r"kernel$|text_encoder/tokens$", ("fsdp", None)),
+)
 
 
 def base() -> ConfigDict:
@@ -29,6 +38,8 @@ def base() -> ConfigDict:
             seed=0,
             steps=368_750,
             batch_size=16,  # images a step over all devices
+            accumulate=1,  # parts of a device's images, computed one after the other
+            not_finite="stop",  # when a loss or gradient is NaN or infinite: "stop", or "skip" the step
             init_from=(),  # folders of converted or trained checkpoints: a run starts from all that fits
             init_skip=(),  # regexes over parameter paths that stay fresh all the same
             model=dict(
@@ -72,7 +83,7 @@ def base() -> ConfigDict:
                 num_conditional=300,
                 interaction="exchange",  # of the two kinds; "joint" is one self-attention over both
                 dtype="bfloat16",
-                remat=True,
+                remat="layers",  # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
             ),
             loss=dict(class_=4.0, mask=5.0, dice=5.0, box=5.0, giou=2.0, points=12544),
             denoising=dict(slots=100, flip=0.2, jitter=0.4, masks=True),
@@ -104,7 +115,7 @@ def base() -> ConfigDict:
                 threads=8,
             ),
             mesh=(-1, 1, 1),  # data, fsdp, tensor; -1: what is left
-            rules=(),  # (regex over a parameter's path, mesh axes of its trailing dimensions)
+            rules=RULES,  # (regex over a parameter's path, mesh axes of its trailing dimensions), the first that matches
             log_every=50,
             checkpoint_every=5000,
             keep_checkpoints=2,
@@ -129,6 +140,8 @@ def check(config: ConfigDict) -> None:
     check_choices(config)
     model, data = config.model, config.data
     _require(config.batch_size > 0, "batch_size", config.batch_size, "must be positive")
+    parts = config.accumulate
+    _require(parts > 0 and config.batch_size % parts == 0, "accumulate", parts, f"must divide the {config.batch_size} images of a step")
     _require(config.steps > 0, "steps", config.steps, "must be positive")
     _require(
         model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4"

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -20,6 +21,7 @@ from mqformer_jax.evaluation.referring import ReferringEvaluator
 from mqformer_jax.evaluation.semantic import SemanticEvaluator
 from mqformer_jax.input.record import BadRecord, Record
 from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.parallel.distributed import gather, is_first
 from mqformer_jax.predict import Answer, Predictor, answer_segments
 from mqformer_jax.segments import semantic_map, soft_mask
 from mqformer_jax.visualize import Shown
@@ -30,7 +32,7 @@ CLASS_TASKS = ("panoptic", "instance", "semantic")
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str) -> dict[str, float]:
     """Evaluate the sets of `config.eval`; writes eval.json and one picture sheet a set into `folder`.
 
-    Keys are task.metric ("panoptic.pq"), in percent; from the second set of a task on with "name/split/" in front.
+    Of several processes each does its share of the images, and the first one writes. Keys are task.metric ("panoptic.pq"), in percent; from the second set of a task on with "name/split/" in front.
     """
     results: dict[str, float] = {}
     os.makedirs(folder, exist_ok=True)
@@ -41,9 +43,10 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str) -> dict[str,
         for task, metrics in evaluation.run().items():
             prefix = f"{entry['name']}/{entry['split']}/{task}" if task in known else task
             results.update({f"{prefix}.{name}": value for name, value in metrics.items()})
-        if evaluation.shown:
+        if evaluation.shown and is_first():
             visualize.prediction_sheet(evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png"))
-    save_json(os.path.join(folder, "eval.json"), results)
+    if is_first():
+        save_json(os.path.join(folder, "eval.json"), results)
     return results
 
 
@@ -69,20 +72,27 @@ class SetEvaluation:
         self.evaluators = {task: make[task]() for task in tasks}
 
     def run(self) -> dict[str, dict[str, float]]:
-        """Metrics of each task. An image that cannot be read is named, counted and left out."""
+        """Metrics of each task, of all processes' images. One that cannot be read is named, counted and left out."""
         count, bad, waiting = min(len(self.source), self.options.limit or len(self.source)), 0, []
-        for i in tqdm(range(count), desc=f"evaluate {self.source.name} {self.source.split}", unit="image", dynamic_ncols=True):
+        mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
+        name = f"evaluate {self.source.name} {self.source.split}"
+        for i in tqdm(mine.tolist(), desc=name, unit="image", dynamic_ncols=True, disable=not is_first()):
             try:
                 waiting.append(_read(self.source, i))
             except BadRecord as e:
                 bad += 1
                 logging.warning("%s %s: record %d is left out of the evaluation: %s", self.source.name, self.source.split, i, e)
-            if waiting and (len(waiting) == self.options.batch_size or i == count - 1):
+            if waiting and (len(waiting) == self.options.batch_size or i == mine[-1]):
                 self._update(waiting)
                 waiting = []
+        first, *others = gather(self.evaluators)  # in the images' order, as if one process had seen them all
+        for other in others:
+            for task, evaluator in first.items():
+                evaluator.merge(other[task])
+        bad = sum(gather(bad))
         if bad:
             logging.warning("%s %s: %d images could not be read; the figures are without them", self.source.name, self.source.split, bad)
-        return {task: evaluator.result() for task, evaluator in self.evaluators.items()}
+        return {task: evaluator.result() for task, evaluator in first.items()}
 
     def _update(self, items: list[Shown]) -> None:
         images = [item.image for item in items]

@@ -18,15 +18,21 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments {argv[1:]}: options are --config, --workdir and --config.FIELD=VALUE.")
     # after the flags are read: a wrong flag should not wait for JAX
     from mqformer_jax import config as recipes
+    from mqformer_jax.parallel import distributed
+
+    recipes.check(_CONFIG.value)
+    distributed.initialize()
     from mqformer_jax.evaluate import table
     from mqformer_jax.train import train
 
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
-    recipes.check(_CONFIG.value)
     results = train(_CONFIG.value, _WORKDIR.value)
-    print(table(results))
-    print(f"\n{_WORKDIR.value}: eval.json, pictures, metrics.jsonl, checkpoints")
+    if distributed.is_first() and results is None:
+        print(f"{_WORKDIR.value}: told to end (SIGTERM), saved; the same command goes on from the last checkpoint.")
+    elif distributed.is_first():
+        print(table(results))
+        print(f"\n{_WORKDIR.value}: eval.json, pictures, metrics.jsonl, checkpoints")
 
 
 def run() -> None:

@@ -1,4 +1,4 @@
-"""Eight virtual devices for the sharding tests, and one compilation cache for the whole suite."""
+"""Eight virtual devices for the sharding tests, one compilation cache for the whole suite, and compilation that takes half the time."""
 
 import os
 import pathlib
@@ -7,7 +7,9 @@ import sys
 import tempfile
 import zipfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Tests compile more than they compute: machine code need not be fast. On a busy machine eight devices come to a meeting far apart.
+FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402

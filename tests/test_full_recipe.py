@@ -4,13 +4,13 @@ import jax
 from tiny import recipe
 
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.train_step import TrainStep, abstract_batch
+from mqformer_jax.train_step import TrainStep
 
 
 def test_the_full_step_traces_with_the_originals_sizes():
     config = recipe("full")
     step = TrainStep(config, make_mesh((8, 1, 1)))
-    state, metrics = jax.eval_shape(step.compiled, step.abstract, abstract_batch(config))
+    state, metrics = jax.eval_shape(step.compiled, *step.arguments)
     assert jax.tree.structure(state) == jax.tree.structure(step.abstract)
     assert metrics["per_image"].shape == (config.batch_size,)
     count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))

@@ -48,7 +48,7 @@ def converted(folder: pathlib.Path, name: str, queries: str = "conditional"):
     plan = head_plan({key: value.shape for key, value in weights.items()})
     model = plan.config.model
     model.update(
-        heads=about["enc_nheads"], num_conditional=about["num_queries"], box_init=about["initialize_box_type"], dtype="float32", remat=False
+        heads=about["enc_nheads"], num_conditional=about["num_queries"], box_init=about["initialize_box_type"], dtype="float32", remat="none"
     )
     model.backbone.update(name="convnet", widths=(8, *about["in_channels"]))
     if queries == "mixed":

@@ -25,6 +25,12 @@ class ForegroundEvaluator:
         self.mse.append(float((error**2).mean()))
         self.curves.append(_f_curve(prediction, target > 0.5))
 
+    def merge(self, other: ForegroundEvaluator) -> None:
+        """Adds what another process saw."""
+        self.mae += other.mae
+        self.mse += other.mse
+        self.curves += other.curves
+
     def result(self) -> dict[str, float]:
         """In percent: an `mae` or `mse` of 3 is the 0.03 of the papers."""
         if not self.mae:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hotcoco import COCO, COCOeval
 
+from mqformer_jax.evaluation import shifted
 from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
 from mqformer_jax.segments import Segments
 
@@ -54,6 +55,14 @@ class InstanceEvaluator:
                 fields = {"image_id": image_id, "category_id": int(label) + 1, "score": float(score)}
                 rle = {"size": list(mask.shape), "counts": encode_rle(mask)}
                 self.found.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": rle})
+
+    def merge(self, other: InstanceEvaluator) -> None:
+        """Adds what another process saw, as images that come after one's own."""
+        shift = len(self.images)
+        self.truth += shifted(other.truth, shift, len(self.truth))
+        self.found += shifted(other.found, shift)
+        self.images += [{**image, "id": image["id"] + shift} for image in other.images]
+        self.with_masks += [image + shift for image in other.with_masks]
 
     def result(self) -> dict[str, float]:
         """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l and the same for box, in percent; a size nothing has is left out."""

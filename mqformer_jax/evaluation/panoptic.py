@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hotcoco.panoptic import PanopticEval
 
+from mqformer_jax.evaluation import shifted
 from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
 from mqformer_jax.segments import Segments, ground_truth_segments
 
@@ -41,6 +42,13 @@ class PanopticEvaluator:
                 mask = record.decode_mask(segment.mask) & ~taken
                 taken |= mask
                 self._append(self.truth, segment.class_id, mask, crowd=True)
+
+    def merge(self, other: PanopticEvaluator) -> None:
+        """Adds what another process saw, as images that come after one's own."""
+        shift = len(self.images)
+        self.truth += shifted(other.truth, shift, len(self.truth))
+        self.found += shifted(other.found, shift, len(self.found))
+        self.images += [{**image, "id": image["id"] + shift} for image in other.images]
 
     def result(self) -> dict[str, float]:
         """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has both."""

@@ -30,6 +30,12 @@ class ReferringEvaluator:
             raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
         self.areas[kind].append((int((prediction & target).sum()), int((prediction | target).sum())))
 
+    def merge(self, other: ReferringEvaluator) -> None:
+        """Adds what another process saw."""
+        for kind, areas in other.areas.items():
+            self.areas[kind] += areas
+        self.rejected += other.rejected
+
     def result(self) -> dict[str, float]:
         """In percent: ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/kind, miou/kind for each kind."""
         results = {}

@@ -22,6 +22,10 @@ class SemanticEvaluator:
             raise ValueError(f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}.")
         self.evaluation.update(ground_truth_map(record, self.info), prediction.astype(np.int32))
 
+    def merge(self, other: SemanticEvaluator) -> None:
+        """Adds what another process saw."""
+        self.evaluation.merge(other.evaluation)
+
     def result(self) -> dict[str, float]:
         """miou, fwiou (weighted by pixels) and pixel_accuracy, in percent, over the classes that occur."""
         results = self.evaluation.results()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.losses import costs
@@ -25,6 +25,7 @@ from mqformer_jax.models.mqformer import Outputs, Predictions
 from mqformer_jax.models.queries import Noised
 
 TERMS = ("class", "mask", "dice", "box", "giou")
+Copies = tuple[Noised, Int[Array, "b d"]]  # denoising queries, and the target each is a copy of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,60 +57,77 @@ class Pairs:
     teach: Bool[Array, "s q"]
 
 
+@flax.struct.dataclass
+class Counts:
+    """What losses are divided by, as in the originals: targets, and noised copies, in the whole global batch of all devices.
+
+    At least one each, so that an empty batch divides by something.
+    """
+
+    targets: Int[Array, ""]
+    copies: Int[Array, ""]
+
+    @classmethod
+    def of(cls, batch: Batch, copies: Copies | None) -> Counts:
+        total = lambda x: jnp.maximum(x.sum(), 1)
+        return cls(total(batch.num_targets), total(batch.num_targets if copies is None else copies[0].valid))
+
+
+def image_keys(key: Array, images: int) -> Key[Array, "b 3"]:
+    """Keys for the points of each image: those of the costs, of the losses, of the denoising losses."""
+    return jnp.stack([jax.random.split(k, images) for k in jax.random.split(key, 3)], 1)
+
+
 def criterion(
-    key: Array, outputs: Outputs, batch: Batch, copies: tuple[Noised, Int[Array, "b d"]] | None, weights: Weights, local: Callable
-) -> tuple[Array, dict[str, Array]]:
-    """The loss of a batch, and metrics.
+    keys: Key[Array, "b 3"], outputs: Outputs, batch: Batch, copies: Copies | None, counts: Counts, weights: Weights
+) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
+    """The loss of some images of a global batch, and metrics of the whole and by image.
 
-    `copies`: what the denoising queries are and which target each copies (`noise_targets`). `local` wraps a function of
-    arrays with a leading batch axis so that each device runs it on its own images (`parallel.mesh`): a search loop that
-    ran over all images at once would meet at every iteration.
+    keys: `image_keys` of the global batch, these images' rows. copies: what the denoising queries are and which target each copies
+    (`noise_targets`). counts: of the global batch, so that the losses (and the metrics) of its parts sum to its own.
 
-    Terms are summed over stages and divided by the number of targets in the whole, global batch, as in the originals.
-    Metrics: the terms of the last layer; the loss of each image by its own number of targets (`per_image`); targets that
-    learnable queries took, and all targets, for [instances, regions] (`taken` [2, 2]).
+    Terms are summed over stages. Metrics that sum over the parts: the terms of the last layer, the whole loss; targets that learnable
+    queries took, and all targets, for [instances, regions] (`taken` [2, 2]). By image: the loss by its own number of targets (`per_image`).
     """
     b, n = batch.boxes.shape[:2]
-    match_key, loss_key, noise_key = (jax.random.split(k, b) for k in jax.random.split(key, 3))
     stages = outputs.matching.boxes.shape[0]
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (b, stages, *x.shape[1:]))
     draw = lambda k: functools.partial(uncertain_points, k, k=weights.points)
     losses = jax.vmap(lambda k, *image: _losses(draw(k), *image), in_axes=(0, 1, 0, 0, 0))
 
-    points = jax.vmap(lambda k, image: jax.random.uniform(k, (weights.points, 2)) * _extent(image))(match_key, batch)
+    points = jax.vmap(lambda k, image: jax.random.uniform(k, (weights.points, 2)) * _extent(image))(keys[:, 0], batch)
     total, excused = jax.vmap(_matching_costs, in_axes=(0, 1, 0, 0, None))(
         points, jax.lax.stop_gradient(outputs.matching), jax.lax.stop_gradient(outputs.mask_features), batch, weights
     )
     region = ~jnp.any(batch.positive & ~batch.prompt_region[:, None], -1)  # no class of several segments names it
     if outputs.decoupled:
         total = jnp.where(_of_the_other_kind(region, outputs)[:, None], UNUSABLE, total)
-    assigned = local(jax.vmap(jax.vmap(match, in_axes=(0, None))))(total, batch.num_targets)
+    assigned = jax.vmap(jax.vmap(match, in_axes=(0, None)))(total, batch.num_targets)
     real = jnp.arange(n) < batch.num_targets[:, None]
     query, taken_by_a_query = jnp.maximum(assigned, 0), per_stage(real)
     if outputs.decoupled:  # where a kind has too few queries, targets go without
         taken_by_a_query &= jnp.take_along_axis(total, query[..., None], -1)[..., 0] < UNUSABLE
     pairs = Pairs(query, jnp.broadcast_to(jnp.arange(n), assigned.shape), taken_by_a_query, ~excused)
-    terms = losses(loss_key, outputs.matching, outputs.mask_features, batch, pairs)
-    count = jnp.maximum(batch.num_targets.sum(), 1)
-    loss = weights.total(jax.tree.map(jnp.sum, terms)) / count
-    metrics = {name: value[:, -1].sum() / count for name, value in terms.items()}
+    terms = losses(keys[:, 1], outputs.matching, outputs.mask_features, batch, pairs)
+    loss = weights.total(jax.tree.map(jnp.sum, terms)) / counts.targets
+    metrics = {name: value[:, -1].sum() / counts.targets for name, value in terms.items()}
 
     if copies is not None:
         noised, target = copies
         stages = outputs.denoising.boxes.shape[0]
         slot = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
         copied = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
-        noise = losses(noise_key, outputs.denoising, outputs.mask_features, batch, copied)
+        noise = losses(keys[:, 2], outputs.denoising, outputs.mask_features, batch, copied)
         if not weights.noised_masks:
             noise |= {"mask": jnp.zeros(()), "dice": jnp.zeros(())}
-        metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / jnp.maximum(noised.valid.sum(), 1)
+        metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / counts.copies
         loss = loss + metrics["denoising"]
 
     per_image = weights.total({name: value.sum(1) for name, value in terms.items()}) / jnp.maximum(batch.num_targets, 1)
     kinds = jnp.stack([real & ~region, real & region])
     learnable = (query[:, -1] < outputs.num_learnable) & pairs.valid[:, -1]
     taken = jnp.stack([(kinds & learnable).sum((1, 2)), kinds.sum((1, 2))], -1)
-    return loss, {**metrics, "total": loss, "per_image": per_image, "taken": taken}
+    return loss, ({**metrics, "total": loss, "taken": taken}, {"per_image": per_image})
 
 
 def _of_the_other_kind(region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from mqformer_jax.models.convnet import ConvNet
@@ -25,13 +25,13 @@ class Backbone(Protocol):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
-    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
-        """image: normalised. key: of the randomness of training (drop path); None in evaluation. Returns {stride: feature}."""
+    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised. keys: of the randomness of training (drop path), one an image; None in evaluation. Returns {stride: feature}."""
         ...
 
 
-def make_backbone(config: ConfigDict, remat: bool, rngs: nnx.Rngs, dtype: DTypeLike) -> Backbone:
-    """The image encoder of `config.model.backbone`. remat: Swin computes its blocks again for their gradients."""
+def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLike) -> Backbone:
+    """The image encoder of `config.model.backbone`. remat: of Swin's blocks, see `layers.scan_layers`."""
     name = config.name
     if name.startswith("resnet"):
         return ResNet(int(name.removeprefix("resnet")), stride_in_1x1=config.stride_in_1x1, rngs=rngs, dtype=dtype)

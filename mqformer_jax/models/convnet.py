@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from mqformer_jax.models import layers
 
@@ -59,7 +59,7 @@ class ConvNet(nnx.Module):
     def channels(self) -> dict[int, int]:
         return {4 << k: width for k, width in enumerate(self.widths[1:])}
 
-    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(_space_to_depth(image)))
         features = {}

@@ -86,7 +86,7 @@ class Decoder(nnx.Module):
 
     def __init__(
         self, width: int, heads: int, ffn: int, layers: int, levels: int, points: int, exchange: bool, *,
-        rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: bool = False,
+        rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: str = "none",
     ):  # fmt: skip
         self.anchor_pos = MLP(2 * width, width, width, 2, rngs=rngs, dtype=dtype)
         self.layers = stack(lambda r: DecoderLayer(width, heads, ffn, levels, points, exchange, rngs=r, dtype=dtype), layers, rngs)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mqformer_jax.models import layers
+from mqformer_jax.parallel.mesh import over_heads
 
 Shapes = Sequence[tuple[int, int]]
 
@@ -32,64 +33,121 @@ def ms_deform_attn(
     value: the maps, row by row, one after the other. shapes: (h, w) of each. locations: x, y, where 0 and 1 are the outer edges
     of a map; outside it the value is zero (torch's `grid_sample` with align_corners=False and zero padding). Returns float32.
     """
-    batch, queries, heads, _, points, _ = locations.shape
-    dh = value.shape[-1]
-    rows, index, corners = [], [], []
-    offset = start = 0
-    for level, (h, w) in enumerate(shapes):
-        rows.append(_pack(value[:, start : start + h * w].reshape(batch, h, w, heads, dh)))
-        cell, corner = _corners(locations[:, :, :, level].astype(jnp.float32), h, w)
-        index.append(offset + cell)
-        corners.append(corner)
-        start, offset = start + h * w, offset + (h + 1) * (w + 1)
-    index = jnp.stack(index, 3) * heads + np.arange(heads)[:, None, None]
-    picked = _gather(jnp.concatenate(rows, 1).reshape(batch, -1, 4 * dh), index.reshape(batch, -1))
-    picked = picked.reshape(batch, queries, heads, -1, 4 * dh)
-    corners = (jnp.stack(corners, 3) * weights[..., None].astype(jnp.float32)).reshape(batch, queries, heads, -1, 4)
-    folded = jax.lax.platform_dependent(picked, corners, tpu=_fold_in_lanes, default=_fold)
-    return folded.reshape(batch, queries, heads * dh)
+    batch, queries, heads, *_ = locations.shape
+    rows = _pack(value, shapes)
+    cell, corners = _corners(locations.astype(jnp.float32), shapes)
+    index = (cell * heads + np.arange(heads)[:, None, None]).reshape(batch, queries, heads, -1)
+    corners = (corners * weights[..., None].astype(jnp.float32)).reshape(*index.shape, 4)
+    return jax.lax.platform_dependent(rows, index, corners, tpu=_sample_in_lanes, default=_sample)
 
 
-def _pack(maps: Float[Array, "b h w heads dh"]) -> Float[Array, "b cells heads 4*dh"]:
-    """Row (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1), (y, x), zeros outside: (h + 1) * (w + 1) rows."""
-    p = jnp.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-    packed = jnp.concatenate([p[:, :-1, :-1], p[:, :-1, 1:], p[:, 1:, :-1], p[:, 1:, 1:]], -1)
-    return packed.reshape(packed.shape[0], -1, *packed.shape[3:])
+def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b rows 4*dh"]:
+    """The maps as rows, each for a cell and a head: (h + 1) * (w + 1) * heads of a map.
+
+    Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1), (y, x), zeros outside.
+    """
+    batch, _, heads, dh = value.shape
+    packed, start = [], 0
+    for h, w in shapes:
+        maps = value[:, start : start + h * w].reshape(batch, h, w, heads, dh)
+        p = jnp.pad(maps, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+        cells = jnp.concatenate([p[:, :-1, :-1], p[:, :-1, 1:], p[:, 1:, :-1], p[:, 1:, 1:]], -1)
+        packed.append(cells.reshape(batch, -1, heads, 4 * dh))
+        start += h * w
+    return jnp.concatenate(packed, 1).reshape(batch, -1, 4 * dh)
 
 
-def _corners(location: Float[Array, "... 2"], h: int, w: int) -> tuple[Int[Array, "..."], Float[Array, "... 4"]]:
-    """The packed row of each point and the bilinear weights of its four pixels.
+def _corners(
+    locations: Float[Array, "b q heads levels points 2"], shapes: Shapes
+) -> tuple[Int[Array, "b q heads levels points"], Float[Array, "b q heads levels points 4"]]:
+    """The packed cell of each point and the bilinear weights of its four pixels.
 
     A point is moved to at most one pixel outside the map; there its whole weight lies on the zeros around the map.
     """
-    size = np.array([w, h], np.float32)
-    pixel = jnp.clip(location * size - 0.5, -1.0, size)
+    size = np.array([(w, h) for h, w in shapes], np.float32)[:, None]
+    pixel = jnp.clip(locations * size - 0.5, -1.0, size)
     first = jnp.minimum(jnp.floor(jax.lax.stop_gradient(pixel)), size - 1)
     right, down = jnp.moveaxis(pixel - first, -1, 0)
     column, row = jnp.moveaxis(first.astype(jnp.int32) + 1, -1, 0)
     corner = jnp.stack([(1 - down) * (1 - right), (1 - down) * right, down * (1 - right), down * right], -1)
-    return row * (w + 1) + column, corner
+    cells = np.array([(h + 1) * (w + 1) for h, w in shapes])
+    offset, width = np.cumsum(cells) - cells, np.array([w + 1 for _, w in shapes])
+    return offset[:, None] + row * width[:, None] + column, corner
 
 
-def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b n"]) -> Float[Array, "b n c"]:
-    return jax.vmap(lambda r, i: r.at[i].get(mode="clip"))(rows, index)
+def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Array, "b ... c"]:
+    picked = jax.vmap(lambda r, i: r.at[i].get(mode="clip"))(rows, index.reshape(index.shape[0], -1))
+    return picked.reshape(*index.shape, -1)
 
 
-def _fold(picked: Float[Array, "... n 4*dh"], corners: Float[Array, "... n 4"]) -> Float[Array, "... dh"]:
-    """Sum over points and corners, each corner's block of dh numbers times its weight."""
-    picked = picked.reshape(*corners.shape, -1)
-    return jnp.einsum("...nkd,...nk->...d", picked, corners, precision="highest", preferred_element_type=jnp.float32)
+def _sample(
+    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+) -> Float[Array, "b q heads*dh"]:
+    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each query and head."""
+    split = (*index.shape[:3], -1, rows.shape[-1] // 4)
+    picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
+    summed = jnp.matmul(weights, picked, precision="highest", preferred_element_type=jnp.float32)
+    return summed.reshape(*index.shape[:2], -1)
 
 
-def _fold_in_lanes(picked: Float[Array, "... n 4*dh"], corners: Float[Array, "... n 4"]) -> Float[Array, "... dh"]:
-    """The same without a reshape, which on TPU would split the lanes: half the traffic there, six times the time on CPU.
+def _sample_in_lanes(
+    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+) -> Float[Array, "b q heads*dh"]:
+    """The same for TPU, where what is picked, the bulk of the traffic, shall be written once and read once; slow on CPU.
 
-    Matmuls with zeros and ones widen the weights to the rows, and fold the corners of the sum.
+    - Picked rows lie points first: their last two axes are queries and lanes, so that no reshape has to move them. Queries first,
+      the 12 points of three levels would be padded to 16, the next multiple of the tile's eight rows.
+    - Matmuls with zeros and ones widen the four weights to the lanes and fold the corners of the sum, so that lanes never split.
+    - Barriers hold rows and their gradients at that shape: without, XLA converts or broadcasts them in memory, in steps of their own.
+    The gradient is written out so that it reads what was picked once and widens the weights again.
     """
-    dh = picked.shape[-1] // 4
-    widen, fold = np.kron(np.eye(4), np.ones((1, dh))), np.kron(np.ones((4, 1)), np.eye(dh))
-    wide = jnp.matmul(corners, widen.astype(np.float32), precision="highest")
-    return jnp.matmul((picked * wide).sum(-2), fold.astype(np.float32), precision="highest")
+    return _weigh_rows(rows, index.transpose(0, 3, 2, 1), corners.transpose(0, 3, 2, 4, 1))
+
+
+@jax.custom_vjp
+def _weigh_rows(
+    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b n heads q"], corners: Float[Array, "b n heads 4 q"]
+) -> Float[Array, "b q heads*dh"]:
+    return _weigh_forward(rows, index, corners)[0]
+
+
+def _weigh_forward(rows, index, corners):
+    picked = jax.lax.optimization_barrier(_gather(rows, index))
+    lanes = (picked * _widen(corners, rows.shape[-1])).sum(1)
+    folded = jnp.einsum("bhql,ld->bqhd", lanes, _fold(rows.shape[-1]), precision="highest")
+    return folded.reshape(*folded.shape[:2], -1), (rows, index, corners, picked)
+
+
+def _weigh_backward(residuals, gradient):
+    """Gradients of the rows (summed in float32 whatever their type) and of the corners' weights."""
+    rows, index, corners, picked = residuals
+    batch, _, heads, queries = index.shape
+    # The barrier keeps the widened weights from being shared with the forward pass, which would write them to memory.
+    corners, gradient = jax.lax.optimization_barrier((corners, gradient))
+    gradient = gradient.reshape(batch, queries, heads, -1)
+    lanes = jnp.einsum("bqhd,ld->bhql", gradient, _fold(rows.shape[-1]), precision="highest")[:, None]
+    of_corners = jnp.einsum("bnhql,kl->bnhkq", picked * lanes, _ones(rows.shape[-1]), precision="highest")
+    of_picked = jax.lax.optimization_barrier(_widen(corners, rows.shape[-1]) * lanes)
+    (of_rows,) = jax.vjp(lambda r: _gather(r, index), jnp.zeros_like(rows, jnp.float32))[1](of_picked)
+    return of_rows.astype(rows.dtype), None, of_corners
+
+
+_weigh_rows.defvjp(_weigh_forward, _weigh_backward)
+
+
+def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "b n heads q lanes"]:
+    """Each corner's weight on all of the corner's lanes."""
+    return jnp.einsum("bnhkq,kl->bnhql", corners, _ones(lanes), precision="highest")
+
+
+def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
+    """Which lanes are each corner's."""
+    return np.kron(np.eye(4), np.ones((1, lanes // 4))).astype(np.float32)
+
+
+def _fold(lanes: int) -> Float[np.ndarray, "lanes dh"]:
+    """Adds the four corners' lanes of each channel."""
+    return np.kron(np.ones((4, 1)), np.eye(lanes // 4)).astype(np.float32)
 
 
 class MSDeformAttn(nnx.Module):
@@ -133,7 +191,8 @@ class MSDeformAttn(nnx.Module):
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
         value = value.reshape(*value.shape[:2], self.heads, -1)
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+        sample = over_heads(lambda value, locations, weights: ms_deform_attn(value, shapes, locations, weights), self.heads)
+        return self.output_proj(sample(value, locations, weights))
 
 
 def _star(heads: int, levels: int, points: int) -> np.ndarray:

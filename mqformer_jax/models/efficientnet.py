@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from mqformer_jax.models import layers
 
@@ -151,8 +151,8 @@ class EfficientNetLite0(nnx.Module):
                 inputs = outputs
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
-        """image: normalised by the caller; sides that are multiples of 32. key: unused, nothing here is random."""
+    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
         x = jax.nn.relu6(self.stem(image))
         features, wanted = {}, {2: 4, 4: 8, 10: 16, 15: 32}
         for k, block in enumerate(self.blocks):

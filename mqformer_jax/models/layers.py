@@ -105,13 +105,17 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
     return nnx.merge(graph, state)
 
 
+REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": jax.checkpoint_policies.nothing_saveable}
+
+
 def scan_layers(
-    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: bool = False
+    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: str = "none"
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(layer, carry, x)` over the layers of a stack, compiled once for all of them.
 
-    xs: a tree with one leading row a layer, or None. remat: keep only each layer's input, and compute the layer again for
-    its gradients. Returns the last carry and the ys, stacked.
+    xs: a tree with one leading row a layer, or None. remat: what is not kept for the gradients but computed again (`config.model.remat`):
+    "none" keeps all, "dots" the results of matmuls with weights, "layers" each layer's input alone. Returns the last carry and the ys,
+    stacked.
     """
     graph, state = nnx.split(stacked)
 
@@ -119,4 +123,5 @@ def scan_layers(
         layer, x = layer_and_x
         return body(nnx.merge(graph, layer), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(step, prevent_cse=False) if remat else step, carry, (state, xs))
+    step = step if remat == "none" else jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
+    return jax.lax.scan(step, carry, (state, xs))

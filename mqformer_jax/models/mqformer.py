@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from mqformer_jax.models.backbone import make_backbone
@@ -102,12 +102,12 @@ class MQFormer(nnx.Module):
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],
         noised: Noised | None = None,
-        key: Array | None = None,
+        keys: Key[Array, "b"] | None = None,
     ) -> Outputs:
-        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. key: of the backbone's drop
+        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. keys: of the backbone's drop
         path; None in evaluation."""
         pixels = (image.astype(jnp.float32) - jnp.asarray(self.backbone.mean)) / jnp.asarray(self.backbone.std)
-        features = self.backbone(pixels.astype(self.dtype), key)
+        features = self.backbone(pixels.astype(self.dtype), keys)
         return self.segment(features, image.shape[1:3], size, text, prompt_valid, noised)
 
     def segment(

@@ -66,7 +66,7 @@ class PixelDecoder(nnx.Module):
 
     channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double the one
     before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth, ffn: of the
-    encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: trade time for memory in the layers.
+    encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: see `scan_layers`.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PixelDecoder(nnx.Module):
         *,
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "none",
     ):
         strides = tuple(strides)
         if mask_stride not in channels or strides[0] not in channels or strides != tuple(strides[0] << k for k in range(len(strides))):

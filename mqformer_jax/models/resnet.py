@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from mqformer_jax.models import layers
 
@@ -75,7 +75,7 @@ class ResNet(nnx.Module):
             for k, (i, o, n) in enumerate(zip(widths[:-1], widths[1:], BLOCKS[depth]))
         )
 
-    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

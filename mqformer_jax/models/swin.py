@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-Drop = tuple[Float[Array, ""], Array]  # of one block in training: its rate, and a key for each of its two branches
+Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]  # of one block in training: its rate, and each image's key for each of its two branches
 
 normal = nnx.initializers.normal(0.02)
 
@@ -124,13 +124,13 @@ class Swin(nnx.Module):
 
     size: "t", "s", "b" or "l", or a `Size`. window: side of the attention windows (7 for weights pre-trained at 224 pixels, 12 at 384).
     drop_path: chance, in training, that a sample skips the deepest block's branches; it grows linearly from 0 at the first block.
-    remat: compute the blocks again for their gradients (at 1024 x 1024 Swin-L then needs half the memory).
+    remat: see `scan_layers` (at 1024 x 1024, with "layers", Swin-L needs half the memory).
     """
 
     mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
 
     def __init__(
-        self, size: str | Size, window: int = 7, drop_path: float = 0.0, remat: bool = False, *, rngs: nnx.Rngs,
+        self, size: str | Size, window: int = 7, drop_path: float = 0.0, remat: str = "none", *, rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
     ):  # fmt: skip
         if isinstance(size, str) and size not in SIZES:
@@ -148,23 +148,23 @@ class Swin(nnx.Module):
     def channels(self) -> dict[int, int]:
         return {stride: self.size.width * stride // 4 for stride in STRIDES}
 
-    def __call__(self, image: Float[Array, "b h w 3"], key: Array | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
-        """image: normalised by the caller; sides of any length, rounded up at each stride. key: of drop path; None in evaluation."""
+    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an image; None in evaluation."""
         x, features = self.embed(image), {}
         for k, (stride, stage) in enumerate(zip(STRIDES, self.stages)):
             x = self.merges[k - 1](x) if k else x
-            x, _ = layers.scan_layers(stage, lambda pair, x, drops: (pair(x, drops), None), x, self.drops(k, key), self.remat)
+            x, _ = layers.scan_layers(stage, lambda pair, x, drops: (pair(x, drops), None), x, self.drops(k, keys), self.remat)
             features[stride] = self.norms[k](x)
         return features
 
-    def drops(self, stage: int, key: Array | None) -> tuple[Drop, Drop] | None:
+    def drops(self, stage: int, keys: Key[Array, "b"] | None) -> tuple[Drop, Drop] | None:
         """Rates and keys of a stage's plain and shifted blocks, a row a pair; None where nothing is dropped."""
-        if key is None or self.drop_path == 0:
+        if keys is None or self.drop_path == 0:
             return None
         depths = self.size.depths
         blocks = slice(sum(depths[:stage]), sum(depths[: stage + 1]))
         rates = jnp.linspace(0, self.drop_path, sum(depths))[blocks]
-        keys = jax.random.split(key, (sum(depths), 2))[blocks]
+        keys = jnp.moveaxis(jax.vmap(lambda k: jax.random.split(k, (sum(depths), 2))[blocks])(keys), 0, 2)
         return (rates[0::2], keys[0::2]), (rates[1::2], keys[1::2])
 
 
@@ -211,9 +211,9 @@ def neighbours(height: int, width: int, window: int, shift: int) -> Array:
     return same.reshape(len(rows), len(columns), 1, window**2, window**2)
 
 
-def drop_path(branch: Float[Array, "b h w c"], rate: Float[Array, ""], key: Array) -> Float[Array, "b h w c"]:
+def drop_path(branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
     """Stochastic depth (Huang et al., ECCV 2016): zero for a share `rate` of the samples, the others scaled to keep the mean."""
-    keep = jax.random.bernoulli(key, 1 - rate, (len(branch), 1, 1, 1))
+    keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, (1, 1, 1)))(keys)
     return branch * (keep / (1 - rate)).astype(branch.dtype)
 
 

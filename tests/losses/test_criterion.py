@@ -7,7 +7,7 @@ import pytest
 
 from mqformer_jax.input.batch import unpack_masks
 from mqformer_jax.losses import costs
-from mqformer_jax.losses.criterion import TERMS, Weights, criterion
+from mqformer_jax.losses.criterion import TERMS, Counts, Weights, criterion, image_keys
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
 WEIGHTS = Weights(points=64)
@@ -26,12 +26,14 @@ def outputs(tiny_batch):
 
 @functools.partial(jax.jit, static_argnames="weights")
 def run(outputs, batch, weights=WEIGHTS):
-    return criterion(jax.random.key(1), outputs, batch, None, weights, lambda fn: fn)
+    loss, (sums, by_image) = criterion(image_keys(jax.random.key(1), 8), outputs, batch, None, Counts.of(batch, None), weights)
+    return loss, sums | by_image
 
 
 @jax.jit
 def gradients(outputs, batch):
-    return jax.grad(lambda o: criterion(jax.random.key(1), o, batch, None, WEIGHTS, lambda fn: fn)[0])(outputs)
+    keys, counts = image_keys(jax.random.key(1), 8), Counts.of(batch, None)
+    return jax.grad(lambda o: criterion(keys, o, batch, None, counts, WEIGHTS)[0])(outputs)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):

@@ -129,18 +129,18 @@ def test_bfloat16_stays_near_float32():
 def test_drop_path_differs_by_key_and_by_sample():
     model = filled(lambda rngs: Swin(Size(32, (2, 2, 2, 2)), window=3, drop_path=0.5, rngs=rngs))
     image = np.repeat(np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32), 8, 0)
-    first, again, other = (run(*nnx.split(model), image, jax.random.PRNGKey(seed))[32] for seed in (1, 1, 2))
+    first, again, other = (run(*nnx.split(model), image, jax.random.split(jax.random.key(seed), 8))[32] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert len(np.unique(np.asarray(first).reshape(8, -1), axis=0)) > 1
 
 
 def test_drop_path_keeps_the_mean_and_grows_with_depth():
-    dropped = np.asarray(drop_path(jnp.full((4000, 1, 1, 1), 3.0), jnp.float32(0.4), jax.random.key(0)))
+    dropped = np.asarray(drop_path(jnp.full((4000, 1, 1, 1), 3.0), jnp.float32(0.4), jax.random.split(jax.random.key(0), 4000)))
     np.testing.assert_allclose(np.unique(dropped), [0, 5], rtol=1e-6)
     assert abs(dropped.mean() - 3) < 0.15
     model = blank(lambda rngs: Swin("t", drop_path=0.3, rngs=rngs))
-    pairs = [[rate for rate, _ in model.drops(stage, jax.random.key(0))] for stage in range(4)]
+    pairs = [[rate for rate, _ in model.drops(stage, jax.random.split(jax.random.key(0), 2))] for stage in range(4)]
     rates = np.concatenate([np.stack(pair, 1).ravel() for pair in pairs])
     np.testing.assert_allclose(rates, np.linspace(0, 0.3, 12), rtol=1e-6)
     assert model.drops(3, None) is None

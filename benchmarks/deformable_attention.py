@@ -1,0 +1,188 @@
+"""Deformable attention against its peers: one layer, three levels (strides 8, 16, 32), every token a query, 8 heads of 32, 4 points.
+
+    python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]   # seconds on this CPU, float32
+    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]     # what the TPU compiler says; no TPU needed
+
+Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with four gathers, one a
+corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four packed pixels but no care for the
+layout, which is what CPU and GPU run. `accessed`: the compiler's "bytes accessed"; it counts a tile of eight rows for each row that is
+gathered. `operands`: each instruction's operands and results, whole. `cycles`: the compiler's estimate, without gathers, scatters and
+sorts, for which it gives none (no form has a loop). `temporary`: memory it sets aside.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from unittest import mock
+
+sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from mqformer_jax.models import deformable_attention  # noqa: E402
+from mqformer_jax.parallel.hlo import Program  # noqa: E402
+
+HEADS, DH, POINTS = 8, 32, 4
+Shapes = list[tuple[int, int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tpu", action="store_true")
+    parser.add_argument("--topology", default="v5e:2x2")
+    parser.add_argument("--size", type=int, help="of the image; default 512, and 1024 with --tpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the maps, with --tpu")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; XLA takes all it may run on")
+    args = parser.parse_args()
+    size = args.size or (1024 if args.tpu else 512)
+    shapes = [(size // stride, size // stride) for stride in (8, 16, 32)]
+    if args.tpu:
+        compile_for_tpu(shapes, args.topology, jnp.dtype(args.dtype))
+    else:
+        run_here(shapes, args.rounds, args.threads)
+
+
+def four_gathers(value, shapes, locations, weights):
+    """Each corner of each point is gathered on its own."""
+    batch, queries, heads = locations.shape[:3]
+    total, start = 0.0, 0
+    for level, (h, w) in enumerate(shapes):
+        maps = jnp.moveaxis(value[:, start : start + h * w], 2, 1)
+        start += h * w
+        pixel = jnp.moveaxis(locations[:, :, :, level], 2, 1) * np.array([w, h], np.float32) - 0.5
+        first = jnp.floor(jax.lax.stop_gradient(pixel))
+        part, first = pixel - first, first.astype(jnp.int32)
+        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            column, row = first[..., 0] + right, first[..., 1] + down
+            inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            index = jnp.where(inside, row * w + column, 0).reshape(batch, heads, -1)
+            picked = jax.vmap(jax.vmap(lambda m, i: m[i]))(maps, index).reshape(batch, heads, queries, -1, maps.shape[-1])
+            weight = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if down else 1 - part[..., 1])
+            weight = jnp.where(inside, weight, 0) * jnp.moveaxis(weights[:, :, :, level], 2, 1)
+            total += (picked * weight[..., None]).sum(3)
+    return jnp.moveaxis(total, 1, 2).reshape(batch, queries, -1)
+
+
+def packed(*inputs):
+    """The form for CPU and GPU, whatever is compiled for."""
+    with mock.patch.object(deformable_attention, "_sample_in_lanes", deformable_attention._sample):
+        return deformable_attention.ms_deform_attn(*inputs)
+
+
+def grid_sample(value, shapes, locations, weights):
+    import torch
+
+    batch, _, heads, dh = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    samples = []
+    for level, part in enumerate(value.split([h * w for h, w in shapes], 1)):
+        maps = part.permute(0, 2, 3, 1).reshape(batch * heads, dh, *shapes[level])
+        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).reshape(batch * heads, queries, points, 2)
+        samples.append(torch.nn.functional.grid_sample(maps, grid, padding_mode="zeros", align_corners=False))
+    weights = weights.transpose(1, 2).reshape(batch * heads, 1, queries, -1)
+    summed = (torch.cat(samples, -1) * weights).sum(-1).reshape(batch, heads * dh, queries)
+    return summed.transpose(1, 2)
+
+
+def jax_calls(op: Callable, shapes: Shapes) -> tuple[Callable, Callable]:
+    def both(value, locations, weights, gradient):
+        output, pull_back = jax.vjp(lambda v, l, w: op(v, shapes, l, w), value, locations, weights)
+        return output, pull_back(gradient)
+
+    return jax.jit(lambda v, l, w, _: op(v, shapes, l, w)), jax.jit(both)
+
+
+def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
+    import torch
+
+    def forward(value, locations, weights, _):
+        with torch.no_grad():
+            return grid_sample(value, shapes, locations, weights)
+
+    def both(*inputs):
+        value, locations, weights = (x.detach().requires_grad_() for x in inputs[:3])
+        output = grid_sample(value, shapes, locations, weights)
+        output.backward(inputs[3])
+        return output.detach(), (value.grad, locations.grad, weights.grad)
+
+    return forward, both
+
+
+def random_inputs(shapes: Shapes) -> list[np.ndarray]:
+    """Points a few pixels around each token, as the encoder's are."""
+    rng = np.random.default_rng(0)
+    centres = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes]
+    centres = np.concatenate(centres)[None, :, None, None, None]
+    samples = (1, centres.shape[1], HEADS, len(shapes), POINTS)
+    locations = centres + 3 * rng.normal(size=(*samples, 2)) / np.array([(w, h) for h, w in shapes])[:, None]
+    value, gradient = rng.normal(size=(1, samples[1], HEADS, DH)), rng.normal(size=(1, samples[1], HEADS * DH))
+    return [np.asarray(x, np.float32) for x in (value, locations, rng.dirichlet(np.ones(12), samples[:3]).reshape(samples), gradient)]
+
+
+def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
+    """All peers in turn, `rounds` times; the fastest of each."""
+    import torch
+
+    torch.set_num_threads(threads)
+    inputs = random_inputs(shapes)
+    as_jax, as_torch = [jnp.asarray(x) for x in inputs], [torch.tensor(x) for x in inputs]
+    peers = {
+        "ours": (jax_calls(deformable_attention.ms_deform_attn, shapes), as_jax),
+        "torch grid_sample": (torch_calls(shapes), as_torch),
+        "JAX, four gathers": (jax_calls(four_gathers, shapes), as_jax),
+    }
+    expected = [np.asarray(x) for x in jax.tree.leaves(peers["ours"][0][1](*as_jax))]
+    for name, (calls, arrays) in peers.items():
+        calls[0](*arrays)
+        for a, b in zip(expected, jax.tree.leaves(calls[1](*arrays)), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-4 * np.abs(a).max(), err_msg=name)
+    seconds = {name: [np.inf, np.inf] for name in peers}
+    for _ in range(rounds):
+        for name, (calls, arrays) in peers.items():
+            for k, call in enumerate(calls):
+                started = time.perf_counter()
+                jax.block_until_ready(call(*arrays))
+                seconds[name][k] = min(seconds[name][k], time.perf_counter() - started)
+    tokens = sum(h * w for h, w in shapes)
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(f"{tokens} tokens, float32; torch on {threads} threads, XLA on {cpus} CPUs; fastest of {rounds}\n")
+    print("| | forward, s | of torch's | forward + backward, s | of torch's |\n|---|---|---|---|---|")
+    (f, b), width = seconds["torch grid_sample"], max(map(len, seconds))
+    for name, (forward, both) in seconds.items():
+        print(f"| {name:{width}} | {forward:.3f} | {forward / f:.2f} | {both:.3f} | {both / b:.2f} |")
+
+
+def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
+    from jax.experimental import topologies
+
+    chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
+    tokens = sum(h * w for h, w in shapes)
+    samples = (1, tokens, HEADS, len(shapes), POINTS)
+    arrays = (((1, tokens, HEADS, DH), dtype), ((*samples, 2), np.float32), (samples, np.float32), ((1, tokens, HEADS * DH), np.float32))
+    abstract = [jax.ShapeDtypeStruct(shape, kind, sharding=chip) for shape, kind in arrays]
+    print(f"one image, {tokens} tokens, {dtype}, {topology.partition(':')[0]}; jax {jax.__version__}\n")
+    print("| | accessed, GB | operands, GB | cycles, M | temporary, GB |\n|---|---|---|---|---|", flush=True)
+    forms = {"four gathers": four_gathers, "packed": packed, "ours": deformable_attention.ms_deform_attn}
+    for name, op in forms.items():
+        for what, call in zip(("forward", "forward + backward"), jax_calls(op, shapes)):
+            compiled = call.lower(*abstract).compile()
+            text = compiled.as_text()
+            cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))) / 1e6
+            accessed, operands = compiled.cost_analysis()["bytes accessed"] / 1e9, Program(text).traffic() / 1e9
+            temporary = compiled.memory_analysis().temp_size_in_bytes / 1e9
+            print(f"| {name}, {what} | {accessed:.1f} | {operands:.1f} | {cycles:.1f} | {temporary:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
