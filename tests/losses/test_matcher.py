@@ -28,6 +28,26 @@ def test_assignment_costs_what_scipys_costs(n, q, ties):
             np.testing.assert_array_equal(found[:count], columns)
 
 
+@pytest.mark.parametrize("spread", [1.0, 0.1, 1e-3])
+def test_targets_that_all_want_the_same_queries_are_shared_out_as_scipy_does(spread):
+    """Queries that are nearly alike: most targets lose their first choice, and paths are long."""
+    rng = np.random.default_rng(2)
+    cost = rng.normal(size=(8, 24, 1)) + rng.normal(size=(8, 1, 40)) + spread * rng.normal(size=(8, 24, 40))
+    cost = cost.astype(np.float32)
+    for c, found in zip(cost, np.array(batched(cost, np.full(8, 24)))):
+        assert len(set(found)) == 24
+        expected = total(c.astype(np.float64), linear_sum_assignment(c)[1])
+        assert_agrees("matching, total cost (SciPy)", "forward", total(c.astype(np.float64), found), expected, 1e-6)
+
+
+def test_what_other_problems_of_the_batch_hold_changes_nothing():
+    rng = np.random.default_rng(3)
+    cost, counts = rng.normal(size=(6, 20, 25)).astype(np.float32), np.array([20, 1, 0, 7, 20, 13])
+    together = batched(cost, counts)
+    for c, count, found in zip(cost, counts, together):
+        np.testing.assert_array_equal(batched(c[None], count[None])[0], found)
+
+
 def test_padded_rows_get_no_query_and_are_never_read():
     cost = np.random.default_rng(0).normal(size=(1, 8, 12)).astype(np.float32)
     poisoned = cost.copy()
