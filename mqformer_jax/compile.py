@@ -29,11 +29,6 @@ from mqformer_jax.parallel import hlo
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.train_step import TrainStep
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/coco_ref.py.", lock_config=True)
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Kind and shape of the slice, e.g. v5e:16x16, v4:4x4x8, v5e:1x1.")
-_OUT = flags.DEFINE_string("out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory.")
-_ADVISE = flags.DEFINE_bool("advise", True, "Where it does not fit, compile again with less and say what fits.")
-
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -255,21 +250,30 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"unexpected arguments {argv[1:]}: options are --config, --topology, --out and --config.FIELD=VALUE.")
     jax.config.update("jax_platforms", "cpu")  # of this machine, where the constants of the program are made
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is the compilation
-    recipes.check(_CONFIG.value)
-    topology = _TOPOLOGY.value
+    given = flags.FLAGS
+    config, topology = given.config, given.topology
+    recipes.check(config)
     devices = get_topology(topology)
-    report = measure(_CONFIG.value, topology, devices)
+    report = measure(config, topology, devices)
     print(table(report), flush=True)
-    if not report["fits"] and _ADVISE.value:
-        for change, tried in advice(_CONFIG.value, topology, devices):
+    if not report["fits"] and given.advise:
+        for change, tried in advice(config, topology, devices):
             print(f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True)
             report.setdefault("tried", []).append({"change": change, "fits": tried["fits"], "needed": tried["needed"]})
-    path = _OUT.value or f"{report['backbone']}_{topology.replace(':', '_')}.json"
+    path = given.out or f"{report['backbone']}_{topology.replace(':', '_')}.json"
     with open(path, "w") as f:
         json.dump(report, f, indent=1)
     print(path)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/coco_ref.py.", lock_config=True)
+    flags.DEFINE_string("topology", None, "Kind and shape of the slice, e.g. v5e:16x16, v4:4x4x8, v5e:1x1.")
+    flags.DEFINE_string("out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory.")
+    flags.DEFINE_bool("advise", True, "Where it does not fit, compile again with less and say what fits.")
     flags.mark_flags_as_required(["config", "topology"])
     command_line.run(main, "mqformer_jax.compile", "stopped.")
+
+
+if __name__ == "__main__":
+    run()

@@ -120,7 +120,7 @@ def base() -> ConfigDict:
             checkpoint_every=5000,
             keep_checkpoints=2,
             eval=dict(
-                every=0,  # steps; 0: at the end only
+                every=0,  # steps; 0: at the end only. A checkpoint is saved before
                 sets=(),  # dicts: name, split, tasks
                 batch_size=8,
                 limit=0,  # images a set; 0: all

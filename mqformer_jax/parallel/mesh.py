@@ -23,7 +23,10 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] |
     if list(shape).count(-1) > 1 or len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
         raise ValueError(f"config.mesh = {tuple(shape)} (data, fsdp, tensor) does not fit {len(devices)} devices.")
     full = tuple(len(devices) // fixed if n == -1 else n for n in shape)
-    return jax.make_mesh(full, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    mesh = jax.make_mesh(full, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
+    if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, full[2])):
+        raise ValueError(f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, which reads them.")
+    return mesh
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
