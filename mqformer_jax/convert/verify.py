@@ -61,7 +61,7 @@ def verify(
         given = _tokens(plan.config.model.text, rng)
         ours = lambda: {"text": _module(values, "text_encoder", lambda rngs: make_text_encoder(config.text, rngs, jnp.float32))(given)}
     else:
-        backbone = _module(values, "backbone", lambda rngs: make_backbone(config.backbone, False, rngs, jnp.float32))
+        backbone = _module(values, "backbone", lambda rngs: make_backbone(config.backbone, "none", rngs, jnp.float32))
         image = rng.integers(0, 256, (*SIDES, 3), np.uint8) if image is None else image
         image = cv2.resize(image, SIDES[::-1], interpolation=cv2.INTER_AREA)
         given = ((image - np.array(backbone.mean)) / np.array(backbone.std)).astype(np.float32)[None]
