@@ -1,0 +1,172 @@
+"""The matcher against SciPy's and optax's on the same problems: time, and that all three find the same total cost.
+
+    python benchmarks/matcher.py [--images=16] [--queries=300] [--layers=10]
+
+Costs are mere "noise"; or the criterion's own, of random scenes: from "fresh" queries, which know nothing, or "trained" ones, several of
+which have found each target; or from queries that are all "alike", which is the worst case: nearly all targets want the same one.
+Targets an image: 1 to 100 alike, or about 15 as in COCO (skewed, at least 1). Ours is one jitted call for all images and layers, as in a
+train step; SciPy is called problem by problem on the real rows, with the copy from the device included ("SciPy and copy") or not; optax's
+is vmapped over the padded problems of a few images (--optax_images), since it is slow, and its time is scaled to the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import optax
+from absl import app, flags
+from scipy.optimize import linear_sum_assignment
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path[:0] = [REPOSITORY]
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+
+from mqformer_jax.losses import costs  # noqa: E402
+from mqformer_jax.losses.criterion import Weights  # noqa: E402
+from mqformer_jax.losses.matcher import match  # noqa: E402
+
+_IMAGES = flags.DEFINE_integer("images", 16, "Images.")
+_LAYERS = flags.DEFINE_integer("layers", 10, "Problems an image.")
+_QUERIES = flags.DEFINE_integer("queries", 300, "Queries.")
+_TARGETS = flags.DEFINE_integer("targets", 100, "Rows an image, padding included.")
+_REPEAT = flags.DEFINE_integer("repeat", 5, "Runs of which the median counts.")
+_OPTAX = flags.DEFINE_integer("optax_images", 1, "Images for optax; 0 leaves it out.")
+PROMPTS, POINTS = 133, 256
+
+ours = jax.jit(jax.vmap(jax.vmap(match, in_axes=(0, None))))
+theirs = jax.jit(jax.vmap(jax.vmap(optax.assignment.hungarian_algorithm)))
+
+
+def main(_: list[str]) -> None:
+    shape = f"{_IMAGES.value} images x {_LAYERS.value} layers x {_QUERIES.value} queries x {_TARGETS.value} rows"
+    print(f"{shape}, {jax.devices()[0].device_kind}")
+    print("| costs | targets | mean | ours, ms | SciPy, ms | SciPy and copy, ms | optax, ms | ours / SciPy | optax / ours |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    rng = np.random.default_rng(0)
+    counts = {
+        "1 to 100": rng.integers(1, _TARGETS.value + 1, _IMAGES.value),
+        "COCO-like": np.clip(rng.poisson(rng.gamma(2.0, 8.0, _IMAGES.value)), 1, _TARGETS.value),
+    }
+    for name in ("noise", "fresh", "trained", "alike"):
+        for kind, count in counts.items():
+            print(row(name, kind, problems(jax.random.key(1), count, name), count), flush=True)
+
+
+def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
+    """One line of the table. cost: images x layers x targets x queries."""
+    told = jnp.asarray(count)
+    assigned, seconds = timed(lambda: ours(cost, told))
+    on_host = np.asarray(cost)
+    oracle, scipy_seconds = timed(lambda: scipy_all(on_host, count))
+    _, copy_seconds = timed(lambda: scipy_all(np.array(cost), count))
+    check("ours", totals(on_host, count, np.asarray(assigned)), oracle)
+    optax_seconds = float("nan")
+    if images := min(_OPTAX.value, len(count)):
+        real = (np.arange(cost.shape[2]) < count[:images, None])[:, None, :, None]
+        padded = jnp.where(real, cost[:images], 0.0)
+        (rows, columns), taken = timed(lambda: theirs(padded), repeat=1)
+        check("optax", np.take_along_axis(np.asarray(padded), _columns(rows, columns)[..., None], -1).sum((2, 3)), oracle[:images])
+        optax_seconds = taken * len(count) / images
+    ms = " | ".join(f"{1e3 * t:.1f}" for t in (seconds, scipy_seconds, copy_seconds, optax_seconds))
+    return f"| {name} | {kind} | {count.mean():.1f} | {ms} | {seconds / scipy_seconds:.2f} | {optax_seconds / seconds:.0f} |"
+
+
+def _columns(rows: jax.Array, columns: jax.Array) -> np.ndarray:
+    """optax's pairs as the column of each row."""
+    return np.take_along_axis(np.asarray(columns), np.argsort(np.asarray(rows), -1), -1)
+
+
+def scipy_all(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Total cost of every problem by SciPy, images x layers."""
+    return np.array([[c[:k][linear_sum_assignment(c[:k])].sum() for c in image] for image, k in zip(cost, count)])
+
+
+def totals(cost: np.ndarray, count: np.ndarray, assigned: np.ndarray) -> np.ndarray:
+    """Total cost of every problem by an assignment, images x layers; fails where a query is taken twice."""
+    total = np.zeros(cost.shape[:2])
+    for i, k in enumerate(count):
+        for layer, columns in enumerate(assigned[i, :, :k]):
+            assert len(set(columns.tolist())) == k and columns.min() >= 0, (i, layer)
+            total[i, layer] = cost[i, layer, np.arange(k), columns].sum()
+    return total
+
+
+def check(who: str, found: np.ndarray, oracle: np.ndarray) -> None:
+    """Total costs agree within float32."""
+    np.testing.assert_allclose(found, oracle, rtol=2e-6, atol=2e-4, err_msg=f"{who}: total cost")
+
+
+def timed(run: Callable, repeat: int | None = None) -> tuple:
+    """What `run` gives, and the median of its seconds after one run that compiles."""
+    result, seconds = jax.block_until_ready(run()), []
+    for _ in range(repeat or _REPEAT.value):
+        started = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append(time.perf_counter() - started)
+    return result, float(np.median(seconds))
+
+
+def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
+    """Costs of a kind of queries (see the module's docstring), images x layers x targets x queries."""
+    if name in ("noise", "alike"):
+        target, query, both = jax.random.split(key, 3)
+        draw = lambda k, n, q: jax.random.normal(k, (len(count), _LAYERS.value, n, q))
+        noise = draw(both, _TARGETS.value, _QUERIES.value)
+        return noise if name == "noise" else draw(target, _TARGETS.value, 1) + draw(query, 1, _QUERIES.value) + 0.1 * noise
+    make = jax.jit(jax.vmap(lambda k, n: scene(k, n, name == "trained")))
+    return make(jax.random.split(key, len(count)), jnp.asarray(count))
+
+
+def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
+    """The costs of one image, layers x targets x queries, with the criterion's weights and terms."""
+    keys = jax.random.split(key, 4)
+    n, points = _TARGETS.value, jax.random.uniform(keys[0], (POINTS, 2))
+    boxes = random_boxes(keys[1], n)
+    prompt = jax.random.randint(keys[2], (n,), 0, PROMPTS)
+    masks = inside(boxes, points)
+
+    def layer(key):
+        own_key, which_key, off_key, class_key, mask_key = jax.random.split(key, 5)
+        guess = random_boxes(own_key, _QUERIES.value)
+        logits = -4.0 + jax.random.normal(class_key, (_QUERIES.value, PROMPTS))
+        if found:  # two queries of three sit on a target, off by up to a tenth, and rather know its name
+            which = jax.random.randint(which_key, (_QUERIES.value,), 0, jnp.maximum(count, 1))
+            knows = jax.random.uniform(off_key, (_QUERIES.value,)) < 0.67
+            near = boxes[which] * jax.random.uniform(off_key, (_QUERIES.value, 4), minval=0.9, maxval=1.1)
+            guess = jnp.where(knows[:, None], near, guess)
+            logits += 3.0 * knows[:, None] * jax.nn.one_hot(prompt[which], PROMPTS)
+        drawn = (6.0 if found else 0.5) * (inside(guess, points) - 0.5)
+        drawn += jax.random.normal(mask_key, drawn.shape)
+        entropy, dice = costs.mask_costs(drawn, masks, jnp.ones(POINTS))
+        terms = {
+            "class": costs.class_cost(logits, jax.nn.one_hot(prompt, PROMPTS)),
+            "mask": entropy,
+            "dice": dice,
+            "box": jnp.abs(boxes[:, None] - guess[None]).sum(-1),
+            "giou": -costs.giou(costs.corners(boxes)[:, None], costs.corners(guess)[None]),
+        }
+        return Weights().total(terms)
+
+    return jax.lax.map(layer, jax.random.split(keys[3], _LAYERS.value))
+
+
+def random_boxes(key: jax.Array, n: int) -> jax.Array:
+    """n boxes, cx, cy, w, h in 0..1, small ones more often."""
+    centre, side = jax.random.uniform(key, (2, n, 2))
+    return jnp.concatenate([centre, 0.02 + 0.6 * side**2], -1)
+
+
+def inside(boxes: jax.Array, points: jax.Array) -> jax.Array:
+    """1 where a point is in a box: boxes x points."""
+    box = costs.corners(boxes)[:, None]
+    return jnp.all((points >= box[..., :2]) & (points < box[..., 2:]), -1).astype(jnp.float32)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,254 @@
+"""Images a second of the whole train step, against Hugging Face's Mask2Former (PyTorch) on the same machine, and where the time goes.
+
+    pip install -e '.[parity]'
+    python benchmarks/train_step.py [--size=512] [--batch=1] [--steps=5] [--device=cpu|gpu] [--profile]
+
+Both models start from random weights and take a forward pass, the loss with its matching, a backward pass, gradient clipping and
+AdamW, on images of one size with as many targets. Rows of the table:
+
+- "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points, 133 classes.
+- "ours, like for like": configs/coco_ref.py in those numbers; 25 learnable and 75 conditional queries; the text encoder frozen, so
+  prompts come as vectors; no denoising; nothing computed twice to save memory. Its loss has one stage more, that of the proposals.
+- "ours, the recipe": configs/coco_ref.py as it is, but for --size, --batch and --dtype: 100 + 300 queries, four levels, 160 prompts,
+  room for 100 targets, the text encoder trained, 100 denoising queries.
+
+Rows take their steps in turn; seconds are the median of --steps after a first one, which compiles. CPU s is the processor time of all
+threads, which other work on the machine changes less. --profile sums, for the like-for-like row, the time of each operation in a trace
+under the part of the model and the file that it comes from.
+"""
+
+from __future__ import annotations
+
+import collections
+import glob
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from absl import app, flags
+
+REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin: three times slower on a machine with other work
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
+sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "configs")]
+
+import coco_ref  # noqa: E402
+import jax  # noqa: E402
+from ml_collections import ConfigDict  # noqa: E402
+
+from mqformer_jax.input.batch import Batch  # noqa: E402
+from mqformer_jax.parallel.mesh import make_mesh  # noqa: E402
+from mqformer_jax.train_step import TrainStep, abstract_batch  # noqa: E402
+
+_SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Steps of which the median counts.")
+_TARGETS = flags.DEFINE_integer("targets", 20, "Targets an image.")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What both compute in; bfloat16 is torch's autocast.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "For both.")
+_ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Where the time of the like-for-like row goes.")
+CLASSES = 133
+
+
+def main(_: list[str]) -> None:
+    jax.config.update("jax_platforms", "cuda" if _DEVICE.value == "gpu" else "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_traceback_in_locations_limit", 100)  # else the outer callers are cut off
+    device = jax.devices()[0].device_kind
+    print(f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, {os.cpu_count()} CPUs")
+    rows = {
+        "theirs": ("Mask2Former", theirs),
+        "like": ("ours, like for like", lambda: Ours(like_for_like())),
+        "recipe": ("ours, the recipe", lambda: Ours(recipe())),
+    }
+    steps, first = {}, {}
+    for name in _ROWS.value:
+        steps[name] = rows[name][1]()
+        first[name] = timed(steps[name])[0]
+    taken = {name: [] for name in steps}
+    for _ in range(_STEPS.value):  # in turn, so that a machine with other work slows all alike
+        for name, step in steps.items():
+            taken[name].append(timed(step))
+
+    print("| | s a step | least to most | CPU s | images/s | to Mask2Former | first step, s | loss |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, results in taken.items():
+        seconds, cpu, loss = np.array(results).T
+        typical = np.median(seconds)
+        ratio = np.median([row[0] for row in taken["theirs"]]) / typical if "theirs" in taken else np.nan
+        spread = f"{seconds.min():.2f} to {seconds.max():.2f} | {np.median(cpu):.1f}"
+        rate = f"{_BATCH.value / typical:.3f} | {ratio:.2f}"
+        print(f"| {rows[name][0]} | {typical:.2f} | {spread} | {rate} | {first[name]:.0f} | {loss[-1]:.1f} |")
+    if _PROFILE.value:
+        profile(steps["like"])
+
+
+def timed(step: Callable[[], float]) -> tuple[float, float, float]:
+    """Seconds of a step, CPU seconds of this process in it, its loss. A loss is a number here, so nothing is still under way."""
+    started, cpu = time.perf_counter(), time.process_time()
+    loss = step()
+    return time.perf_counter() - started, time.process_time() - cpu, loss
+
+
+# --- ours ---------------------------------------------------------------------------------------------------------------------------
+
+
+def recipe() -> ConfigDict:
+    config = coco_ref.full()
+    config.batch_size = _BATCH.value
+    config.model.dtype = _DTYPE.value
+    config.data.canvas = (_SIZE.value, _SIZE.value)
+    return config
+
+
+def like_for_like() -> ConfigDict:
+    config = recipe()
+    config.model.update(num_learnable=25, num_conditional=75, strides=(8, 16, 32), encoder_ffn=1024, remat="none")
+    config.denoising.slots = 0
+    config.optimizer.text = 0.0
+    config.data.update(max_targets=_TARGETS.value, max_prompts=CLASSES)
+    return config
+
+
+class Ours:
+    """One step of a config on made-up images; calling it again goes on from the new weights."""
+
+    def __init__(self, config: ConfigDict):
+        self.step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
+        self.state = self.step.init()
+        self.batch = self.step.put(made_up(abstract_batch(config)))
+
+    def __call__(self) -> float:
+        self.state, metrics = self.step(self.state, self.batch)
+        return float(metrics["total"])
+
+
+def made_up(shapes: Batch) -> Batch:
+    """A batch of noise in which every target is a box and its mask fills it."""
+    rng = np.random.default_rng(0)
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    b, (h, w), n = batch.image.shape[0], batch.image.shape[1:3], _TARGETS.value
+    top, left, height, width = rectangles(rng, (b, n), h, w)
+    batch.boxes[:, :n] = np.stack([(left + width / 2) / w, (top + height / 2) / h, width / w, height / h], -1)
+    bits = height * (width // 8)
+    batch.windows[:, :n] = np.stack([np.cumsum(bits, 1) - bits, top, left // 8, height, width // 8], -1)
+    batch.positive[np.arange(b)[:, None], np.arange(n), rng.integers(0, CLASSES, (b, n))] = True
+    batch.has_mask[:, :n] = True
+    tokens = rng.integers(1, 400, batch.tokens.shape) if batch.tokens.dtype.kind == "i" else rng.normal(size=batch.tokens.shape)
+    return batch.replace(
+        image=rng.integers(0, 256, batch.image.shape, np.uint8), size=np.full_like(batch.size, (h, w)),
+        masks=np.full_like(batch.masks, 255),
+        tokens=tokens.astype(batch.tokens.dtype), prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
+        num_targets=np.full_like(batch.num_targets, n),
+    )  # fmt: skip
+
+
+def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
+    """Top, left, height, width in whole bytes of a packed row, each up to half a side: twice as many as targets fit in any canvas."""
+    height, width = rng.integers(1, h // 2, shape), 8 * rng.integers(1, w // 16, shape)
+    return rng.integers(0, h - height), 8 * (rng.integers(0, w - width) // 8), height, width
+
+
+# --- theirs -------------------------------------------------------------------------------------------------------------------------
+
+
+def theirs() -> Callable[[], float]:
+    """One step of Mask2Former on made-up images; calling it again goes on from the new weights."""
+    import torch
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+
+    torch.manual_seed(0)
+    torch.set_num_threads(os.cpu_count())
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX does
+    device, size = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value], _SIZE.value
+    backbone = ResNetConfig(depths=[3, 4, 6, 3], out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES, num_queries=100, encoder_layers=6, decoder_layers=10)
+    model = Mask2FormerForUniversalSegmentation(config).train().to(device)
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # frozen, as in every recipe of the family
+            module.eval().requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, weight_decay=0.05, fused=True)
+
+    rng = np.random.default_rng(0)
+    pixels = torch.rand(_BATCH.value, 3, size, size, device=device)
+    masks, classes = [], []
+    for _ in range(_BATCH.value):
+        mask = np.zeros((_TARGETS.value, size, size), np.float32)
+        for row, top, left, height, width in zip(mask, *rectangles(rng, (_TARGETS.value,), size, size)):
+            row[top : top + height, left : left + width] = 1
+        masks.append(torch.from_numpy(mask).to(device))
+        classes.append(torch.from_numpy(rng.integers(0, CLASSES, _TARGETS.value)).to(device))
+
+    def step() -> float:
+        with torch.autocast(device, torch.bfloat16, enabled=_DTYPE.value == "bfloat16"):
+            loss = model(pixel_values=pixels, mask_labels=masks, class_labels=classes).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+# --- where the time goes ------------------------------------------------------------------------------------------------------------
+
+
+def profile(ours: Ours) -> None:
+    """Prints the seconds of one step's operations by the part of the model and the file they come from."""
+    where = sources(ours.step.compiled.lower(*ours.step.arguments).compile().as_text())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            ours()
+        (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
+        spent = collections.Counter()
+        for name, seconds in operations(jax.profiler.ProfileData.from_file(path)):
+            spent[where.get(name, "elsewhere")] += seconds
+    total = sum(spent.values())
+    print(f"\noperations of one step: {total:.2f} s")
+    for name, seconds in spent.most_common(25):
+        print(f"  {seconds:7.3f} s {100 * seconds / total:5.1f} %  {name}")
+
+
+def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
+    """The operations of a trace and their seconds, without those that only hold others."""
+    for plane in trace.planes:
+        for line in plane.lines:
+            for event in line.events:
+                if not re.match(r"(while|call|conditional)\b", event.name) and any(key == "hlo_op" for key, _ in event.stats):
+                    yield event.name, event.duration_ns / 1e9
+
+
+def sources(hlo: str) -> dict[str, str]:
+    """From the name of each operation of a compiled step to "part of the model: file", by the tables of stack frames in its text.
+
+    The part is the outermost file of the package that is neither the step's nor the model's, the file the innermost one.
+    """
+    table = lambda name: re.search(rf"^{name}\n((?:\d+ .*\n)+)", hlo, re.M)[1].splitlines()
+    files = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip('"') for line in table("FileNames")}
+    places = dict(re.match(r"(\d+) \{file_name_id=(\d+)", line).groups() for line in table("FileLocations"))
+    frames = [re.match(r"\d+ \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", line).groups("0") for line in table("StackFrames")]
+    nobody = int(frames[0][1])  # the first frame has no caller; JAX 0.10 counts callers from one, so this is 1
+
+    def told(frame: int, name: str) -> str:
+        path = []
+        while frame > 0:
+            place, caller = frames[frame - 1]
+            path.append(files[places[place]])
+            frame = int(caller) - nobody
+        ours = [file.split("mqformer_jax/")[-1] for file in path if "mqformer_jax/" in file]
+        inner = [file for file in ours if file not in ("train_step.py", "models/mqformer.py", "parallel/mesh.py")]
+        optimiser = "the step itself (optimiser)" if path else "elsewhere"
+        return (f"{inner[-1]}: {inner[0]}" if inner else optimiser) + (", backward" if "transpose(" in name else "")
+
+    pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{.*?op_name="([^"]*)".*?stack_frame_id=(\d+)'
+    return {op: told(int(frame), name) for op, name, frame in re.findall(pattern, hlo, re.M)}
+
+
+if __name__ == "__main__":
+    app.run(main)
