@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 
@@ -23,10 +26,13 @@ def _corners(points: Float[Array, "... 2"], h: int, w: int):
 
 
 def sample_maps(maps: Float[Array, "*n h w"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-    """Each map at its own points (x, y in 0..1): torch's `grid_sample(align_corners=False)`, zero outside."""
+    """Each map at its own points (x, y in 0..1): torch's `grid_sample(align_corners=False)`, zero outside.
+
+    All maps are read as one line: `take_along_axis` would write out an index of every axis for each point.
+    """
     *n, h, w = maps.shape
-    flat = maps.reshape(*n, h * w)
-    return sum(wt * jnp.take_along_axis(flat, y * w + x, -1) for x, y, wt in _corners(points, h, w))
+    flat, start = maps.reshape(-1), h * w * np.arange(math.prod(n), dtype=np.int32).reshape(*n, 1)
+    return sum(wt * flat[start + y * w + x] for x, y, wt in _corners(points, h, w))
 
 
 def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]) -> Float[Array, "k d"]:

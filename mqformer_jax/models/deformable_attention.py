@@ -80,10 +80,14 @@ def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Ar
     return picked.reshape(*index.shape, -1)
 
 
+@jax.checkpoint
 def _sample(
     rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*dh"]:
-    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each query and head."""
+    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each query and head.
+
+    What is picked, 48 numbers for each one of the map, is picked again for the gradients: keeping it takes longer.
+    """
     split = (*index.shape[:3], -1, rows.shape[-1] // 4)
     picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
     summed = jnp.matmul(weights, picked, precision="highest", preferred_element_type=jnp.float32)
