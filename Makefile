@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STEPS ?=
 
-.PHONY: demo test clean
+.PHONY: demo test finetune clean
 
 .venv/.demo: setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -25,6 +25,16 @@ data/records/.sample: data/sample.py data/sample_render.py | .venv/.demo
 # train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
 demo: .venv/.demo data/records/.sample
 	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
+
+# one's own COCO json to a table and pictures: make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json [FROM=runs/other]
+NAME ?= mine
+finetune: .venv/.demo
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[text]'
+	$(if $(FROM),,test -d pretrained/lite || $(BIN)/python -m mqformer_jax.convert --from lite --output pretrained/lite)
+	$(BIN)/python data/prepare.py instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON)
+	$(if $(VAL),$(BIN)/python data/prepare.py instances --name $(NAME) --split val --images $(IMAGES) --json $(VAL))
+	$(BIN)/python -m mqformer_jax.main --config=configs/finetune.py:$(NAME)$(if $(FROM),$(COMMA)$(FROM)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
+COMMA := ,
 
 test: .venv/.test
 	$(BIN)/python -m pytest

@@ -61,6 +61,8 @@ def laptop() -> ConfigDict:
     config.denoising.slots = 0  # paid nothing in a run this short
     config.optimizer.update(learning_rate=1.5e-3, weight_decay=0.02, clip=10.0, warmup=100, schedule="cosine", backbone=1.0, text=1.0)
     config.data.update(max_targets=12, max_prompts=20, threads=2)
+    config.matting.backbone.name = "convnet"
+    config.matting.update(width=32, steps=400, batch_size=8, learning_rate=2e-3, encoder=1.0)
     config.batch_size = 8
     config.log_every = 20
     config.checkpoint_every = 200
@@ -80,6 +82,9 @@ def sample() -> ConfigDict:
         dict(name="sample_scenes", split="val", tasks=("panoptic", "instance", "semantic", "referring")),
         dict(name="sample_mattes", split="val", tasks=("foreground",)),
     )
+    config.matting.update(canvas=96, crop=64)
+    config.matting.mixture = (dict(name="sample_mattes", split="train"),)
+    config.matting.sets = (dict(name="sample_mattes", split="val"),)
     config.eval.batch_size = 16
     config.eval.absent = 0.15
     config.eval.kinds = (("relation", " of | above | below "), ("extremal", "most "), ("attribute", "the .+ "))
@@ -106,6 +111,9 @@ def small() -> ConfigDict:
         dict(name="raccoon", split="train", tasks=("detection",)),
         dict(name="kangaroo", split="train", tasks=("detection",)),
     )
+    config.matting.update(canvas=384, crop=256)
+    config.matting.mixture = (dict(name="mattes", split="train"),)
+    config.matting.sets = (dict(name="mattes", split="val"),)
     config.eval.sets = (
         dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         dict(name="refcoco", split="val", tasks=("referring",)),

@@ -39,6 +39,9 @@ def lite() -> ConfigDict:
     config.optimizer.update(learning_rate=4e-4, clip=1.0, warmup=100, schedule="cosine", backbone=0.1, text=0.0)
     config.data.update(max_targets=40, max_prompts=60, threads=4)
     config.batch_size = 8
+    config.matting.backbone.name = "efficientnet_lite0"
+    config.matting.init_from = ("pretrained/lite",)
+    config.matting.width = 32
     return config
 
 
@@ -77,6 +80,9 @@ def small() -> ConfigDict:
         dict(name="raccoon", split="train", tasks=("detection",)),
         dict(name="kangaroo", split="train", tasks=("detection",)),
     )
+    config.matting.update(canvas=384, crop=256, steps=400, batch_size=4, learning_rate=3e-3, encoder=0.0)
+    config.matting.mixture = (dict(name="mattes", split="train"),)
+    config.matting.sets = (dict(name="mattes", split="val"),)
     config.eval.sets = (
         dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         dict(name="refcoco", split="val", tasks=("referring",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from absl import app, flags, logging
 
 
 def run(main: Callable[[list[str]], None], program: str, interrupted: str) -> None:
-    """absl's `app.run` for a `main` with a --config flag. interrupted: what Ctrl-C prints."""
+    """absl's `app.run` for a `main`, with or without a --config flag. interrupted: what Ctrl-C prints."""
     app.run(lambda argv: _in_one_line(lambda: main(argv), program, interrupted), flags_parser=lambda argv: parse_flags(argv, program))
 
 
@@ -43,11 +44,20 @@ def _is_one_of_several() -> bool:
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
+def keep_compiled() -> None:
+    """What is compiled once need not be compiled again by the next start, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
+
+
 def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """absl's parsing, but a wrong flag, field or recipe ends in one line. Returns what is no flag."""
     try:
         rest = values(argv)
-        values.config.keys()  # a recipe that failed to load says so here
+        if "config" in values:
+            values.config.keys()  # a recipe that failed to load says so here
         return rest
     except (AttributeError, KeyError) as e:
         field = str(e).strip("\"'")

@@ -8,13 +8,15 @@ from typing import Any
 from ml_collections import ConfigDict
 
 TASKS = ("panoptic", "instance", "semantic", "detection", "referring", "foreground")
-EVALUATIONS = ("panoptic", "instance", "semantic", "referring", "foreground")
+EVALUATIONS = ("panoptic", "instance", "semantic", "referring", "foreground", "matting")
+BACKBONES = ("resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "efficientnet_lite0", "convnet")
 CHOICES = {
     "model.queries": ("mixed", "learnable", "conditional", "decoupled"),
     "model.score": ("cosine", "dot"),
     "model.box_init": ("no", "mask2box", "bitmask"),
     "model.interaction": ("exchange", "joint", "none"),
-    "model.backbone.name": ("resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "efficientnet_lite0", "convnet"),
+    "model.backbone.name": BACKBONES,
+    "matting.backbone.name": BACKBONES,
     "model.text.name": ("clip", "bert", "classes"),
     "model.text.tokenizer": ("words", "clip", "wordpiece", "classes"),
     "model.dtype": ("float32", "bfloat16"),
@@ -31,6 +33,16 @@ RULES = (
 )
 
 
+def _backbone() -> dict[str, Any]:
+    return dict(
+        name="resnet50",
+        stride_in_1x1=False,  # ResNet: Microsoft's original weights have it
+        window=7,  # Swin
+        drop_path=0.0,  # Swin: chance of leaving out the deepest block's branch in training
+        widths=(32, 48, 64, 96),  # convnet: channels from stride 2 on
+    )
+
+
 def base() -> ConfigDict:
     """Every field a recipe has. Recipes in `configs/` start from it and change numbers."""
     return ConfigDict(
@@ -43,13 +55,7 @@ def base() -> ConfigDict:
             init_from=(),  # folders of converted or trained checkpoints: a run starts from all that fits
             init_skip=(),  # regexes over parameter paths that stay fresh all the same
             model=dict(
-                backbone=dict(
-                    name="resnet50",
-                    stride_in_1x1=False,  # ResNet: Microsoft's original weights have it
-                    window=7,  # Swin
-                    drop_path=0.0,  # Swin: chance of leaving out the deepest block's branch in training
-                    widths=(32, 48, 64, 96),  # convnet: channels from stride 2 on
-                ),
+                backbone=_backbone(),
                 text=dict(
                     name="clip",
                     tokenizer="words",
@@ -128,8 +134,27 @@ def base() -> ConfigDict:
                 keep=0.25,  # panoptic: the least score of a segment
                 overlap=0.8,  # panoptic: the least visible share of a segment
                 top=100,  # instance: segments an image
+                least=-1.0,  # instance: the least score of a segment; average precision wants all of them
                 absent=0.0,  # referring: below this score an expression names nothing
                 kinds=(),  # referring: (name, regex) pairs; expressions are also reported by the first that fits
+                scales=(1.0,),  # semantic, and one region a prompt: canvases, in the recipe's, whose answers are averaged
+                flip=False,  # likewise with the mirrored image
+            ),
+            matting=dict(  # of the refiner that makes alpha mattes of masks: mqformer_jax/refine.py
+                backbone=_backbone(),
+                init_from=(),  # folders of checkpoints whose image encoder it starts from
+                width=64,  # channels of its decoder at strides 4 and coarser, half and a quarter of that at 2 and 1
+                canvas=512,  # side of the square that the surroundings of a mask are brought to
+                crop=320,  # side of the square parts of the canvas that training sees
+                margin=0.1,  # around the mask's box, in its larger side
+                reach=0.04,  # how far from the mask's outline alpha may differ from it, in the crop's larger side
+                mixture=(),  # dicts: name, split; of their records the segments with a matte
+                sets=(),  # likewise; measured at the end
+                own=0.5,  # with --checkpoint: the share of foregrounds guided by the model's own mask, not by a perturbed matte
+                steps=50_000,
+                batch_size=16,
+                learning_rate=5e-4,
+                encoder=0.1,  # multiplies the learning rate of its image encoder; 0 freezes it
             ),
         )
     )
@@ -175,6 +200,9 @@ def check(config: ConfigDict) -> None:
         _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight"})
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
+    scales = tuple(config.eval.scales)
+    _require(scales and min(scales) > 0, "eval.scales", scales, "must be positive, and one at least")
+    _check_matting(config.matting)
 
 
 def _check_text(config: ConfigDict) -> None:
@@ -188,7 +216,7 @@ def _check_text(config: ConfigDict) -> None:
         _require(text.context == 1, "model.text.context", text.context, "a class is one token: 1")
         _require(templates == ("{}",), "data.templates", templates, 'a table of classes knows no sentences: ("{}",)')
         asked = {task for entry in (*config.data.mixture, *config.eval.sets) for task in entry.get("tasks", ())}
-        free = sorted(asked & {"referring", "foreground"})
+        free = sorted(asked & {"referring", "foreground", "matting"})
         _require(not free, "model.text.name", "classes", f"a table of classes cannot answer {', '.join(free)}: leave those tasks out")
     else:
         _require(text.width % text.heads == 0, "model.text.width", text.width, f"must divide by {text.heads} heads")
@@ -196,6 +224,22 @@ def _check_text(config: ConfigDict) -> None:
         _require(
             text.embed_dim == text.width, "model.text.embed_dim", text.embed_dim, f"the encoder 'bert' has no projection: {text.width}"
         )
+
+
+def _check_matting(matting: ConfigDict) -> None:
+    """That the refiner's canvas and numbers can work; a recipe need not name data for it."""
+    for field in ("canvas", "crop"):
+        fits = matting[field] > 32 and matting[field] % 32 == 0
+        _require(fits, f"matting.{field}", matting[field], "must be a multiple of 32, and 64 at least")
+    _require(matting.width >= 4, "matting.width", matting.width, "must be at least 4")
+    _require(matting.reach > 0, "matting.reach", matting.reach, "must be positive")
+    _require(matting.margin >= 0, "matting.margin", matting.margin, "must not be negative")
+    _require(0 <= matting.own <= 1, "matting.own", matting.own, "is a share: 0 to 1")
+    _require(matting.steps > 0 and matting.batch_size > 0, "matting.steps", matting.steps, "it and batch_size must be positive")
+    _require(matting.encoder >= 0, "matting.encoder", matting.encoder, "must not be negative")
+    for field in ("mixture", "sets"):
+        for entry in matting[field]:
+            _require(set(entry) == {"name", "split"}, f"matting.{field}", dict(entry), "an entry has name, split")
 
 
 def check_choices(config: ConfigDict) -> None:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import load_config, load_weights
 from mqformer_jax.models.swin import resize_table
-from mqformer_jax.parallel.rules import path_name
+from mqformer_jax.parallel.rules import named, path_name
 
 TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)")  # means nothing to another text encoder
 TOKENIZER = "tokenizer.json"
@@ -42,12 +42,12 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in config.init_from:
         weights = load_weights(path)
-        theirs = _named(weights.params) | _named(weights.frozen)
+        theirs = named(weights.params) | named(weights.frozen)
         foreign = {why: what for why, what in _foreign(weights.config.model, config.model).items() if any(map(what.search, theirs))}
         skipped = (*foreign.values(), *map(_pattern, config.init_skip))
         wanted = {name: value for name, value in theirs.items() if not any(pattern.search(name) for pattern in skipped)}
         _check_meaning(path, wanted, weights.config.model, config.model)
-        _check_shapes(path, wanted, _named(params) | _named(frozen))
+        _check_shapes(path, wanted, named(params) | named(frozen))
         used: set[str] = set()
         trees = {name: jax.tree_util.tree_map_with_path(lambda p, leaf: _take(p, leaf, wanted, used), tree) for name, tree in trees.items()}
         if not used:
@@ -60,7 +60,7 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
             lines.append(f"{path}: this model has no place for {_summary(unused)}")
     if "grain" in params and "grain" not in loaded and "heads/class_embed/kernel" in loaded:
         trees["params"]["grain"] = jax.tree.map(jnp.zeros_like, params["grain"])  # trained classes know no grain: the identity
-    fresh = sorted({**_named(params), **_named(frozen)}.keys() - loaded)
+    fresh = sorted({**named(params), **named(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
 
 
@@ -83,10 +83,6 @@ def _pattern(text: str) -> re.Pattern:
         return re.compile(text)
     except re.error as e:
         raise ValueError(f"config.init_skip: {text!r} is no regular expression ({e}).") from e
-
-
-def _named(tree: Any) -> dict[str, jax.Array]:
-    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _foreign(theirs: ConfigDict, ours: ConfigDict) -> dict[str, re.Pattern]:

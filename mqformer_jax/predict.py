@@ -1,23 +1,38 @@
-"""Predictor: a checkpoint, an image and words in; Segments out."""
+"""Predictor: a checkpoint, an image and words in; Segments out. And its command line:
+
+    python -m mqformer_jax.predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --task=panoptic --out=found
+
+A prompt with a star owns one region (stuff), one without may own several segments (things).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ast
+import dataclasses
+import itertools
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags, logging
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
+from mqformer_jax import command_line, image_files, result_files
+from mqformer_jax import config as recipes
 from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.matting import Refiner
 from mqformer_jax.models.heads import normalize
+from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
-from mqformer_jax.parallel.rules import path_name
+from mqformer_jax.parallel.rules import filled, named
 from mqformer_jax.segments import (
     CanvasMasks,
     Segments,
@@ -25,10 +40,13 @@ from mqformer_jax.segments import (
     panoptic_segments,
     region_segments,
     semantic_segments,
+    soft_mask,
 )
 from mqformer_jax.train_step import build_model
 
-TASKS = ("panoptic", "instance", "semantic", "referring", "foreground")
+TASKS = ("panoptic", "instance", "semantic", "referring", "foreground", "matting")
+ENCODED_AT_ONCE = 256  # texts
+KNOWN = 100_000  # texts whose vectors are kept
 
 
 @flax.struct.dataclass
@@ -60,17 +78,20 @@ class Predictor:
     """
 
     def __init__(self, config: ConfigDict, params: Any, frozen: Any, tokenizer: Tokenizer):
-        self.config, self.params, self.frozen, self.tokenizer = config, params, frozen, tokenizer
+        self.config, self.tokenizer = config, tokenizer
         self.canvas = tuple(config.data.canvas)
+        self.refiner: Refiner | None = None
+        self._known: dict[str, np.ndarray] = {}
         holder = {}
 
         def graph(key):
             holder["graph"], *trees = build_model(config, key)
             return trees
 
-        wanted = _paths(jax.eval_shape(graph, jax.random.key(0)))
-        if missing := sorted(wanted - _paths([params, frozen])):
+        shapes, given = jax.eval_shape(graph, jax.random.key(0)), named(params) | named(frozen)
+        if missing := sorted({name for tree in shapes for name in named(tree)} - given.keys()):
             raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
+        self.params, self.frozen = (filled(tree, given) for tree in shapes)
         merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
         self._encode = jax.jit(lambda p, f, tokens: merge(p, f).text_encoder(tokens).astype(jnp.float32))
         self._embed = jax.jit(lambda p, f, vectors, region: merge(p, f).embed_text(vectors, region))
@@ -90,40 +111,57 @@ class Predictor:
         weights = load_weights(path)
         tokenizer = make_tokenizer(weights.config.model.text, path)
         try:
-            return cls(weights.config, weights.params, weights.frozen, tokenizer)
+            predictor = cls(weights.config, weights.params, weights.frozen, tokenizer)
         except IncompleteModel as e:
             raise ValueError(f"{path} is not a whole model ({e}): start a training from it with config.init_from.") from e
+        predictor.refiner = Refiner.load(path)
+        return predictor
 
     def embed(self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)) -> Float[Array, "p e"]:
-        """Prompts as vectors; padded to a multiple of 8 inside, so that few lengths are ever compiled.
+        """Prompts as vectors; each text is encoded once in the predictor's life.
 
         templates: wordings around each text ("a photo of a {}."), whose directions are averaged (CLIP, OpenSeeD).
         """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
-        padding = -len(texts) % 8
-        wordings = [np.pad(self.tokenizer([t.format(text) for text in texts]), ((0, padding), (0, 0))) for t in templates]
-        regions = np.pad(np.asarray(regions, bool), (0, padding))
-        vectors = self._encode(self.params, self.frozen, wordings[0])
-        if len(wordings) > 1:
-            vectors = average([vectors, *(self._encode(self.params, self.frozen, tokens) for tokens in wordings[1:])])
-        return self._embed(self.params, self.frozen, vectors, regions)[: len(texts)]
+        vectors = [self._vectors([template.format(text) for text in texts]) for template in templates]
+        vectors = average(vectors) if len(vectors) > 1 else vectors[0]
+        padding = bucket(len(texts)) - len(texts)
+        padded = np.pad(vectors, ((0, padding), (0, 0))), np.pad(np.asarray(regions, bool), (0, padding))
+        return self._embed(self.params, self.frozen, *padded)[: len(texts)]
 
-    def ask(self, images: Sequence[np.ndarray], prompts: Sequence[Float[Array, "p e"]], batch: int | None = None) -> list[Answer]:
+    def _vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "p e"]:
+        """What the text encoder says, from memory where it has said it; some at a time, which bounds memory and lengths."""
+        if len(self._known) > KNOWN:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for start in range(0, len(new), ENCODED_AT_ONCE):
+            some = new[start : start + ENCODED_AT_ONCE]
+            tokens = np.pad(self.tokenizer(some), ((0, bucket(len(some)) - len(some)), (0, 0)))
+            self._known.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
+        return np.stack([self._known[text] for text in texts])
+
+    def ask(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Float[Array, "p e"]],
+        batch: int | None = None,
+        canvas: tuple[int, int] | None = None,
+    ) -> list[Answer]:
         """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        Images are padded to `batch` (default: their number) and prompts to a multiple of 8, so that few shapes are compiled.
+        Images are padded to `batch` (default: their number) and prompts to a `bucket`, so that few shapes are compiled. canvas:
+        height, width that images are fitted into, the recipe's unless given.
         """
-        count, batch = len(images), batch or len(images)
-        fitted = [fit_image(image, self.canvas) for image in images]
-        length = max(len(p) for p in prompts)
-        length += -length % 8
+        count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
+        fitted = [fit_image(image, canvas) for image in images]
+        length = bucket(max(len(p) for p in prompts))
         text = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)
         valid = np.zeros((batch, length), bool)
         for i, p in enumerate(prompts):
             text[i, : len(p)], valid[i, : len(p)] = p, True
-        pixels = np.zeros((batch, *self.canvas, 3), np.uint8)
-        sizes = np.full((batch, 2), self.canvas, np.int32)
+        pixels = np.zeros((batch, *canvas, 3), np.uint8)
+        sizes = np.full((batch, 2), canvas, np.int32)
         for i, (padded, size) in enumerate(fitted):
             pixels[i], sizes[i] = padded, size
         probs, boxes, masks = jax.device_get(self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid)))
@@ -133,40 +171,91 @@ class Predictor:
             answers.append(
                 Answer(
                     np.asarray(probs[i, :, : len(prompts[i])], np.float32),
-                    _to_pixels(boxes[i], self.canvas, fitted[i][1], output),
-                    CanvasMasks(masks[i], self.canvas, fitted[i][1], output),
+                    _to_pixels(boxes[i], canvas, fitted[i][1], output),
+                    CanvasMasks(masks[i], canvas, fitted[i][1], output),
                 )
             )
         return answers
 
     def __call__(
-        self, image: np.ndarray, prompts: Sequence[str], task: str = "panoptic", regions: Sequence[bool] | None = None
-    ) -> Segments:
-        """Segments of one uint8 RGB image for the prompts.
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        prompts: Sequence[str],
+        task: str = "panoptic",
+        regions: Sequence[bool] | None = None,
+        queries: str = "all",
+        score: float | None = None,
+    ) -> Segments | list[Segments]:
+        """Segments of a uint8 RGB image for the prompts; of a list of images, which are batched, a list.
 
         task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt), "referring" or
-            "foreground" (one region a prompt).
+            "foreground" (one region a prompt), "matting" (the same with `alphas`, where the checkpoint has a refiner).
         regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
             panoptic and instance, all otherwise.
+        queries: whose answers count: "all", "learnable" or "conditional" ones.
+        score: the least score of a segment, instead of the recipe's `eval.keep` (panoptic) or `eval.absent` (one region a prompt), and
+            of none (instance).
         """
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"the image is {image.dtype} {image.shape}: give uint8 RGB of shape (height, width, 3).")
+        images = [image] if isinstance(image, np.ndarray) else list(image)
+        for i in images:
+            if not isinstance(i, np.ndarray) or i.dtype != np.uint8 or i.ndim != 3 or i.shape[2] != 3 or not i.size:
+                raise ValueError(f"the image is {_what(i)}: give uint8 RGB of shape (height, width, 3).")
         if regions is not None and len(regions) != len(prompts):
             raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give one True or False a prompt.")
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
+        if task == "matting" and self.refiner is None:
+            raise ValueError("task 'matting': this checkpoint has no refiner; train one with `python -m mqformer_jax.refine`.")
         regions = np.full(len(prompts), task not in ("panoptic", "instance")) if regions is None else np.asarray(regions, bool)
         classes = task in ("panoptic", "instance", "semantic")
-        templates = self.config.data.templates if classes else ("{}",)
-        answer = self.ask([image], [self.embed(prompts, regions, templates)])[0]
-        return answer_segments(answer, list(prompts), regions, task, self.config.eval)
+        embedded = self.embed(prompts, regions, self.config.data.templates if classes else ("{}",))
+        answering, thresholds = self._kind(queries), with_score(self.config.eval, score)
+        if queries != "all":
+            thresholds = ConfigDict({**thresholds, "least": max(0.0, thresholds.least)})  # the silent ones score nothing
+        found = []
+        for start in range(0, len(images), self.config.eval.batch_size):
+            some = images[start : start + self.config.eval.batch_size]
+            batch = min(1 << (len(some) - 1).bit_length(), self.config.eval.batch_size)
+            for one, answer in zip(some, self.ask(some, [embedded] * len(some), batch)):
+                answer = dataclasses.replace(answer, class_probs=np.where(answering, answer.class_probs, 0))
+                segments = answer_segments(answer, list(prompts), regions, task, thresholds)
+                if task == "matting":
+                    guides = np.stack([soft_mask(answer.class_probs, answer.masks, p) for p in range(len(prompts))])
+                    there = segments.masks.any((1, 2))[:, None, None]
+                    segments.alphas = self.refiner(one, guides) * there
+                found.append(segments)
+        return found[0] if isinstance(image, np.ndarray) else found
+
+    def _kind(self, queries: str) -> Bool[np.ndarray, "q 1"]:
+        """Which queries are of a kind; learnable ones come first."""
+        learnable, conditional = query_counts(self.config.model)
+        counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
+        if queries not in counts:
+            raise ValueError(f"queries {queries!r} is not one of {', '.join(counts)}.")
+        asked = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
+        if not asked.any():
+            raise ValueError(f"queries {queries!r}: this model has none of them (config.model.queries = {self.config.model.queries!r}).")
+        return asked[:, None]
 
 
-def _paths(trees: Sequence[Any]) -> set[str]:
-    return {path_name(path) for tree in trees for path, _ in jax.tree_util.tree_leaves_with_path(tree)}
+def bucket(count: int) -> int:
+    """The next length that is compiled for: steps of 8, of an eighth of the power of two above from 64 on."""
+    step = max(8, 1 << max((count - 1).bit_length() - 3, 0))
+    return -(-count // step) * step
 
 
-def average(vectors: Sequence[Float[Array, "p e"]]) -> Float[Array, "p e"]:
+def with_score(thresholds: ConfigDict, score: float | None) -> ConfigDict:
+    """`config.eval` with another least score for every task."""
+    if score is None:
+        return thresholds
+    return ConfigDict({**thresholds, "keep": score, "absent": score, "least": score})
+
+
+def _what(image: object) -> str:
+    return f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+
+
+def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
     """The mean direction of several wordings' vectors, as long as they are in the mean."""
     length = sum(jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors) / len(vectors)
     return normalize(sum(normalize(v) for v in vectors)) * length
@@ -177,7 +266,8 @@ def answer_segments(answer: Answer, texts: Sequence[str], regions: np.ndarray, t
     if task == "panoptic":
         return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
     if task == "instance":
-        return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, thresholds.top)
+        options = dict(top=thresholds.top, least=thresholds.least)
+        return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, **options)
     if task == "semantic":
         return semantic_segments(texts, answer.class_probs, answer.masks)
     return region_segments(texts, answer.class_probs, answer.boxes, answer.masks, thresholds.absent)
@@ -189,3 +279,98 @@ def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[
     xyxy = np.concatenate([centre - half, centre + half], 1) * np.tile(canvas[::-1], 2)
     xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)
     return np.clip(xyxy, 0, np.tile(output[::-1], 2)).astype(np.float32)
+
+
+# --- the command line ---------------------------------------------------------------------------------------------------------------
+
+def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
+    """Prompts parted by ";" (or the lines of @FILE), and which of them own one region: those with a star, or all where the task says so."""
+    if text is None and task in ("foreground", "matting"):
+        text = "foreground"
+    if text is not None and text.startswith("@"):
+        with open(text[1:], encoding="utf-8") as f:
+            text = f.read().replace("\n", ";")
+    prompts = [part.strip() for part in (text or "").split(";") if part.strip(" *\t")]
+    if not prompts:
+        raise ValueError('--prompts: name at least one thing to look for, e.g. --prompts="sky*; road*; car".')
+    starred = [prompt.endswith("*") for prompt in prompts]
+    return [prompt.rstrip("* ") for prompt in prompts], starred if task in ("panoptic", "instance") else None
+
+
+def main(argv: list[str]) -> None:
+    given = flags.FLAGS
+    prompts, regions = parse_prompts(given.prompts, given.task)
+    paths = image_files.find_images([*given.image, *argv[1:]])  # what a shell made of a pattern comes without a flag
+    if not given["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
+    command_line.keep_compiled()
+    predictor = Predictor.from_checkpoint(given.checkpoint)
+    for option in given.set:
+        field, _, value = option.partition("=")
+        recipes.set_field(predictor.config, field, literal(value), "--set ")
+    score = 0.3 if given.score is None and given.task == "instance" else given.score
+    ask = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
+    bad = answer_files(ask, paths, given.task, given.out, given.masks)
+    if bad == len(paths):
+        raise ValueError("none of the images could be read.")
+    print(f"{given.out}: {len(paths) - bad} images answered" + (f", {bad} could not be read" if bad else ""))
+
+
+def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool) -> int:
+    """Each image's answer into files of `out`; returns how many could not be read, each of which is named."""
+    os.makedirs(out, exist_ok=True)
+    bad = 0
+    bar = tqdm(zip(paths, output_stems(paths, out)), desc="predict", unit="image", total=len(paths), dynamic_ncols=True)
+    for path, stem in bar:
+        try:
+            image = image_files.read_image(path)
+        except ValueError as e:
+            bad += 1
+            tqdm.write(f"left out: {e}")
+            continue
+        segments = ask(image)
+        result_files.save(stem, image, segments, task, path, masks)
+        found = ", ".join(f"{segments.texts[p]} {100 * s:.0f}" for s, p in zip(segments.scores, segments.prompt_ids))
+        tqdm.write(f"{path}: {found or 'nothing found'}")
+    return bad
+
+
+def output_stems(paths: Sequence[str], out: str) -> list[str]:
+    """Where each image's results go: its own name, with a number behind where another has taken it."""
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        name = base = "stdin" if path == image_files.STDIN else os.path.splitext(os.path.basename(path))[0]
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{base}_{number}"
+        taken.add(name)
+        stems.append(os.path.join(out, name))
+    return stems
+
+
+def literal(text: str) -> object:
+    """A number, tuple, True ... where it reads as one, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def run() -> None:
+    flags.DEFINE_string("checkpoint", None, "A workdir of mqformer_jax.main, or a converted whole model.")
+    flags.DEFINE_multi_string("image", None, "A file, folder, pattern or - (standard input: an image, or a path a line); may be repeated.")
+    flags.DEFINE_string("prompts", None, 'What to look for, parted by ";"; a star marks one region: "sky*; car". Or @FILE, one a line.')
+    flags.DEFINE_enum("task", "panoptic", TASKS, "How to answer.")
+    flags.DEFINE_string("out", "predictions", "The folder for pictures, json and masks.")
+    flags.DEFINE_float("score", None, "The least score of a segment; default: the recipe's, and 0.3 for instances.")
+    flags.DEFINE_enum("queries", "all", ("all", "learnable", "conditional"), "Whose answers count.")
+    flags.DEFINE_bool("masks", False, "Write each mask (or matte) as a PNG of its own too.")
+    flags.DEFINE_multi_string("set", [], "A field of the checkpoint's recipe, e.g. eval.overlap=0.5; may be repeated.")
+    flags.mark_flags_as_required(["checkpoint", "image"])
+    command_line.run(main, "mqformer_jax.predict", "stopped; what was written is whole.")
+
+
+if __name__ == "__main__":
+    run()

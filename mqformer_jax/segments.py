@@ -28,6 +28,7 @@ class Segments:
     texts: all the prompts that were asked. prompt_ids: index into `texts`, one a segment. scores: 0 to 1.
     boxes: x0, y0, x1, y1 in pixels. query_ids: which query answered (learnable ones come first).
     panoptic: segment index + 1 at each pixel, 0 where nothing was found; None where segments may overlap.
+    alphas: how much of each pixel a segment covers, 0 to 1, where it was asked for ("matting"), else None.
     """
 
     texts: list[str]
@@ -37,6 +38,7 @@ class Segments:
     prompt_ids: Int[np.ndarray, "n"]
     query_ids: Int[np.ndarray, "n"]
     panoptic: Int[np.ndarray, "h w"] | None = None
+    alphas: Float[np.ndarray, "n h w"] | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -44,7 +46,8 @@ class Segments:
     def above(self, score: float) -> Segments:
         """The segments that score more than `score`, as overlapping segments (no `panoptic` map)."""
         k = self.scores > score
-        return Segments(self.texts, self.masks[k], self.boxes[k], self.scores[k], self.prompt_ids[k], self.query_ids[k])
+        alphas = None if self.alphas is None else self.alphas[k]
+        return Segments(self.texts, self.masks[k], self.boxes[k], self.scores[k], self.prompt_ids[k], self.query_ids[k], alphas=alphas)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +69,23 @@ class CanvasMasks:
     def __getitem__(self, queries: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k h0 w0"]:
         return restore(self.logits[queries], self.canvas, self.valid, self.output)
 
+    def band(self, queries: Int[np.ndarray, "k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
+        """Some rows of those masks, all of them in the way `[]` has it."""
+        if rows == slice(0, self.output[0]):
+            return self[queries]
+        source = np.clip((np.arange(rows.start, rows.stop) + 0.5) * (self.valid[0] / self.output[0]) - 0.5, 0, self.valid[0] - 1)
+        first, last = int(source[0]), int(np.ceil(source[-1]))
+        upper, share = source.astype(int) - first, (source % 1).astype(np.float32)[:, None]
+        lower = np.minimum(upper + 1, last - first)
+        out = np.empty((len(queries), len(source), self.output[1]), np.float32)
+        for image, wanted in zip(restore(self.logits[queries], self.canvas, self.valid, self.valid), out):
+            wide = cv2.resize(image[first : last + 1], (self.output[1], last + 1 - first), interpolation=cv2.INTER_LINEAR)
+            wanted[...] = wide[upper] * (1 - share) + wide[lower] * share
+        return out
+
 
 Masks = np.ndarray | CanvasMasks
+BAND = 1 << 27  # numbers that are held at once where every pixel has one for each prompt
 
 
 def restore(
@@ -108,19 +126,15 @@ def panoptic_segments(
         return _segments(texts, np.zeros((0, h, w), bool), np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros((h, w), np.int32))
     ranks = _sharpen(class_probs[queries], temperature)
     labels = ranks.argmax(1)
-    probs = _sigmoid(mask_logits[queries])
-    own = probs >= 0.5
-    probs *= ranks.max(1)[:, None, None]
-    winner = probs.argmax(0)
+    winner, own, own_area = _contest(mask_logits, queries, ranks.max(1))
     visible = np.bincount(winner.ravel(), minlength=len(queries))
-    own_area = np.maximum(own.sum((1, 2)), 1)
 
     panoptic = np.zeros((h, w), np.int32)
     found: list[int] = []  # index into `queries`, one a segment
     region_segment: dict[int, int] = {}
     for k, label in enumerate(labels):
-        mask = (winner == k) & own[k]
-        if visible[k] / own_area[k] < overlap or not mask.any():
+        mask = (winner == k) & own
+        if visible[k] / max(own_area[k], 1) < overlap or not mask.any():
             continue
         if label in region_segment:
             panoptic[mask] = region_segment[label]
@@ -129,9 +143,29 @@ def panoptic_segments(
         panoptic[mask] = len(found)
         if region[label]:
             region_segment[label] = len(found)
-    masks = panoptic == np.arange(1, len(found) + 1)[:, None, None]
+    masks = panoptic == np.arange(1, len(found) + 1, dtype=np.int32)[:, None, None]
     scores = class_probs[queries[found], labels[found]]
     return _segments(texts, masks, scores, labels[found], queries[found], panoptic)
+
+
+def _contest(
+    mask_logits: Masks, queries: Int[np.ndarray, "k"], scores: Float[np.ndarray, "k"]
+) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, "k"]]:
+    """Which of the queries has the largest score x mask probability at each pixel (the first of equals), whether the pixel is in
+    that query's own mask, and the area of each one's own mask. One mask after the other, since those of a large photo fill a machine."""
+    shape = mask_logits.shape[1:]
+    best, winner, own = np.full(shape, -1, np.float32), np.zeros(shape, np.int32), np.zeros(shape, bool)
+    area = np.zeros(len(queries), int)
+    for k, query in enumerate(queries):
+        (probs,) = _sigmoid(mask_logits[[query]])
+        inside = probs >= 0.5
+        area[k] = np.count_nonzero(inside)
+        probs *= scores[k]
+        better = probs > best
+        np.copyto(best, probs, where=better)
+        np.copyto(own, inside, where=better)
+        winner[better] = k
+    return winner, own, area
 
 
 def instance_segments(
@@ -142,24 +176,30 @@ def instance_segments(
     wanted: Bool[np.ndarray, "p"] | None = None,
     top: int = 100,
     rate_masks: bool = True,
+    least: float = -1.0,
 ) -> Segments:
     """The `top` best (query, prompt) pairs, best first; segments may overlap (Mask DINO, `instance_inference`).
 
     A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
-    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken.
+    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken; those that
+    score no more than `least` are left out.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
     count = min(top, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
     flat = candidates.ravel()
     best = np.argpartition(-flat, count - 1)[:count] if count else np.zeros(0, int)
+    best = best[flat[best] > least]  # masks only lower a score, and are dear
     queries, prompts = np.divmod(best, class_probs.shape[1])
     used, row = np.unique(queries, return_inverse=True)
-    logits = mask_logits[used]
-    masks, scores = logits > 0, flat[best]
-    if rate_masks:
-        inside = (_sigmoid(logits) * masks).sum((1, 2)) / (masks.sum((1, 2)) + 1e-6)
-        scores = scores * inside[row]
+    masks, scores, inside = np.empty((len(used), *mask_logits.shape[1:]), bool), flat[best], np.ones(len(used), np.float32)
+    for i, query in enumerate(used):
+        (logits,) = mask_logits[[query]]
+        np.greater(logits, 0, out=masks[i])
+        if rate_masks:
+            inside[i] = _sigmoid(logits)[masks[i]].sum() / (np.count_nonzero(masks[i]) + 1e-6)
+    scores = scores * inside[row]
     order = np.argsort(-scores, kind="stable")
+    order = order[scores[order] > least]
     return Segments(list(texts), masks[row[order]], boxes[queries[order]], scores[order].astype(np.float32), prompts[order], queries[order])
 
 
@@ -173,11 +213,17 @@ def semantic_map(
     """
     _, h, w = mask_logits.shape
     queries = np.flatnonzero(class_probs.max(1) >= keep)
-    weights = _sharpen(class_probs, temperature).astype(np.float32)
-    total = np.zeros((class_probs.shape[1], h * w), np.float32)
-    for ids in np.array_split(queries, max(1, len(queries) // 64)):  # bounds the memory that full-size masks take
-        total += weights[ids].T @ _sigmoid(mask_logits[ids]).reshape(len(ids), h * w)
-    return total.argmax(0).reshape(h, w)
+    weights = _sharpen(class_probs, temperature).astype(np.float32)[queries]
+    labels = np.empty((h, w), np.int64)
+    rows = max(1, BAND // (w * max(64, weights.shape[1])))
+    for top in range(0, h, rows):  # bounds the memory that scores of many prompts and masks of many queries take
+        band = slice(top, min(top + rows, h))
+        total = np.zeros((weights.shape[1], (band.stop - top) * w), np.float32)
+        for part in np.array_split(np.arange(len(queries)), max(1, len(queries) // 64)):
+            logits = mask_logits.band(queries[part], band) if isinstance(mask_logits, CanvasMasks) else mask_logits[queries[part], band]
+            total += weights[part].T @ _sigmoid(logits).reshape(len(part), -1)
+        labels[band] = total.argmax(0).reshape(-1, w)
+    return labels
 
 
 def semantic_segments(texts: Sequence[str], class_probs: Float[np.ndarray, "q p"], mask_logits: Masks) -> Segments:
@@ -204,7 +250,9 @@ def region_segments(
     scores = class_probs.max(0)
     there = scores >= threshold
     used, row = np.unique(queries, return_inverse=True)
-    masks = (mask_logits[used] > 0)[row] & there[:, None, None]
+    masks = np.zeros((len(texts), *mask_logits.shape[1:]), bool)
+    for i, query in enumerate(used):
+        masks[(row == i) & there] = mask_logits[[query]][0] > 0
     prompts = np.arange(len(texts))
     return Segments(list(texts), masks, np.where(there[:, None], boxes[queries], 0), scores, prompts, queries)
 

@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mqformer_jax import checkpoint, evaluate
+from mqformer_jax import checkpoint, command_line, evaluate
 from mqformer_jax.initialize import bring_tokenizer, initialize
 from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.metrics import Metrics
@@ -28,8 +28,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     the run that was not (bit for bit on CPU). Returns None where it was told to end (SIGTERM): it saved, and is not done.
     """
     os.makedirs(workdir, exist_ok=True)
-    if jax.config.jax_compilation_cache_dir is None:  # a run that goes on need not compile again
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/mqformer_jax/compiled"))
+    command_line.keep_compiled()
 
     # -- data, model, state -------------------------------------------------------------------------------------------
     fresh = not checkpoint.has_checkpoint(workdir)

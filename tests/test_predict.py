@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 from tiny import get_config
 
+from mqformer_jax.checkpoint import Weights, save_weights
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.tokenizer import make_tokenizer
-from mqformer_jax.predict import Predictor
+from mqformer_jax.predict import Predictor, bucket
 from mqformer_jax.train_step import build_model
 
 
@@ -101,3 +102,73 @@ def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
     with pytest.raises(ValueError, match="'trafic lights'.*closest is 'traffic light'") as error:
         predictor(image, ["trafic lights"])
     assert "\n" not in str(error.value)
+
+
+def test_a_list_of_images_is_answered_like_each_alone(predictor, image):
+    images = [image, image[:20], image[:, :30]]
+    together = predictor(images, ["sky", "ball"], task="referring")
+    for one, found in zip(images, together):
+        alone = predictor(one, ["sky", "ball"], task="referring")
+        assert found.masks.shape == alone.masks.shape
+        np.testing.assert_allclose(found.scores, alone.scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", ["referring", "panoptic", "instance"])
+def test_one_kind_of_query_can_be_asked_alone(predictor, image, task):
+    learnable = predictor.config.model.num_learnable
+    found = {kind: predictor(image, ["sky", "ball"], task=task, queries=kind, score=0.0).query_ids for kind in ("learnable", "conditional")}
+    assert len(found["learnable"]) and (found["learnable"] < learnable).all()
+    assert len(found["conditional"]) and (found["conditional"] >= learnable).all()
+    with pytest.raises(ValueError, match="all, learnable, conditional"):
+        predictor(image, ["sky"], queries="both")
+
+
+def test_a_score_leaves_out_what_scores_less(predictor, image):
+    every = predictor(image, ["sky", "ball"], task="instance")
+    middle = float(np.median(every.scores))
+    some = predictor(image, ["sky", "ball"], task="instance", score=middle)
+    assert (some.scores > middle).all() and 0 < len(some) == (every.scores > middle).sum()
+    assert not predictor(image, ["ball"], task="referring", score=1.0).masks.any()
+
+
+def test_a_text_is_encoded_once(predictor, monkeypatch):
+    first = predictor.embed(["a new word", "ball"], [False, False])
+    monkeypatch.setattr(predictor, "_encode", None)
+    again = predictor.embed(["ball", "a new word", "ball"], [False, True, False])
+    np.testing.assert_array_equal(again[0], first[1])
+    assert not np.array_equal(again[1], first[0])  # a region is asked for in another way
+
+
+def test_ten_thousand_prompts_are_answered(predictor, image):
+    prompts = [f"thing {i}" for i in range(10_000)]
+    found = predictor(image, prompts, task="instance")
+    assert len(found) == predictor.config.eval.top and found.prompt_ids.max() < len(prompts)
+
+
+def test_few_lengths_are_compiled():
+    lengths = [bucket(n) for n in range(1, 4097)]
+    assert all(n <= length <= max(8, 1.25 * n + 8) and length % 8 == 0 for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) < 50
+
+
+def test_a_mattes_task_wants_a_refiner_and_gives_it_soft_masks(predictor, image, monkeypatch):
+    with pytest.raises(ValueError, match="mqformer_jax.refine"):
+        predictor(image, ["sky"], task="matting")
+    monkeypatch.setattr(predictor, "refiner", lambda image, masks: masks / 2)
+    found = predictor(image, ["sky", "ball"], task="matting")
+    assert found.alphas.shape == found.masks.shape and 0 < found.alphas.max() <= 0.5
+    np.testing.assert_array_equal(found.alphas > 0.25, found.masks)
+
+
+def test_a_model_with_a_long_list_of_parts_is_the_same_after_its_checkpoint(tmp_path, image):
+    """EfficientNet has 16 blocks; in a checkpoint's tree "10" comes before "2"."""
+    config = get_config()
+    config.model.backbone.name = "efficientnet_lite0"
+    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
+    save_weights(str(tmp_path), Weights(config, params, frozen), {})
+    tokenizer = make_tokenizer(config.model.text)
+    answers = []
+    for predictor in (Predictor(config, params, frozen, tokenizer), Predictor.from_checkpoint(str(tmp_path))):
+        answers.append(predictor.ask([image], [predictor.embed(["ball"], [False])])[0])
+    np.testing.assert_array_equal(answers[0].class_probs, answers[1].class_probs)
+    np.testing.assert_array_equal(answers[0].masks.logits, answers[1].masks.logits)

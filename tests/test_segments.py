@@ -163,6 +163,19 @@ def test_masks_restored_on_demand_give_the_same_answer():
     assert np.array_equal(semantic_map(probs, lazy), semantic_map(probs, full))
 
 
+def test_a_large_photo_is_answered_band_by_band_alike(monkeypatch):
+    rng = np.random.default_rng(1)
+    low, probs = rng.normal(size=(6, 12, 12)).astype(np.float32) * 4, rng.random((6, 3)).astype(np.float32)
+    for frame in (((48, 48), (40, 44), (83, 88)), ((48, 48), (40, 44), (21, 30)), ((48, 48), (48, 48), (48, 48))):
+        masks = CanvasMasks(low, *frame)
+        whole, ids = masks[np.arange(6)], np.arange(6)
+        np.testing.assert_allclose(masks.band(ids, slice(5, 9)), whole[:, 5:9], atol=2e-5)
+        expected = semantic_map(probs, masks)
+        monkeypatch.setattr("mqformer_jax.segments.BAND", 64 * frame[2][1] * 4)
+        assert (semantic_map(probs, masks) == expected).mean() > 0.999  # a tie may fall the other way
+        monkeypatch.undo()
+
+
 def test_semantic_map_sums_the_queries_of_a_prompt():
     logits = np.stack([block(1, 2, ALL, ALL)] * 3)
     assert semantic_map(np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits).tolist() == [[1, 1]]

@@ -28,6 +28,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.log_every = 1
     config.checkpoint_every = 2
     config.eval.update(batch_size=4, limit=4, pictures=2)
+    config.matting.backbone.widths = (8, 8, 16, 16)
+    config.matting.update(width=8, canvas=64, crop=64, steps=250, learning_rate=3e-3)
     if variant == "train":
         config.eval.sets = ()
     return config

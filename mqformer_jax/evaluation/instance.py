@@ -1,16 +1,22 @@
-"""Average precision of masks and boxes, COCO's protocol, computed by hotcoco."""
+"""Average precision and recall of masks and boxes, COCO's and LVIS's protocols, computed by hotcoco."""
 
 from __future__ import annotations
 
 from hotcoco import COCO, COCOeval
 
-from mqformer_jax.evaluation import shifted
+from mqformer_jax.evaluation import shifted, worst
 from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
 from mqformer_jax.segments import Segments
 
+FEDERATED_TOP = 300  # segments an image, where COCO takes 100: Gupta et al., "LVIS", CVPR 2019
+_PRECISIONS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
+_COCO = _PRECISIONS | {"AR1": "ar_1", "AR10": "ar_10", "AR100": "ar_100", "ARs": "ar_s", "ARm": "ar_m", "ARl": "ar_l"}
+_LVIS = _PRECISIONS | {"APr": "ap_r", "APc": "ap_c", "APf": "ap_f"}
+_LVIS |= {f"AR{size}@{FEDERATED_TOP}": f"ar_{size or FEDERATED_TOP}" for size in ("", "s", "m", "l")}
+
 
 class InstanceEvaluator:
-    """AP over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
+    """AP and AR over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
 
     Images with a labelled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS), its
     federated protocol applies: a prediction of a class that nobody checked in the image counts for nothing.
@@ -31,7 +37,7 @@ class InstanceEvaluator:
                 f"these segments have {len(segments.texts)}."
             )
         image_id = len(self.images) + 1
-        image = {"id": image_id, "height": record.height, "width": record.width}
+        image = {"id": image_id, "height": record.height, "width": record.width, "file_name": record.key}
         if not self.info.exhaustive:
             image["neg_category_ids"] = [i + 1 for i in record.absent_classes]
             image["not_exhaustive_category_ids"] = [i + 1 for i in record.partial_classes]
@@ -65,31 +71,51 @@ class InstanceEvaluator:
         self.with_masks += [image + shift for image in other.with_masks]
 
     def result(self) -> dict[str, float]:
-        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l and the same for box, in percent; a size nothing has is left out."""
-        results = self._average_precision("bbox", "box", [i["id"] for i in self.images])
-        if self.with_masks:
-            results |= self._average_precision("segm", "mask", self.with_masks)
+        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l and the same for box, in percent.
+
+        Of a federated set _ar_300 in place of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common and frequent classes)
+        where it is known how many images show a class. What has no object, a size say, is left out.
+        """
+        keys, results = _COCO if self.info.exhaustive else _LVIS, {}
+        for name, evaluation in self._evaluations().items():
+            values = evaluation.get_results()
+            results |= {f"{name}_{short}": 100.0 * values[key] for key, short in keys.items() if values.get(key, -1) >= 0}
         return results
 
-    def _average_precision(self, iou_type: str, name: str, image_ids: list[int]) -> dict[str, float]:
+    def details(self) -> dict:
+        """AP of each class in percent, and the images whose AP50 is lowest: of masks where there are any, else of boxes."""
+        classes: dict[str, dict[str, float]] = {}
+        for name, evaluation in self._evaluations().items():
+            measured = evaluation.report()["per_class"]  # of the classes that occur, in no order
+            for label in (c.name for c in self.info.classes if c.name in measured):
+                classes.setdefault(label, {})[f"{name}_ap"] = 100.0 * measured[label]["AP"]
+            images = evaluation.image_diagnostics()["img_summary"]
+        scores = [(self.images[i - 1]["file_name"], 100.0 * image["ap"]) for i, image in images.items()]
+        return {"classes": classes, "worst_images": worst(f"{name}_ap50", scores)}
+
+    def _evaluations(self) -> dict[str, COCOeval]:
+        everything = {"box": self._evaluate("bbox", [i["id"] for i in self.images])}
+        return everything | ({"mask": self._evaluate("segm", self.with_masks)} if self.with_masks else {})
+
+    def _evaluate(self, iou_type: str, image_ids: list[int]) -> COCOeval:
         wanted = set(image_ids)
-        categories = [{"id": i + 1, "name": c.name} for i, c in enumerate(self.info.classes) if c.thing]
         truth = COCO(
             {
                 "images": [i for i in self.images if i["id"] in wanted],
-                "categories": categories,
+                "categories": self._categories(),
                 "annotations": [a for a in self.truth if a["image_id"] in wanted],
             }
         )
         # A box result that carries a mask would be taken for a mask result, and its box made anew.
         other = "segmentation" if iou_type == "bbox" else "bbox"
         found = [{k: v for k, v in d.items() if k != other} for d in self.found if d["image_id"] in wanted]
-        keys = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
-        if not found:
-            return {f"{name}_{k}": 0.0 for k in ("ap", "ap50", "ap75")}
         evaluation = COCOeval(truth, truth.load_res(found), iou_type, lvis_style=not self.info.exhaustive)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summary_lines()  # `summarize` without its print; fills the results
-        values = evaluation.get_results()
-        return {f"{name}_{short}": 100.0 * values[k] for k, short in keys.items() if values.get(k, -1) >= 0}
+        return evaluation
+
+    def _categories(self) -> list[dict]:
+        shown = self.info.class_images.get("train") or next(iter(self.info.class_images.values()), ())
+        frequency = [{"frequency": "r" if n <= 10 else "c" if n <= 100 else "f"} for n in shown] or [{}] * len(self.info.classes)
+        return [{"id": i + 1, "name": c.name, **frequency[i]} for i, c in enumerate(self.info.classes) if c.thing]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 from hotcoco.panoptic import PanopticEval
+from jaxtyping import Bool, Int
 
-from mqformer_jax.evaluation import shifted
+from mqformer_jax.evaluation import shifted, worst
 from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
 from mqformer_jax.segments import Segments, ground_truth_segments
 
@@ -15,10 +18,12 @@ class PanopticEvaluator:
 
     Pixels under no labelled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction that
     lies mostly on void or on a crowd of its own class is no false positive.
+    learnable: how many of the model's queries are learnable (they come first), to say which kind found what; None: it is not said.
     """
 
-    def __init__(self, info: DatasetInfo):
-        self.info = info
+    def __init__(self, info: DatasetInfo, learnable: int | None = None):
+        self.info, self.learnable = info, learnable
+        self.taken = np.zeros((2, 2), int)  # stuff, things: segments rightly found, those of them that learnable queries found
         self.images: list[dict] = []
         self.truth: list[dict] = []
         self.found: list[dict] = []
@@ -30,7 +35,7 @@ class PanopticEvaluator:
                 f"{record.key}: panoptic quality needs panoptic segments with the {len(self.info.classes)} classes of "
                 f"{self.info.name} as prompts; these have {len(segments.texts)} prompts."
             )
-        image = {"id": len(self.images) + 1, "height": record.height, "width": record.width}
+        image = {"id": len(self.images) + 1, "height": record.height, "width": record.width, "file_name": record.key}
         self.images.append(image)
         labelled = ground_truth_segments(record, self.info)
         known = np.ones((record.height, record.width), bool) if record.ignore is None else ~record.decode_mask(record.ignore)
@@ -42,6 +47,10 @@ class PanopticEvaluator:
                 mask = record.decode_mask(segment.mask) & ~taken
                 taken |= mask
                 self._append(self.truth, segment.class_id, mask, crowd=True)
+        if self.learnable is not None:
+            for k in np.flatnonzero(_matched(np.where(known, labelled.panoptic, 0), labelled.prompt_ids, segments, ~(taken & known))):
+                thing = int(self.info.classes[segments.prompt_ids[k]].thing)
+                self.taken[thing] += 1, segments.query_ids[k] < self.learnable
 
     def merge(self, other: PanopticEvaluator) -> None:
         """Adds what another process saw, as images that come after one's own."""
@@ -49,17 +58,42 @@ class PanopticEvaluator:
         self.truth += shifted(other.truth, shift, len(self.truth))
         self.found += shifted(other.found, shift, len(self.found))
         self.images += [{**image, "id": image["id"] + shift} for image in other.images]
+        self.taken += other.taken
 
     def result(self) -> dict[str, float]:
-        """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has both."""
-        categories = [{"id": i + 1, "name": c.name, "isthing": int(c.thing)} for i, c in enumerate(self.info.classes)]
-        evaluation = PanopticEval(self._dataset(self.truth, categories), self._dataset(self.found, categories))
-        evaluation.evaluate()
-        results = evaluation.results()
+        """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has both.
+
+        learnable_share_things, learnable_share_stuff: of the segments rightly found, how many a learnable query found (a region that
+        several queries share is the first one's).
+        """
+        results = self._evaluate(self.images, self.truth, self.found)
         groups = {"": "All"}
         if len({c.thing for c in self.info.classes}) == 2:
             groups |= {"_things": "Things", "_stuff": "Stuff"}
-        return {f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")}
+        quality = {f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")}
+        kinds = zip(("stuff", "things"), self.taken.tolist())
+        return quality | {f"learnable_share_{kind}": 100.0 * learnable / found for kind, (found, learnable) in kinds if found}
+
+    def details(self) -> dict:
+        """pq, sq, rq of each class that occurs in percent, with counts; and the images whose own PQ is lowest."""
+        classes = {}
+        for i, values in sorted(self._evaluate(self.images, self.truth, self.found)["per_class"].items()):
+            if values["tp"] + values["fp"] + values["fn"]:
+                quality = {k: 100.0 * values[k] for k in ("pq", "sq", "rq")}
+                classes[self.info.classes[i - 1].name] = quality | {k: values[k] for k in ("tp", "fp", "fn")}
+        truth, found, scores = _by_image(self.truth), _by_image(self.found), []
+        for image in self.images:
+            total = self._evaluate([image], truth[image["id"]], found[image["id"]])["All"]
+            if total["n"]:
+                scores.append((image["file_name"], 100.0 * total["pq"]))
+        return {"classes": classes, "worst_images": worst("pq", scores)}
+
+    def _evaluate(self, images: list[dict], truth: list[dict], found: list[dict]) -> dict:
+        categories = [{"id": i + 1, "name": c.name, "isthing": int(c.thing)} for i, c in enumerate(self.info.classes)]
+        dataset = lambda annotations: {"images": images, "categories": categories, "annotations": annotations}
+        evaluation = PanopticEval(dataset(truth), dataset(found))
+        evaluation.evaluate()
+        return evaluation.results()
 
     def _add(self, annotations: list[dict], segments: Segments, known: np.ndarray) -> None:
         for i, label in enumerate(segments.prompt_ids):
@@ -71,5 +105,23 @@ class PanopticEvaluator:
             fields = {"id": len(annotations) + 1, "image_id": len(self.images), "category_id": label + 1}
             annotations.append({**fields, "segmentation": rle, "area": int(mask.sum()), "iscrowd": int(crowd)})
 
-    def _dataset(self, annotations: list[dict], categories: list[dict]) -> dict:
-        return {"images": self.images, "categories": categories, "annotations": annotations}
+
+def _by_image(annotations: list[dict]) -> dict[int, list[dict]]:
+    found = defaultdict(list)
+    for annotation in annotations:
+        found[annotation["image_id"]].append(annotation)
+    return found
+
+
+def _matched(
+    truth: Int[np.ndarray, "h w"], labels: Int[np.ndarray, "n"], segments: Segments, void: Bool[np.ndarray, "h w"]
+) -> Bool[np.ndarray, "m"]:
+    """Which of the segments are true positives: IoU above a half, void left out, with a true segment of their class.
+
+    truth: segment + 1 at each pixel, 0 where none is (crowds among them); labels: the segments' classes.
+    """
+    n, m = len(labels), len(segments)
+    shared = np.bincount((truth * (m + 1) + segments.panoptic).ravel(), minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)
+    union = shared.sum(1, keepdims=True) + shared.sum(0) - shared - np.bincount(segments.panoptic[void], minlength=m + 1)
+    iou = shared[1:, 1:] / np.maximum(union[1:, 1:], 1)
+    return ((iou > 0.5) & (labels[:, None] == segments.prompt_ids)).any(0)

@@ -7,6 +7,8 @@ from collections import defaultdict
 import numpy as np
 from jaxtyping import Bool
 
+from mqformer_jax.evaluation import worst
+
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
@@ -20,21 +22,29 @@ class ReferringEvaluator:
     def __init__(self):
         self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)  # kind → (intersection, union) in pixels
         self.rejected: list[bool] = []
+        self.scores: dict[str, list[float]] = defaultdict(list)  # image → IoU of its expressions; 1 or 0 where one names nothing
 
-    def update(self, prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"] | None, kind: str | None = None) -> None:
-        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own."""
+    def update(
+        self, prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"] | None, kind: str | None = None, key: str = ""
+    ) -> None:
+        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own; `key`: the image's."""
         if target is None:
             self.rejected.append(not prediction.any())
+            self.scores[key].append(float(self.rejected[-1]))
             return
         if prediction.shape != target.shape:
             raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
-        self.areas[kind].append((int((prediction & target).sum()), int((prediction | target).sum())))
+        intersection, union = int((prediction & target).sum()), int((prediction | target).sum())
+        self.areas[kind].append((intersection, union))
+        self.scores[key].append(intersection / max(union, 1))
 
     def merge(self, other: ReferringEvaluator) -> None:
         """Adds what another process saw."""
         for kind, areas in other.areas.items():
             self.areas[kind] += areas
         self.rejected += other.rejected
+        for key, scores in other.scores.items():
+            self.scores[key] += scores
 
     def result(self) -> dict[str, float]:
         """In percent: ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/kind, miou/kind for each kind."""
@@ -48,6 +58,10 @@ class ReferringEvaluator:
         for kind in sorted(k for k in self.areas if k is not None):
             results[f"ciou/{kind}"], results[f"miou/{kind}"], _ = _ious(self.areas[kind])
         return results
+
+    def details(self) -> dict:
+        """The images whose expressions have the lowest mean IoU."""
+        return {"worst_images": worst("miou", [(key, 100.0 * float(np.mean(scores))) for key, scores in self.scores.items()])}
 
 
 def _ious(pairs: list[tuple[int, int]]) -> tuple[float, float, np.ndarray]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+from hotcoco import metrics
 from hotcoco.semantic import SemanticEval
 from jaxtyping import Int
 
+from mqformer_jax.evaluation import worst
 from mqformer_jax.input.record import DatasetInfo, Record
 
 
@@ -15,21 +17,36 @@ class SemanticEvaluator:
     def __init__(self, info: DatasetInfo):
         self.info = info
         self.evaluation = SemanticEval([c.name for c in info.classes], ignore_index=len(info.classes))
+        self.scores: list[tuple[str, float]] = []
 
     def update(self, record: Record, prediction: Int[np.ndarray, "h w"]) -> None:
         """`prediction`: that of `semantic_map`, at the record's own size."""
         if prediction.shape != (record.height, record.width):
             raise ValueError(f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}.")
-        self.evaluation.update(ground_truth_map(record, self.info), prediction.astype(np.int32))
+        truth, prediction, count = ground_truth_map(record, self.info), prediction.astype(np.int32), len(self.info.classes)
+        self.evaluation.update(truth, prediction)
+        if (truth < count).any():
+            own = metrics.mean_iou(metrics.pixel_confusion(truth, prediction, count, ignore_index=count))
+            self.scores.append((record.key, 100.0 * own["mIoU"]))
 
     def merge(self, other: SemanticEvaluator) -> None:
         """Adds what another process saw."""
         self.evaluation.merge(other.evaluation)
+        self.scores += other.scores
 
     def result(self) -> dict[str, float]:
         """miou, fwiou (weighted by pixels) and pixel_accuracy, in percent, over the classes that occur."""
         results = self.evaluation.results()
         return {name: 100.0 * results[key] for name, key in (("miou", "mIoU"), ("fwiou", "fwIoU"), ("pixel_accuracy", "aAcc"))}
+
+    def details(self) -> dict:
+        """iou and accuracy of each class that occurs in percent; and the images whose own mIoU is lowest."""
+        classes = {
+            c["name"]: {"iou": 100.0 * c["IoU"], "accuracy": 100.0 * c["Acc"]}
+            for c in self.evaluation.results()["per_class"]
+            if c["gt_area"]
+        }
+        return {"classes": classes, "worst_images": worst("miou", self.scores)}
 
 
 def ground_truth_map(record: Record, info: DatasetInfo) -> Int[np.ndarray, "h w"]:

@@ -19,6 +19,16 @@ def path_name(path: tuple) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
+def named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths."""
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
+    """`tree` with the leaves of these paths. A checkpoint's own tree will not do: there a list's entry 10 comes before its entry 2."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
+
+
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """A NamedSharding for each leaf of `tree` (arrays or their shapes).
 

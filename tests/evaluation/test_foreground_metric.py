@@ -24,7 +24,7 @@ def test_max_f_is_the_best_of_the_mean_curve():
         prediction = np.clip(0.3 * target + rng.random((16, 16)) * 0.6, 0, 1)
         evaluator.update(prediction, target)
         curve = []
-        for t in range(1, 256):
+        for t in range(256):
             chosen = np.round(prediction * 255) >= t
             precision, recall = (chosen & target).sum() / max(chosen.sum(), 1), (chosen & target).sum() / target.sum()
             curve.append(1.3 * precision * recall / (0.3 * precision + recall) if recall else 0.0)
@@ -38,4 +38,7 @@ def test_a_perfect_answer_has_no_error_and_full_f():
     target[:2] = 1
     evaluator = ForegroundEvaluator()
     evaluator.update(target, target)
-    assert evaluator.result() == pytest.approx({"mae": 0, "mse": 0, "max_f": 100})
+    result = evaluator.result()
+    everything = 100 * 16 / 15  # the authors divide by one pixel less than there are
+    assert result.pop("mean_e") == pytest.approx((255 + 0.25) / 256 * everything)  # a threshold of 0 chooses all pixels
+    assert result == pytest.approx({"mae": 0, "mse": 0, "max_f": 100, "s_measure": 100, "max_e": everything})

@@ -56,7 +56,7 @@ def xywh(b) -> list[float]:
 
 
 def reference(records: list[Record], answers: list[Segments], iou_type: str) -> np.ndarray:
-    """pycocotools' AP, AP50, AP75, small, medium, large in percent."""
+    """pycocotools' AP, AP50, AP75, small, medium, large, AR with 1, 10, 100 segments an image, small, medium, large, in percent."""
     truth, found = [], []
     for i, (record, answer) in enumerate(zip(records, answers)):
         for s in (s for s in record.segments if s.class_id != 1):
@@ -76,7 +76,7 @@ def reference(records: list[Record], answers: list[Segments], iou_type: str) -> 
         e.evaluate()
         e.accumulate()
         e.summarize()
-    return 100 * e.stats[:6]
+    return 100 * e.stats
 
 
 def evaluated(records: list[Record], answers: list[Segments], info: DatasetInfo = INFO) -> dict[str, float]:
@@ -86,13 +86,14 @@ def evaluated(records: list[Record], answers: list[Segments], info: DatasetInfo 
     return evaluator.result()
 
 
-def test_mask_and_box_ap_are_pycocotools():
+def test_mask_and_box_ap_and_ar_are_pycocotools():
     records, answers = random_set()
     result = evaluated(records, answers)
     for name, iou_type in (("mask", "segm"), ("box", "bbox")):
         want = reference(records, answers, iou_type)
         assert 5 < want[0] < 95 and (want >= 0).all()
-        got = [result[f"{name}_{k}"] for k in ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l")]
+        keys = ("ap", "ap50", "ap75", "ap_s", "ap_m", "ap_l", "ar_1", "ar_10", "ar_100", "ar_s", "ar_m", "ar_l")
+        got = [result[f"{name}_{k}"] for k in keys]
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -133,3 +134,14 @@ def test_no_prediction_at_all_is_zero():
     empty = Segments(TEXTS, np.zeros((0, SIZE, SIZE), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
     result = evaluated(records, [empty])
     assert result["mask_ap"] == 0 and result["box_ap"] == 0
+
+
+def test_classes_of_a_federated_set_are_rare_common_or_frequent_by_their_images():
+    records, answers = random_set()
+    info = DatasetInfo("lvis", INFO.classes, {}, exhaustive=False, class_images={"val": (500, 0, 1), "train": (10, 0, 101)})
+    evaluator = InstanceEvaluator(info)
+    for record, answer in zip(records, answers):
+        evaluator.update(record, answer)
+    result, classes = evaluator.result(), evaluator.details()["classes"]
+    assert result["mask_ap_r"] == classes["cat"]["mask_ap"] and result["mask_ap_f"] == classes["dog"]["mask_ap"]
+    assert "mask_ap_c" not in result and "mask_ar_300" in result and "mask_ar_100" not in result

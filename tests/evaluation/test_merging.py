@@ -9,6 +9,7 @@ import pytest
 import test_instance_metric as instance
 import test_panoptic_metric as panoptic
 
+from mqformer_jax.evaluation.alpha import AlphaEvaluator
 from mqformer_jax.evaluation.foreground import ForegroundEvaluator
 from mqformer_jax.evaluation.instance import InstanceEvaluator
 from mqformer_jax.evaluation.panoptic import PanopticEvaluator
@@ -32,20 +33,26 @@ def semantic_updates(rng):
 
 
 def foreground_updates(rng):
-    for _ in range(9):
-        yield rng.random((12, 12)), rng.random((12, 12)) > 0.5
+    for i in range(9):
+        yield rng.random((12, 12)), rng.random((12, 12)) > 0.5, str(i)
+
+
+def matting_updates(rng):
+    for i in range(9):
+        yield rng.random((12, 12)), rng.random((12, 12)), None if i % 2 else rng.integers(0, 3, (12, 12)).astype(np.uint8) * 127, str(i)
 
 
 def referring_updates(rng):
-    for kind in ("colour", None, "place") * 3:
-        yield rng.random((12, 12)) > 0.6, None if rng.random() < 0.3 else rng.random((12, 12)) > 0.5, kind
+    for i, kind in enumerate(("colour", None, "place") * 3):
+        yield rng.random((12, 12)) > 0.6, None if rng.random() < 0.3 else rng.random((12, 12)) > 0.5, kind, str(i // 2)
 
 
 CASES = {
     "instance": (lambda: InstanceEvaluator(instance.INFO), lambda rng: zip(*instance.random_set(9))),
-    "panoptic": (lambda: PanopticEvaluator(panoptic.INFO), panoptic_updates),
+    "panoptic": (lambda: PanopticEvaluator(panoptic.INFO, learnable=1), panoptic_updates),
     "semantic": (lambda: SemanticEvaluator(panoptic.INFO), semantic_updates),
     "foreground": (ForegroundEvaluator, foreground_updates),
+    "matting": (AlphaEvaluator, matting_updates),
     "referring": (ReferringEvaluator, referring_updates),
 }
 
@@ -65,3 +72,4 @@ def test_parts_merged_are_the_whole(task):
     for other in others:
         first.merge(other)
     assert first.result() == whole.result() and first.result() != alone
+    assert first.details() == whole.details() and len(first.details()["worst_images"]) > 3

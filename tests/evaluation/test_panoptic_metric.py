@@ -102,3 +102,29 @@ def test_prompts_that_are_not_the_classes_are_refused_in_one_line():
     segments.texts = ["cat"]
     with pytest.raises(ValueError, match="a: panoptic quality needs .* 4 classes of toy"):
         PanopticEvaluator(INFO).update(Record("a", b"", SIZE, SIZE), segments)
+
+
+def test_which_kind_of_query_found_what_counts_right_segments_only():
+    cells, labels = scene(np.random.default_rng(1), 6)
+    record = Record("a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels)))
+    segments = predicted(cells, labels, np.zeros((SIZE, SIZE), bool))
+    segments.query_ids = np.array([0, 9, 0, 9, 9, 9])  # two regions, four things
+    segments.prompt_ids[2] = 1 - segments.prompt_ids[2]  # what a learnable query found is called by the wrong name
+    evaluator = PanopticEvaluator(INFO, learnable=5)
+    evaluator.update(record, segments)
+    result = evaluator.result()
+    assert result["learnable_share_stuff"] == 50 and result["learnable_share_things"] == 0
+    segments.prompt_ids[2] = 1 - segments.prompt_ids[2]
+    evaluator.update(record, segments)
+    assert evaluator.result()["learnable_share_things"] == pytest.approx(100 / 7)
+
+
+def test_details_name_the_classes_and_the_worst_image_first():
+    rng, evaluator = np.random.default_rng(2), PanopticEvaluator(INFO)
+    for key, hole in (("whole", 0.0), ("holes", 0.45), ("some holes", 0.2)):
+        cells, labels = scene(rng, 5)
+        record = Record(key, b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels)))
+        evaluator.update(record, predicted(cells, labels, rng.random(cells.shape) < hole))
+    details = evaluator.details()
+    assert [image["key"] for image in details["worst_images"]] == ["holes", "some holes", "whole"]
+    assert details["worst_images"][2]["pq"] == pytest.approx(100) and details["classes"]["sky"]["tp"] == 3

@@ -1,0 +1,61 @@
+"""Fine-tune on one's own data: one command from a COCO json to a table and a sheet of pictures.
+
+    pip install -e '.[text]'
+    python -m mqformer_jax.convert --from lite --output pretrained/lite       # once: two small pre-trained encoders
+    make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json     # runs/balloon: checkpoint, eval.json, pictures
+
+which is short for `data/prepare.py instances`, once a split, and
+
+    python -m mqformer_jax.main --config=configs/finetune.py:balloon --workdir=runs/balloon
+
+for any data set under data/records, whatever it labels: `:NAME` takes MQ-Former-Lite with its pre-trained encoders, `:NAME,CHECKPOINT`
+the model of a checkpoint (a workdir, or a converted Mask DINO). 30 epochs, 300 steps at least; what was run: docs/results.md.
+"""
+
+import os
+import runpy
+
+from ml_collections import ConfigDict
+
+from mqformer_jax.config import base
+from mqformer_jax.input.record import DatasetInfo
+from mqformer_jax.input.sources import not_prepared
+
+EPOCHS, LEAST = 30, 300
+LITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lite.py")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    name, _, checkpoint = variant.partition(",")
+    if not name:
+        raise ValueError("configs/finetune.py: name a prepared data set: --config=configs/finetune.py:NAME or :NAME,CHECKPOINT.")
+    config = of_checkpoint(checkpoint) if checkpoint else runpy.run_path(LITE)["lite"]()
+    folder = os.path.join(config.data.root, name)
+    if not os.path.exists(folder):
+        raise ValueError(not_prepared(config.data.root, name, "train"))
+    info = DatasetInfo.load(folder)
+    task = task_of(info)
+    config.data.mixture = (dict(name=name, split="train", tasks=(task,)),)
+    held_out = [split for split in ("val", "test") if split in info.splits][:1]
+    config.eval.sets = tuple(dict(name=name, split=split, tasks=(task,)) for split in held_out)
+    config.steps = max(LEAST, EPOCHS * info.splits["train"] // config.batch_size)
+    config.log_every, config.checkpoint_every = 20, 200
+    return config
+
+
+def of_checkpoint(path: str) -> ConfigDict:
+    """The checkpoint's model and its sizes, with a gentle optimiser."""
+    from mqformer_jax.checkpoint import load_config
+
+    theirs, config = load_config(path), base()
+    config.model, config.loss, config.denoising = theirs.model, theirs.loss, theirs.denoising
+    config.data.update({name: theirs.data[name] for name in ("canvas", "templates", "max_targets", "max_prompts")})
+    config.update(dict(init_from=(path,), batch_size=8))
+    config.optimizer.update(learning_rate=1e-4, clip=1.0, warmup=100, schedule="cosine")
+    return config
+
+
+def task_of(info: DatasetInfo) -> str:
+    """Regions alone are semantic, things alone instances, both panoptic; without classes it is expressions."""
+    things = {c.thing for c in info.classes}
+    return {frozenset(): "referring", frozenset([True]): "instance", frozenset([False]): "semantic"}.get(frozenset(things), "panoptic")

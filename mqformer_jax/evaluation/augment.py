@@ -1,0 +1,101 @@
+"""Test-time augmentation: an image is asked about at several sizes and mirrored, and what the views say is averaged.
+
+Semantic maps average the score of each pixel for each class (Mask2Former, `SemanticSegmentorWithTTA`), regions the mask probability of
+each prompt, the surer views more. Instances and panoptic segments are not augmented: which of one view's segments is which of another's nobody says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from mqformer_jax.input.example import Prompt
+from mqformer_jax.input.prompts import mirror
+from mqformer_jax.models.mqformer import query_counts
+from mqformer_jax.segments import CanvasMasks, soft_mask
+
+if TYPE_CHECKING:
+    from mqformer_jax.predict import Answer
+
+View = tuple[tuple[int, int], bool]  # canvas (height, width) in pixels, and whether the image is mirrored
+
+
+def views_of(config: ConfigDict, scales: Sequence[float], flip: bool) -> list[View]:
+    """The views of `eval.scales` and `eval.flip` for a model's config; canvases are rounded to what its strides divide."""
+    step, found = max(8, *config.model.strides), []
+    for scale in scales:
+        canvas = tuple(max(step, round(side * scale / step) * step) for side in config.data.canvas)
+        canvas = tuple(config.data.canvas) if scale == 1 else canvas
+        tokens = sum((canvas[0] // s) * (canvas[1] // s) for s in config.model.strides)
+        if tokens < sum(query_counts(config.model)):
+            raise ValueError(f"config.eval.scales = {scale}: a canvas of {canvas} has {tokens} tokens, fewer than the model's queries.")
+        found += [(canvas, mirrored) for mirrored in ((False, True) if flip else (False,))]
+    return list(dict.fromkeys(found))
+
+
+def mirrored_image(image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+    return np.ascontiguousarray(image[:, ::-1])
+
+
+def mirrored_texts(texts: Sequence[str]) -> list[str] | None:
+    """What the texts say of the mirrored image ("left" is "right"); None where one of them leaves it open."""
+    prompts = [mirror(Prompt((text,), region=True)) for text in texts]
+    return None if None in prompts else [prompt.texts[0] for prompt in prompts]
+
+
+class ViewMasks:
+    """Mask logits of all views' queries, one view after the other, as those of one network, mirrored back.
+
+    The mean over views of a sum over queries is the sum over all of them, so `segments.semantic_map` needs to know no views.
+    """
+
+    def __init__(self, masks: Sequence[CanvasMasks], flipped: Sequence[bool]):
+        self.masks, self.flipped = masks, flipped
+        self.starts = np.cumsum([0, *(m.shape[0] for m in masks)])
+        self.shape = (int(self.starts[-1]), *masks[0].shape[1:])
+
+    def __getitem__(self, index: np.ndarray | tuple[np.ndarray, slice]) -> Float[np.ndarray, "k r w"]:
+        """Some queries, and of their masks some rows or all."""
+        queries, rows = index if isinstance(index, tuple) else (index, slice(0, self.shape[1]))
+        views = np.searchsorted(self.starts, queries, side="right") - 1
+        out = np.empty((len(queries), rows.stop - rows.start, self.shape[2]), np.float32)
+        for view in np.unique(views):
+            masks = self.masks[view].band(queries[views == view] - self.starts[view], rows)
+            out[views == view] = masks[:, :, ::-1] if self.flipped[view] else masks
+        return out
+
+
+def joined(answers: Sequence[Answer], flipped: Sequence[bool]) -> tuple[Float[np.ndarray, "v*q p"], ViewMasks | CanvasMasks]:
+    """Class probabilities and masks of all views of an image, for `segments.semantic_map`."""
+    if len(answers) == 1 and not flipped[0]:
+        return answers[0].class_probs, answers[0].masks
+    return np.concatenate([a.class_probs for a in answers]), ViewMasks([a.masks for a in answers], flipped)
+
+
+def mean_regions(answers: Sequence[Answer], flipped: Sequence[bool]) -> Answer:
+    """One answer in which query i is the region of prompt i: the mean over views of its best query's mask probability and box.
+
+    Views weigh as much as those queries score: of two that see different objects, the surer one should not lose all it sees (on the
+    sample's expressions, mirrored: mIoU 59.9, with equal weights 56.3, without the mirrored view 59.0). The score is the plain mean.
+    """
+    if len(answers) == 1 and not flipped[0]:
+        return answers[0]
+    scores = np.stack([answer.class_probs.max(0) for answer in answers])
+    weights = (scores + 1e-6) / (scores + 1e-6).sum(0)
+    _, height, width = answers[0].masks.shape
+    masks, boxes = np.zeros((scores.shape[1], height, width), np.float32), np.zeros((scores.shape[1], 4), np.float32)
+    for answer, mirrored, weight in zip(answers, flipped, weights):
+        best = answer.boxes[answer.class_probs.argmax(0)]
+        best = np.stack([width - best[:, 2], best[:, 1], width - best[:, 0], best[:, 3]], 1) if mirrored else best
+        boxes += weight[:, None] * best
+        for prompt, share in enumerate(weight):
+            mask = soft_mask(answer.class_probs, answer.masks, prompt)
+            masks[prompt] += share * (mask[:, ::-1] if mirrored else mask)
+    masks = np.clip(masks, 1e-7, 1 - 1e-7)
+    alone = np.full((scores.shape[1],) * 2, -1, np.float32)  # a query answers to no prompt but its own
+    np.fill_diagonal(alone, scores.mean(0))
+    return answers[0].replace(class_probs=alone, boxes=boxes, masks=np.log(masks) - np.log1p(-masks))

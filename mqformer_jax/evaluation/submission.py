@@ -1,0 +1,105 @@
+"""What a model answered on a data set, in the files that benchmarks and their servers take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import defaultdict
+
+import cv2
+import numpy as np
+from jaxtyping import Float, Int
+
+from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
+from mqformer_jax.segments import Segments
+
+# COCO left some of its first 90 ids, and of those of stuff, without a class.
+COCO_THINGS = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]
+COCO_STUFF = [92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154, 155, 156, 159]
+COCO_STUFF += [161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201)]
+
+
+class Submission:
+    """Files of one data set in `folder`. Images are written as they come, lists (of all processes, merged) by `save`.
+
+        segm.json, bbox.json         COCO results of the things
+        panoptic.json, panoptic/     COCO panoptic: colours are segment ids (R + 256 G + 65536 B)
+        semantic/                    the class of each pixel, 8 or 16 bits
+        referring.json               image_id, text, score, and the mask as run-length code, empty where nothing is named
+        foreground/, matting/        probability or alpha, 8 bits
+        categories.json              which id is which class: COCO's own for its 80 and 133 classes, else 1, 2, 3 ...; a PNG counts from 0
+
+    image_id is the number that a file name is (COCO's are), else the name.
+    """
+
+    def __init__(self, folder: str, info: DatasetInfo):
+        self.folder, self.info = folder, info
+        self.ids = class_ids(info)
+        self.lists: dict[str, list[dict]] = defaultdict(list)
+
+    def instance(self, record: Record, segments: Segments) -> None:
+        for mask, box, score, label in zip(segments.masks, segments.boxes, segments.scores, segments.prompt_ids):
+            x0, y0, x1, y1 = map(float, box)
+            fields = {"image_id": image_id(record), "category_id": self.ids[label], "score": float(score)}
+            self.lists["bbox"].append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0]})
+            self.lists["segm"].append({**fields, "segmentation": _rle(mask)})
+
+    def panoptic(self, record: Record, segments: Segments) -> None:
+        ids = segments.panoptic.astype(np.int64)
+        self._picture("panoptic", record, np.stack([ids >> 16 & 255, ids >> 8 & 255, ids & 255], -1).astype(np.uint8))
+        infos = [{"id": i + 1, "category_id": self.ids[label]} for i, label in enumerate(segments.prompt_ids)]
+        self.lists["panoptic"].append({"image_id": image_id(record), "file_name": f"{stem(record)}.png", "segments_info": infos})
+
+    def semantic(self, record: Record, labels: Int[np.ndarray, "h w"]) -> None:
+        self._picture("semantic", record, labels.astype(np.uint8 if len(self.ids) <= 256 else np.uint16))
+
+    def referring(self, record: Record, segments: Segments) -> None:
+        for text, mask, score in zip(segments.texts, segments.masks, segments.scores):
+            fields = {"image_id": image_id(record), "text": text, "score": float(score)}
+            self.lists["referring"].append({**fields, "segmentation": _rle(mask)})
+
+    def soft(self, task: str, record: Record, mask: Float[np.ndarray, "h w"]) -> None:
+        """A mask with values 0 to 1. task: the folder's name, "foreground" or "matting"."""
+        self._picture(task, record, np.round(mask * 255).astype(np.uint8))
+
+    def merge(self, other: Submission) -> None:
+        """Adds what another process answered."""
+        for name, entries in other.lists.items():
+            self.lists[name] += entries
+
+    def save(self) -> None:
+        os.makedirs(self.folder, exist_ok=True)
+        categories = [{"id": i, "name": c.name, "isthing": int(c.thing)} for i, c in zip(self.ids, self.info.classes)]
+        panoptic = self.lists.get("panoptic")
+        files = {**self.lists, **({"panoptic": {"annotations": panoptic, "categories": categories}} if panoptic else {})}
+        for name, content in {**files, **({"categories": categories} if categories else {})}.items():
+            with open(os.path.join(self.folder, f"{name}.json"), "w") as f:
+                json.dump(content, f)
+
+    def _picture(self, task: str, record: Record, pixels: np.ndarray) -> None:
+        path = os.path.join(self.folder, task, f"{stem(record)}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        if not cv2.imwrite(path, pixels):
+            raise OSError(f"{path}: the picture could not be written.")
+
+
+def class_ids(info: DatasetInfo) -> list[int]:
+    """The ids that a benchmark gives to the classes."""
+    own = {80: COCO_THINGS, 133: COCO_THINGS + COCO_STUFF} if info.name.startswith("coco") else {}
+    return own.get(len(info.classes), list(range(1, len(info.classes) + 1)))
+
+
+def stem(record: Record) -> str:
+    """The record's key without the ending of an image file."""
+    return re.sub(r"\.(jpe?g|png|webp|bmp|tiff?)$", "", record.key, flags=re.IGNORECASE)
+
+
+def image_id(record: Record) -> int | str:
+    number = re.fullmatch(r"(?:COCO_\w+_)?(\d+)", stem(record))
+    return int(number[1]) if number else stem(record)
+
+
+def _rle(mask: np.ndarray) -> dict:
+    counts = encode_rle(mask)
+    return {"size": list(mask.shape), "counts": counts.decode() if isinstance(counts, bytes) else counts}

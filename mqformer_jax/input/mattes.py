@@ -1,0 +1,183 @@
+"""Mattes for the refiner: records to crops on its canvas, each with a mask as bad as the masks it will have to mend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import cv2
+import grain
+import numpy as np
+from jaxtyping import Float, UInt8
+from ml_collections import ConfigDict
+
+from mqformer_jax.input.batch import PAD
+from mqformer_jax.input.record import Record
+from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.input.transforms import resize_image
+
+SEARCHED = 100  # first records of a data set, one of which must have a matte
+UNKNOWN = 2.0  # how much more a pixel counts that is near one the object covers in part
+Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
+
+
+@dataclasses.dataclass(frozen=True)
+class Matte:
+    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's salient one."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    alpha: Float[np.ndarray, "h w"]
+    index: int
+    foreground: bool
+
+
+def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
+    """The data sets of `config.matting.mixture` or `.sets`. Raises ValueError in one line where there are none, or one without mattes."""
+    if not entries:
+        raise ValueError(f"config.matting.{field} = (): name the data sets with mattes, e.g. dict(name='mattes', split='train').")
+    sources = [ShardSource(root, entry["name"], entry["split"]) for entry in entries]
+    for source in sources:
+        if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
+            raise ValueError(
+                f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: take it out, or "
+                "prepare it with mattes."
+            )
+    return sources
+
+
+def find(source: ShardSource, start: int) -> list[Matte]:
+    """The mattes of the first record that has any, from `start` on and round the end; a set of `open_mattes` has one."""
+    there = (mattes_of(Record.from_bytes(source[i]), i) for i in ((start + k) % len(source) for k in range(len(source))))
+    return next(mattes for mattes in there if mattes)
+
+
+def mattes_of(record: Record, index: int) -> list[Matte]:
+    segments = [s for s in record.segments if s.alpha is not None]
+    image = record.decode_image() if segments else None
+    return [Matte(image, record.decode_alpha(s.alpha).astype(np.float32) / 255, index, s.foreground) for s in segments]
+
+
+# ---- Geometry, the same in training and after it -----------------------------------------------------------------------------
+
+
+def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | None:
+    """The box of what is above a half with a margin (in its larger side), made a square where the image has room; None: nothing is."""
+    left, top, width, height = cv2.boundingRect((mask > 0.5).astype(np.uint8))
+    if not width:
+        return None
+    side = round(max(width, height) * (1 + 2 * margin))
+    spans = [_span(start, length, side, room) for start, length, room in zip((top, left), (height, width), mask.shape)]
+    return spans[0][0], spans[1][0], spans[0][1], spans[1][1]
+
+
+def _span(start: int, length: int, wanted: int, room: int) -> tuple[int, int]:
+    """Start and length of the `wanted` pixels around the middle of others, moved and cut to fit 0 ... room."""
+    wanted = min(wanted, room)
+    return int(np.clip(start + (length - wanted) // 2, 0, room - wanted)), wanted
+
+
+def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
+    """A random part of a window, whose sides are about `share` of the window's (within a factor of the root of 2), all of it at most."""
+    share = min(1.0, share * 2 ** rng.uniform(-0.5, 0.5))
+    height, width = (max(1, round(share * side)) for side in window[2:])
+    return window[0] + int(rng.integers(window[2] - height + 1)), window[1] + int(rng.integers(window[3] - width + 1)), height, width
+
+
+def fitted(window: Window, canvas: int) -> tuple[int, int]:
+    """Height and width of a window on the square canvas, as large as it allows."""
+    ratio = canvas / max(window[2:])
+    return max(1, round(window[2] * ratio)), max(1, round(window[3] * ratio))
+
+
+def cut(pixels: np.ndarray, window: Window, canvas: int, fill: float) -> np.ndarray:
+    """A window of an image or mask [h, w, ...] on the upper left of the canvas, the rest filled."""
+    top, left, height, width = window
+    size = fitted(window, canvas)
+    out = np.full((canvas, canvas, *pixels.shape[2:]), fill, pixels.dtype)
+    out[: size[0], : size[1]] = resize_image(pixels[top : top + height, left : left + width], size)
+    return out
+
+
+# ---- Guidance ----------------------------------------------------------------------------------------------------------------
+
+
+def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
+    """The matte as a hard mask whose outline lies `grow` pixels too far out, or too far in where negative."""
+    mask = (alpha > threshold).astype(np.float32)
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(grow) + 1,) * 2)
+    return cv2.dilate(mask, disc) if grow > 0 else cv2.erode(mask, disc)
+
+
+def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[np.ndarray, "h w"]:
+    """The matte as some segmentation might have it: thresholded, grown and shrunk, coarse, blurred, with a patch misplaced (MGMatting)."""
+    reach = max(2, max(alpha.shape) // 20)
+    mask = rough_mask(alpha, rng.uniform(0.05, 0.95), int(rng.integers(-reach, reach + 1)))
+    if rng.random() < 0.5:
+        mask = rough_mask(mask, 0.5, int(rng.integers(-reach, reach + 1)))
+    if rng.random() < 0.5:
+        small = cv2.resize(mask, None, fx=(share := 1 / rng.uniform(2, 10)), fy=share, interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(small, mask.shape[::-1], interpolation=cv2.INTER_LINEAR)
+    if rng.random() < 0.3:
+        mask = cv2.GaussianBlur(mask, (0, 0), rng.uniform(0.5, reach / 3))
+    if rng.random() < 0.25:
+        (h, w), side = mask.shape, int(rng.integers(reach, 4 * reach))
+        (y, x), (v, u) = (rng.integers((max(1, h - side), max(1, w - side))) for _ in range(2))
+        patch = mask[v : v + side, u : u + side].copy()
+        mask[y : y + side, x : x + side] = patch
+    return np.clip(mask, 0, 1)  # a blur rounds
+
+
+# ---- Batches -----------------------------------------------------------------------------------------------------------------
+
+
+def make_batches(
+    config: ConfigDict, sources: Sequence[ShardSource], own: Sequence[dict[int, UInt8[np.ndarray, "_ _"]]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The batches of a whole training, read ahead by threads. own: of each source, the model's own masks (see `matting.own_masks`).
+
+    Each holds `image` uint8 [b, c, c, 3], and as float32 [b, c, c] `guidance`, `alpha` and `weight`. They depend on the seed alone.
+    """
+    matting = config.matting
+    shares = np.sqrt([len(source) for source in sources])
+
+    def example(i: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((config.seed, i))
+        k = int(rng.choice(len(sources), p=shares / shares.sum()))
+        found = find(sources[k], int(rng.integers(len(sources[k]))))
+        matte = found[rng.integers(len(found))]
+        own_mask = own[k].get(matte.index) if matte.foreground and rng.random() < matting.own else None
+        return make_example(matte, own_mask, matting, rng, config.data.flip)
+
+    stream = grain.MapDataset.range(matting.steps * matting.batch_size).map(example).batch(matting.batch_size)
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=4)))
+
+
+def make_example(
+    matte: Matte, own: UInt8[np.ndarray, "_ _"] | None, matting: ConfigDict, rng: np.random.Generator, flip: float
+) -> dict[str, np.ndarray]:
+    """A random crop of the object, maybe mirrored. own: the mask to guide with, 0 to 255, of any size; None: a perturbed matte."""
+    h, w = matte.alpha.shape
+    crop = matting.crop
+    window = part_of(window_around(matte.alpha, matting.margin) or (0, 0, h, w), rng, crop / matting.canvas)
+    size = fitted(window, crop)
+    inside = np.s_[: size[0], : size[1]]
+    image, alpha = cut(matte.image, window, crop, PAD), cut(matte.alpha, window, crop, 0)
+    if own is None:
+        guidance = np.zeros_like(alpha)
+        guidance[inside] = perturb(np.ascontiguousarray(alpha[inside]), rng)
+    else:
+        guidance = cut(cv2.resize(own.astype(np.float32) / 255, (w, h), interpolation=cv2.INTER_LINEAR), window, crop, 0)
+    weight = np.zeros_like(alpha)
+    weight[inside] = 1 + UNKNOWN * near_soft(alpha[inside])
+    example = {"image": image, "guidance": guidance, "alpha": alpha, "weight": weight}
+    if rng.random() < flip:
+        for values in example.values():
+            values[:, : size[1]] = values[:, : size[1]][:, ::-1].copy()
+    return example
+
+
+def near_soft(alpha: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
+    """1 where a pixel or one close to it is covered in part."""
+    reach = max(alpha.shape) // 40
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1,) * 2)
+    return cv2.dilate(((alpha > 0.02) & (alpha < 0.98)).astype(np.uint8), disc)

@@ -1,0 +1,42 @@
+"""configs/finetune.py: a recipe read off a prepared data set and the checkpoint to start from."""
+
+import pytest
+from tiny import get_config, recipe
+
+from mqformer_jax import config as recipes
+from mqformer_jax.input.record import ClassInfo, DatasetInfo
+
+
+@pytest.fixture(autouse=True)
+def prepared(tmp_path, monkeypatch):
+    """Data sets `things`, `regions` and `phrases` under data/records of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    sets = {"things": (ClassInfo(("cat",)),), "regions": (ClassInfo(("sky",), False),), "phrases": ()}
+    for name, classes in sets.items():
+        folder = tmp_path / "data/records" / name
+        folder.mkdir(parents=True)
+        DatasetInfo(name, classes, {"train": 400, "val": 4} if name != "phrases" else {"train": 4}).save(str(folder))
+
+
+@pytest.mark.parametrize("name, task", [("things", "instance"), ("regions", "semantic"), ("phrases", "referring")])
+def test_what_a_set_labels_decides_what_is_taught(name, task):
+    config = recipe(name, "finetune")
+    recipes.check(config)
+    assert config.data.mixture[0]["tasks"] == (task,) and config.init_from == ("pretrained/lite",)
+    assert [e["split"] for e in config.eval.sets] == ([] if name == "phrases" else ["val"])
+    assert config.steps == (300 if name == "phrases" else 1500)
+
+
+def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
+    theirs = get_config()
+    monkeypatch.setattr("mqformer_jax.checkpoint.load_config", lambda path: theirs)
+    config = recipe("things,runs/other", "finetune")
+    recipes.check(config)
+    assert config.model == theirs.model and config.data.canvas == theirs.data.canvas and config.init_from == ("runs/other",)
+
+
+@pytest.mark.parametrize("variant, says", [("", ":NAME"), ("unknown", "'unknown' split 'train' is not in data/records")])
+def test_a_name_that_is_missing_or_unknown_is_one_line(variant, says):
+    with pytest.raises(ValueError, match=says) as error:
+        recipe(variant, "finetune")
+    assert "\n" not in str(error.value)
