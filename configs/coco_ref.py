@@ -80,7 +80,7 @@ def sample() -> ConfigDict:
     )
     config.eval.sets = (
         dict(name="sample_scenes", split="val", tasks=("panoptic", "instance", "semantic", "referring")),
-        dict(name="sample_mattes", split="val", tasks=("foreground",)),
+        dict(name="sample_mattes", split="val", tasks=("foreground", "matting")),
     )
     config.matting.update(canvas=96, crop=64)
     config.matting.mixture = (dict(name="sample_mattes", split="train"),)

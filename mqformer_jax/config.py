@@ -147,7 +147,7 @@ def base() -> ConfigDict:
                 canvas=512,  # side of the square that the surroundings of a mask are brought to
                 crop=320,  # side of the square parts of the canvas that training sees
                 margin=0.1,  # around the mask's box, in its larger side
-                reach=0.04,  # how far from the mask's outline alpha may differ from it, in the crop's larger side
+                reach=0.06,  # how far from the mask's outline alpha may differ from it, in the canvas' side
                 mixture=(),  # dicts: name, split; of their records the segments with a matte
                 sets=(),  # likewise; measured at the end
                 own=0.5,  # with --checkpoint: the share of foregrounds guided by the model's own mask, not by a perturbed matte

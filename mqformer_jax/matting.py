@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import has_checkpoint, load_weights
@@ -55,8 +55,7 @@ class Refiner:
         """The alpha, 0 to 1, of each mask (0 to 1, soft or hard) of an RGB image of any size.
 
         Each is made from a crop around what the mask has above a half; outside it, and for a mask with nothing there, alpha is 0.
-        Farther than `config.matting.reach` from the mask's outline, alpha is the mask.
-        """
+            """
         if masks.shape[1:] != image.shape[:2]:
             raise ValueError(f"the masks are {masks.shape[1:]}, the image {image.shape[:2]}: give them at the image's size.")
         alphas = np.zeros(masks.shape, np.float32)
@@ -74,12 +73,4 @@ class Refiner:
         alpha = np.asarray(self._forward(self.params, self.frozen, pixels[None], guidance[None])[0])
         height, width = fitted(window, canvas)
         alpha = cv2.resize(alpha[:height, :width], (window[3], window[2]), interpolation=cv2.INTER_LINEAR)
-        guidance = mask[window[0] : window[0] + window[2], window[1] : window[1] + window[3]]
-        return np.where(near_outline(guidance, self.matting.reach), np.clip(alpha, 0, 1), guidance)
-
-
-def near_outline(mask: Float[np.ndarray, "h w"], reach: float) -> Bool[np.ndarray, "h w"]:
-    """Where the mask's outline (at a half) is no farther than `reach` of the larger side; elsewhere a mask is believed as it is."""
-    size = 2 * max(1, round(reach * max(mask.shape))) + 1
-    disc, inside = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (size, size)), (mask > 0.5).astype(np.uint8)
-    return cv2.dilate(inside, disc) > cv2.erode(inside, disc)
+        return np.clip(alpha, 0, 1)

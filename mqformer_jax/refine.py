@@ -192,8 +192,9 @@ def _replace(folder: str, weights: Weights, about: dict) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line a data set and kind of mask: SAD (thousands of pixels) and MSE, before -> after."""
-    line = "{:>24}  {:5} masks  SAD {mask[sad]:.2f} -> {refined[sad]:.2f}  MSE {mask[mse]:.4f} -> {refined[mse]:.4f}"
+    """A line a data set and kind of mask: SAD (thousands of pixels), MSE (thousandths) and Grad (thousands), before -> after."""
+    line = "{:>24}  {:5} masks"
+    line += "".join(f"  {name.upper()} {{mask[{name}]:.2f}} -> {{refined[{name}]:.2f}}" for name in ("sad", "mse", "grad"))
     return "\n".join(line.format(name, kind, **r) for name, kinds in results.items() for kind, r in kinds.items() if r["mask"])
 
 

@@ -23,12 +23,14 @@ Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the 
 
 @dataclasses.dataclass(frozen=True)
 class Matte:
-    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's salient one."""
+    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's salient one.
+    trimap: as in `Segment`, or None."""
 
     image: UInt8[np.ndarray, "h w 3"]
     alpha: Float[np.ndarray, "h w"]
     index: int
     foreground: bool
+    trimap: UInt8[np.ndarray, "h w"] | None = None
 
 
 def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
@@ -54,7 +56,8 @@ def find(source: ShardSource, start: int) -> list[Matte]:
 def mattes_of(record: Record, index: int) -> list[Matte]:
     segments = [s for s in record.segments if s.alpha is not None]
     image = record.decode_image() if segments else None
-    return [Matte(image, record.decode_alpha(s.alpha).astype(np.float32) / 255, index, s.foreground) for s in segments]
+    trimap = lambda s: None if s.trimap is None else record.decode_alpha(s.trimap)
+    return [Matte(image, record.decode_alpha(s.alpha).astype(np.float32) / 255, index, s.foreground, trimap(s)) for s in segments]
 
 
 # ---- Geometry, the same in training and after it -----------------------------------------------------------------------------

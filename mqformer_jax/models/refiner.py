@@ -13,6 +13,9 @@ from mqformer_jax.models import layers
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.convnet import ConvNorm
 
+WINDOWS = (17, 41)  # pixels of stride 4: how far the colours of object and ground are gathered from
+SEEN = 4 + len(WINDOWS)  # image, guidance, what the colours say
+
 
 class Level(nnx.Module):
     """One stride of the decoder: what comes from above, the encoder's feature and the pixels, joined; and the correction read from it."""
@@ -20,12 +23,12 @@ class Level(nnx.Module):
     def __init__(self, above: int, feature: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.lateral = layers.Conv(feature, width, rngs=rngs, dtype=dtype) if feature else None
         self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None  # else it would drown the guidance
-        self.join = ConvNorm(above + (width if feature else 0) + 4, width, rngs=rngs, dtype=dtype)
+        self.join = ConvNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
         self.block = ConvNorm(width, width, rngs=rngs, dtype=dtype)
         self.head = layers.Conv(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, above: Float[Array, "b h w a"] | None, feature: Float[Array, "b h w f"] | None, seen: Float[Array, "b h w 4"]
+        self, above: Float[Array, "b h w a"] | None, feature: Float[Array, "b h w f"] | None, seen: Float[Array, "b h w 6"]
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w 1"]]:
         side = None if feature is None else self.norm(self.lateral(feature))
         x = jax.nn.relu(self.join(jnp.concatenate([part for part in (above, side, seen) if part is not None], -1)))
@@ -37,14 +40,17 @@ class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
     A U-shaped network over one of our image encoders, which never sees the mask and so may come from any pre-training. Every
-    level of the decoder, down to single pixels, sees the image and the guidance at its stride, and adds its correction to those of
-    the coarser ones. All corrections start at zero: an untrained refiner returns its guidance.
+    level of the decoder, down to single pixels, sees the image, the guidance and what the colours say (`unmixed`) at its stride, and
+    adds its correction to those of the coarser ones. All corrections start at zero: an untrained refiner returns its guidance. They
+    count near the guidance's outline alone; elsewhere it is believed, which a few matting images can teach no better.
 
     config: `config.matting`. Its `width` is the channels of the strides from 4 on; stride 2 has half of them, stride 1 a quarter.
     """
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype, self.backbone = dtype, make_backbone(config.backbone, "none", rngs, dtype)
+        self.reach = max(1, round(config.reach * config.canvas / 4))  # in pixels of stride 4
+        self.blend = nnx.Param(jnp.zeros(len(WINDOWS)))
         coarsest = max(self.backbone.channels)
         self.strides = tuple(coarsest >> k for k in range(coarsest.bit_length()))  # coarsest, ..., 4, 2, 1
         made, above = [], 0
@@ -61,14 +67,57 @@ class MattingRefiner(nnx.Module):
         """
         image = (image - jnp.array(self.backbone.mean)) / jnp.array(self.backbone.std)
         features = self.backbone(image)
-        seen = _pyramid(jnp.concatenate([image, guidance[..., None]], -1), self.strides)
+        near, said = unmixed(image, guidance, self.reach)
+        seen = _pyramid(jnp.concatenate([image, guidance[..., None], said], -1), self.strides)
+        gates = _pyramid(near, self.strides)
         alphas, x, correction = {}, None, 0.0
         for stride, level in zip(self.strides, self.levels):
             above = None if x is None else double(x)
             x, change = level(above, features.get(stride), seen[stride].astype(self.dtype))
             correction = change if above is None else double(correction) + change
-            alphas[stride] = _clip(seen[stride][..., 3] + correction[..., 0])
+            mask, colours = seen[stride][..., 3], seen[stride][..., 4:]
+            by_colour = ((colours - mask[..., None]) * self.blend[...]).sum(-1)
+            alphas[stride] = _clip(mask + gates[stride][..., 0] * (by_colour + correction[..., 0]))
         return alphas
+
+
+def unmixed(
+    image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
+) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
+    """Where the guidance is in doubt (0 to 1), and the alpha there by colour alone, one for each of `WINDOWS`; elsewhere the guidance.
+
+    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colours are known to be the object's or the ground's; a pixel in
+    doubt lies somewhere on the line between the means of those around it (the colour line of sampling-based matting).
+    """
+    small = halve(halve(jnp.concatenate([image, (guidance > 0.5).astype(image.dtype)[..., None]], -1)))
+    colour, inside = small[..., :3], small[..., 3:]
+    known = 1.0 - _largest(1.0 - inside, reach), 1.0 - _largest(inside, reach)  # the object, the ground
+    known = [(k > 0.999).astype(image.dtype) for k in known]
+    near = 1.0 - known[0] - known[1]
+    everywhere = [(k * colour).sum((1, 2), keepdims=True) / (k.sum((1, 2), keepdims=True) + 1e-6) for k in known]
+    said, means = [], [jnp.broadcast_to(mean, colour.shape) for mean in everywhere]
+    for window in WINDOWS[::-1]:  # where the smaller has nothing known, what the larger has
+        counts = [_summed(k, window) for k in known]
+        means = [jnp.where(n > 0.5, _summed(k * colour, window) / jnp.maximum(n, 0.5), m) for n, k, m in zip(counts, known, means)]
+        over, under = (double(double(m)) for m in means)
+        line = over - under
+        said.append(jnp.clip(((image - under) * line).sum(-1) / ((line**2).sum(-1) + 0.05), 0, 1))
+    near = double(double(near))
+    said = jnp.stack(said, -1)
+    return near, near * said + (1 - near) * guidance[..., None]
+
+
+def _largest(x: Float[Array, "b h w c"], reach: int) -> Float[Array, "b h w c"]:
+    """Of all pixels no farther than `reach` in rows and columns."""
+    for shape in ((1, 2 * reach + 1, 1, 1), (1, 1, 2 * reach + 1, 1)):
+        x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, shape, (1, 1, 1, 1), "SAME")
+    return x
+
+
+def _summed(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b h w c"]:
+    for shape in ((1, window, 1, 1), (1, 1, window, 1)):
+        x = jax.lax.reduce_window(x, 0.0, jax.lax.add, shape, (1, 1, 1, 1), "SAME")
+    return x
 
 
 def _clip(x: Array) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from originals import build
 from tiny import get_config
 
-from mqformer_jax.models.refiner import MattingRefiner, double, halve
+from mqformer_jax.models.refiner import MattingRefiner, double, halve, unmixed
 
 
 def make(rngs: nnx.Rngs, name: str = "convnet") -> MattingRefiner:
@@ -67,3 +67,16 @@ def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
     np.testing.assert_allclose(double(jnp.array(x)), theirs.permute(0, 2, 3, 1), atol=1e-6)
     ramp = jnp.arange(8.0)[None, :, None, None] + jnp.zeros((1, 1, 6, 1))
     np.testing.assert_allclose(halve(double(ramp))[:, 1:-1], ramp[:, 1:-1], atol=1e-6)
+
+
+def test_between_two_colours_the_mix_says_the_alpha_and_far_from_the_outline_the_mask_is_believed():
+    """A soft edge of 16 pixels between two colours, and a mask whose outline lies 6 pixels beside it."""
+    alpha = np.broadcast_to(np.clip((np.arange(96) - 40) / 16, 0, 1), (96, 96)).astype(np.float32)
+    image = alpha[..., None] * np.array([1.5, -1, 0.5]) + (1 - alpha[..., None]) * np.array([-1, 0.5, 1])
+    mask = np.broadcast_to(np.arange(96) > 54, (96, 96)).astype(np.float32)
+    near, said = (np.asarray(x)[0] for x in unmixed(jnp.asarray(image[None], jnp.float32), jnp.asarray(mask[None]), 5))
+    assert np.abs(mask - alpha).max() > 0.4
+    for colour in said[near[..., 0] == 1].T:
+        np.testing.assert_allclose(colour, alpha[near[..., 0] == 1], atol=0.02)  # the line's length is regularised
+    far = near[..., 0] == 0
+    assert 0.3 < far.mean() < 0.8 and (said[far] == mask[far][:, None]).all()
