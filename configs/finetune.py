@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     name, _, checkpoint = variant.partition(",")
     if not name:
         raise ValueError("configs/finetune.py: name a prepared data set: --config=configs/finetune.py:NAME or :NAME,CHECKPOINT.")
-    config = of_checkpoint(checkpoint) if checkpoint else runpy.run_path(LITE)["lite"]()
+    config = of_checkpoint(checkpoint) if checkpoint else of_lite()
     folder = os.path.join(config.data.root, name)
     if not os.path.exists(folder):
         raise ValueError(not_prepared(config.data.root, name, "train"))
@@ -40,6 +40,13 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.sets = tuple(dict(name=name, split=split, tasks=(task,)) for split in held_out)
     config.steps = max(LEAST, EPOCHS * info.splits["train"] // config.batch_size)
     config.log_every, config.checkpoint_every = 20, 200
+    return config
+
+
+def of_lite() -> ConfigDict:
+    """MQ-Former-Lite on a canvas for laptops."""
+    config = runpy.run_path(LITE)["lite"]()
+    config.data.update(canvas=(320, 320), scale=(0.5, 1.5))
     return config
 
 

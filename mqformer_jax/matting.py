@@ -14,7 +14,6 @@ from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import has_checkpoint, load_weights
-from mqformer_jax.input.batch import PAD
 from mqformer_jax.input.mattes import cut, fitted, window_around
 from mqformer_jax.models.refiner import MattingRefiner
 from mqformer_jax.parallel.rules import filled, named
@@ -69,7 +68,7 @@ class Refiner:
 
     def _refine(self, image: np.ndarray, mask: np.ndarray, window: tuple[int, int, int, int]) -> Float[np.ndarray, "h2 w2"]:
         canvas = self.matting.canvas
-        pixels, guidance = cut(image, window, canvas, PAD), cut(mask, window, canvas, 0)
+        pixels, guidance = cut(image, window, canvas), cut(mask, window, canvas)
         alpha = np.asarray(self._forward(self.params, self.frozen, pixels[None], guidance[None])[0])
         height, width = fitted(window, canvas)
         alpha = cv2.resize(alpha[:height, :width], (window[3], window[2]), interpolation=cv2.INTER_LINEAR)

@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from ml_collections import ConfigDict
 
-from mqformer_jax.input.batch import PAD
 from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.transforms import resize_image
@@ -92,13 +91,12 @@ def fitted(window: Window, canvas: int) -> tuple[int, int]:
     return max(1, round(window[2] * ratio)), max(1, round(window[3] * ratio))
 
 
-def cut(pixels: np.ndarray, window: Window, canvas: int, fill: float) -> np.ndarray:
-    """A window of an image or mask [h, w, ...] on the upper left of the canvas, the rest filled."""
+def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
+    """A window of an image or mask [h, w, ...] on the upper left of the canvas, its edge repeated: an outline there would be none."""
     top, left, height, width = window
     size = fitted(window, canvas)
-    out = np.full((canvas, canvas, *pixels.shape[2:]), fill, pixels.dtype)
-    out[: size[0], : size[1]] = resize_image(pixels[top : top + height, left : left + width], size)
-    return out
+    resized = resize_image(pixels[top : top + height, left : left + width], size)
+    return cv2.copyMakeBorder(resized, 0, canvas - size[0], 0, canvas - size[1], cv2.BORDER_REPLICATE)
 
 
 # ---- Guidance ----------------------------------------------------------------------------------------------------------------
@@ -164,12 +162,11 @@ def make_example(
     window = part_of(window_around(matte.alpha, matting.margin) or (0, 0, h, w), rng, crop / matting.canvas)
     size = fitted(window, crop)
     inside = np.s_[: size[0], : size[1]]
-    image, alpha = cut(matte.image, window, crop, PAD), cut(matte.alpha, window, crop, 0)
+    image, alpha = cut(matte.image, window, crop), cut(matte.alpha, window, crop)
     if own is None:
-        guidance = np.zeros_like(alpha)
-        guidance[inside] = perturb(np.ascontiguousarray(alpha[inside]), rng)
+        guidance = cut(perturb(np.ascontiguousarray(alpha[inside]), rng), (0, 0, *size), crop)
     else:
-        guidance = cut(cv2.resize(own.astype(np.float32) / 255, (w, h), interpolation=cv2.INTER_LINEAR), window, crop, 0)
+        guidance = cut(cv2.resize(own.astype(np.float32) / 255, (w, h), interpolation=cv2.INTER_LINEAR), window, crop)
     weight = np.zeros_like(alpha)
     weight[inside] = 1 + UNKNOWN * near_soft(alpha[inside])
     example = {"image": image, "guidance": guidance, "alpha": alpha, "weight": weight}
