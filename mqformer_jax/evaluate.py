@@ -312,7 +312,7 @@ def main(argv: list[str]) -> None:
     command_line.keep_compiled()
     if not given["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
-    results = evaluate(Predictor.from_checkpoint(given.checkpoint), config, out, given.save_predictions)
+    results = evaluate(Predictor.from_checkpoint(given.checkpoint, jax.local_devices()), config, out, given.save_predictions)
     if is_first():
         print(table(results))
         print(f"\n{out}: eval.json, eval_details.json, pictures" + (", predictions" if given.save_predictions else ""))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -32,6 +33,7 @@ from mqformer_jax.matting import Refiner
 from mqformer_jax.models.heads import normalize
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
+from mqformer_jax.parallel.mesh import BATCH, make_mesh, over_images, replicated
 from mqformer_jax.parallel.rules import filled, named
 from mqformer_jax.segments import (
     CanvasMasks,
@@ -77,7 +79,10 @@ class Predictor:
     >>> predictor(image, ["sky", "the red star"], regions=[True, True], task="referring")
     """
 
-    def __init__(self, config: ConfigDict, params: Any, frozen: Any, tokenizer: Tokenizer):
+    def __init__(
+        self, config: ConfigDict, params: Any, frozen: Any, tokenizer: Tokenizer, devices: Sequence[jax.Device] | None = None
+    ):
+        """devices: of this host, which share the images of a batch, the whole model on each; default: where `params` are."""
         self.config, self.tokenizer = config, tokenizer
         self.canvas = tuple(config.data.canvas)
         self.refiner: Refiner | None = None
@@ -92,6 +97,7 @@ class Predictor:
         if missing := sorted({name for tree in shapes for name in named(tree)} - given.keys()):
             raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
+        self.shares = len(devices or [None])
         merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
         self._encode = jax.jit(lambda p, f, tokens: merge(p, f).text_encoder(tokens).astype(jnp.float32))
         self._embed = jax.jit(lambda p, f, vectors, region: merge(p, f).embed_text(vectors, region))
@@ -103,15 +109,19 @@ class Predictor:
             masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, features, preferred_element_type=jnp.float32)
             return jax.nn.sigmoid(last.class_logits), last.boxes, masks
 
+        if self.shares > 1:
+            mesh = make_mesh((-1, 1, 1), devices)
+            self.params, self.frozen = jax.device_put((self.params, self.frozen), replicated(mesh))
+            forward = over_images(forward, mesh, (P(), P(), BATCH, BATCH, BATCH), BATCH)
         self._forward = jax.jit(forward)
 
     @classmethod
-    def from_checkpoint(cls, path: str) -> "Predictor":
+    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> "Predictor":
         """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is its own."""
         weights = load_weights(path)
         tokenizer = make_tokenizer(weights.config.model.text, path)
         try:
-            predictor = cls(weights.config, weights.params, weights.frozen, tokenizer)
+            predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
         except IncompleteModel as e:
             raise ValueError(f"{path} is not a whole model ({e}): start a training from it with config.init_from.") from e
         predictor.refiner = Refiner.load(path)
@@ -154,6 +164,7 @@ class Predictor:
         height, width that images are fitted into, the recipe's unless given.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
+        batch += -batch % self.shares
         fitted = [fit_image(image, canvas) for image in images]
         length = bucket(max(len(p) for p in prompts))
         text = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)

@@ -109,9 +109,9 @@ def describe(state: TrainState, config: ConfigDict) -> str:
 
 
 def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:
-    """Of several processes each answers for its share of the images, with the whole model on its first device."""
+    """Of several processes each answers for its share of the images, with the whole model on each of its devices."""
     params, frozen = state.params, state.frozen
     if jax.process_count() > 1:
         mesh = state.step.sharding.mesh
         params, frozen = jax.device_put((whole(params, mesh), whole(frozen, mesh)), jax.local_devices()[0])
-    return evaluate.evaluate(Predictor(config, params, frozen, tokenizer), config, workdir)
+    return evaluate.evaluate(Predictor(config, params, frozen, tokenizer, jax.local_devices()), config, workdir)

@@ -153,7 +153,7 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config,
     done = command(f"--checkpoint={tmp_path}", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
-    assert done.stdout.startswith(table(found)) and {key.split(".")[0] for key in found} == {"foreground"}
+    assert done.stdout.startswith(table(found)) and {key.split(".")[0] for key in found} == {"foreground", "matting"}
     assert (tmp_path / "eval" / "eval_details.json").exists() and (tmp_path / "eval" / "sample_mattes_val.png").exists()
 
 

@@ -46,6 +46,17 @@ def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
     np.testing.assert_allclose(alone.boxes, beside.boxes, atol=1e-2)
 
 
+def test_several_devices_share_the_images_of_a_batch(predictor, image):
+    devices = jax.devices()[:4]
+    several = Predictor(predictor.config, predictor.params, predictor.frozen, predictor.tokenizer, devices)
+    images, texts = [image, image[:20], image[:, :30], image[10:], image[5:]], ["sky", "ball"]
+    embedded = [predictor.embed(texts, [True, False])] * len(images)
+    for one, other in zip(predictor.ask(images, embedded), several.ask(images, embedded)):
+        np.testing.assert_allclose(one.class_probs, other.class_probs, atol=1e-5)
+        np.testing.assert_allclose(one.masks.logits, other.masks.logits, atol=1e-3)
+    assert len(several.params["grain"].devices()) == 4
+
+
 def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
     """A box that fills the valid part of the canvas is the whole image."""
     from mqformer_jax.predict import _to_pixels
