@@ -80,7 +80,7 @@ def small() -> ConfigDict:
         dict(name="raccoon", split="train", tasks=("detection",)),
         dict(name="kangaroo", split="train", tasks=("detection",)),
     )
-    config.matting.update(canvas=384, crop=256, steps=400, batch_size=4, learning_rate=3e-3, encoder=0.0)
+    config.matting.update(canvas=384, crop=256, steps=300, batch_size=4, learning_rate=2e-3, encoder=0.0)
     config.matting.mixture = (dict(name="mattes", split="train"),)
     config.matting.sets = (dict(name="mattes", split="val"),)
     config.eval.sets = (
