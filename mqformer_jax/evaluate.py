@@ -188,8 +188,8 @@ class SetEvaluation:
             if "semantic" in self.tasks:
                 labels = semantic_map(*joined([answers[view][i] for view in self.views], [flip for _, flip in self.views]))
                 self._done("semantic", item.record, labels)
-                if item.panoptic is None:
-                    item.panoptic = answer_segments(plain, self.names, self.region, "panoptic", self.options)
+                if item.panoptic is None and len(self.shown) < self.options.pictures:
+                    item.panoptic = answer_segments(plain, self.names, self.region, "semantic", self.options)
 
     def _answered(self, task: str, item: Shown, answer: Answer) -> Segments:
         segments = answer_segments(answer, self.names, self.region, task, self.options)

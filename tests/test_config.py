@@ -76,7 +76,7 @@ def test_data_that_is_not_prepared_names_the_command(tmp_path):
 def test_a_table_of_classes_asks_for_no_expressions():
     config = recipe("sample")
     config.model.text.update(name="classes", tokenizer="classes", classes=("sky",), context=1)
-    with pytest.raises(ValueError, match="foreground, referring"):
+    with pytest.raises(ValueError, match="foreground, matting, referring"):
         recipes.check(config)
     config.data.mixture, config.eval.sets = (dict(name="sample_boxes", split="train", tasks=("instance",)),), ()
     recipes.check(config)
