@@ -27,7 +27,7 @@ from mqformer_jax import command_line
 from mqformer_jax.image_files import read_image
 from mqformer_jax.input.record import encode_rle
 from mqformer_jax.models.mqformer import query_counts
-from mqformer_jax.predict import Predictor
+from mqformer_jax.predict import Predictor, read_prompts
 from mqformer_jax.segments import Segments
 from mqformer_jax.visualize import colors, overlay
 
@@ -81,16 +81,6 @@ def answer(
     found = in_order(predictor(image, texts, regions=regions if task in ("panoptic", "instance") else None, **asked))
     picture, rows = overlay(image, found), legend(found)
     return Reply(picture, rows, archive(found, picture, {"task": task, "queries": queries}))
-
-
-def read_prompts(text: str) -> tuple[list[str], list[bool]]:
-    """Prompts parted by ";" or lines, each once, and whether a star behind it says "one region"."""
-    written = [" ".join(part.split()) for part in re.split("[;\n]", text)]
-    prompts: dict[str, bool] = {}
-    for part in written:
-        if name := part.rstrip("* "):
-            prompts[name] = prompts.get(name, False) or part.endswith("*")
-    return list(prompts), list(prompts.values())
 
 
 def in_order(found: Segments) -> Segments:

@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import itertools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -294,18 +295,28 @@ def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[
 
 # --- the command line ---------------------------------------------------------------------------------------------------------------
 
+
+def read_prompts(text: str) -> tuple[list[str], list[bool]]:
+    """Prompts parted by ";" or lines, each once, and whether a star behind it says "one region"."""
+    written = [" ".join(part.split()) for part in re.split("[;\n]", text)]
+    prompts: dict[str, bool] = {}
+    for part in written:
+        if name := part.rstrip("* "):
+            prompts[name] = prompts.get(name, False) or part.endswith("*")
+    return list(prompts), list(prompts.values())
+
+
 def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
-    """Prompts parted by ";" (or the lines of @FILE), and which of them own one region: those with a star, or all where the task says so."""
+    """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so itself."""
     if text is None and task in ("foreground", "matting"):
         text = "foreground"
     if text is not None and text.startswith("@"):
         with open(text[1:], encoding="utf-8") as f:
-            text = f.read().replace("\n", ";")
-    prompts = [part.strip() for part in (text or "").split(";") if part.strip(" *\t")]
+            text = f.read()
+    prompts, regions = read_prompts(text or "")
     if not prompts:
         raise ValueError('--prompts: name at least one thing to look for, e.g. --prompts="sky*; road*; car".')
-    starred = [prompt.endswith("*") for prompt in prompts]
-    return [prompt.rstrip("* ") for prompt in prompts], starred if task in ("panoptic", "instance") else None
+    return prompts, regions if task in ("panoptic", "instance") else None
 
 
 def main(argv: list[str]) -> None:
@@ -341,7 +352,8 @@ def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], ta
             continue
         segments = ask(image)
         result_files.save(stem, image, segments, task, path, masks)
-        found = ", ".join(f"{segments.texts[p]} {100 * s:.0f}" for s, p in zip(segments.scores, segments.prompt_ids))
+        there = np.flatnonzero(segments.masks.any((1, 2)))
+        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {100 * segments.scores[i]:.0f}" for i in there)
         tqdm.write(f"{path}: {found or 'nothing found'}")
     return bad
 
