@@ -34,10 +34,12 @@ def get_config(variant: str = "") -> ConfigDict:
     if not os.path.exists(folder):
         raise ValueError(not_prepared(config.data.root, name, "train"))
     info = DatasetInfo.load(folder)
-    task = task_of(info)
-    config.data.mixture = (dict(name=name, split="train", tasks=(task,)),)
-    held_out = [split for split in ("val", "test") if split in info.splits][:1]
-    config.eval.sets = tuple(dict(name=name, split=split, tasks=(task,)) for split in held_out)
+    config.data.mixture = (dict(name=name, split="train", tasks=tasks_of(info, "train")),)
+    measured = info
+    while not {"val", "test"} & measured.splits.keys() and measured.made_from:  # what teachers added to is measured on what it was
+        measured = DatasetInfo.load(os.path.join(config.data.root, measured.made_from))
+    held_out = [split for split in ("val", "test") if split in measured.splits][:1]
+    config.eval.sets = tuple(dict(name=measured.name, split=split, tasks=tasks_of(measured, split)) for split in held_out)
     config.steps = max(LEAST, EPOCHS * info.splits["train"] // config.batch_size)
     config.log_every, config.checkpoint_every = 20, 200
     return config
@@ -62,7 +64,8 @@ def of_checkpoint(path: str) -> ConfigDict:
     return config
 
 
-def task_of(info: DatasetInfo) -> str:
-    """Regions alone are semantic, things alone instances, both panoptic; without classes it is expressions."""
-    things = {c.thing for c in info.classes}
-    return {frozenset(): "referring", frozenset([True]): "instance", frozenset([False]): "semantic"}.get(frozenset(things), "panoptic")
+def tasks_of(info: DatasetInfo, split: str) -> tuple[str, ...]:
+    """Regions alone are semantic, things alone instances, both panoptic; expressions are referring, beside these or alone."""
+    things = frozenset(c.thing for c in info.classes)
+    tasks = {frozenset(): (), frozenset([True]): ("instance",), frozenset([False]): ("semantic",)}.get(things, ("panoptic",))
+    return tasks + ("referring",) * (not tasks or info.expressions.get(split, 0) > 0)

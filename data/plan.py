@@ -13,26 +13,9 @@ from typing import Any
 from images import Image, Unusable, read_image
 
 from mqformer_jax.input.record import ClassInfo, Record
+from mqformer_jax.input.shards import Built, Problems
 
 HELD_OUT = "image: held out for evaluation by another set"
-
-
-@dataclasses.dataclass
-class Problems:
-    """What was dropped: how often for each reason, and the first few names."""
-
-    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-
-    def add(self, reason: str, what: str) -> None:
-        self.counts[reason] += 1
-        self.examples.setdefault(reason, [])
-        self.examples[reason] = (self.examples[reason] + [what])[:3]
-
-    def update(self, other: Problems) -> None:
-        for reason, names in other.examples.items():
-            self.counts[reason] += other.counts[reason]
-            self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
 
 
 @dataclasses.dataclass
@@ -55,25 +38,6 @@ def coco_origin(name: str) -> str:
     """ "coco/391895" for the file name of a picture of COCO, 2014's or 2017's; "" for any other."""
     found = re.fullmatch(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", os.path.basename(name))
     return f"coco/{int(found[1])}" if found else ""
-
-
-@dataclasses.dataclass
-class Built:
-    """One job done: the record's bytes (None where the image was dropped), its segments by kind, what was wrong.
-
-    classes: those that the image shows. origin: see `Record`.
-    """
-
-    record: bytes | None
-    segments: collections.Counter[str]
-    problems: Problems
-    classes: Set[int] = frozenset()
-    origin: str = ""
-
-    @classmethod
-    def of(cls, record: Record, problems: Problems) -> Built:
-        classes = {s.class_id for s in record.segments if s.class_id is not None and not (s.crowd or s.foreground)}
-        return cls(record.to_bytes(), count_segments(record), problems, classes, record.origin)
 
 
 @dataclasses.dataclass
@@ -152,14 +116,3 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
 def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:
     """`build` for one family of records; `context` is passed on as keywords. Goes to worker processes."""
     return functools.partial(build, functools.partial(make_record, **context))
-
-
-def count_segments(record: Record) -> collections.Counter[str]:
-    """Segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
-    counts: collections.Counter[str] = collections.Counter()
-    for s in record.segments:
-        shape = "matte" if s.alpha else "mask" if s.mask else "box only"
-        counts["crowd" if s.crowd else f"foreground {shape}" if s.foreground else shape] += 1
-        counts["expression"] += len(s.texts)
-    counts["expression of nothing"] += len(record.absent_texts)
-    return +counts

@@ -154,6 +154,12 @@ def has_checkpoint(folder: str) -> bool:
         return orbax.latest is not None
 
 
+def latest_step(path: str) -> int:
+    """The step of the checkpoint that `load_weights` reads. Raises FileNotFoundError in one line."""
+    with _opened(path) as orbax:
+        return orbax.latest.step
+
+
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
     """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from (JSON).
 

@@ -91,7 +91,15 @@ def base() -> ConfigDict:
                 dtype="bfloat16",
                 remat="layers",  # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
             ),
-            loss=dict(class_=4.0, mask=5.0, dice=5.0, box=5.0, giou=2.0, points=12544),
+            loss=dict(
+                class_=4.0,
+                mask=5.0,
+                dice=5.0,
+                box=5.0,
+                giou=2.0,
+                projection=0.0,  # of targets that have a box only: that their mask fills it from side to side (DaTaSeg uses it)
+                points=12544,
+            ),
             denoising=dict(slots=100, flip=0.2, jitter=0.4, masks=True),
             optimizer=dict(
                 learning_rate=1e-4,
@@ -105,7 +113,7 @@ def base() -> ConfigDict:
             ),
             data=dict(
                 root="data/records",
-                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha)
+                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_score (of what a teacher added; default 0, all of it)
                 alpha=0.5,
                 canvas=(1024, 1024),
                 max_targets=100,
@@ -197,7 +205,7 @@ def check(config: ConfigDict) -> None:
         config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive"
     )
     for entry in data.mixture:
-        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight"})
+        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight", "least_score"})
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
     scales = tuple(config.eval.scales)

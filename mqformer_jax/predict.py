@@ -99,12 +99,12 @@ class Predictor:
             raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
         self.shares = len(devices or [None])
-        merge = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
-        self._encode = jax.jit(lambda p, f, tokens: merge(p, f).text_encoder(tokens).astype(jnp.float32))
-        self._embed = jax.jit(lambda p, f, vectors, region: merge(p, f).embed_text(vectors, region))
+        self.model = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
+        self._encode = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
+        self._embed = jax.jit(lambda p, f, vectors, region: self.model(p, f).embed_text(vectors, region))
 
         def forward(params, frozen, image, size, question):
-            outputs = merge(params, frozen)(image, size, question.text, question.valid)
+            outputs = self.model(params, frozen)(image, size, question.text, question.valid)
             last = jax.tree.map(lambda x: x[-1], outputs.matching)
             features = outputs.mask_features.astype(last.mask_embed.dtype)
             masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, features, preferred_element_type=jnp.float32)

@@ -94,7 +94,10 @@ class Loader:
         self.report = [f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)] + [*report]
         for source in sources:
             _warn_of_twins(source, tokenizer)
-        makers = [RowMaker(s, i, tuple(entry["tasks"]), data, tokenizer) for i, (s, entry) in enumerate(zip(sources, data.mixture))]
+        makers = [
+            RowMaker(s, i, tuple(entry["tasks"]), entry.get("least_score", 0.0), data, tokenizer)
+            for i, (s, entry) in enumerate(zip(sources, data.mixture))
+        ]
         streams = [
             WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(maker, seed=_seed(config.seed, i))
             for i, (size, maker) in enumerate(zip(self._sizes, makers))
@@ -194,12 +197,13 @@ class WindowShuffle(grain.MapDataset):
 class RowMaker:
     """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
 
-    number: the data set's place in the mixture. data: `config.data`.
+    number: the data set's place in the mixture. least_score: of what a teacher added, below which it is left out. data: `config.data`.
     """
 
     source: Source
     number: int
     tasks: tuple[str, ...]
+    least_score: float
     data: Any
     tokenizer: Callable[[Sequence[str]], np.ndarray]
 
@@ -218,7 +222,7 @@ class RowMaker:
         )
 
     def _row(self, index: int, rng: np.random.Generator) -> tuple[Row, str, list[str]]:
-        record, data = Record.from_bytes(self.source[index]), self.data
+        record, data = Record.from_bytes(self.source[index]).trusting(self.least_score), self.data
         key = f"{self.source.name}/{record.key}"
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
         example = self._augment(example, needs_whole_image(record, self.tasks), rng)

@@ -54,7 +54,7 @@ class DatasetInfo:
     (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment and
     nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody marked.
     `splits` maps a split to its number of records, `class_images` to the number of images that show each class, `expressions`
-    to the number of expressions.
+    to the number of expressions. `made_from`: the set that a teacher added to (`mqformer_jax.synthesize`), or "".
     """
 
     name: str
@@ -65,6 +65,7 @@ class DatasetInfo:
     unique_texts: bool = True
     class_images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     expressions: dict[str, int] = dataclasses.field(default_factory=dict)
+    made_from: str = ""
 
     @functools.cached_property
     def class_weights(self) -> tuple[float, ...]:
@@ -109,6 +110,9 @@ class Segment:
     trimap: 8-bit grey PNG, 0 outside, 255 inside, between them unknown, or None. Where the matte is measured.
     crowd: a region of many objects that nobody separated: never a target, never punished.
     foreground: this is the salient foreground of the image, not a member of a class.
+
+    What a teacher added (`mqformer_jax.synthesize`) is marked by its name and version: mask_by, captions_by; "" where people did it.
+    mask_score: what the teacher thought of its mask, 0 to 1. captions: its expressions, best first, each with a score of 0 to 1.
     """
 
     class_id: int | None = None
@@ -119,6 +123,21 @@ class Segment:
     trimap: bytes | None = None
     crowd: bool = False
     foreground: bool = False
+    mask_by: str = ""
+    mask_score: float = 1.0
+    captions: tuple[tuple[str, float], ...] = ()
+    captions_by: str = ""
+
+    @property
+    def expressions(self) -> tuple[str, ...]:
+        """All that refers to it: people's texts, then a teacher's."""
+        return (*self.texts, *(text for text, _ in self.captions))
+
+    def trusting(self, least: float) -> Segment:
+        """The segment without what a teacher added and gave a score below `least`; where that was its mask, its box stays."""
+        captions = tuple(caption for caption in self.captions if caption[1] >= least)
+        doubtful = bool(self.mask_by) and self.mask_score < least
+        return dataclasses.replace(self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if doubtful else {}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +177,12 @@ class Record:
             return cls(**_tuples(fields))
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
             raise BadRecord(f"not a record: {e}") from e
+
+    def trusting(self, least: float) -> Record:
+        """The record without what teachers added and gave a score below `least`."""
+        if not least:
+            return self
+        return dataclasses.replace(self, segments=tuple(segment.trusting(least) for segment in self.segments))
 
     def decode_image(self) -> np.ndarray:
         """The image as uint8 [height, width, 3], RGB. Raises BadRecord where the bytes are no whole image."""
@@ -214,7 +239,11 @@ def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
 
 def _tuples(fields: dict) -> dict:
     """msgpack reads every sequence as a list; the dataclasses hold tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return {k: _tuple(v) for k, v in fields.items()}
+
+
+def _tuple(value: object) -> object:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
 
 
 def origins_path(folder: str, split: str) -> str:

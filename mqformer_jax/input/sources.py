@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 from array_record.python.array_record_module import ArrayRecordReader
@@ -14,7 +15,7 @@ from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 
 
 class ShardSource:
-    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`).
+    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`). paths: its shards.
 
     It goes to worker processes by pickle. Raises FileNotFoundError where the split is not prepared, ValueError where shards
     are missing or damaged, both in one line; BadRecord for one record that is damaged.
@@ -28,7 +29,8 @@ class ShardSource:
             raise FileNotFoundError(not_prepared(root, name, split)) from None
         if split not in self.info.splits:
             raise FileNotFoundError(not_prepared(root, name, split, self.info.source))
-        self._records = _open(self._folder, split, self.info.splits[split])
+        self.paths = _checked(self._folder, split, self.info.splits[split])
+        self._records = ArrayRecordDataSource(self.paths)
 
     def __len__(self) -> int:
         return self.info.splits[self.split]
@@ -46,7 +48,8 @@ class ShardSource:
         return f"ShardSource({self._folder!r}, {self.split!r})"
 
 
-def _open(folder: str, split: str, expected: int) -> ArrayRecordDataSource:
+def _checked(folder: str, split: str, expected: int) -> Sequence[str]:
+    """The shards of a split, all there and whole."""
     again = "prepare the split again with data/prepare.py"
     found = {name for name in os.listdir(folder) if re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record", name)}
     totals = {int(name[-18:-13]) for name in found} or {1}
@@ -62,7 +65,7 @@ def _open(folder: str, split: str, expected: int) -> ArrayRecordDataSource:
             raise ValueError(f"{path} is damaged or cut short: {again}")
     if sum(counts) != expected:
         raise ValueError(f"{folder}: {split} shards hold {sum(counts)} records, dataset.json says {expected}: {again}")
-    return ArrayRecordDataSource(paths)
+    return paths
 
 
 def _count(path: str) -> int:
@@ -80,4 +83,6 @@ def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
     """kind: the subcommand that prepared the other splits."""
     command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
     command = f"sample --out {root}" if name.startswith("sample_") else command
+    if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
+        return f"data set '{name}' split '{split}' is not in {root}: make it with `python -m mqformer_jax.synthesize` (see docs/synthetic.md)"
     return f"data set '{name}' split '{split}' is not in {root}: run `python data/prepare.py {command}` (see data/README.md)"

@@ -56,7 +56,7 @@ def to_example(record: Record, info: DatasetInfo, tasks: Sequence[str], key: str
 
 def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
     """Whether a crop could falsify a text: expressions compare with what may be cut off, and so does salience."""
-    referring = "referring" in tasks and (record.absent_texts or any(s.texts for s in record.segments))
+    referring = "referring" in tasks and (record.absent_texts or any(s.expressions for s in record.segments))
     return bool(referring) or ("foreground" in tasks and any(s.foreground for s in record.segments))
 
 
@@ -65,8 +65,8 @@ def _questions(record: Record, info: DatasetInfo, tasks: Sequence[str], template
     yield from _class_questions(record, info, tasks, templates)
     if "referring" in tasks:
         for i, segment in labelled:
-            if segment.texts:
-                yield Prompt(segment.texts, region=True, exhaustive=info.unique_texts), [(i,)], True
+            if segment.expressions:
+                yield Prompt(segment.expressions, region=True, exhaustive=info.unique_texts), [(i,)], True
         for text in record.absent_texts:
             yield Prompt((text,), region=True), [], True
     salient = tuple(i for i, s in labelled if s.foreground)

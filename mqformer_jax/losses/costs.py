@@ -64,3 +64,20 @@ def mask_losses(
     known = masks * weight
     dice = 1 - (2 * (p * known).sum(-1) + 1) / (p.sum(-1) + known.sum(-1) + 1)
     return entropy.sum(-1) / jnp.maximum(weight.sum(-1), 1), dice
+
+
+def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
+    """How far masks are from filling their boxes (x0, y0, x1, y1, fractions of the canvas) from side to side and from top to bottom.
+
+    What a box says of a mask, and all that it says: the mask's shadow on either axis is the box's. Dice of both shadows, as BoxInst
+    (sec. 3.1) has it and DaTaSeg takes it; a row or column that the box covers in part is wanted in part.
+    """
+    p = jax.nn.sigmoid(logits)
+
+    def along(shadow: Float[Array, "*n k"], low: Float[Array, "*n"], high: Float[Array, "*n"]) -> Float[Array, "*n"]:
+        k = shadow.shape[-1]
+        cells = jnp.arange(k, dtype=jnp.float32)
+        wanted = jnp.clip(jnp.minimum(high[..., None] * k, cells + 1) - jnp.maximum(low[..., None] * k, cells), 0, 1)
+        return 1 - 2 * (shadow * wanted).sum(-1) / ((shadow**2).sum(-1) + (wanted**2).sum(-1) + 1e-5)
+
+    return along(p.max(-2), boxes[..., 0], boxes[..., 2]) + along(p.max(-1), boxes[..., 1], boxes[..., 3])

@@ -24,24 +24,28 @@ from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps
 from mqformer_jax.models.mqformer import Outputs, Predictions
 from mqformer_jax.models.queries import Noised
 
-TERMS = ("class", "mask", "dice", "box", "giou")
+TERMS = ("class", "mask", "dice", "box", "giou")  # and "projection", where it has a weight
 Copies = tuple[Noised, Int[Array, "b d"]]  # denoising queries, and the target each is a copy of
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Weights of the five terms, in costs and loss alike, and the points a mask is compared at (Mask DINO's values)."""
+    """Weights of the five terms, in costs and loss alike, and the points a mask is compared at (Mask DINO's values).
+
+    projection: of a sixth, in the loss only, for targets without a mask (`costs.projection_loss`).
+    """
 
     class_: float = 4.0
     mask: float = 5.0
     dice: float = 5.0
     box: float = 5.0
     giou: float = 2.0
+    projection: float = 0.0
     points: int = 12544
     noised_masks: bool = True  # denoising queries restore masks too (Mask DINO's "seg"), or classes and boxes alone ("standard")
 
     def total(self, terms: dict[str, Array]) -> Array:
-        return sum(terms[name] * getattr(self, "class_" if name == "class" else name) for name in TERMS)
+        return sum(value * getattr(self, "class_" if name == "class" else name) for name, value in terms.items())
 
 
 @flax.struct.dataclass
@@ -93,7 +97,7 @@ def criterion(
     stages = outputs.matching.boxes.shape[0]
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (b, stages, *x.shape[1:]))
     draw = lambda k: functools.partial(uncertain_points, k, k=weights.points)
-    losses = jax.vmap(lambda k, *image: _losses(draw(k), *image), in_axes=(0, 1, 0, 0, 0))
+    losses = jax.vmap(lambda k, *image: _losses(draw(k), *image, weights.projection > 0), in_axes=(0, 1, 0, 0, 0))
 
     points = jax.vmap(lambda k, image: jax.random.uniform(k, (weights.points, 2)) * _extent(image))(keys[:, 0], batch)
     total, excused = jax.vmap(_matching_costs, in_axes=(0, 1, 0, 0, None))(
@@ -119,7 +123,7 @@ def criterion(
         copied = Pairs(per_stage(slot), per_stage(target), per_stage(noised.valid), per_stage(noised.valid))
         noise = losses(keys[:, 2], outputs.denoising, outputs.mask_features, batch, copied)
         if not weights.noised_masks:
-            noise |= {"mask": jnp.zeros(()), "dice": jnp.zeros(())}
+            noise = {name: value for name, value in noise.items() if name not in ("mask", "dice", "projection")}
         metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, noise)) / counts.copies
         loss = loss + metrics["denoising"]
 
@@ -140,6 +144,12 @@ def _extent(batch: Batch) -> Float[Array, "2"]:
     """The valid part of one image's canvas as fractions (x, y)."""
     h, w = batch.image.shape[:2]
     return batch.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
+
+
+def _inside(batch: Batch, shape: tuple[int, int]) -> Bool[Array, "h w"]:
+    """The cells of a map of one canvas whose centre is in the image, not in the padding."""
+    x, y = ((jnp.arange(n) + 0.5) / n < extent for n, extent in zip(shape[::-1], _extent(batch)))
+    return y[:, None] & x
 
 
 def _unknown(batch: Batch, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
@@ -181,11 +191,11 @@ def _matching_costs(
 
 
 def _losses(
-    draw: Callable, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs
+    draw: Callable, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs, project: bool = False
 ) -> dict[str, Float[Array, "s"]]:
     """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage.
 
-    draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared.
+    draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared. project: with "projection".
     """
     valid = pairs.valid.astype(jnp.float32)
     take = lambda x: jnp.take_along_axis(x, pairs.query[..., None], 1)
@@ -210,10 +220,14 @@ def _losses(
     masks = sample_bits(batch.masks, batch.windows[pairs.target], batch.image.shape[:2], points)
     entropy, dice = costs.mask_losses(sample_maps(logits, points), masks, 1 - unknown)
     with_mask = valid * batch.has_mask[pairs.target]
-    return {
+    terms = {
         "class": class_,
         "mask": (entropy * with_mask).sum(1),
         "dice": (dice * with_mask).sum(1),
         "box": box,
         "giou": giou,
     }
+    if project:
+        drawn = jnp.where(_inside(batch, logits.shape[-2:]), logits, -jnp.inf)
+        terms["projection"] = (costs.projection_loss(drawn, costs.corners(wanted)) * (valid - with_mask)).sum(1)
+    return terms

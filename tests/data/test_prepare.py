@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import io
 import json
@@ -18,8 +19,10 @@ sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "data"))
 
 import prepare  # noqa: E402
 import shards  # noqa: E402
+from plan import Plan  # noqa: E402
 
 from mqformer_jax.input.record import Record  # noqa: E402
+from mqformer_jax.input.shards import Built, Problems  # noqa: E402
 from mqformer_jax.input.sources import ShardSource  # noqa: E402
 
 H, W = 40, 60
@@ -407,11 +410,11 @@ def test_stuff_names_are_cleaned_unless_two_classes_become_one():
 def _number(stop, i):
     if i == stop:
         raise KeyboardInterrupt
-    return shards.Built(bytes([i]) * 2000, shards.collections.Counter(), shards.Problems())
+    return Built(bytes([i]) * 2000, collections.Counter(), Problems())
 
 
 def _plan(numbers, stop=None):
-    return shards.Plan("instances", (), list(numbers), functools.partial(_number, stop))
+    return Plan("instances", (), list(numbers), functools.partial(_number, stop))
 
 
 def _numbers(root):

@@ -40,3 +40,23 @@ def test_pairwise_mask_costs_equal_matched_losses_and_leave_unknown_points_out()
     p, t = sigmoid(logits[1, known]), masks[2, known]
     np.testing.assert_allclose(entropy[2, 1], -(t * np.log(p) + (1 - t) * np.log(1 - p)).mean(), rtol=1e-4)
     np.testing.assert_allclose(dice[2, 1], 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1), rtol=1e-4)
+
+
+def test_projection_loss_is_boxinsts_where_a_box_covers_whole_cells():
+    logits = rng.normal(size=(5, 12, 16)).astype(np.float32)
+    corners = np.array([[2, 3, 9, 7], [0, 0, 16, 12], [15, 11, 16, 12], [4, 0, 5, 12], [8, 6, 8, 6]])
+    masks = np.zeros((5, 12, 16))
+    for mask, (x0, y0, x1, y1) in zip(masks, corners):
+        mask[y0:y1, x0:x1] = 1
+    p = sigmoid(logits)
+    dice = lambda a, b: 1 - 2 * (a * b).sum(-1) / ((a**2).sum(-1) + (b**2).sum(-1) + 1e-5)
+    expected = dice(p.max(1), masks.max(1)) + dice(p.max(2), masks.max(2))
+    found = costs.projection_loss(logits, (corners / np.array([16, 12, 16, 12])).astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_projection_loss_wants_a_share_of_a_cell_that_a_box_covers_in_part():
+    box = np.array([0.25 + 0.125, 0, 0.75, 1], np.float32)  # from the middle of the second of four cells on
+    exact = np.broadcast_to(np.array([-30, 0, 30, -30], np.float32), (4, 4))
+    assert float(costs.projection_loss(exact, box)) < 1e-4
+    assert float(costs.projection_loss(np.full((4, 4), -np.inf, np.float32), box)) > 1.9

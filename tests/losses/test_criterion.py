@@ -30,10 +30,10 @@ def run(outputs, batch, weights=WEIGHTS):
     return loss, sums | by_image
 
 
-@jax.jit
-def gradients(outputs, batch):
+@functools.partial(jax.jit, static_argnames="weights")
+def gradients(outputs, batch, weights=WEIGHTS):
     keys, counts = image_keys(jax.random.key(1), 8), Counts.of(batch, None)
-    return jax.grad(lambda o: criterion(keys, o, batch, None, counts, WEIGHTS)[0])(outputs)
+    return jax.grad(lambda o: criterion(keys, o, batch, None, counts, weights)[0])(outputs)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):
@@ -80,6 +80,19 @@ def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_bat
     found = gradients(outputs, box_only)
     assert not found.mask_features.any() and not found.matching.mask_embed.any()
     assert found.matching.class_logits.any() and found.matching.boxes.any()
+
+
+def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(outputs, tiny_batch):
+    weights = Weights(points=64, projection=1.0)
+    masked = tiny_batch.replace(has_mask=np.ones_like(tiny_batch.has_mask))
+    loss, metrics = run(outputs, masked, weights)
+    assert float(metrics["projection"]) == 0 and float(loss) == pytest.approx(float(run(outputs, masked)[0]), rel=1e-6)
+    box_only = tiny_batch.replace(has_mask=np.zeros_like(tiny_batch.has_mask), size=np.tile(np.array([64, 32], np.int32), (8, 1)))
+    loss, metrics = run(outputs, box_only, weights)
+    assert float(metrics["projection"]) > 0 and "projection" not in run(outputs, box_only)[1]
+    found = gradients(outputs, box_only, weights)
+    assert found.matching.mask_embed.any() and np.isfinite(found.mask_features).all()
+    assert found.mask_features[:, :, :8].any() and not found.mask_features[:, :, 8:].any()  # not in the padding
 
 
 def test_what_is_not_exhaustively_labelled_is_not_taught_absent(outputs, tiny_batch):

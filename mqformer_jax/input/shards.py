@@ -1,0 +1,230 @@
+"""Writing shards: one whole or not at all, and a split that readers see when all of its shards are there.
+
+Beside a shard that is being made lies its `Contents` as JSON, which is written last; `<split>.report.json` holds those of the whole split.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence, Set
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from mqformer_jax.input.record import DatasetInfo, Record, origins_path, shard_paths
+
+
+@dataclasses.dataclass
+class Problems:
+    """What was dropped: how often for each reason, and the first few names."""
+
+    counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, reason: str, what: str) -> None:
+        self.counts[reason] += 1
+        self.examples.setdefault(reason, [])
+        self.examples[reason] = (self.examples[reason] + [what])[:3]
+
+    def update(self, other: Problems) -> None:
+        for reason, names in other.examples.items():
+            self.counts[reason] += other.counts[reason]
+            self.examples[reason] = (self.examples.get(reason, []) + names)[:3]
+
+
+@dataclasses.dataclass
+class Built:
+    """One job done: the record's bytes (None where the image was dropped), its segments by kind, what was wrong.
+
+    classes: those that the image shows. origin: see `Record`.
+    """
+
+    record: bytes | None
+    segments: collections.Counter[str]
+    problems: Problems
+    classes: Set[int] = frozenset()
+    origin: str = ""
+
+    @classmethod
+    def of(cls, record: Record, problems: Problems) -> Built:
+        classes = {s.class_id for s in record.segments if s.class_id is not None and not (s.crowd or s.foreground)}
+        return cls(record.to_bytes(), count_segments(record), problems, classes, record.origin)
+
+
+def count_segments(record: Record) -> collections.Counter[str]:
+    """Segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
+    counts: collections.Counter[str] = collections.Counter()
+    for s in record.segments:
+        shape = "matte" if s.alpha else "mask" if s.mask else "box only"
+        counts["crowd" if s.crowd else f"foreground {shape}" if s.foreground else shape] += 1
+        counts["synthetic mask"] += bool(s.mask_by)
+        counts["synthetic expression"] += len(s.captions)
+        counts["expression"] += len(s.texts) + len(s.captions)
+    counts["expression of nothing"] += len(record.absent_texts)
+    return +counts
+
+
+@dataclasses.dataclass
+class Contents:
+    """What shards hold. That of a finished shard lies beside it as JSON, which is written last.
+
+    shards: of a split, how many hold records; there is no file of one that does not. bytes: size of the files. class_images: how many
+    images show each class. origins: of the records, in their order. fingerprint: that of a whole split's plan.
+    """
+
+    shards: int = 0
+    records: int = 0
+    bytes: int = 0
+    segments: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    class_images: collections.Counter[int] = dataclasses.field(default_factory=collections.Counter)
+    problems: Problems = dataclasses.field(default_factory=Problems)
+    origins: list[str] = dataclasses.field(default_factory=list)
+    fingerprint: str = ""
+
+    def add(self, built: Built) -> None:
+        self.segments.update(built.segments)
+        self.problems.update(built.problems)
+        if built.record is not None:
+            self.records += 1
+            self.class_images.update(built.classes)
+            self.origins.append(built.origin)
+
+    def update(self, other: Contents) -> None:
+        self.shards += other.records > 0
+        self.records += other.records
+        self.bytes += other.bytes
+        self.segments.update(other.segments)
+        self.class_images.update(other.class_images)
+        self.problems.update(other.problems)
+        self.origins += other.origins
+
+    def save(self, path: str) -> None:
+        write_text(path, json.dumps({**vars(self), "problems": vars(self.problems)}))
+
+    @classmethod
+    def load(cls, path: str) -> Contents:
+        with open(path) as f:
+            fields = json.load(f)
+        fields["segments"] = collections.Counter(fields["segments"])
+        fields["class_images"] = collections.Counter({int(i): count for i, count in fields["class_images"].items()})
+        problems = fields.pop("problems")
+        return cls(**fields, problems=Problems(collections.Counter(problems["counts"]), problems["examples"]))
+
+
+def write_shard(made: Iterable[Built], path: str) -> Contents:
+    """Writes records as they are made into `path`.array_record, then `path`.json. Raises OSError in one line."""
+    contents, temporary = Contents(), f"{path}.{os.getpid()}.tmp"
+    try:
+        writer = ArrayRecordWriter(temporary, "group_size:1")
+        for built in made:
+            contents.add(built)
+            if built.record is not None:
+                with _write_errors(path):
+                    writer.write(built.record)
+        with _write_errors(path):
+            writer.close()
+            reader = ArrayRecordReader(temporary)
+            written = reader.num_records()
+            reader.close()
+        if written != contents.records:
+            raise OSError(f"{path}: {written} of {contents.records} records were written; is the disk full?")
+        if contents.records:
+            contents.bytes = os.path.getsize(temporary)
+            _put(temporary, f"{path}.array_record")
+        contents.save(f"{path}.json")
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return contents
+
+
+@contextlib.contextmanager
+def _write_errors(path: str) -> Iterator[None]:
+    """ArrayRecord's errors are RuntimeErrors of several sentences; the first says what the matter is."""
+    try:
+        yield
+    except RuntimeError as e:
+        raise OSError(f"{path}: {str(e).split(';')[0]}") from None
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path + ".tmp", "w", encoding="utf-8") as f:
+        f.write(text)
+    _put(path + ".tmp", path)
+
+
+def _put(temporary: str, path: str) -> None:
+    """Renames a file that is whole, on the disk too: a machine may be taken away at any time."""
+    with open(temporary, "rb+") as f:
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def locked(folder: str, busy: str = "", shared: bool = False) -> Iterator[None]:
+    """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has no locks.
+
+    shared: beside others that hold it so.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(busy) from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def report_path(folder: str, split: str) -> str:
+    return os.path.join(folder, f"{split}.report.json")
+
+
+def go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str) -> None:
+    """Moves the shards to where readers look for them. `info`: what `dataset.json` says of the other splits."""
+    # From here to the last line the split is in no dataset.json, so no reader takes old and new shards for one.
+    info.save(folder)
+    remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
+    remove(folder, re.escape(os.path.basename(origins_path(folder, split))))
+    remove(folder, re.escape(os.path.basename(report_path(folder, split))))
+    for made, live in moves:
+        os.replace(made, live)
+    if any(total.origins):
+        write_text(origins_path(folder, split), "".join(f"{origin}\n" for origin in total.origins))
+    dataclasses.replace(total, origins=list(filter(None, total.origins))[:1], fingerprint=key).save(report_path(folder, split))
+    info.splits[split] = total.records
+    info.expressions[split] = total.segments["expression"] + total.segments["expression of nothing"]
+    if info.classes:
+        info.class_images[split] = tuple(total.class_images[i] for i in range(len(info.classes)))
+    info.save(folder)
+
+
+def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Contents]) -> list[tuple[str, str]]:
+    """Where each shard that holds records lies while it is partial, and where readers look for it."""
+    made = [f"{path}.array_record" for path, shard in zip(paths, shards) if shard.records]
+    return list(zip(made, shard_paths(folder, split, len(made))))
+
+
+def take_back(folder: str, split: str, paths: Sequence[str]) -> None:
+    """Moves shards back that a preparation had moved when it was killed, before it could enter the split."""
+    entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
+    if entered or not all(os.path.exists(f"{path}.json") for path in paths):
+        return
+    for made, live in moves(folder, split, paths, [Contents.load(f"{path}.json") for path in paths]):
+        if not os.path.exists(made) and os.path.exists(live):  # old shards are all gone before the first is moved
+            os.replace(live, made)
+
+
+def remove(folder: str, pattern: str) -> None:
+    for name in os.listdir(folder):
+        if re.fullmatch(pattern, name):
+            os.remove(os.path.join(folder, name))

@@ -1,0 +1,176 @@
+"""Which of the eleven basic colour terms (Berlin & Kay) a thing has, which it surely has not, and which are unclear.
+
+A pixel takes the terms of the nearest prototype in CIELAB. The prototypes are colours of the XKCD colour survey
+(https://xkcd.com/color/rgb, public domain), where 200,000 people named what they saw on their screens. Colours between two terms
+(teal, maroon, cream) carry both: such a pixel may count as either and proves neither.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+TERMS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
+
+# Terms, and the survey's colours of them that they need to be found in light and shade.
+_PROTOTYPES = {
+    "black": "000000 070d0d",  # black, almost black
+    "white": "ffffff fdfdfe d8dcd6",  # white, pale grey, light grey: white is seldom lit in full
+    "grey": "7d7f7c",  # medium grey
+    "red": "e50000 ff000d 980002 be0119 f7022a ef4026",  # red, bright red, blood red, scarlet, cherry red, tomato
+    "orange": "f97306 ff5b00 fdaa48 e17701 ffa756",  # orange, bright, light, pumpkin, pale orange
+    "yellow": "ffff14 fffd01 fffe7a fdff52 fec615 d5b60a",  # yellow, bright, light, lemon, golden, dark yellow
+    "green": "15b01a 96f97b 06470c 01ff07 3f9b0b 89fe05 82a67d 033500",  # green, light, forest, bright, grass, lime, greyish, dark green
+    "blue": "0343df 95d0fc 75bbfd 0504aa 0165fc 1e488f 3b638c 00035b",  # blue, light, sky, royal, bright, cobalt, denim, dark
+    "purple": "7e1e9c 35063e bf77f6 9a0eea 825f87 c79fef",  # purple, dark, light, violet, dusty purple, lavender
+    "pink": "ff81c0 ffd1df cb416b ff028d fe01b1 d58a94",  # pink, light, dark, hot, bright, dusty pink
+    "brown": "653700 341c02 7f5112 7f4e1e",  # brown, dark, medium brown, milk chocolate
+    "black grey": "343837 363737",  # charcoal, dark grey
+    "white grey": "929591 a8a495 c5c9c7",  # grey, greyish, silver: white in the shade, too
+    "black brown": "1d0200",  # very dark brown
+    "black green": "062e03 373e02",  # very dark green, dark olive
+    "black blue": "000133 01153e 1b2431",  # very dark blue, navy, dark
+    "black purple": "2a0134 380835",  # very dark purple, eggplant
+    "black red": "3c0008",  # dark maroon
+    "white yellow": "ffffe4 ffffc2 ffffb6",  # off white, cream, a lighter straw
+    "white pink": "fff4f2",  # very light pink
+    "white blue": "d7fffe",  # ice blue
+    "white green": "d1ffbd",  # very light green
+    "white brown": "e6daa6 fbeeac",  # beige, light tan
+    "grey brown": "b9a281 978a84 86775f 7a6a4f",  # taupe, warm grey, brownish grey, greyish brown
+    "grey green": "96ae8d",  # greenish grey
+    "grey blue": "748b97 95a3a6 516572 59656d b1d1fc 5a7d9a",  # bluish grey, cool grey, slate, slate grey, powder, steel blue
+    "grey purple": "7a687f",  # purplish grey
+    "grey pink": "c8aca9",  # pinkish grey
+    "red brown": "7f2b0a 8f1402 a83c09 840000",  # reddish brown, brick red, rust, dark red
+    "red orange": "fd411e f8481c",  # orange red, reddish orange
+    "red pink": "cf6275 fc5a50 c0737a",  # rose, coral, dusty rose
+    "red purple": "650021 580f41 610023",  # maroon, plum, burgundy
+    "orange yellow": "ffad01 feb308",  # orange yellow, amber
+    "orange brown": "c65102 c04e01 b26400 ca6641 b66325 964e02",  # dark orange, burnt, umber, terracotta, copper, warm brown
+    "orange pink": "ffb07c ff796c",  # peach, salmon
+    "yellow brown": "d1b26f bf9005 ceb301 e2ca76 c69f59 a6814c",  # tan, ochre, mustard, sand, camel, coffee
+    "yellow green": "c0fb2d c1f80a 9cbb04",  # yellow green, chartreuse, bright olive
+    "green brown": "6e750e 696112 aaa662",  # olive, greenish brown, khaki
+    "green blue": "029386 06c2ac 13eac9 014d4e 00ffff",  # teal, turquoise, aqua, dark teal, cyan
+    "blue purple": "380282 703be7",  # indigo, bluish purple
+    "purple pink": "c20078 ae7181 cea2fd",  # magenta, mauve, lilac
+    "pink brown": "b17261",  # pinkish brown
+}
+_MASKED = (0.6, 0.12)  # of the pixels: what may make a term certain, and what denies it
+_BOXED = (0.7, 0.08)
+_MIDDLE = 0.6  # of a box's width and height
+_FEWEST = 30  # pixels
+_NIGHT = 90  # of 255: three quarters of what is around a thing are darker
+_WARM = 18  # CIELAB's b of the brightest tenth of the picture
+_STEP = 8  # a table holds the terms of every eighth level of red, green and blue
+
+
+def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "11"], Float[np.ndarray, "11"]]:
+    """For each of `TERMS`, the share of RGB pixels that surely has it, and the share that may have it (the sure among them).
+
+    There must be at least one pixel.
+    """
+    r, g, b = (pixels // _STEP).T
+    found = np.bincount(_table()[r, g, b], minlength=len(_PROTOTYPES)) / len(pixels)
+    may = _carried().astype(float)
+    return found @ (may * (may.sum(1, keepdims=True) == 1)), found @ may
+
+
+def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
+    """Whether colours can be told at all: not by night, when all is black, nor by lamps that make white yellow and grey brown."""
+    small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3)
+    lab = _lab(small)
+    bright = lab[lab[:, 0] >= np.percentile(lab[:, 0], 90)].mean(0)
+    cold = (lab[:, 0] > 40) & (lab[:, 2] < 3)  # lamps leave nothing that is white or blue, sunny sand does
+    warm = bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03  # and the brightest is not green, as grass is
+    return not (_dark(small) or warm)
+
+
+def of_mask(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at: tuple[int, int]) -> Float[np.ndarray, "11"]:
+    """Beliefs in each of `TERMS` (see `phrases`) for a thing with the pixels of `mask`, a window of the image whose top and left are `at`.
+
+    Its rim mixes with what is behind it and is left out.
+    """
+    (top, left), (height, width) = at, mask.shape
+    rim = max(1, round(0.03 * float(mask.sum()) ** 0.5))
+    padded = cv2.copyMakeBorder(mask.view(np.uint8), 1, 1, 1, 1, cv2.BORDER_CONSTANT)
+    inner = cv2.erode(padded, np.ones((3, 3), np.uint8), iterations=rim)[1:-1, 1:-1] > 0
+    seen = image[top : top + height, left : left + width][inner if inner.sum() >= 0.4 * mask.sum() else mask]
+    if len(seen) < _FEWEST or _dark(_around(image, (left, top, left + width, top + height))):
+        return np.zeros(len(TERMS))
+    return judge(*term_shares(seen), *_MASKED)
+
+
+def of_box(image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], free: Bool[np.ndarray, "a b"]) -> Float[np.ndarray, "11"]:
+    """Beliefs in each of `TERMS` for a thing of which only the box is known: x0, y0, x1, y1 in whole pixels, not empty.
+
+    free: where, in the box, no other box lies. The middle of the box must be of the colour, and what surrounds the box must not: else it
+    may be the ground, seen through a ring or between legs. The thing may have any colour that the whole box shows.
+    """
+    x0, y0, x1, y1 = box
+    pixels, around = image[y0:y1, x0:x1], _around(image, box)
+    rows, columns = np.mgrid[: y1 - y0, : x1 - x0]
+    middle = np.hypot((2 * rows + 1) / (y1 - y0) - 1, (2 * columns + 1) / (x1 - x0) - 1) < _MIDDLE
+    seen = pixels[middle & free]
+    if len(seen) < max(_FEWEST, 0.5 * middle.sum()) or len(around) == 0 or _dark(around):
+        return np.zeros(len(TERMS))
+    beliefs = judge(*term_shares(seen), *_BOXED)
+    beliefs[(beliefs > 0) & (term_shares(around)[1] > 0.3)] = 0
+    beliefs[(beliefs < 0) & (term_shares(pixels.reshape(-1, 3))[1] >= _BOXED[1])] = 0
+    return beliefs
+
+
+def _around(image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int]) -> UInt8[np.ndarray, "n 3"]:
+    """The pixels around a box, a quarter of it on each side."""
+    x0, y0, x1, y1 = box
+    left, top = max(x0 - (x1 - x0 + 3) // 4, 0), max(y0 - (y1 - y0 + 3) // 4, 0)
+    part = image[top : y1 + (y1 - y0 + 3) // 4, left : x1 + (x1 - x0 + 3) // 4]
+    outside = np.ones(part.shape[:2], bool)
+    outside[y0 - top : y1 - top, x0 - left : x1 - left] = False
+    return part[outside]
+
+
+def _dark(pixels: UInt8[np.ndarray, "n 3"]) -> bool:
+    return len(pixels) > 0 and bool(np.percentile(pixels.max(1), 75) < _NIGHT)
+
+
+def judge(sure: Float[np.ndarray, "11"], may: Float[np.ndarray, "11"], most: float, least: float) -> Float[np.ndarray, "11"]:
+    """A belief in each of `TERMS` (see `phrases`): certain above `most`, denied below `least`, which are shares of the pixels.
+
+    A certain term may be that of `most` of the pixels, proves itself on nearly as many, and meets no second one. Gleams and
+    shadows of a coloured thing are white, grey and black, so these are forgiven, and asked for more themselves.
+    """
+    beliefs = np.where(may < least, -1.0, 0.0)
+    best = int(sure.argmax())
+    second, coloured = np.delete(sure, best).max(), np.delete(sure, [best, *_NEUTRAL]).max()
+    needed, forgiven = (most + 0.1, 0.12) if best in _NEUTRAL else (most, 0.25)
+    if may[best] >= needed and sure[best] >= 0.75 * needed and second <= forgiven and coloured <= 0.12:
+        beliefs[best] = (sure[best] + may[best]) / 2
+    return beliefs
+
+
+_NEUTRAL = tuple(TERMS.index(term) for term in ("black", "white", "grey"))
+
+
+@functools.cache
+def _carried() -> Bool[np.ndarray, "k 11"]:
+    return np.array([[term in key.split() for term in TERMS] for key in _PROTOTYPES])
+
+
+@functools.cache
+def _table() -> UInt8[np.ndarray, "32 32 32"]:
+    """Index into `_PROTOTYPES` at each level of red, green and blue."""
+    group = np.array([k for k, colours in enumerate(_PROTOTYPES.values()) for _ in colours.split()], np.uint8)
+    prototypes = np.array([list(bytes.fromhex(c)) for colours in _PROTOTYPES.values() for c in colours.split()], np.uint8)
+    levels = np.arange(_STEP // 2, 256, _STEP, dtype=np.uint8)
+    grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
+    apart = np.linalg.norm(_lab(grid)[:, None] - _lab(prototypes), axis=-1)
+    return group[apart.argmin(1)].reshape(3 * (len(levels),))
+
+
+def _lab(rgb: UInt8[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+    return cv2.cvtColor(rgb[None].astype(np.float32) / 255, cv2.COLOR_RGB2LAB)[0]

@@ -1,0 +1,122 @@
+"""Our own model as a teacher: asked about a box it draws the mask, asked with words it says which box they mean. No torch.
+
+A box becomes a query as a noised target does in training (`Noised`): the query claims a prompt and stands at the box, and restores what is
+there. So a model is a teacher of masks if it was trained with denoising queries that restore masks, as Mask DINO's recipe has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from mqformer_jax.checkpoint import latest_step
+from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.models.queries import Noised
+from mqformer_jax.predict import Predictor
+from mqformer_jax.segments import CanvasMasks
+from mqformer_jax.synthesize.masks import box_iou
+from mqformer_jax.synthesize.teachers import Drawn, Picture
+
+NAMELESS = "object"  # what a box is claimed to be that has neither a class nor words
+OVERLAP = 0.5  # the least IoU of an answer's box with a box that it means
+
+
+class OwnMasks:
+    """Masks by a checkpoint of ours. Raises ValueError where it was not trained to restore masks from boxes."""
+
+    def __init__(self, where: str):
+        predictor = Predictor.from_checkpoint(where)
+        denoising = predictor.config.denoising
+        if not (denoising.slots and denoising.masks):
+            raise ValueError(f"{where} cannot be asked about boxes: train it with denoising.slots > 0 and denoising.masks = True.")
+        self.name = mark(where)
+        self._predictor, self._canvas = predictor, predictor.canvas
+
+        def forward(params: Any, frozen: Any, image: Array, size: Array, text: Array, valid: Array, noised: Noised) -> tuple[Array, Array]:
+            outputs = predictor.model(params, frozen)(image, size, text, valid, noised)
+            embed = outputs.denoising.mask_embed[-1]
+            masks = jnp.einsum("bqd,bhwd->bqhw", embed, outputs.mask_features.astype(embed.dtype), preferred_element_type=jnp.float32)
+            # how sure it is of the pixels it takes, as Mask DINO rates masks
+            inside = masks > 0
+            return masks, (jax.nn.sigmoid(masks) * inside).sum((2, 3)) / jnp.maximum(inside.sum((2, 3)), 1)
+
+        self._forward = jax.jit(forward)
+
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "k 4"]]) -> list[Drawn]:
+        """See `MaskTeacher`."""
+        asked = [[_claim(p, i) for i in p.segments] for p in pictures]
+        texts = [list(dict.fromkeys(claims)) for claims in asked]
+        embedded = [self._predictor.embed([t for t, _ in some], [region for _, region in some]) for some in texts]
+        b, p, d = (_power_of_two(n) for n in (len(pictures), max(8, *map(len, texts)), max(16, *map(len, boxes))))
+        height, width = self._canvas
+        image, size = np.zeros((b, height, width, 3), np.uint8), np.zeros((b, 2), np.int32)
+        text, valid = np.zeros((b, p, embedded[0].shape[-1]), np.float32), np.zeros((b, p), bool)
+        prompt, corners, real = np.zeros((b, d), np.int32), np.full((b, d, 4), 0.5, np.float32), np.zeros((b, d), bool)
+        for i, picture in enumerate(pictures):
+            image[i], size[i] = fit_image(picture.image, self._canvas)
+            text[i, : len(texts[i])], valid[i, : len(texts[i])] = embedded[i], True
+            n, k = len(picture.boxes), len(boxes[i])
+            prompt[i, :k] = [texts[i].index(asked[i][j % n]) for j in range(k)]
+            corners[i, :k], real[i, :k] = _on_canvas(boxes[i], picture.image.shape[:2], size[i], self._canvas), True
+        # each box is a group of its own: copies of other objects would tell it nothing it should need
+        noised = Noised(prompt, corners, np.broadcast_to(np.arange(d, dtype=np.int32), (b, d)), real)
+        params, frozen = self._predictor.params, self._predictor.frozen
+        masks, scores = jax.device_get(self._forward(params, frozen, image, size, text, valid, noised))
+        return [
+            Drawn(CanvasMasks(masks[i, : len(k)], self._canvas, tuple(size[i].tolist()), p.image.shape[:2]), scores[i, : len(k)])
+            for i, (p, k) in enumerate(zip(pictures, boxes))
+        ]
+
+
+class OwnPicker:
+    """Which box a caption means to a checkpoint of ours: the one that its best answer overlaps."""
+
+    def __init__(self, where: str):
+        self._predictor, self.name = Predictor.from_checkpoint(where), mark(where)
+
+    def __call__(self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]) -> list[list[Float[np.ndarray, "c n"]]]:
+        """See `Picker`: the IoU of the answer's box with each of the boxes, 0 where it is below OVERLAP."""
+        found = []
+        for picture, boxes in zip(pictures, captions):
+            texts = list(dict.fromkeys(text for some in boxes for text in some))
+            if not texts:
+                found.append([np.zeros((0, len(picture.boxes)), np.float32) for _ in boxes])
+                continue
+            (answer,) = self._predictor.ask([picture.image], [self._predictor.embed(texts, [True] * len(texts))])
+            fits = box_iou(answer.boxes[answer.class_probs.argmax(0)][:, None], picture.boxes[None])
+            fits = dict(zip(texts, np.where(fits >= OVERLAP, fits, 0).astype(np.float32)))
+            found.append([np.stack([fits[t] for t in some]) if some else np.zeros((0, len(picture.boxes)), np.float32) for some in boxes])
+        return found
+
+
+def mark(where: str) -> str:
+    """A checkpoint's name in records: its folder, and its step, by which two of one training are told apart."""
+    return f"ours:{os.path.basename(os.path.abspath(where))}, step {latest_step(where)}"
+
+
+def _power_of_two(n: int) -> int:
+    """The next one from n on: shapes are few, since each is compiled."""
+    return 1 << (n - 1).bit_length()
+
+
+def _claim(picture: Picture, index: int) -> tuple[str, bool]:
+    """What a segment is claimed to be, and whether as a region."""
+    segment = picture.record.segments[index]
+    if segment.class_id is not None:
+        info = picture.info.classes[segment.class_id]
+        return info.name, not info.thing
+    return ("foreground", True) if segment.foreground else ((*segment.expressions, NAMELESS)[0], True)
+
+
+def _on_canvas(
+    boxes: Float[np.ndarray, "k 4"], image: tuple[int, int], valid: np.ndarray, canvas: tuple[int, int]
+) -> Float[np.ndarray, "k 4"]:
+    """x0, y0, x1, y1 in pixels of an image to cx, cy, w, h as fractions of the canvas it is fitted on."""
+    scaled = boxes * np.tile(valid[::-1] / np.array(image[::-1]) / np.array(canvas[::-1]), 2)
+    return np.concatenate([(scaled[:, :2] + scaled[:, 2:]) / 2, scaled[:, 2:] - scaled[:, :2]], 1).astype(np.float32)

@@ -1,0 +1,37 @@
+"""The work as a Beam pipeline, in its direct runner."""
+
+import subprocess
+import sys
+
+import pytest
+from sets import two_boxes, write_set
+
+from mqformer_jax.input.sources import ShardSource
+
+
+def command(root, *more: str) -> subprocess.CompletedProcess:
+    args = ("captions", "--data=toy", f"--root={root}", "--teacher=attributes", *more)
+    return subprocess.run([sys.executable, "-m", "mqformer_jax.synthesize", *args], capture_output=True, text=True)
+
+
+def test_the_direct_runner_makes_the_same_set(tmp_path):
+    pytest.importorskip("apache_beam")
+    pytest.importorskip("better_profanity")
+    write_set(tmp_path, "toy", two_boxes(10))
+    for more in (("--out=a_syn",), ("--out=b_syn", "--beam=--runner=DirectRunner")):
+        done = command(tmp_path, *more)
+        assert done.returncode == 0 and "20 of 20 boxes" in done.stdout, done.stderr
+    plain, beam = (ShardSource(str(tmp_path), name, "train") for name in ("a_syn", "b_syn"))
+    assert [plain[i] for i in range(10)] == [beam[i] for i in range(10)]
+
+
+def test_without_beam_it_is_one_line(tmp_path):
+    try:
+        import apache_beam  # noqa: F401
+    except ImportError:
+        write_set(tmp_path, "toy", two_boxes(3))
+        done = command(tmp_path, "--beam=--runner=DirectRunner")
+        assert done.returncode == 1 and "--beam: apache_beam is not installed: pip install -e '.[beam]'." in done.stderr
+        assert "Traceback" not in done.stderr
+    else:
+        pytest.skip("Apache Beam is installed")
