@@ -15,7 +15,7 @@ import re
 
 import cv2
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mqformer_jax import command_line
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"say what is to be made: python -m mqformer_jax.synthesize {'|'.join(KINDS)} --data=NAME --teacher=...")
     kind, share = argv[1], parse_share(given.share)
     quality = Quality(**{f.name: given[f.name].value for f in dataclasses.fields(Quality)})
+    if not given["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     cv2.setNumThreads(1)
     command_line.keep_compiled()
     asked = kind, given.teacher, quality, given.pick

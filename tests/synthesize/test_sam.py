@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -71,7 +72,7 @@ def folders(tmp_path_factory) -> dict[str, str]:
     for kind in (*FAMILIES, "sam2-video"):
         build(kind).save_pretrained(root / kind)
         if kind.startswith("sam2"):
-            settings = dict(image_processor_type="Sam2ImageProcessor", size=dict(height=SIDE, width=SIDE), image_mean=MEAN, image_std=STD)
+            settings = dict(image_processor_type="Sam2ImageProcessor", size=dict(height=SIDE, width=SIDE))
         else:
             settings = dict(image_processor_type="SamImageProcessor", size=dict(longest_edge=SIDE), pad_size=dict(height=SIDE, width=SIDE))
         (root / kind / "preprocessor_config.json").write_text(json.dumps(settings))
@@ -291,7 +292,12 @@ def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_opening_says_nothing(folders, capfd):
+def test_opening_and_drawing_say_nothing(folders, capfd):
+    heard: list[str] = []
+    listener = logging.Handler()
+    listener.emit = lambda record: heard.append(record.getMessage())
+    transformers.logging.add_handler(listener)
     for family, folder in (*((family, folders[family]) for family in FAMILIES), ("sam2", folders["sam2-video"])):
         make_teacher(f"{family}:{folder}", MASK_TEACHERS)(*asked())
-    assert capfd.readouterr() == ("", "")
+    transformers.logging.remove_handler(listener)
+    assert capfd.readouterr() == ("", "") and heard == []
