@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -18,11 +16,11 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from mqformer_jax.segments import CanvasMasks
+from mqformer_jax.synthesize.hugging_face import device, find, mark
 from mqformer_jax.synthesize.teachers import Drawn, Picture
 
 PICTURES = 2  # images that are encoded at once: one of 1024 x 1024 keeps a device busy
 BOXES = 32  # boxes of one image that are decoded at once: each has its own copy of the image's features
-FILES = ["config.json", "processor_config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
 # What a config.json calls itself: the teacher that reads it. SAM 2 is published as its video model, which holds the one for images.
 FAMILIES = {"sam": "sam", "sam_hq": "hq-sam", "sam2": "sam2", "sam2_video": "sam2"}
 
@@ -47,8 +45,7 @@ class Sam:
     pads = True  # the longer side is resized to the canvas and the rest of it padded; else both sides are resized to it
 
     def __init__(self, where: str) -> None:
-        local, found = os.path.isdir(where), self.family
-        folder = where if local else _download(self.family, where)
+        found, folder = self.family, find(f"{self.family}:{where}", where)
         try:
             with open(os.path.join(folder, "config.json")) as f:
                 found = FAMILIES.get(json.load(f)["model_type"], "")
@@ -64,10 +61,7 @@ class Sam:
             files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
             mend = f"give a folder with its {files}" if found in ("", self.family) else f"say {found}:{where}"
             raise ValueError(f"{self.family}:{where} cannot be read ({_gist(e)}): {mend}.") from e
-        # the hub's folders are named by their commits
-        label, mark = (os.path.basename(os.path.abspath(where)), _digest(folder)) if local else (where, os.path.basename(folder))
-        self.name = f"{self.family}:{label}@{mark[:8]}, transformers {transformers.__version__}"
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.name, (self.device, _) = mark(self.family, where, folder), device()
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -155,24 +149,6 @@ def _row(encoded: Any, row: int) -> Any:
     if isinstance(encoded, dict):
         return {key: _row(value, row) for key, value in encoded.items()}
     return encoded[row : row + 1].float() if isinstance(encoded, torch.Tensor) else [_row(value, row) for value in encoded]
-
-
-def _download(family: str, where: str) -> str:
-    """The folder of what the hub has under this name."""
-    try:
-        return huggingface_hub.snapshot_download(where, allow_patterns=FILES)
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{family}:{where}: there is no such folder, and the Hugging Face hub gives none ({_gist(e)}).") from e
-
-
-def _digest(folder: str) -> str:
-    """Of all that is read, to the last weight: tuned weights differ in nothing else."""
-    total = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        if name.endswith((".json", ".safetensors")):
-            with open(os.path.join(folder, name), "rb") as f:
-                total.update(hashlib.file_digest(f, "sha256").digest())
-    return total.hexdigest()
 
 
 def _gist(error: Exception) -> str:

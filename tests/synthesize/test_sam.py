@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -208,8 +209,7 @@ def test_weights_that_are_kept_in_half_precision_run_in_single(folders, tmp_path
 
 def test_a_name_tells_weights_and_versions_apart(folders, teachers, tmp_path):
     for family in FAMILIES:
-        assert teachers[family].name.startswith(f"{family}:{family}@")
-        assert teachers[family].name.endswith(f", transformers {transformers.__version__}")
+        assert re.fullmatch(rf"{family}:{family} [0-9a-f]{{8}} \(transformers {transformers.__version__}\)", teachers[family].name)
     tuned, moved = tmp_path / "tuned" / "sam", tmp_path / "moved" / "sam"
     shutil.copytree(folders["sam"], moved)
     shutil.copytree(folders["sam"], tuned)
@@ -220,12 +220,10 @@ def test_a_name_tells_weights_and_versions_apart(folders, teachers, tmp_path):
     assert names[1:] == [teachers["sam"].name] * 2 != names[:1] * 2
 
 
-def test_a_name_on_the_hub_is_marked_with_its_commit(folders, tmp_path, monkeypatch):
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    shutil.copytree(folders["sam2"], tmp_path / "snapshots" / commit)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: str(tmp_path / "snapshots" / commit))
+def test_a_name_on_the_hub_is_marked_with_its_weights(folders, teachers, monkeypatch):
+    monkeypatch.setattr("mqformer_jax.synthesize.hugging_face.snapshot_download", lambda name, **_: folders["sam2"])
     teacher = make_teacher("sam2:someone/sam2-tiny", MASK_TEACHERS)
-    assert teacher.name == f"sam2:someone/sam2-tiny@01234567, transformers {transformers.__version__}"
+    assert teacher.name == teachers["sam2"].name.replace("sam2:sam2", "sam2:someone/sam2-tiny")
 
 
 def cut(folder: pathlib.Path) -> None:
@@ -255,7 +253,7 @@ def wider(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (shutil.rmtree, "no such folder, and the Hugging Face hub gives none"),
+        (shutil.rmtree, "there is no such folder, and it is no name"),
         (lambda folder: os.remove(folder / "config.json"), "No such file.*config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "Expecting property name"),
         (lambda folder: (folder / "config.json").write_text("[]"), "list indices"),
@@ -287,7 +285,9 @@ def test_weights_of_another_family_are_refused_with_the_name_of_their_teacher(fo
 
 def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="^sam2:someone/nothing: there is no such folder, and the Hugging Face hub gives none") as error:
+    with pytest.raises(
+        ValueError, match="^sam2:someone/nothing: there is no such folder, and the Hugging Face hub does not give it"
+    ) as error:
         make_teacher("sam2:someone/nothing", MASK_TEACHERS)
     assert "\n" not in str(error.value)
 
