@@ -27,6 +27,20 @@ def test_what_a_set_labels_decides_what_is_taught(name, task):
     assert config.steps == (300 if name == "phrases" else 1500)
 
 
+def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_on_what_it_was(tmp_path):
+    for name, made_from in (("things_syn_m", "things"), ("things_syn", "things_syn_m")):
+        (tmp_path / "data/records" / name).mkdir()
+        info = DatasetInfo(
+            name, (ClassInfo(("cat",)),), {"train": 400}, expressions={"train": 9 * name.endswith("syn")}, made_from=made_from
+        )
+        info.save(str(tmp_path / "data/records" / name))
+    config = recipe("things_syn", "finetune")
+    recipes.check(config)
+    assert dict(config.data.mixture[0]) == dict(name="things_syn", split="train", tasks=("instance", "referring"))
+    assert [dict(e) for e in config.eval.sets] == [dict(name="things", split="val", tasks=("instance",))]
+    assert recipe("things_syn_m", "finetune").data.mixture[0]["tasks"] == ("instance",)
+
+
 def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
     theirs = get_config()
     monkeypatch.setattr("mqformer_jax.checkpoint.load_config", lambda path: theirs)
