@@ -113,7 +113,7 @@ def base() -> ConfigDict:
             ),
             data=dict(
                 root="data/records",
-                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_score (of what a teacher added; default 0, all of it)
+                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_mask, least_caption (scores of what a teacher added)
                 alpha=0.5,
                 canvas=(1024, 1024),
                 max_targets=100,
@@ -205,7 +205,7 @@ def check(config: ConfigDict) -> None:
         config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive"
     )
     for entry in data.mixture:
-        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight", "least_score"})
+        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight", "least_mask", "least_caption"})
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
     scales = tuple(config.eval.scales)

@@ -15,6 +15,12 @@ def test_the_lite_recipe_passes_it_too(variant):
     recipes.check(recipe(variant, "lite"))
 
 
+def test_the_scaled_recipe_is_the_full_one_with_more_data():
+    scaled, full = recipe("", "scaled"), recipe("full")
+    recipes.check(scaled)
+    assert scaled.data.mixture[: len(full.data.mixture)] == full.data.mixture and scaled.model == full.model
+
+
 def test_the_variants_differ_in_numbers_only():
     shape = lambda tree: {k: shape(v) for k, v in tree.items()} if isinstance(tree, dict) else None
     shapes = [shape(recipe(v).to_dict()) for v in ("full", "sample", "small")]

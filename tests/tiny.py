@@ -12,7 +12,7 @@ def recipe(variant: str, name: str = "coco_ref") -> ConfigDict:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(variant)
+    return module.get_config(variant) if variant else module.get_config()
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -95,7 +95,7 @@ class Loader:
         for source in sources:
             _warn_of_twins(source, tokenizer)
         makers = [
-            RowMaker(s, i, tuple(entry["tasks"]), entry.get("least_score", 0.0), data, tokenizer)
+            RowMaker(s, i, tuple(entry["tasks"]), (entry.get("least_mask", 0.0), entry.get("least_caption", 0.0)), data, tokenizer)
             for i, (s, entry) in enumerate(zip(sources, data.mixture))
         ]
         streams = [
@@ -197,13 +197,13 @@ class WindowShuffle(grain.MapDataset):
 class RowMaker:
     """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
 
-    number: the data set's place in the mixture. least_score: of what a teacher added, below which it is left out. data: `config.data`.
+    number: the data set's place in the mixture. least: scores of masks and captions that a teacher added, below which they are left out. data: `config.data`.
     """
 
     source: Source
     number: int
     tasks: tuple[str, ...]
-    least_score: float
+    least: tuple[float, float]
     data: Any
     tokenizer: Callable[[Sequence[str]], np.ndarray]
 
@@ -222,7 +222,7 @@ class RowMaker:
         )
 
     def _row(self, index: int, rng: np.random.Generator) -> tuple[Row, str, list[str]]:
-        record, data = Record.from_bytes(self.source[index]).trusting(self.least_score), self.data
+        record, data = Record.from_bytes(self.source[index]).trusting(*self.least), self.data
         key = f"{self.source.name}/{record.key}"
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
         example = self._augment(example, needs_whole_image(record, self.tasks), rng)

@@ -133,10 +133,10 @@ class Segment:
         """All that refers to it: people's texts, then a teacher's."""
         return (*self.texts, *(text for text, _ in self.captions))
 
-    def trusting(self, least: float) -> Segment:
-        """The segment without what a teacher added and gave a score below `least`; where that was its mask, its box stays."""
-        captions = tuple(caption for caption in self.captions if caption[1] >= least)
-        doubtful = bool(self.mask_by) and self.mask_score < least
+    def trusting(self, mask: float, caption: float) -> Segment:
+        """The segment without what a teacher added and gave a lower score; where that was its mask, its box stays."""
+        captions = tuple(said for said in self.captions if said[1] >= caption)
+        doubtful = bool(self.mask_by) and self.mask_score < mask
         return dataclasses.replace(self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if doubtful else {}))
 
 
@@ -178,11 +178,11 @@ class Record:
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
             raise BadRecord(f"not a record: {e}") from e
 
-    def trusting(self, least: float) -> Record:
-        """The record without what teachers added and gave a score below `least`."""
-        if not least:
+    def trusting(self, mask: float, caption: float) -> Record:
+        """The record without the masks and captions to which teachers gave a lower score."""
+        if not (mask or caption):
             return self
-        return dataclasses.replace(self, segments=tuple(segment.trusting(least) for segment in self.segments))
+        return dataclasses.replace(self, segments=tuple(segment.trusting(mask, caption) for segment in self.segments))
 
     def decode_image(self) -> np.ndarray:
         """The image as uint8 [height, width, 3], RGB. Raises BadRecord where the bytes are no whole image."""

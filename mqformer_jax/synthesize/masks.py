@@ -21,7 +21,7 @@ from mqformer_jax.synthesize.verdicts import Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What a mask must reach to be taken. The defaults are loose: a mixture may ask for more (`least_score`), never for less.
+    """What a mask must reach to be taken. The defaults are loose: a mixture may ask for more (`least_mask`), never for less.
 
     score: the least estimate of the teacher. stability: the least mean IoU with the masks of `copies` boxes, the sides of which were
     moved by up to `jitter` of the box. agreement: the least IoU of the mask's tight box with the given one. area: the least share of

@@ -28,12 +28,12 @@ def test_captions_are_wordings_of_one_prompt_beside_peoples():
 def test_doubtful_parts_go_and_peoples_stay():
     people = Segment(1, ("yours",), (1.0, 1.0, 20.0, 20.0), MASK)
     made = record(0, MADE, people)
-    assert made.trusting(0.0) == made and made.trusting(0.4) == made
-    cat, dog = made.trusting(0.5).segments
+    assert made.trusting(0.0, 0.0) == made and made.trusting(0.7, 0.4) == made
+    cat, dog = made.trusting(0.0, 0.5).segments
     assert (cat.captions, cat.mask, dog) == ((("a cat", 0.9),), MASK, people)
-    cat, dog = made.trusting(0.8).segments
+    cat, dog = made.trusting(0.8, 0.0).segments
     assert (cat.mask, cat.mask_by, cat.box, cat.texts, dog) == (None, "", MADE.box, ("mine",), people)
-    assert not made.trusting(1.1).segments[0].captions
+    assert len(cat.captions) == 2 and not made.trusting(0.0, 1.1).segments[0].captions
 
 
 def test_records_from_before_there_were_synthetic_parts_are_read():
@@ -49,7 +49,7 @@ def test_records_from_before_there_were_synthetic_parts_are_read():
 @pytest.mark.parametrize(("least", "masks"), [(None, True), (0.5, True), (0.8, False)])
 def test_a_mixture_says_how_good_synthetic_parts_must_be(tmp_path, least, masks):
     write_set(tmp_path, "toy_syn", [record(i, MADE) for i in range(4)])
-    entry = dict(name="toy_syn", split="train", tasks=("instance",)) | ({} if least is None else dict(least_score=least))
+    entry = dict(name="toy_syn", split="train", tasks=("instance",)) | ({} if least is None else dict(least_mask=least))
     config = tiny.get_config("train")
     config.data.update(root=str(tmp_path), mixture=(entry,), threads=1)
     config.batch_size = 4
