@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import cv2
 import numpy as np
@@ -53,7 +54,8 @@ class Masks:
     def __call__(self, pictures: Sequence[Picture]) -> list[list[Verdict]]:
         boxes = [np.concatenate([p.boxes, *(self._moved(p, copy) for copy in range(self._quality.copies))]) for p in pictures]
         drawn = self._teacher(pictures, boxes)
-        return [[self._verdict(p, d, j) for j in range(len(p.boxes))] for p, d in zip(pictures, drawn)]
+        with ThreadPoolExecutor() as pool:  # OpenCV and numpy work outside the interpreter's lock
+            return list(pool.map(lambda p, d: [self._verdict(p, d, j) for j in range(len(p.boxes))], pictures, drawn))
 
     def _moved(self, picture: Picture, copy: int) -> Float[np.ndarray, "n 4"]:
         """The boxes with their sides moved; alike on every run, whatever else is asked beside them."""

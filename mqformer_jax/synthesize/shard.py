@@ -12,6 +12,7 @@ import dataclasses
 import fcntl
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import msgpack
@@ -46,7 +47,7 @@ def make_shard(
             pass  # a file system without locks
         done = _whole_answers(log)
         progress(done)
-        for asked in _batches(_records(source.paths[shard], done), source.info, maker, batch):
+        for asked in _ahead(_batches(_records(source.paths[shard], done), source.info, maker, batch)):
             for verdicts in _ask(maker, asked):
                 log.write(msgpack.packb([dataclasses.asdict(v) for v in verdicts]))
             log.flush()
@@ -83,6 +84,15 @@ def _batches(records: Iterable[tuple[int, bytes | None]], info: DatasetInfo, mak
             batch = Batch([], [], [], {})
     if batch.done:
         yield batch
+
+
+def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; the next is read and decoded while a teacher works on one."""
+    with ThreadPoolExecutor(1) as reader:
+        following = reader.submit(next, batches, None)
+        while (batch := following.result()) is not None:
+            following = reader.submit(next, batches, None)
+            yield batch
 
 
 def _picture(data: bytes | None, info: DatasetInfo, maker: Maker) -> tuple[Picture | None, list[Verdict]]:
