@@ -1,9 +1,10 @@
 import jax
 import numpy as np
+import pytest
 from originals import assert_agrees
 from scipy.ndimage import map_coordinates
 
-from mqformer_jax.losses.points import sample_bits, sample_features, sample_maps, uncertain_points
+from mqformer_jax.losses.points import _least_by_counting, least, sample_bits, sample_features, sample_maps, uncertain_points
 
 rng = np.random.default_rng(0)
 
@@ -54,3 +55,14 @@ def test_most_points_lie_where_the_mask_is_uncertain_and_none_outside_the_image(
     assert points.shape == (1, 200, 2)
     assert points[..., 0].max() <= 0.9 and points[..., 1].max() <= 0.5
     assert (points[..., 0] < 0.27).mean() > 0.6  # a quarter by chance
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 99, 100])
+def test_the_least_are_those_that_sorting_finds_and_of_equals_the_first(k):
+    rng = np.random.default_rng(k)
+    values = np.abs(np.stack([rng.normal(size=100), np.round(rng.normal(size=100)), np.zeros(100), rng.normal(size=100) * 1e30]))
+    values[3, :5], values[0, 3] = np.inf, 0
+    values = np.stack([values, values[:, ::-1]]).astype(np.float32)
+    expected = np.sort(np.argsort(values, -1, kind="stable")[..., :k], -1)
+    np.testing.assert_array_equal(np.sort(jax.jit(_least_by_counting, static_argnums=1)(values, k), -1), expected)
+    np.testing.assert_array_equal(np.sort(least(values, k), -1), expected)
