@@ -23,9 +23,8 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
-from mqformer_jax import command_line
+from mqformer_jax import command_line, result_files
 from mqformer_jax.image_files import read_image
-from mqformer_jax.input.record import encode_rle
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.predict import Predictor, read_prompts
 from mqformer_jax.segments import Segments
@@ -103,21 +102,15 @@ def legend(found: Segments) -> list[Row]:
 
 
 def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], asked: dict[str, str]) -> bytes:
-    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json."""
-    buffer, segments = io.BytesIO(), []
+    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as `predict` writes it)."""
+    said = asked | result_files.to_json(found, asked["task"], "", found.masks.shape[1:])
+    buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("overlay.png", _png(picture[..., ::-1]))
-        for i, mask in enumerate(found.masks):
-            prompt, (x0, y0, x1, y1) = found.texts[found.prompt_ids[i]], found.boxes[i].tolist()
-            words = re.sub(r"[^\w-]+", "_", prompt)[:40]
-            file = f"masks/{i + 1:02d}_{words}.png"
-            cover = mask if found.alphas is None else found.alphas[i]
-            out.writestr(file, _png(np.rint(255 * cover.astype(np.float32)).astype(np.uint8)))
-            code = {"size": list(mask.shape), "counts": encode_rle(mask).decode()}
-            fields = {"file": file, "prompt": prompt, "score": float(found.scores[i]), "bbox": [x0, y0, x1 - x0, y1 - y0]}
-            segments.append(fields | {"area": int(mask.sum()), "segmentation": code})
-        height, width = found.masks.shape[1:]
-        said = asked | {"height": height, "width": width, "prompts": found.texts, "segments": segments}
+        for entry, cover in zip(said["segments"], found.masks if found.alphas is None else found.alphas):
+            words = re.sub(r"[^\w-]+", "_", entry["text"])[:40]
+            entry["file"] = f"masks/{entry['id']:02d}_{words}.png"
+            out.writestr(entry["file"], _png(np.rint(255 * cover.astype(np.float32)).astype(np.uint8)))
         out.writestr("segments.json", json.dumps(said, indent=1, ensure_ascii=False))
     return buffer.getvalue()
 

@@ -80,7 +80,7 @@ def test_the_archive_holds_each_mask_as_png_and_as_run_length_code():
 def test_mattes_are_written_as_shares_of_each_pixel():
     found = Segments(["cat"], np.ones((1, 4, 4), bool), np.array([[0, 0, 4, 4.0]]), np.ones(1), np.zeros(1, int), np.zeros(1, int))
     found.alphas = np.full((1, 4, 4), 0.5, np.float32)
-    with zipfile.ZipFile(io.BytesIO(demo.archive(found, IMAGE, {}))) as zipped:
+    with zipfile.ZipFile(io.BytesIO(demo.archive(found, IMAGE, {"task": "matting"}))) as zipped:
         matte = cv2.imdecode(np.frombuffer(zipped.read("masks/01_cat.png"), np.uint8), cv2.IMREAD_UNCHANGED)
     assert (matte == 128).all() and demo.legend(found)[0].share == 0.5
 
