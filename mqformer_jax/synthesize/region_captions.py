@@ -83,6 +83,8 @@ class Florence2(Blip):
         super().__init__(where)
         tokenizer = self.processor.tokenizer
         vocabulary = tokenizer.get_vocab()
+        if "<loc_999>" not in vocabulary:
+            raise ValueError(f"florence2:{where}: its tokenizer has no location tokens. Give a folder such as florence-community's.")
         locations = torch.tensor([vocabulary[f"<loc_{i}>"] for i in range(1000)], device=self.model.device)
         self.processors = [WordsOnly(tokenizer.eos_token_id, locations)]
 
