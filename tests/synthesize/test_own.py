@@ -2,6 +2,7 @@
 
 import re
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -20,9 +21,11 @@ INFO = DatasetInfo("toy", (ClassInfo(("ball",)), ClassInfo(("star",))), {})
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    config = tiny.get_config("train")
-    _, params, frozen = build_model(config)
-    folder = str(tmp_path_factory.mktemp("run"))
+    return saved(str(tmp_path_factory.mktemp("run")), tiny.get_config("train"))
+
+
+def saved(folder: str, config) -> str:
+    params, frozen = jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0))
     save_weights(folder, Weights(config, params, frozen), {})
     return folder
 
@@ -58,8 +61,8 @@ def test_the_answer_is_that_of_the_models_denoising_query(teacher, checkpoint):
     x0, y0, x1, y1 = (picture.boxes * size[1] / 64 / 64).T  # 64 x 48 pixels on a canvas of 64 x 64
     boxes = np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)[None].astype(np.float32)
     noised = Noised(np.array([[0, 1]]), boxes, np.array([[0, 1]]), np.ones((1, 2), bool))
-    model = predictor.model(predictor.params, predictor.frozen)
-    outputs = model(image[None], np.array([size]), text, np.ones((1, 2), bool), noised)
+    forward = jax.jit(lambda p, f, *asked: predictor.model(p, f)(*asked))
+    outputs = forward(predictor.params, predictor.frozen, image[None], np.array([size]), text, np.ones((1, 2), bool), noised)
     masks = np.einsum("qd,hwd->qhw", outputs.denoising.mask_embed[-1, 0], outputs.mask_features[0])
     (drawn,) = teacher([picture], [picture.boxes])
     np.testing.assert_allclose(drawn.masks.logits, masks, atol=1e-3)
@@ -77,8 +80,7 @@ def test_a_segment_claims_its_class_or_its_words():
 def test_a_model_that_never_restored_masks_is_no_teacher(tmp_path):
     config = tiny.get_config("train")
     config.denoising.slots = 0
-    _, params, frozen = build_model(config)
-    save_weights(str(tmp_path), Weights(config, params, frozen), {})
+    saved(str(tmp_path), config)
     with pytest.raises(ValueError, match=r"cannot be asked about boxes: train it with denoising.slots > 0"):
         make_teacher(f"ours:{tmp_path}", MASK_TEACHERS)
 
