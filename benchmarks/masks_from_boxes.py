@@ -1,0 +1,75 @@
+"""How good are a teacher's masks? Asked for the boxes of a set that has masks, and compared with them.
+
+    python benchmarks/masks_from_boxes.py --teacher=ours:runs/lite --data=coco_2017 --split=val
+
+Before a teacher is trusted with a million boxes, on data like one's own. Mean IoU of what quality control takes, and of all; beside it what
+needs no teacher: the whole box, and the ellipse in it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from absl import app, flags, logging
+from tqdm import tqdm
+
+from mqformer_jax.input.record import BadRecord, Record, decode_rle
+from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.synthesize.masks import Masks, Quality
+from mqformer_jax.synthesize.teachers import MASK_TEACHERS, Picture, make_teacher
+from mqformer_jax.synthesize.verdicts import usable_box
+
+_TEACHER = flags.DEFINE_string("teacher", None, "As `mqformer_jax.synthesize` takes it.", required=True)
+_ROOT = flags.DEFINE_string("root", "data/records", "The folder of prepared data sets.")
+_DATA = flags.DEFINE_string("data", None, "One that has masks.", required=True)
+_SPLIT = flags.DEFINE_string("split", "val", "Its split.")
+BATCH = 8
+
+
+def iou(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a & b).sum() / max((a | b).sum(), 1))
+
+
+def inside(box: np.ndarray, shape: tuple[int, int], round: bool) -> np.ndarray:
+    """The pixels of a box, or of the ellipse in it."""
+    y, x = np.ogrid[: shape[0], : shape[1]]
+    centre, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
+    dx, dy = (x + 0.5 - centre[0]) / half[0], (y + 0.5 - centre[1]) / half[1]
+    return dx**2 + dy**2 <= 1 if round else (abs(dx) <= 1) & (abs(dy) <= 1)
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
+    source, masks = ShardSource(_ROOT.value, _DATA.value, _SPLIT.value), Masks(make_teacher(_TEACHER.value, MASK_TEACHERS), Quality())
+    rows, taken = [], []
+
+    def ask(pictures: list[Picture]) -> None:
+        for picture, verdicts in zip(pictures, masks(pictures)):
+            for verdict, box in zip(verdicts, picture.boxes):
+                truth = picture.record.decode_mask(picture.record.segments[verdict.segment].mask)
+                drawn = np.zeros_like(truth) if verdict.mask is None else decode_rle(verdict.mask, *truth.shape)
+                rows.append([iou(truth, drawn), *(iou(truth, inside(box, truth.shape, r)) for r in (False, True))])
+                taken.append(not verdict.reason)
+
+    waiting: list[Picture] = []
+    for i in tqdm(range(len(source)), unit="image"):
+        try:
+            record = Record.from_bytes(source[i])
+            things = [k for k, s in enumerate(record.segments) if s.mask and not s.crowd and s.class_id is not None]
+            boxes = {k: usable_box(record, k) for k in things if source.info.classes[record.segments[k].class_id].thing}
+            boxes = {k: box for k, box in boxes.items() if not isinstance(box, str)}
+            if boxes:
+                waiting.append(Picture(record, source.info, record.decode_image(), tuple(boxes), np.stack([*boxes.values()])))
+        except BadRecord as e:
+            tqdm.write(str(e))
+        if len(waiting) == BATCH or (waiting and i == len(source) - 1):
+            ask(waiting)
+            waiting = []
+    found, good = np.array(rows), np.array(taken)
+    print("| boxes | taken | IoU of the taken | IoU of all | the whole box | the ellipse |\n|---|---|---|---|---|---|")
+    share = f"{100 * good.mean():.1f} %"
+    figures = [found[good, 0].mean() if good.any() else np.nan, *found.mean(0)]
+    print(f"| {len(found)} | {share} | {' | '.join(f'{100 * f:.1f}' for f in figures)} |")
+
+
+if __name__ == "__main__":
+    app.run(main)
