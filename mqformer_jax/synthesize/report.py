@@ -111,8 +111,8 @@ class Tally:
         shown = [*classes[:5], *classes[5:][-5:]]
         by_class = [f"{name} {share(self.taken[name], self.asked[name])} of {self.asked[name]}" for name in shown]
         lines.append(f"  by class{', worst and best' if len(classes) > 10 else ''}: {', '.join(by_class)}")
-        lines += [f"  {count} boxes: {reason} ({self.examples[reason]}, …)" for reason, count in self.reasons.most_common()]
-        lines += [f"  {count} captions: {reason}" for reason, count in self.refused.most_common()]
+        lines += [f"  {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})" for reason, count in self.reasons.most_common()]
+        lines += [f"  {count} x caption: {reason}" for reason, count in self.refused.most_common()]
         return "\n".join(lines)
 
 
