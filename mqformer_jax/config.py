@@ -43,6 +43,103 @@ def _backbone() -> dict[str, Any]:
     )
 
 
+def _model() -> dict[str, Any]:
+    return dict(
+        backbone=_backbone(),
+        text=dict(
+            name="clip",
+            tokenizer="words",
+            vocab_size=49408,
+            context=32,
+            width=512,
+            heads=8,
+            layers=12,
+            embed_dim=512,
+            norm_eps=1e-5,
+            classes=(),  # "classes": the names that the table's rows stand for
+        ),
+        grain=True,  # tell the model whether a prompt owns one region or several segments
+        width=256,
+        heads=8,
+        points=4,
+        ffn=2048,  # of the decoder
+        strides=(8, 16, 32, 64),  # from 4 on: five levels
+        encoder_layers=6,
+        encoder_ffn=2048,
+        decoder_layers=9,
+        mask_dim=256,
+        mask_stride=4,
+        score="cosine",  # of query and text, with a learned scale and bias; or their plain "dot" product
+        box_init="no",  # conditional anchors: the proposals' boxes, or those around their masks (Mask DINO's two ways)
+        learned_content=False,  # conditional queries take anchors from the image, content from parameters
+        coarse_first=True,  # the order in which the decoder counts levels; Mask DINO's high2low is False
+        initial_pred=True,  # supervise the queries before the first layer too
+        queries="mixed",  # which kinds there are; every strategy has num_learnable + num_conditional in all
+        num_learnable=100,
+        num_conditional=300,
+        interaction="exchange",  # of the two kinds; "joint" is one self-attention over both
+        dtype="bfloat16",
+        remat="layers",  # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
+    )
+
+
+def _data() -> dict[str, Any]:
+    return dict(
+        root="data/records",
+        mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_mask, least_caption (scores of what a teacher added)
+        alpha=0.5,
+        canvas=(1024, 1024),
+        max_targets=100,
+        max_prompts=160,
+        mask_canvases=8.0,  # room for the masks of an image, in canvases; COCO panoptic needs 1.1 on average, 3 at most
+        scale=(0.1, 2.0),
+        flip=0.5,
+        jitter=0.0,
+        templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
+        leak_guard=True,  # images of eval.sets, and of val and test splits of expressions under root, are not trained on
+        max_bad=0.05,  # more unusable records of a data set than this share stop the run
+        workers=0,
+        threads=8,
+    )
+
+
+def _eval() -> dict[str, Any]:
+    return dict(
+        every=0,  # steps; 0: at the end only. A checkpoint is saved before
+        sets=(),  # dicts: name, split, tasks
+        batch_size=8,
+        limit=0,  # images a set; 0: all
+        pictures=8,
+        keep=0.25,  # panoptic: the least score of a segment
+        overlap=0.8,  # panoptic: the least visible share of a segment
+        top=100,  # instance: segments an image
+        least=-1.0,  # instance: the least score of a segment; average precision wants all of them
+        absent=0.0,  # referring: below this score an expression names nothing
+        kinds=(),  # referring: (name, regex) pairs; expressions are also reported by the first that fits
+        scales=(1.0,),  # semantic, and one region a prompt: canvases, in the recipe's, whose answers are averaged
+        flip=False,  # likewise with the mirrored image
+    )
+
+
+def _matting() -> dict[str, Any]:
+    return dict(
+        backbone=_backbone(),
+        init_from=(),  # folders of checkpoints whose image encoder it starts from
+        width=64,  # channels of its decoder at strides 4 and coarser, half and a quarter of that at 2 and 1
+        canvas=512,  # side of the square that the surroundings of a mask are brought to
+        crop=320,  # side of the square parts of the canvas that training sees
+        margin=0.1,  # around the mask's box, in its larger side
+        reach=0.06,  # how far from the mask's outline alpha may differ from it, in the canvas' side
+        mixture=(),  # dicts: name, split; of their records the segments with a matte
+        sets=(),  # likewise; measured at the end
+        own=0.5,  # with --checkpoint: the share of foregrounds guided by the model's own mask, not by a perturbed matte
+        steps=50_000,
+        batch_size=16,
+        learning_rate=5e-4,
+        encoder=0.1,  # multiplies the learning rate of its image encoder; 0 freezes it
+    )
+
+
 def base() -> ConfigDict:
     """Every field a recipe has. Recipes in `configs/` start from it and change numbers."""
     return ConfigDict(
@@ -54,43 +151,7 @@ def base() -> ConfigDict:
             not_finite="stop",  # when a loss or gradient is NaN or infinite: "stop", or "skip" the step
             init_from=(),  # folders of converted or trained checkpoints: a run starts from all that fits
             init_skip=(),  # regexes over parameter paths that stay fresh all the same
-            model=dict(
-                backbone=_backbone(),
-                text=dict(
-                    name="clip",
-                    tokenizer="words",
-                    vocab_size=49408,
-                    context=32,
-                    width=512,
-                    heads=8,
-                    layers=12,
-                    embed_dim=512,
-                    norm_eps=1e-5,
-                    classes=(),  # "classes": the names that the table's rows stand for
-                ),
-                grain=True,  # tell the model whether a prompt owns one region or several segments
-                width=256,
-                heads=8,
-                points=4,
-                ffn=2048,  # of the decoder
-                strides=(8, 16, 32, 64),  # from 4 on: five levels
-                encoder_layers=6,
-                encoder_ffn=2048,
-                decoder_layers=9,
-                mask_dim=256,
-                mask_stride=4,
-                score="cosine",  # of query and text, with a learned scale and bias; or their plain "dot" product
-                box_init="no",  # conditional anchors: the proposals' boxes, or those around their masks (Mask DINO's two ways)
-                learned_content=False,  # conditional queries take anchors from the image, content from parameters
-                coarse_first=True,  # the order in which the decoder counts levels; Mask DINO's high2low is False
-                initial_pred=True,  # supervise the queries before the first layer too
-                queries="mixed",  # which kinds there are; every strategy has num_learnable + num_conditional in all
-                num_learnable=100,
-                num_conditional=300,
-                interaction="exchange",  # of the two kinds; "joint" is one self-attention over both
-                dtype="bfloat16",
-                remat="layers",  # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
-            ),
+            model=_model(),
             loss=dict(
                 class_=4.0,
                 mask=5.0,
@@ -111,59 +172,14 @@ def base() -> ConfigDict:
                 backbone=0.1,  # multiplies the learning rate of the image encoder
                 text=0.1,  # likewise of the text encoder; 0 freezes it, and each text is then encoded once
             ),
-            data=dict(
-                root="data/records",
-                mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_mask, least_caption (scores of what a teacher added)
-                alpha=0.5,
-                canvas=(1024, 1024),
-                max_targets=100,
-                max_prompts=160,
-                mask_canvases=8.0,  # room for the masks of an image, in canvases; COCO panoptic needs 1.1 on average, 3 at most
-                scale=(0.1, 2.0),
-                flip=0.5,
-                jitter=0.0,
-                templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
-                leak_guard=True,  # images of eval.sets, and of val and test splits of expressions under root, are not trained on
-                max_bad=0.05,  # more unusable records of a data set than this share stop the run
-                workers=0,
-                threads=8,
-            ),
+            data=_data(),
             mesh=(-1, 1, 1),  # data, fsdp, tensor; -1: what is left
             rules=RULES,  # (regex over a parameter's path, mesh axes of its trailing dimensions), the first that matches
             log_every=50,
             checkpoint_every=5000,
             keep_checkpoints=2,
-            eval=dict(
-                every=0,  # steps; 0: at the end only. A checkpoint is saved before
-                sets=(),  # dicts: name, split, tasks
-                batch_size=8,
-                limit=0,  # images a set; 0: all
-                pictures=8,
-                keep=0.25,  # panoptic: the least score of a segment
-                overlap=0.8,  # panoptic: the least visible share of a segment
-                top=100,  # instance: segments an image
-                least=-1.0,  # instance: the least score of a segment; average precision wants all of them
-                absent=0.0,  # referring: below this score an expression names nothing
-                kinds=(),  # referring: (name, regex) pairs; expressions are also reported by the first that fits
-                scales=(1.0,),  # semantic, and one region a prompt: canvases, in the recipe's, whose answers are averaged
-                flip=False,  # likewise with the mirrored image
-            ),
-            matting=dict(  # of the refiner that makes alpha mattes of masks: mqformer_jax/refine.py
-                backbone=_backbone(),
-                init_from=(),  # folders of checkpoints whose image encoder it starts from
-                width=64,  # channels of its decoder at strides 4 and coarser, half and a quarter of that at 2 and 1
-                canvas=512,  # side of the square that the surroundings of a mask are brought to
-                crop=320,  # side of the square parts of the canvas that training sees
-                margin=0.1,  # around the mask's box, in its larger side
-                reach=0.06,  # how far from the mask's outline alpha may differ from it, in the canvas' side
-                mixture=(),  # dicts: name, split; of their records the segments with a matte
-                sets=(),  # likewise; measured at the end
-                own=0.5,  # with --checkpoint: the share of foregrounds guided by the model's own mask, not by a perturbed matte
-                steps=50_000,
-                batch_size=16,
-                learning_rate=5e-4,
-                encoder=0.1,  # multiplies the learning rate of its image encoder; 0 freezes it
-            ),
+            eval=_eval(),
+            matting=_matting(),  # of the refiner that makes alpha mattes of masks: mqformer_jax/refine.py
         )
     )
 

@@ -20,6 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from mqformer_jax import command_line
 from mqformer_jax.input.record import Record
+from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.synthesize import teachers
 from mqformer_jax.synthesize.makers import KINDS, make_maker
 from mqformer_jax.synthesize.masks import Quality
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     cv2.setNumThreads(1)
     command_line.keep_compiled()
+    ShardSource(given.root, given.data, given.split)  # what is not there should not wait for a teacher to load
     asked = kind, given.teacher, quality, given.pick
     maker = make_maker(*asked)
     work = Work(given.root, given.data, given.split, given.out or default_name(kind, given.data), maker.settings, given.batch)
