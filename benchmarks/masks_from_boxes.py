@@ -15,6 +15,7 @@ from tqdm import tqdm
 from mqformer_jax.input.record import BadRecord, Record, decode_rle
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.synthesize.masks import Masks, Quality
+from mqformer_jax.synthesize.report import SIZES
 from mqformer_jax.synthesize.teachers import MASK_TEACHERS, Picture, make_teacher
 from mqformer_jax.synthesize.verdicts import usable_box
 
@@ -40,7 +41,7 @@ def inside(box: np.ndarray, shape: tuple[int, int], round: bool) -> np.ndarray:
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     source, masks = ShardSource(_ROOT.value, _DATA.value, _SPLIT.value), Masks(make_teacher(_TEACHER.value, MASK_TEACHERS), Quality())
-    rows, taken = [], []
+    rows, taken, areas = [], [], []
 
     def ask(pictures: list[Picture]) -> None:
         for picture, verdicts in zip(pictures, masks(pictures)):
@@ -49,6 +50,7 @@ def main(_: list[str]) -> None:
                 drawn = np.zeros_like(truth) if verdict.mask is None else decode_rle(verdict.mask, *truth.shape)
                 rows.append([iou(truth, drawn), *(iou(truth, inside(box, truth.shape, r)) for r in (False, True))])
                 taken.append(not verdict.reason)
+                areas.append(np.prod(box[2:] - box[:2]))
 
     waiting: list[Picture] = []
     for i in tqdm(range(len(source)), unit="image"):
@@ -64,11 +66,14 @@ def main(_: list[str]) -> None:
         if len(waiting) == BATCH or (waiting and i == len(source) - 1):
             ask(waiting)
             waiting = []
-    found, good = np.array(rows), np.array(taken)
+    found, good, area = np.array(rows), np.array(taken), np.array(areas)
     print("| boxes | taken | IoU of the taken | IoU of all | the whole box | the ellipse |\n|---|---|---|---|---|---|")
-    share = f"{100 * good.mean():.1f} %"
-    figures = [found[good, 0].mean() if good.any() else np.nan, *found.mean(0)]
-    print(f"| {len(found)} | {share} | {' | '.join(f'{100 * f:.1f}' for f in figures)} |")
+    ends = [0, *SIZES.values()]
+    for name, low, high in [("all", 0, np.inf), *zip(SIZES, ends, ends[1:])]:
+        k = (area >= low) & (area < high)
+        if k.any():
+            figures = [found[k & good, 0].mean() if (k & good).any() else np.nan, *found[k].mean(0)]
+            print(f"| {k.sum()} {name} | {100 * good[k].mean():.1f} % | {' | '.join(f'{100 * f:.1f}' for f in figures)} |")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,8 @@ class Tally:
     def __str__(self) -> str:
         asked, taken = self.asked.total(), self.taken.total()
         share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"
+        if not asked:
+            return f"nothing was asked of {self.teacher}: no box of the {self.images} images lacks {self.kind}"
         lines = [f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images have {self.kind} by {self.teacher}"]
         if taken:
             lines[0] += f", mean score {self.score / taken:.3f}"
