@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import functools
+import multiprocessing
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
@@ -252,14 +254,17 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"prepare: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("prepare: interrupted; finished shards are kept, and the same command goes on with them", file=sys.stderr)
-        return 130
     return int(failed)
 
 
+def _leave(*_: object) -> None:
+    """Ctrl-C. At once, and not by an exception, which may come where nobody hears it: what is finished is kept however this ends."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os.write(2, b"\nprepare: interrupted; finished shards are kept, and the same command goes on with them\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    status = main()
-    if status == 130:
-        os._exit(status)  # not waiting for the pool, which a worker that died in the middle of a message may have blocked
-    sys.exit(status)
+    signal.signal(signal.SIGINT, _leave)
+    sys.exit(main())
