@@ -22,7 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "data"))
 import coco  # noqa: E402
 import sample  # noqa: E402
 
-SCENES = 300
+SCENES = 150
 SAMPLE = {
     "sample_scenes": DatasetInfo("sample_scenes", sample.CLASSES, {}),
     "sample_boxes": DatasetInfo("sample_boxes", sample.CLASSES[:5], {}),
