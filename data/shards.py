@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from mqformer_jax.input import record
 from mqformer_jax.input import shards as shard_files
-from mqformer_jax.input.record import FORMAT, DatasetInfo, origins_path, shard_paths
+from mqformer_jax.input.record import FORMAT, DatasetInfo
 from mqformer_jax.input.shards import (
     Built,
     Contents,
@@ -38,8 +38,8 @@ from mqformer_jax.input.shards import (
     go_live,
     locked,
     moves,
+    prepared,
     remove,
-    report_path,
     take_back,
     write_shard,
     write_text,
@@ -107,7 +107,7 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     partial = os.path.join(folder, f"{split}.partial")
     os.makedirs(partial, exist_ok=True)
     with locked(partial, f"{title} is being prepared by another process, in {partial}"):
-        if (before := _prepared(folder, split, key)) is not None:
+        if (before := prepared(folder, split, key)) is not None:
             print(f"{title}: these files are prepared already, nothing was done", file=sys.stderr)
             shutil.rmtree(partial)  # also what a preparation left that was killed at its last step
             return _report(name, split, plan, before)
@@ -132,18 +132,6 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     if not report.kept:
         raise ValueError(f"nothing of {title} can be used: {'; '.join(report.reasons()) or 'it lists no image'}")
     return report
-
-
-def _prepared(folder: str, split: str, key: str) -> Contents | None:
-    """What the split holds, where it is whole and was made of the very same."""
-    try:
-        contents = Contents.load(report_path(folder, split))
-        shards = shard_paths(folder, split, contents.shards)
-        whole = split in DatasetInfo.load(folder).splits and sum(map(os.path.getsize, shards)) == contents.bytes
-        whole &= os.path.exists(origins_path(folder, split)) == bool(contents.origins)
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    return contents if whole and contents.fingerprint == key else None
 
 
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:

@@ -208,6 +208,18 @@ def go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: Dat
     info.save(folder)
 
 
+def prepared(folder: str, split: str, key: str) -> Contents | None:
+    """What the split holds, where it is whole and was made of the very same."""
+    try:
+        contents = Contents.load(report_path(folder, split))
+        shards = shard_paths(folder, split, contents.shards)
+        whole = split in DatasetInfo.load(folder).splits and sum(map(os.path.getsize, shards)) == contents.bytes
+        whole &= os.path.exists(origins_path(folder, split)) == bool(contents.origins)
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return contents if whole and contents.fingerprint == key else None
+
+
 def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Contents]) -> list[tuple[str, str]]:
     """Where each shard that holds records lies while it is partial, and where readers look for it."""
     made = [f"{path}.array_record" for path, shard in zip(paths, shards) if shard.records]

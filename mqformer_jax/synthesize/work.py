@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from tqdm import tqdm
 
 from mqformer_jax.input.record import DatasetInfo
-from mqformer_jax.input.shards import Contents, go_live, locked, moves, remove, report_path, take_back, write_text
+from mqformer_jax.input.shards import Contents, go_live, locked, moves, prepared, remove, take_back, write_text
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.synthesize.makers import Maker
 from mqformer_jax.synthesize.report import Tally
@@ -68,12 +68,7 @@ class Work:
 
 def is_made(work: Work) -> bool:
     """Whether the split is there already, made of the same by the same."""
-    try:
-        contents = Contents.load(report_path(work.folder, work.split))
-        there = work.split in DatasetInfo.load(work.folder).splits
-    except (OSError, ValueError, TypeError, KeyError):
-        return False
-    return there and contents.fingerprint == work.fingerprint()
+    return prepared(work.folder, work.split, work.fingerprint()) is not None
 
 
 @contextlib.contextmanager
@@ -145,7 +140,8 @@ def _entry(work: Work, unique: bool) -> DatasetInfo:
     info = work.source.info
     spoken = any(info.expressions.values())
     unique = unique and (info.unique_texts or not spoken)
-    new = dataclasses.replace(info, name=work.out, splits={}, class_images={}, expressions={}, source="synthesize", unique_texts=unique)
+    own = dict(name=work.out, splits={}, class_images={}, expressions={}, source="synthesize", made_from=work.data)
+    new = dataclasses.replace(info, **own, unique_texts=unique)
     if not os.path.exists(os.path.join(work.folder, "dataset.json")):
         return new
     old = DatasetInfo.load(work.folder)

@@ -48,7 +48,8 @@ def test_boxes_get_masks_that_are_marked_and_all_else_stays(root):
         assert mask[y0:y1, x0:x1].mean() == pytest.approx(3.14159 / 4, abs=0.02) and not mask[:, x1:].any()
     assert (tally.asked, tally.taken) == ({"cat": 20, "dog": 20}, {"cat": 20}) and tally.reasons == {"the teacher doubts it": 20}
     info = DatasetInfo.load(str(root / "toy_syn_m"))
-    assert (info.name, info.splits, info.source, info.class_images["train"]) == ("toy_syn_m", {"train": 20}, "synthesize", (20, 20, 0))
+    assert (info.name, info.splits, info.class_images["train"]) == ("toy_syn_m", {"train": 20}, (20, 20, 0))
+    assert (info.source, info.made_from) == ("synthesize", "toy")
     assert (root / "toy_syn_m" / "train.origins.txt").read_text().splitlines() == [r.origin for r in given]
     report = json.loads((root / "toy_syn_m" / "train.report.json").read_text())
     assert report["segments"] == {"mask": 20, "box only": 20, "synthetic mask": 20}
