@@ -6,13 +6,17 @@ be used is dropped, counted and named in the table at the end; an interrupted pr
 
 from __future__ import annotations
 
+import sys
+
+from mqformer_jax.interrupts import exit_on_ctrl_c
+
+if __name__ == "__main__":  # before the slow imports
+    exit_on_ctrl_c("prepare: interrupted; finished shards are kept, and the same command goes on with them")
+
 import argparse
 import functools
-import multiprocessing
 import os
 import re
-import signal
-import sys
 from collections.abc import Callable, Iterator
 
 import ade20k
@@ -257,14 +261,5 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def _leave(*_: object) -> None:
-    """Ctrl-C. At once, and not by an exception, which may come where nobody hears it: what is finished is kept however this ends."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    os.write(2, b"\nprepare: interrupted; finished shards are kept, and the same command goes on with them\n")
-    os._exit(130)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, _leave)
     sys.exit(main())

@@ -15,7 +15,6 @@ import os
 import pathlib
 import pickle
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -44,6 +43,7 @@ from mqformer_jax.input.shards import (
     write_shard,
     write_text,
 )
+from mqformer_jax.interrupts import deaf_children
 
 # A shard holds about so much of image files and so many images at most. A set that is smaller is cut further, down to
 # FEW_IMAGES a shard and into no more than SMALL_SHARDS, so that all cores have work.
@@ -79,7 +79,6 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 
 def _start_worker(parent: Connection) -> None:
     cv2.setNumThreads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
@@ -224,7 +223,9 @@ def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolEx
         yield from (_make_shard(make, jobs, path) for path, jobs in todo.items())
         return
     try:
-        for done in as_completed([pool.submit(_make_shard, make, jobs, path) for path, jobs in todo.items()]):
+        with deaf_children():  # the first one starts the workers
+            shards = [pool.submit(_make_shard, make, jobs, path) for path, jobs in todo.items()]
+        for done in as_completed(shards):
             yield done.result()
     except BrokenProcessPool:
         mend = "if memory ran out, give fewer --workers. Finished shards are kept, and the same command goes on"

@@ -1,4 +1,4 @@
-"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax."""
+"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax (but for a barrier)."""
 
 from __future__ import annotations
 
@@ -88,6 +88,7 @@ class Checkpoints:
             difference = _difference(metadata.metadata, abstract)
             data = metadata.custom_metadata["data"]
         except Exception as e:  # Orbax raises what its parsers raise
+            _raise_interrupt(e)
             return None, f"its metadata cannot be read ({_first_line(e)})"
         if difference:
             raise ValueError(
@@ -96,6 +97,7 @@ class Checkpoints:
         try:
             return (self._orbax.load(step, abstract), data), None
         except Exception as e:
+            _raise_interrupt(e)
             return None, _first_line(e)
 
     def _set_aside(self, damaged: list[tuple[int, str]]) -> None:
@@ -129,6 +131,16 @@ def _difference(theirs: Any, ours: Any) -> str | None:
         if a.get(name) != b.get(name):
             return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} here"
     return None
+
+
+def _raise_interrupt(e: BaseException | None) -> None:
+    """Raise KeyboardInterrupt if one caused `e`: the files are then healthy. Orbax reports what its callbacks raise as errors of its own."""
+    seen: list[BaseException] = []
+    while e is not None and e not in seen:
+        if isinstance(e, KeyboardInterrupt):
+            raise KeyboardInterrupt from seen[0] if seen else None
+        seen.append(e)
+        e = e.__cause__ or e.__context__
 
 
 def _first_line(e: Exception) -> str:
@@ -191,6 +203,7 @@ def load_weights(path: str) -> Weights:
             }
             state = orbax.load(step, wanted)
         except Exception as e:  # Orbax raises what its parsers raise
+            _raise_interrupt(e)
             raise ValueError(f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): move it away, and an older one is used.") from e
     return Weights(config, state["params"], state["frozen"])
 

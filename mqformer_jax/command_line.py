@@ -9,18 +9,19 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from mqformer_jax.interrupts import exit_now, exit_on_ctrl_c
+
 
 def run(main: Callable[[list[str]], None], program: str, interrupted: str) -> None:
     """absl's `app.run` for a `main`, with or without a --config flag. interrupted: what Ctrl-C prints."""
-    app.run(lambda argv: _in_one_line(lambda: main(argv), program, interrupted), flags_parser=lambda argv: parse_flags(argv, program))
+    exit_on_ctrl_c(f"{program}: {interrupted}")
+    app.run(lambda argv: _in_one_line(lambda: main(argv), program), flags_parser=lambda argv: parse_flags(argv, program))
 
 
-def _in_one_line(main: Callable[[], None], program: str, interrupted: str) -> None:
+def _in_one_line(main: Callable[[], None], program: str) -> None:
     """Runs `main`; what a user can mend, and what another process of a run brought about, ends in one line."""
     try:
         return main()
-    except KeyboardInterrupt:
-        message = f"\n{program}: {interrupted}"
     except (ValueError, OSError, FloatingPointError) as e:
         if logging.level_debug():
             raise
@@ -33,10 +34,8 @@ def _in_one_line(main: Callable[[], None], program: str, interrupted: str) -> No
         message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
     if not _is_one_of_several():
         sys.exit(message)
-    from mqformer_jax.parallel.distributed import leave
-
-    # the others would wait for this one, and this one for them
-    leave(1, f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.")
+    # an orderly end would wait for the other processes, and they for this one
+    exit_now(1, f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.")
 
 
 def _is_one_of_several() -> bool:

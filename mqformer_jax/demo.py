@@ -25,6 +25,7 @@ from jaxtyping import UInt8
 
 from mqformer_jax import command_line, result_files
 from mqformer_jax.image_files import read_image
+from mqformer_jax.interrupts import exit_on_ctrl_c, removed_on_exit
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.predict import Predictor, read_prompts
 from mqformer_jax.segments import Segments
@@ -265,15 +266,14 @@ def main(args: argparse.Namespace) -> None:
     _gradio()  # a missing package should not wait for the model
     command_line.keep_compiled()
     predictor = Predictor.from_checkpoint(args.checkpoint)
-    with tempfile.TemporaryDirectory(prefix="mqformer_demo_") as folder:
+    with tempfile.TemporaryDirectory(prefix="mqformer_demo_") as folder, removed_on_exit(folder):
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go with it when the page ends
         launch(predictor, args.checkpoint, folder, args.port, args.share == "true")
 
 
 if __name__ == "__main__":
+    exit_on_ctrl_c("mqformer_jax.demo: stopped.", status=0)
     try:
         main(arguments())
     except (ValueError, OSError) as e:
         sys.exit(f"mqformer_jax.demo: {e}")
-    except KeyboardInterrupt:
-        sys.exit(0)

@@ -27,6 +27,7 @@ import mqformer_jax
 from mqformer_jax.convert.files import write_safetensors
 from mqformer_jax.initialize import TOKENIZER
 from mqformer_jax.input.batch import PAD
+from mqformer_jax.interrupts import exit_on_ctrl_c, removed_on_exit
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.parallel import rules
 from mqformer_jax.predict import Predictor, Question
@@ -149,7 +150,8 @@ def _whole_folder(out: str) -> Iterator[pathlib.Path]:
     folder = pathlib.Path(f"{os.path.abspath(out)}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
-        yield folder
+        with removed_on_exit(folder):
+            yield folder
         folder.rename(os.path.abspath(out))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -172,9 +174,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_ctrl_c("mqformer_jax.export: stopped; nothing was written.")
     try:
         main(arguments())
     except (ValueError, OSError) as e:
         sys.exit(f"mqformer_jax.export: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\nmqformer_jax.export: stopped; nothing was written.")

@@ -22,12 +22,13 @@ import numpy as np
 from absl import flags, logging
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mqformer_jax import command_line, image_files, result_files
 from mqformer_jax import config as recipes
+from mqformer_jax.arrays import Array
 from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.matting import Refiner

@@ -182,6 +182,8 @@ def _finite(terms: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 def _replace(folder: str, weights: Weights, about: dict) -> None:
     """Weights in a folder in place of those that were there, which stay until the new ones are whole."""
     new, old = f"{folder}.new", f"{folder}.old"
+    if os.path.exists(old) and not os.path.exists(folder):  # a kill between the two renames below
+        os.rename(old, folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_weights(new, weights, about)

@@ -14,7 +14,7 @@ from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.metrics import Metrics
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
 from mqformer_jax.not_finite import NotFinite
-from mqformer_jax.parallel.distributed import Notice, barrier, is_first
+from mqformer_jax.parallel.distributed import Preemption, barrier, connect, is_first
 from mqformer_jax.parallel.mesh import make_mesh, whole
 from mqformer_jax.predict import Predictor
 from mqformer_jax.text_cache import TextCache
@@ -37,8 +37,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     barrier("the tokenizer is there")
     tokenizer = make_tokenizer(config.model.text, workdir)
     loader = make_loader(config, tokenizer)
-    train_step = TrainStep(config, make_mesh(config.mesh))
-    with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Notice() as notice:
+    mesh = make_mesh(config.mesh)
+    connect(mesh)
+    train_step = TrainStep(config, mesh)
+    with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Preemption() as preemption:
         if checkpoints.latest() is None:
             state, step = train_step.init(), 0
             if config.init_from:
@@ -73,7 +75,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 if at_once:
                     not_finite.check(step - 1, measured, state)
                 metrics.add(measured)
-                told = notice.heeded(step)
+                told = preemption.should_stop(step)
                 evaluates = config.eval.every and step % config.eval.every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or told
                 if saves:  # nothing that is not finite is ever saved
@@ -82,8 +84,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                     bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
+                    preemption.saved()
                 if evaluates and not told:
-                    with notice.at_once():
+                    with preemption.exit_on_sigterm():
                         metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
                 bar.update()
         if any(loader.bad.values()):
@@ -93,7 +96,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         results = None
         if step == config.steps:
             checkpoints.wait()
-            with notice.at_once():
+            with preemption.exit_on_sigterm():
                 results = _evaluate(config, state, tokenizer, workdir) if config.eval.sets else {}
             metrics.write_evaluation(step, results)
         metrics.close()

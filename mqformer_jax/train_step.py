@@ -14,9 +14,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Bool, Int
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch, Room
 from mqformer_jax.losses.criterion import Counts, Weights, criterion, image_keys
 from mqformer_jax.losses.denoising import noise_targets

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import zipfile
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that nohup started ignores Ctrl-C, and so would what it starts
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

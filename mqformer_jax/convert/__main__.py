@@ -20,6 +20,7 @@ from mqformer_jax.convert.convert import convert
 from mqformer_jax.convert.export import export, is_ours, restore
 from mqformer_jax.convert.families import FAMILIES
 from mqformer_jax.convert.report import Report
+from mqformer_jax.interrupts import exit_on_ctrl_c
 
 
 def arguments() -> argparse.Namespace:
@@ -96,9 +97,8 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 if __name__ == "__main__":
+    exit_on_ctrl_c("mqformer_jax.convert: stopped; nothing was written.")
     try:
         main(arguments())
     except (ValueError, OSError) as e:
         sys.exit(f"mqformer_jax.convert: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\nmqformer_jax.convert: stopped; nothing was written.")

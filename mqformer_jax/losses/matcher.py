@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
+
+from mqformer_jax.arrays import Array
 
 UNUSABLE = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
 

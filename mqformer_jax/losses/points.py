@@ -7,7 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
+
+from mqformer_jax.arrays import Array
 
 
 def _corners(points: Float[Array, "... 2"], h: int, w: int):

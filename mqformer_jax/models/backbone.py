@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models.convnet import ConvNet
 from mqformer_jax.models.efficientnet import EfficientNetLite0
 from mqformer_jax.models.resnet import ResNet
 from mqformer_jax.models.swin import Swin
 
 
+@runtime_checkable
 class Backbone(Protocol):
     """What the model asks of an image encoder.
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models.deformable_attention import MSDeformAttn
 from mqformer_jax.models.heads import Heads, inverse_sigmoid
 from mqformer_jax.models.layers import MLP, layer_norm, linear, scan_layers, stack

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
 # a stage: its blocks, their kernel, the stride of the first, how much a block widens inside, its output's width

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models.layers import MLP, layer_norm
 
 ABSENT = -30.0  # the class logit of a prompt that is padding

@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.decoder import Decoder
 from mqformer_jax.models.heads import Heads, inverse_sigmoid, normalize

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 from mqformer_jax.models.deformable_attention import MSDeformAttn, Shapes
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models.heads import Heads, inverse_sigmoid
 from mqformer_jax.models.layers import layer_norm
 

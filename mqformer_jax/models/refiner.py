@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.convnet import ConvNorm

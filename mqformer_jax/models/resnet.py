@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Float, Key
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size

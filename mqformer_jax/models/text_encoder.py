@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 from mqformer_jax.models.bert import BertTextEncoder
 

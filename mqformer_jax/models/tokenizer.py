@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -30,6 +30,7 @@ _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What the input pipeline and the predictor ask of a tokenizer.
 

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import glob
 import importlib.util
+import itertools
 import os
 import pickle
 import signal
@@ -17,8 +18,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mqformer_jax import interrupts
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as gone, and the others end
+BARRIER = 3600  # seconds that processes wait for each other: one may compile while the others find the program in their cache
 
 
 def initialize() -> None:
@@ -29,7 +35,7 @@ def initialize() -> None:
     """
     if jax.distributed.is_initialized() or not is_asked_for(os.environ):
         return
-    announce_death(
+    watch_for_crash(
         "mqformer_jax: this process ended without a word: it was killed, or another one of the run is gone (its log says more); the same "
         "command goes on from the last checkpoint."
     )
@@ -64,16 +70,46 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
-    """Returns when all processes have come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def barrier(name: str, timeout: int = BARRIER) -> None:
+    """Wait, at most `timeout` seconds, until every process has called this.
+
+    The coordination service counts the processes: unlike a collective of devices, it has no limit of its own on how long one may wait.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint.multihost import get_barrier_sync_fn  # its import takes a second, which one process can save
+
+    get_barrier_sync_fn()(key=f"mqformer_jax {next(_barriers)}: {name}", timeout_ms=1000 * timeout)
+
+
+_barriers = itertools.count()  # a name can be used once
+
+
+def connect(mesh: Mesh) -> None:
+    """Open the connections of all collectives over axes of `mesh`, at a moment when every process is here.
+
+    On CPUs, Gloo opens the connections of a group of devices at the first collective of the group, and a process then fails if another
+    comes more than 30 seconds later. That happens whenever one process compiles longer than another. TPUs and GPUs have no such limit.
+    """
+    if jax.process_count() == 1 or jax.default_backend() != "cpu":
+        return
+    axes = [axis for axis in mesh.axis_names if mesh.shape[axis] > 1]
+    groups = [group for size in range(1, len(axes) + 1) for group in itertools.combinations(axes, size)]
+    sums = jax.shard_map(
+        lambda x: [jax.lax.psum(x, group) for group in groups], mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )
+    zero = jax.make_array_from_callback((), NamedSharding(mesh, P()), lambda _: np.zeros((), np.float32))
+    compiled = jax.jit(sums).lower(zero).compile()
+    barrier("connect")
+    jax.block_until_ready(compiled(zero))
+    gather(None)  # this one uses a mesh of its own, of all processes
 
 
 def gather(value: Any) -> list[Any]:
     """`value` of every process, in their order, on every process. Pickled: it comes from no one but this run's own processes."""
     if jax.process_count() == 1:
         return [value]
+    barrier("gather")  # see `connect`
     data = np.frombuffer(pickle.dumps(value), np.uint8)
     sizes = multihost_utils.process_allgather(np.array([data.size]))[:, 0]
     padded = np.zeros(sizes.max(), np.uint8)
@@ -82,68 +118,73 @@ def gather(value: Any) -> list[Any]:
     return [pickle.loads(row[:size].tobytes()) for row, size in zip(rows, sizes)]
 
 
-class Notice:
-    """Whether this run was told to end (SIGTERM): what clouds send some seconds before they take a machine.
+class Preemption:
+    """Whether this run should save and stop: after SIGTERM, which clouds send before they take a machine, or after Ctrl-C.
 
-    One process that is told tells the others, and all of them hear of it at the same step.
+    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C is for a process that is alone: it saves what no
+    checkpoint has yet, and stops at once where there is nothing to save, or at the second Ctrl-C.
     """
 
     def __init__(self):
-        self._told = False
-        self._alone = jax.process_count() == 1  # of several, JAX's coordination service takes the signal
+        self._stops = False
+        self._unsaved = False  # whether there are steps that no checkpoint has
+        self._alone = jax.process_count() == 1  # of several, JAX's coordination service takes SIGTERM
 
-    def __enter__(self) -> Notice:
+    def __enter__(self) -> Preemption:
+        self._stack = contextlib.ExitStack()
         if self._alone:
-            self._before = signal.signal(signal.SIGTERM, self._hear)
+            before = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._stack.callback(signal.signal, signal.SIGTERM, before)
+            self._stack.enter_context(interrupts.postponed(self._on_ctrl_c))
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._alone:
-            signal.signal(signal.SIGTERM, self._before)
+        self._stack.close()
 
-    def _hear(self, *_: object) -> None:
-        self._told = True
+    def _on_sigterm(self, *_: object) -> None:
+        self._stops = True
+
+    def _on_ctrl_c(self) -> bool:
+        if self._stops or not self._unsaved:
+            return False
+        self._stops = True
+        os.write(2, b"\nstopping: this step is being saved; Ctrl-C again stops without saving\n")
+        return True
 
     @contextlib.contextmanager
-    def at_once(self) -> Iterator[None]:
-        """In it, a process that is alone ends as soon as it is told: for work with which nothing is lost. Several hear of it after it."""
-        if self._told:
+    def exit_on_sigterm(self) -> Iterator[None]:
+        """Inside this context, SIGTERM ends a process that is alone at once: for work that can be repeated. Several end after it."""
+        if self._stops:
             sys.exit(0)
-        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)) if self._alone else None
-        try:
+        with interrupts.exit_on_sigterm() if self._alone else contextlib.nullcontext():
             yield
-        finally:
-            if self._alone:
-                signal.signal(signal.SIGTERM, before)
 
-    def heeded(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run should end after this step. Every process asks at every step."""
-        return self._told if self._alone else multihost_utils.reached_preemption_sync_point(step)
+        self._unsaved = True
+        return self._stops if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
-
-def leave(status: int, message: str) -> None:
-    """Ends this process at once, with a message: an orderly end would wait for processes that are gone."""
-    print(message, file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    _last_words()
-    os._exit(status)
+    def saved(self) -> None:
+        """Note that a checkpoint has all steps."""
+        self._unsaved = False
 
 
 _watch: subprocess.Popen | None = None
 _WATCH = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
 
 
-def announce_death(message: str) -> None:
-    """Has a message printed where this process ends without a word: killed, or aborted by JAX because another process is gone.
+def watch_for_crash(message: str) -> None:
+    """Have `message` printed if this process dies without one: killed, or aborted by JAX because another process is gone.
 
     A child waits for the end of a pipe that only this process holds.
     """
     global _watch
     _watch = subprocess.Popen([sys.executable, "-c", _WATCH, message], stdin=subprocess.PIPE, start_new_session=True)
-    atexit.register(_last_words)
+    atexit.register(_end_watch)
+    interrupts.before_exit(_end_watch)
 
 
-def _last_words() -> None:
+def _end_watch() -> None:
     if _watch is not None and _watch.poll() is None:
         _watch.stdin.write(b"x")
         _watch.stdin.close()

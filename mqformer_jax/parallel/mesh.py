@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+
+from mqformer_jax.arrays import Array
 
 AXES = ("data", "fsdp", "tensor")
 IMAGES = ("data", "fsdp")  # images are split over both; parameters over fsdp and tensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.synthesize import teachers
@@ -15,6 +15,7 @@ from mqformer_jax.synthesize.verdicts import Verdict
 KINDS = ("masks", "captions")
 
 
+@runtime_checkable
 class Maker(Protocol):
     """What asks a teacher (`Masks`, `Captions`). kind: "masks" or "captions". name: what records are marked with. settings: all that decides the answers.
 

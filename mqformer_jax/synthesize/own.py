@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.checkpoint import latest_step
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.queries import Noised

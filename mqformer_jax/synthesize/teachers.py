@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -51,6 +51,7 @@ class Caption:
     score: float
 
 
+@runtime_checkable
 class MaskTeacher(Protocol):
     """Masks from boxes. name: what the records are marked with, the teacher and its version."""
 
@@ -64,6 +65,7 @@ class MaskTeacher(Protocol):
         ...
 
 
+@runtime_checkable
 class Captioner(Protocol):
     """Words from boxes. name: what the records are marked with. unique: its captions fit no other object of the image."""
 
@@ -75,6 +77,7 @@ class Captioner(Protocol):
         ...
 
 
+@runtime_checkable
 class Picker(Protocol):
     """Says which box words mean, to try captions with."""
 

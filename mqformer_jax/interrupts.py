@@ -1,0 +1,132 @@
+"""Ctrl-C ends a command at once, with one line, wherever it is.
+
+Python's way is an exception in whatever code happens to run. That does not fit a program that spends its time in compiled code: the
+exception waits until a compilation is over, a callback of the garbage collector swallows it, and a library that catches it reports a
+damaged file. Here a thread of its own receives the signal and ends the process. This is safe at any moment, since every file is
+written under a temporary name first, as it must be for a process that can be killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+STATUS = 130  # what shells report for a program that Ctrl-C ended
+
+_socket: socket.socket | None = None  # Python writes the number of each signal to its other end
+_writer: socket.socket | None = None
+_message, _status = "stopped.", STATUS
+_temporary: set[str] = set()
+_before_exit: list[Callable[[], None]] = []
+_postpone: Callable[[], bool] | None = None
+_exits_on_sigterm = False
+
+
+def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
+    """Let Ctrl-C print `message` and end this process with `status` from now on. A later call changes both.
+
+    Call it from the main thread of a command, before slow imports. A library or a notebook keeps Python's KeyboardInterrupt. A process
+    that was started with SIGINT ignored (by nohup, or in the background of a script) goes on ignoring it, as is the custom.
+    """
+    global _socket, _writer, _message, _status
+    _message, _status = message, status
+    if _socket is not None or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        return
+    _socket, _writer = socket.socketpair()
+    _writer.setblocking(False)
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it cleans up after this process, and would say so in two lines
+    signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGINT, lambda *_: None)  # signals that have no Python handler are not written to the socket
+    threading.Thread(target=_watch, args=(_socket,), name="ctrl-c", daemon=True).start()
+
+
+def exit_now(status: int, message: str) -> None:
+    """End this process at once: print `message` to stderr, end child processes, remove temporary paths. Never returns."""
+    os.write(2, f"\n{message}\n".encode())
+    for step in (_flush_stdout, _kill_children, _remove_temporary, *_before_exit):
+        with contextlib.suppress(Exception):  # nothing may keep the process from ending
+            step()
+    os._exit(status)
+
+
+def before_exit(step: Callable[[], None]) -> None:
+    """Call `step`, which must be quick, before `exit_now` ends the process."""
+    _before_exit.append(step)
+
+
+@contextlib.contextmanager
+def removed_on_exit(path: str | os.PathLike) -> Iterator[None]:
+    """Remove a temporary file or folder if Ctrl-C ends the process inside this context; the caller removes it otherwise."""
+    _temporary.add(os.fspath(path))
+    try:
+        yield
+    finally:
+        _temporary.discard(os.fspath(path))
+
+
+@contextlib.contextmanager
+def deaf_children() -> Iterator[None]:
+    """Processes that are started inside this context never receive Ctrl-C: `exit_now` of this process ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def postponed(ask: Callable[[], bool]) -> Iterator[None]:
+    """Inside this context, Ctrl-C does not end the process where `ask()` returns True: the caller then stops by itself."""
+    global _postpone
+    _postpone = ask
+    try:
+        yield
+    finally:
+        _postpone = None
+
+
+@contextlib.contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Inside this context, SIGTERM ends a command at once with status 0. It needs a Python handler of SIGTERM, of any kind."""
+    global _exits_on_sigterm
+    _exits_on_sigterm = True
+    try:
+        yield
+    finally:
+        _exits_on_sigterm = False
+
+
+def _watch(numbers: socket.socket) -> None:
+    while True:
+        for number in numbers.recv(64):
+            if number == signal.SIGINT and not (_postpone and _postpone()):
+                exit_now(_status, _message)
+            if number == signal.SIGTERM and _exits_on_sigterm:
+                exit_now(0, "Received SIGTERM. Run the same command to resume.")
+
+
+def _flush_stdout() -> None:
+    """Flush in a thread: whoever holds the lock of stdout may be blocked, and must not block the exit."""
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(1)
+
+
+def _kill_children() -> None:
+    multiprocessing = sys.modules.get("multiprocessing")
+    for child in multiprocessing.active_children() if multiprocessing else ():
+        child.kill()
+
+
+def _remove_temporary() -> None:
+    for path in list(_temporary):
+        if os.path.isdir(path):
+            shutil.rmtree(path, ignore_errors=True)
+        elif os.path.lexists(path):
+            os.remove(path)

@@ -1,0 +1,150 @@
+"""Ctrl-C ends every command with one line, whatever the process is doing, and leaves nothing behind."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+
+REPOSITORY = pathlib.Path(__file__).parent.parent
+COMMANDS = ["main", "evaluate", "predict", "demo", "export", "convert", "compile", "refine", "synthesize", "input.show"]
+
+
+def start(*arguments: str, **options) -> subprocess.Popen:
+    command, buffered = [sys.executable, *arguments], os.environ | {"PYTHONUNBUFFERED": ""}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env=buffered, **options)
+
+
+def program(body: str, **options) -> subprocess.Popen:
+    """A program that can be interrupted, once it has printed "ready"."""
+    head = 'from mqformer_jax.interrupts import *\nexit_on_ctrl_c("program: stopped.")\n'
+    process = start("-c", head + textwrap.dedent(body), **options)
+    said = process.stdout.readline()
+    if said != "ready\n":
+        process.kill()
+    assert said == "ready\n", process.stderr.read()
+    return process
+
+
+def interrupt(process: subprocess.Popen) -> tuple[int, str, str]:
+    """Its exit status, and what it wrote to stdout and stderr after Ctrl-C."""
+    process.send_signal(signal.SIGINT)
+    return ended(process)
+
+
+def ended(process: subprocess.Popen) -> tuple[int, str, str]:
+    kill = threading.Timer(60, process.kill)
+    kill.start()
+    out, err = process.stdout.read(), process.stderr.read()
+    kill.cancel()
+    return process.wait(), out, err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
+def test_every_command_can_be_interrupted_while_it_imports(command):
+    process = start("-m", f"mqformer_jax.{command}", "--help")
+    while len(os.listdir(f"/proc/{process.pid}/task")) == 1:  # the thread that waits for Ctrl-C is the first one
+        time.sleep(0.001)
+    status, out, err = interrupt(process)
+    assert (status, out, err) == (130, "", "\nmqformer_jax: stopped.\n")
+
+
+def test_compiled_code_does_not_delay_it():
+    """Python runs no signal handler before the call returns, which takes minutes here."""
+    body = "import numpy\nx = numpy.random.rand(6000, 6000)\nprint('ready', flush=True)\nnumpy.linalg.svd(x)"
+    assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
+
+
+def test_a_callback_of_the_garbage_collector_does_not_swallow_it():
+    body = """
+    import gc, time
+    gc.callbacks.append(lambda *_: (print('ready', flush=True), time.sleep(1)))
+    gc.collect()
+    time.sleep(60)
+    """
+    assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
+
+
+def test_code_that_catches_everything_does_not_notice_it():
+    body = """
+    print('ready', flush=True)
+    while True:
+        try:
+            while True: pass
+        except BaseException:
+            print('a healthy file is damaged', flush=True)
+    """
+    assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
+
+
+def test_what_was_printed_is_kept_and_temporary_files_and_processes_are_not(tmp_path):
+    body = f"""
+    import os, subprocess, sys, time, multiprocessing
+    if __name__ == "__main__":
+        os.makedirs("{tmp_path}/folder/inner")
+        open("{tmp_path}/file", "w").close()
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        with removed_on_exit("{tmp_path}/folder"), removed_on_exit("{tmp_path}/file"):
+            child.start()
+            print(child.pid)  # to the buffer
+            os.write(1, b"ready\\n")
+            time.sleep(600)
+    """
+    process = program(body)
+    status, out, _ = interrupt(process)
+    assert status == 130 and not os.listdir(tmp_path)
+    with pytest.raises(ProcessLookupError):
+        for _ in range(1000):  # until whoever adopted it has noticed
+            os.kill(int(out), 0)
+            time.sleep(0.01)
+
+
+def test_a_program_may_postpone_it_once():
+    body = """
+    import time
+    asked = []
+    with postponed(lambda: not asked and not asked.append(1)):
+        print("ready", flush=True)
+        while not asked:
+            time.sleep(0.01)
+        print("saving", flush=True)
+        time.sleep(60)
+    """
+    process = program(body)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "saving\n"
+    assert interrupt(process) == (130, "", "\nprogram: stopped.\n")
+
+
+def test_children_that_are_deaf_leave_it_to_their_parent():
+    body = """
+    import subprocess, sys
+    code = "import time; print('ready', flush=True); time.sleep(1); print('heard nothing')"
+    with deaf_children():
+        child = subprocess.Popen([sys.executable, "-c", code])
+    child.wait()
+    """
+    process = program(body)
+    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    os.kill(int(child), signal.SIGINT)
+    assert ended(process) == (0, "heard nothing\n", "")
+
+
+def test_a_program_that_was_started_deaf_stays_deaf():
+    """As nohup starts it, or a script in its background."""
+    process = program(
+        "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('done')",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    assert interrupt(process) == (0, "done\n", "")
+
+
+def test_a_module_that_is_imported_keeps_keyboard_interrupt():
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
