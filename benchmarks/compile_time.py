@@ -1,9 +1,10 @@
-"""The train step of a full-size recipe, compiled for this machine, and with --run two steps of it: time, parameters, memory.
+"""The train step of a full-size recipe, compiled for this machine, and with --run two steps of it: time, parameters,
+memory.
 
     python benchmarks/compile_time.py --run [--config.batch_size=1] [--config.model.dtype=float32]
 
-The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9 layers) with one image a step, 20 targets and all prompts. Weights are
-zeros, which changes neither time nor memory. No compilation cache is read.
+The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9 layers) with one image a step, 20 targets and all
+prompts. Weights are zeros, which changes neither time nor memory. No compilation cache is read.
 """
 
 from __future__ import annotations
@@ -44,10 +45,18 @@ def main(_) -> None:
     done = time.perf_counter()
     memory, size = compiled.memory_analysis(), lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
     without_text = size(step.abstract.params) + size(step.abstract.frozen) - size(step.abstract.params["text_encoder"])
-    print(f"model {config.model.backbone.name}, {config.model.dtype}, batch {config.batch_size}, canvas {tuple(config.data.canvas)}")
-    print(f"parameters: {without_text:.2f} M without the text encoder, {size(step.abstract.params['text_encoder']):.2f} M in it")
-    print(f"seconds: {built - started:.1f} to build the model's shapes, {traced - built:.1f} to trace, {done - traced:.1f} to compile")
-    print(f"GB a step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, {memory.temp_size_in_bytes / 1e9:.2f} temporaries")
+    print(
+        f"model {config.model.backbone.name}, {config.model.dtype}, batch {config.batch_size}, canvas {tuple(config.data.canvas)}"
+    )
+    print(
+        f"parameters: {without_text:.2f} M without the text encoder, {size(step.abstract.params['text_encoder']):.2f} M in it"
+    )
+    print(
+        f"seconds: {built - started:.1f} to build the model's shapes, {traced - built:.1f} to trace, {done - traced:.1f} to compile"
+    )
+    print(
+        f"GB a step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, {memory.temp_size_in_bytes / 1e9:.2f} temporaries"
+    )
     print(f"GB of this process at its peak, compiling: {peak():.2f}")
     if _RUN.value:
         run(compiled, step, config)

@@ -2,9 +2,10 @@
 
     python benchmarks/conversion.py [--layouts=maskdino_r50_instance,...]
 
-The layouts (tests/convert/layouts) were read from the originals' code. Each conversion is a process of its own, as a user runs
-it; seconds and peak memory are the whole process's, starting JAX included. Parameters: floating numbers in the file, each shared
-tensor once; ours: those in the checkpoint that was written (what the rest was, the table's other columns count).
+The layouts (tests/convert/layouts) were read from the originals' code. Each conversion is a process of its own, as a
+user runs it; seconds and peak memory are the whole process's, starting JAX included. Parameters: floating numbers in
+the file, each shared tensor once; ours: those in the checkpoint that was written (what the rest was, the table's other
+columns count).
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def measure(name: str, folder: str) -> str:
     command = [sys.executable, "-m", "mqformer_jax.convert", "--input", theirs, "--output", ours]
     started = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment)
+    child = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment
+    )
     said = child.stdout.read()
     _, status, usage = os.wait4(child.pid, 0)
     if status:
@@ -47,10 +50,22 @@ def measure(name: str, folder: str) -> str:
     weights = load_weights(ours)
     written = sum(leaf.size for tree in (weights.params, weights.frozen) for leaf in leaves(tree).values())
     shared = layouts.aliases(name)
-    count = sum(math.prod(shape) for key, (shape, dtype) in layouts.load(name).items() if key not in shared and dtype.kind == "f")
+    count = sum(
+        math.prod(shape)
+        for key, (shape, dtype) in layouts.load(name).items()
+        if key not in shared and dtype.kind == "f"
+    )
     counts = [re.search(rf"^{kind}: (\d+)", said, re.M).group(1) for kind in COUNTS]
     family = re.search(r"\.safetensors: (\w+)", said).group(1)
-    cells = (name, family, f"{count / 1e6:.2f}", f"{written / 1e6:.2f}", *counts, f"{seconds:.1f}", f"{usage.ru_maxrss * scale / 1e9:.2f}")
+    cells = (
+        name,
+        family,
+        f"{count / 1e6:.2f}",
+        f"{written / 1e6:.2f}",
+        *counts,
+        f"{seconds:.1f}",
+        f"{usage.ru_maxrss * scale / 1e9:.2f}",
+    )
     return f"| {' | '.join(cells)} |"
 
 

@@ -1,13 +1,16 @@
-"""Deformable attention against its peers: one layer, three levels (strides 8, 16, 32), every token a query, 8 heads of 32, 4 points.
+"""Deformable attention against its peers: one layer, three levels (strides 8, 16, 32), every token a query, 8 heads of
+32, 4 points.
 
     python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]   # seconds on this CPU, float32
-    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]     # what the TPU compiler says; no TPU needed
+    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]     # what the TPU compiler says;
+    no TPU needed
 
-Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with four gathers, one a
-corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four packed pixels but no care for the
-layout, which is what CPU and GPU run. `accessed`: the compiler's "bytes accessed"; it counts a tile of eight rows for each row that is
-gathered. `operands`: each instruction's operands and results, whole. `cycles`: the compiler's estimate, without gathers, scatters and
-sorts, for which it gives none (no form has a loop). `temporary`: memory it sets aside.
+Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with
+four gathers, one a corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four
+packed pixels but no care for the layout, which is what CPU and GPU run. `accessed`: the compiler's "bytes accessed"; it
+counts a tile of eight rows for each row that is
+gathered. `operands`: each instruction's operands and results, whole. `cycles`: the compiler's estimate, without
+gathers, scatters and sorts, for which it gives none (no form has a loop). `temporary`: memory it sets aside.
 """
 
 from __future__ import annotations
@@ -65,7 +68,9 @@ def four_gathers(value, shapes, locations, weights):
             column, row = first[..., 0] + right, first[..., 1] + down
             inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
             index = jnp.where(inside, row * w + column, 0).reshape(batch, heads, -1)
-            picked = jax.vmap(jax.vmap(lambda m, i: m[i]))(maps, index).reshape(batch, heads, queries, -1, maps.shape[-1])
+            picked = jax.vmap(jax.vmap(lambda m, i: m[i]))(maps, index).reshape(
+                batch, heads, queries, -1, maps.shape[-1]
+            )
             weight = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if down else 1 - part[..., 1])
             weight = jnp.where(inside, weight, 0) * jnp.moveaxis(weights[:, :, :, level], 2, 1)
             total += (picked * weight[..., None]).sum(3)
@@ -120,12 +125,17 @@ def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
 def random_inputs(shapes: Shapes) -> list[np.ndarray]:
     """Points a few pixels around each token, as the encoder's are."""
     rng = np.random.default_rng(0)
-    centres = [np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes]
+    centres = [
+        np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes
+    ]
     centres = np.concatenate(centres)[None, :, None, None, None]
     samples = (1, centres.shape[1], HEADS, len(shapes), POINTS)
     locations = centres + 3 * rng.normal(size=(*samples, 2)) / np.array([(w, h) for h, w in shapes])[:, None]
     value, gradient = rng.normal(size=(1, samples[1], HEADS, DH)), rng.normal(size=(1, samples[1], HEADS * DH))
-    return [np.asarray(x, np.float32) for x in (value, locations, rng.dirichlet(np.ones(12), samples[:3]).reshape(samples), gradient)]
+    return [
+        np.asarray(x, np.float32)
+        for x in (value, locations, rng.dirichlet(np.ones(12), samples[:3]).reshape(samples), gradient)
+    ]
 
 
 def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
@@ -169,7 +179,12 @@ def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
     chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])
     tokens = sum(h * w for h, w in shapes)
     samples = (1, tokens, HEADS, len(shapes), POINTS)
-    arrays = (((1, tokens, HEADS, DH), dtype), ((*samples, 2), np.float32), (samples, np.float32), ((1, tokens, HEADS * DH), np.float32))
+    arrays = (
+        ((1, tokens, HEADS, DH), dtype),
+        ((*samples, 2), np.float32),
+        (samples, np.float32),
+        ((1, tokens, HEADS * DH), np.float32),
+    )
     abstract = [jax.ShapeDtypeStruct(shape, kind, sharding=chip) for shape, kind in arrays]
     print(f"one image, {tokens} tokens, {dtype}, {topology.partition(':')[0]}; jax {jax.__version__}\n")
     print("| | accessed, GB | operands, GB | cycles, M | temporary, GB |\n|---|---|---|---|---|", flush=True)

@@ -2,9 +2,9 @@
 
     python benchmarks/distractors.py --checkpoint=runs/demo
 
-Over the held-out scenes of the embedded sample: among expressions that need more than a shape, and whose object stands in its
-scene with others of the same colour (or shape), how often the answer overlaps the object more than any of those others.
-With one distractor a guess among the two is right half of the time.
+Over the held-out scenes of the embedded sample: among expressions that need more than a shape, and whose object stands
+in its scene with others of the same colour (or shape), how often the answer overlaps the object more than any of those
+others. With one distractor a guess among the two is right half of the time.
 """
 
 from __future__ import annotations
@@ -36,14 +36,20 @@ def main(_: list[str]) -> None:
         things = sample.scene_graph(int(record.key), record.width).things
         segments = record.segments[: len(things)]  # things come first, in the graph's order
         truth = [record.decode_mask(s.mask) for s in segments]
-        asked = [(text, k) for k, s in enumerate(segments) for text in s.texts if sample.expression_kind(text) != "class"]
+        asked = [
+            (text, k) for k, s in enumerate(segments) for text in s.texts if sample.expression_kind(text) != "class"
+        ]
         if not asked:
             continue
         found = predictor(record.decode_image(), [text for text, _ in asked], task="referring").masks
         for (_, k), mask in zip(asked, found):
             overlap = [(mask & t).sum() / max((mask | t).sum(), 1) for t in truth]
             for trait, verdicts in right.items():
-                rivals = [overlap[j] for j, t in enumerate(things) if j != k and getattr(t, trait) == getattr(things[k], trait)]
+                rivals = [
+                    overlap[j]
+                    for j, t in enumerate(things)
+                    if j != k and getattr(t, trait) == getattr(things[k], trait)
+                ]
                 if rivals:
                     verdicts.append(overlap[k] > max(rivals))
     for trait, verdicts in right.items():

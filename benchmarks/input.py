@@ -1,13 +1,16 @@
-"""Is the data ever the bottleneck? Images a second of the full recipe's input, beside a torch DataLoader and bare JPEG decoding.
+"""Is the data ever the bottleneck? Images a second of the full recipe's input, beside a torch DataLoader and bare JPEG
+decoding.
 
     pip install -e '.[test,parity]'
     python benchmarks/input.py --source=FOLDER [--quality=99]
 
 FOLDER is laid out as `python data/prepare.py small` wants it; its panoptic and referring training sets are mixed as
-configs/coco_ref.py mixes them, on a 1024 x 1024 canvas. The peers (benchmarks/torch_input.py) read the same images in the same
-proportions from the original json, PNG and JPEG files; decoding is OpenCV's, of JPEGs in memory, and nothing else. Each measurement is a
-process of its own, on one core or on all; those to be compared take turns, and a ratio is the median of the turns' ratios.
-Aims, a core: 1.5 times torch, half of decoding. Then what goes to the device, and the loader's memory over --memory-batches. Linux only.
+configs/coco_ref.py mixes them, on a 1024 x 1024 canvas. The peers (benchmarks/torch_input.py) read the same images in
+the same proportions from the original json, PNG and JPEG files; decoding is OpenCV's, of JPEGs in memory, and nothing
+else. Each measurement is a process of its own, on one core or on all; those to be compared take turns, and a ratio is
+the median of the turns' ratios.
+Aims, a core: 1.5 times torch, half of decoding. Then what goes to the device, and the loader's memory over
+    --memory-batches. Linux only.
 """
 
 from __future__ import annotations
@@ -42,7 +45,10 @@ from mqformer_jax.input.record import Record  # noqa: E402
 from mqformer_jax.input.sources import ShardSource  # noqa: E402
 from mqformer_jax.models.tokenizer import make_tokenizer  # noqa: E402
 
-SETS = (dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)), dict(name="refcoco", split="train", tasks=("referring",)))
+SETS = (
+    dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
+    dict(name="refcoco", split="train", tasks=("referring",)),
+)
 BESIDE = ("torch", "torch, tuned", "decoding")  # what the others are compared with
 MEMORY_CANVAS, MEMORY_BATCH, MEMORY_READINGS = 256, 4, 20
 FLAT = 0.05  # a process may grow by so much of its memory
@@ -64,7 +70,9 @@ class Setting:
         config = coco_ref.full()
         config.seed, config.batch_size, config.eval.sets = seed, self.batch_size, ()
         config.model.text.tokenizer = "words"  # CLIP's needs a file; each of them remembers its texts
-        config.data.update(root=self.root, mixture=SETS, canvas=(self.canvas, self.canvas), threads=threads, workers=workers)
+        config.data.update(
+            root=self.root, mixture=SETS, canvas=(self.canvas, self.canvas), threads=threads, workers=workers
+        )
         return config
 
     def records(self, number: int) -> list[Record]:
@@ -73,7 +81,8 @@ class Setting:
         return [Record.from_bytes(source[i]) for i in range(len(source))]
 
 
-# ---------------------------------------------------------------- who takes part: (setting, seed) to batches without end
+# ---------------------------------------------------------------- who takes part: (setting, seed) to batches without
+# end
 
 
 def ours(setting: Setting, seed: int, threads: int = 0, workers: int = 0) -> Iterator[Any]:
@@ -93,7 +102,9 @@ def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = Fa
     names = [[record.key for record in setting.records(i)] for i in range(len(SETS))]
     kinds = (torch_input.Panoptic, torch_input.Referring)
     datasets = [kind(os.path.join(setting.source, "coco"), n, *how) for kind, n in zip(kinds, names)]
-    return iter(torch_input.loader(datasets, mixed([*map(len, names)], config.data.alpha, seed), setting.batch_size, workers))
+    return iter(
+        torch_input.loader(datasets, mixed([*map(len, names)], config.data.alpha, seed), setting.batch_size, workers)
+    )
 
 
 def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
@@ -101,13 +112,20 @@ def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
     files = [[np.frombuffer(record.image, np.uint8) for record in setting.records(i)] for i in range(len(SETS))]
     order = mixed([*map(len, files)], setting.recipe(seed).data.alpha, seed)
     while True:
-        yield [cv2.imdecode(files[i][j], cv2.IMREAD_COLOR_RGB).shape for i, j in itertools.islice(order, setting.batch_size)]
+        yield [
+            cv2.imdecode(files[i][j], cv2.IMREAD_COLOR_RGB).shape
+            for i, j in itertools.islice(order, setting.batch_size)
+        ]
 
 
 def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, int]]:
-    """(data set, index) without end, in the proportions that our loader uses; each data set shuffled anew every epoch."""
+    """(data set, index) without end, in the proportions that our loader uses; each data set shuffled anew every
+    epoch.
+    """
     rng, weights = np.random.default_rng(seed), np.array(sizes, float) ** alpha
-    streams = [itertools.chain.from_iterable(rng.permutation(size).tolist() for _ in itertools.count()) for size in sizes]
+    streams = [
+        itertools.chain.from_iterable(rng.permutation(size).tolist() for _ in itertools.count()) for size in sizes
+    ]
     given = np.zeros(len(sizes))
     while True:
         i = int(np.argmin((given + 1) / weights))
@@ -148,12 +166,18 @@ def _count(stream: Iterator[Any], seconds: float) -> tuple[int, float]:
 
 def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting, cores: set[int], repeats: int) -> str:
     """Rows of the table. contestants: of each name, a stream of STREAMS and its options."""
-    turns = [[alone(cores, "rate", setting, seed, *contestant) for contestant in contestants.values()] for seed in range(repeats)]
+    turns = [
+        [alone(cores, "rate", setting, seed, *contestant) for contestant in contestants.values()]
+        for seed in range(repeats)
+    ]
     columns = dict(zip(contestants, zip(*turns)))
     rows = []
     for name, rates in columns.items():
         shown = [f"{value:.1f}" for value in (min(rates), statistics.median(rates), max(rates))]
-        ratios = [statistics.median(a / b for a, b in zip(rates, columns[other])) if other in columns else None for other in BESIDE]
+        ratios = [
+            statistics.median(a / b for a, b in zip(rates, columns[other])) if other in columns else None
+            for other in BESIDE
+        ]
         shown += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         rows.append(f"| {name} | {len(cores)} | {' | '.join(shown)} |")
     return "\n".join(rows)
@@ -170,10 +194,18 @@ def weight(setting: Setting, batches: int = 8) -> str:
     sizes = {name: sum(getattr(batch, name).nbytes for batch in found) / images / 1e3 for name in names}
     rows = [f"| ours: {name} | {sizes[name]:.0f} |" for name in sorted(names, key=sizes.get, reverse=True)[:5]]
     rows += [f"| ours: all | {sum(sizes.values()):.0f} |"]
-    rows += [f"| torch | {sum(tensor.nbytes for example in theirs for tensor in example.values()) / images / 1e3:.0f} |"]
-    our_work = [sum(int(getattr(batch, name).sum()) for batch in found) / images for name in ("num_targets", "has_mask", "prompt_valid")]
+    rows += [
+        f"| torch | {sum(tensor.nbytes for example in theirs for tensor in example.values()) / images / 1e3:.0f} |"
+    ]
+    our_work = [
+        sum(int(getattr(batch, name).sum()) for batch in found) / images
+        for name in ("num_targets", "has_mask", "prompt_valid")
+    ]
     their_work = [statistics.fmean(len(example[name]) for example in theirs) for name in ("boxes", "masks", "tokens")]
-    work = [f"{name} {a:.1f} boxes, {b:.1f} masks, {c:.1f} prompts" for name, (a, b, c) in (("ours", our_work), ("torch", their_work))]
+    work = [
+        f"{name} {a:.1f} boxes, {b:.1f} masks, {c:.1f} prompts"
+        for name, (a, b, c) in (("ours", our_work), ("torch", their_work))
+    ]
     text = f"In an image, on average: {'; '.join(work)} (torch keeps what a crop leaves empty)."
     return "\n".join(["| to the device | KB an image |", "|---|---|", *rows, "", text])
 
@@ -213,7 +245,9 @@ def resident(pid: int) -> float:
 
 
 def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
-    """The records' root and the folder of the files that they were made of: `source`, or one with its JPEGs written anew."""
+    """The records' root and the folder of the files that they were made of: `source`, or one with its JPEGs written
+    anew.
+    """
     if quality is not None:
         source = reencoded(source, os.path.join(folder, "source"), quality)
     root = os.path.join(folder, "records")
@@ -249,21 +283,32 @@ def main() -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", help="folder of small real data")
     what.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement: see `alone`
-    parser.add_argument("--quality", type=int, help="write the JPEGs anew with this quality first (COCO's own have 163 KB on average)")
+    parser.add_argument(
+        "--quality", type=int, help="write the JPEGs anew with this quality first (COCO's own have 163 KB on average)"
+    )
     parser.add_argument("--canvas", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of one measurement (default: %(default)s)")
     parser.add_argument("--warm-up", type=float, default=10, help="seconds before it (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="where all cores are used (default: %(default)s)")
-    parser.add_argument("--memory-batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="where all cores are used (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--memory-batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)"
+    )
     args = parser.parse_args()
     if args.alone:
         measure, setting, rest = json.loads(args.alone)
         print(json.dumps(MEASURES[measure](Setting(**setting), *rest)))
         return
     cores, n = os.sched_getaffinity(0), args.workers
-    os.environ["PYTHONWARNINGS"] = "ignore::UserWarning:multiprocessing.resource_tracker"  # what Grain read ahead is left to it
+    os.environ["PYTHONWARNINGS"] = (
+        "ignore::UserWarning:multiprocessing.resource_tracker"  # what Grain read ahead is left to it
+    )
     with tempfile.TemporaryDirectory() as folder:
         root, source = prepare(args.source, folder, args.quality)
         setting = Setting(root, source, args.canvas, args.batch_size, args.seconds, args.warm_up)
@@ -271,8 +316,16 @@ def main() -> None:
         print(
             f"{len(sizes)} JPEGs of {statistics.fmean(sizes) / 1e3:.0f} KB on average, canvas {args.canvas}, batches of {args.batch_size}\n"
         )
-        print(f"| images/s | cores | min | median | max | {' | '.join(f'/ {name}' for name in BESIDE)} |\n|{'---|' * 8}", flush=True)
-        one = {"ours": ("ours", {}), "torch": ("torch", {}), "torch, tuned": ("torch", {"tuned": True}), "decoding": ("decoding", {})}
+        print(
+            f"| images/s | cores | min | median | max | {' | '.join(f'/ {name}' for name in BESIDE)} |\n|{'---|' * 8}",
+            flush=True,
+        )
+        one = {
+            "ours": ("ours", {}),
+            "torch": ("torch", {}),
+            "torch, tuned": ("torch", {"tuned": True}),
+            "decoding": ("decoding", {}),
+        }
         print(speeds(one, setting, {max(cores)}, args.repeats), flush=True)
         several = {
             f"ours, {n} threads": ("ours", {"threads": n}),
@@ -284,7 +337,9 @@ def main() -> None:
         print(f"\n{alone(cores, 'weight', setting)}", flush=True)
         if args.memory_batches:
             smaller = dataclasses.replace(setting, canvas=MEMORY_CANVAS, batch_size=MEMORY_BATCH)
-            print(f"\nBatches of {MEMORY_BATCH} at canvas {MEMORY_CANVAS}:\n\n{alone(cores, 'memory', smaller, n, args.memory_batches)}")
+            print(
+                f"\nBatches of {MEMORY_BATCH} at canvas {MEMORY_CANVAS}:\n\n{alone(cores, 'memory', smaller, n, args.memory_batches)}"
+            )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python benchmarks/masks_from_boxes.py --teacher=ours:runs/lite --data=coco_2017 --split=val
 
-Before a teacher is trusted with a million boxes, on data like one's own. Mean IoU of what quality control takes, and of all; beside it what
+Before a teacher is trusted with a million boxes, on data like one's own. Mean IoU of what quality control takes, and of
+all; beside it what
 needs no teacher: the whole box, and the ellipse in it.
 """
 
@@ -40,7 +41,10 @@ def inside(box: np.ndarray, shape: tuple[int, int], round: bool) -> np.ndarray:
 
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
-    source, masks = ShardSource(_ROOT.value, _DATA.value, _SPLIT.value), Masks(make_teacher(_TEACHER.value, MASK_TEACHERS), Quality())
+    source, masks = (
+        ShardSource(_ROOT.value, _DATA.value, _SPLIT.value),
+        Masks(make_teacher(_TEACHER.value, MASK_TEACHERS), Quality()),
+    )
     rows, taken, areas = [], [], []
 
     def ask(pictures: list[Picture]) -> None:
@@ -60,7 +64,9 @@ def main(_: list[str]) -> None:
             boxes = {k: usable_box(record, k) for k in things if source.info.classes[record.segments[k].class_id].thing}
             boxes = {k: box for k, box in boxes.items() if not isinstance(box, str)}
             if boxes:
-                waiting.append(Picture(record, source.info, record.decode_image(), tuple(boxes), np.stack([*boxes.values()])))
+                waiting.append(
+                    Picture(record, source.info, record.decode_image(), tuple(boxes), np.stack([*boxes.values()]))
+                )
         except BadRecord as e:
             tqdm.write(str(e))
         if len(waiting) == BATCH or (waiting and i == len(source) - 1):
@@ -73,7 +79,9 @@ def main(_: list[str]) -> None:
         k = (area >= low) & (area < high)
         if k.any():
             figures = [found[k & good, 0].mean() if (k & good).any() else np.nan, *found[k].mean(0)]
-            print(f"| {k.sum()} {name} | {100 * good[k].mean():.1f} % | {' | '.join(f'{100 * f:.1f}' for f in figures)} |")
+            print(
+                f"| {k.sum()} {name} | {100 * good[k].mean():.1f} % | {' | '.join(f'{100 * f:.1f}' for f in figures)} |"
+            )
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python benchmarks/matcher.py [--images=16] [--queries=300] [--layers=10]
 
-Costs are mere "noise"; or the criterion's own, of random scenes: from "fresh" queries, which know nothing, or "trained" ones, several of
-which have found each target; or from queries that are all "alike", which is the worst case: nearly all targets want the same one.
-Targets an image: 1 to 100 alike, or about 15 as in COCO (skewed, at least 1). Ours is one jitted call for all images and layers, as in a
-train step; SciPy is called problem by problem on the real rows, with the copy from the device included ("SciPy and copy") or not; optax's
-is vmapped over the padded problems of a few images (--optax_images), since it is slow, and its time is scaled to the rest.
+Costs are mere "noise"; or the criterion's own, of random scenes: from "fresh" queries, which know nothing, or "trained"
+ones, several of which have found each target; or from queries that are all "alike", which is the worst case: nearly all
+targets want the same one.
+Targets an image: 1 to 100 alike, or about 15 as in COCO (skewed, at least 1). Ours is one jitted call for all images
+and layers, as in a train step; SciPy is called problem by problem on the real rows, with the copy from the device
+included ("SciPy and copy") or not; optax's is vmapped over the padded problems of a few images (--optax_images), since
+it is slow, and its time is scaled to the rest.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ theirs = jax.jit(jax.vmap(jax.vmap(optax.assignment.hungarian_algorithm)))
 def main(_: list[str]) -> None:
     shape = f"{_IMAGES.value} images x {_LAYERS.value} layers x {_QUERIES.value} queries x {_TARGETS.value} rows"
     print(f"{shape}, {jax.devices()[0].device_kind}")
-    print("| costs | targets | mean | ours, ms | SciPy, ms | SciPy and copy, ms | optax, ms | ours / SciPy | optax / ours |")
+    print(
+        "| costs | targets | mean | ours, ms | SciPy, ms | SciPy and copy, ms | optax, ms | ours / SciPy | optax / ours |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     rng = np.random.default_rng(0)
     counts = {
@@ -71,7 +75,11 @@ def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
         real = (np.arange(cost.shape[2]) < count[:images, None])[:, None, :, None]
         padded = jnp.where(real, cost[:images], 0.0)
         (rows, columns), taken = timed(lambda: theirs(padded), repeat=1)
-        check("optax", np.take_along_axis(np.asarray(padded), _columns(rows, columns)[..., None], -1).sum((2, 3)), oracle[:images])
+        check(
+            "optax",
+            np.take_along_axis(np.asarray(padded), _columns(rows, columns)[..., None], -1).sum((2, 3)),
+            oracle[:images],
+        )
         optax_seconds = taken * len(count) / images
     ms = " | ".join(f"{1e3 * t:.1f}" for t in (seconds, scipy_seconds, copy_seconds, optax_seconds))
     return f"| {name} | {kind} | {count.mean():.1f} | {ms} | {seconds / scipy_seconds:.2f} | {optax_seconds / seconds:.0f} |"
@@ -118,7 +126,9 @@ def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
         target, query, both = jax.random.split(key, 3)
         draw = lambda k, n, q: jax.random.normal(k, (len(count), _LAYERS.value, n, q))
         noise = draw(both, _TARGETS.value, _QUERIES.value)
-        return noise if name == "noise" else draw(target, _TARGETS.value, 1) + draw(query, 1, _QUERIES.value) + 0.1 * noise
+        return (
+            noise if name == "noise" else draw(target, _TARGETS.value, 1) + draw(query, 1, _QUERIES.value) + 0.1 * noise
+        )
     make = jax.jit(jax.vmap(lambda k, n: scene(k, n, name == "trained")))
     return make(jax.random.split(key, len(count)), jnp.asarray(count))
 

@@ -1,9 +1,11 @@
-"""Overfit four real COCO panoptic images and their expressions: the proof that targets, matching, losses and rules agree.
+"""Overfit four real COCO panoptic images and their expressions: the proof that targets, matching, losses and rules
+agree.
 
     python benchmarks/overfit.py --source=FOLDER --workdir=runs/overfit
 
-FOLDER is laid out as `python data/prepare.py small` wants it. Panoptic segments and expressions are two data sets of the
-same four images, as they are in COCO and RefCOCO; all 133 classes are asked. Every figure is on the training images.
+FOLDER is laid out as `python data/prepare.py small` wants it. Panoptic segments and expressions are two data sets of
+the same four images, as they are in COCO and RefCOCO; all 133 classes are asked. Every figure is on the training
+images.
 """
 
 from __future__ import annotations
@@ -30,10 +32,14 @@ _STEPS = flags.DEFINE_integer("steps", 800, "Training steps.")
 
 
 def prepare(source: str, root: str) -> None:
-    """Write as two data sets the images that have panoptic labels and expressions, filled up to four by the first others."""
+    """Write as two data sets the images that have panoptic labels and expressions, filled up to four by the first
+    others.
+    """
     images = os.path.join(source, "coco", "images")
     panoptic = coco.panoptic(
-        os.path.join(source, "coco", "panoptic", "train.json"), images, os.path.join(source, "coco", "panoptic", "train")
+        os.path.join(source, "coco", "panoptic", "train.json"),
+        images,
+        os.path.join(source, "coco", "panoptic", "train"),
     )
     referring = coco.referring(os.path.join(source, "coco", "referring.json"), images)
     asked = {job.id for job in referring.jobs if any(ref.get("segmentation") for ref in job.labels.items)}

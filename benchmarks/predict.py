@@ -1,14 +1,17 @@
 """Warm latency, memory and start of a prediction, beside Hugging Face's Mask2Former (PyTorch) on the same machine.
 
     pip install -e '.[parity]'
-    python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe] [--checkpoint=runs/demo]
+    python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe]
+    [--checkpoint=runs/demo]
 
-From a uint8 image of 480 x 640 to its panoptic segments at that size: preparing the pixels, the network, the rules. All models have random
-weights (but that of --checkpoint) and 133 classes; the keep threshold is set so that the same number of queries compete for pixels. Each
-row runs in a process of its own, whose largest resident memory is its memory; so torch's and XLA's do not disturb each other.
+From a uint8 image of 480 x 640 to its panoptic segments at that size: preparing the pixels, the network, the rules. All
+models have random weights (but that of --checkpoint) and 133 classes; the keep threshold is set so that the same number
+of queries compete for pixels. Each row runs in a process of its own, whose largest resident memory is its memory; so
+torch's and XLA's do not disturb each other.
 
 - "Mask2Former": R50, 6 encoder and 9 decoder layers, 100 queries, three levels; `post_process_panoptic_segmentation`.
-- "ours, like for like": configs/coco_ref.py in those numbers, 25 learnable and 75 conditional queries; prompts are remembered, as in use.
+- "ours, like for like": configs/coco_ref.py in those numbers, 25 learnable and 75 conditional queries; prompts are
+remembered, as in use.
 - "ours, the recipe": configs/coco_ref.py as it is: 100 + 300 queries, four levels.
 - "the checkpoint": whatever --checkpoint is, at its own canvas.
 """
@@ -37,7 +40,12 @@ _ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A trained model as one more row.")
 _ROW = flags.DEFINE_string("row", None, "Used by the script itself: measure this row here.")
 CLASSES, KEPT = 133, 20
-NAMES = {"theirs": "Mask2Former", "like": "ours, like for like", "recipe": "ours, the recipe", "checkpoint": "the checkpoint"}
+NAMES = {
+    "theirs": "Mask2Former",
+    "like": "ours, like for like",
+    "recipe": "ours, the recipe",
+    "checkpoint": "the checkpoint",
+}
 
 
 def main(_: list[str]) -> None:
@@ -46,7 +54,9 @@ def main(_: list[str]) -> None:
         return
     rows = [*_ROWS.value, *(["checkpoint"] if _CHECKPOINT.value else [])]
     print(f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {CLASSES} classes, float32, {os.cpu_count()} CPUs")
-    print("| | s, median (least to most) | images/s | to Mask2Former | first, s | memory, GB |\n|---|---|---|---|---|---|")
+    print(
+        "| | s, median (least to most) | images/s | to Mask2Former | first, s | memory, GB |\n|---|---|---|---|---|---|"
+    )
     baseline = None
     for row in rows:
         done = subprocess.run([sys.executable, *sys.argv, f"--row={row}"], check=True, capture_output=True, text=True)
@@ -68,17 +78,28 @@ def measured(row: str) -> dict[str, object]:
         begun = time.perf_counter() if seconds else started
         predict(images)
         seconds.append(time.perf_counter() - begun)
-    return {"first": seconds[0], "seconds": seconds[1:], "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}
+    return {
+        "first": seconds[0],
+        "seconds": seconds[1:],
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
+    }
 
 
 def theirs() -> Callable[[list[np.ndarray]], object]:
     import torch
-    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, Mask2FormerImageProcessor, ResNetConfig
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        ResNetConfig,
+    )
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
     backbone = ResNetConfig(depths=[3, 4, 6, 3], out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES, num_queries=100, encoder_layers=6, decoder_layers=10)
+    config = Mask2FormerConfig(
+        backbone_config=backbone, num_labels=CLASSES, num_queries=100, encoder_layers=6, decoder_layers=10
+    )
     model = Mask2FormerForUniversalSegmentation(config).eval()
     size = {"height": _SIZE.value, "width": _SIZE.value}
     processor = Mask2FormerImageProcessor(size=size, do_rescale=True, do_normalize=True)
@@ -107,7 +128,11 @@ def ours(row: str) -> Callable[[list[np.ndarray]], object]:
         predictor = Predictor.from_checkpoint(_CHECKPOINT.value)
     else:
         config = coco_ref.full()
-        config.model.dtype, config.data.canvas, config.model.text.tokenizer = "float32", (_SIZE.value, _SIZE.value), "words"
+        config.model.dtype, config.data.canvas, config.model.text.tokenizer = (
+            "float32",
+            (_SIZE.value, _SIZE.value),
+            "words",
+        )
         config.data.templates = ("{}",)
         if row == "like":
             config.model.update(num_learnable=25, num_conditional=75, strides=(8, 16, 32), encoder_ffn=1024)

@@ -1,10 +1,12 @@
-"""How long do teachers take an image? At full size, with random weights: speed does not depend on what they have learned.
+"""How long do teachers take an image? At full size, with random weights: speed does not depend on what they have
+learned.
 
     pip install -e '.[teachers]'
     python benchmarks/synthesize.py --images=4
 
-Images of 640 x 480 with 12 boxes each, masks with two moved copies of each box, as `python -m mqformer_jax.synthesize` asks. FLOPs are counted
-by torch. "quality control" is what the host does beside the teacher. Days are those of 1.7 M images (Objects365), here, and as an estimate on a
+Images of 640 x 480 with 12 boxes each, masks with two moved copies of each box, as `python -m mqformer_jax.synthesize`
+asks. FLOPs are counted by torch. "quality control" is what the host does beside the teacher. Days are those of 1.7 M
+images (Objects365), here, and as an estimate on a
 GPU: the larger of the teacher's FLOPs at 40 % of an A100's 312 TFLOP/s (bfloat16) and quality control on 8 cores.
 """
 
@@ -42,7 +44,9 @@ def picture(seed: int, boxes: int) -> Picture:
     corners[:, 2:] = np.minimum(corners[:, 2:] + 8, SIZE[::-1])
     segments = tuple(Segment(int(rng.integers(4)), box=tuple(c.tolist())) for c in corners)
     image = np.kron(rng.integers(0, 255, (SIZE[0] // 20, SIZE[1] // 20, 3)), np.ones((20, 20, 1))).astype(np.uint8)
-    return Picture(Record(str(seed), b"", *SIZE, segments), INFO, image, tuple(range(boxes)), corners.astype(np.float32))
+    return Picture(
+        Record(str(seed), b"", *SIZE, segments), INFO, image, tuple(range(boxes)), corners.astype(np.float32)
+    )
 
 
 def saved(model_class: type, config: transformers.PreTrainedConfig, processor: object | None) -> str:
@@ -57,7 +61,13 @@ def saved(model_class: type, config: transformers.PreTrainedConfig, processor: o
 
 
 def sam_vit_h() -> sam.Sam:
-    vision = dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, global_attn_indexes=[7, 15, 23, 31], mlp_dim=5120)
+    vision = dict(
+        hidden_size=1280,
+        num_hidden_layers=32,
+        num_attention_heads=16,
+        global_attn_indexes=[7, 15, 23, 31],
+        mlp_dim=5120,
+    )
     config = transformers.SamConfig(vision_config=vision)
     return sam.Sam(saved(transformers.SamModel, config, transformers.SamImageProcessorPil()))
 

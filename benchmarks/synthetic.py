@@ -2,10 +2,11 @@
 
     python benchmarks/synthetic.py --work=runs/synthetic
 
-A teacher is trained on a few scenes with masks. 4,000 other scenes lose all but the boxes of their things; the teacher gives the boxes
-masks again, which are compared with the truth. Then the same model is trained, with the same seed and steps, on those scenes with boxes
-alone, boxes and the projection loss, synthetic masks, true masks; and on scenes with no expressions, with those of our own captioner, with
-the true ones. Each is measured on the same held-out scenes. Goes on where it was stopped.
+A teacher is trained on a few scenes with masks. 4,000 other scenes lose all but the boxes of their things; the teacher
+gives the boxes masks again, which are compared with the truth. Then the same model is trained, with the same seed and
+steps, on those scenes with boxes alone, boxes and the projection loss, synthetic masks, true masks; and on scenes with
+no expressions, with those of our own captioner, with the true ones. Each is measured on the same held-out scenes. Goes
+on where it was stopped.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def recipe(root: str, mixture: tuple[dict, ...], tasks: tuple[str, ...], steps: 
 
 def prepare(root: str, *options: str) -> None:
     if not os.path.exists(os.path.join(root, "sample_mattes", "dataset.json")):
-        subprocess.run([sys.executable, os.path.join(HOME, "data", "prepare.py"), "sample", "--out", root, *options], check=True)
+        subprocess.run(
+            [sys.executable, os.path.join(HOME, "data", "prepare.py"), "sample", "--out", root, *options], check=True
+        )
 
 
 def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]) -> None:
@@ -57,11 +60,15 @@ def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]
         return
     os.makedirs(folder, exist_ok=True)
     for k in range(SHARDS):
-        records = (Record.from_bytes(source[i]) for i in range(k * len(source) // SHARDS, (k + 1) * len(source) // SHARDS))
+        records = (
+            Record.from_bytes(source[i]) for i in range(k * len(source) // SHARDS, (k + 1) * len(source) // SHARDS)
+        )
         path = os.path.join(folder, f"train-{k:05d}-of-{SHARDS:05d}")
         write_shard((Built.of(change(source.info, record), Problems()) for record in records), path)
         os.remove(f"{path}.json")
-    dataclasses.replace(source.info, name=name, splits={"train": len(source)}, class_images={}, expressions={}).save(folder)
+    dataclasses.replace(source.info, name=name, splits={"train": len(source)}, class_images={}, expressions={}).save(
+        folder
+    )
 
 
 def boxes_only(info: DatasetInfo, record: Record) -> Record:
@@ -81,7 +88,9 @@ def synthesize(*options: str) -> None:
 
 
 def against_truth(root: str, name: str) -> dict[str, float]:
-    """Mean IoU of a set's synthetic masks with those of sample_scenes, over the taken and (0 for the others) over all boxes."""
+    """Mean IoU of a set's synthetic masks with those of sample_scenes, over the taken and (0 for the others) over all
+    boxes.
+    """
     truth, made = ShardSource(root, "sample_scenes", "train"), ShardSource(root, name, "train")
     found, asked = [], 0
     for i in range(len(made)):
@@ -93,7 +102,11 @@ def against_truth(root: str, name: str) -> dict[str, float]:
             if segment.mask is not None:
                 a, b = true.decode_mask(segment.mask), true.decode_mask(thing.mask)
                 found.append((a & b).sum() / (a | b).sum())
-    return {"taken": len(found) / asked, "iou of the taken": float(np.mean(found)), "iou of all": float(np.sum(found) / asked)}
+    return {
+        "taken": len(found) / asked,
+        "iou of the taken": float(np.mean(found)),
+        "iou of all": float(np.sum(found) / asked),
+    }
 
 
 def run(work: str, name: str, config: ConfigDict) -> dict[str, float]:

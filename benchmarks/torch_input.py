@@ -1,12 +1,15 @@
-"""The peer of benchmarks/input.py: COCO panoptic and referring expressions through a torch DataLoader, as users write it.
+"""The peer of benchmarks/input.py: COCO panoptic and referring expressions through a torch DataLoader, as users write
+it.
 
-The panoptic half does what Mask2Former's mapper for COCO panoptic does with detectron2's transforms, step for step: Pillow
-decodes, flips are views, the whole image and the whole PNG of ids are resized and then cut or padded to the canvas, each
-segment is a comparison with the ids, boxes come from the masks. The referring half decodes polygons and run-length codes with
-pycocotools and fits the whole image. Both say their prompts in words and tokens. Examples of a batch stay a list, as detectron2
-collates them, so nothing is padded but the canvas. Left out: detectron2's deep copies of annotations and its second copy of each mask.
+The panoptic half does what Mask2Former's mapper for COCO panoptic does with detectron2's transforms, step for step:
+Pillow decodes, flips are views, the whole image and the whole PNG of ids are resized and then cut or padded to the
+canvas, each segment is a comparison with the ids, boxes come from the masks. The referring half decodes polygons and
+run-length codes with pycocotools and fits the whole image. Both say their prompts in words and tokens. Examples of a
+batch stay a list, as detectron2 collates them, so nothing is padded but the canvas. Left out: detectron2's deep copies
+of annotations and its second copy of each mask.
 
-`tuned` is what somebody who counts milliseconds makes of it: OpenCV instead of Pillow, cut before resized, ids as bytes.
+`tuned` is what somebody who counts milliseconds makes of it: OpenCV instead of Pillow, cut before resized, ids as
+bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ Tokenizer = Callable[[Sequence[str]], np.ndarray]
 Example = dict[str, torch.Tensor]
 
 
-def loader(datasets: Sequence[Any], order: Iterable[tuple[int, int]], batch_size: int, workers: int) -> Iterable[list[Example]]:
+def loader(
+    datasets: Sequence[Any], order: Iterable[tuple[int, int]], batch_size: int, workers: int
+) -> Iterable[list[Example]]:
     """Batches of a mixture. order: (which data set, which image) of each example."""
     cv2.setNumThreads(0)  # as everybody does who has worker processes
     return torch.utils.data.DataLoader(Mixed(datasets), batch_size, sampler=order, collate_fn=list, num_workers=workers)
@@ -53,7 +58,9 @@ class Images:
         self._paths = [os.path.join(folder, "images", name) for name in names]
         self._canvas: Size = tuple(data["canvas"])
         self._data, self._tokenizer, self._tuned = data, tokenizer, tuned
-        self._read, self._resize, self._boxes = (cv2_read, cv2_resize, cv2_boxes) if tuned else (pil_read, pil_resize, torch_boxes)
+        self._read, self._resize, self._boxes = (
+            (cv2_read, cv2_resize, cv2_boxes) if tuned else (pil_read, pil_resize, torch_boxes)
+        )
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -101,7 +108,10 @@ class Panoptic(Images):
 
     def _worded(self, classes: Sequence[int]) -> list[str]:
         templates = self._data["templates"]
-        return [templates[t].format(self._classes[c]) for c, t in zip(classes, np.random.randint(len(templates), size=len(classes)))]
+        return [
+            templates[t].format(self._classes[c])
+            for c, t in zip(classes, np.random.randint(len(templates), size=len(classes)))
+        ]
 
 
 class Referring(Images):
@@ -111,7 +121,9 @@ class Referring(Images):
         super().__init__(folder, names, *rest)
         content = _json(os.path.join(folder, "referring.json"))
         ids = {entry["file_name"]: entry["id"] for entry in content["images"]}
-        self._refs = [[r for r in content["refs"] if r["image_id"] == ids[name] and not r.get("uncertain")] for name in names]
+        self._refs = [
+            [r for r in content["refs"] if r["image_id"] == ids[name] and not r.get("uncertain")] for name in names
+        ]
 
     def __getitem__(self, index: int) -> Example:
         image, refs = self._read(self._paths[index]), self._refs[index]
@@ -175,7 +187,9 @@ def torch_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def cv2_boxes(masks: torch.Tensor) -> torch.Tensor:
-    boxes = torch.tensor([cv2.boundingRect(mask.view(np.uint8)) for mask in masks.numpy()], dtype=torch.float32).reshape(-1, 4)
+    boxes = torch.tensor(
+        [cv2.boundingRect(mask.view(np.uint8)) for mask in masks.numpy()], dtype=torch.float32
+    ).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     return boxes
 
@@ -223,7 +237,9 @@ def _window(image: np.ndarray, canvas: Size, scale: float) -> tuple[tuple[int, i
 def _padded(pixels: np.ndarray, canvas: Size, value: int) -> np.ndarray:
     """The canvas with the pixels at its top left."""
     short = [(0, room - side) for room, side in zip(canvas, pixels.shape)]
-    return np.pad(pixels, short + [(0, 0)] * (pixels.ndim - 2), constant_values=value) if any(map(any, short)) else pixels
+    return (
+        np.pad(pixels, short + [(0, 0)] * (pixels.ndim - 2), constant_values=value) if any(map(any, short)) else pixels
+    )
 
 
 def _channels_first(image: np.ndarray) -> torch.Tensor:

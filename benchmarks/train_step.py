@@ -1,20 +1,23 @@
-"""Images a second of the whole train step, against Hugging Face's Mask2Former (PyTorch) on the same machine, and where the time goes.
+"""Images a second of the whole train step, against Hugging Face's Mask2Former (PyTorch) on the same machine, and where
+the time goes.
 
     pip install -e '.[parity]'
     python benchmarks/train_step.py [--size=512] [--batch=1] [--steps=5] [--device=cpu|gpu] [--profile]
 
-Both models start from random weights and take a forward pass, the loss with its matching, a backward pass, gradient clipping and
-AdamW, on images of one size with as many targets. Rows of the table:
+Both models start from random weights and take a forward pass, the loss with its matching, a backward pass, gradient
+clipping and AdamW, on images of one size with as many targets. Rows of the table:
 
-- "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points, 133 classes.
-- "ours, like for like": configs/coco_ref.py in those numbers; 25 learnable and 75 conditional queries; the text encoder frozen, so
-  prompts come as vectors; no denoising; nothing computed twice to save memory. Its loss has one stage more, that of the proposals.
-- "ours, the recipe": configs/coco_ref.py as it is, but for --size, --batch and --dtype: 100 + 300 queries, four levels, 160 prompts,
-  room for 100 targets, the text encoder trained, 100 denoising queries.
+- "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points,
+133 classes.
+- "ours, like for like": configs/coco_ref.py in those numbers; 25 learnable and 75 conditional queries; the text encoder
+  frozen, so prompts come as vectors; no denoising; nothing computed twice to save memory. Its loss has one stage more,
+  that of the proposals.
+- "ours, the recipe": configs/coco_ref.py as it is, but for --size, --batch and --dtype: 100 + 300 queries, four levels,
+  160 prompts, room for 100 targets, the text encoder trained, 100 denoising queries.
 
-Rows take their steps in turn; seconds are the median of --steps after a first one, which compiles. CPU s is the processor time of all
-threads, which other work on the machine changes less. --profile sums, for the like-for-like row, the time of each operation in a trace
-under the part of the model and the file that it comes from.
+Rows take their steps in turn; seconds are the median of --steps after a first one, which compiles. CPU s is the
+processor time of all threads, which other work on the machine changes less. --profile sums, for the like-for-like row,
+the time of each operation in a trace under the part of the model and the file that it comes from.
 """
 
 from __future__ import annotations
@@ -32,7 +35,9 @@ import numpy as np
 from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's idle threads would spin: three times slower on a machine with other work
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # torch's idle threads would spin: three times slower on a machine with other work
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "configs")]
 
@@ -48,7 +53,9 @@ _SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Steps of which the median counts.")
 _TARGETS = flags.DEFINE_integer("targets", 20, "Targets an image.")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "What both compute in; bfloat16 is torch's autocast.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "float32", ["float32", "bfloat16"], "What both compute in; bfloat16 is torch's autocast."
+)
 _DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "For both.")
 _ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
 _PROFILE = flags.DEFINE_bool("profile", False, "Where the time of the like-for-like row goes.")
@@ -60,7 +67,9 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     jax.config.update("jax_traceback_in_locations_limit", 100)  # else the outer callers are cut off
     device = jax.devices()[0].device_kind
-    print(f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, {os.cpu_count()} CPUs")
+    print(
+        f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, {os.cpu_count()} CPUs"
+    )
     rows = {
         "theirs": ("Mask2Former", theirs),
         "like": ("ours, like for like", lambda: Ours(like_for_like())),
@@ -89,13 +98,16 @@ def main(_: list[str]) -> None:
 
 
 def timed(step: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds of a step, CPU seconds of this process in it, its loss. A loss is a number here, so nothing is still under way."""
+    """Seconds of a step, CPU seconds of this process in it, its loss. A loss is a number here, so nothing is still
+    under way.
+    """
     started, cpu = time.perf_counter(), time.process_time()
     loss = step()
     return time.perf_counter() - started, time.process_time() - cpu, loss
 
 
-# --- ours ---------------------------------------------------------------------------------------------------------------------------
+# --- ours
+# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def recipe() -> ConfigDict:
@@ -139,7 +151,11 @@ def made_up(shapes: Batch) -> Batch:
     batch.windows[:, :n] = np.stack([np.cumsum(bits, 1) - bits, top, left // 8, height, width // 8], -1)
     batch.positive[np.arange(b)[:, None], np.arange(n), rng.integers(0, CLASSES, (b, n))] = True
     batch.has_mask[:, :n] = True
-    tokens = rng.integers(1, 400, batch.tokens.shape) if batch.tokens.dtype.kind == "i" else rng.normal(size=batch.tokens.shape)
+    tokens = (
+        rng.integers(1, 400, batch.tokens.shape)
+        if batch.tokens.dtype.kind == "i"
+        else rng.normal(size=batch.tokens.shape)
+    )
     return batch.replace(
         image=rng.integers(0, 256, batch.image.shape, np.uint8), size=np.full_like(batch.size, (h, w)),
         masks=np.full_like(batch.masks, 255),
@@ -149,12 +165,15 @@ def made_up(shapes: Batch) -> Batch:
 
 
 def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
-    """Top, left, height, width in whole bytes of a packed row, each up to half a side: twice as many as targets fit in any canvas."""
+    """Top, left, height, width in whole bytes of a packed row, each up to half a side: twice as many as targets fit in
+    any canvas.
+    """
     height, width = rng.integers(1, h // 2, shape), 8 * rng.integers(1, w // 16, shape)
     return rng.integers(0, h - height), 8 * (rng.integers(0, w - width) // 8), height, width
 
 
-# --- theirs -------------------------------------------------------------------------------------------------------------------------
+# --- theirs
+# -------------------------------------------------------------------------------------------------------------------------
 
 
 def theirs() -> Callable[[], float]:
@@ -167,7 +186,9 @@ def theirs() -> Callable[[], float]:
     torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX does
     device, size = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value], _SIZE.value
     backbone = ResNetConfig(depths=[3, 4, 6, 3], out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(backbone_config=backbone, num_labels=CLASSES, num_queries=100, encoder_layers=6, decoder_layers=10)
+    config = Mask2FormerConfig(
+        backbone_config=backbone, num_labels=CLASSES, num_queries=100, encoder_layers=6, decoder_layers=10
+    )
     model = Mask2FormerForUniversalSegmentation(config).train().to(device)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # frozen, as in every recipe of the family
@@ -196,7 +217,8 @@ def theirs() -> Callable[[], float]:
     return step
 
 
-# --- where the time goes ------------------------------------------------------------------------------------------------------------
+# --- where the time goes
+# ------------------------------------------------------------------------------------------------------------
 
 
 def profile(ours: Ours) -> None:
@@ -220,19 +242,26 @@ def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
-                if not re.match(r"(while|call|conditional)\b", event.name) and any(key == "hlo_op" for key, _ in event.stats):
+                if not re.match(r"(while|call|conditional)\b", event.name) and any(
+                    key == "hlo_op" for key, _ in event.stats
+                ):
                     yield event.name, event.duration_ns / 1e9
 
 
 def sources(hlo: str) -> dict[str, str]:
-    """From the name of each operation of a compiled step to "part of the model: file", by the tables of stack frames in its text.
+    """From the name of each operation of a compiled step to "part of the model: file", by the tables of stack frames in
+    its text.
 
-    The part is the outermost file of the package that is neither the step's nor the model's, the file the innermost one.
+    The part is the outermost file of the package that is neither the step's nor the model's, the file the innermost
+    one.
     """
     table = lambda name: re.search(rf"^{name}\n((?:\d+ .*\n)+)", hlo, re.M)[1].splitlines()
     files = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip('"') for line in table("FileNames")}
     places = dict(re.match(r"(\d+) \{file_name_id=(\d+)", line).groups() for line in table("FileLocations"))
-    frames = [re.match(r"\d+ \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", line).groups("0") for line in table("StackFrames")]
+    frames = [
+        re.match(r"\d+ \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?", line).groups("0")
+        for line in table("StackFrames")
+    ]
     nobody = int(frames[0][1])  # the first frame has no caller; JAX 0.10 counts callers from one, so this is 1
 
     def told(frame: int, name: str) -> str:

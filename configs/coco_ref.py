@@ -2,10 +2,11 @@
 
     pip install -e '.[text]'
     python -m mqformer_jax.convert --input resnet50.pth --output pretrained/resnet50    # torchvision's, timm's
-    python -m mqformer_jax.convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's folder
-    python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
+    python -m mqformer_jax.convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's
+    folder python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
 
-R50, CLIP's text encoder, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it needs a pod.
+R50, CLIP's text encoder, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it
+needs a pod.
 
 The same recipe, smaller only in numbers:
 
@@ -59,7 +60,9 @@ def laptop() -> ConfigDict:
     )  # fmt: skip
     config.loss.update(class_=8.0, points=256)
     config.denoising.slots = 0  # paid nothing in a run this short
-    config.optimizer.update(learning_rate=1.5e-3, weight_decay=0.02, clip=10.0, warmup=100, schedule="cosine", backbone=1.0, text=1.0)
+    config.optimizer.update(
+        learning_rate=1.5e-3, weight_decay=0.02, clip=10.0, warmup=100, schedule="cosine", backbone=1.0, text=1.0
+    )
     config.data.update(max_targets=12, max_prompts=20, threads=2)
     config.matting.backbone.name = "convnet"
     config.matting.update(width=32, steps=400, batch_size=8, learning_rate=2e-3, encoder=1.0)

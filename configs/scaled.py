@@ -1,14 +1,16 @@
-"""The paper's second lever: the mixture of configs/coco_ref.py, scaled by synthetic masks and captions on box-annotated sets.
+"""The paper's second lever: the mixture of configs/coco_ref.py, scaled by synthetic masks and captions on box-annotated
+sets.
 
-    python data/prepare.py public coco_2017_panoptic coco_2017 lvis_v1 ade20k_panoptic refcoco refcocoplus refcocog visual_genome objects365_v2
-    python -m mqformer_jax.synthesize captions --data=coco_2017           --teacher=florence2:FOLDER                # coco_2017_syn
-    python -m mqformer_jax.synthesize masks    --data=objects365_v2       --teacher=sam2:FOLDER                     # objects365_v2_syn_m
-    python -m mqformer_jax.synthesize captions --data=objects365_v2_syn_m --teacher=florence2:FOLDER --pick=clip:FOLDER
-    python -m mqformer_jax.synthesize masks    --data=visual_genome       --teacher=sam2:FOLDER                     # visual_genome_syn_m
-    python -m mqformer_jax.main --config=configs/scaled.py --workdir=runs/scaled
+    python data/prepare.py public coco_2017_panoptic coco_2017 lvis_v1 ade20k_panoptic refcoco refcocoplus refcocog
+    visual_genome objects365_v2 python -m mqformer_jax.synthesize captions --data=coco_2017
+    --teacher=florence2:FOLDER                # coco_2017_syn python -m mqformer_jax.synthesize masks
+    --data=objects365_v2       --teacher=sam2:FOLDER                     # objects365_v2_syn_m python -m
+    mqformer_jax.synthesize captions --data=objects365_v2_syn_m --teacher=florence2:FOLDER --pick=clip:FOLDER python -m
+    mqformer_jax.synthesize masks    --data=visual_genome       --teacher=sam2:FOLDER                     #
+    visual_genome_syn_m python -m mqformer_jax.main --config=configs/scaled.py --workdir=runs/scaled
 
-Model, optimiser and schedule are those of configs/coco_ref.py. Sampling ratios are unpublished: size^0.5 here. Masks below a score of 0.8 stay boxes.
-Not yet run at full size.
+Model, optimiser and schedule are those of configs/coco_ref.py. Sampling ratios are unpublished: size^0.5 here. Masks
+below a score of 0.8 stay boxes. Not yet run at full size.
 """
 
 import os

@@ -1,7 +1,7 @@
 """BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four channels of 8 bit.
 
-R is the category, G the attributes, 256 B + A the number of the region in its image. The classes are all 40 categories of the
-panoptic evaluation; category 0 is unlabelled.
+R is the category, G the attributes, 256 B + A the number of the region in its image. The classes are all 40 categories
+of the panoptic evaluation; category 0 is unlabelled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, perso
 trailer, train, truck"""
 STUFF = 30
 CLASSES = tuple(ClassInfo((" ".join(name.split()),), thing=i >= STUFF) for i, name in enumerate(NAMES.split(",")))
-# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with one of the last two alike.
+# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with one of the
+# last two alike.
 CROWD_OR_IGNORE = 3
 
 

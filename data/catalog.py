@@ -57,17 +57,24 @@ def _listed(path: Path) -> tuple[str, ...]:
     return (path,) if isinstance(path, str) else path
 
 
-def _each(family: Callable[..., Plan], words: Mapping[str, str], options: Mapping[str, Any] = {}, **paths: Path) -> dict[str, Source]:
+def _each(
+    family: Callable[..., Plan], words: Mapping[str, str], options: Mapping[str, Any] = {}, **paths: Path
+) -> dict[str, Source]:
     """The splits of a set; {} in a path stands for the word that the set itself has for a split."""
 
     def filled(path: Path, word: str) -> Path:
         return path.replace("{}", word) if isinstance(path, str) else tuple(p.replace("{}", word) for p in path)
 
-    return {split: Source(family, {k: filled(path, word) for k, path in paths.items()}, options) for split, word in words.items()}
+    return {
+        split: Source(family, {k: filled(path, word) for k, path in paths.items()}, options)
+        for split, word in words.items()
+    }
 
 
 def _foreground(words: Mapping[str, str], url: str, get: str, licence: str, **paths: str) -> PublicSet:
-    return PublicSet(_each(folders.foreground, words, **paths), url, get, licence, "the salient foreground as one region")
+    return PublicSet(
+        _each(folders.foreground, words, **paths), url, get, licence, "the salient foreground as one region"
+    )
 
 
 def _mattes(splits: Mapping[str, Source], url: str, get: str, licence: str) -> PublicSet:
@@ -82,7 +89,11 @@ def _matting(folder: str, images: str, trimaps: bool = True) -> Source:
 
 def _refer(folder: str, partition: str, splits: Sequence[str], licence: str) -> PublicSet:
     """A set of the REFER toolkit: the same folder holds the expressions of several partitions."""
-    paths = {"json_path": f"{folder}/refs({partition}).p", "images": "coco/train2014", "instance_files": (f"{folder}/instances.json",)}
+    paths = {
+        "json_path": f"{folder}/refs({partition}).p",
+        "images": "coco/train2014",
+        "instance_files": (f"{folder}/instances.json",),
+    }
     return PublicSet(
         {split: Source(coco.referring, paths, {"refs_split": split}) for split in splits},
         "https://github.com/lichengunc/refer",
@@ -129,7 +140,13 @@ House-Parts HouseHold-Items Nutterfly-Squireel Phones Poles Puppies Rail Salmon-
 
 SETS: dict[str, PublicSet] = {
     "coco_2017_panoptic": PublicSet(
-        _each(coco.panoptic, COCO_2017, json_path="coco/annotations/panoptic_{}.json", images="coco/{}", masks="coco/panoptic_{}"),
+        _each(
+            coco.panoptic,
+            COCO_2017,
+            json_path="coco/annotations/panoptic_{}.json",
+            images="coco/{}",
+            masks="coco/panoptic_{}",
+        ),
         COCO_URL,
         "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, and the two zips of PNGs that it brings into coco/ too",
         COCO_LICENCE,
@@ -170,7 +187,12 @@ SETS: dict[str, PublicSet] = {
         "boxes of things and of region descriptions, which others of the image may fit too; nothing is known to be absent",
     ),
     "objects365_v2": PublicSet(
-        _each(coco.instances, TRAIN_VAL, json_path="objects365v2/annotations/zhiyuan_objv2_{}.json", images="objects365v2/{}"),
+        _each(
+            coco.instances,
+            TRAIN_VAL,
+            json_path="objects365v2/annotations/zhiyuan_objv2_{}.json",
+            images="objects365v2/{}",
+        ),
         "https://www.objects365.org/download.html",
         "the patches into objects365v2/train and objects365v2/val, the two zhiyuan_objv2 json into objects365v2/annotations/",
         "see its website",
@@ -184,7 +206,13 @@ SETS: dict[str, PublicSet] = {
         SEMANTIC,
     ),
     "ade20k_panoptic": PublicSet(
-        _each(ade20k.panoptic, ADE_SPLITS, **ADE, semantic=ADE_SEMANTIC, instances="ADEChallengeData2016/annotations_instance/{}"),
+        _each(
+            ade20k.panoptic,
+            ADE_SPLITS,
+            **ADE,
+            semantic=ADE_SEMANTIC,
+            instances="ADEChallengeData2016/annotations_instance/{}",
+        ),
         ADE_URL,
         "ADEChallengeData2016.zip into the root and annotations_instance.tar into ADEChallengeData2016/",
         ADE_LICENCE,
@@ -198,7 +226,9 @@ SETS: dict[str, PublicSet] = {
         PANOPTIC,
     ),
     "bdd100k_panoptic": PublicSet(
-        _each(bdd100k.panoptic, TRAIN_VAL, images="bdd100k/images/10k/{}", bitmasks="bdd100k/labels/pan_seg/bitmasks/{}"),
+        _each(
+            bdd100k.panoptic, TRAIN_VAL, images="bdd100k/images/10k/{}", bitmasks="bdd100k/labels/pan_seg/bitmasks/{}"
+        ),
         "https://doc.bdd100k.com/download.html",
         "'10K Images' and 'Panoptic Segmentation' into the root",
         "its own",

@@ -1,7 +1,8 @@
 """Cityscapes' fine annotations: `gtFine/<split>/<city>/*_gtFine_instanceIds.png`, 16 bit.
 
-A value from 1000 on is label * 1000 + number of the thing; a smaller one is the label itself, and of a thing class it marks a
-group that nobody separated. So reads them cityscapesScripts' createPanopticImgs, with labels outside of the evaluation ignored.
+A value from 1000 on is label * 1000 + number of the thing; a smaller one is the label itself, and of a thing class it
+marks a group that nobody separated. So reads them cityscapesScripts' createPanopticImgs, with labels outside of the
+evaluation ignored.
 """
 
 from __future__ import annotations
@@ -15,12 +16,25 @@ from plan import Job, Plan, Problems, builder
 
 from mqformer_jax.input.record import ClassInfo, Record
 
-# Label ids of the 19 classes of the evaluation (cityscapesScripts, helpers/labels.py); the other labels from 0 to 33 are ignored.
-STUFF = {7: "road", 8: "sidewalk", 11: "building", 12: "wall", 13: "fence", 17: "pole", 19: "traffic light", 20: "traffic sign"}
+# Label ids of the 19 classes of the evaluation (cityscapesScripts, helpers/labels.py); the other labels from 0 to 33
+# are ignored.
+STUFF = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+}
 STUFF |= {21: "vegetation", 22: "terrain", 23: "sky"}
 THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 LABELS = [*STUFF, *THINGS]
-CLASSES = (*(ClassInfo((name,), thing=False) for name in STUFF.values()), *(ClassInfo((name,)) for name in THINGS.values()))
+CLASSES = (
+    *(ClassInfo((name,), thing=False) for name in STUFF.values()),
+    *(ClassInfo((name,)) for name in THINGS.values()),
+)
 LAST_LABEL = 33
 
 

@@ -13,12 +13,13 @@ NUMBERED = re.compile(r"\s*\d+[\s:,]")
 
 
 def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, ...]], list[int], int]:
-    """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first class.
+    """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first
+    class.
 
-    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of synonyms,
-    or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask value and whose
-    last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a line. Commas part synonyms;
-    one that two classes have is left out. `offset` replaces the list's own.
+    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
+    synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask
+    value and whose last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a
+    line. Commas part synonyms; one that two classes have is left out. `offset` replaces the list's own.
     """
     entries, ignore, own_offset = _read_list(path)
     offset = own_offset if offset is None else offset
@@ -33,7 +34,9 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
 
 
 def read_colours(path: str) -> dict[int, int]:
-    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in the list."""
+    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in
+    the list.
+    """
     colours = [colour for _, colour in _read_list(path)[0]]
     found = {colour: i for i, colour in enumerate(colours) if colour is not None}
     if len(found) < len(colours) - colours.count(None):
@@ -42,14 +45,18 @@ def read_colours(path: str) -> dict[int, int]:
 
 
 def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int] | None, int]:
-    """A class list's words and colours, and the rest of `read_classes`, None where it says nothing of ignored values."""
+    """A class list's words and colours, and the rest of `read_classes`, None where it says nothing of ignored
+    values.
+    """
     text = read_text(path)
     lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(path, text)
     try:
         named = [line if isinstance(line, dict) else {"name": line} for line in lines]
         return [(_synonyms(line["name"]), _colour(line)) for line in named], ignore, offset
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}') from None
+        raise ValueError(
+            f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}'
+        ) from None
 
 
 def _json_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, int]:
@@ -73,7 +80,11 @@ def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
     rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
     values = [int(row[0]) for row in rows[1:] if row[0].isdecimal() and len(row) > 1]
     if values and not rows[0][0].isdecimal() and values == list(range(values[0], values[0] + len(rows) - 1)):
-        return [row[-1] for row in rows[1:]], None, values[0]  # a table with a head: the mask value comes first, the name last
+        return (
+            [row[-1] for row in rows[1:]],
+            None,
+            values[0],
+        )  # a table with a head: the mask value comes first, the name last
     for line in lines:
         nameless = any(not re.search(r"[^\W\d_]", name) for name in _synonyms(line))
         if nameless or "#" in line or "::" in line or NUMBERED.match(line):

@@ -1,4 +1,6 @@
-"""Data sets that come as COCO json: panoptic, instances (with LVIS and boxes alone), referring expressions, foreground."""
+"""Data sets that come as COCO json: panoptic, instances (with LVIS and boxes alone), referring expressions,
+foreground.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,12 @@ from plan import Job, Plan, Problems, builder, coco_origin
 
 from mqformer_jax.input.record import ClassInfo
 
-# Fields that no record needs are dropped while a json is read. One of boxes then takes 3.3 times its size on disk at the
-# peak, not 3.9 (a synthetic 0.2 GB measured); Objects365's has 5 GB. Annotations are handed on to the jobs, never copied.
-_UNUSED = frozenset(("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url"))
+# Fields that no record needs are dropped while a json is read. One of boxes then takes 3.3 times its size on disk at
+# the peak, not 3.9 (a synthetic 0.2 GB measured); Objects365's has 5 GB. Annotations are handed on to the jobs, never
+# copied.
+_UNUSED = frozenset(
+    ("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url")
+)
 _UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_object_ids", "attributes"}
 
 # Names that their data sets misspell or run together (Objects365, LVIS), as they should be asked for.
@@ -78,7 +83,8 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
 def instances(json_path: str, images: str) -> Plan:
     """COCO instances: polygons, run-length codes, or boxes alone. A json with `neg_category_ids` is federated (LVIS).
 
-    Objects365's `iscrowd` boxes are crowds; its fake and mirrored objects are objects. Roboflow's exports (SeginW) are read as
+    Objects365's `iscrowd` boxes are crowds; its fake and mirrored objects are objects. Roboflow's exports (SeginW) are
+    read as
     they are: see `_without_root`.
     """
     data = load_json(json_path, "images", "annotations", "categories")
@@ -94,14 +100,23 @@ def instances(json_path: str, images: str) -> Plan:
             problems.add("note: image without annotations; all classes count as absent", _name(entry))
     jobs = [_job(entry, images, of_image.get(entry["id"], [])) for entry in entries]
     _one_file_each(jobs, json_path, problems)
-    return Plan("instances", classes, jobs, builder(instances_record, class_of=class_of, federated=federated), not federated, problems)
+    return Plan(
+        "instances",
+        classes,
+        jobs,
+        builder(instances_record, class_of=class_of, federated=federated),
+        not federated,
+        problems,
+    )
 
 
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
-    """Expressions: `refs` of {image_id, sentences, and bbox, segmentation or ann_id, or no_target}; `refs_split` keeps one split.
+    """Expressions: `refs` of {image_id, sentences, and bbox, segmentation or ann_id, or no_target}; `refs_split` keeps
+    one split.
 
-    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the json does not.
-    A `refs_split` other than train is there to evaluate on and keeps every expression: see `referring_record`.
+    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the json
+    does not. A `refs_split` other than train is there to evaluate on and keeps every expression: see
+    `referring_record`.
     """
     data = load_json(json_path, "refs")
     need_folders(images)
@@ -114,12 +129,16 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
         known, image_id = {k: v for k, v in ref.items() if v is not None}, ref.get("image_id")
         annotation = shapes.get(ref.get("ann_id"), {})
         if annotation and annotation.get("image_id") != image_id:
-            problems.add("expression: its annotation is of another image", f"image_id {image_id} ref {ref.get('ref_id', number)}")
+            problems.add(
+                "expression: its annotation is of another image", f"image_id {image_id} ref {ref.get('ref_id', number)}"
+            )
             continue
         of_image[image_id].append({**annotation, **known})
     listed = {e["id"]: e for e in _entries(data.get("images", list(entries.values())), problems)}
     if not listed:
-        raise ValueError(f"{json_path}: it lists no images; give --instances, the json that does (RefCOCO's instances.json)")
+        raise ValueError(
+            f"{json_path}: it lists no images; give --instances, the json that does (RefCOCO's instances.json)"
+        )
     for image_id in of_image.keys() - listed.keys():
         problems.add("expression: its image is not in the json", f"image_id {image_id}")
     jobs = [_job(entry, images, of_image[i]) for i, entry in listed.items() if i in of_image]
@@ -149,7 +168,13 @@ def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Pl
 
 _ID, _TEXT, _LIST = (int, float, str), str, list
 _TYPES: dict[str, dict[str, Any]] = {
-    "images": {"id": _ID, "file_name": _TEXT, "coco_url": _TEXT, "neg_category_ids": _LIST, "not_exhaustive_category_ids": _LIST},
+    "images": {
+        "id": _ID,
+        "file_name": _TEXT,
+        "coco_url": _TEXT,
+        "neg_category_ids": _LIST,
+        "not_exhaustive_category_ids": _LIST,
+    },
     "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "file_name": _TEXT, "segments_info": _LIST},
     "categories": {"synonyms": (list, str)},
     "refs": {"image_id": _ID, "ann_id": _ID, "category_id": _ID},
@@ -169,16 +194,22 @@ def load_json(path: str, *fields: str) -> dict[str, Any]:
     for field in dict.fromkeys((*fields, *more)):
         items = data.get(field) if isinstance(data, dict) else None
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-            raise ValueError(f"{path}: field '{field}' is missing or no list of objects; is it the right annotation file?")
+            raise ValueError(
+                f"{path}: field '{field}' is missing or no list of objects; is it the right annotation file?"
+            )
         for name, types in _TYPES[field].items():
-            wrong = [value for value in (item.get(name) for item in items) if not (value is None or isinstance(value, types))][:1]
+            wrong = [
+                value for value in (item.get(name) for item in items) if not (value is None or isinstance(value, types))
+            ][:1]
             if wrong:
                 raise ValueError(f"{path}: field '{name}' of one of '{field}' cannot be {wrong[0]!r}")
     return data
 
 
 def read_json(path: str) -> Any:
-    """What a json file or a pickle (.p) of plain values holds. Raises FileNotFoundError or ValueError where it cannot be read, one line."""
+    """What a json file or a pickle (.p) of plain values holds. Raises FileNotFoundError or ValueError where it cannot
+    be read, one line.
+    """
     pickled = path.endswith(".p")
     try:
         if pickled:
@@ -207,16 +238,22 @@ def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tupl
     """Classes sorted by category id, and the map from category id to class index.
 
     Texts are the name, or the names that a slash parts ("Cabinet/shelf"), and `synonyms`; one that another class has
-    too is left out. A qualifier in brackets stays ("bow (weapon)"): without it, LVIS would have classes of one name. Stuff names
-    lose "-merged", "-other", "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get is not changed at all.
+    too is left out. A qualifier in brackets stays ("bow (weapon)"): without it, LVIS would have classes of one name.
+    Stuff names lose "-merged", "-other", "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get is
+    not changed at all.
     """
-    if any(not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip() for c in categories):
+    if any(
+        not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip()
+        for c in categories
+    ):
         raise ValueError(f"{path}: a category without 'id' (a number) or 'name' (text)")
     for category_id, count in collections.Counter(c["id"] for c in categories).items():
         if count > 1:
             raise ValueError(f"{path}: category id {category_id} occurs {count} times; ids must differ")
     try:
-        categories = [{**c, "isthing": flag({"isthing": 1, **c}, "isthing")} for c in sorted(categories, key=lambda c: c["id"])]
+        categories = [
+            {**c, "isthing": flag({"isthing": 1, **c}, "isthing")} for c in sorted(categories, key=lambda c: c["id"])
+        ]
     except Unusable as e:
         raise ValueError(f"{path}: a category whose {e}") from None
     words = [_words(c) for c in categories]
@@ -226,7 +263,9 @@ def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tupl
         if count > 1:
             raise ValueError(f"{path}: category name {name!r} occurs {count} times; names must differ")
     synonyms = [_synonyms(c, path) for c in categories]
-    texts = distinct([tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)])
+    texts = distinct(
+        [tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)]
+    )
     classes = tuple(ClassInfo(tuple(t), c["isthing"]) for c, t in zip(categories, texts))
     return classes, {c["id"]: i for i, c in enumerate(categories)}
 
@@ -253,22 +292,29 @@ def _spaced(name: str) -> str:
 
 
 def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
-    """The categories without the row that Roboflow adds for the project itself: the super-category of all others, in none itself.
+    """The categories without the row that Roboflow adds for the project itself: the super-category of all others, in
+    none itself.
 
-    It has no annotation, so as a class it would be taught absent everywhere. One that has annotations is a class, and so is one
-    that is in a super-category of its name (SeginW's Hand-Segmentation; its files come without the project's row).
+    It has no annotation, so as a class it would be taught absent everywhere. One that has annotations is a class, and
+    so is one that is in a super-category of its name (SeginW's Hand-Segmentation; its files come without the project's
+    row).
     """
     above = collections.Counter(c.get("supercategory") for c in categories)
     for root in categories:
         is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
         if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
-            problems.add("note: category without annotations, the super-category of all others, is no class", str(root.get("name")))
+            problems.add(
+                "note: category without annotations, the super-category of all others, is no class",
+                str(root.get("name")),
+            )
             return [c for c in categories if c is not root]
     return categories
 
 
 def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
-    """The refs of one split. Raises ValueError where there is none such, or where train would be mixed with what is evaluated on."""
+    """The refs of one split. Raises ValueError where there is none such, or where train would be mixed with what is
+    evaluated on.
+    """
     splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
     if split is None and "train" in splits and len(splits) > 1:
         raise ValueError(f"{path}: holds the splits {', '.join(splits)}; say which with --refs-split")
@@ -313,7 +359,8 @@ def _job(entry: dict, folder: str, items: Any) -> Job:
 def _below(folder: str, parent: str) -> str:
     """The folder below `folder` that an image's own path ends with, asked once a folder and not once an image.
 
-    Objects365's json says images/v1/patch8 where its archives unpack to patch8, LVIS's says train2017 for what may be `folder`.
+    Objects365's json says images/v1/patch8 where its archives unpack to patch8, LVIS's says train2017 for what may be
+    `folder`.
     """
     parts = parent.split("/")
     ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
@@ -333,31 +380,43 @@ def _by_image(annotations: list[dict], entries: list[dict], path: str, problems:
 
 
 def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
-    """Raises ValueError where no annotation would find its image or class ("0" is not 0): all would be taught absent everywhere."""
+    """Raises ValueError where no annotation would find its image or class ("0" is not 0): all would be taught absent
+    everywhere.
+    """
     if annotations and not any(annotation.get(field) in known for annotation in annotations):
         there = f"known are {', '.join(map(repr, list(known)[:3]))}" if known else "none is known"
-        raise ValueError(f"{path}: no annotation has a '{field}' that is known; one has {annotations[0].get(field)!r}, {there}")
+        raise ValueError(
+            f"{path}: no annotation has a '{field}' that is known; one has {annotations[0].get(field)!r}, {there}"
+        )
 
 
 def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
-    """Raises ValueError where `_below` found one file for two images; a file name that comes twice is the json's own, and noted."""
+    """Raises ValueError where `_below` found one file for two images; a file name that comes twice is the json's own,
+    and noted.
+    """
     keys: dict[str, str] = {}
     for job in jobs:
         other = keys.setdefault(job.image, job.key)
         if other != job.key:
-            raise ValueError(f"{path}: {job.image} would be the file of two images, {other} and {job.key}; give the folder above theirs")
+            raise ValueError(
+                f"{path}: {job.image} would be the file of two images, {other} and {job.key}; give the folder above theirs"
+            )
     for key, count in collections.Counter(job.key for job in jobs).items():
         if count > 1:
             problems.add("note: file of several images of the json", key)
 
 
 def _instance_index(paths: Sequence[str]) -> tuple[dict[int, dict], dict[int, dict], list[dict]]:
-    """Annotations and images of instance files, by id, and the categories of the first. Raises where an id means two annotations."""
+    """Annotations and images of instance files, by id, and the categories of the first. Raises where an id means two
+    annotations.
+    """
     files = [load_json(path, "images", "annotations", "categories") for path in paths]
     shapes: dict[Any, dict] = {}
     for path, data in zip(paths, files):
         for annotation in data["annotations"]:
             if annotation.get("id") is not None and shapes.setdefault(annotation["id"], annotation) != annotation:
-                raise ValueError(f"{path}: annotation id {annotation['id']} occurs twice in --instances, for different annotations")
+                raise ValueError(
+                    f"{path}: annotation id {annotation['id']} occurs twice in --instances, for different annotations"
+                )
     entries = {e.get("id"): e for data in files for e in data["images"]}
     return shapes, entries, files[0]["categories"] if files else []

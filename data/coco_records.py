@@ -22,7 +22,8 @@ Box = tuple[float, float, float, float]
 
 
 class Labels(NamedTuple):
-    """What the json says of one image. items: its annotations, as the family needs them. height, width: pixels, if given.
+    """What the json says of one image. items: its annotations, as the family needs them. height, width: pixels, if
+    given.
 
     negative, not_exhaustive: LVIS's category ids checked to be absent, and labelled only in part.
     """
@@ -34,7 +35,9 @@ class Labels(NamedTuple):
     not_exhaustive: tuple[int, ...]
 
 
-def panoptic_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]) -> Record:
+def panoptic_record(
+    job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]
+) -> Record:
     """Things one by one, a stuff class as one region however many pieces it has; every other pixel is ignored."""
     png, infos = items_of(job, image)
     ids = same_size(read_ids(png), image)
@@ -68,7 +71,8 @@ def _lost(infos: Sequence[Mapping[str, Any]], pieces: Mapping[int, Piece]) -> It
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
-    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught absent.
+    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught
+    absent.
 
     A box that comes twice is one object (Objects365 repeats all of an image's boxes now and then).
     """
@@ -93,10 +97,14 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
     return Record(job.key, image.data, image.height, image.width, tuple(segments), **lists)
 
 
-def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False) -> Record:
-    """One segment for each object referred to, with all its expressions. Its class is labelled in part: others go unmentioned.
+def referring_record(
+    job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False
+) -> Record:
+    """One segment for each object referred to, with all its expressions. Its class is labelled in part: others go
+    unmentioned.
 
-    An expression of two objects is no target of either and is dropped; one that is also said to name nothing stays present.
+    An expression of two objects is no target of either and is dropped; one that is also said to name nothing stays
+    present.
     `every`: to evaluate on, where published figures count each expression as often as it was said, whatever it names.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
@@ -110,7 +118,9 @@ def referring_record(job: Job, image: Image, problems: Problems, class_of: dict[
                 continue
             key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
             class_id = _class(ref["category_id"], class_of) if "category_id" in ref else None
-            segment = shape({**ref, "iscrowd": 0}, image, problems, what, class_id)  # somebody pointed at it, so it is a target
+            segment = shape(
+                {**ref, "iscrowd": 0}, image, problems, what, class_id
+            )  # somebody pointed at it, so it is a target
             old, old_texts = found.get(key, (segment, []))
             found[key] = (old if old.mask else segment, old_texts + texts)
         except Unusable as e:
@@ -138,7 +148,9 @@ def _referred(job: Job, image: Image, segments: tuple[Segment, ...], absent: tup
     if not segments and not absent:
         raise Unusable("image has no usable expression")
     partial = tuple(sorted({s.class_id for s in segments if s.class_id is not None}))
-    return Record(job.key, image.data, image.height, image.width, segments, absent_texts=absent, partial_classes=partial)
+    return Record(
+        job.key, image.data, image.height, image.width, segments, absent_texts=absent, partial_classes=partial
+    )
 
 
 def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
@@ -151,7 +163,9 @@ def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def items_of(job: Job, image: Image) -> Any:
-    """The annotations. Raises Unusable where they were made for another size than the image's (say, before EXIF rotation)."""
+    """The annotations. Raises Unusable where they were made for another size than the image's (say, before EXIF
+    rotation).
+    """
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
         turned = " (turned by EXIF)" if said == real[::-1] else ""
@@ -166,7 +180,9 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
 
 
 def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[str]:
-    """The expressions of a ref: a string, several, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the cleaned one."""
+    """The expressions of a ref: a string, several, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the
+    cleaned one.
+    """
     if flag(ref, "uncertain"):
         raise Unusable("marked as uncertain")
     said = ref.get("sentences", [])
@@ -183,7 +199,9 @@ _FLAGS = dict.fromkeys(("0", "false", "none"), False) | dict.fromkeys(("1", "tru
 
 
 def flag(item: Mapping[str, Any], field: str) -> bool:
-    """A field that is 0 or 1, false or true, or either as text; a missing one is false. Raises Unusable for all else."""
+    """A field that is 0 or 1, false or true, or either as text; a missing one is false. Raises Unusable for all
+    else.
+    """
     value = str(item.get(field, 0)).lower()
     if value not in _FLAGS:
         raise Unusable(f"'{field}' is neither 0 nor 1")
@@ -266,13 +284,17 @@ def _rle(segmentation: Any, image: Image) -> bytes:
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """Lengths of the runs of a compressed code, which the library does not tell: it reads what was cut short without complaint."""
+    """Lengths of the runs of a compressed code, which the library does not tell: it reads what was cut short without
+    complaint.
+    """
     runs: list[int] = []
     value = shift = 0
     for byte in counts.encode() if isinstance(counts, str) else counts:
         value |= (byte - 48 & 31) << shift
         shift += 5
-        if not byte - 48 & 32:  # the last five bits of a run; the fifth is the sign, and from the fourth run on it is a difference
+        if (
+            not byte - 48 & 32
+        ):  # the last five bits of a run; the fifth is the sign, and from the fourth run on it is a difference
             value -= (byte - 48 & 16) << shift - 4
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0

@@ -88,7 +88,10 @@ def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -
         problems.add("mask: no image of its name", key)
     jobs = [Job(key, key, path, labels[key], coco_origin(path)) for key, path in pictures.items() if key in labels]
     if not jobs:
-        raise ValueError(f"{masks}: no mask has the name of an image of {names or images}" + f" and the suffix {suffix}" * bool(suffix))
+        raise ValueError(
+            f"{masks}: no mask has the name of an image of {names or images}"
+            + f" and the suffix {suffix}" * bool(suffix)
+        )
     return jobs, problems
 
 
@@ -103,24 +106,32 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
         else:
             found.add(key)
     if not found:
-        raise ValueError(f"{path}: none of its lines is the name of an image ({lines[0]!r})" if lines else f"{path}: it is empty")
+        raise ValueError(
+            f"{path}: none of its lines is the name of an image ({lines[0]!r})" if lines else f"{path}: it is empty"
+        )
     return sorted(found)
 
 
 def _names(line: str) -> list[str]:
-    """What may be an image's name in a line of a list: all of it, or what comes before a number or the path of a mask."""
+    """What may be an image's name in a line of a list: all of it, or what comes before a number or the path of a
+    mask.
+    """
     first, _, rest = line.partition(" ")
     paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
     return [line, first] if paths or re.fullmatch(r"\s*-?\d+", rest) else [line]
 
 
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """The keys that may be meant by a name: without its extension, and without those folders before it that end in the key's own."""
+    """The keys that may be meant by a name: without its extension, and without those folders before it that end in the
+    key's own.
+    """
     stem, extension = os.path.splitext(posixpath.normpath(name))
     parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")
     for i in range(len(parts)):
         key = "/".join(parts[i:])
-        if key in keys and (i == 0 or parts[i - 1] in ("", os.path.abspath(keys[key]).split(os.sep)[i - 1 - len(parts)])):
+        if key in keys and (
+            i == 0 or parts[i - 1] in ("", os.path.abspath(keys[key]).split(os.sep)[i - 1 - len(parts)])
+        ):
             yield key
 
 
@@ -181,7 +192,9 @@ def read_mask(path: str, image: Image) -> np.ndarray:
     return grey > (127 if grey.max() > 1 else 0)
 
 
-def foreground_record(key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None, trimap: bytes | None = None) -> Record:
+def foreground_record(
+    key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None, trimap: bytes | None = None
+) -> Record:
     """The record of one salient foreground, bool [h, w]. Raises Unusable where it is empty."""
     if not mask.any():
         raise Unusable("image has an empty foreground")

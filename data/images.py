@@ -15,7 +15,16 @@ import numpy as np
 import PIL.Image
 
 JPEG = (".jpg", ".jpeg")
-EXTENSIONS = (*JPEG, ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".heic")  # .heic: to be counted, OpenCV reads none
+EXTENSIONS = (
+    *JPEG,
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".heic",
+)  # .heic: to be counted, OpenCV reads none
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _CHROMA = 32  # a grey JPEG's channels differ by less
@@ -49,8 +58,8 @@ def read_image(path: str) -> Image:
 def read_index(path: str, colours: Mapping[int, int] | None = None) -> np.ndarray:
     """An index mask as int [h, w]: grey, palette (the index, not the colour), or grey saved as RGB.
 
-    With `colours` (red << 16 | green << 8 | blue to mask value) a mask of three channels is read by them; a colour that is
-    not among them becomes its own negative less one.
+    With `colours` (red << 16 | green << 8 | blue to mask value) a mask of three channels is read by them; a colour that
+    is not among them becomes its own negative less one.
     """
     data = _read_exact(path)
     depth = 8
@@ -72,7 +81,9 @@ def read_index(path: str, colours: Mapping[int, int] | None = None) -> np.ndarra
 
 
 def read_grey(path: str, kind: str = "mask") -> np.ndarray:
-    """A matte or a black and white mask as uint8 [h, w], 0 to 255: the alpha channel if it says anything, else the grey value."""
+    """A matte or a black and white mask as uint8 [h, w], 0 to 255: the alpha channel if it says anything, else the grey
+    value.
+    """
     data = _read(path, kind)
     # UNCHANGED keeps the alpha channel, and leaves an image as EXIF would not: a JPEG has no alpha, but may have EXIF.
     pixels = _decode(data, cv2.IMREAD_COLOR if data.startswith(_JPEG) else cv2.IMREAD_UNCHANGED, kind)
@@ -118,7 +129,8 @@ def _read(path: str, kind: str) -> bytes:
             data = f.read()
     except OSError:
         raise Unusable(f"{kind} file is missing") from None
-    # OpenCV fills what is missing of a cut file with grey. No end marker can occur inside a JPEG scan or before its start.
+    # OpenCV fills what is missing of a cut file with grey. No end marker can occur inside a JPEG scan or before its
+    # start.
     cut_jpeg = data.startswith(_JPEG) and data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
     if not data or cut_jpeg or (data.startswith(_PNG) and data.find(b"IEND", max(33, len(data) - 64)) < 0):
         raise Unusable(f"{kind} file is cut short")
@@ -157,7 +169,9 @@ def _pixels(data: bytes) -> int:
 
 
 def _palette_to_grey(data: bytes) -> bytes:
-    """A palette PNG declared to be grey: OpenCV would turn indices into colours. IHDR loses its colour type, PLTE goes."""
+    """A palette PNG declared to be grey: OpenCV would turn indices into colours. IHDR loses its colour type, PLTE
+    goes.
+    """
     out, at = [_PNG], len(_PNG)
     while at + 12 <= len(data):
         end = at + 12 + struct.unpack(">I", data[at : at + 4])[0]
@@ -185,7 +199,9 @@ def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[s
     found: dict[str, str] = {}
     for parent, folders, names in os.walk(folder, followlinks=True):
         here = os.path.join(os.path.realpath(parent), "")  # a link to a folder around it would never end
-        folders[:] = sorted(f for f in folders if not here.startswith(os.path.join(os.path.realpath(os.path.join(parent, f)), "")))
+        folders[:] = sorted(
+            f for f in folders if not here.startswith(os.path.join(os.path.realpath(os.path.join(parent, f)), ""))
+        )
         for name in sorted(names):
             stem, extension = os.path.splitext(name)
             if extension.lower() not in extensions or name.startswith("."):  # macOS packs a "._a.jpg" beside each file
@@ -193,6 +209,8 @@ def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[s
             key = os.path.relpath(os.path.join(parent, stem), folder).replace(os.sep, "/")
             if key in found:
                 other = os.path.basename(found[key])
-                raise ValueError(f"{os.path.join(parent, name)}: {other} has the same name; remove one, or keep masks in their own folder")
+                raise ValueError(
+                    f"{os.path.join(parent, name)}: {other} has the same name; remove one, or keep masks in their own folder"
+                )
             found[key] = os.path.join(parent, name)
     return dict(sorted(found.items()))

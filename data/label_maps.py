@@ -1,4 +1,6 @@
-"""Label maps, whose pixel values say which class a pixel has and which thing of that class it belongs to, to records."""
+"""Label maps, whose pixel values say which class a pixel has and which thing of that class it belongs to, to
+records.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Piece(NamedTuple):
     crowd: bool = False
 
 
-def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo], partial: Collection[int] = ()) -> Record:
+def panoptic_record(
+    key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo], partial: Collection[int] = ()
+) -> Record:
     """Things one by one, a stuff class as one region however many pieces it has; pixels of no piece are ignored.
 
     Pieces must not overlap. Raises Unusable where there are none. partial: classes of which a piece was lost.
@@ -34,7 +38,9 @@ def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Se
         ignore &= ~piece.mask
     if not merged:
         raise Unusable("image has nothing labelled")
-    segments = tuple(Segment(p.class_id, box=box_of(p.mask), mask=encode_rle(p.mask), crowd=p.crowd) for p in merged.values())
+    segments = tuple(
+        Segment(p.class_id, box=box_of(p.mask), mask=encode_rle(p.mask), crowd=p.crowd) for p in merged.values()
+    )
     code = encode_rle(ignore) if ignore.any() else None
     return Record(key, image.data, image.height, image.width, segments, code, partial_classes=tuple(sorted(partial)))
 
@@ -42,7 +48,8 @@ def panoptic_record(key: str, image: Image, pieces: Iterable[Piece], classes: Se
 def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> tuple[list[Job], Problems]:
     """Jobs whose `labels` are the paths of an image's maps, one from each folder; what stands alone is counted.
 
-    Names pair after they lost `image_end` or `map_end` ("_leftImg8bit"); a file whose name ends otherwise is no part of the set.
+    Names pair after they lost `image_end` or `map_end` ("_leftImg8bit"); a file whose name ends otherwise is no part of
+    the set.
     """
     pictures, found = _files(images, image_end), [_files(folder, map_end) for folder in maps]
     jobs, problems = [], Problems()
@@ -56,7 +63,9 @@ def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> t
         for key in sorted(files.keys() - pictures.keys()):
             problems.add(f"mask: no image of its name for one in {folder}", key)
     if not jobs:
-        raise ValueError(f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* of {images}")
+        raise ValueError(
+            f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* of {images}"
+        )
     return jobs, problems
 
 
@@ -65,6 +74,8 @@ def _files(folder: str, end: str) -> dict[str, str]:
 
 
 def distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Texts of classes without the synonyms that another class has too ("stool" of ADE20K's toilet): they would name both."""
+    """Texts of classes without the synonyms that another class has too ("stool" of ADE20K's toilet): they would name
+    both.
+    """
     uses = collections.Counter(text for texts in names for text in set(texts))
     return [(texts[0], *(t for t in dict.fromkeys(texts[1:]) if uses[t] == 1)) for texts in names]

@@ -23,8 +23,8 @@ SPELLED = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 def semantic(images: str, labels: str, names: str, classes: str | None = None, listed: str | None = None) -> Plan:
     """`images`: VOC2010/JPEGImages. `labels`: trainval. `names`: labels.txt.
 
-    `classes`: 59_labels.txt, or None for all 459; pixels of other labels are ignored. `listed`: the images of this split
-    (VOC2010/ImageSets/Main/val.txt), or None for every .mat there is.
+    `classes`: 59_labels.txt, or None for all 459; pixels of other labels are ignored. `listed`: the images of this
+    split (VOC2010/ImageSets/Main/val.txt), or None for every .mat there is.
     """
     for folder in (images, labels):
         if not os.path.isdir(folder):
@@ -45,7 +45,9 @@ def semantic(images: str, labels: str, names: str, classes: str | None = None, l
     return Plan("pascal-context", infos, jobs, builder(_record, class_of=class_of, classes=infos))
 
 
-def _record(job: Job, image: Image, problems: Problems, class_of: dict[int, int | None], classes: tuple[ClassInfo, ...]) -> Record:
+def _record(
+    job: Job, image: Image, problems: Problems, class_of: dict[int, int | None], classes: tuple[ClassInfo, ...]
+) -> Record:
     label_map = same_size(read_label_map(job.labels), image)
     return panoptic_record(job.key, image, _pieces(label_map, class_of, job.key, problems), classes)
 
@@ -84,8 +86,8 @@ def _read_labels(path: str) -> dict[int, str]:
 
 
 # ---- MATLAB 5 files ------------------------------------------------------------------------------------------------
-# Read here and not by scipy.io.loadmat: one damaged byte can make that crash its process (scipy 1.17), so that a single file
-# would end the whole preparation. An element is a type, a size and its bytes; a matrix is made of elements again.
+# Read here and not by scipy.io.loadmat: one damaged byte can make that crash its process (scipy 1.17), so that a single
+# file would end the whole preparation. An element is a type, a size and its bytes; a matrix is made of elements again.
 
 COMPRESSED, MATRIX = 15, 14
 INTEGERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"}

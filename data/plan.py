@@ -22,7 +22,8 @@ HELD_OUT = "image: held out for evaluation by another set"
 class Job:
     """One image to be made a record. id: what other annotation files call it. labels: whatever its family needs.
 
-    Paths of files belong in `labels` itself or in tuples of it, where a preparation that goes on looks whether they changed.
+    Paths of files belong in `labels` itself or in tuples of it, where a preparation that goes on looks whether they
+    changed.
     It must pickle alike on every run: no sets of strings.
     origin: see `Record`; `coco_origin` knows COCO's pictures by their file names.
     """
@@ -106,8 +107,18 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
         record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
     except Unusable as e:
         problems.add(f"image: {e}" if not str(e).startswith("image") else f"image: {str(e)[6:]}", job.key)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as e:  # a json can hold anything anywhere
-        problems.add("image: its annotation is malformed", f"{job.key}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+    ) as e:  # a json can hold anything anywhere
+        problems.add(
+            "image: its annotation is malformed",
+            f"{job.key}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
+        )
     else:
         return Built.of(record, problems)
     return Built(None, collections.Counter(), problems)

@@ -1,7 +1,8 @@
-"""Turns annotated images into ArrayRecord shards: `python data/prepare.py sample --out data/records` (see data/README.md).
+"""Turns annotated images into ArrayRecord shards: `python data/prepare.py sample --out data/records` (see
+data/README.md).
 
-Every subcommand prepares one split of one data set (`public`, `small` and `sample` several) into `<out>/<name>/`. What cannot
-be used is dropped, counted and named in the table at the end; an interrupted preparation goes on where it was.
+Every subcommand prepares one split of one data set (`public`, `small` and `sample` several) into `<out>/<name>/`. What
+cannot be used is dropped, counted and named in the table at the end; an interrupted preparation goes on where it was.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ Kinds = argparse._SubParsersAction
 
 def parser() -> argparse.ArgumentParser:
     """The command line: one subcommand for each kind of annotation."""
-    top = argparse.ArgumentParser(prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = argparse.ArgumentParser(
+        prog="prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = top.add_subparsers(dest="kind", required=True)
     _add_whole_sets(kinds)
     _add_formats(kinds)
@@ -48,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _kind(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Iterator[NamedPlan]]) -> argparse.ArgumentParser:
+def _kind(
+    kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Iterator[NamedPlan]]
+) -> argparse.ArgumentParser:
     command = kinds.add_parser(name, help=text, description=text)
     command.set_defaults(plan=plan)
     command.add_argument("--out", default="data/records", help="folder of prepared data sets (default: %(default)s)")
@@ -76,14 +81,27 @@ def _add_whole_sets(kinds: Kinds) -> None:
     p = _kind(kinds, "public", "public data sets by name, from the layouts in which their websites unpack", _public)
     p.add_argument("names", nargs="*", metavar="NAME", help="such as coco_2017_panoptic refcoco 'seginw_*'")
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
-    p.add_argument("--root", default=root, help="folder of the downloads (default: $DETECTRON2_DATASETS or datasets; now %(default)s)")
+    p.add_argument(
+        "--root",
+        default=root,
+        help="folder of the downloads (default: $DETECTRON2_DATASETS or datasets; now %(default)s)",
+    )
     p.add_argument("--split", nargs="+", default=[], help="only these splits (default: all)")
     p.add_argument("--list", action="store_true", help="show all names, and what is expected where")
 
-    p = _kind(kinds, "tfds", "a builder of tensorflow-datasets", lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir))
+    p = _kind(
+        kinds,
+        "tfds",
+        "a builder of tensorflow-datasets",
+        lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir),
+    )
     p.add_argument("builder", help=", ".join(tfds_sets.SETS))
     p.add_argument("--split", type=_name, required=True, help="train, val, ...")
-    p.add_argument("--name", type=_name, help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)")
+    p.add_argument(
+        "--name",
+        type=_name,
+        help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)",
+    )
     p.add_argument("--data-dir", help="where tensorflow-datasets keeps its sets (default: ~/tensorflow_datasets)")
 
     p = _kind(kinds, "small", "all families of one small folder at once", lambda args: small.plans(args.source))
@@ -92,12 +110,20 @@ def _add_whole_sets(kinds: Kinds) -> None:
 
 def _add_formats(kinds: Kinds) -> None:
     """What anyone's own data may come in."""
-    p = _one(kinds, "panoptic", "COCO panoptic: json and PNGs", lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)))
+    p = _one(
+        kinds,
+        "panoptic",
+        "COCO panoptic: json and PNGs",
+        lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)),
+    )
     _coco_options(p)
     p.add_argument("--masks", required=True, help="folder of the panoptic PNGs")
 
     p = _one(
-        kinds, "instances", "COCO or LVIS instances, or boxes alone: json", lambda a: coco.instances(a.json, a.images).without(_excluded(a))
+        kinds,
+        "instances",
+        "COCO or LVIS instances, or boxes alone: json",
+        lambda a: coco.instances(a.json, a.images).without(_excluded(a)),
     )
     _coco_options(p)
 
@@ -109,7 +135,12 @@ def _add_formats(kinds: Kinds) -> None:
     p = _one(kinds, "semantic", "index PNGs: one class a value", _semantic)
     p.add_argument("--masks", required=True, help="folder of index PNGs named like the images")
     p.add_argument("--classes", required=True, help="json, objectInfo150.txt, or text with one class a line")
-    p.add_argument("--ignore-index", type=int, nargs="+", help="mask values that mean unlabelled (default: the class file's, or 255)")
+    p.add_argument(
+        "--ignore-index",
+        type=int,
+        nargs="+",
+        help="mask values that mean unlabelled (default: the class file's, or 255)",
+    )
     p.add_argument("--index-offset", type=int, help="mask value of the first class (default: the class file's, or 0)")
     _folder_options(p)
 
@@ -117,19 +148,34 @@ def _add_formats(kinds: Kinds) -> None:
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--masks", help="folder of black and white masks named like the images")
     source.add_argument("--json", help="json with items of {image_id, ann_ids}")
-    p.add_argument("--instances", nargs="+", default=[], help="with --json: COCO instances json that holds the annotations")
-    p.add_argument("--exclude", nargs="+", default=[], help="with --json: json files whose images (by id) must not be in this split")
+    p.add_argument(
+        "--instances", nargs="+", default=[], help="with --json: COCO instances json that holds the annotations"
+    )
+    p.add_argument(
+        "--exclude",
+        nargs="+",
+        default=[],
+        help="with --json: json files whose images (by id) must not be in this split",
+    )
     _folder_options(p)
 
     p = _one(kinds, "mattes", "alpha mattes: folder of images and folder of mattes", _mattes)
-    p.add_argument("--alphas", required=True, help="folder of 8-bit mattes, or of cut-outs with an alpha channel, named like the images")
+    p.add_argument(
+        "--alphas",
+        required=True,
+        help="folder of 8-bit mattes, or of cut-outs with an alpha channel, named like the images",
+    )
     p.add_argument("--trimaps", help="folder of trimaps named like the images (0 outside, 255 inside, else unknown)")
     _folder_options(p)
 
     p = _one(kinds, "table", "your own data: csv or jsonl, a row for each image and what is said of it", _table)
-    p.add_argument("--table", required=True, help=f".csv with a header, or .jsonl; columns: {', '.join(tables.COLUMNS)}")
+    p.add_argument(
+        "--table", required=True, help=f".csv with a header, or .jsonl; columns: {', '.join(tables.COLUMNS)}"
+    )
     p.add_argument("--masks", help="folder that the masks' paths start from (default: the table's)")
-    p.add_argument("--classes", help="class list, where several splits must agree on it (default: the classes of the table)")
+    p.add_argument(
+        "--classes", help="class list, where several splits must agree on it (default: the classes of the table)"
+    )
     p.add_argument("--stuff", nargs="+", default=[], help="classes that own one region, not several objects")
     p.add_argument("--exhaustive", action="store_true", help="an image shows no class but those of its rows")
 
@@ -140,7 +186,10 @@ def _add_layouts(kinds: Kinds) -> None:
     p.add_argument("--labels", required=True, help="gtFine/train")
 
     p = _one(
-        kinds, "ade20k", "ADE20K's 150 classes with instances", lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes)
+        kinds,
+        "ade20k",
+        "ADE20K's 150 classes with instances",
+        lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes),
     )
     p.add_argument("--semantic", required=True, help="annotations/training")
     p.add_argument("--instances", required=True, help="annotations_instance/training")
@@ -156,32 +205,48 @@ def _add_layouts(kinds: Kinds) -> None:
     p.add_argument("--list", help="VOC2010/ImageSets/Main/val.txt (default: every .mat)")
 
     p = _kind(
-        kinds, "visual-genome", "Visual Genome: objects and region descriptions", lambda a: iter([(a.name, "train", _visual_genome(a))])
+        kinds,
+        "visual-genome",
+        "Visual Genome: objects and region descriptions",
+        lambda a: iter([(a.name, "train", _visual_genome(a))]),
     )
-    p.add_argument("--name", type=_name, default="visual_genome", help="name of the data set, as configs call it (default: %(default)s)")
+    p.add_argument(
+        "--name",
+        type=_name,
+        default="visual_genome",
+        help="name of the data set, as configs call it (default: %(default)s)",
+    )
     p.add_argument("--images", nargs="+", required=True, help="folders VG_100K and VG_100K_2")
     p.add_argument("--image-data", required=True, help="image_data.json")
     p.add_argument("--objects", help="objects.json: boxes of classes")
     p.add_argument("--regions", help="region_descriptions.json: boxes with expressions")
     p.add_argument("--alias", help="object_alias.txt: spellings of one class")
     p.add_argument("--min-images", type=int, default=50, help="images that must show a class (default: %(default)s)")
-    p.add_argument("--exclude", nargs="+", default=[], help="json files whose images (by COCO id) must not be in this split")
+    p.add_argument(
+        "--exclude", nargs="+", default=[], help="json files whose images (by COCO id) must not be in this split"
+    )
 
 
 def _name(text: str) -> str:
     """Of a set or a split: a part of the names of its files."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no name: letters, digits, '_', '.', '+' and '-', a letter or digit first")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no name: letters, digits, '_', '.', '+' and '-', a letter or digit first"
+        )
     return text
 
 
 def _coco_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", required=True, help="annotation file")
-    command.add_argument("--exclude", nargs="+", default=[], help="json files whose images (by id) must not be in this split")
+    command.add_argument(
+        "--exclude", nargs="+", default=[], help="json files whose images (by id) must not be in this split"
+    )
 
 
 def _folder_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--list", help="text file that names the images of this split, one a line (default: all of --images)")
+    command.add_argument(
+        "--list", help="text file that names the images of this split, one a line (default: all of --images)"
+    )
     command.add_argument("--mask-suffix", default="", help="what a mask's name has after its image's, say _L")
 
 
@@ -194,7 +259,9 @@ def _referring(args: argparse.Namespace) -> Plan:
 
 
 def _visual_genome(args: argparse.Namespace) -> Plan:
-    plan = visual_genome.visual_genome(args.images, args.image_data, args.objects, args.regions, args.alias, args.min_images)
+    plan = visual_genome.visual_genome(
+        args.images, args.image_data, args.objects, args.regions, args.alias, args.min_images
+    )
     return plan.without(_excluded(args))
 
 

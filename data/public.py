@@ -1,4 +1,5 @@
-"""Every public data set by one name, from the layout in which its website unpacks: `prepare.py public NAME ... --root FOLDER`.
+"""Every public data set by one name, from the layout in which its website unpacks: `prepare.py public NAME ... --root
+FOLDER`.
 
 `--list` shows names, splits and layouts (`catalog.SETS`); data/README.md has a card for each.
 """
@@ -15,9 +16,11 @@ from plan import Plan
 
 
 def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, str, Plan]]:
-    """(name, split, plan) of the named sets ("seginw_*" means all that match), one after the other; all splits if none is named.
+    """(name, split, plan) of the named sets ("seginw_*" means all that match), one after the other; all splits if none
+    is named.
 
-    Raises ValueError for an unknown name and FileNotFoundError for the first file that is not there, before any plan is made.
+    Raises ValueError for an unknown name and FileNotFoundError for the first file that is not there, before any plan is
+    made.
     """
     wanted = [(name, split) for name in _expand(names) for split in _chosen(name, splits)]
     for name, split in wanted:
@@ -46,7 +49,9 @@ def _expand(names: Sequence[str]) -> list[str]:
         matching = fnmatch.filter(SETS, pattern)
         if not matching:
             near = difflib.get_close_matches(pattern, SETS, n=1)
-            raise ValueError(f"no data set {pattern!r}; " + (f"did you mean {near[0]}?" if near else "--list shows all"))
+            raise ValueError(
+                f"no data set {pattern!r}; " + (f"did you mean {near[0]}?" if near else "--list shows all")
+            )
         found.update(dict.fromkeys(matching))
     return list(found)
 
@@ -61,5 +66,9 @@ def _chosen(name: str, splits: Sequence[str]) -> Iterable[str]:
 
 def _mend(name: str, split: str, path: str) -> str:
     entry = SETS[name]
-    only = f", or leave the split out with --split {' '.join(s for s in entry.splits if s != split)}" if len(entry.splits) > 1 else ""
+    only = (
+        f", or leave the split out with --split {' '.join(s for s in entry.splits if s != split)}"
+        if len(entry.splits) > 1
+        else ""
+    )
     return f"{path}: no such file or folder, which {name} {split} needs; from {entry.url} unpack {entry.get}{only}"

@@ -21,7 +21,8 @@ CLASSES = tuple(ClassInfo((name,)) for name in SHAPES) + tuple(ClassInfo((name,)
 # Words of a relation: the axis of the centres that it compares (0: x, 1: y) and the sign of "further on".
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-# Fractions of the side. Beyond CLEAR a relation holds for anyone who looks, below DENIED for nobody; between, it is unclear.
+# Fractions of the side. Beyond CLEAR a relation holds for anyone who looks, below DENIED for nobody; between, it is
+# unclear.
 CLEAR, DENIED, LEAD = 0.1, 0.03, 0.06
 
 _BLOCK = 100_000  # seeds kept for each split, so that no two share a scene and none moves when another grows
@@ -81,7 +82,8 @@ class SampleSet:
 
 
 def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -> list[SampleSet]:
-    """The sample as three sets that share no scene: full scenes, boxes only (a quarter of `train`), mattes only (an eighth).
+    """The sample as three sets that share no scene: full scenes, boxes only (a quarter of `train`), mattes only (an
+    eighth).
 
     Raises ValueError where a split would hold more than 100,000 scenes.
     """
@@ -99,7 +101,9 @@ def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -
 
 def render(name: str, seed: int, size: int = 96) -> Record:
     """The record of `seed` as the set `name` holds it. Raises KeyError for a set that is not in `datasets`."""
-    return {"sample_scenes": lambda r: r, "sample_boxes": _boxes_only, "sample_mattes": _matte_only}[name](scene(seed, size))
+    return {"sample_scenes": lambda r: r, "sample_boxes": _boxes_only, "sample_mattes": _matte_only}[name](
+        scene(seed, size)
+    )
 
 
 def _boxes_only(record: Record) -> Record:
@@ -111,7 +115,8 @@ def _matte_only(record: Record) -> Record:
     return dataclasses.replace(record, segments=tuple(s for s in record.segments if s.foreground), absent_texts=())
 
 
-# ---- Expressions ------------------------------------------------------------------------------------------------------
+# ---- Expressions
+# ------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,15 @@ class Phrase:
     anchor: Phrase | None = None
 
     def __str__(self) -> str:
-        words = ["the", self.extreme, self.size, self.colour, self.noun, self.relation, self.anchor and str(self.anchor)]
+        words = [
+            "the",
+            self.extreme,
+            self.size,
+            self.colour,
+            self.noun,
+            self.relation,
+            self.anchor and str(self.anchor),
+        ]
         return " ".join(word for word in words if word)
 
 
@@ -169,7 +182,8 @@ def sole(phrase: Phrase, things: Sequence[Thing]) -> int | None:
 
 
 def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) -> tuple[str, ...]:
-    """Up to three phrases that name `things[target]` and nothing else: its own looks, its place, and one of either sort.
+    """Up to three phrases that name `things[target]` and nothing else: its own looks, its place, and one of either
+    sort.
 
     Phrases that need all their words are preferred (a relation whose noun alone would name several things).
     """
@@ -230,7 +244,11 @@ def _heads(thing: Thing) -> list[Phrase]:
 
 
 def _fits(phrase: Phrase, thing: Thing) -> bool:
-    return phrase.noun in (thing.shape, "thing") and phrase.colour in (thing.colour, None) and phrase.size in (thing.size, None)
+    return (
+        phrase.noun in (thing.shape, "thing")
+        and phrase.colour in (thing.colour, None)
+        and phrase.size in (thing.size, None)
+    )
 
 
 def _along(things: Sequence[Thing], axis: int, sign: int) -> list[float]:

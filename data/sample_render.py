@@ -66,14 +66,17 @@ def draw(rng: np.random.Generator, size: int) -> Scene:
         image = _paint_thing(rng, image, thing, cover)
     contrast, light = rng.uniform(0.88, 1.08), rng.uniform(-12, 10)
     image = (image - 128) * contrast + 128 + light + 2.0 * rng.standard_normal(image.shape, np.float32)
-    return Scene(things, np.clip(np.rint(image), 0, 255).astype(np.uint8), np.rint(covers[0] * 255).astype(np.uint8), owner)
+    return Scene(
+        things, np.clip(np.rint(image), 0, 255).astype(np.uint8), np.rint(covers[0] * 255).astype(np.uint8), owner
+    )
 
 
 # ---- Things -------------------------------------------------------------------------------------------------------
 
 
 def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...], list[np.ndarray], np.ndarray]:
-    """Things from front to back, their coverage (0 to 1) as if nothing stood before them, and who owns each pixel (-1: none).
+    """Things from front to back, their coverage (0 to 1) as if nothing stood before them, and who owns each pixel (-1:
+    none).
 
     Placing front to back means that a new thing can only hide itself: it is kept where enough of it remains in sight.
     """
@@ -118,8 +121,16 @@ def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
 
 
 def _outline(thing: Thing) -> Float[np.ndarray, "n 2"]:
-    """The outer outline's corners as x, y fractions of the side. Radii are scaled so that all shapes look equally big."""
-    count, scale = {"ball": (40, 1.0), "ring": (40, 1.08), "square": (4, 1.22), "triangle": (3, 1.35), "star": (10, 1.3)}[thing.shape]
+    """The outer outline's corners as x, y fractions of the side. Radii are scaled so that all shapes look equally
+    big.
+    """
+    count, scale = {
+        "ball": (40, 1.0),
+        "ring": (40, 1.08),
+        "square": (4, 1.22),
+        "triangle": (3, 1.35),
+        "star": (10, 1.3),
+    }[thing.shape]
     turn = thing.angle + np.arange(count) * (2 * np.pi / count)
     reach = np.full(count, thing.radius * scale)
     if thing.shape == "star":
@@ -193,7 +204,9 @@ def _ground_map(rng: np.random.Generator, size: int, seen: Bool[np.ndarray, "s s
     rows, cols = np.mgrid[:size, :size].astype(np.float32) / size
     ragged = [0.28 * (_noise(rng, size, 5) - 0.5) + 0.12 * (_noise(rng, size, 16) - 0.5) for _ in range(2)]
     across = 0.15 if bands else 1.0
-    away = (rows + ragged[0] - sites[:, 1, None, None]) ** 2 + across * (cols + ragged[1] - sites[:, 0, None, None]) ** 2
+    away = (rows + ragged[0] - sites[:, 1, None, None]) ** 2 + across * (
+        cols + ragged[1] - sites[:, 0, None, None]
+    ) ** 2
     while True:
         nearest = away.argmin(0)
         counts = np.bincount(nearest[seen], minlength=len(kinds))
@@ -215,7 +228,9 @@ def _paint_ground(rng: np.random.Generator, ground: np.ndarray) -> Float[np.ndar
 def _sky(rng: np.random.Generator, size: int) -> np.ndarray:
     height = np.linspace(0, 1, size, dtype=np.float32)[:, None]
     cloud = 0.65 * _noise(rng, size, 8, 4) + 0.35 * _noise(rng, size, 16, 9)
-    return _mix(_mix((112, 176, 240), (184, 216, 246), height + np.zeros_like(cloud)), (240, 244, 250), (cloud - 0.5) * 3.5)
+    return _mix(
+        _mix((112, 176, 240), (184, 216, 246), height + np.zeros_like(cloud)), (240, 244, 250), (cloud - 0.5) * 3.5
+    )
 
 
 def _grass(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -232,7 +247,9 @@ def _water(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _sand(rng: np.random.Generator, size: int) -> np.ndarray:
     plain = _mix((196, 166, 116), (222, 198, 150), _noise(rng, size, 5))
-    return plain - (34 * rng.random((size, size), np.float32) ** 6 + 10 * (_noise(rng, size, size // 2) - 0.5))[..., None]
+    return (
+        plain - (34 * rng.random((size, size), np.float32) ** 6 + 10 * (_noise(rng, size, size // 2) - 0.5))[..., None]
+    )
 
 
 def _rock(rng: np.random.Generator, size: int) -> np.ndarray:

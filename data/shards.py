@@ -1,7 +1,8 @@
-"""Writing a prepared split: jobs to records to ArrayRecord shards, a shard a worker; whole or not at all, and gone on with.
+"""Writing a prepared split: jobs to records to ArrayRecord shards, a shard a worker; whole or not at all, and gone on
+with.
 
-Shards are made in `<name>/<split>.partial`, which keeps the finished ones for as long as the plan stays the same, and are
-moved out of it when all are there. `<split>.report.json` says what became of the plan.
+Shards are made in `<name>/<split>.partial`, which keeps the finished ones for as long as the plan stays the same, and
+are moved out of it when all are there. `<split>.report.json` says what became of the plan.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ COMMANDS = ("prepare.py", "public.py", "catalog.py")  # what they say to the oth
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that start when there is work for them and end with this one, however it ends; None where 1 is wanted."""
+    """Processes that start when there is work for them and end with this one, however it ends; None where 1 is
+    wanted.
+    """
     if workers <= 1:
         yield None
         return
@@ -70,7 +73,9 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)  # first: its thread keeps the lock for this while it buries workers
+        pool.shutdown(
+            wait=False, cancel_futures=True
+        )  # first: its thread keeps the lock for this while it buries workers
         ours.close()  # a shard may take minutes that nobody waits for any more
         raise
     pool.shutdown()
@@ -94,8 +99,9 @@ def _end_with(parent: Connection) -> None:
 def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolExecutor | None = None) -> Report:
     """Prepares one split into `<out>/<name>` and enters it in `dataset.json`; without a `worker_pool`, in this process.
 
-    An exception, a kill or a full disk on the way leaves the split as it was before, or not there, and the next call goes on
-    with the shards that were finished. Raises ValueError where the set holds other classes already or no image is left.
+    An exception, a kill or a full disk on the way leaves the split as it was before, or not there, and the next call
+    goes on with the shards that were finished. Raises ValueError where the set holds other classes already or no image
+    is left.
     """
     folder, title = os.path.join(out, name), f"{name} {split}"
     os.makedirs(folder, exist_ok=True)
@@ -125,7 +131,9 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
             total.update(shard)
         if total.records:
             with locked(folder):  # another split of the set may come to its end at the same time
-                go_live(folder, split, moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key)
+                go_live(
+                    folder, split, moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key
+                )
         shutil.rmtree(partial)
     report = _report(name, split, plan, total)
     if not report.kept:
@@ -142,10 +150,16 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
     info.splits.pop(split, None)
     info.class_images.pop(split, None)
     info.expressions.pop(split, None)
-    if info.splits and (info.classes, info.exhaustive, info.unique_texts) != (plan.classes, plan.exhaustive, plan.unique_texts):
+    if info.splits and (info.classes, info.exhaustive, info.unique_texts) != (
+        plan.classes,
+        plan.exhaustive,
+        plan.unique_texts,
+    ):
         others = ", ".join(sorted(info.splits))
         what = "classes" if info.classes != plan.classes else "rules of what is labelled"
-        raise ValueError(f"{folder}/dataset.json: its splits ({others}) have other {what} than {split}; give another --name")
+        raise ValueError(
+            f"{folder}/dataset.json: its splits ({others}) have other {what} than {split}; give another --name"
+        )
     return info if info.splits else new
 
 

@@ -15,15 +15,18 @@ REFERRING_VAL = 4  # of images that only the expressions use, those whose id is 
 def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
     """(name, split, plan) of every set in a folder that is laid out as data/README.md says.
 
-    The COCO sets share images. `refcoco` val takes its images that another set evaluates on, and a quarter of those that no
-    other set trains on; then every train split loses the images of every val split.
+    The COCO sets share images. `refcoco` val takes its images that another set evaluates on, and a quarter of those
+    that no other set trains on; then every train split loses the images of every val split.
     """
 
     def at(*parts: str) -> str:
         return os.path.join(source, *parts)
 
     images = at("coco", "images")
-    panoptic = {split: coco.panoptic(at("coco", "panoptic", f"{split}.json"), images, at("coco", "panoptic", split)) for split in _SPLITS}
+    panoptic = {
+        split: coco.panoptic(at("coco", "panoptic", f"{split}.json"), images, at("coco", "panoptic", split))
+        for split in _SPLITS
+    }
     boxes = {split: at("coco", f"instances_{split}.json") for split in _SPLITS}
     instances = {split: coco.instances(path, images) for split, path in boxes.items()}
     lvis = coco.instances(at("coco", "lvis.json"), images)
@@ -43,11 +46,17 @@ def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
     yield "refcoco", "train", referring.only(lambda job: job.id not in held_out)
     yield "refcoco", "val", referring.only(lambda job: job.id in held_out)
     for split in _SPLITS:
-        yield "camvid", split, folders.semantic(at("camvid", split), at("camvid", f"{split}annot"), at("camvid", "classes.json"))
+        yield (
+            "camvid",
+            split,
+            folders.semantic(at("camvid", split), at("camvid", f"{split}annot"), at("camvid", "classes.json")),
+        )
     ade = (at("ade20k", "images"), at("ade20k", "annotations"), at("ade20k", "objectInfo150.txt"))
     yield "ade20k_sem_seg", "train", folders.semantic(*ade)
     yield from _split("balloon", coco.instances(at("balloon", "instances.json"), at("balloon", "images")), every=5)
-    yield from _split("mattes", folders.mattes(at("matting", "images"), at("matting", "alpha"), at("matting", "trimap")), every=6)
+    yield from _split(
+        "mattes", folders.mattes(at("matting", "images"), at("matting", "alpha"), at("matting", "trimap")), every=6
+    )
     for name in ("raccoon", "kangaroo"):
         yield name, "train", coco.instances(at("boxonly", f"{name}.json"), at("boxonly", name))
 

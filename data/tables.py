@@ -24,7 +24,8 @@ _YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
 
 
 class Row(NamedTuple):
-    """One thing said of an image. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: it is not there.
+    """One thing said of an image. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: it is not
+    there.
 
     wrong: why the row cannot be used, or "".
     """
@@ -40,13 +41,19 @@ class Row(NamedTuple):
 
 
 def table(
-    path: str, images: str, masks: str | None = None, classes: str | None = None, stuff: Sequence[str] = (), exhaustive: bool = False
+    path: str,
+    images: str,
+    masks: str | None = None,
+    classes: str | None = None,
+    stuff: Sequence[str] = (),
+    exhaustive: bool = False,
 ) -> Plan:
     """Rows of an image become one record, rows of the same mask or box one segment with all their expressions.
 
-    `masks`: the folder below which masks lie, else the table's own. `classes`: a class list, else all that the table names.
-    `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of its rows,
-    so a row that gives an image alone says that it shows nothing.
+    `masks`: the folder below which masks lie, else the table's own. `classes`: a class list, else all that the table
+        names.
+    `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of its
+    rows, so a row that gives an image alone says that it shows nothing.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):
@@ -56,20 +63,28 @@ def table(
     names = read_classes(classes)[0] if classes else [(name,) for name in sorted({row.name for row in rows} - {""})]
     unknown = sorted({*stuff} - {name[0] for name in names})
     if unknown:
-        raise ValueError(f"--stuff {unknown[0]!r} is no class; they are {', '.join(name[0] for name in names) or 'none'}")
-    class_of = {word: i for i, name in enumerate(names) for word in name[1:]} | {name[0]: i for i, name in enumerate(names)}
+        raise ValueError(
+            f"--stuff {unknown[0]!r} is no class; they are {', '.join(name[0] for name in names) or 'none'}"
+        )
+    class_of = {word: i for i, name in enumerate(names) for word in name[1:]} | {
+        name[0]: i for i, name in enumerate(names)
+    }
     problems = Problems()
     of_image = collections.defaultdict(list)
     for row in rows:
         if not row.image:
             problems.add("row: no image", row.where)
-        elif row.name and row.name not in class_of and exhaustive:  # dropped, what it should have been called would be taught absent
+        elif (
+            row.name and row.name not in class_of and exhaustive
+        ):  # dropped, what it should have been called would be taught absent
             raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}")
         elif row.name and row.name not in class_of:
             problems.add(f"row: class {row.name!r} is not in --classes", row.where)
         else:
             of_image[row.image].append(row)
-    jobs = [Job(name, name, os.path.join(images, name), tuple(said), coco_origin(name)) for name, said in of_image.items()]
+    jobs = [
+        Job(name, name, os.path.join(images, name), tuple(said), coco_origin(name)) for name, said in of_image.items()
+    ]
     infos = tuple(ClassInfo(name, thing=name[0] not in stuff) for name in names)
     return Plan("table", infos, jobs, builder(_record, class_of=class_of, exhaustive=exhaustive), exhaustive, problems)
 
@@ -97,7 +112,9 @@ def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for fields in reader:
                 where = f"{path}:{reader.line_num}"
                 if None in fields:
-                    raise ValueError(f"{where}: more fields than the header has; put a field with a comma into double quotes")
+                    raise ValueError(
+                        f"{where}: more fields than the header has; put a field with a comma into double quotes"
+                    )
                 yield where, fields | {"expression": (fields.get("expression") or "").split(";")}
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f"{path}:{reader.line_num + 1}: not csv in UTF-8: {e}") from None
@@ -116,7 +133,9 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 said = fields.get("expression")
                 yield where, fields | {"expression": said if isinstance(said, list) else [said]}
             elif line.strip():
-                raise ValueError(f'{where}: no object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}')
+                raise ValueError(
+                    f'{where}: no object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}'
+                )
 
 
 def _check_columns(where: str, names: Collection[str]) -> None:
@@ -207,10 +226,14 @@ def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int]
 def _joined(segment: Segment, class_id: int | None, texts: tuple[str, ...]) -> Segment:
     if None not in (segment.class_id, class_id) and segment.class_id != class_id:
         raise Unusable("its mask or bbox has another class already")
-    return dataclasses.replace(segment, class_id=segment.class_id if class_id is None else class_id, texts=segment.texts + texts)
+    return dataclasses.replace(
+        segment, class_id=segment.class_id if class_id is None else class_id, texts=segment.texts + texts
+    )
 
 
-def _settled(key: str, found: list[Segment], absent: list[str], problems: Problems) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+def _settled(
+    key: str, found: list[Segment], absent: list[str], problems: Problems
+) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
     """An expression of two segments is no target of either; one that is also said to name nothing stays present."""
     uses = collections.Counter(text for segment in found for text in set(segment.texts))
     for text in sorted(uses):
@@ -218,7 +241,9 @@ def _settled(key: str, found: list[Segment], absent: list[str], problems: Proble
             problems.add("expression: names two objects", f"{key} {text!r}")
         elif text in absent:
             problems.add("expression: both present and absent", f"{key} {text!r}")
-    own = [dataclasses.replace(s, texts=tuple(dict.fromkeys(text for text in s.texts if uses[text] == 1))) for s in found]
+    own = [
+        dataclasses.replace(s, texts=tuple(dict.fromkeys(text for text in s.texts if uses[text] == 1))) for s in found
+    ]
     segments = tuple(s for s in own if s.texts or s.class_id is not None)
     return segments, tuple(text for text in dict.fromkeys(absent) if text not in uses)
 

@@ -1,6 +1,8 @@
-"""Sets of tensorflow-datasets (TFDS): its builder downloads and reads them, and what it reads becomes the records of the other families.
+"""Sets of tensorflow-datasets (TFDS): its builder downloads and reads them, and what it reads becomes the records of
+the other families.
 
-TFDS makes a set with TensorFlow and reads it without, where its files are ArrayRecord files: it may be made on another machine.
+TFDS makes a set with TensorFlow and reads it without, where its files are ArrayRecord files: it may be made on another
+machine.
 """
 
 from __future__ import annotations
@@ -32,9 +34,11 @@ Vocabulary = tuple[tuple[ClassInfo, ...], dict[int, int]]
 class TfdsSet:
     """A builder that we know.
 
-    name: what configs call the set. splits: ours to the builder's. needs: packages without which the builder cannot make the set,
-    though a set that is made is read without them. vocabulary: the builder's features to classes, and a map from its class ids
-    to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels` of its job are the example.
+    name: what configs call the set. splits: ours to the builder's. needs: packages without which the builder cannot
+    make the set, though a set that is made is read without them. vocabulary: the builder's features to classes, and a
+    map from its class ids
+    to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels` of its job are the
+        example.
     image: the feature that is the image.
     """
 
@@ -48,8 +52,11 @@ class TfdsSet:
     image: str = "image"
 
 
-def plans(builder: str, split: str, name: str | None = None, data_dir: str | None = None) -> Iterator[tuple[str, str, Plan]]:
-    """(name, split, plan) of one split of "lvis", "voc/2012", ...; it is downloaded and made first where `data_dir` does not have it.
+def plans(
+    builder: str, split: str, name: str | None = None, data_dir: str | None = None
+) -> Iterator[tuple[str, str, Plan]]:
+    """(name, split, plan) of one split of "lvis", "voc/2012", ...; it is downloaded and made first where `data_dir`
+    does not have it.
 
     Raises ValueError, in one line, for whatever the builder raises, too.
     """
@@ -60,7 +67,8 @@ def plans(builder: str, split: str, name: str | None = None, data_dir: str | Non
     made = _made(full, data_dir)
     theirs = known.splits[split]
     classes, class_of = known.vocabulary(made.info.features)
-    # A job names a file that is written anew when the set is made again, so that shards of another set are not gone on with.
+    # A job names a file that is written anew when the set is made again, so that shards of another set are not gone on
+    # with.
     info = os.path.join(made.data_dir, "dataset_info.json")
     jobs = [Job(f"{full} {theirs} {i}", i, "", (info, i)) for i in range(made.info.splits[theirs].num_examples)]
     make = functools.partial(_build, full, str(made.data_dir), theirs, class_of)
@@ -88,10 +96,14 @@ def _made(full: str, data_dir: str | None) -> Any:
         raise ValueError("tensorflow-datasets is not installed: pip install -e '.[tfds]'") from None
     builder = tfds.builder(full, data_dir=data_dir)
     if not builder.data_path.exists():
-        missing = [package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None]
+        missing = [
+            package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None
+        ]
         if missing:
             there = f"or run this where they are, and copy {builder.data_path} here"
-            raise ValueError(f"{full}: to make this set its builder needs {', '.join(missing)}: pip install {' '.join(missing)}, {there}")
+            raise ValueError(
+                f"{full}: to make this set its builder needs {', '.join(missing)}: pip install {' '.join(missing)}, {there}"
+            )
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as e:  # of any kind: no network, an archive to be got by hand, a checksum, a full disk
@@ -100,7 +112,9 @@ def _made(full: str, data_dir: str | None) -> Any:
             raise ValueError(f"{full}: {what} ({page} tells what the builder needs)") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         mend = "delete this folder, and it is made anew from its downloads"
-        raise ValueError(f"{builder.data_dir}: its files are no ArrayRecord files, which alone are read without TensorFlow; {mend}")
+        raise ValueError(
+            f"{builder.data_dir}: its files are no ArrayRecord files, which alone are read without TensorFlow; {mend}"
+        )
     return builder
 
 
@@ -135,12 +149,17 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
         {"id": int(number), "category_id": int(label), "bbox": _xywh(box, image), "segmentation": _rle(mask)}
         for number, label, box, mask in rows
     ]
-    lists = (tuple(int(label) for label in job.labels[field]) for field in ("neg_category_ids", "not_exhaustive_category_ids"))
+    lists = (
+        tuple(int(label) for label in job.labels[field])
+        for field in ("neg_category_ids", "not_exhaustive_category_ids")
+    )
     return instances_record(_with(job, items, *lists), image, problems, class_of, federated=True)
 
 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """The builder keeps expressions as they were typed (`raw`), not as REFER cleaned them (`sent`: lower case, no full stop)."""
+    """The builder keeps expressions as they were typed (`raw`), not as REFER cleaned them (`sent`: lower case, no full
+    stop).
+    """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
     items = [
@@ -181,7 +200,9 @@ def _with(job: Job, items: list[dict[str, Any]], absent: tuple[int, ...] = (), p
 
 
 def _xywh(box: Sequence[float], image: Image) -> tuple[float, ...]:
-    """COCO's x, y, width, height in pixels of a box ymin, xmin, ymax, xmax from 0 to 1, a float32 that is good for 1/1000 pixel."""
+    """COCO's x, y, width, height in pixels of a box ymin, xmin, ymax, xmax from 0 to 1, a float32 that is good for
+    1/1000 pixel.
+    """
     y0, x0, y1, x1 = (float(v) * size for v, size in zip(box, (image.height, image.width) * 2))
     return tuple(round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0))
 

@@ -1,4 +1,6 @@
-"""Visual Genome: objects as boxes with a class, region descriptions as boxes with a phrase; neither says all there is."""
+"""Visual Genome: objects as boxes with a class, region descriptions as boxes with a phrase; neither says all there
+is.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from plan import Job, Plan, Problems, builder
 
 from mqformer_jax.input.record import ClassInfo, Record, Segment
 
-# Boxes of one name, or of one phrase, that overlap so much (IoU) are one thing drawn twice: its annotators worked independently.
-# Where they were two, nothing wrong is taught, since no class counts as labelled in full.
+# Boxes of one name, or of one phrase, that overlap so much (IoU) are one thing drawn twice: its annotators worked
+# independently. Where they were two, nothing wrong is taught, since no class counts as labelled in full.
 SAME = 0.7
 
 
@@ -30,13 +32,18 @@ class Scene(NamedTuple):
 
 
 def visual_genome(
-    images: Sequence[str], image_data: str, objects: str | None, regions: str | None, alias: str | None = None, min_images: int = 50
+    images: Sequence[str],
+    image_data: str,
+    objects: str | None,
+    regions: str | None,
+    alias: str | None = None,
+    min_images: int = 50,
 ) -> Plan:
     """`objects` (objects.json) become boxes of a class, `regions` (region_descriptions.json) boxes with expressions.
 
-    images: the folders VG_100K and VG_100K_2. Classes are the objects' names, joined by `alias` (object_alias.txt), of which at
-    least `min_images` images have one; objects of rarer names are dropped. A job's `id` is the image's id in COCO, if it is
-    COCO's picture, and "vg/<image_id>" if not.
+    images: the folders VG_100K and VG_100K_2. Classes are the objects' names, joined by `alias` (object_alias.txt), of
+    which at least `min_images` images have one; objects of rarer names are dropped. A job's `id` is the image's id in
+    COCO, if it is COCO's picture, and "vg/<image_id>" if not.
     """
     if not objects and not regions:
         raise ValueError("Visual Genome: give --objects, --regions, or both")
@@ -55,17 +62,25 @@ def visual_genome(
         labels = Labels(scene, entry.get("height"), entry.get("width"), (), ())
         path = os.path.join(folder_of.get(name, images[0]), name)
         jobs.append(Job(name, coco_id or f"vg/{image_id}", path, labels, f"coco/{coco_id}" if coco_id else ""))
-    return Plan("visual-genome", classes, jobs, builder(scene_record), exhaustive=False, problems=problems, unique_texts=False)
+    return Plan(
+        "visual-genome", classes, jobs, builder(scene_record), exhaustive=False, problems=problems, unique_texts=False
+    )
 
 
 def _load(path: str) -> list[dict[str, Any]]:
     data = read_json(path)
-    if not isinstance(data, list) or not all(isinstance(entry, dict) for entry in data) or any(_image_id(e) is None for e in data):
+    if (
+        not isinstance(data, list)
+        or not all(isinstance(entry, dict) for entry in data)
+        or any(_image_id(e) is None for e in data)
+    ):
         raise ValueError(f"{path}: not a list of objects with 'image_id'; is it Visual Genome's file?")
     return data
 
 
-def _listed(path: str | None, field: str, entries: dict[Any, dict], problems: Problems) -> Iterator[tuple[Any, list[dict]]]:
+def _listed(
+    path: str | None, field: str, entries: dict[Any, dict], problems: Problems
+) -> Iterator[tuple[Any, list[dict]]]:
     """(image id, its objects or regions) of every image that image_data.json knows, once."""
     seen = set()
     for entry in _load(path) if path else ():
@@ -110,8 +125,12 @@ def _aliases(path: str | None) -> dict[str, str]:
     return first
 
 
-def _vocabulary(named: dict[Any, list[dict]], alias: dict[str, str], min_images: int) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
-    """Classes sorted by name, and the map from spelling to class. Texts: spellings of enough images, the most frequent first."""
+def _vocabulary(
+    named: dict[Any, list[dict]], alias: dict[str, str], min_images: int
+) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
+    """Classes sorted by name, and the map from spelling to class. Texts: spellings of enough images, the most frequent
+    first.
+    """
     images_of: collections.Counter[str] = collections.Counter()
     spelt: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for objects in named.values():
@@ -144,7 +163,9 @@ def _classed(
         if known:
             yield known[0], _box(item)
         else:
-            reason = f"segment: object name of fewer than {min_images} images" if names else "segment: object without a name"
+            reason = (
+                f"segment: object name of fewer than {min_images} images" if names else "segment: object without a name"
+            )
             problems.add(reason, f"{key} {', '.join(names)!r}")
 
 
@@ -152,7 +173,9 @@ def _classed(
 
 
 def scene_record(job: Job, image: Image, problems: Problems) -> Record:
-    """Boxes of classes, then boxes with phrases. Every class is labelled in part: other things of it may have no box."""
+    """Boxes of classes, then boxes with phrases. Every class is labelled in part: other things of it may have no
+    box.
+    """
     scene = items_of(job, image)
     segments = (*_objects(scene, job, image, problems), *_regions(scene, job, image, problems))
     if not segments:

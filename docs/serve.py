@@ -1,4 +1,5 @@
-"""Runs what `mqformer_jax.export` wrote, without that package:  python serve.py exported/demo image.npy text.npy answer.npz
+"""Runs what `mqformer_jax.export` wrote, without that package:  python serve.py exported/demo image.npy text.npy
+answer.npz
 
 It needs jax, numpy, safetensors and flatbuffers.
 image.npy: uint8 RGB [h, w, 3]. text.npy: float32 [prompts, e], as docs/serving.md makes it.
@@ -21,7 +22,9 @@ takes = about["functions"]["segment"]["inputs"]
 
 
 def ask(image, text):
-    """One image and its prompts' vectors -> class_probs [q, prompts], boxes [q, 4], masks [q, h, w] (see export.json)."""
+    """One image and its prompts' vectors -> class_probs [q, prompts], boxes [q, 4], masks [q, h, w] (see
+    export.json).
+    """
     canvas = np.full(takes["image"]["shape"], about["image"]["pad"], np.uint8)
     scale = min(canvas.shape[1] / image.shape[0], canvas.shape[2] / image.shape[1])
     size = [max(1, round(side * scale)) for side in image.shape[:2]]

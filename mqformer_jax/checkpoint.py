@@ -1,4 +1,6 @@
-"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax (but for a barrier)."""
+"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax (but for a
+barrier).
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
-        """Start saving; waits for an earlier save, not for this one. Raises OSError in one line where the earlier one failed."""
+        """Start saving; waits for an earlier save, not for this one. Raises OSError in one line where the earlier one
+        failed.
+        """
         self.wait()
         metadata = {"config": config_to_json(config), "data": data}
         with self._told_in_one_line(step):
@@ -62,10 +66,11 @@ class Checkpoints:
             ) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict]:
-        """The newest checkpoint that can be read, laid out as `abstract` says (any mesh), and the data position saved with it.
+        """The newest checkpoint that can be read, laid out as `abstract` says (any mesh), and the data position saved
+        with it.
 
-        Newer ones that are damaged (a truncated file) are named and set aside in the workdir. Raises ValueError, in one line, where a
-        checkpoint is of another model, or none can be read.
+        Newer ones that are damaged (a truncated file) are named and set aside in the workdir. Raises ValueError, in one
+        line, where a checkpoint is of another model, or none can be read.
         """
         damaged: list[tuple[int, str]] = []
         for found in reversed(self._orbax.checkpoints):
@@ -77,7 +82,9 @@ class Checkpoints:
                 return loaded
             damaged.append((found.step, problem))
         tried = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
-        raise ValueError(f"{self.folder}: no checkpoint can be read ({tried}): bring back a copy, or start again with another --workdir.")
+        raise ValueError(
+            f"{self.folder}: no checkpoint can be read ({tried}): bring back a copy, or start again with another --workdir."
+        )
 
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
         """A checkpoint and its data position, or what is wrong with its files."""
@@ -108,7 +115,12 @@ class Checkpoints:
             for step, problem in damaged:
                 aside = os.path.join(self.workdir, f"damaged_{step}_{time.time_ns()}")
                 os.rename(os.path.join(self.folder, str(step)), aside)
-                logging.warning("the checkpoint of step %d is damaged (%s): it lies in %s now, the one before it is used", step, problem, aside)
+                logging.warning(
+                    "the checkpoint of step %d is damaged (%s): it lies in %s now, the one before it is used",
+                    step,
+                    problem,
+                    aside,
+                )
         barrier("damaged checkpoints are set aside")
         self._open()
 
@@ -126,7 +138,10 @@ class Checkpoints:
 
 def _difference(theirs: Any, ours: Any) -> str | None:
     """The first array whose shape is another in two trees, in words."""
-    a, b = ({path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (theirs, ours))
+    a, b = (
+        {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (theirs, ours)
+    )
     for name in sorted(a.keys() | b.keys()):
         if a.get(name) != b.get(name):
             return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} here"
@@ -134,7 +149,9 @@ def _difference(theirs: Any, ours: Any) -> str | None:
 
 
 def _raise_interrupt(e: BaseException | None) -> None:
-    """Raise KeyboardInterrupt if one caused `e`: the files are then healthy. Orbax reports what its callbacks raise as errors of its own."""
+    """Raise KeyboardInterrupt if one caused `e`: the files are then healthy. Orbax reports what its callbacks raise as
+    errors of its own.
+    """
     seen: list[BaseException] = []
     while e is not None and e not in seen:
         if isinstance(e, KeyboardInterrupt):
@@ -150,7 +167,9 @@ def _first_line(e: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A checkpoint's config, and its parameters and frozen constants as nested dicts (of a converted one maybe a part only)."""
+    """A checkpoint's config, and its parameters and frozen constants as nested dicts (of a converted one maybe a part
+    only).
+    """
 
     config: ConfigDict
     params: Any
@@ -173,14 +192,17 @@ def latest_step(path: str) -> int:
 
 
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
-    """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from (JSON).
+    """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from
+    (JSON).
 
     What a save that was cut short left there is cleaned up. Raises FileExistsError where the folder has a checkpoint.
     """
     if has_checkpoint(folder):
         raise FileExistsError(f"{folder}: a checkpoint is there already.")
     barrier("nobody looks any more")
-    with ocp.training.Checkpointer(os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True) as orbax:
+    with ocp.training.Checkpointer(
+        os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True
+    ) as orbax:
         metadata = {"config": config_to_json(weights.config), "data": None, "about": about}
         orbax.save(0, {"params": weights.params, "frozen": weights.frozen}, custom_metadata=metadata, force=True)
 
@@ -204,7 +226,9 @@ def load_weights(path: str) -> Weights:
             state = orbax.load(step, wanted)
         except Exception as e:  # Orbax raises what its parsers raise
             _raise_interrupt(e)
-            raise ValueError(f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): move it away, and an older one is used.") from e
+            raise ValueError(
+                f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): move it away, and an older one is used."
+            ) from e
     return Weights(config, state["params"], state["frozen"])
 
 
@@ -227,7 +251,9 @@ def config_to_json(config: ConfigDict) -> str:
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """The config of a checkpoint; fields that did not exist when it was made have their defaults, which are what they then were."""
+    """The config of a checkpoint; fields that did not exist when it was made have their defaults, which are what they
+    then were.
+    """
     config, values = base(), json.loads(text)
     if isinstance(values["model"]["remat"], bool):  # as it was in version 0.1
         values["model"]["remat"] = "layers" if values["model"]["remat"] else "none"

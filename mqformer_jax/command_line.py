@@ -15,7 +15,9 @@ from mqformer_jax.interrupts import exit_now, exit_on_ctrl_c
 def run(main: Callable[[list[str]], None], program: str, interrupted: str) -> None:
     """absl's `app.run` for a `main`, with or without a --config flag. interrupted: what Ctrl-C prints."""
     exit_on_ctrl_c(f"{program}: {interrupted}")
-    app.run(lambda argv: _in_one_line(lambda: main(argv), program), flags_parser=lambda argv: parse_flags(argv, program))
+    app.run(
+        lambda argv: _in_one_line(lambda: main(argv), program), flags_parser=lambda argv: parse_flags(argv, program)
+    )
 
 
 def _in_one_line(main: Callable[[], None], program: str) -> None:
@@ -29,13 +31,18 @@ def _in_one_line(main: Callable[[], None], program: str) -> None:
     except Exception as e:
         if not _is_one_of_several():
             raise
-        if not isinstance(e, RuntimeError):  # JAX's, where a collective operation lost a partner; anything else is nobody's mistake but ours
+        if not isinstance(
+            e, RuntimeError
+        ):  # JAX's, where a collective operation lost a partner; anything else is nobody's mistake but ours
             traceback.print_exc()
         message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
     if not _is_one_of_several():
         sys.exit(message)
     # an orderly end would wait for the other processes, and they for this one
-    exit_now(1, f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.")
+    exit_now(
+        1,
+        f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.",
+    )
 
 
 def _is_one_of_several() -> bool:
@@ -44,7 +51,9 @@ def _is_one_of_several() -> bool:
 
 
 def keep_compiled() -> None:
-    """What is compiled once need not be compiled again by the next start, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
+    """What is compiled once need not be compiled again by the next start, unless JAX_COMPILATION_CACHE_DIR says
+    otherwise.
+    """
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:

@@ -1,8 +1,10 @@
-"""Compile a recipe's train step for TPUs that are not there:  python -m mqformer_jax.compile --config=configs/coco_ref.py --topology=v5e:16x16
+"""Compile a recipe's train step for TPUs that are not there:  python -m mqformer_jax.compile
+--config=configs/coco_ref.py --topology=v5e:16x16
 
-The very step that `main` runs, compiled by the TPU compiler (`pip install -e '.[tpu]'`, Linux) for any topology of v4, v5e, v5p, v6e or
-tpu7x: does it fit, what does each chip hold, compute and send, and how fast could it be. Where it does not fit: which buffers are largest, and
-which change of the recipe makes it fit.
+The very step that `main` runs, compiled by the TPU compiler (`pip install -e '.[tpu]'`, Linux) for any topology of v4,
+v5e, v5p, v6e or
+tpu7x: does it fit, what does each chip hold, compute and send, and how fast could it be. Where it does not fit: which
+buffers are largest, and which change of the recipe makes it fit.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from mqformer_jax.train_step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one device (of tpu7x: half a chip): bfloat16 TFLOP/s, GB/s of memory, GB/s to all its neighbours together."""
+    """Published peaks of one device (of tpu7x: half a chip): bfloat16 TFLOP/s, GB/s of memory, GB/s to all its
+    neighbours together.
+    """
 
     teraflops: float
     memory: float
@@ -65,7 +69,9 @@ def get_topology(name: str) -> list[jax.Device]:
         raise ValueError(f"--topology={name}: give one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16 or v4:4x4x8.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
-    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}  # both its cores are one device, as JAX runs it
+    options: dict[str, Any] = (
+        {"chip_config_name": "megacore"} if kind == "v4" else {}
+    )  # both its cores are one device, as JAX runs it
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:
@@ -107,14 +113,19 @@ def _size(text: str) -> float:
 
 
 def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
-    """The config with a batch that its mesh on so many devices can share, and a note where that is another: then one image a part."""
+    """The config with a batch that its mesh on so many devices can share, and a note where that is another: then one
+    image a part.
+    """
     config = config.copy_and_resolve_references()
     mesh = [n if n != -1 else -devices // int(_product(config.mesh)) for n in config.mesh]
     images = mesh[0] * mesh[1] * config.accumulate
     if config.batch_size % images == 0:
         return config, ""
     was, config.batch_size = config.batch_size, images
-    return config, f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: compiled for {images}"
+    return (
+        config,
+        f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: compiled for {images}",
+    )
 
 
 def _product(values: Any) -> float:
@@ -127,8 +138,9 @@ def _product(values: Any) -> float:
 def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dict[str, Any]:
     """Compile the train step of a config for the devices; what there is to know of it.
 
-    `needed` and `available` are bytes a device; the compiler refuses much too much by itself, so that `needed` is what it says. `largest`
-    are the largest arrays of the program (where it was refused: of what was traced, before anything is fused).
+    `needed` and `available` are bytes a device; the compiler refuses much too much by itself, so that `needed` is what
+    it says. `largest` are the largest arrays of the program (where it was refused: of what was traced, before anything
+    is fused).
     """
     chip, config, note = CHIPS[topology.partition(":")[0]], *adapted(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
@@ -137,9 +149,18 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
     traced = step.compiled.trace(*step.arguments)
     lowered = traced.lower()
     lowering = time.perf_counter() - started
-    report: dict[str, Any] = {"topology": topology, "devices": len(devices), "hosts": len({d.process_index for d in devices})}
+    report: dict[str, Any] = {
+        "topology": topology,
+        "devices": len(devices),
+        "hosts": len({d.process_index for d in devices}),
+    }
     report |= {"backbone": config.model.backbone.name, "canvas": list(config.data.canvas), "dtype": config.model.dtype}
-    report |= {"images": config.batch_size, "mesh": dict(mesh.shape), "accumulate": config.accumulate, "remat": config.model.remat}
+    report |= {
+        "images": config.batch_size,
+        "mesh": dict(mesh.shape),
+        "accumulate": config.accumulate,
+        "remat": config.model.remat,
+    }
     report |= {"note": note, "available": memory_of(devices[0]), "flops": hlo.flops(traced.jaxpr.jaxpr)}
     try:
         compiled = lowered.compile()
@@ -172,7 +193,9 @@ def collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
         kind, size = run.instruction.collective, run.instruction.bytes * run.times
         if run.instruction.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
             size /= 1 + 1 / group if kind == "all-gather" else 2  # its shape is (operand, result)
-        share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(kind, (group - 1) / group)
+        share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(
+            kind, (group - 1) / group
+        )
         entry = found[kind]
         entry["count"] += run.times
         entry["bytes"] += size
@@ -182,9 +205,11 @@ def collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
 
 
 def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
-    """A roofline: arithmetic at the chip's peak and memory at its bandwidth, whichever is slower, and then the network at its.
+    """A roofline: arithmetic at the chip's peak and memory at its bandwidth, whichever is slower, and then the network
+    at its.
 
-    An upper bound of what can be reached. Gathers do not reach the memory's bandwidth, and float32 matmuls not the peak.
+    An upper bound of what can be reached. Gathers do not reach the memory's bandwidth, and float32 matmuls not the
+    peak.
     """
     seconds = {
         "compute": report["flops"] / (chip.teraflops * 1e12),
@@ -224,30 +249,44 @@ def table(report: dict[str, Any]) -> str:
         "mesh": " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items()),
     }
     rows |= {"note": report["note"]} if report["note"] else {}
-    kinds = ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "refused by the compiler"
-    rows["memory a device"] = f"{gb(report['needed']) if report['needed'] else 'more'} of {gb(report['available'])}: {kinds}"
+    kinds = (
+        ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "refused by the compiler"
+    )
+    rows["memory a device"] = (
+        f"{gb(report['needed']) if report['needed'] else 'more'} of {gb(report['available'])}: {kinds}"
+    )
     if report["fits"]:
         rows["fits"] = f"true, {gb(report['available'] - report['needed'])} to spare"
     else:
         rows["fits"] = "false"
-        rows |= {f"largest {k + 1}": f"{gb(b['bytes'])} {b['shape']} {b['source']}" for k, b in enumerate(report["largest"])}
+        rows |= {
+            f"largest {k + 1}": f"{gb(b['bytes'])} {b['shape']} {b['source']}" for k, b in enumerate(report["largest"])
+        }
     if "estimate" in report:
         seconds = report["estimate"]
         rows["FLOPs a device"] = f"{report['flops'] / 1e12:.2f} TFLOP"
         rows["bytes accessed"] = gb(report["bytes_accessed"])
         for kind, entry in report["collectives"].items():
-            rows[kind] = f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, {entry['in_loops']} in loops"
+            rows[kind] = (
+                f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, {entry['in_loops']} in loops"
+            )
         parts = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
-        rows["roofline"] = f"{1e3 * seconds['step']:.1f} ms a step, {seconds['images_per_second']:.0f} images/s at most ({parts})"
+        rows["roofline"] = (
+            f"{1e3 * seconds['step']:.1f} ms a step, {seconds['images_per_second']:.0f} images/s at most ({parts})"
+        )
         rows["assumes"] = "published peaks; compute and memory overlap, the network does not; rings"
-    rows["seconds"] = f"{report['seconds']['lower']:.0f} to trace and lower, {report['seconds']['compile']:.0f} to compile"
+    rows["seconds"] = (
+        f"{report['seconds']['lower']:.0f} to trace and lower, {report['seconds']['compile']:.0f} to compile"
+    )
     width = max(map(len, rows))
     return "\n".join(f"{name + ':':{width + 1}} {value}" for name, value in rows.items())
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}: options are --config, --topology, --out and --config.FIELD=VALUE.")
+        raise ValueError(
+            f"unexpected arguments {argv[1:]}: options are --config, --topology, --out and --config.FIELD=VALUE."
+        )
     jax.config.update("jax_platforms", "cpu")  # of this machine, where the constants of the program are made
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is the compilation
     given = flags.FLAGS
@@ -258,7 +297,9 @@ def main(argv: list[str]) -> None:
     print(table(report), flush=True)
     if not report["fits"] and given.advise:
         for change, tried in advice(config, topology, devices):
-            print(f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True)
+            print(
+                f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True
+            )
             report.setdefault("tried", []).append({"change": change, "fits": tried["fits"], "needed": tried["needed"]})
     path = given.out or f"{report['backbone']}_{topology.replace(':', '_')}.json"
     with open(path, "w") as f:
@@ -269,7 +310,9 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/coco_ref.py.", lock_config=True)
     flags.DEFINE_string("topology", None, "Kind and shape of the slice, e.g. v5e:16x16, v4:4x4x8, v5e:1x1.")
-    flags.DEFINE_string("out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory.")
+    flags.DEFINE_string(
+        "out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory."
+    )
     flags.DEFINE_bool("advise", True, "Where it does not fit, compile again with less and say what fits.")
     flags.mark_flags_as_required(["config", "topology"])
     command_line.run(main, "mqformer_jax.compile", "stopped.")

@@ -25,7 +25,8 @@ CHOICES = {
     "not_finite": ("stop", "skip"),
 }
 
-# Parameters and their optimiser state live in slices along fsdp. Along tensor, each device computes some heads and some of an MLP's hidden channels.
+# Parameters and their optimiser state live in slices along fsdp. Along tensor, each device computes some heads and some
+# of an MLP's hidden channels.
 RULES = (
     (r"(query|key|value|value_proj|attention_weights|sampling_offsets|fc1|ffn/layers/0)/kernel$", ("fsdp", "tensor")),
     (r"(out|output_proj|fc2|ffn/layers/1)/kernel$", ("tensor", "fsdp")),
@@ -79,14 +80,17 @@ def _model() -> dict[str, Any]:
         num_conditional=300,
         interaction="exchange",  # of the two kinds; "joint" is one self-attention over both
         dtype="bfloat16",
-        remat="layers",  # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
+        # what is computed again for gradients: nothing ("none"), layers but for their matmuls ("dots"), or whole layers
+        remat="layers",
     )
 
 
 def _data() -> dict[str, Any]:
     return dict(
         root="data/records",
-        mixture=(),  # dicts: name, split, tasks, weight (default size ** alpha), least_mask, least_caption (scores of what a teacher added)
+        # dicts: name, split, tasks, weight (default size ** alpha), least_mask, least_caption (scores of what a teacher
+        # added)
+        mixture=(),
         alpha=0.5,
         canvas=(1024, 1024),
         max_targets=100,
@@ -95,8 +99,11 @@ def _data() -> dict[str, Any]:
         scale=(0.1, 2.0),
         flip=0.5,
         jitter=0.0,
-        templates=("{}",),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
-        leak_guard=True,  # images of eval.sets, and of val and test splits of expressions under root, are not trained on
+        templates=(
+            "{}",
+        ),  # around class names: one is drawn in training, evaluation averages them all (`prompts.PHOTO_TEMPLATES`)
+        # images of eval.sets, and of val and test splits of expressions under root, are not trained on
+        leak_guard=True,
         max_bad=0.05,  # more unusable records of a data set than this share stop the run
         workers=0,
         threads=8,
@@ -158,7 +165,8 @@ def base() -> ConfigDict:
                 dice=5.0,
                 box=5.0,
                 giou=2.0,
-                projection=0.0,  # of targets that have a box only: that their mask fills it from side to side (DaTaSeg uses it)
+                # of targets that have a box only: that their mask fills it from side to side (DaTaSeg uses it)
+                projection=0.0,
                 points=12544,
             ),
             denoising=dict(slots=100, flip=0.2, jitter=0.4, masks=True),
@@ -174,7 +182,8 @@ def base() -> ConfigDict:
             ),
             data=_data(),
             mesh=(-1, 1, 1),  # data, fsdp, tensor; -1: what is left
-            rules=RULES,  # (regex over a parameter's path, mesh axes of its trailing dimensions), the first that matches
+            # (regex over a parameter's path, mesh axes of its trailing dimensions), the first that matches
+            rules=RULES,
             log_every=50,
             checkpoint_every=5000,
             keep_checkpoints=2,
@@ -190,38 +199,72 @@ def check(config: ConfigDict) -> None:
     model, data = config.model, config.data
     _require(config.batch_size > 0, "batch_size", config.batch_size, "must be positive")
     parts = config.accumulate
-    _require(parts > 0 and config.batch_size % parts == 0, "accumulate", parts, f"must divide the {config.batch_size} images of a step")
+    _require(
+        parts > 0 and config.batch_size % parts == 0,
+        "accumulate",
+        parts,
+        f"must divide the {config.batch_size} images of a step",
+    )
     _require(config.steps > 0, "steps", config.steps, "must be positive")
     _require(
-        model.width % model.heads == 0 and model.width % 4 == 0, "model.width", model.width, f"must divide by {model.heads} heads and by 4"
+        model.width % model.heads == 0 and model.width % 4 == 0,
+        "model.width",
+        model.width,
+        f"must divide by {model.heads} heads and by 4",
     )
     _check_text(config)
     total = model.num_learnable + model.num_conditional
     both = model.num_learnable > 0 and model.num_conditional > 0
-    _require(model.queries != "decoupled" or both, "model.queries", "decoupled", "it needs learnable and conditional queries")
+    _require(
+        model.queries != "decoupled" or both, "model.queries", "decoupled", "it needs learnable and conditional queries"
+    )
     _require(len(model.strides) > 0, "model.strides", tuple(model.strides), "must name at least one stride")
     _require(model.backbone.window > 0, "model.backbone.window", model.backbone.window, "must be positive")
-    _require(0 <= model.backbone.drop_path < 1, "model.backbone.drop_path", model.backbone.drop_path, "must be at least 0 and below 1")
+    _require(
+        0 <= model.backbone.drop_path < 1,
+        "model.backbone.drop_path",
+        model.backbone.drop_path,
+        "must be at least 0 and below 1",
+    )
     _require(total >= data.max_targets, "data.max_targets", data.max_targets, f"must not exceed the {total} queries")
     deepest = max(model.strides)
     fits = all(side % deepest == 0 and side % 8 == 0 for side in data.canvas)
-    _require(fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}")
-    _require(0 < data.scale[0] <= data.scale[1], "data.scale", tuple(data.scale), "the least and the largest, both positive")
+    _require(
+        fits, "data.canvas", tuple(data.canvas), f"both sides must divide by 8 and by the largest stride {deepest}"
+    )
+    _require(
+        0 < data.scale[0] <= data.scale[1], "data.scale", tuple(data.scale), "the least and the largest, both positive"
+    )
     _require(0 <= data.flip <= 1, "data.flip", data.flip, "is a probability: 0 to 1")
     _require(0 <= data.jitter < 1, "data.jitter", data.jitter, "must be at least 0 and below 1")
-    _require(data.max_prompts > 0 and data.max_targets > 0, "data.max_prompts", data.max_prompts, "it and max_targets must be positive")
-    _require(data.mask_canvases >= 1, "data.mask_canvases", data.mask_canvases, "must be at least 1, the room of one mask")
+    _require(
+        data.max_prompts > 0 and data.max_targets > 0,
+        "data.max_prompts",
+        data.max_prompts,
+        "it and max_targets must be positive",
+    )
+    _require(
+        data.mask_canvases >= 1, "data.mask_canvases", data.mask_canvases, "must be at least 1, the room of one mask"
+    )
     _require(0 <= data.max_bad <= 1, "data.max_bad", data.max_bad, "is a share of a data set's records: 0 to 1")
     _require(len(data.mixture) > 0, "data.mixture", list(data.mixture), "must name at least one data set")
     tokens = sum((data.canvas[0] // s) * (data.canvas[1] // s) for s in model.strides)
     _require(
-        total <= tokens, "model.num_conditional", model.num_conditional, f"{total} queries are more than the {tokens} tokens of the canvas"
+        total <= tokens,
+        "model.num_conditional",
+        model.num_conditional,
+        f"{total} queries are more than the {tokens} tokens of the canvas",
     )
     _require(
-        config.log_every > 0 and config.checkpoint_every > 0, "log_every", config.log_every, "it and checkpoint_every must be positive"
+        config.log_every > 0 and config.checkpoint_every > 0,
+        "log_every",
+        config.log_every,
+        "it and checkpoint_every must be positive",
     )
     for entry in data.mixture:
-        _check_entry("data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight", "least_mask", "least_caption"})
+        _check_entry(
+            "data.mixture", entry, TASKS, {"name", "split", "tasks"}, {"weight", "least_mask", "least_caption"}
+        )
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
     scales = tuple(config.eval.scales)
@@ -233,20 +276,40 @@ def _check_text(config: ConfigDict) -> None:
     """That encoder, tokenizer, templates and tasks can work together."""
     text, templates = config.model.text, tuple(config.data.templates)
     fits = {"clip": ("words", "clip"), "bert": ("words", "wordpiece"), "classes": ("classes",)}[text.name]
-    _require(text.tokenizer in fits, "model.text.tokenizer", text.tokenizer, f"the encoder {text.name!r} goes with {' or '.join(fits)}")
-    _require(templates and all(t.count("{}") == 1 for t in templates), "data.templates", templates, 'each must hold "{}" once')
+    _require(
+        text.tokenizer in fits,
+        "model.text.tokenizer",
+        text.tokenizer,
+        f"the encoder {text.name!r} goes with {' or '.join(fits)}",
+    )
+    _require(
+        templates and all(t.count("{}") == 1 for t in templates),
+        "data.templates",
+        templates,
+        'each must hold "{}" once',
+    )
     if text.name == "classes":
-        _require(len(text.classes) > 0, "model.text.classes", (), "name the classes that the rows of the table stand for")
+        _require(
+            len(text.classes) > 0, "model.text.classes", (), "name the classes that the rows of the table stand for"
+        )
         _require(text.context == 1, "model.text.context", text.context, "a class is one token: 1")
         _require(templates == ("{}",), "data.templates", templates, 'a table of classes knows no sentences: ("{}",)')
         asked = {task for entry in (*config.data.mixture, *config.eval.sets) for task in entry.get("tasks", ())}
         free = sorted(asked & {"referring", "foreground", "matting"})
-        _require(not free, "model.text.name", "classes", f"a table of classes cannot answer {', '.join(free)}: leave those tasks out")
+        _require(
+            not free,
+            "model.text.name",
+            "classes",
+            f"a table of classes cannot answer {', '.join(free)}: leave those tasks out",
+        )
     else:
         _require(text.width % text.heads == 0, "model.text.width", text.width, f"must divide by {text.heads} heads")
     if text.name == "bert":
         _require(
-            text.embed_dim == text.width, "model.text.embed_dim", text.embed_dim, f"the encoder 'bert' has no projection: {text.width}"
+            text.embed_dim == text.width,
+            "model.text.embed_dim",
+            text.embed_dim,
+            f"the encoder 'bert' has no projection: {text.width}",
         )
 
 
@@ -259,7 +322,12 @@ def _check_matting(matting: ConfigDict) -> None:
     _require(matting.reach > 0, "matting.reach", matting.reach, "must be positive")
     _require(matting.margin >= 0, "matting.margin", matting.margin, "must not be negative")
     _require(0 <= matting.own <= 1, "matting.own", matting.own, "is a share: 0 to 1")
-    _require(matting.steps > 0 and matting.batch_size > 0, "matting.steps", matting.steps, "it and batch_size must be positive")
+    _require(
+        matting.steps > 0 and matting.batch_size > 0,
+        "matting.steps",
+        matting.steps,
+        "it and batch_size must be positive",
+    )
     _require(matting.encoder >= 0, "matting.encoder", matting.encoder, "must not be negative")
     for field in ("mixture", "sets"):
         for entry in matting[field]:
@@ -276,7 +344,9 @@ def check_choices(config: ConfigDict) -> None:
 
 
 def set_field(config: ConfigDict, field: str, value: Any, where: str = "config.") -> None:
-    """config.a.b = value for the field "a.b". Raises ValueError in one line for an unknown field or a value of another type."""
+    """config.a.b = value for the field "a.b". Raises ValueError in one line for an unknown field or a value of another
+    type.
+    """
     *parents, last = field.split(".")
     node = config
     for name in parents:
@@ -292,7 +362,9 @@ def set_field(config: ConfigDict, field: str, value: Any, where: str = "config."
 def _check_entry(field: str, entry: Mapping, tasks: tuple[str, ...], needed: set[str], allowed: set[str]) -> None:
     """One data set of a recipe: its keys, and that its tasks exist."""
     keys = set(entry)
-    _require(needed <= keys <= needed | allowed, field, dict(entry), f"an entry has {', '.join(sorted(needed | allowed))}")
+    _require(
+        needed <= keys <= needed | allowed, field, dict(entry), f"an entry has {', '.join(sorted(needed | allowed))}"
+    )
     wrong = [t for t in entry["tasks"] if t not in tasks]
     _require(not wrong, f"{field} ({entry['name']})", wrong, f"tasks are {', '.join(tasks)}")
 

@@ -54,7 +54,9 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the page shows. archive: a zip of a mask a segment, segments.json (COCO's run-length codes) and the overlay."""
+    """What the page shows. archive: a zip of a mask a segment, segments.json (COCO's run-length codes) and the
+    overlay.
+    """
 
     overlay: UInt8[np.ndarray, "H W 3"]
     rows: list[Row]
@@ -62,7 +64,12 @@ class Reply:
 
 
 def answer(
-    predictor: Predictor, image: UInt8[np.ndarray, "h w 3"] | None, text: str, task: str, queries: str = "all", least: float = 0.0
+    predictor: Predictor,
+    image: UInt8[np.ndarray, "h w 3"] | None,
+    text: str,
+    task: str,
+    queries: str = "all",
+    least: float = 0.0,
 ) -> Reply:
     """What the model finds in an image for prompts as a user writes them (`read_prompts`).
 
@@ -88,7 +95,13 @@ def in_order(found: Segments) -> Segments:
     order = np.lexsort((-found.scores, found.prompt_ids))
     order = order[found.masks[order].any((1, 2))]
     alphas = None if found.alphas is None else found.alphas[order]
-    rows = (found.masks[order], found.boxes[order], found.scores[order], found.prompt_ids[order], found.query_ids[order])
+    rows = (
+        found.masks[order],
+        found.boxes[order],
+        found.scores[order],
+        found.prompt_ids[order],
+        found.query_ids[order],
+    )
     return Segments(found.texts, *rows, alphas=alphas)
 
 
@@ -103,7 +116,9 @@ def legend(found: Segments) -> list[Row]:
 
 
 def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], asked: dict[str, str]) -> bytes:
-    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as `predict` writes it)."""
+    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as
+    `predict` writes it).
+    """
     said = asked | result_files.to_json(found, asked["task"], "", found.masks.shape[1:])
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
@@ -191,15 +206,17 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
         return reply.overlay, legend_html(reply.rows), gr.update(value=zipped, interactive=True)
 
     with gr.Blocks(title="MQ-Former", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        intro = (
-            f"Say what to look for; see where it is. Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
-        )
+        intro = f"Say what to look for; see where it is. Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
         gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
-                photo = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="photo")
+                photo = gr.Image(
+                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="photo"
+                )
                 photo.preprocess = lambda given: given and given.path  # `read_image` says what is wrong in a line
-                prompts = gr.Textbox(label="Prompts, parted by ;", placeholder="ball; star; sky*; grass*", lines=2, elem_id="prompts")
+                prompts = gr.Textbox(
+                    label="Prompts, parted by ;", placeholder="ball; star; sky*; grass*", lines=2, elem_id="prompts"
+                )
                 task = gr.Radio(tasks, value=tasks[0], label="Task", info=HINTS[tasks[0]], elem_id="task")
                 kinds = gr.Radio(
                     QUERIES,
@@ -209,10 +226,19 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                     elem_id="queries",
                 )
                 start = float(predictor.config.eval.keep)
-                least = gr.Slider(0, 1, value=start, step=0.01, label="Least score of an instance", visible=False, elem_id="least")
+                least = gr.Slider(
+                    0, 1, value=start, step=0.01, label="Least score of an instance", visible=False, elem_id="least"
+                )
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=6, min_width=340):
-                shown = gr.Image(label="Segments", format="png", buttons=["fullscreen"], interactive=False, height=430, elem_id="shown")
+                shown = gr.Image(
+                    label="Segments",
+                    format="png",
+                    buttons=["fullscreen"],
+                    interactive=False,
+                    height=430,
+                    elem_id="shown",
+                )
                 table = gr.HTML('<p class="none">Segments and their scores appear here.</p>', elem_id="legend")
                 download = gr.DownloadButton("Download masks", interactive=False, elem_id="download")
         explain = lambda t: (gr.update(info=HINTS[t]), gr.update(visible=t == "instance"))
@@ -237,27 +263,39 @@ def _gradio() -> ModuleType:
 def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool = False, wait: bool = True) -> Any:
     """Serves the page at http://127.0.0.1:PORT; with `share`, also at a public address that Gradio lends."""
     gr = _gradio()
-    theme = gr.themes.Soft(primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]).set(
-        **PLAIN
-    )
+    theme = gr.themes.Soft(
+        primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    ).set(**PLAIN)
     blocks = page(predictor, name, folder)
     options = dict(theme=theme, css=CSS, footer_links=[], quiet=True, max_file_size="64mb")
     try:
         blocks.launch(server_port=port, share=share, prevent_thread_lock=True, **options)
     except OSError as e:
         raise OSError(f"--port={port}: the page cannot be served there; name another ({str(e).split('.')[0]}).") from e
-    print(f"{name}: {blocks.share_url or blocks.local_url} (Ctrl-C ends it; the first question of each task takes longer)", flush=True)
+    print(
+        f"{name}: {blocks.share_url or blocks.local_url} (Ctrl-C ends it; the first question of each task takes longer)",
+        flush=True,
+    )
     if wait:
         blocks.block_thread()
     return blocks
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mqformer_jax.demo", description="A page in the browser that answers prompts.")
-    parser.add_argument("--checkpoint", required=True, help="a workdir of mqformer_jax.main, or a whole model of mqformer_jax.convert")
+    parser = argparse.ArgumentParser(
+        prog="python -m mqformer_jax.demo", description="A page in the browser that answers prompts."
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, help="a workdir of mqformer_jax.main, or a whole model of mqformer_jax.convert"
+    )
     parser.add_argument("--port", type=int, default=7860, help="of the page on this machine (default 7860)")
     parser.add_argument(
-        "--share", nargs="?", const="true", default="false", choices=["true", "false"], help="also lend it a public address"
+        "--share",
+        nargs="?",
+        const="true",
+        default="false",
+        choices=["true", "false"],
+        help="also lend it a public address",
     )
     return parser.parse_args(argv)
 

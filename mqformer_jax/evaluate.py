@@ -40,7 +40,16 @@ CLASS_TASKS = ("panoptic", "instance", "semantic")
 SOFT_TASKS = ("foreground", "matting")  # both score the soft mask of the prompt "foreground"
 HEADLINES = {
     "panoptic": ("pq", "pq_things", "pq_stuff", "learnable_share_things", "learnable_share_stuff"),
-    "instance": ("mask_ap", "mask_ap50", "mask_ar_100", "mask_ar_300", "box_ap", "box_ap50", "box_ar_100", "box_ar_300"),
+    "instance": (
+        "mask_ap",
+        "mask_ap50",
+        "mask_ar_100",
+        "mask_ar_300",
+        "box_ap",
+        "box_ap50",
+        "box_ar_100",
+        "box_ar_300",
+    ),
     "semantic": ("miou", "pixel_accuracy"),
     "foreground": ("mae", "mse", "max_f", "s_measure", "mean_e"),
     "matting": tuple(f"{kind}{name}" for kind in ("", "refined_") for name in ("sad", "mse", "grad", "conn")),
@@ -48,12 +57,14 @@ HEADLINES = {
 
 
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predictions: bool = False) -> dict[str, float]:
-    """Evaluate the sets of `config.eval`; writes eval.json, eval_details.json and one picture sheet a set into `folder`.
+    """Evaluate the sets of `config.eval`; writes eval.json, eval_details.json and one picture sheet a set into
+    `folder`.
 
-    Of several processes each does its share of the images, and the first one writes. Keys are task.metric ("panoptic.pq"), in percent
-    (mattes: see `AlphaEvaluator`); from the second set of a task on with "name/split/" in front. eval_details.json holds, for each set
-    and task, the figures of each class and the images with the worst. save_predictions: each set's answers go to predictions/NAME_SPLIT,
-    as benchmarks take them (`Submission`).
+    Of several processes each does its share of the images, and the first one writes. Keys are task.metric
+    ("panoptic.pq"), in percent
+    (mattes: see `AlphaEvaluator`); from the second set of a task on with "name/split/" in front. eval_details.json
+    holds, for each set and task, the figures of each class and the images with the worst. save_predictions: each set's
+    answers go to predictions/NAME_SPLIT, as benchmarks take them (`Submission`).
     """
     results: dict[str, float] = {}
     details: dict[str, Any] = {}
@@ -72,11 +83,18 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
             if source.name.startswith("seginw_") and "mask_ap" in metrics:
                 in_the_wild.append(metrics["mask_ap"])
         if is_first():
-            details[f"{source.name}/{source.split}"] = {task: evaluator.details() for task, evaluator in evaluators.items()}
+            details[f"{source.name}/{source.split}"] = {
+                task: evaluator.details() for task, evaluator in evaluators.items()
+            }
         if evaluation.shown and is_first():
-            visualize.prediction_sheet(evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png"))
+            visualize.prediction_sheet(
+                evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png")
+            )
     if len(in_the_wild) > 1:  # X-Decoder's two figures for Segmentation in the Wild
-        results["seginw.mean_mask_ap"], results["seginw.median_mask_ap"] = float(np.mean(in_the_wild)), float(np.median(in_the_wild))
+        results["seginw.mean_mask_ap"], results["seginw.median_mask_ap"] = (
+            float(np.mean(in_the_wild)),
+            float(np.median(in_the_wild)),
+        )
     if is_first():
         save_json(os.path.join(folder, "eval.json"), results)
         save_json(os.path.join(folder, "eval_details.json"), details)
@@ -84,10 +102,17 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
 
 
 class SetEvaluation:
-    """The tasks of one data set, evaluated in one pass over its images. predictions: the folder for the answers, or None."""
+    """The tasks of one data set, evaluated in one pass over its images. predictions: the folder for the answers, or
+    None.
+    """
 
     def __init__(
-        self, predictor: Predictor, options: ConfigDict, source: ShardSource, tasks: Sequence[str], predictions: str | None = None
+        self,
+        predictor: Predictor,
+        options: ConfigDict,
+        source: ShardSource,
+        tasks: Sequence[str],
+        predictions: str | None = None,
     ):
         self.predictor, self.options, self.source, self.tasks, info = predictor, options, source, tasks, source.info
         if set(tasks) & set(CLASS_TASKS) and not info.classes:
@@ -97,7 +122,9 @@ class SetEvaluation:
         self.names = [c.name for c in info.classes]
         self.region = np.array([not c.thing for c in info.classes], bool)
         templates = predictor.config.data.templates
-        self.classes = predictor.embed([c.texts[0] for c in info.classes], self.region, templates) if self.names else None
+        self.classes = (
+            predictor.embed([c.texts[0] for c in info.classes], self.region, templates) if self.names else None
+        )
         self.views = views_of(predictor.config, options.scales, options.flip)
         self.plain = (predictor.canvas, False)
         self.submission = Submission(predictions, info) if predictions else None
@@ -113,7 +140,9 @@ class SetEvaluation:
         self.evaluators = {task: make[task]() for task in tasks}
 
     def run(self) -> dict[str, Any]:
-        """The evaluators of the tasks, with all processes' images. One that cannot be read is named, counted and left out."""
+        """The evaluators of the tasks, with all processes' images. One that cannot be read is named, counted and left
+        out.
+        """
         count, bad, waiting = min(len(self.source), self.options.limit or len(self.source)), 0, []
         mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
         name = f"evaluate {self.source.name} {self.source.split}"
@@ -122,7 +151,9 @@ class SetEvaluation:
                 waiting.append(_read(self.source, i))
             except BadRecord as e:
                 bad += 1
-                logging.warning("%s %s: record %d is left out of the evaluation: %s", self.source.name, self.source.split, i, e)
+                logging.warning(
+                    "%s %s: record %d is left out of the evaluation: %s", self.source.name, self.source.split, i, e
+                )
             if waiting and (len(waiting) == self.options.batch_size or i == mine[-1]):
                 self._update(waiting)
                 waiting = []
@@ -137,7 +168,12 @@ class SetEvaluation:
             submission.save()
         bad = sum(gather(bad))
         if bad:
-            logging.warning("%s %s: %d images could not be read; the figures are without them", self.source.name, self.source.split, bad)
+            logging.warning(
+                "%s %s: %d images could not be read; the figures are without them",
+                self.source.name,
+                self.source.split,
+                bad,
+            )
         return first
 
     def _update(self, items: list[Shown]) -> None:
@@ -154,7 +190,9 @@ class SetEvaluation:
         self.shown += items[: max(0, self.options.pictures - len(self.shown))]
 
     def _ask_regions(self, images: list[np.ndarray], texts: list[list[str]]) -> list[Answer]:
-        """One answer an image, of all views; of a mirrored one only where its texts can be said of the mirrored image."""
+        """One answer an image, of all views; of a mirrored one only where its texts can be said of the mirrored
+        image.
+        """
         answers: list[list[Answer]] = [[] for _ in images]
         flips: list[list[bool]] = [[] for _ in images]
         for canvas, flip in self.views:
@@ -176,7 +214,9 @@ class SetEvaluation:
         answers = {}
         for canvas, flip in dict.fromkeys([self.plain, *(self.views if "semantic" in self.tasks else [])]):
             images = [mirrored_image(item.image) if flip else item.image for item in items]
-            answers[canvas, flip] = self.predictor.ask(images, [self.classes] * len(items), self.options.batch_size, canvas)
+            answers[canvas, flip] = self.predictor.ask(
+                images, [self.classes] * len(items), self.options.batch_size, canvas
+            )
         for i, item in enumerate(items):
             plain = answers[self.plain][i]
             if "panoptic" in self.tasks:
@@ -186,7 +226,9 @@ class SetEvaluation:
                 if item.panoptic is None:
                     item.panoptic = found.above(0.3)
             if "semantic" in self.tasks:
-                labels = semantic_map(*joined([answers[view][i] for view in self.views], [flip for _, flip in self.views]))
+                labels = semantic_map(
+                    *joined([answers[view][i] for view in self.views], [flip for _, flip in self.views])
+                )
                 self._done("semantic", item.record, labels)
                 if item.panoptic is None and len(self.shown) < self.options.pictures:
                     item.panoptic = answer_segments(plain, self.names, self.region, "semantic", self.options)
@@ -266,7 +308,9 @@ def _matte(record: Record) -> tuple[np.ndarray, np.ndarray | None] | None:
     """The alpha of a record's foreground as floats 0 to 1 and its trimap, if it has one; None where it has no matte."""
     for segment in record.segments:
         if segment.foreground and segment.alpha is not None:
-            return record.decode_alpha(segment.alpha) / 255.0, None if segment.trimap is None else record.decode_alpha(segment.trimap)
+            return record.decode_alpha(segment.alpha) / 255.0, None if segment.trimap is None else record.decode_alpha(
+                segment.trimap
+            )
     return None
 
 
@@ -287,11 +331,14 @@ def save_json(path: str, values: dict) -> None:
     os.replace(path + ".tmp", path)
 
 
-# --- the command line ---------------------------------------------------------------------------------------------------------------
+# --- the command line
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
-    """The sets that are called NAME/SPLIT, all of them where nothing is named. Raises ValueError in one line for an unknown one."""
+    """The sets that are called NAME/SPLIT, all of them where nothing is named. Raises ValueError in one line for an
+    unknown one.
+    """
     known = [f"{entry['name']}/{entry['split']}" for entry in sets]
     for name in names:
         if name not in known:
@@ -302,7 +349,9 @@ def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}: options are --config, --checkpoint, --datasets, --out, --save_predictions.")
+        raise ValueError(
+            f"unexpected arguments {argv[1:]}: options are --config, --checkpoint, --datasets, --out, --save_predictions."
+        )
     config, out = given.config, given.out or os.path.join(given.checkpoint, "eval")
     recipes.check(config)
     config.eval.sets = named(config.eval.sets, given.datasets)
@@ -312,7 +361,9 @@ def main(argv: list[str]) -> None:
     command_line.keep_compiled()
     if not given["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
-    results = evaluate(Predictor.from_checkpoint(given.checkpoint, jax.local_devices()), config, out, given.save_predictions)
+    results = evaluate(
+        Predictor.from_checkpoint(given.checkpoint, jax.local_devices()), config, out, given.save_predictions
+    )
     if is_first():
         print(table(results))
         print(f"\n{out}: eval.json, eval_details.json, pictures" + (", predictions" if given.save_predictions else ""))
@@ -321,7 +372,9 @@ def main(argv: list[str]) -> None:
 def run() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe: its eval.sets and thresholds.", lock_config=True)
     flags.DEFINE_string("checkpoint", None, "A workdir of mqformer_jax.main, or a converted whole model.")
-    flags.DEFINE_list("datasets", [], "Which of the recipe's eval.sets: NAME/SPLIT,NAME/SPLIT; all of them unless given.")
+    flags.DEFINE_list(
+        "datasets", [], "Which of the recipe's eval.sets: NAME/SPLIT,NAME/SPLIT; all of them unless given."
+    )
     flags.DEFINE_string("out", None, "The folder for results; CHECKPOINT/eval unless given.")
     flags.DEFINE_bool("save_predictions", False, "Write the answers too, in the formats that benchmarks take.")
     flags.mark_flags_as_required(["config", "checkpoint"])

@@ -1,7 +1,9 @@
-"""A checkpoint as two functions that run without this package:  python -m mqformer_jax.export --checkpoint=runs/demo --out=exported/demo
+"""A checkpoint as two functions that run without this package:  python -m mqformer_jax.export --checkpoint=runs/demo
+--out=exported/demo
 
-The folder holds `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs at once (`jax.export`), their weights, the tokenizer's file
-where there is one, and export.json, which says what goes in and what comes out. docs/serve.py runs it without this package.
+The folder holds `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs at once (`jax.export`), their weights, the
+tokenizer's file where there is one, and export.json, which says what goes in and what comes out. docs/serve.py runs it
+without this package.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ MEANING = {
 def export(source: str, out: str, prompts: int = 32, batch: int = 1) -> int:
     """Writes the checkpoint `source` as the folder `out`, whole or not at all; returns its bytes.
 
-    prompts, batch: the shapes that the functions take; fewer are padded and marked. Raises ValueError or OSError in one line.
+    prompts, batch: the shapes that the functions take; fewer are padded and marked. Raises ValueError or OSError in one
+        line.
     """
     if prompts < 1 or batch < 1:
         raise ValueError(f"--prompts={prompts} --batch={batch}: both must be at least 1.")
@@ -85,7 +88,9 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
 
     def encode(weights, tokens, region):
         params, frozen = trees(weights)
-        return (predictor._embed(params, frozen, predictor._encode(params, frozen, tokens), region).astype(jnp.float32),)
+        return (
+            predictor._embed(params, frozen, predictor._encode(params, frozen, tokens), region).astype(jnp.float32),
+        )
 
     def segment(weights, image, size, text, valid):
         answer = predictor._forward(*trees(weights), image, size, Question(text, valid))
@@ -113,7 +118,10 @@ def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named(predictor).items()}
     takes = inputs(predictor.config, prompts, batch)
     for name, function in functions(predictor).items():
-        yield name, (jax.export.export(jax.jit(function), platforms=PLATFORMS)(weights, *takes[name].values()), takes[name])
+        yield (
+            name,
+            (jax.export.export(jax.jit(function), platforms=PLATFORMS)(weights, *takes[name].values()), takes[name]),
+        )
 
 
 def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, dict]], tokenizer: bool) -> dict:
@@ -122,7 +130,11 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
     about = {}
     for name, (function, takes) in exported.items():
         gives = {key: array(x) | {"meaning": MEANING[key]} for key, x in zip(OUTPUTS[name], function.out_avals)}
-        about[name] = {"file": f"{name}.stablehlo", "inputs": {key: array(x) for key, x in takes.items()}, "outputs": gives}
+        about[name] = {
+            "file": f"{name}.stablehlo",
+            "inputs": {key: array(x) for key, x in takes.items()},
+            "outputs": gives,
+        }
     learnable, conditional = query_counts(config.model)
     thresholds = {name: config.eval[name] for name in ("keep", "overlap", "top", "absent")}
     return {
@@ -158,9 +170,13 @@ def _whole_folder(out: str) -> Iterator[pathlib.Path]:
 
 
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m mqformer_jax.export", description=__doc__.split("\n")[0].split(":")[0] + ".")
+    parser = argparse.ArgumentParser(
+        prog="python -m mqformer_jax.export", description=__doc__.split("\n")[0].split(":")[0] + "."
+    )
     parser.add_argument(
-        "--checkpoint", required=True, help="a workdir of mqformer_jax.main, or a whole model that mqformer_jax.convert wrote"
+        "--checkpoint",
+        required=True,
+        help="a workdir of mqformer_jax.main, or a whole model that mqformer_jax.convert wrote",
     )
     parser.add_argument("--out", required=True, help="the folder to write")
     parser.add_argument("--prompts", type=int, default=32, help="prompts a question; fewer are padded (default 32)")
@@ -170,7 +186,9 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     size = export(args.checkpoint, args.out, args.prompts, args.batch)
-    print(f"{args.out}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, docs/serve.py how to run it.")
+    print(
+        f"{args.out}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, docs/serve.py how to run it."
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ STDIN = "-"
 
 
 def find_images(given: Sequence[str]) -> list[str]:
-    """The image files that paths, folders, patterns and "-" (standard input: an image, or a path a line) name, each once, in order.
+    """The image files that paths, folders, patterns and "-" (standard input: an image, or a path a line) name, each
+    once, in order.
 
     Raises ValueError in one line for a path that is not there, a folder without images and a pattern that fits nothing.
     """
@@ -28,7 +29,9 @@ def find_images(given: Sequence[str]) -> list[str]:
         if name == STDIN:
             found += _piped()
         elif os.path.isdir(name):
-            inside = sorted(os.path.join(d, f) for d, _, files in os.walk(name) for f in files if f.lower().endswith(ENDINGS))
+            inside = sorted(
+                os.path.join(d, f) for d, _, files in os.walk(name) for f in files if f.lower().endswith(ENDINGS)
+            )
             found += inside or _nothing(name, f"the folder holds no image ({', '.join(ENDINGS)})")
         elif os.path.exists(name):
             found.append(name)
@@ -44,10 +47,12 @@ def _nothing(name: str, why: str) -> list[str]:
 
 
 def _piped() -> list[str]:
-    """"-" itself where standard input is an image, else the paths on its lines."""
+    """ "-" itself where standard input is an image, else the paths on its lines."""
     _keep_stdin()
     try:
-        return [line.strip() for line in _stdin.decode().splitlines() if line.strip()] or _nothing(STDIN, "standard input is empty")
+        return [line.strip() for line in _stdin.decode().splitlines() if line.strip()] or _nothing(
+            STDIN, "standard input is empty"
+        )
     except UnicodeDecodeError:
         return [STDIN]
 
@@ -61,8 +66,10 @@ def _keep_stdin() -> None:
 
 
 def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture as it is meant to be seen, RGB: turned as EXIF says, grey and palettes spread, transparency over white, 16 bits
-    cut to 8, of an animation the first frame. Raises ValueError in one line for what is no image, or is cut short."""
+    """The picture as it is meant to be seen, RGB: turned as EXIF says, grey and palettes spread, transparency over
+    white, 16 bits cut to 8, of an animation the first frame. Raises ValueError in one line for what is no image, or is
+    cut short.
+    """
     file = io.BytesIO(_stdin) if path == STDIN else path
     name = "standard input" if path == STDIN else path
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses twice as much
@@ -76,7 +83,9 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
     except Image.DecompressionBombError:
         raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels.") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow's many ways to say that a file is damaged
-        raise ValueError(f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__}).") from None
+        raise ValueError(
+            f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__})."
+        ) from None
 
 
 def _to_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

@@ -1,4 +1,6 @@
-"""Converted or trained weights as a run's start: `config.init_from`, several checkpoints at once, each by the parts it has."""
+"""Converted or trained weights as a run's start: `config.init_from`, several checkpoints at once, each by the parts it
+has.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mqformer_jax.checkpoint import load_config, load_weights
 from mqformer_jax.models.swin import resize_table
 from mqformer_jax.parallel.rules import named, path_name
 
-TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)")  # means nothing to another text encoder
+TEXT_SPACE = re.compile(
+    r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)"
+)  # means nothing to another text encoder
 TOKENIZER = "tokenizer.json"
 # fields of config.model that change what weights mean and not their shapes, by the paths they matter to
 MEANING = {
@@ -32,24 +36,32 @@ MEANING = {
 
 
 def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, list[str]]:
-    """Parameters and constants with what the checkpoints of `config.init_from` hold, in order; and what was done, in lines.
+    """Parameters and constants with what the checkpoints of `config.init_from` hold, in order; and what was done, in
+    lines.
 
-    A part whose kind differs (another backbone, another text encoder and all that speaks its language) is left out and named.
-    Tables of positions are cut or resized; what is new beside trained weights starts as the identity. Raises ValueError in one line
-    for any other difference of shape, and for weights that fit and would mean something else (MEANING), unless
-    `config.init_skip` (regexes over parameter paths) leaves them fresh.
+    A part whose kind differs (another backbone, another text encoder and all that speaks its language) is left out and
+    named. Tables of positions are cut or resized; what is new beside trained weights starts as the identity. Raises
+    ValueError in one line for any other difference of shape, and for weights that fit and would mean something else
+    (MEANING), unless `config.init_skip` (regexes over parameter paths) leaves them fresh.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in config.init_from:
         weights = load_weights(path)
         theirs = named(weights.params) | named(weights.frozen)
-        foreign = {why: what for why, what in _foreign(weights.config.model, config.model).items() if any(map(what.search, theirs))}
+        foreign = {
+            why: what
+            for why, what in _foreign(weights.config.model, config.model).items()
+            if any(map(what.search, theirs))
+        }
         skipped = (*foreign.values(), *map(_pattern, config.init_skip))
         wanted = {name: value for name, value in theirs.items() if not any(pattern.search(name) for pattern in skipped)}
         _check_meaning(path, wanted, weights.config.model, config.model)
         _check_shapes(path, wanted, named(params) | named(frozen))
         used: set[str] = set()
-        trees = {name: jax.tree_util.tree_map_with_path(lambda p, leaf: _take(p, leaf, wanted, used), tree) for name, tree in trees.items()}
+        trees = {
+            name: jax.tree_util.tree_map_with_path(lambda p, leaf: _take(p, leaf, wanted, used), tree)
+            for name, tree in trees.items()
+        }
         if not used:
             raise ValueError(
                 f"{path}: nothing of it fits this config{''.join(f'; {reason}' for reason in foreign)}: take it out of config.init_from."
@@ -59,13 +71,16 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         if unused := sorted(set(wanted) - used):
             lines.append(f"{path}: this model has no place for {_summary(unused)}")
     if "grain" in params and "grain" not in loaded and "heads/class_embed/kernel" in loaded:
-        trees["params"]["grain"] = jax.tree.map(jnp.zeros_like, params["grain"])  # trained classes know no grain: the identity
+        trees["params"]["grain"] = jax.tree.map(
+            jnp.zeros_like, params["grain"]
+        )  # trained classes know no grain: the identity
     fresh = sorted({**named(params), **named(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
 
 
 def bring_tokenizer(config: ConfigDict, workdir: str) -> None:
-    """Copy the tokenizer of the checkpoint of `init_from` that brings the text encoder into the run, which is then whole by itself.
+    """Copy the tokenizer of the checkpoint of `init_from` that brings the text encoder into the run, which is then
+    whole by itself.
 
     Raises FileNotFoundError in one line for a folder of `init_from` without a checkpoint.
     """

@@ -1,9 +1,10 @@
 """Ctrl-C ends a command at once, with one line, wherever it is.
 
-Python's way is an exception in whatever code happens to run. That does not fit a program that spends its time in compiled code: the
-exception waits until a compilation is over, a callback of the garbage collector swallows it, and a library that catches it reports a
-damaged file. Here a thread of its own receives the signal and ends the process. This is safe at any moment, since every file is
-written under a temporary name first, as it must be for a process that can be killed.
+Python's way is an exception in whatever code happens to run. That does not fit a program that spends its time in
+compiled code: the exception waits until a compilation is over, a callback of the garbage collector swallows it, and a
+library that catches it reports a damaged file. Here a thread of its own receives the signal and ends the process. This
+is safe at any moment, since every file is written under a temporary name first, as it must be for a process that can be
+killed.
 """
 
 from __future__ import annotations
@@ -31,8 +32,9 @@ _exits_on_sigterm = False
 def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
     """Let Ctrl-C print `message` and end this process with `status` from now on. A later call changes both.
 
-    Call it from the main thread of a command, before slow imports. A library or a notebook keeps Python's KeyboardInterrupt. A process
-    that was started with SIGINT ignored (by nohup, or in the background of a script) goes on ignoring it, as is the custom.
+    Call it from the main thread of a command, before slow imports. A library or a notebook keeps Python's
+    KeyboardInterrupt. A process that was started with SIGINT ignored (by nohup, or in the background of a script) goes
+    on ignoring it, as is the custom.
     """
     global _socket, _writer, _message, _status
     _message, _status = message, status
@@ -40,14 +42,18 @@ def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
         return
     _socket, _writer = socket.socketpair()
     _writer.setblocking(False)
-    sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # it cleans up after this process, and would say so in two lines
+    sys.warnoptions.append(
+        "ignore:resource_tracker:UserWarning"
+    )  # it cleans up after this process, and would say so in two lines
     signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)  # signals that have no Python handler are not written to the socket
     threading.Thread(target=_watch, args=(_socket,), name="ctrl-c", daemon=True).start()
 
 
 def exit_now(status: int, message: str) -> None:
-    """End this process at once: print `message` to stderr, end child processes, remove temporary paths. Never returns."""
+    """End this process at once: print `message` to stderr, end child processes, remove temporary paths. Never
+    returns.
+    """
     os.write(2, f"\n{message}\n".encode())
     for step in (_flush_stdout, _kill_children, _remove_temporary, *_before_exit):
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
@@ -62,7 +68,9 @@ def before_exit(step: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def removed_on_exit(path: str | os.PathLike) -> Iterator[None]:
-    """Remove a temporary file or folder if Ctrl-C ends the process inside this context; the caller removes it otherwise."""
+    """Remove a temporary file or folder if Ctrl-C ends the process inside this context; the caller removes it
+    otherwise.
+    """
     _temporary.add(os.fspath(path))
     try:
         yield
@@ -82,7 +90,9 @@ def deaf_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(ask: Callable[[], bool]) -> Iterator[None]:
-    """Inside this context, Ctrl-C does not end the process where `ask()` returns True: the caller then stops by itself."""
+    """Inside this context, Ctrl-C does not end the process where `ask()` returns True: the caller then stops by
+    itself.
+    """
     global _postpone
     _postpone = ask
     try:
@@ -93,7 +103,9 @@ def postponed(ask: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Inside this context, SIGTERM ends a command at once with status 0. It needs a Python handler of SIGTERM, of any kind."""
+    """Inside this context, SIGTERM ends a command at once with status 0. It needs a Python handler of SIGTERM, of any
+    kind.
+    """
     global _exits_on_sigterm
     _exits_on_sigterm = True
     try:

@@ -10,7 +10,9 @@ from mqformer_jax import command_line
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe, e.g. configs/coco_ref.py or configs/coco_ref.py:sample.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and pictures go; a run found there goes on.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where checkpoints, metrics and pictures go; a run found there goes on."
+)
 
 
 def main(argv: list[str]) -> None:

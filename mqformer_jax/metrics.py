@@ -73,14 +73,18 @@ class Metrics:
     def _emit(self, step: int, values: dict[str, float]) -> None:
         if not self.writes:
             return
-        with open(self.path, "a") as file:  # closed after each line: a mounted bucket shows, and keeps, closed files only
+        with open(
+            self.path, "a"
+        ) as file:  # closed after each line: a mounted bucket shows, and keeps, closed files only
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
 
 def _forget_after(path: str, step: int) -> dict[str, float]:
-    """Drop the lines of steps that will be done again, and a line that was cut short; the last value of everything else."""
+    """Drop the lines of steps that will be done again, and a line that was cut short; the last value of everything
+    else.
+    """
     if not os.path.exists(path):
         return {}
     with open(path) as f:

@@ -21,7 +21,9 @@ KEPT = 5  # batches kept of a run that skips
 
 
 class NotFinite:
-    """Watches the metrics of steps. Where one is not finite, the run stops, or goes on without it (`config.not_finite`)."""
+    """Watches the metrics of steps. Where one is not finite, the run stops, or goes on without it
+    (`config.not_finite`).
+    """
 
     def __init__(self, config: ConfigDict, workdir: str, loader: Loader):
         self.config, self.workdir, self.loader = config, workdir, loader
@@ -48,19 +50,28 @@ class NotFinite:
         if not stops:
             logging.warning("%s; the step is skipped (%d so far)", what, self.skipped)
             return
-        weights = Weights(self.config, *(jax.tree.map(np.asarray, whole(tree, _mesh(state))) for tree in (state.params, state.frozen)))
+        weights = Weights(
+            self.config, *(jax.tree.map(np.asarray, whole(tree, _mesh(state))) for tree in (state.params, state.frozen))
+        )
         save_weights(folder, weights, {"step": step})
         raise FloatingPointError(
             f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, or set config.not_finite='skip'."
         )
 
     def _keep_batch(self, step: int, folder: str, measured: dict[str, Any]) -> str:
-        """This host's rows of a step's batch, drawn again from the stream, as HOST.npz and HOST.json; in words, which images it holds."""
+        """This host's rows of a step's batch, drawn again from the stream, as HOST.npz and HOST.json; in words, which
+        images it holds.
+        """
         host, hosts = jax.process_index(), jax.process_count()
         batch, notes = next(self.loader.stream(step, host, hosts))
         os.makedirs(folder, exist_ok=True)
-        np.savez_compressed(os.path.join(folder, f"{host}.npz"), **{name: getattr(batch, name) for name in batch.__dataclass_fields__})
-        rows = [{"data": self.loader.names[s], "image": note.key, "prompts": note.texts} for s, note in zip(batch.source, notes)]
+        np.savez_compressed(
+            os.path.join(folder, f"{host}.npz"), **{name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        )
+        rows = [
+            {"data": self.loader.names[s], "image": note.key, "prompts": note.texts}
+            for s, note in zip(batch.source, notes)
+        ]
         losses = np.asarray(measured["per_image"], np.float64)[len(rows) * host : len(rows) * (host + 1)]
         for row, loss in zip(rows, losses):
             row["loss"] = float(loss) if np.isfinite(loss) else str(loss)

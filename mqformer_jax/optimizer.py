@@ -26,7 +26,8 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with a learning rate a group; a frozen group (rate 0) has no state and no part in the clip.
+    """Global-norm clip, then AdamW with a learning rate a group; a frozen group (rate 0) has no state and no part in
+    the clip.
 
     Weight decay leaves out norms and embeddings; Linear and Conv biases are decayed (Mask DINO).
     """

@@ -1,6 +1,7 @@
 """Predictor: a checkpoint, an image and words in; Segments out. And its command line:
 
-    python -m mqformer_jax.predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --task=panoptic --out=found
+    python -m mqformer_jax.predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --task=panoptic
+    --out=found
 
 A prompt with a star owns one region (stuff), one without may own several segments (things).
 """
@@ -82,9 +83,16 @@ class Predictor:
     """
 
     def __init__(
-        self, config: ConfigDict, params: Any, frozen: Any, tokenizer: Tokenizer, devices: Sequence[jax.Device] | None = None
+        self,
+        config: ConfigDict,
+        params: Any,
+        frozen: Any,
+        tokenizer: Tokenizer,
+        devices: Sequence[jax.Device] | None = None,
     ):
-        """devices: of this host, which share the images of a batch, the whole model on each; default: where `params` are."""
+        """devices: of this host, which share the images of a batch, the whole model on each; default: where `params`
+        are.
+        """
         self.config, self.tokenizer = config, tokenizer
         self.canvas = tuple(config.data.canvas)
         self.refiner: Refiner | None = None
@@ -119,17 +127,23 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> "Predictor":
-        """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is its own."""
+        """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is
+        its own.
+        """
         weights = load_weights(path)
         tokenizer = make_tokenizer(weights.config.model.text, path)
         try:
             predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
         except IncompleteModel as e:
-            raise ValueError(f"{path} is not a whole model ({e}): start a training from it with config.init_from.") from e
+            raise ValueError(
+                f"{path} is not a whole model ({e}): start a training from it with config.init_from."
+            ) from e
         predictor.refiner = Refiner.load(path)
         return predictor
 
-    def embed(self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)) -> Float[Array, "p e"]:
+    def embed(
+        self, texts: Sequence[str], regions: Sequence[bool], templates: Sequence[str] = ("{}",)
+    ) -> Float[Array, "p e"]:
         """Prompts as vectors; each text is encoded once in the predictor's life.
 
         templates: wordings around each text ("a photo of a {}."), whose directions are averaged (CLIP, OpenSeeD).
@@ -143,7 +157,9 @@ class Predictor:
         return self._embed(self.params, self.frozen, *padded)[: len(texts)]
 
     def _vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "p e"]:
-        """What the text encoder says, from memory where it has said it; some at a time, which bounds memory and lengths."""
+        """What the text encoder says, from memory where it has said it; some at a time, which bounds memory and
+        lengths.
+        """
         if len(self._known) > KNOWN:
             self._known.clear()
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
@@ -162,8 +178,8 @@ class Predictor:
     ) -> list[Answer]:
         """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        Images are padded to `batch` (default: their number) and prompts to a `bucket`, so that few shapes are compiled. canvas:
-        height, width that images are fitted into, the recipe's unless given.
+        Images are padded to `batch` (default: their number) and prompts to a `bucket`, so that few shapes are compiled.
+        canvas: height, width that images are fitted into, the recipe's unless given.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
         batch += -batch % self.shares
@@ -177,7 +193,9 @@ class Predictor:
         sizes = np.full((batch, 2), canvas, np.int32)
         for i, (padded, size) in enumerate(fitted):
             pixels[i], sizes[i] = padded, size
-        probs, boxes, masks = jax.device_get(self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid)))
+        probs, boxes, masks = jax.device_get(
+            self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid))
+        )
         answers = []
         for i in range(count):
             output = images[i].shape[:2]
@@ -201,13 +219,14 @@ class Predictor:
     ) -> Segments | list[Segments]:
         """Segments of a uint8 RGB image for the prompts; of a list of images, which are batched, a list.
 
-        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt), "referring" or
-            "foreground" (one region a prompt), "matting" (the same with `alphas`, where the checkpoint has a refiner).
+        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt),
+            "referring" or "foreground" (one region a prompt), "matting" (the same with `alphas`, where the checkpoint
+            has a refiner).
         regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
             panoptic and instance, all otherwise.
         queries: whose answers count: "all", "learnable" or "conditional" ones.
-        score: the least score of a segment, instead of the recipe's `eval.keep` (panoptic) or `eval.absent` (one region a prompt), and
-            of none (instance).
+        score: the least score of a segment, instead of the recipe's `eval.keep` (panoptic) or `eval.absent` (one region
+            a prompt), and of none (instance).
         """
         images = [image] if isinstance(image, np.ndarray) else list(image)
         for i in images:
@@ -218,13 +237,21 @@ class Predictor:
         if task not in TASKS:
             raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
         if task == "matting" and self.refiner is None:
-            raise ValueError("task 'matting': this checkpoint has no refiner; train one with `python -m mqformer_jax.refine`.")
-        regions = np.full(len(prompts), task not in ("panoptic", "instance")) if regions is None else np.asarray(regions, bool)
+            raise ValueError(
+                "task 'matting': this checkpoint has no refiner; train one with `python -m mqformer_jax.refine`."
+            )
+        regions = (
+            np.full(len(prompts), task not in ("panoptic", "instance"))
+            if regions is None
+            else np.asarray(regions, bool)
+        )
         classes = task in ("panoptic", "instance", "semantic")
         embedded = self.embed(prompts, regions, self.config.data.templates if classes else ("{}",))
         answering, thresholds = self._kind(queries), with_score(self.config.eval, score)
         if queries != "all":
-            thresholds = ConfigDict({**thresholds, "least": max(0.0, thresholds.least)})  # the silent ones score nothing
+            thresholds = ConfigDict(
+                {**thresholds, "least": max(0.0, thresholds.least)}
+            )  # the silent ones score nothing
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
             some = images[start : start + self.config.eval.batch_size]
@@ -247,7 +274,9 @@ class Predictor:
             raise ValueError(f"queries {queries!r} is not one of {', '.join(counts)}.")
         asked = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
         if not asked.any():
-            raise ValueError(f"queries {queries!r}: this model has none of them (config.model.queries = {self.config.model.queries!r}).")
+            raise ValueError(
+                f"queries {queries!r}: this model has none of them (config.model.queries = {self.config.model.queries!r})."
+            )
         return asked[:, None]
 
 
@@ -274,7 +303,9 @@ def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
     return normalize(sum(normalize(v) for v in vectors)) * length
 
 
-def answer_segments(answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict) -> Segments:
+def answer_segments(
+    answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict
+) -> Segments:
     """The rule of a task with the thresholds of a config (`config.eval`): the one way from answers to segments."""
     if task == "panoptic":
         return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
@@ -294,7 +325,8 @@ def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[
     return np.clip(xyxy, 0, np.tile(output[::-1], 2)).astype(np.float32)
 
 
-# --- the command line ---------------------------------------------------------------------------------------------------------------
+# --- the command line
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
@@ -308,7 +340,9 @@ def read_prompts(text: str) -> tuple[list[str], list[bool]]:
 
 
 def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
-    """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so itself."""
+    """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so
+    itself.
+    """
     if text is None and task in ("foreground", "matting"):
         text = "foreground"
     if text is not None and text.startswith("@"):
@@ -384,8 +418,12 @@ def literal(text: str) -> object:
 
 def run() -> None:
     flags.DEFINE_string("checkpoint", None, "A workdir of mqformer_jax.main, or a converted whole model.")
-    flags.DEFINE_multi_string("image", None, "A file, folder, pattern or - (standard input: an image, or a path a line); may be repeated.")
-    flags.DEFINE_string("prompts", None, 'What to look for, parted by ";"; a star marks one region: "sky*; car". Or @FILE, one a line.')
+    flags.DEFINE_multi_string(
+        "image", None, "A file, folder, pattern or - (standard input: an image, or a path a line); may be repeated."
+    )
+    flags.DEFINE_string(
+        "prompts", None, 'What to look for, parted by ";"; a star marks one region: "sky*; car". Or @FILE, one a line.'
+    )
     flags.DEFINE_enum("task", "panoptic", TASKS, "How to answer.")
     flags.DEFINE_string("out", "predictions", "The folder for pictures, json and masks.")
     flags.DEFINE_float("score", None, "The least score of a segment; default: the recipe's, and 0.3 for instances.")

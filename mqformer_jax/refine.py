@@ -37,13 +37,16 @@ from mqformer_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from mqformer_jax.predict import Predictor
 from mqformer_jax.segments import soft_mask
 
-OwnMasks = dict[int, np.ndarray]  # of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
+OwnMasks = dict[
+    int, np.ndarray
+]  # of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
 OWN_SIDE = 256
 SLACK = 0.02  # how far the outlines that are measured lie from the true ones, in the image's larger side
 
 
 def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> dict[str, Any]:
-    """Train `config.matting` on this host's devices; the refiner lies in WORKDIR/refiner. Returns what was measured on `matting.sets`.
+    """Train `config.matting` on this host's devices; the refiner lies in WORKDIR/refiner. Returns what was measured on
+    `matting.sets`.
 
     Batches depend on the seed and the step alone. checkpoint: a workdir whose model's own masks take part as guidance.
     """
@@ -65,7 +68,10 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
 
     # -- steps --------------------------------------------------------------------------------------------------------
     pending = []
-    with open(os.path.join(workdir, "refine_metrics.jsonl"), "w") as log, tqdm(total=matting.steps, desc="refine", unit="step") as bar:
+    with (
+        open(os.path.join(workdir, "refine_metrics.jsonl"), "w") as log,
+        tqdm(total=matting.steps, desc="refine", unit="step") as bar,
+    ):
         for done, batch in enumerate(make_batches(config, sources, own), 1):
             state, terms = step(state, frozen, batch)
             # read at once: on a CPU, two steps under way on several devices can wait for each other for ever
@@ -89,22 +95,30 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
 
 
 class RefineStep:
-    """The compiled step of the refiner: a batch's images over as many of this host's devices as can share them, the weights on each."""
+    """The compiled step of the refiner: a batch's images over as many of this host's devices as can share them, the
+    weights on each.
+    """
 
     def __init__(self, config: ConfigDict):
         self.config, matting = config, config.matting
         self.graph, self.params, self.frozen = build_refiner(config)
         optimizer = config.optimizer.copy_and_resolve_references()
         warmup = max(1, matting.steps // 20)
-        optimizer.update(learning_rate=matting.learning_rate, schedule="cosine", warmup=warmup, clip=1.0, backbone=matting.encoder)
+        optimizer.update(
+            learning_rate=matting.learning_rate, schedule="cosine", warmup=warmup, clip=1.0, backbone=matting.encoder
+        )
         self.optimizer = make_optimizer(optimizer, matting.steps, self.params)
         devices = jax.local_devices()
         self.mesh = make_mesh((-1, 1, 1), devices[: math.gcd(len(devices), matting.batch_size)])
         everywhere, split = replicated(self.mesh), batch_sharding(self.mesh)
-        self._step = jax.jit(self._update, in_shardings=(everywhere, everywhere, split), out_shardings=everywhere, donate_argnums=0)
+        self._step = jax.jit(
+            self._update, in_shardings=(everywhere, everywhere, split), out_shardings=everywhere, donate_argnums=0
+        )
 
     def init(self) -> tuple[tuple[Any, Any], Any, list[str]]:
-        """The first state, the constants, and what the checkpoints of `config.matting.init_from` gave to the image encoder, in lines."""
+        """The first state, the constants, and what the checkpoints of `config.matting.init_from` gave to the image
+        encoder, in lines.
+        """
         everywhere, report = replicated(self.mesh), []
         params, frozen = jax.device_put((self.params, self.frozen), everywhere)
         if self.config.matting.init_from:
@@ -114,7 +128,9 @@ class RefineStep:
             params, frozen, report = initialize(params, frozen, start)
         return jax.device_put((params, self.optimizer.init(params)), everywhere), frozen, report
 
-    def __call__(self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
+    def __call__(
+        self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]
+    ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
         """state: parameters and those of the optimiser; donated. Returns the next ones, and the terms of the loss."""
         return self._step(state, frozen, batch)
 
@@ -142,7 +158,9 @@ def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
             if matte.foreground:
                 mask = _own_mask(predictor, prompt, matte)
                 share = min(1.0, OWN_SIDE / max(mask.shape))
-                found[i] = np.round(cv2.resize(mask, None, fx=share, fy=share, interpolation=cv2.INTER_AREA) * 255).astype(np.uint8)
+                found[i] = np.round(
+                    cv2.resize(mask, None, fx=share, fy=share, interpolation=cv2.INTER_AREA) * 255
+                ).astype(np.uint8)
     return found
 
 
@@ -151,9 +169,11 @@ def _own_mask(predictor: Predictor, prompt: jax.Array, matte: Matte) -> np.ndarr
     return soft_mask(answer.class_probs, answer.masks, 0)
 
 
-def measure(refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, pictures: int) -> dict[str, Any]:
-    """SAD and MSE before and after refinement, of rough masks (the matte at a half, its outline SLACK too far out or in, in turn)
-    and of the model's own foregrounds; and a sheet of each in WORKDIR/pictures."""
+def measure(
+    refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, pictures: int
+) -> dict[str, Any]:
+    """SAD and MSE before and after refinement, of rough masks (the matte at a half, its outline SLACK too far out or
+    in, in turn) and of the model's own foregrounds; and a sheet of each in WORKDIR/pictures."""
 
     def rough(matte: Matte) -> np.ndarray:
         grow = round(SLACK * max(matte.alpha.shape))
@@ -194,15 +214,23 @@ def _replace(folder: str, weights: Weights, about: dict) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line a data set and kind of mask: SAD (thousands of pixels), MSE (thousandths) and Grad (thousands), before -> after."""
+    """A line a data set and kind of mask: SAD (thousands of pixels), MSE (thousandths) and Grad (thousands), before ->
+    after.
+    """
     line = "{:>24}  {:5} masks"
-    line += "".join(f"  {name.upper()} {{mask[{name}]:.2f}} -> {{refined[{name}]:.2f}}" for name in ("sad", "mse", "grad"))
-    return "\n".join(line.format(name, kind, **r) for name, kinds in results.items() for kind, r in kinds.items() if r["mask"])
+    line += "".join(
+        f"  {name.upper()} {{mask[{name}]:.2f}} -> {{refined[{name}]:.2f}}" for name in ("sad", "mse", "grad")
+    )
+    return "\n".join(
+        line.format(name, kind, **r) for name, kinds in results.items() for kind, r in kinds.items() if r["mask"]
+    )
 
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise ValueError(f"unexpected arguments {argv[1:]}: options are --config, --workdir, --checkpoint and --config.FIELD=VALUE.")
+        raise ValueError(
+            f"unexpected arguments {argv[1:]}: options are --config, --workdir, --checkpoint and --config.FIELD=VALUE."
+        )
     given = flags.FLAGS
     recipes.check(given.config)
     if not given["verbosity"].present:
@@ -213,7 +241,9 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/lite.py:small.", lock_config=True)
-    flags.DEFINE_string("workdir", None, f"Where the refiner goes, in a folder '{FOLDER}': the workdir of a model, or another.")
+    flags.DEFINE_string(
+        "workdir", None, f"Where the refiner goes, in a folder '{FOLDER}': the workdir of a model, or another."
+    )
     flags.DEFINE_string("checkpoint", None, "A trained model, whose own masks the refiner shall learn to mend.")
     flags.mark_flags_as_required(["config", "workdir"])
     command_line.run(main, "mqformer_jax.refine", "stopped; what it last saved is there.")

@@ -20,8 +20,11 @@ LARGEST = 2048  # pixels of an overlay's longer side: it is to be looked at, the
 REGIONS = ("referring", "foreground", "matting")  # tasks whose answer can be cut out
 
 
-def save(stem: str, image: UInt8[np.ndarray, "h w 3"], segments: Segments, task: str, source: str, masks: bool = False) -> list[str]:
-    """Writes STEM.json, STEM_overlay.png, and STEM_panoptic.png or STEM_cutout.png where the task has them; with `masks` a PNG each.
+def save(
+    stem: str, image: UInt8[np.ndarray, "h w 3"], segments: Segments, task: str, source: str, masks: bool = False
+) -> list[str]:
+    """Writes STEM.json, STEM_overlay.png, and STEM_panoptic.png or STEM_cutout.png where the task has them; with
+    `masks` a PNG each.
 
     Returns the paths. A file is there whole or not at all.
     """
@@ -42,7 +45,8 @@ def save(stem: str, image: UInt8[np.ndarray, "h w 3"], segments: Segments, task:
 
 
 def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -> dict:
-    """The segments in the words of COCO results: boxes x, y, width, height in pixels, masks as compressed run-length codes.
+    """The segments in the words of COCO results: boxes x, y, width, height in pixels, masks as compressed run-length
+    codes.
 
     `id` is the segment's value in the panoptic PNG.
     """
@@ -62,7 +66,14 @@ def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -
                 "query": int(segments.query_ids[i]),
             }
         )
-    return {"image": source, "height": size[0], "width": size[1], "task": task, "prompts": segments.texts, "segments": found}
+    return {
+        "image": source,
+        "height": size[0],
+        "width": size[1],
+        "task": task,
+        "prompts": segments.texts,
+        "segments": found,
+    }
 
 
 def cutout(image: UInt8[np.ndarray, "h w 3"], segments: Segments) -> UInt8[np.ndarray, "h w 4"]:
@@ -82,7 +93,9 @@ def _shrunk(image: np.ndarray, segments: Segments) -> tuple[np.ndarray, Segments
     masks = np.zeros((len(segments), size[1], size[0]), bool)
     for small, mask in zip(masks, segments.masks):
         small[...] = cv2.resize(mask.view(np.uint8), size, interpolation=cv2.INTER_NEAREST).view(bool)
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA), dataclasses.replace(segments, masks=masks, boxes=segments.boxes * scale)
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA), dataclasses.replace(
+        segments, masks=masks, boxes=segments.boxes * scale
+    )
 
 
 def _png(path: str, pixels: np.ndarray) -> str:

@@ -47,7 +47,15 @@ class Segments:
         """The segments that score more than `score`, as overlapping segments (no `panoptic` map)."""
         k = self.scores > score
         alphas = None if self.alphas is None else self.alphas[k]
-        return Segments(self.texts, self.masks[k], self.boxes[k], self.scores[k], self.prompt_ids[k], self.query_ids[k], alphas=alphas)
+        return Segments(
+            self.texts,
+            self.masks[k],
+            self.boxes[k],
+            self.scores[k],
+            self.prompt_ids[k],
+            self.query_ids[k],
+            alphas=alphas,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +81,17 @@ class CanvasMasks:
         """Some rows of those masks, all of them in the way `[]` has it."""
         if rows == slice(0, self.output[0]):
             return self[queries]
-        source = np.clip((np.arange(rows.start, rows.stop) + 0.5) * (self.valid[0] / self.output[0]) - 0.5, 0, self.valid[0] - 1)
+        source = np.clip(
+            (np.arange(rows.start, rows.stop) + 0.5) * (self.valid[0] / self.output[0]) - 0.5, 0, self.valid[0] - 1
+        )
         first, last = int(source[0]), int(np.ceil(source[-1]))
         upper, share = source.astype(int) - first, (source % 1).astype(np.float32)[:, None]
         lower = np.minimum(upper + 1, last - first)
         out = np.empty((len(queries), len(source), self.output[1]), np.float32)
         for image, wanted in zip(restore(self.logits[queries], self.canvas, self.valid, self.valid), out):
-            wide = cv2.resize(image[first : last + 1], (self.output[1], last + 1 - first), interpolation=cv2.INTER_LINEAR)
+            wide = cv2.resize(
+                image[first : last + 1], (self.output[1], last + 1 - first), interpolation=cv2.INTER_LINEAR
+            )
             wanted[...] = wide[upper] * (1 - share) + wide[lower] * share
         return out
 
@@ -93,8 +105,8 @@ def restore(
 ) -> Float[np.ndarray, "q h0 w0"]:
     """Masks of the padded canvas brought back to the image: up to the canvas, cropped to the image in it, resized.
 
-    canvas, valid, output: (height, width) in pixels of the padded input, of the image on it, of the image the user gave.
-    Bilinear with pixel centres at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
+    canvas, valid, output: (height, width) in pixels of the padded input, of the image on it, of the image the user
+    gave. Bilinear with pixel centres at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
     """
     out = np.empty((len(mask_logits), *output), np.float32)
     for low, full in zip(np.asarray(mask_logits, np.float32), out):
@@ -115,15 +127,22 @@ def panoptic_segments(
 ) -> Segments:
     """Every pixel to at most one segment (Mask DINO, `panoptic_inference`).
 
-    Queries whose best prompt scores above `keep` compete for pixels with score x mask probability. A query that wins less
-    than `overlap` of its own mask is dropped; `region` prompts merge their queries into one segment. `temperature`
-    replaces the competing scores by softmax(class_probs / temperature) over the prompts: Mask DINO's 0.06 for COCO's long
-    list of classes, but None (plain scores) for lists of a few prompts, where a softmax says nothing.
+    Queries whose best prompt scores above `keep` compete for pixels with score x mask probability. A query that wins
+    less than `overlap` of its own mask is dropped; `region` prompts merge their queries into one segment. `temperature`
+    replaces the competing scores by softmax(class_probs / temperature) over the prompts: Mask DINO's 0.06 for COCO's
+    long list of classes, but None (plain scores) for lists of a few prompts, where a softmax says nothing.
     """
     _, h, w = mask_logits.shape
     queries = np.flatnonzero(class_probs.max(1, initial=0) > keep)
     if not len(queries):
-        return _segments(texts, np.zeros((0, h, w), bool), np.zeros(0), np.zeros(0, int), np.zeros(0, int), np.zeros((h, w), np.int32))
+        return _segments(
+            texts,
+            np.zeros((0, h, w), bool),
+            np.zeros(0),
+            np.zeros(0, int),
+            np.zeros(0, int),
+            np.zeros((h, w), np.int32),
+        )
     ranks = _sharpen(class_probs[queries], temperature)
     labels = ranks.argmax(1)
     winner, own, own_area = _contest(mask_logits, queries, ranks.max(1))
@@ -151,8 +170,10 @@ def panoptic_segments(
 def _contest(
     mask_logits: Masks, queries: Int[np.ndarray, "k"], scores: Float[np.ndarray, "k"]
 ) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, "k"]]:
-    """Which of the queries has the largest score x mask probability at each pixel (the first of equals), whether the pixel is in
-    that query's own mask, and the area of each one's own mask. One mask after the other, since those of a large photo fill a machine."""
+    """Which of the queries has the largest score x mask probability at each pixel (the first of equals), whether the
+    pixel is in that query's own mask, and the area of each one's own mask. One mask after the other, since those of a
+    large photo fill a machine.
+    """
     shape = mask_logits.shape[1:]
     best, winner, own = np.full(shape, -1, np.float32), np.zeros(shape, np.int32), np.zeros(shape, bool)
     area = np.zeros(len(queries), int)
@@ -181,8 +202,8 @@ def instance_segments(
     """The `top` best (query, prompt) pairs, best first; segments may overlap (Mask DINO, `instance_inference`).
 
     A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
-    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken; those that
-    score no more than `least` are left out.
+    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken;
+    those that score no more than `least` are left out.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
     count = min(top, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
@@ -191,7 +212,11 @@ def instance_segments(
     best = best[flat[best] > least]  # masks only lower a score, and are dear
     queries, prompts = np.divmod(best, class_probs.shape[1])
     used, row = np.unique(queries, return_inverse=True)
-    masks, scores, inside = np.empty((len(used), *mask_logits.shape[1:]), bool), flat[best], np.ones(len(used), np.float32)
+    masks, scores, inside = (
+        np.empty((len(used), *mask_logits.shape[1:]), bool),
+        flat[best],
+        np.ones(len(used), np.float32),
+    )
     for i, query in enumerate(used):
         (logits,) = mask_logits[[query]]
         np.greater(logits, 0, out=masks[i])
@@ -200,7 +225,14 @@ def instance_segments(
     scores = scores * inside[row]
     order = np.argsort(-scores, kind="stable")
     order = order[scores[order] > least]
-    return Segments(list(texts), masks[row[order]], boxes[queries[order]], scores[order].astype(np.float32), prompts[order], queries[order])
+    return Segments(
+        list(texts),
+        masks[row[order]],
+        boxes[queries[order]],
+        scores[order].astype(np.float32),
+        prompts[order],
+        queries[order],
+    )
 
 
 def semantic_map(
@@ -220,7 +252,11 @@ def semantic_map(
         band = slice(top, min(top + rows, h))
         total = np.zeros((weights.shape[1], (band.stop - top) * w), np.float32)
         for part in np.array_split(np.arange(len(queries)), max(1, len(queries) // 64)):
-            logits = mask_logits.band(queries[part], band) if isinstance(mask_logits, CanvasMasks) else mask_logits[queries[part], band]
+            logits = (
+                mask_logits.band(queries[part], band)
+                if isinstance(mask_logits, CanvasMasks)
+                else mask_logits[queries[part], band]
+            )
             total += weights[part].T @ _sigmoid(logits).reshape(len(part), -1)
         labels[band] = total.argmax(0).reshape(-1, w)
     return labels
@@ -265,7 +301,8 @@ def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt:
 def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
     """The labelled masks of a record as Segments whose prompts are the classes of `info`, crowds left out.
 
-    Classes that are not things own one segment, the union of theirs. Where masks overlap, a `panoptic` pixel is the smaller one's.
+    Classes that are not things own one segment, the union of theirs. Where masks overlap, a `panoptic` pixel is the
+    smaller one's.
     """
     masks: list[np.ndarray] = []
     labels: list[int] = []
@@ -283,7 +320,9 @@ def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
     for i in np.argsort(-stack.sum((1, 2)), kind="stable"):
         panoptic[stack[i]] = i + 1
     ids = np.full(len(labels), -1)
-    return _segments([c.name for c in info.classes], stack, np.ones(len(labels)), np.asarray(labels, int), ids, panoptic)
+    return _segments(
+        [c.name for c in info.classes], stack, np.ones(len(labels)), np.asarray(labels, int), ids, panoptic
+    )
 
 
 def _segments(texts, masks, scores, prompt_ids, query_ids, panoptic) -> Segments:

@@ -25,7 +25,9 @@ class TextCache:
     """
 
     def __init__(self, config: ConfigDict, params: Any):
-        graph, _ = nnx.split(nnx.eval_shape(lambda: make_text_encoder(config.text, nnx.Rngs(0), jnp.dtype(config.dtype))))
+        graph, _ = nnx.split(
+            nnx.eval_shape(lambda: make_text_encoder(config.text, nnx.Rngs(0), jnp.dtype(config.dtype)))
+        )
         self._encode = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens).astype(jnp.float32))
         self._params = jax.device_put(params, jax.local_devices()[0])
         self._known: dict[bytes, np.ndarray] = {}

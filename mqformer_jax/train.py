@@ -25,7 +25,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     """Train `config` in `workdir`, from its newest checkpoint where there is one; returns the last evaluation.
 
     Every batch and every random number depends on the seed and the step alone, so a run that was stopped and goes on is
-    the run that was not (bit for bit on CPU). Returns None where it was told to end (SIGTERM): it saved, and is not done.
+    the run that was not (bit for bit on CPU). Returns None where it was told to end (SIGTERM): it saved, and is not
+    done.
     """
     os.makedirs(workdir, exist_ok=True)
     command_line.keep_compiled()
@@ -61,9 +62,19 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         batches = loader.batches(step, jax.process_index(), jax.process_count())
         if config.optimizer.text == 0:
             batches = map(TextCache(config.model, whole(state.params["text_encoder"], train_step.mesh)), batches)
-        bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", dynamic_ncols=True, smoothing=0.05, disable=not is_first())
+        bar = tqdm(
+            total=config.steps,
+            initial=step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.05,
+            disable=not is_first(),
+        )
         told, before = False, None
-        at_once = jax.default_backend() == "cpu"  # where two steps under way on several devices can wait for each other for ever
+        at_once = (
+            jax.default_backend() == "cpu"
+        )  # where two steps under way on several devices can wait for each other for ever
         with bar:
             while step < config.steps and not told:
                 alive = before["alive"] if before and config.not_finite == "stop" else None
@@ -90,7 +101,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                         metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
                 bar.update()
         if any(loader.bad.values()):
-            print("records that could not be used, left out: " + ", ".join(f"{k} {v}" for k, v in loader.bad.items() if v))
+            print(
+                "records that could not be used, left out: " + ", ".join(f"{k} {v}" for k, v in loader.bad.items() if v)
+            )
 
         # -- what came of it ------------------------------------------------------------------------------------------
         results = None

@@ -23,7 +23,15 @@ from mqformer_jax.losses.criterion import Counts, Weights, criterion, image_keys
 from mqformer_jax.losses.denoising import noise_targets
 from mqformer_jax.models.mqformer import MQFormer
 from mqformer_jax.optimizer import make_optimizer
-from mqformer_jax.parallel.mesh import BATCH, IMAGES, batch_sharding, gather_slices, over_images, replicated, sum_over_images
+from mqformer_jax.parallel.mesh import (
+    BATCH,
+    IMAGES,
+    batch_sharding,
+    gather_slices,
+    over_images,
+    replicated,
+    sum_over_images,
+)
 from mqformer_jax.parallel.rules import shardings
 
 
@@ -75,20 +83,33 @@ class TrainStep:
 
         shapes = jax.eval_shape(create, self._init_key)
         self.layout = shardings(shapes, mesh, config.rules)
-        self.abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.layout)
+        self.abstract = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.layout
+        )
         self._create = jax.jit(create, out_shardings=self.layout)
         step = make_step(config, self.graph, optimizer, jax.random.fold_in(key, 1), mesh, self.layout.params)
         whole = replicated(mesh)
         self.compiled = jax.jit(
-            step, in_shardings=(self.layout, batch_sharding(mesh), whole), out_shardings=(self.layout, whole), donate_argnums=0
+            step,
+            in_shardings=(self.layout, batch_sharding(mesh), whole),
+            out_shardings=(self.layout, whole),
+            donate_argnums=0,
         )
-        self.arguments = self.abstract, abstract_batch(config), jax.ShapeDtypeStruct((), bool)  # what the step is compiled for
+        self.arguments = (
+            self.abstract,
+            abstract_batch(config),
+            jax.ShapeDtypeStruct((), bool),
+        )  # what the step is compiled for
 
     def init(self) -> TrainState:
         return self._create(self._init_key)
 
-    def __call__(self, state: TrainState, batch: Batch, alive: Bool[Array, ""] | None = None) -> tuple[TrainState, dict[str, Array]]:
-        """alive: the metric of that name of the step before; where it is false, the weights stay as they are. None: it is true."""
+    def __call__(
+        self, state: TrainState, batch: Batch, alive: Bool[Array, ""] | None = None
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """alive: the metric of that name of the step before; where it is false, the weights stay as they are. None: it
+        is true.
+        """
         if alive is None:  # laid out like the metric: another layout would be another compilation
             alive = jax.device_put(np.bool_(True), replicated(self.mesh))
         return self.compiled(state, batch, alive)
@@ -99,16 +120,22 @@ class TrainStep:
 
 
 def make_step(
-    config: ConfigDict, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, key: Array, mesh: Mesh, layout: Any
+    config: ConfigDict,
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    key: Array,
+    mesh: Mesh,
+    layout: Any,
 ) -> Callable:
     """The pure function state, batch, alive -> state, metrics. Randomness depends on the seed and the step alone.
 
-    Each device computes the loss of its own images, `config.accumulate` parts of them one after the other, divided by what the whole
-    global batch holds; so gradients are summed over devices once, at the end. Parameters that live in slices (fsdp) are gathered
+    Each device computes the loss of its own images, `config.accumulate` parts of them one after the other, divided by
+    what the whole global batch holds; so gradients are summed over devices once, at the end. Parameters that live in
+    slices (fsdp) are gathered
     once, before: one whole copy fits where the activations of one image do.
 
-    A step whose loss or gradient is not finite changes no weights. Handed on as `alive`, that keeps later steps from changing them, too:
-    the weights stay what they were when the batch came that broke them.
+    A step whose loss or gradient is not finite changes no weights. Handed on as `alive`, that keeps later steps from
+    changing them, too: the weights stay what they were when the batch came that broke them.
     """
     weights, dn = Weights(**config.loss, noised_masks=config.denoising.masks), config.denoising
     specs = jax.tree.map(lambda sharding: sharding.spec, layout)
@@ -152,7 +179,13 @@ def make_step(
         finite = jnp.isfinite(metrics["total"]) & jnp.isfinite(metrics["gradient_norm"])
         new = TrainState(state.step, optax.apply_updates(state.params, updates), state.frozen, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite & alive, new, old), new, state)
-        return new.replace(step=state.step + 1), {**metrics, **by_image, "source": batch.source, "finite": finite, "alive": finite & alive}
+        return new.replace(step=state.step + 1), {
+            **metrics,
+            **by_image,
+            "source": batch.source,
+            "finite": finite,
+            "alive": finite & alive,
+        }
 
     return step
 
@@ -165,7 +198,9 @@ def abstract_batch(config: ConfigDict) -> Batch:
     return Batch(
         image=array(jnp.uint8, h, w, 3),
         size=array(jnp.int32, 2),
-        tokens=array(jnp.float32, p, text.embed_dim) if config.optimizer.text == 0 else array(jnp.int32, p, text.context),
+        tokens=array(jnp.float32, p, text.embed_dim)
+        if config.optimizer.text == 0
+        else array(jnp.int32, p, text.context),
         prompt_valid=array(bool, p),
         prompt_region=array(bool, p),
         prompt_exhaustive=array(bool, p),

@@ -32,10 +32,11 @@ def overlay(
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The segments in colour over the image, with contours and a label each (its prompt, and its score in percent).
 
-    A colour belongs to a prompt, in shades for several segments of it, so that two pictures of one list of prompts compare.
+    A colour belongs to a prompt, in shades for several segments of it, so that two pictures of one list of prompts
+    compare.
     `among`: the prompts that the colours are spread over, all of them unless given; of a long list, give those in use.
-    Small images are enlarged by a whole factor (see `SMALL`). `boxes` draws them too. A label that finds no room is left
-    out, smaller segments first. Ground truth (query id -1) shows no scores.
+    Small images are enlarged by a whole factor (see `SMALL`). `boxes` draws them too. A label that finds no room is
+    left out, smaller segments first. Ground truth (query id -1) shows no scores.
     """
     factor = max(1, SMALL // max(image.shape[:2]))
     masks = [_enlarge(m, factor) for m in segments.masks]
@@ -51,9 +52,13 @@ def overlay(
     canvas = np.ascontiguousarray(canvas.round().astype(np.uint8))
     thickness = max(1, round(max(canvas.shape) / 600))
     for i in largest_first:
-        wider = cv2.copyMakeBorder(masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE)  # no line along the image's edge
+        wider = cv2.copyMakeBorder(
+            masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE
+        )  # no line along the image's edge
         outlines, _ = cv2.findContours(wider, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(canvas, outlines, -1, (0.3 * shades[i] + 0.7 * 255).tolist(), thickness, cv2.LINE_AA, offset=(-4, -4))
+        cv2.drawContours(
+            canvas, outlines, -1, (0.3 * shades[i] + 0.7 * 255).tolist(), thickness, cv2.LINE_AA, offset=(-4, -4)
+        )
     if boxes:
         for i in largest_first:
             x0, y0, x1, y1 = (segments.boxes[i] * factor).round().astype(int).tolist()
@@ -133,7 +138,10 @@ def prediction_sheet(shown: Sequence[Shown], info: DatasetInfo, path: str) -> No
         row = [("", _enlarged(item.image))]
         if item.panoptic is not None:
             among = np.union1d(truth.prompt_ids, item.panoptic.prompt_ids)
-            row += [("", overlay(item.image, truth, among=among)), ("", overlay(item.image, item.panoptic, among=among))]
+            row += [
+                ("", overlay(item.image, truth, among=among)),
+                ("", overlay(item.image, item.panoptic, among=among)),
+            ]
         rows.append(row + ([] if item.regions is None else _region_cells(item)))
     columns = ["input"] + ["ground truth", "prediction"] * any(item.panoptic is not None for item in shown)
     sheet(rows, path, columns + ["asked for"] * (max(map(len, rows)) - len(columns)))
@@ -143,11 +151,15 @@ def _region_cells(item: Shown, most: int = 3) -> list[tuple[str, np.ndarray]]:
     """One picture an expression, the words below it; expressions spread over the image's list."""
     regions = item.regions
     rows = np.unique(np.linspace(0, len(regions) - 1, most).round().astype(int))
-    return [(f"“{regions.texts[i]}” {100 * regions.scores[i]:.0f}", spotlight(item.image, regions.masks[i])) for i in rows]
+    return [
+        (f"“{regions.texts[i]}” {100 * regions.scores[i]:.0f}", spotlight(item.image, regions.masks[i])) for i in rows
+    ]
 
 
 def spotlight(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """The masked part in its own colours, outlined; all else dim and grey. Small images are enlarged as in `overlay`."""
+    """The masked part in its own colours, outlined; all else dim and grey. Small images are enlarged as in
+    `overlay`.
+    """
     mask, image = _enlarge(mask, max(1, SMALL // max(image.shape[:2]))), _enlarged(image)
     grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
     canvas = np.where(mask[..., None], image, (40 + 0.45 * grey).astype(np.uint8))
@@ -162,7 +174,9 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
-    """A PNG with one plot a key. runs: label → JSON-lines file of metrics, each line with "step" and some of the keys."""
+    """A PNG with one plot a key. runs: label → JSON-lines file of metrics, each line with "step" and some of the
+    keys.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window and no global state, unlike pyplot
     from matplotlib.figure import Figure
 
@@ -179,7 +193,9 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
             points = [(entry["step"], entry[key]) for entry in lines if key in entry]
             if points:
                 marker = "o" if len(points) < 20 else None  # a run evaluated once is a point
-                axis.plot(*zip(*points), marker=marker, color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label)
+                axis.plot(
+                    *zip(*points), marker=marker, color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label
+                )
         axis.set(title=key, xlabel="step")
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
@@ -189,7 +205,12 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
 
 
 def _draw_labels(
-    canvas: np.ndarray, texts: list[str], masks: list[np.ndarray], boxes: np.ndarray, shades: np.ndarray, order: np.ndarray
+    canvas: np.ndarray,
+    texts: list[str],
+    masks: list[np.ndarray],
+    boxes: np.ndarray,
+    shades: np.ndarray,
+    order: np.ndarray,
 ) -> None:
     """Writes each text where its segment is widest, or outside it where it would hide it; in place."""
     height, width = canvas.shape[:2]
@@ -273,7 +294,10 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, "3"]:
     """sRGB (0 to 255) of an OKLCH colour (Ottosson 2020): equal lightness looks equal in every hue. hue: turns."""
     a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
-    lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [a, b]
+    lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [
+        a,
+        b,
+    ]
     to_rgb = [[4.0767416621, -3.3077115913, 0.2309699292], [-1.2684380046, 2.6097574011, -0.3413193965]]
     to_rgb += [[-0.0041960863, -0.7034186147, 1.7076147010]]
     linear = np.clip(to_rgb @ (lightness + lms) ** 3, 0, 1)

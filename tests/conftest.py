@@ -1,4 +1,6 @@
-"""Eight virtual devices for the sharding tests, one compilation cache for the whole suite, and compilation that takes half the time."""
+"""Eight virtual devices for the sharding tests, one compilation cache for the whole suite, and compilation that takes
+half the time.
+"""
 
 import os
 import pathlib
@@ -8,11 +10,14 @@ import sys
 import tempfile
 import zipfile
 
-# Tests compile more than they compute: machine code need not be fast. On a busy machine eight devices come to a meeting far apart.
+# Tests compile more than they compute: machine code need not be fast. On a busy machine eight devices come to a meeting
+# far apart.
 FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that nohup started ignores Ctrl-C, and so would what it starts
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a suite that nohup started ignores Ctrl-C, and so would what it starts
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -71,7 +76,21 @@ def sample_root(tmp_path_factory) -> str:
     """The embedded sample, a few scenes of it, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("records")
     script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
-    command = [sys.executable, str(script), "sample", "--out", str(root), "--train", "32", "--val", "4", "--size", "64", "--workers", "1"]
+    command = [
+        sys.executable,
+        str(script),
+        "sample",
+        "--out",
+        str(root),
+        "--train",
+        "32",
+        "--val",
+        "4",
+        "--size",
+        "64",
+        "--workers",
+        "1",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     return str(root)
 
@@ -81,7 +100,11 @@ def small_root(real_data, tmp_path_factory) -> str:
     """Every family of the real data, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("small")
     script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
-    subprocess.run([sys.executable, str(script), "small", "--source", str(real_data), "--out", str(root)], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, str(script), "small", "--source", str(real_data), "--out", str(root)],
+        check=True,
+        capture_output=True,
+    )
     return str(root)
 
 

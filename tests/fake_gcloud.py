@@ -1,7 +1,8 @@
 """A Google Cloud project in a folder, for tests/test_launch_tpu.py: a bucket, and a TPU of two workers.
 
-Its gcloud writes down what it is called for, and does it. Its ssh runs the command in this machine's shell and the worker's home,
-with stand-ins for what needs a network or root (apt, uv, gcsfuse) and for the program, so that what the script sends is really run.
+Its gcloud writes down what it is called for, and does it. Its ssh runs the command in this machine's shell and the
+worker's home, with stand-ins for what needs a network or root (apt, uv, gcsfuse) and for the program, so that what the
+script sends is really run.
 """
 
 import contextlib
@@ -95,7 +96,11 @@ def make_place(place: Path) -> Path:
     """A small checkout to launch from, and the stand-ins."""
     (place / "tools" / "images").mkdir(parents=True)
     for name, body in (("gcloud", GCLOUD), *TOOLS.items()):
-        fails = f'[ "${{FAIL:-}} ${{HOME##*/}}" != "{name.removeprefix("images/")} worker1" ] || exit 1\n' if name in TOOLS else ""
+        fails = (
+            f'[ "${{FAIL:-}} ${{HOME##*/}}" != "{name.removeprefix("images/")} worker1" ] || exit 1\n'
+            if name in TOOLS
+            else ""
+        )
         (place / "tools" / name).write_text(f"#!/usr/bin/env bash\n{fails}{body}\n")
         (place / "tools" / name).chmod(0o755)
     (place / "checkout").mkdir()
@@ -135,12 +140,22 @@ class Cloud:
         return subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, timeout=60)
 
     def words(self, command: str, *args: str) -> list[str]:
-        settings = ("--name=mq", "--zone=z", "--type=v5litepod-8", "--version=v2", "--bucket=b", "--wait=0", "--retries=2")
+        settings = (
+            "--name=mq",
+            "--zone=z",
+            "--type=v5litepod-8",
+            "--version=v2",
+            "--bucket=b",
+            "--wait=0",
+            "--retries=2",
+        )
         flags = ("--", *FLAGS) if command in ("run", "all", "watch") and "--" not in args else ()
         return [str(self.checkout / "launch_tpu.sh"), command, *settings, *args, *flags]
 
     def launch(self, command: str, *args: str, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(self.words(command, *args), env=self.env | env, capture_output=True, text=True, timeout=60, cwd="/")
+        return subprocess.run(
+            self.words(command, *args), env=self.env | env, capture_output=True, text=True, timeout=60, cwd="/"
+        )
 
     def ok(self, command: str, *args: str, **env: str) -> str:
         result = self.launch(command, *args, **env)

@@ -21,7 +21,9 @@ def load(module: nnx.Module, plan: Plan, tensors: dict[str, np.ndarray], part: s
     """
     prefix = plan.part if part is None else part
     shapes = leaves(nnx.to_pure_dict(nnx.split(module)[1]))
-    values, report = apply(plan, tensors, {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in shapes.items()})
+    values, report = apply(
+        plan, tensors, {f"{prefix}/{path}" if prefix else path: leaf for path, leaf in shapes.items()}
+    )
     assert not report.missing and not report.mismatched, report.table()
     assert part is not None or not report.unused, report.table()
     return fill(module, values, prefix)
@@ -32,7 +34,9 @@ def state_dict(torch_module) -> dict[str, np.ndarray]:
     return {key: value.detach().cpu().numpy() for key, value in torch_module.state_dict().items()}
 
 
-MEASURED: dict[str, dict[str, tuple[float, float]]] = {}  # component: {"forward" or "gradient": largest difference, largest value}
+MEASURED: dict[
+    str, dict[str, tuple[float, float]]
+] = {}  # component: {"forward" or "gradient": largest difference, largest value}
 
 
 def assert_agrees(component: str, kind: str, ours, theirs, tolerance: float = 1e-4, told: str = "") -> None:

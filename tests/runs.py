@@ -1,4 +1,6 @@
-"""Runs of `python -m mqformer_jax.main` on the tiny recipe as a user starts them: one process, or several on loopback."""
+"""Runs of `python -m mqformer_jax.main` on the tiny recipe as a user starts them: one process, or several on
+loopback.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,20 @@ def losses(workdir: os.PathLike) -> dict[int, float]:
 
 
 class Run:
-    """Processes that train together in a workdir, `devices` virtual devices each; what each of them prints lies in `logs`."""
+    """Processes that train together in a workdir, `devices` virtual devices each; what each of them prints lies in
+    `logs`.
+    """
 
-    def __init__(self, workdir: pathlib.Path, root: str, cache: pathlib.Path, processes: int = 1, devices: int = 1, *options: str):
-        command = [sys.executable, "-m", "mqformer_jax.main", f"--config={REPOSITORY}/tests/tiny.py:train", f"--config.data.root={root}"]
+    def __init__(
+        self, workdir: pathlib.Path, root: str, cache: pathlib.Path, processes: int = 1, devices: int = 1, *options: str
+    ):
+        command = [
+            sys.executable,
+            "-m",
+            "mqformer_jax.main",
+            f"--config={REPOSITORY}/tests/tiny.py:train",
+            f"--config.data.root={root}",
+        ]
         environment = {
             **os.environ,
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",

@@ -25,7 +25,9 @@ def state(step: int, mesh=None) -> TrainState:
     kernel = jnp.arange(3200.0).reshape(40, 80) + step
     if mesh is not None:
         kernel = jax.device_put(kernel, NamedSharding(mesh, SPEC))
-    return TrainState(jnp.int32(step), {"kernel": kernel, "layers": [jnp.ones(3)]}, {"mean": jnp.zeros(7)}, (jnp.zeros(2),))
+    return TrainState(
+        jnp.int32(step), {"kernel": kernel, "layers": [jnp.ones(3)]}, {"mean": jnp.zeros(7)}, (jnp.zeros(2),)
+    )
 
 
 def abstract(tree):
@@ -51,7 +53,9 @@ def restore(workdir):
 
 @pytest.mark.parametrize("kept", [0.5, 0])
 def test_a_file_cut_short_sends_back_to_the_checkpoint_before(workdir, kept, caplog):
-    """Each file of the newest checkpoint in turn: the newest or, if that cannot be read, the one before; never anything else."""
+    """Each file of the newest checkpoint in turn: the newest or, if that cannot be read, the one before; never anything
+    else.
+    """
     newest = pathlib.Path(workdir, "checkpoints", "3")
     whole = {path.relative_to(newest): path.read_bytes() for path in files(newest)}
     went_back = 0
@@ -84,19 +88,26 @@ def test_what_is_damaged_makes_room_for_the_step_done_again(workdir):
 def test_where_none_can_be_read_all_stay_and_one_line_says_so(workdir):
     for path in files(pathlib.Path(workdir, "checkpoints")):
         path.write_bytes(b"")
-    with pytest.raises(ValueError, match="no checkpoint can be read.*step 3.*step 2.*step 1.*bring back a copy") as error:
+    with pytest.raises(
+        ValueError, match="no checkpoint can be read.*step 3.*step 2.*step 1.*bring back a copy"
+    ) as error:
         restore(workdir)
     assert "\n" not in str(error.value) and len(os.listdir(os.path.join(workdir, "checkpoints"))) == 3
 
 
 def test_a_checkpoint_of_another_shape_is_named_and_left_alone(workdir):
     other = state(0).replace(params={"kernel": jnp.zeros((40, 81)), "layers": [jnp.ones(3)]})
-    with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=r"kernel: \(40, 80\) in the checkpoint, \(40, 81\) here"):
+    with (
+        Checkpoints(workdir) as checkpoints,
+        pytest.raises(ValueError, match=r"kernel: \(40, 80\) in the checkpoint, \(40, 81\) here"),
+    ):
         checkpoints.restore(abstract(other))
     assert not list(pathlib.Path(workdir).glob("damaged*"))
 
 
-@pytest.mark.parametrize("before, after", [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 2, 4)), ((2, 2, 2), None), (None, (4, 2, 1))])
+@pytest.mark.parametrize(
+    "before, after", [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 2, 4)), ((2, 2, 2), None), (None, (4, 2, 1))]
+)
 def test_it_is_restored_onto_any_mesh(tmp_path, before, after):
     place = lambda shape: None if shape is None else make_mesh(shape)
     with Checkpoints(str(tmp_path)) as checkpoints:

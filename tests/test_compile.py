@@ -26,7 +26,9 @@ def report(eight_chips):
     config = get_config()
     config.mesh = (2, 4, 1)
     config.model.dtype = "bfloat16"
-    jax.config.update("jax_enable_compilation_cache", False)  # what was compiled for chips that are not there cannot be read again
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what was compiled for chips that are not there cannot be read again
     try:
         return pods.measure(config, "v5e:2x4", eight_chips)
     finally:
@@ -46,7 +48,9 @@ def test_the_old_state_makes_room_for_the_new_one(report):
 
 
 def test_no_collective_runs_in_a_loop(report):
-    """Deformable attention, matcher, points and top-k stay on their device; weights are gathered once, gradients summed once."""
+    """Deformable attention, matcher, points and top-k stay on their device; weights are gathered once, gradients summed
+    once.
+    """
     assert {"all-gather", "all-reduce"} <= set(report["collectives"])
     assert {kind: entry["in_loops"] for kind, entry in report["collectives"].items() if entry["in_loops"]} == {}
 
@@ -89,7 +93,9 @@ def test_a_topology_that_there_is_not_is_one_line(eight_chips, name):
     assert f"--topology={name}" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, devices", [("v5e:1x1", 1), ("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("tpu7x:2x2x1", 8)])
+@pytest.mark.parametrize(
+    "name, devices", [("v5e:1x1", 1), ("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("tpu7x:2x2x1", 8)]
+)
 def test_every_generation_has_its_topologies(eight_chips, name, devices):
     assert len(pods.get_topology(name)) == devices and name.partition(":")[0] in pods.CHIPS
 
@@ -113,7 +119,10 @@ def test_remedies_end_with_what_fits(monkeypatch):
     monkeypatch.setattr(pods, "measure", measure)
     tried = [change for change, _ in pods.advice(config, "v5e:2x4", [None] * 8)]
     assert seen[-1] == ("layers", 2, (1, -1, 1), 16) and len(tried) == 4
-    assert tried[-1] == '--config.model.remat="dots" --config.model.remat="layers" --config.accumulate=2 --config.mesh=(1, -1, 1)'
+    assert (
+        tried[-1]
+        == '--config.model.remat="dots" --config.model.remat="layers" --config.accumulate=2 --config.mesh=(1, -1, 1)'
+    )
 
 
 def test_a_wrong_topology_ends_the_command_in_one_line():

@@ -18,7 +18,9 @@ from mqformer_jax.segments import Segments
 
 
 class Stripes:
-    """Stands for a Predictor: each prompt owns a stripe of the image, the last prompt nothing; remembers what it was asked."""
+    """Stands for a Predictor: each prompt owns a stripe of the image, the last prompt nothing; remembers what it was
+    asked.
+    """
 
     def __init__(self):
         self.config, self.asked = get_config(), []
@@ -47,17 +49,26 @@ def test_prompts_are_parted_by_semicolons_and_a_star_says_one_region():
     assert demo.read_prompts(" ; ") == ([], [])
 
 
-@pytest.mark.parametrize("task, regions", [("panoptic", [False, True, False]), ("instance", [False, True, False]), ("semantic", None)])
+@pytest.mark.parametrize(
+    "task, regions", [("panoptic", [False, True, False]), ("instance", [False, True, False]), ("semantic", None)]
+)
 def test_only_tasks_that_tell_things_from_regions_are_told(task, regions):
     predictor = Stripes()
     demo.answer(predictor, IMAGE, "ball; sky*; star", task, queries="learnable")
     (asked,) = predictor.asked
-    assert asked.prompts == ["ball", "sky", "star"] and asked.regions == regions and (asked.task, asked.queries) == (task, "learnable")
+    assert (
+        asked.prompts == ["ball", "sky", "star"]
+        and asked.regions == regions
+        and (asked.task, asked.queries) == (task, "learnable")
+    )
 
 
 def test_the_legend_has_the_overlays_colours_in_the_order_of_the_prompts():
     reply = demo.answer(Stripes(), IMAGE, "ball; sky*; star", "panoptic")
-    assert [(r.prompt, round(r.score, 2), round(r.share, 3)) for r in reply.rows] == [("ball", 0.9, 0.333), ("sky", 0.7, 0.333)]
+    assert [(r.prompt, round(r.score, 2), round(r.share, 3)) for r in reply.rows] == [
+        ("ball", 0.9, 0.333),
+        ("sky", 0.7, 0.333),
+    ]
     colour = np.array([int(reply.rows[0].color[i : i + 2], 16) for i in (1, 3, 5)])
     seen = reply.overlay[:, : reply.overlay.shape[1] // 4].reshape(-1, 3).mean(0)
     others = np.array([int(reply.rows[1].color[i : i + 2], 16) for i in (1, 3, 5)])
@@ -73,12 +84,18 @@ def test_the_archive_holds_each_mask_as_png_and_as_run_length_code():
         for i, segment in enumerate(said["segments"]):
             mask = read(segment["file"]) == 255
             np.testing.assert_array_equal(mask, decode_rle(segment["segmentation"]["counts"].encode(), 40, 60))
-            assert mask[:, 20 * i : 20 * i + 20].all() and mask.sum() == segment["area"] == 800 and segment["bbox"] == [20 * i, 0, 20, 40]
+            assert (
+                mask[:, 20 * i : 20 * i + 20].all()
+                and mask.sum() == segment["area"] == 800
+                and segment["bbox"] == [20 * i, 0, 20, 40]
+            )
         np.testing.assert_array_equal(read("overlay.png")[..., ::-1], reply.overlay)
 
 
 def test_mattes_are_written_as_shares_of_each_pixel():
-    found = Segments(["cat"], np.ones((1, 4, 4), bool), np.array([[0, 0, 4, 4.0]]), np.ones(1), np.zeros(1, int), np.zeros(1, int))
+    found = Segments(
+        ["cat"], np.ones((1, 4, 4), bool), np.array([[0, 0, 4, 4.0]]), np.ones(1), np.zeros(1, int), np.zeros(1, int)
+    )
     found.alphas = np.full((1, 4, 4), 0.5, np.float32)
     with zipfile.ZipFile(io.BytesIO(demo.archive(found, IMAGE, {"task": "matting"}))) as zipped:
         matte = cv2.imdecode(np.frombuffer(zipped.read("masks/01_cat.png"), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -146,8 +163,21 @@ def browser(tmp_path):
         pytest.skip("chromium and chromedriver are not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    quiet = ("no-first-run", "disable-background-networking", "disable-component-update", "disable-sync", "disable-quic")
-    for flag in ("headless=new", "no-sandbox", "disable-gpu", *quiet, "window-size=1280,1000", f"user-data-dir={tmp_path / 'profile'}"):
+    quiet = (
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "disable-quic",
+    )
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        *quiet,
+        "window-size=1280,1000",
+        f"user-data-dir={tmp_path / 'profile'}",
+    ):
         options.add_argument(f"--{flag}")
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
@@ -195,7 +225,10 @@ class Page:
         next(x for x in self.all(f"{group} label") if x.text.lower() == label).click()
 
     def rows(self):
-        return [[cell.text for cell in row.find_elements("css selector", "td")][1:] for row in self.all("table.legend tr")[1:]]
+        return [
+            [cell.text for cell in row.find_elements("css selector", "td")][1:]
+            for row in self.all("table.legend tr")[1:]
+        ]
 
     def toast(self):
         return " ".join(x.text for x in self.all(".toast-body"))

@@ -74,13 +74,17 @@ def every_task(config):
 def test_details_hold_the_classes_and_the_worst_images_of_every_task(predictor, tiny_config, tmp_path):
     found = evaluate(predictor, every_task(tiny_config), str(tmp_path))
     details = json.loads((tmp_path / "eval_details.json").read_text())
-    assert {name: tuple(tasks) for name, tasks in details.items()} == {f"{name}/val": tasks for name, tasks in TASKS.items()}
+    assert {name: tuple(tasks) for name, tasks in details.items()} == {
+        f"{name}/val": tasks for name, tasks in TASKS.items()
+    }
     for name, tasks in details.items():
         for task, detail in tasks.items():
             assert all(set(image) > {"key"} and image["key"] for image in detail["worst_images"])
             assert task == "instance" or len(detail["worst_images"]) == IMAGES[name]
             assert bool(detail.get("classes")) == (task in ("panoptic", "instance", "semantic"))
-    assert {"instance.mask_ar_100", "foreground.s_measure", "foreground.mean_e", "matting.sad", "matting.conn"} <= set(found)
+    assert {"instance.mask_ar_100", "foreground.s_measure", "foreground.mean_e", "matting.sad", "matting.conn"} <= set(
+        found
+    )
 
 
 def test_a_refiner_has_keys_of_its_own(predictor, tiny_config, tmp_path, monkeypatch):
@@ -110,8 +114,15 @@ def test_predictions_are_saved_as_benchmarks_take_them(predictor, tiny_config, t
     lists = {path.stem: json.loads(path.read_text()) for path in scenes.glob("*.json")}
     assert set(lists) == {"bbox", "segm", "panoptic", "referring", "categories"}
     assert len(lists["segm"]) == len(lists["bbox"]) > 0 and len(lists["referring"]) > 0
-    assert {a["file_name"] for a in lists["panoptic"]["annotations"]} == {path.name for path in (scenes / "panoptic").glob("*.png")}
-    for folder, count in ((scenes / "panoptic", 4), (scenes / "semantic", 4), (mattes / "foreground", 1), (mattes / "matting", 1)):
+    assert {a["file_name"] for a in lists["panoptic"]["annotations"]} == {
+        path.name for path in (scenes / "panoptic").glob("*.png")
+    }
+    for folder, count in (
+        (scenes / "panoptic", 4),
+        (scenes / "semantic", 4),
+        (mattes / "foreground", 1),
+        (mattes / "matting", 1),
+    ):
         assert len(list(folder.glob("*.png"))) == count
 
 
@@ -144,7 +155,9 @@ def test_only_the_named_sets_are_evaluated(tiny_config):
 def command(*arguments) -> subprocess.CompletedProcess:
     recipe = pathlib.Path(__file__).parent / "tiny.py"
     given = [sys.executable, "-m", "mqformer_jax.evaluate", f"--config={recipe}", *arguments]
-    return subprocess.run(given, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(recipe.parent.parent)})
+    return subprocess.run(
+        given, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(recipe.parent.parent)}
+    )
 
 
 def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config, sample_root, tmp_path):
@@ -159,4 +172,8 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config,
 
 def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path):
     done = command(f"--checkpoint={tmp_path}/none")
-    assert done.returncode == 1 and f"{tmp_path}/none: no checkpoint there" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 1
+        and f"{tmp_path}/none: no checkpoint there" in done.stderr
+        and "Traceback" not in done.stderr
+    )

@@ -31,7 +31,11 @@ def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_
     for name, made_from in (("things_syn_m", "things"), ("things_syn", "things_syn_m")):
         (tmp_path / "data/records" / name).mkdir()
         info = DatasetInfo(
-            name, (ClassInfo(("cat",)),), {"train": 400}, expressions={"train": 9 * name.endswith("syn")}, made_from=made_from
+            name,
+            (ClassInfo(("cat",)),),
+            {"train": 400},
+            expressions={"train": 9 * name.endswith("syn")},
+            made_from=made_from,
         )
         info.save(str(tmp_path / "data/records" / name))
     config = recipe("things_syn", "finetune")
@@ -46,10 +50,16 @@ def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
     monkeypatch.setattr("mqformer_jax.checkpoint.load_config", lambda path: theirs)
     config = recipe("things,runs/other", "finetune")
     recipes.check(config)
-    assert config.model == theirs.model and config.data.canvas == theirs.data.canvas and config.init_from == ("runs/other",)
+    assert (
+        config.model == theirs.model
+        and config.data.canvas == theirs.data.canvas
+        and config.init_from == ("runs/other",)
+    )
 
 
-@pytest.mark.parametrize("variant, says", [("", ":NAME"), ("unknown", "'unknown' split 'train' is not in data/records")])
+@pytest.mark.parametrize(
+    "variant, says", [("", ":NAME"), ("unknown", "'unknown' split 'train' is not in data/records")]
+)
 def test_a_name_that_is_missing_or_unknown_is_one_line(variant, says):
     with pytest.raises(ValueError, match=says) as error:
         recipe(variant, "finetune")

@@ -54,7 +54,9 @@ def test_an_animation_is_its_first_frame(tmp_path):
 
 def test_what_is_no_image_or_is_cut_short_is_one_line(tmp_path):
     (tmp_path / "notes.jpg").write_text("not a picture")
-    whole = saved(tmp_path, "whole.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    whole = saved(
+        tmp_path, "whole.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    )
     (tmp_path / "half.jpg").write_bytes(open(whole, "rb").read()[:900])
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("notes.jpg", "half.jpg", "empty.png"):

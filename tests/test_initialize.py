@@ -36,7 +36,9 @@ def other(tmp_path_factory):
     folders = [str(tmp_path_factory.mktemp(name)) for name in ("parts", "rest")]
     encoders = {name: params[name] for name in ("backbone", "text_encoder")}
     save_weights(folders[0], Weights(config, encoders, {}), {})
-    save_weights(folders[1], Weights(config, {name: tree for name, tree in params.items() if name not in encoders}, frozen), {})
+    save_weights(
+        folders[1], Weights(config, {name: tree for name, tree in params.items() if name not in encoders}, frozen), {}
+    )
     return params, folders
 
 

@@ -28,7 +28,9 @@ def undisturbed(sample_root, tmp_path_factory, cache):
     return workdir
 
 
-def test_killed_at_random_and_told_to_end_it_ends_where_the_undisturbed_run_ends(undisturbed, sample_root, tmp_path, cache):
+def test_killed_at_random_and_told_to_end_it_ends_where_the_undisturbed_run_ends(
+    undisturbed, sample_root, tmp_path, cache
+):
     workdir, rng = tmp_path / "disturbed", random.Random(0)
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
         run = Run(workdir, sample_root, cache, 1, 1, STEPS)
@@ -39,9 +41,15 @@ def test_killed_at_random_and_told_to_end_it_ends_where_the_undisturbed_run_ends
         told = time.monotonic()
         (status,) = run.end(within=60)
         if number == signal.SIGTERM:
-            assert status == 0 and "saved; the same command goes on from the last checkpoint" in run.said() and time.monotonic() - told < 30
+            assert (
+                status == 0
+                and "saved; the same command goes on from the last checkpoint" in run.said()
+                and time.monotonic() - told < 30
+            )
             steps = max(losses(workdir))
-            assert (workdir / "checkpoints" / str(steps)).is_dir(), "the step it stopped at is saved, not the last interval"
+            assert (workdir / "checkpoints" / str(steps)).is_dir(), (
+                "the step it stopped at is saved, not the last interval"
+            )
         else:
             assert status == -signal.SIGKILL
     assert Run(workdir, sample_root, cache, 1, 1, STEPS).end() == [0]
@@ -51,7 +59,9 @@ def test_killed_at_random_and_told_to_end_it_ends_where_the_undisturbed_run_ends
 
 
 def test_two_processes_lose_one_and_go_on_and_end_as_one(undisturbed, sample_root, tmp_path, cache):
-    """Killed, told to end, and then taken over by a single process: always the losses of one process with the same global batch."""
+    """Killed, told to end, and then taken over by a single process: always the losses of one process with the same
+    global batch.
+    """
     workdir = tmp_path / "pair"
     pair = Run(workdir, sample_root, cache, 2, 2, STEPS, "--config.mesh=(2,2,1)")
     pair.until_it_trains(3)
@@ -71,7 +81,9 @@ def test_two_processes_lose_one_and_go_on_and_end_as_one(undisturbed, sample_roo
     found, expected = losses(workdir), losses(undisturbed)
     assert list(found) == list(expected)
     np.testing.assert_allclose([found[i] for i in range(1, 11)], [expected[i] for i in range(1, 11)], rtol=1e-4)
-    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.03)  # rounding grows from step to step
+    np.testing.assert_allclose(
+        list(found.values()), list(expected.values()), rtol=0.03
+    )  # rounding grows from step to step
 
 
 def test_four_processes_have_the_losses_of_one(undisturbed, sample_root, tmp_path, cache):
@@ -84,7 +96,9 @@ def test_four_processes_have_the_losses_of_one(undisturbed, sample_root, tmp_pat
     np.testing.assert_allclose([found[i] for i in range(1, 6)], [expected[i] for i in range(1, 6)], rtol=1e-4)
 
 
-@pytest.mark.parametrize("lines, names", [("JAX_NUM_PROCESSES=2", "go together"), ("JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2", "from 0 on")])
+@pytest.mark.parametrize(
+    "lines, names", [("JAX_NUM_PROCESSES=2", "go together"), ("JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2", "from 0 on")]
+)
 def test_half_an_environment_is_one_line(lines, names):
     from mqformer_jax.parallel.distributed import settings
 

@@ -1,4 +1,6 @@
-"""launch_tpu.sh against a gcloud that is not one: what it sends, what its workers do with it, and every step failing in turn."""
+"""launch_tpu.sh against a gcloud that is not one: what it sends, what its workers do with it, and every step failing in
+turn.
+"""
 
 import os
 import re
@@ -11,7 +13,9 @@ import pytest
 from fake_gcloud import FLAGS, GOES_ON, ONCE, SCRIPT, Cloud, last_line, make_place, until
 
 MISSING = [tool for tool in ("bash", "git", "flock", "setsid", "pkill", "sha256sum") if shutil.which(tool) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"the workers' commands are run here, and need {', '.join(MISSING)}")
+pytestmark = pytest.mark.skipif(
+    bool(MISSING), reason=f"the workers' commands are run here, and need {', '.join(MISSING)}"
+)
 
 COMMANDS = ("create", "sync", "install", "run", "all", "watch", "logs", "status", "stop", "delete")
 
@@ -92,7 +96,10 @@ def test_dry_run_prints_commands_and_runs_none(cloud, command):
 
 
 def test_the_program_says_what_the_script_looks_for():
-    assert re.search(r'grep -q "(.*)"', SCRIPT.read_text()).group(1) in (SCRIPT.parent / "mqformer_jax" / "main.py").read_text()
+    assert (
+        re.search(r'grep -q "(.*)"', SCRIPT.read_text()).group(1)
+        in (SCRIPT.parent / "mqformer_jax" / "main.py").read_text()
+    )
 
 
 # -- every step failing in turn ----------------------------------------------------------------------------------------

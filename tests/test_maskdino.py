@@ -1,4 +1,6 @@
-"""The whole of Mask DINO against numbers recorded from its own code: proposals, every decoder layer, masks, losses, gradients."""
+"""The whole of Mask DINO against numbers recorded from its own code: proposals, every decoder layer, masks, losses,
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,11 @@ def converted(folder: pathlib.Path, name: str, queries: str = "conditional"):
     plan = head_plan({key: value.shape for key, value in weights.items()})
     model = plan.config.model
     model.update(
-        heads=about["enc_nheads"], num_conditional=about["num_queries"], box_init=about["initialize_box_type"], dtype="float32", remat="none"
+        heads=about["enc_nheads"],
+        num_conditional=about["num_queries"],
+        box_init=about["initialize_box_type"],
+        dtype="float32",
+        remat="none",
     )
     model.backbone.update(name="convnet", widths=(8, *about["in_channels"]))
     if queries == "mixed":
@@ -82,16 +88,24 @@ def masks(outputs, stage: int):
     return np.einsum("bqd,bhwd->bqhw", outputs.matching.mask_embed[stage], outputs.mask_features)
 
 
-@pytest.mark.parametrize("name", ["maskdino_tiny_s0", "maskdino_tiny_s0_bitmask", "maskdino_tiny_s0_mask2box", "maskdino_h256_s0"])
+@pytest.mark.parametrize(
+    "name", ["maskdino_tiny_s0", "maskdino_tiny_s0_bitmask", "maskdino_tiny_s0_mask2box", "maskdino_h256_s0"]
+)
 def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
-    """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box initialisations."""
+    """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box
+    initialisations.
+    """
     arrays, _, about = recorded(fixtures, name)
     _, _, _, out = converted(fixtures, name)
     stages = ["interm", *(f"pred/{i}" for i in range(about["dec_layers"] + 1))]
     assert out.matching.boxes.shape[0] == len(stages)
     for i, stage in enumerate(stages):
         close = functools.partial(assert_agrees, kind="forward", told=stage)
-        close("Mask DINO proposals and layers: classes", ours=out.matching.class_logits[i], theirs=arrays[f"{stage}/pred_logits"])
+        close(
+            "Mask DINO proposals and layers: classes",
+            ours=out.matching.class_logits[i],
+            theirs=arrays[f"{stage}/pred_logits"],
+        )
         close("Mask DINO proposals and layers: boxes", ours=out.matching.boxes[i], theirs=arrays[f"{stage}/pred_boxes"])
         if f"{stage}/pred_masks" in arrays:
             close("Mask DINO proposals and layers: masks", ours=masks(out, i), theirs=arrays[f"{stage}/pred_masks"])
@@ -136,7 +150,9 @@ def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording
         for s, stage in enumerate(STAGES):
             points = draws[f"{stage}/matcher_points_{i}"][0]
             cost, excused = costs(points, *of_image(out, i, s), batch)
-            assert_agrees("Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}")
+            assert_agrees(
+                "Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}"
+            )
             assert not excused.any()
             query = np.array(jax.jit(match)(cost[0], batch.num_targets))
             target = np.argsort(query)
@@ -171,7 +187,9 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
 
     (total, terms), gradient = jax.jit(jax.value_and_grad(losses, has_aux=True, allow_int=True))(params)
     for name, value in terms.items():
-        assert_agrees("Mask DINO losses", "forward", value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], told=name)
+        assert_agrees(
+            "Mask DINO losses", "forward", value, [arrays[f"{stage}/{NAMES[name]}"] for stage in STAGES], told=name
+        )
     assert float(total) == pytest.approx(float(arrays["total_weighted"]), rel=1e-5)
     _, weights, _ = recorded(fixtures, "maskdino_tiny_s0")
     ours = invert(head_plan({key: value.shape for key, value in weights.items()}), leaves(gradient))
@@ -182,7 +200,9 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
 
 
 def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):
-    """What MQ-Former adds starts as the identity: the conditional queries of a converted Mask DINO are exactly its own."""
+    """What MQ-Former adds starts as the identity: the conditional queries of a converted Mask DINO are exactly its
+    own.
+    """
     _, _, _, alone = converted(fixtures, "maskdino_tiny_s0")
     _, _, _, mixed = converted(fixtures, "maskdino_tiny_s0", "mixed")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:, :, 5:], b, atol=1e-5), mixed.matching, alone.matching)

@@ -73,7 +73,9 @@ def test_no_prompt_and_an_unknown_task_are_one_line(predictor, image):
         predictor(image, ["sky"], task="depth")
 
 
-@pytest.mark.parametrize("wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)])
+@pytest.mark.parametrize(
+    "wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)]
+)
 def test_an_image_that_is_not_rgb_bytes_is_one_line(predictor, wrong):
     with pytest.raises(ValueError, match="uint8 RGB"):
         predictor(wrong, ["sky"])
@@ -95,7 +97,9 @@ def test_templates_are_averaged_as_directions(predictor):
     np.testing.assert_allclose(predictor.embed(texts, regions), predictor.embed(texts, regions, ["{}"]), atol=1e-6)
     templates = ["{}", "a photo of {}", "the small {}"]
     unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
-    merge = lambda t: np.array(predictor._encode(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts])))
+    merge = lambda t: np.array(
+        predictor._encode(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts]))
+    )
     each = [merge(t) for t in templates]
     found = np.array(predictor.embed(texts, regions, templates)) - np.array(predictor.params["grain"])[[1, 0]]
     np.testing.assert_allclose(unit(found), unit(sum(unit(e) for e in each)), atol=1e-5)
@@ -105,7 +109,9 @@ def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
     """What a converted Mask DINO is: a table of classes, plain dot products, conditional queries."""
     config = get_config()
     config.model.update(queries="conditional", score="dot", grain=False, box_init="bitmask")
-    config.model.text.update(name="classes", tokenizer="classes", classes=("sky", "traffic light"), context=1, embed_dim=9)
+    config.model.text.update(
+        name="classes", tokenizer="classes", classes=("sky", "traffic light"), context=1, embed_dim=9
+    )
     params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
     predictor = Predictor(config, params, frozen, make_tokenizer(config.model.text))
     found = predictor(image, ["Traffic  light"], task="instance")
@@ -127,7 +133,10 @@ def test_a_list_of_images_is_answered_like_each_alone(predictor, image):
 @pytest.mark.parametrize("task", ["referring", "panoptic", "instance"])
 def test_one_kind_of_query_can_be_asked_alone(predictor, image, task):
     learnable = predictor.config.model.num_learnable
-    found = {kind: predictor(image, ["sky", "ball"], task=task, queries=kind, score=0.0).query_ids for kind in ("learnable", "conditional")}
+    found = {
+        kind: predictor(image, ["sky", "ball"], task=task, queries=kind, score=0.0).query_ids
+        for kind in ("learnable", "conditional")
+    }
     assert len(found["learnable"]) and (found["learnable"] < learnable).all()
     assert len(found["conditional"]) and (found["conditional"] >= learnable).all()
     with pytest.raises(ValueError, match="all, learnable, conditional"):

@@ -30,7 +30,9 @@ def segments():
     masks[0, :10], masks[1, 20:, 30:] = True, True
     panoptic = (masks * np.array([1, 2])[:, None, None]).sum(0).astype(np.int32)
     boxes = np.array([[0, 0, 60, 10], [30, 20, 60, 40]], np.float32)
-    return Segments(["sky", "a/b"], masks, boxes, np.array([0.9, 0.4], np.float32), np.array([0, 1]), np.array([3, 0]), panoptic)
+    return Segments(
+        ["sky", "a/b"], masks, boxes, np.array([0.9, 0.4], np.float32), np.array([0, 1]), np.array([3, 0]), panoptic
+    )
 
 
 def test_prompts_are_parted_by_semicolons_and_a_star_marks_a_region(tmp_path):
@@ -45,7 +47,12 @@ def test_prompts_are_parted_by_semicolons_and_a_star_marks_a_region(tmp_path):
 
 
 def test_images_of_one_name_do_not_overwrite_each_other():
-    assert output_stems(["a/x.jpg", "b/x.png", "b/x_2.png", "-"], "out") == ["out/x", "out/x_2", "out/x_2_2", "out/stdin"]
+    assert output_stems(["a/x.jpg", "b/x.png", "b/x_2.png", "-"], "out") == [
+        "out/x",
+        "out/x_2",
+        "out/x_2_2",
+        "out/stdin",
+    ]
 
 
 def test_settings_are_numbers_where_they_read_as_such():
@@ -73,7 +80,14 @@ def test_a_cutout_is_as_opaque_as_the_matte_or_the_mask(image, segments):
 
 def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
     photo = np.zeros((30, 5000, 3), np.uint8)
-    found = Segments(["sky"], np.ones((1, 30, 5000), bool), np.array([[0, 0, 5000, 30.0]]), np.ones(1), np.zeros(1, int), np.zeros(1, int))
+    found = Segments(
+        ["sky"],
+        np.ones((1, 30, 5000), bool),
+        np.array([[0, 0, 5000, 30.0]]),
+        np.ones(1),
+        np.zeros(1, int),
+        np.zeros(1, int),
+    )
     save(str(tmp_path / "x"), photo, found, "instance", "x.jpg")
     assert Image.open(tmp_path / "x_overlay.png").size == (2048, 12)
     assert json.loads((tmp_path / "x.json").read_text())["segments"][0]["area"] == 150_000
@@ -82,7 +96,13 @@ def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_path, image, segments, capsys):
     Image.fromarray(image).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no picture")
-    bad = answer_files(lambda _: segments, [str(tmp_path / n) for n in ("bad.png", "good.png")], "panoptic", str(tmp_path / "out"), False)
+    bad = answer_files(
+        lambda _: segments,
+        [str(tmp_path / n) for n in ("bad.png", "good.png")],
+        "panoptic",
+        str(tmp_path / "out"),
+        False,
+    )
     assert bad == 1 and (tmp_path / "out/good.json").exists() and not (tmp_path / "out/bad.json").exists()
     assert "bad.png: not an image" in capsys.readouterr().out
 
@@ -94,7 +114,14 @@ def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tmp_path
     Image.fromarray(image).save(tmp_path / "photo.png")
 
     def run(*options):
-        command = [sys.executable, "-m", "mqformer_jax.predict", f"--checkpoint={tmp_path}/run", f"--out={tmp_path}/out", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "mqformer_jax.predict",
+            f"--checkpoint={tmp_path}/run",
+            f"--out={tmp_path}/out",
+            *options,
+        ]
         return subprocess.run(command, capture_output=True, text=True)
 
     photo = f"--image={tmp_path}/photo.png"

@@ -41,7 +41,10 @@ def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, samp
     mattes = [matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i)]
     for grow in (-1, 1, 4):
         results, _ = compare(refiner, mattes, lambda matte: rough_mask(matte.alpha, 0.5, grow), 0)
-        assert results["refined"]["sad"] < 0.95 * results["mask"]["sad"] and results["refined"]["mse"] < results["mask"]["mse"]
+        assert (
+            results["refined"]["sad"] < 0.95 * results["mask"]["sad"]
+            and results["refined"]["mse"] < results["mask"]["mse"]
+        )
 
 
 def test_what_was_measured_is_written_and_shown(trained):
@@ -55,7 +58,9 @@ def test_the_loss_of_every_line_is_told_and_falls(trained):
     lines = [json.loads(line) for line in open(f"{trained[0]}/refine_metrics.jsonl")]
     totals = [line["total"] for line in lines]
     assert lines[-1]["step"] == get_config().matting.steps and np.mean(totals[-50:]) < 0.95 * np.mean(totals[:50])
-    assert all(line["total"] == pytest.approx(line["l1"] + line["laplacian"] + line["coarse"], rel=1e-4) for line in lines)
+    assert all(
+        line["total"] == pytest.approx(line["l1"] + line["laplacian"] + line["coarse"], rel=1e-4) for line in lines
+    )
 
 
 def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, tmp_path):

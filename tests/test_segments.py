@@ -44,7 +44,11 @@ def maskdino():
 
 
 def inputs(arrays: dict, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return sigmoid(arrays[f"input/mask_cls_{image}"]), arrays[f"input/mask_box_{image}"], arrays[f"input/mask_pred_{image}"]
+    return (
+        sigmoid(arrays[f"input/mask_cls_{image}"]),
+        arrays[f"input/mask_box_{image}"],
+        arrays[f"input/mask_pred_{image}"],
+    )
 
 
 @pytest.mark.parametrize("image, valid, output", [(0, (120, 152), (30, 38)), (1, (128, 140), (32, 35))])
@@ -61,7 +65,9 @@ def test_panoptic_map_is_mask_dinos(maskdino, name, image):
     s = settings[name]
     probs, _, logits = inputs(arrays, image)
     temperature = s["pano_temp"] if s["transform_eval"] else None
-    got = panoptic_segments(TEXTS, probs, logits, ~THINGS, s["object_mask_threshold"], s["overlap_threshold"], temperature)
+    got = panoptic_segments(
+        TEXTS, probs, logits, ~THINGS, s["object_mask_threshold"], s["overlap_threshold"], temperature
+    )
     np.testing.assert_array_equal(got.panoptic, arrays[f"{name}/panoptic_seg_{image}"])
     np.testing.assert_array_equal(got.prompt_ids, arrays[f"{name}/segments_{image}"][:, 1])
     np.testing.assert_array_equal(got.masks, got.panoptic == np.arange(1, len(got) + 1)[:, None, None])
@@ -76,7 +82,9 @@ def test_instances_are_mask_dinos(maskdino, name, image):
     got = instance_segments(TEXTS, probs, boxes, logits, top=s["test_topk_per_image"], rate_masks=not s["focus_on_box"])
     if s["panoptic_on"]:  # Mask DINO takes the best 20 of all classes and then drops those that are not things
         keep = THINGS[got.prompt_ids]
-        got = type(got)(TEXTS, got.masks[keep], got.boxes[keep], got.scores[keep], got.prompt_ids[keep], got.query_ids[keep])
+        got = type(got)(
+            TEXTS, got.masks[keep], got.boxes[keep], got.scores[keep], got.prompt_ids[keep], got.query_ids[keep]
+        )
     order = np.lexsort((arrays[f"{name}/inst_classes_{image}"], -arrays[f"{name}/inst_scores_{image}"]))
     want = {k: arrays[f"{name}/inst_{k}_{image}"][order] for k in ("scores", "classes", "boxes", "masks")}
     mine = np.lexsort((got.prompt_ids, -got.scores))
@@ -198,7 +206,9 @@ def test_ground_truth_merges_stuff_and_leaves_crowds_out():
     info = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), thing=False)), {})
     left, right = np.zeros((4, 8), bool), np.zeros((4, 8), bool)
     left[:, :2], right[:, 6:] = True, True
-    segments = [Segment(k, mask=encode_rle(m), crowd=c) for k, m, c in [(1, left, False), (1, right, False), (0, ~left, True)]]
+    segments = [
+        Segment(k, mask=encode_rle(m), crowd=c) for k, m, c in [(1, left, False), (1, right, False), (0, ~left, True)]
+    ]
     got = ground_truth_segments(Record("a", b"", 4, 8, tuple(segments)), info)
     assert got.texts == ["cat", "sky"] and got.prompt_ids.tolist() == [1]
     np.testing.assert_array_equal(got.panoptic, left | right)

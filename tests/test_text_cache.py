@@ -48,9 +48,14 @@ def test_a_frozen_text_encoder_does_not_move_in_training(tiny_config, tmp_path):
     start = TrainStep(config, make_mesh(config.mesh)).init().params
     trained = load_weights(str(tmp_path)).params
     jax.tree.map(
-        np.testing.assert_array_equal, jax.tree.leaves(trained["text_encoder"]), jax.tree.leaves(jax.device_get(start["text_encoder"]))
+        np.testing.assert_array_equal,
+        jax.tree.leaves(trained["text_encoder"]),
+        jax.tree.leaves(jax.device_get(start["text_encoder"])),
     )
-    assert any((a != b).any() for a, b in zip(jax.tree.leaves(trained["decoder"]), jax.tree.leaves(jax.device_get(start["decoder"]))))
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(trained["decoder"]), jax.tree.leaves(jax.device_get(start["decoder"])))
+    )
 
 
 def test_sharded_parameters_come_back_whole():

@@ -54,10 +54,15 @@ def whole_run(sample_root, tmp_path_factory):
 
 @contextlib.contextmanager
 def counted():
-    """How often the train step was compiled (or found in the cache), and how many programs came out of the compilation cache."""
+    """How often the train step was compiled (or found in the cache), and how many programs came out of the compilation
+    cache.
+    """
     events = collections.Counter()
     duration = lambda name, _, **about: events.update(
-        {"steps compiled": name == "/jax/core/compile/backend_compile_duration" and about.get("fun_name") == "jit(step)"}
+        {
+            "steps compiled": name == "/jax/core/compile/backend_compile_duration"
+            and about.get("fun_name") == "jit(step)"
+        }
     )
     hits = lambda name, **_: events.update({"cache hits": name == "/jax/compilation_cache/cache_hits"})
     jax.monitoring.register_event_duration_secs_listener(duration)
@@ -72,7 +77,9 @@ def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
     found = losses(workdir)
     assert list(found) == [1, 2, 3, 4, 5, 6] and all(np.isfinite(v) for v in found.values())
     images = [{k: v for k, v in line.items() if k.startswith("images/")} for line in lines_of(workdir)]
-    assert [sum(counts.values()) for counts in images[:6]] == [8, 16, 24, 32, 40, 48] and images[5]["images/sample_scenes/train"] > 30
+    assert [sum(counts.values()) for counts in images[:6]] == [8, 16, 24, 32, 40, 48] and images[5][
+        "images/sample_scenes/train"
+    ] > 30
     with open(os.path.join(workdir, "eval.json")) as f:
         assert json.load(f) == results
     wanted = {"panoptic.pq", "instance.mask_ap", "semantic.miou", "referring.miou", "referring.ciou", "foreground.mae"}
@@ -127,7 +134,9 @@ def test_losses_on_eight_devices_are_those_of_one(whole_run, tiny_batch):
 
 
 def test_heads_and_channels_split_over_devices_change_nothing(tiny_config, tiny_batch):
-    """Layers of one each, which leaves no loop: where loops hold collectives, XLA's devices on a CPU can wait for each other for ever."""
+    """Layers of one each, which leaves no loop: where loops hold collectives, XLA's devices on a CPU can wait for each
+    other for ever.
+    """
     config = tiny_config
     config.model.update(encoder_layers=1, decoder_layers=1)
     config.model.text.layers = 1
@@ -180,8 +189,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole
     kept, step = load_weights(str(folder)), TrainStep(config, make_mesh(config.mesh))
     with np.load(folder / "0.npz") as arrays:
         batch = Batch(**arrays)
-    named = {path_name(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept.params)}  # the step is given copies
-    params = lambda: jax.tree_util.tree_map_with_path(lambda path, place: jax.device_put(named[path_name(path)], place), step.layout.params)
+    named = {
+        path_name(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept.params)
+    }  # the step is given copies
+    params = lambda: jax.tree_util.tree_map_with_path(
+        lambda path, place: jax.device_put(named[path_name(path)], place), step.layout.params
+    )
     fresh = lambda: step.init().replace(params=params())
     state, again = step(fresh(), step.put(batch))
     assert not again["finite"] and np.isnan(again["total"])

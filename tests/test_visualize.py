@@ -30,7 +30,9 @@ def half(left: bool) -> np.ndarray:
 def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not():
     assert overlay(GREY, segments(prompts=())).shape == (384, 384, 3)
     large = np.full((400, 640, 3), 128, np.uint8)
-    empty = Segments([], np.zeros((0, 400, 640), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+    empty = Segments(
+        [], np.zeros((0, 400, 640), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int)
+    )
     np.testing.assert_array_equal(overlay(large, empty), large)
 
 
@@ -83,7 +85,11 @@ def test_a_sheet_holds_all_its_cells_at_one_height(tmp_path):
     red, wide = np.zeros((96, 96, 3), np.uint8), np.zeros((192, 384, 3), np.uint8)
     red[..., 0], wide[..., 2] = 255, 255
     path = str(tmp_path / "sheet.png")
-    sheet([[("a prompt that is so long that it takes two lines or more", red), ("", wide)], [("", red)]], path, ["input", "truth"])
+    sheet(
+        [[("a prompt that is so long that it takes two lines or more", red), ("", wide)], [("", red)]],
+        path,
+        ["input", "truth"],
+    )
     page = cv2.imread(path)[..., ::-1]
     is_red, is_blue = (page == [255, 0, 0]).all(-1), (page == [0, 0, 255]).all(-1)
     assert is_red.sum() == 192 * 192 + 96 * 96 and is_blue.sum() == 192 * 384
@@ -92,7 +98,9 @@ def test_a_sheet_holds_all_its_cells_at_one_height(tmp_path):
 
 def test_curves_are_drawn_and_a_missing_file_is_named(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text("".join(json.dumps({"step": s, "loss": 1 / (1 + s)}) + "\n" for s in range(5)) + '{"step": 5, "pq": 3}\n')
+    log.write_text(
+        "".join(json.dumps({"step": s, "loss": 1 / (1 + s)}) + "\n" for s in range(5)) + '{"step": 5, "pq": 3}\n'
+    )
     curves({"run": str(log)}, ["loss", "pq"], str(tmp_path / "curves.png"))
     assert cv2.imread(str(tmp_path / "curves.png")).std() > 5
     with pytest.raises(FileNotFoundError, match="nowhere.jsonl"):

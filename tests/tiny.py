@@ -21,7 +21,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.steps = 6
     config.model.backbone.widths = (8, 8, 16, 16)
     config.model.text.update(vocab_size=512, width=16, heads=2, layers=2, embed_dim=16)
-    config.model.update(width=32, heads=2, ffn=32, encoder_ffn=32, points=2, mask_dim=16, num_learnable=6, num_conditional=8)
+    config.model.update(
+        width=32, heads=2, ffn=32, encoder_ffn=32, points=2, mask_dim=16, num_learnable=6, num_conditional=8
+    )
     config.loss.points = 32
     config.denoising.slots = 6
     config.data.update(canvas=(64, 64), max_targets=10, max_prompts=16)

@@ -1,11 +1,12 @@
 """Bring other projects' checkpoints in, and ours out.
 
     python -m mqformer_jax.convert --from maskdino --input model.pth --output pretrained/maskdino
-    python -m mqformer_jax.convert --input clip_folder --output pretrained/clip        # the family is guessed from the names
-    python -m mqformer_jax.convert --from lite --output pretrained/lite                # fetches both parts, then converts them
-    python -m mqformer_jax.convert --to safetensors --input runs/demo --output demo.safetensors
+    python -m mqformer_jax.convert --input clip_folder --output pretrained/clip        # the family is guessed from the
+    names python -m mqformer_jax.convert --from lite --output pretrained/lite                # fetches both parts, then
+    converts them python -m mqformer_jax.convert --to safetensors --input runs/demo --output demo.safetensors
 
-What it writes, training starts from (config.init_from) and, where it is a whole model, `Predictor.from_checkpoint` loads.
+What it writes, training starts from (config.init_from) and, where it is a whole model, `Predictor.from_checkpoint`
+loads.
 """
 
 from __future__ import annotations
@@ -30,15 +31,25 @@ def arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"families:\n{families}\n  {'lite':20} efficientnet_lite0 and minilm, fetched",
     )  # fmt: skip
     parser.add_argument(
-        "--from", dest="family", choices=[*FAMILIES, "lite"], metavar="FAMILY", help="the kind of checkpoint; guessed if left out"
+        "--from",
+        dest="family",
+        choices=[*FAMILIES, "lite"],
+        metavar="FAMILY",
+        help="the kind of checkpoint; guessed if left out",
     )
-    parser.add_argument("--to", choices=["safetensors"], help="the way back: --input is our checkpoint folder, --output a file")
+    parser.add_argument(
+        "--to", choices=["safetensors"], help="the way back: --input is our checkpoint folder, --output a file"
+    )
     parser.add_argument("--input", help="file or folder; not needed for families that can be fetched")
     parser.add_argument("--output", required=True, help="folder to write (with --to: file)")
     parser.add_argument("--like", help="with --to: a checkpoint in whose names and layout to write")
     parser.add_argument("--classes", help="text file (UTF-8), one name a line, of a closed-set checkpoint's classes")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="what the file does not hold, e.g. model.box_init=no"
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="what the file does not hold, e.g. model.box_init=no",
     )
     parser.add_argument("--strict", action="store_true", help="write nothing unless all tensors found their places")
     parser.add_argument("--names", type=int, default=5, help="names shown of what went well; 0: all (default 5)")
@@ -65,8 +76,13 @@ def main(args: argparse.Namespace) -> None:
             print(f"{what}\n{report.table(args.names)}\n", flush=True)
             missing.extend(report.missing)
 
-        convert(args.input, args.output, args.family, _names(args.classes), dict(map(_setting, args.set)), args.strict, tell)
-        print(f"{args.output}: written" + (f"; {len(missing)} parameters are missing: for config.init_from only" if missing else ""))
+        convert(
+            args.input, args.output, args.family, _names(args.classes), dict(map(_setting, args.set)), args.strict, tell
+        )
+        print(
+            f"{args.output}: written"
+            + (f"; {len(missing)} parameters are missing: for config.init_from only" if missing else "")
+        )
 
 
 def _names(path: str | None) -> list[str]:

@@ -1,4 +1,6 @@
-"""The names of COCO's classes in the order of detectron2's contiguous ids: what the rows of a closed-set checkpoint stand for."""
+"""The names of COCO's classes in the order of detectron2's contiguous ids: what the rows of a closed-set checkpoint
+stand for.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ brick | wall stone | wall tile | wall wood | water | window blind | window | tre
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """COCO's names for 80 rows (instances) or 133 (panoptic), else "class 0", "class 1", ...: name them with `--classes`."""
+    """COCO's names for 80 rows (instances) or 133 (panoptic), else "class 0", "class 1", ...: name them with
+    `--classes`.
+    """
     things, stuff = (tuple(" ".join(name.split()) for name in text.split("|")) for text in (_THINGS, _STUFF))
     return {80: things, 133: things + stuff}.get(count, tuple(f"class {i}" for i in range(count)))

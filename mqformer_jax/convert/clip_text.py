@@ -18,7 +18,9 @@ OURS = "text_encoder"
 
 
 def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list[Entry]:
-    """OpenAI's names, and OpenSeeD's: tables and last norm after `root`, layers after `blocks`. projection: [width, embed_dim]."""
+    """OpenAI's names, and OpenSeeD's: tables and last norm after `root`, layers after `blocks`. projection: [width,
+    embed_dim].
+    """
     ours = f"{OURS}/blocks"
     entries = [
         Entry(f"{OURS}/tokens", f"{root}token_embedding.weight"),
@@ -60,7 +62,9 @@ def _openai(shapes: Shapes) -> Plan:
 
 def _hugging_face(shapes: Shapes) -> Plan:
     if "text_projection.weight" not in shapes:
-        raise ValueError("text_projection.weight is missing: save a CLIPModel or a CLIPTextModelWithProjection, not a CLIPTextModel.")
+        raise ValueError(
+            "text_projection.weight is missing: save a CLIPModel or a CLIPTextModelWithProjection, not a CLIPTextModel."
+        )
     config, layers = recipe.base(), count(shapes, "text_model.encoder.layers.{}.")
     tokens, positions = (f"text_model.embeddings.{name}_embedding.weight" for name in ("token", "position"))
     entries = [
@@ -73,7 +77,9 @@ def _hugging_face(shapes: Shapes) -> Plan:
     for i in range(layers):
         ours, theirs = f"{OURS}/blocks", f"text_model.encoder.layers.{i}"
         entries += norm(f"{ours}/norm1", f"{theirs}.layer_norm1", i) + norm(f"{ours}/norm2", f"{theirs}.layer_norm2", i)
-        entries += packing(f"{ours}/qkv", [f"{theirs}.self_attn.{name}_proj" for name in "qkv"], config.model.text.width, i)
+        entries += packing(
+            f"{ours}/qkv", [f"{theirs}.self_attn.{name}_proj" for name in "qkv"], config.model.text.width, i
+        )
         entries += linear(f"{ours}/out", f"{theirs}.self_attn.out_proj", i)
         entries += linear(f"{ours}/fc1", f"{theirs}.mlp.fc1", i) + linear(f"{ours}/fc2", f"{theirs}.mlp.fc2", i)
     return Plan(config, OURS, entries, ignored=IGNORED)

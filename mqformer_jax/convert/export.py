@@ -21,11 +21,13 @@ HEADER = "mqformer_jax"  # the entry of a file's header that makes it ours: JSON
 def export(source: str, output: str, like: str | None = None) -> int:
     """Our checkpoint folder `source` as a safetensors file; returns the number of tensors.
 
-    like: a checkpoint of the family in whose names and layout to write. Without it the names are our paths, the header holds config
-    and tokenizer, and `restore` reads the file back. Raises ValueError or OSError in one line.
+    like: a checkpoint of the family in whose names and layout to write. Without it the names are our paths, the header
+    holds config and tokenizer, and `restore` reads the file back. Raises ValueError or OSError in one line.
     """
     weights = load_weights(source)
-    values = {path: np.asarray(leaf) for tree in (weights.params, weights.frozen) for path, leaf in leaves(tree).items()}
+    values = {
+        path: np.asarray(leaf) for tree in (weights.params, weights.frozen) for path, leaf in leaves(tree).items()
+    }
     if like is not None:
         _, plan, theirs = plan_of(like, None)
         tensors = invert(plan, values, {key: tuple(value.shape) for key, value in theirs.items()})
@@ -35,7 +37,9 @@ def export(source: str, output: str, like: str | None = None) -> int:
         return len(tensors)
     beside = pathlib.Path(source, TOKENIZER)
     tokenizer = beside.read_text("utf-8") if beside.exists() else None
-    write_safetensors(output, values, {HEADER: json.dumps({"config": config_to_json(weights.config), "tokenizer": tokenizer})})
+    write_safetensors(
+        output, values, {HEADER: json.dumps({"config": config_to_json(weights.config), "tokenizer": tokenizer})}
+    )
     return len(values)
 
 
@@ -45,7 +49,9 @@ def is_ours(path: str) -> bool:
 
 
 def restore(source: str, output: str) -> int:
-    """A safetensors file that `export` wrote, back to a checkpoint folder; returns the number of tensors. Raises ValueError, OSError."""
+    """A safetensors file that `export` wrote, back to a checkpoint folder; returns the number of tensors. Raises
+    ValueError, OSError.
+    """
     check_output(output)
     header, tensors = _header(source), read(source)
     config = config_from_json(header["config"])

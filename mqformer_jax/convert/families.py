@@ -20,7 +20,9 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
-    """The family called `name`, or the one that the names look like. Raises ValueError in one line that names the file."""
+    """The family called `name`, or the one that the names look like. Raises ValueError in one line that names the
+    file.
+    """
     likely = [family.name for family in FAMILIES.values() if family.recognises(shapes)]
     if name is not None and name not in FAMILIES:
         raise ValueError(f"--from {name}: families are {', '.join(FAMILIES)}.")

@@ -1,4 +1,6 @@
-"""The tensors of a checkpoint file by name, whatever its format, without torch and without running anything in the file."""
+"""The tensors of a checkpoint file by name, whatever its format, without torch and without running anything in the
+file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
 from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
 from mqformer_jax.interrupts import removed_on_exit
 
-FOLDER = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")  # Hugging Face's names
+FOLDER = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)  # Hugging Face's names
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
@@ -34,13 +41,13 @@ MEND = "give a safetensors file, a torch checkpoint, a detectron2 .pkl, a numpy 
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Tensors by name of a checkpoint: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy, or a
-    Hugging Face folder or shard index. The format is told by the content, not by the name.
+    """Tensors by name of a checkpoint: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy,
+    or a Hugging Face folder or shard index. The format is told by the content, not by the name.
 
-    Weights inside a training checkpoint are unwrapped ("model", "state_dict", ...), nested names joined with dots, and the
-    prefixes of torch's wrappers taken off. Shapes and types are the file's (bfloat16 is ml_dtypes'). Arrays may be read-only
-    views of the file, read when they are used: leave it in place until then. Raises FileNotFoundError or ValueError in one line
-    that names the file and the mend.
+    Weights inside a training checkpoint are unwrapped ("model", "state_dict", ...), nested names joined with dots, and
+    the prefixes of torch's wrappers taken off. Shapes and types are the file's (bfloat16 is ml_dtypes'). Arrays may be
+    read-only views of the file, read when they are used: leave it in place until then. Raises FileNotFoundError or
+    ValueError in one line that names the file and the mend.
     """
     if os.path.isdir(path):
         path = _in_folder(path)
@@ -51,7 +58,9 @@ def read(path: str) -> dict[str, np.ndarray]:
     for file in sorted(set(shards.values())):
         tensors |= _read_file(os.path.join(os.path.dirname(path), file))
     if absent := sorted(set(shards) - set(tensors)):
-        raise ValueError(f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): download all of one version.")
+        raise ValueError(
+            f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): download all of one version."
+        )
     return tensors
 
 
@@ -110,7 +119,9 @@ def _parse(file: Any, buffer: mmap.mmap) -> Any:
     if start.lstrip()[:1] == b"<":
         raise Unreadable("a web page, not weights: the download was refused or redirected; download the file itself.")
     if start[257:262] == b"ustar":
-        raise Unreadable("a tar archive (torch before 0.1.10 wrote such): unpack it, or load it with torch and save it again.")
+        raise Unreadable(
+            "a tar archive (torch before 0.1.10 wrote such): unpack it, or load it with torch and save it again."
+        )
     raise Unreadable(f"no format that is known here: {MEND}")
 
 
@@ -137,7 +148,9 @@ def _read_npy(data: Any) -> np.ndarray:
     if dtype == np.dtype("V2"):  # numpy knows no bfloat16 and writes its bytes as such
         dtype = DTYPES["bfloat16"]
     if dtype.hasobject or dtype.names:
-        raise Unreadable("holds Python objects or records, not plain arrays: save each array by its name with numpy.savez.")
+        raise Unreadable(
+            "holds Python objects or records, not plain arrays: save each array by its name with numpy.savez."
+        )
     return np.ndarray(shape, dtype, data, head.tell(), order="F" if fortran else "C")
 
 
@@ -150,7 +163,9 @@ def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
         inside = [name for name in names if re.fullmatch("[^/]+/data.pkl", name)]
         if len(inside) == 1:
             return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
-    raise Unreadable(f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): unpack it and give the checkpoint inside.")
+    raise Unreadable(
+        f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): unpack it and give the checkpoint inside."
+    )
 
 
 def _header_length(start: bytes) -> int | None:
@@ -174,7 +189,9 @@ def _in_folder(path: str) -> str:
 
 
 def _shards(path: str) -> dict[str, str] | None:
-    """{tensor: file} where the file is a Hugging Face index, whose shards lie in its own folder; None: it is no JSON."""
+    """{tensor: file} where the file is a Hugging Face index, whose shards lie in its own folder; None: it is no
+    JSON.
+    """
     _check_there(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -212,10 +229,19 @@ def _unwrapped(tree: Any) -> Any:
     for _ in range(DEEPEST):
         if isinstance(tree, Module) or not isinstance(tree, dict):
             break
-        tree = {key: value for key, value in tree.items() if isinstance(key, (str, int)) and not re.fullmatch(BESIDE, str(key))}
+        tree = {
+            key: value
+            for key, value in tree.items()
+            if isinstance(key, (str, int)) and not re.fullmatch(BESIDE, str(key))
+        }
         holders = [key for key, value in tree.items() if _holds_weights(value)]
         wrapper = next((key for key in WRAPPERS if key in holders and not _is_leaf(tree[key])), None)
-        if wrapper is None or any(_is_leaf(tree[key]) for key in holders) or wrapper not in CERTAIN and set(holders) - set(WRAPPERS):
+        if (
+            wrapper is None
+            or any(_is_leaf(tree[key]) for key in holders)
+            or wrapper not in CERTAIN
+            and set(holders) - set(WRAPPERS)
+        ):
             break
         tree = tree[wrapper]
     return tree
@@ -238,7 +264,11 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
         if _is_leaf(node):
             yield name, node
         elif isinstance(node, (dict, list, tuple)):
-            inner = [item for item in (node.items() if isinstance(node, dict) else enumerate(node)) if isinstance(item[0], (str, int))]
+            inner = [
+                item
+                for item in (node.items() if isinstance(node, dict) else enumerate(node))
+                if isinstance(item[0], (str, int))
+            ]
             seen += len(inner)
             if depth > DEEPEST or seen > MOST:
                 raise Unreadable("its parts are nested without end: save a plain state_dict.")

@@ -1,7 +1,7 @@
 """Mask2Former (Cheng et al., CVPR 2022), original and Hugging Face's, as a warm start for MQ-Former.
 
-Backbone and pixel decoder convert exactly. Of the decoder, what has a counterpart: each layer's self-attention, FFN and norms, the
-mask head, the queries' content. Its masked cross-attention and its classes, learned without text, have none.
+Backbone and pixel decoder convert exactly. Of the decoder, what has a counterpart: each layer's self-attention, FFN and
+norms, the mask head, the queries' content. Its masked cross-attention and its classes, learned without text, have none.
 """
 
 from __future__ import annotations
@@ -12,7 +12,19 @@ from ml_collections import ConfigDict
 
 from mqformer_jax import config as recipe
 from mqformer_jax.convert import resnet, swin
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, count, linear, norm, packed, reversed_levels, shape_of
+from mqformer_jax.convert.rules import (
+    Entry,
+    Family,
+    Plan,
+    Shapes,
+    conv,
+    count,
+    linear,
+    norm,
+    packed,
+    reversed_levels,
+    shape_of,
+)
 
 STRIDES, MASK_STRIDE = (8, 16, 32), 4
 POINTS = 4  # a level, in every released config
@@ -39,7 +51,11 @@ ENCODER_LAYER = {
     "norm2": (norm, "norm2", "final_layer_norm"),
 }
 DECODER_LAYER = {  # {}: the layer's number
-    "self_attention/out": (linear, "transformer_self_attention_layers.{}.self_attn.out_proj", "decoder.layers.{}.self_attn.out_proj"),
+    "self_attention/out": (
+        linear,
+        "transformer_self_attention_layers.{}.self_attn.out_proj",
+        "decoder.layers.{}.self_attn.out_proj",
+    ),
     "norm1": (norm, "transformer_cross_attention_layers.{}.norm", "decoder.layers.{}.cross_attn_layer_norm"),
     "norm2": (norm, "transformer_self_attention_layers.{}.norm", "decoder.layers.{}.self_attn_layer_norm"),
     "ffn/layers/0": (linear, "transformer_ffn_layers.{}.linear1", "decoder.layers.{}.fc1"),
@@ -50,8 +66,8 @@ DECODER_LAYER = {  # {}: the layer's number
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How one of the two originals names what the tables above do not say. column: of the tables. projection, lateral, merge:
-    a convolution and its GroupNorm."""
+    """How one of the two originals names what the tables above do not say. column: of the tables. projection, lateral,
+    merge: a convolution and its GroupNorm."""
 
     column: int
     backbone: str
@@ -103,15 +119,19 @@ HUGGING_FACE = Names(
 )
 
 
-def pixel_decoder_entries(names: Names, heads: int, layers: int, levels: int = LEVELS, coarse_first: bool = True) -> list[Entry]:
-    """Mask2Former's, and by the original's names Mask DINO's and OpenSeeD's. Ours counts levels fine to coarse: where theirs has the
-    coarse ones first, projections, embeddings and each head's offsets turn round."""
+def pixel_decoder_entries(
+    names: Names, heads: int, layers: int, levels: int = LEVELS, coarse_first: bool = True
+) -> list[Entry]:
+    """Mask2Former's, and by the original's names Mask DINO's and OpenSeeD's. Ours counts levels fine to coarse: where
+    theirs has the coarse ones first, projections, embeddings and each head's offsets turn round."""
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
     entries = [Entry(f"{ours}/level_embed", pixel + names.level_embed, order=turned(1, 1))]
     for level in range(levels):
         mine = levels - 1 - level if coarse_first else level
-        entries += _conv_norm(f"{ours}/input_proj/{mine}", pixel, [name.format(level) for name in names.projection], bias=True)
+        entries += _conv_norm(
+            f"{ours}/input_proj/{mine}", pixel, [name.format(level) for name in names.projection], bias=True
+        )
     for i in range(layers):
         theirs = pixel + names.encoder.format(i)
         for name, size in (("sampling_offsets", 2 * POINTS), ("attention_weights", POINTS)):
@@ -131,7 +151,10 @@ def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
     for i in range(3):
         entries += linear(f"heads/mask_embed/layers/{i}", theirs + names.mask_embed.format(i))
     for i in range(layers):
-        attention, parts = theirs + names.self_attention.format(i), [f"{ours}/self_attention/{name}" for name in ("query", "key", "value")]
+        attention, parts = (
+            theirs + names.self_attention.format(i),
+            [f"{ours}/self_attention/{name}" for name in ("query", "key", "value")],
+        )
         if names.column == ORIGINAL.column:
             entries += packed(parts, f"{attention}in_proj_", width, i)
         else:
@@ -147,7 +170,9 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Sets the backbone's fields of `config`; returns its entries. Raises ValueError, one line, where there is none, or of another kind."""
+    """Sets the backbone's fields of `config`; returns its entries. Raises ValueError, one line, where there is none, or
+    of another kind.
+    """
     ours, keys = config.model.backbone, [key for key in shapes if key.startswith(prefix)]
     has = lambda part: any(part in key for key in keys)
     if not keys:
@@ -168,7 +193,9 @@ def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[En
 
 
 def _plan(shapes: Shapes, names: Names) -> Plan:
-    """Sizes are read off the tables and matrices; heads off the attention weights, since a level always has four points."""
+    """Sizes are read off the tables and matrices; heads off the attention weights, since a level always has four
+    points.
+    """
     pixel, predictor, column = names.pixel, names.predictor, names.column
     sides = lambda key: shape_of(shapes, key, 2)
     queries, width = sides(predictor + names.queries)
@@ -194,7 +221,11 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
         num_conditional=0,
     )
     config.data.max_targets = min(config.data.max_targets, queries)
-    entries = [*backbone, *pixel_decoder_entries(names, heads, encoder_layers), *decoder_entries(names, width, decoder_layers)]
+    entries = [
+        *backbone,
+        *pixel_decoder_entries(names, heads, encoder_layers),
+        *decoder_entries(names, width, decoder_layers),
+    ]
     return Plan(config, "", entries, ignored=IGNORED)
 
 

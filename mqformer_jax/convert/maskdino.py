@@ -1,7 +1,7 @@
 """Mask DINO's checkpoints (detectron2 names), and the entries that its descendants share.
 
-Its classes have weights of their own and no words. They become the rows of a `ClassTable`: [weight, bias, denoising label];
-the class head then reads the first two parts and the denoising queries the third, so that nothing is lost.
+Its classes have weights of their own and no words. They become the rows of a `ClassTable`: [weight, bias, denoising
+label]; the class head then reads the first two parts and the denoising queries the third, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 
 PIXEL, PREDICTOR = ORIGINAL.pixel, ORIGINAL.predictor
 QUERIES = 300  # a number that two-stage checkpoints do not hold
-IGNORED = {r"^criterion\.": "a constant of the loss", r"(num_batches_tracked|relative_position_index)$": "computed, not learned"}
+IGNORED = {
+    r"^criterion\.": "a constant of the loss",
+    r"(num_batches_tracked|relative_position_index)$": "computed, not learned",
+}
 
 
 def attention_entries(ours: str, theirs: str, index: int) -> list[Entry]:
@@ -91,7 +94,9 @@ def sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def strides(shapes: Shapes, levels: int) -> tuple[int, ...]:
-    """Of the memory's levels: 1x1 projections read the backbone's features up to stride 32, 3x3 ones what is coarser."""
+    """Of the memory's levels: 1x1 projections read the backbone's features up to stride 32, 3x3 ones what is
+    coarser.
+    """
     read = sum(shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[-1] == 1 for i in range(levels))
     return tuple(64 >> read << i for i in range(levels))
 
@@ -113,7 +118,9 @@ def head_plan(shapes: Shapes) -> Plan:
         # what the file does not hold is as in the released recipes: `--set` says otherwise
         box_init={80: "mask2box" if levels == 4 else "bitmask"}.get(classes, "no"),
     )  # fmt: skip
-    model.text.update(name="classes", tokenizer="classes", classes=class_names(classes), context=1, embed_dim=2 * width + 1)
+    model.text.update(
+        name="classes", tokenizer="classes", classes=class_names(classes), context=1, embed_dim=2 * width + 1
+    )
     rows, constants = class_entries(PREDICTOR, width)
     entries = pixel_decoder_entries(ORIGINAL, model.heads, model.encoder_layers, levels, reverse)
     entries += decoder_entries(PREDICTOR, model.decoder_layers, width) + rows

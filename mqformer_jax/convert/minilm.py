@@ -23,7 +23,9 @@ def plan(shapes: Shapes) -> Plan:
     prefix = prefix_of(shapes, WORDS) or ""
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:
-        raise ValueError(f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; give a MiniLM ({WIDTH}).")
+        raise ValueError(
+            f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; give a MiniLM ({WIDTH})."
+        )
     _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
     _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
     depth = count(shapes, f"{prefix}encoder.layer.{{}}.")

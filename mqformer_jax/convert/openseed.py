@@ -1,11 +1,13 @@
-"""OpenSeeD (Zhang et al., ICCV 2023): Mask DINO whose classes are texts, and the ancestor of MQ-Former's two kinds of queries.
+"""OpenSeeD (Zhang et al., ICCV 2023): Mask DINO whose classes are texts, and the ancestor of MQ-Former's two kinds of
+queries.
 
-Two decoders bear its names. The plain one has conditional queries only. The decoupled one has learned queries as well, which
-`query_feat` shows: all see each other in self-attention, and what divides them is a rule of training (learned queries are matched
-with stuff, conditional ones with things), kept here by `model.queries = "decoupled"`.
+Two decoders bear its names. The plain one has conditional queries only. The decoupled one has learned queries as well,
+which
+`query_feat` shows: all see each other in self-attention, and what divides them is a rule of training (learned queries
+are matched with stuff, conditional ones with things), kept here by `model.queries = "decoupled"`.
 
-What differs from the original: the query order (learned first, which permutes the predictions), and that learned queries are not
-cut from the decoder's gradient.
+What differs from the original: the query order (learned first, which permutes the predictions), and that learned
+queries are not cut from the decoder's gradient.
 """
 
 from __future__ import annotations
@@ -27,12 +29,15 @@ TOWER = f"{LANGUAGE}lang_encoder."
 IGNORED = {
     r"(^|\.)criterion\w*\.empty_weight$": "a constant of the loss",
     r"\.relative_position_index$": "computed from the window",
-    r"\.lang_encoder\.logit_scale$": "it belongs to the heads, which learn their own",  # only of a text encoder by itself
+    # only of a text encoder by itself
+    r"\.lang_encoder\.logit_scale$": "it belongs to the heads, which learn their own",
 }
 
 
 def head_entries(learned: bool) -> list[Entry]:
-    """Classes and queries, where they are not Mask DINO's. `class_embed` and `lang_mapper` stand on the right of a product, as ours."""
+    """Classes and queries, where they are not Mask DINO's. `class_embed` and `lang_mapper` stand on the right of a
+    product, as ours.
+    """
     entries = [
         Entry("heads/class_embed/kernel", f"{PREDICTOR}class_embed"),
         Entry("heads/logit_scale", f"{LANGUAGE}logit_scale"),
@@ -97,7 +102,9 @@ def _family(name: str, originals: str, whole: bool) -> Family:
         root = prefix_of(shapes, f"{LANGUAGE}lang_proj") or ""  # training writes "model." before all names
         bare = {key.removeprefix(root): shape for key, shape in shapes.items()}
         found = _model_plan(bare) if whole else _text_plan(bare)
-        return dataclasses.replace(found, entries=[dataclasses.replace(entry, theirs=root + entry.theirs) for entry in found.entries])
+        return dataclasses.replace(
+            found, entries=[dataclasses.replace(entry, theirs=root + entry.theirs) for entry in found.entries]
+        )
 
     return Family(name, originals, recognises, plan)
 

@@ -7,7 +7,8 @@ import dataclasses
 
 @dataclasses.dataclass
 class Report:
-    """loaded: taken as they are; reshaped: transposed, split, packed or stacked. missing: leaves of ours that nothing filled.
+    """loaded: taken as they are; reshaped: transposed, split, packed or stacked. missing: leaves of ours that nothing
+    filled.
     unused: tensors of theirs that nothing read. mismatched: shapes that do not fit, or aliases that are not equal.
     ignored: tensors known to have no counterpart, with the reason.
     """

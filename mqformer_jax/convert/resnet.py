@@ -1,7 +1,7 @@
 """ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2: three ways to name the same tensors.
 
-Weights do not say where a stage's stride sits; all three put it into the 3x3 (`stride_in_1x1=False`). Only Microsoft's first
-weights, which detectron2 offers as "MSRA/R-50.pkl", have it in the 1x1.
+Weights do not say where a stage's stride sits; all three put it into the 3x3 (`stride_in_1x1=False`). Only Microsoft's
+first weights, which detectron2 offers as "MSRA/R-50.pkl", have it in the 1x1.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ TORCHVISION = "layer{}.{}.conv3.weight"
 HUGGING_FACE = "encoder.stages.{}.layers.{}.layer.2.convolution.weight"
 DETECTRON2 = "res{}.{}.conv3.weight"
 MSRA = {"conv1_w", "res2_0_branch2a_w"}  # keys of Microsoft's first weights
-IGNORED = {r"num_batches_tracked$": "a counter of training", r"(^|\.)(fc|classifier\.1)\.": "the classifier of ImageNet"}
+IGNORED = {
+    r"num_batches_tracked$": "a counter of training",
+    r"(^|\.)(fc|classifier\.1)\.": "the classifier of ImageNet",
+}
 
 
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The backbone at path `ours` from keys that follow `theirs` ("", "backbone."), as torchvision and timm name them."""
+    """The backbone at path `ours` from keys that follow `theirs` ("", "backbone."), as torchvision and timm name
+    them.
+    """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}layer{stage + 1}.{block}."
@@ -34,7 +39,9 @@ def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The same of Hugging Face's `ResNetModel` and `ResNetBackbone`; `theirs`: what their names start with ("", "resnet.")."""
+    """The same of Hugging Face's `ResNetModel` and `ResNetBackbone`; `theirs`: what their names start with ("",
+    "resnet.").
+    """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         inner = "shortcut" if name == "shortcut" else f"layer.{int(name[-1]) - 1}"
@@ -56,19 +63,27 @@ def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def depth_of(shapes: Shapes, bottleneck: str) -> int:
-    """50 or 101, by the blocks of each stage. bottleneck: a key that every block has, with {} for its stage and its number."""
+    """50 or 101, by the blocks of each stage. bottleneck: a key that every block has, with {} for its stage and its
+    number.
+    """
     pattern = re.compile(re.escape(bottleneck).replace(r"\{\}", r"(\d+)"))
     found = [(int(match[1]), int(match[2])) for key in shapes if (match := pattern.fullmatch(key))]
-    blocks = tuple(1 + max(number for stage, number in found if stage == s) for s in sorted({stage for stage, _ in found}))
+    blocks = tuple(
+        1 + max(number for stage, number in found if stage == s) for s in sorted({stage for stage, _ in found})
+    )
     for depth, expected in BLOCKS.items():
         if blocks == expected:
             return depth
     known = " and ".join(f"ResNet-{depth} {expected}" for depth, expected in BLOCKS.items())
     seen = f"{blocks} bottlenecks a stage" if blocks else "no bottlenecks, as those of 18 and 34 layers are made,"
-    raise ValueError(f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); only {known} can.")
+    raise ValueError(
+        f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); only {known} can."
+    )
 
 
-def _entries(ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]) -> list[Entry]:
+def _entries(
+    ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]
+) -> list[Entry]:
     """part(stage, block, name): keys of a convolution and of its BatchNorm; name is conv1, conv2, conv3 or shortcut."""
     entries = _conv_norm(f"{ours}/stem", stem)
     for stage, blocks in enumerate(BLOCKS[depth]):
@@ -84,11 +99,15 @@ def _conv_norm(ours: str, theirs: tuple[str, str], index: int | None = None) -> 
     return conv(f"{ours}/conv", theirs[0], index) + batch_norm(f"{ours}/norm", theirs[1], index)
 
 
-def _family(name: str, originals: str, make: Callable[[str, str, int], list[Entry]], bottleneck: str, keys: tuple[str, ...]) -> Family:
+def _family(
+    name: str, originals: str, make: Callable[[str, str, int], list[Entry]], bottleneck: str, keys: tuple[str, ...]
+) -> Family:
     """keys: what shows such a backbone, after any prefix; the first ends no other key."""
 
     def recognises(shapes: Shapes) -> bool:
-        return (not is_model(shapes) and prefix_of(shapes, *keys) is not None) or (name == "d2_resnet" and MSRA <= shapes.keys())
+        return (not is_model(shapes) and prefix_of(shapes, *keys) is not None) or (
+            name == "d2_resnet" and MSRA <= shapes.keys()
+        )
 
     def plan(shapes: Shapes) -> Plan:
         if MSRA <= shapes.keys():

@@ -1,7 +1,7 @@
 """How a foreign checkpoint's tensors become ours: a list of entries, each one tensor (or a slice of it) and its layout.
 
-A family (one file each) looks at the names and shapes of a checkpoint and returns a `Plan`; everything else reads the plan:
-`apply` brings tensors in, `invert` takes them back out, exactly.
+A family (one file each) looks at the names and shapes of a checkpoint and returns a `Plan`; everything else reads the
+plan: `apply` brings tensors in, `invert` takes them back out, exactly.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class Entry:
     """One tensor of theirs and where it goes.
 
     ours: path of our leaf ("backbone/stem/conv/kernel"). theirs: key. layout: of LAYOUTS.
-    index: which row of our leaf, where ours stacks layers of one shape. take: rows [start, stop) of theirs, where theirs packs
-    several along the first axis (q, k, v). into: columns [start, stop) of ours' last axis, where ours packs. order: a permutation
-    of theirs' first axis, by which ours reads it (levels counted from the other end: `reversed_levels`).
-    Two entries with one place in ours are aliases: the checkpoint must hold equal values there.
+    index: which row of our leaf, where ours stacks layers of one shape. take: rows [start, stop) of theirs, where
+    theirs packs several along the first axis (q, k, v). into: columns [start, stop) of ours' last axis, where ours
+    packs. order: a permutation of theirs' first axis, by which ours reads it (levels counted from the other end:
+    `reversed_levels`). Two entries with one place in ours are aliases: the checkpoint must hold equal values there.
     """
 
     ours: str
@@ -57,8 +57,9 @@ class Entry:
 class Plan:
     """What a family makes of a checkpoint.
 
-    config: a whole recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters that it fills:
-    "backbone", "text_encoder", or "" for the whole model. constants: leaves of ours that no tensor of theirs is read for.
+    config: a whole recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters that
+    it fills: "backbone", "text_encoder", or "" for the whole model. constants: leaves of ours that no tensor of theirs
+        is read for.
     ignored: {regex of their keys: why they have no counterpart}.
     """
 
@@ -71,7 +72,8 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint. recognises: do these names look like it? plan: names and shapes to a Plan; raises ValueError in one line.
+    """A kind of checkpoint. recognises: do these names look like it? plan: names and shapes to a Plan; raises
+    ValueError in one line.
 
     originals: whose checkpoints, for --help. licence: what a user must know about the weights, or "".
     """
@@ -84,11 +86,15 @@ class Family:
 
 
 def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that sizes are read from. Raises ValueError, one line, where it is missing or of other dimensions."""
+    """The shape of a tensor that sizes are read from. Raises ValueError, one line, where it is missing or of other
+    dimensions.
+    """
     shape = shapes.get(key)
     if shape is None or len(shape) != ndim:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}"
-        raise ValueError(f"{key} {found}: a tensor of {ndim} dimension{'s' * (ndim > 1)} belongs there; is the file whole?")
+        raise ValueError(
+            f"{key} {found}: a tensor of {ndim} dimension{'s' * (ndim > 1)} belongs there; is the file whole?"
+        )
     return tuple(shape)
 
 
@@ -101,18 +107,24 @@ def count(shapes: Shapes, pattern: str) -> int:
     found = {int(match[1]) for key in shapes if (match := layer.match(key))}
     absent = next(i for i in range(len(found) + 1) if i not in found)
     if absent < max(len(found), 1):
-        raise ValueError(f"{pattern.replace('{}', str(absent))}* is missing: there must be layers from 0 on; is the file whole?")
+        raise ValueError(
+            f"{pattern.replace('{}', str(absent))}* is missing: there must be layers from 0 on; is the file whole?"
+        )
     return len(found)
 
 
 def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
-    """What stands before `name` in the first key that ends in it ("", "model.", "backbone."), if the others are there, too."""
+    """What stands before `name` in the first key that ends in it ("", "model.", "backbone."), if the others are there,
+    too.
+    """
     prefix = next((key.removesuffix(name) for key in shapes if key == name or key.endswith(f".{name}")), None)
     return prefix if prefix is not None and all(prefix + other in shapes for other in others) else None
 
 
 def is_model(shapes: Shapes) -> bool:
-    """Is this a whole model, whose backbone is not all there is? Those have families of their own (the last is CLIP's)."""
+    """Is this a whole model, whose backbone is not all there is? Those have families of their own (the last is
+    CLIP's).
+    """
     return any(part in key for key in shapes for part in ("sem_seg_head.", "pixel_level_module.", "visual."))
 
 
@@ -130,7 +142,10 @@ def conv(ours: str, theirs: str, index: int | None = None, bias: bool = False) -
 
 def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
     """LayerNorm or GroupNorm: ours/scale and ours/bias."""
-    return [Entry(f"{ours}/scale", f"{theirs}.weight", "same", index), Entry(f"{ours}/bias", f"{theirs}.bias", "same", index)]
+    return [
+        Entry(f"{ours}/scale", f"{theirs}.weight", "same", index),
+        Entry(f"{ours}/bias", f"{theirs}.bias", "same", index),
+    ]
 
 
 def batch_norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
@@ -160,12 +175,17 @@ def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = No
 
 
 def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
-    """The `order` of rows [heads x levels x rest] whose levels run the other way (Mask2Former counts from the coarsest)."""
+    """The `order` of rows [heads x levels x rest] whose levels run the other way (Mask2Former counts from the
+    coarsest).
+    """
     return np.arange(heads * levels * rest).reshape(heads, levels, rest)[:, ::-1].ravel()
 
 
-def apply(plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]) -> tuple[dict[str, np.ndarray], Report]:
-    """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are returned.
+def apply(
+    plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[dict[str, np.ndarray], Report]:
+    """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are
+    returned.
 
     Tensors that hold NaN or infinity are taken as they are, and named in a warning.
     """
@@ -211,8 +231,9 @@ def apply(plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]
 def invert(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
     """Ours back to theirs, exactly: the tensors whose leaves are all in `values`, in float32.
 
-    shapes: of the checkpoint that the plan was made of. Then `values` must be what its layout can hold: leaves of the shapes that the
-    plan fills, constants unchanged. Raises ValueError, one line that names the leaf, where they are not.
+    shapes: of the checkpoint that the plan was made of. Then `values` must be what its layout can hold: leaves of the
+    shapes that the plan fills, constants unchanged. Raises ValueError, one line that names the leaf, where they are
+    not.
     """
     if shapes is not None:
         _check_expressible(plan, values, shapes)
@@ -222,7 +243,9 @@ def invert(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes | None =
     tensors = {}
     for key, entries in by_key.items():
         if all(entry.ours in values for entry in entries):
-            pieces = [_inverted(values[entry.ours], entry) for entry in sorted(entries, key=lambda entry: entry.take or ())]
+            pieces = [
+                _inverted(values[entry.ours], entry) for entry in sorted(entries, key=lambda entry: entry.take or ())
+            ]
             piece, order = pieces[0] if entries[0].take is None else np.concatenate(pieces), entries[0].order
             tensors[key] = np.ascontiguousarray(piece if order is None else piece[np.argsort(order)])
     return tensors
@@ -232,7 +255,9 @@ def _inverted(value: np.ndarray, entry: Entry) -> np.ndarray:
     try:
         return LAYOUTS[entry.layout][1](value[_place(entry)])
     except (IndexError, ValueError) as e:
-        raise ValueError(f"{entry.ours} {value.shape} has no {_name(entry)} that {entry.theirs} could be: it is of another model.") from e
+        raise ValueError(
+            f"{entry.ours} {value.shape} has no {_name(entry)} that {entry.theirs} could be: it is of another model."
+        ) from e
 
 
 def _check_expressible(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes) -> None:
@@ -252,7 +277,9 @@ def _check_expressible(plan: Plan, values: Mapping[str, np.ndarray], shapes: Sha
         shape = (layers[entry.ours],) * (entry.index is not None) + shape
         shape = shape if entry.into is None else (*shape[:-1], columns[entry.ours])
         if values[entry.ours].shape != shape:
-            raise ValueError(f"{entry.ours} is {values[entry.ours].shape}, the layout of {entry.theirs} makes it {shape}: another model.")
+            raise ValueError(
+                f"{entry.ours} is {values[entry.ours].shape}, the layout of {entry.theirs} makes it {shape}: another model."
+            )
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -261,11 +288,15 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 
 def fill(module: nnx.Module, values: Mapping[str, np.ndarray], part: str) -> nnx.Module:
-    """A module (or its shapes: `nnx.eval_shape`) with all variables taken from `values`, whose paths begin with `part`."""
+    """A module (or its shapes: `nnx.eval_shape`) with all variables taken from `values`, whose paths begin with
+    `part`.
+    """
     graph, state = nnx.split(module)
     pure = nnx.to_pure_dict(state)
     named = [f"{part}/{path}" if part else path for path in leaves(pure)]
-    nnx.replace_by_pure_dict(state, jax.tree.unflatten(jax.tree.structure(pure), [jnp.asarray(values[path]) for path in named]))
+    nnx.replace_by_pure_dict(
+        state, jax.tree.unflatten(jax.tree.structure(pure), [jnp.asarray(values[path]) for path in named])
+    )
     return nnx.merge(graph, state)
 
 

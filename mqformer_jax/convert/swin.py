@@ -1,4 +1,6 @@
-"""Swin Transformers: Microsoft's names (its detection code's and timm's too) and Hugging Face's, in memory and on disk."""
+"""Swin Transformers: Microsoft's names (its detection code's and timm's too) and Hugging Face's, in memory and on
+disk.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,26 @@ import dataclasses
 import numpy as np
 
 from mqformer_jax.config import base
-from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, conv, is_model, linear, norm, packing, prefix_of, shape_of
+from mqformer_jax.convert.rules import (
+    Entry,
+    Family,
+    Plan,
+    Shapes,
+    conv,
+    is_model,
+    linear,
+    norm,
+    packing,
+    prefix_of,
+    shape_of,
+)
 from mqformer_jax.models.swin import SIZES, Size
 
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Where a kind of checkpoint keeps the parts of a Swin. block, merge and norm are patterns of a stage's (and block's) number.
+    """Where a kind of checkpoint keeps the parts of a Swin. block, merge and norm are patterns of a stage's (and
+    block's) number.
 
     qkv: one packed layer, or three. norm: of an output feature. The other names stand inside a block.
     """
@@ -85,18 +100,23 @@ IGNORED = {
 
 
 def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
-    """Size ("t", "s", "b" or "l") and window of the Swin named from `prefix` on; ValueError where there is none, or of another size."""
+    """Size ("t", "s", "b" or "l") and window of the Swin named from `prefix` on; ValueError where there is none, or of
+    another size.
+    """
     _, root = _kind(shapes, prefix)
     size, window = _size(shapes, prefix)
     name = next((name for name, known in SIZES.items() if known == size), None)
     if name is None:
         known = "; ".join(f"{name}: {size.width}, {size.depths}" for name, size in SIZES.items())
-        raise ValueError(f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; convertible are {known}.")
+        raise ValueError(
+            f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; convertible are {known}."
+        )
     return name, window
 
 
 def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
-    """The entries of our "backbone" from the Swin whose names start with `prefix` ("", "backbone.", "model.pixel_level_module.encoder.").
+    """The entries of our "backbone" from the Swin whose names start with `prefix` ("", "backbone.",
+    "model.pixel_level_module.encoder.").
 
     Of either kind, which the names tell. Output norms are among them where the checkpoint has them (`absent_norms`).
     """
@@ -110,7 +130,9 @@ def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
             found += _block(ours, root + names.block.format(stage, block), names, size.width * 2**stage, block // 2)
         if stage < 3:
             merge, theirs = f"backbone/merges/{stage}", root + names.merge.format(stage + timm)
-            found += norm(f"{merge}/norm", f"{theirs}norm") + linear(f"{merge}/reduction", f"{theirs}reduction", bias=False)
+            found += norm(f"{merge}/norm", f"{theirs}norm") + linear(
+                f"{merge}/reduction", f"{theirs}reduction", bias=False
+            )
         if (theirs := _norm(names, prefix, stage)) + ".weight" in shapes:
             found += norm(f"backbone/norms/{stage}", theirs)
     return found
@@ -148,7 +170,9 @@ def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
         for root in (prefix, f"{prefix}swin."):
             if root + names.first_table in shapes:
                 return names, root
-    raise ValueError(f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; give the whole file.")
+    raise ValueError(
+        f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; give the whole file."
+    )
 
 
 def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
@@ -163,7 +187,9 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
     offsets, embed = shape_of(shapes, table(0, 0), 2), shape_of(shapes, f"{root}{names.embed}.weight", 4)
     side = round(offsets[0] ** 0.5)
     if side**2 != offsets[0] or side % 2 == 0:
-        raise ValueError(f"{table(0, 0)} has shape {offsets}: its rows must be (2 window - 1)^2; give an unchanged file.")
+        raise ValueError(
+            f"{table(0, 0)} has shape {offsets}: its rows must be (2 window - 1)^2; give an unchanged file."
+        )
     return Size(embed[0], tuple(depths)), (side + 1) // 2
 
 
@@ -190,5 +216,7 @@ def _family(name: str, originals: str) -> Family:
 
 FAMILIES = (
     _family("swin", "Swin-T/S/B/L of Microsoft's repositories, of timm, and of detection code"),
-    _family("hf_swin", "Swin-T/S/B/L of Hugging Face transformers (SwinModel, SwinBackbone, SwinForImageClassification)"),
+    _family(
+        "hf_swin", "Swin-T/S/B/L of Hugging Face transformers (SwinModel, SwinBackbone, SwinForImageClassification)"
+    ),
 )

@@ -1,4 +1,6 @@
-"""torch's checkpoint files: the zip archives, the stream before them, and plain pickles. Tensors are views of the mapped file."""
+"""torch's checkpoint files: the zip archives, the stream before them, and plain pickles. Tensors are views of the
+mapped file.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def read_pickle(buffer: mmap.mmap) -> Any:
 
 
 def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> Any:
-    """The object of torch.save since 1.6, or the module of torch.jit.save; tensors are `Tensor` and `Array`. prefix: its folder."""
+    """The object of torch.save since 1.6, or the module of torch.jit.save; tensors are `Tensor` and `Array`. prefix:
+    its folder.
+    """
     names = set(archive.namelist())
     unpickler = Unpickler(io.BytesIO(member(archive, buffer, f"{prefix}data.pkl")))
     tree = unpickler.load()
@@ -68,7 +72,11 @@ def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind:
         source = bytes(member(archive, buffer, f"{prefix}code/{folder.replace('.', '/')}.py")).decode()
     except KeyError:
         return None
-    listed = re.search(rf"^class {re.escape(name)}\(Module\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]", source, re.MULTILINE)
+    listed = re.search(
+        rf"^class {re.escape(name)}\(Module\):\n  __parameters__ = \[(.*)\]\n  __buffers__ = \[(.*)\]",
+        source,
+        re.MULTILINE,
+    )
     return listed and set(re.findall(r'"([^"]+)"', " ".join(listed.groups())))
 
 
@@ -84,7 +92,9 @@ def member(archive: zipfile.ZipFile, buffer: mmap.mmap, name: str) -> Any:
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         if info.file_size > max(LARGEST_UNPACKED, 100 * info.compress_size):
-            raise Unreadable(f"{name} in it unpacks to {info.file_size} bytes from {info.compress_size}: save it without compression.")
+            raise Unreadable(
+                f"{name} in it unpacks to {info.file_size} bytes from {info.compress_size}: save it without compression."
+            )
         return archive.read(info)
     start, name_length, extra_length = struct.unpack_from("<4s22xHH", buffer, info.header_offset)
     begin = info.header_offset + 30 + name_length + extra_length

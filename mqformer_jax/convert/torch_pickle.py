@@ -1,7 +1,7 @@
 """The pickles in checkpoints, read without torch and without running anything that they name.
 
-A pickle is a program that may call any function by name. Here the names it may use are the table `KNOWN`, and what they stand
-for only remembers its arguments; every other name ends the reading.
+A pickle is a program that may call any function by name. Here the names it may use are the table `KNOWN`, and what they
+stand for only remembers its arguments; every other name ends the reading.
 """
 
 from __future__ import annotations
@@ -43,7 +43,13 @@ class Tensor:
     """What torch's functions that rebuild a tensor are called with; sizes, strides and offset in elements."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, dtype: np.dtype | None = None):
-        self.storage, self.offset, self.shape, self.strides, self.dtype = storage, offset, tuple(shape), tuple(strides), dtype
+        self.storage, self.offset, self.shape, self.strides, self.dtype = (
+            storage,
+            offset,
+            tuple(shape),
+            tuple(strides),
+            dtype,
+        )
 
     def array(self) -> np.ndarray:
         """A view of the storage; numpy checks that it lies inside."""
@@ -51,7 +57,9 @@ class Tensor:
         strides = [stride * dtype.itemsize for stride in self.strides]
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
         if array.size > max(self.storage.count, LARGEST_REPEATED):
-            raise Unreadable(f"a tensor of {array.size} elements repeats {self.storage.count} stored ones: save it with .contiguous().")
+            raise Unreadable(
+                f"a tensor of {array.size} elements repeats {self.storage.count} stored ones: save it with .contiguous()."
+            )
         return array
 
 
@@ -116,14 +124,25 @@ class Inert:
         return object.__new__(cls)
 
 
-def _rebuild(storage: Storage, offset: int, shape: tuple, strides: tuple, grad: Any = None, hooks: Any = None, bits: Any = None) -> Tensor:
+def _rebuild(
+    storage: Storage, offset: int, shape: tuple, strides: tuple, grad: Any = None, hooks: Any = None, bits: Any = None
+) -> Tensor:
     if bits:
-        raise Unreadable("a tensor with its sign or conjugate still pending: save it with .resolve_neg().resolve_conj().")
+        raise Unreadable(
+            "a tensor with its sign or conjugate still pending: save it with .resolve_neg().resolve_conj()."
+        )
     return Tensor(storage, offset, shape, strides)
 
 
 def _rebuild_typed(
-    storage: Storage, offset: int, shape: tuple, strides: tuple, grad: Any, hooks: Any, dtype: np.dtype, bits: Any = None
+    storage: Storage,
+    offset: int,
+    shape: tuple,
+    strides: tuple,
+    grad: Any,
+    hooks: Any,
+    dtype: np.dtype,
+    bits: Any = None,
 ) -> Tensor:
     tensor = _rebuild(storage, offset, shape, strides, grad, hooks, bits)
     tensor.dtype = dtype
@@ -151,7 +170,10 @@ KNOWN = {
     "numpy.ndarray": Inert,  # _reconstruct's argument
     "numpy.dtype": ArrayType,
     # TorchScript's typed lists and dictionaries
-    **{f"torch.jit._pickle.{name}": _first for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")},
+    **{
+        f"torch.jit._pickle.{name}": _first
+        for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+    },
     "torch.jit._pickle.restore_type_tag": _first,
     # what trainers leave beside the weights
     **{f"{module}.set": Inert for module in ("builtins", "__builtin__")},
@@ -193,14 +215,18 @@ class Unpickler(pickle._Unpickler):
         kind, dtype, key, _, count, *view = saved
         storage = self.storages.setdefault(key, Storage(dtype, key, count))
         if kind != "storage" or any(view) or not isinstance(dtype, np.dtype) or storage.dtype != dtype:
-            raise Unreadable("an object of torch that is no plain tensor: load the file with torch and save the state_dict alone.")
+            raise Unreadable(
+                "an object of torch that is no plain tensor: load the file with torch and save the state_dict alone."
+            )
         return storage
 
     def load_build(self) -> None:
         """As the original, but never sets attributes by name: a pickle could otherwise change the classes above."""
         state, built = self.stack.pop(), self.stack[-1]
         if not isinstance(built, (Array, ArrayType, Ordered, Module, Inert)):
-            raise Unreadable(f"gives a {type(built).__name__} attributes: load the file with torch and save the state_dict alone.")
+            raise Unreadable(
+                f"gives a {type(built).__name__} attributes: load the file with torch and save the state_dict alone."
+            )
         built.__setstate__(state)
         if isinstance(built, Module):
             self.modules.append(built)

@@ -4,10 +4,10 @@
 
 With --converted it is what `convert` wrote that stands beside the original, else a conversion made on the spot.
 
-Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its config.json), timm
-(for ResNets), clip-anytorch, efficientnet_lite_pytorch. Mask DINO's, Mask2Former's, OpenSeeD's and the detection Swin's own code is in
-no release (timm's Swin shifts its windows before it pads them, which is another function); tests/test_maskdino.py holds ours to
-numbers recorded from Mask DINO's.
+Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its
+config.json), timm (for ResNets), clip-anytorch, efficientnet_lite_pytorch. Mask DINO's, Mask2Former's, OpenSeeD's and
+the detection Swin's own code is in no release (timm's Swin shifts its windows before it pads them, which is another
+function); tests/test_maskdino.py holds ours to numbers recorded from Mask DINO's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from mqformer_jax.models.pixel_decoder import PixelDecoder
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 Stages = dict[str, np.ndarray]
-Leaves = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]]  # of these paths and shapes, those that there are
+Leaves = Callable[
+    [Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]
+]  # of these paths and shapes, those that there are
 SIDES = 256, 320  # of the image that both are shown
 
 
@@ -44,12 +46,14 @@ def verify(
 ) -> list[tuple[str, float, float]]:
     """For each stage: its name, the largest absolute difference, and the largest value of the original.
 
-    image: RGB uint8 of any size; noise where None. converted: the folder that `convert` wrote of `path`; where None it is converted
-    anew. Raises ValueError or OSError, one line, also for a family whose original cannot be had.
+    image: RGB uint8 of any size; noise where None. converted: the folder that `convert` wrote of `path`; where None it
+    is converted anew. Raises ValueError or OSError, one line, also for a family whose original cannot be had.
     """
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
-        raise ValueError(f"{path}: the original of {name} is in no package; families that can be verified are {', '.join(ORIGINALS)}.")
+        raise ValueError(
+            f"{path}: the original of {name} is in no package; families that can be verified are {', '.join(ORIGINALS)}."
+        )
     if converted is None:
         config, values = plan.config.model, lambda wanted: apply(plan, tensors, wanted)[0]
     else:
@@ -59,7 +63,11 @@ def verify(
     rng = np.random.default_rng(0)
     if plan.part == "text_encoder":
         given = _tokens(plan.config.model.text, rng)
-        ours = lambda: {"text": _module(values, "text_encoder", lambda rngs: make_text_encoder(config.text, rngs, jnp.float32))(given)}
+        ours = lambda: {
+            "text": _module(values, "text_encoder", lambda rngs: make_text_encoder(config.text, rngs, jnp.float32))(
+                given
+            )
+        }
     else:
         backbone = _module(values, "backbone", lambda rngs: make_backbone(config.backbone, "none", rngs, jnp.float32))
         image = rng.integers(0, 256, (*SIDES, 3), np.uint8) if image is None else image
@@ -69,7 +77,9 @@ def verify(
     with _torch().inference_mode():
         theirs = ORIGINALS[name](path, tensors, given)
     mine = ours()
-    return [(stage, float(np.abs(mine[stage] - value).max()), float(np.abs(value).max())) for stage, value in theirs.items()]
+    return [
+        (stage, float(np.abs(mine[stage] - value).max()), float(np.abs(value).max())) for stage, value in theirs.items()
+    ]
 
 
 def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
@@ -84,14 +94,25 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
     return fill(module, found, part)
 
 
-def _image_stages(values: Leaves, config: ConfigDict, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"], whole: bool) -> Stages:
+def _image_stages(
+    values: Leaves, config: ConfigDict, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"], whole: bool
+) -> Stages:
     """Features of the backbone, and of a whole model what the pixel decoder makes of them."""
     features = jax.jit(lambda x: backbone(x))(pixels)
     stages = {f"stride {stride}": np.asarray(value) for stride, value in features.items()}
     if whole:
         c = config
         make = lambda rngs: PixelDecoder(
-            backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, c.strides, c.mask_dim, c.mask_stride, rngs=rngs
+            backbone.channels,
+            c.width,
+            c.heads,
+            c.points,
+            c.encoder_layers,
+            c.encoder_ffn,
+            c.strides,
+            c.mask_dim,
+            c.mask_stride,
+            rngs=rngs,
         )
         decoder = _module(values, "pixel_decoder", make)
         memory, shapes, _, masks = jax.jit(lambda f: decoder(f, np.array([SIDES]), SIDES))(features)
@@ -134,10 +155,14 @@ def _nchw(pixels: np.ndarray):
 
 
 def _weights(tensors: Tensors, known: str = "") -> dict:
-    """torch's, in float32; names from where that of `known` starts, a key of the original's (with "model." before it, say)."""
+    """torch's, in float32; names from where that of `known` starts, a key of the original's (with "model." before it,
+    say).
+    """
     prefix = known and prefix_of({key: () for key in tensors}, known)
     return {
-        key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32)) for key, value in tensors.items() if key.startswith(prefix)
+        key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32))
+        for key, value in tensors.items()
+        if key.startswith(prefix)
     }
 
 
@@ -164,7 +189,9 @@ def _from_folder(path: str, model: str, **settings: Any):
 
 def _backbone_folder(model: str) -> Callable[[str, Tensors, np.ndarray], Stages]:
     def stages(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
-        maps = _from_folder(path, model, out_features=["stage1", "stage2", "stage3", "stage4"])(_nchw(pixels)).feature_maps
+        maps = _from_folder(path, model, out_features=["stage1", "stage2", "stage3", "stage4"])(
+            _nchw(pixels)
+        ).feature_maps
         return {f"stride {4 << k}": _nhwc(x) for k, x in enumerate(maps)}
 
     return stages
@@ -199,7 +226,11 @@ def _lite0(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
 def _clip(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     if not any(key.startswith("visual.") for key in tensors):
         raise ValueError(f"{path}: OpenAI's code makes both towers, and this file has the text tower alone.")
-    weights = {key: value for key, value in _weights(tensors).items() if key not in ("input_resolution", "context_length", "vocab_size")}
+    weights = {
+        key: value
+        for key, value in _weights(tensors).items()
+        if key not in ("input_resolution", "context_length", "vocab_size")
+    }
     model = _package("clip.model", "clip-anytorch").build_model(dict(weights)).float()
     model.load_state_dict(weights)  # once more: it was made in half precision
     rest = len(tensors["positional_embedding"]) - tokens.shape[1]
@@ -217,7 +248,11 @@ def _minilm(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     vocabulary = len(weights["embeddings.word_embeddings.weight"])
     model = transformers.BertModel(
         transformers.BertConfig(
-            vocab_size=vocabulary, hidden_size=384, num_hidden_layers=depth, num_attention_heads=12, intermediate_size=1536
+            vocab_size=vocabulary,
+            hidden_size=384,
+            num_hidden_layers=depth,
+            num_attention_heads=12,
+            intermediate_size=1536,
         )
     ).eval()
     _load(model, weights, ("pooler.",))
@@ -240,11 +275,15 @@ ORIGINALS: dict[str, Callable[[str, Tensors, np.ndarray], Stages]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mqformer_jax.convert.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m mqformer_jax.convert.verify",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", required=True, help="the original checkpoint")
     parser.add_argument("--from", dest="family", help="its family; guessed if left out")
-    parser.add_argument("--converted", metavar="FOLDER", help="what convert wrote of it (default: it is converted anew)")
+    parser.add_argument(
+        "--converted", metavar="FOLDER", help="what convert wrote of it (default: it is converted anew)"
+    )
     parser.add_argument("--image", help="a photo for both to look at (default: noise)")
     args = parser.parse_args()
     image = None

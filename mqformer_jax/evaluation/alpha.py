@@ -1,4 +1,6 @@
-"""Alpha mattes against the true ones: the four errors of Rhemann et al., "A Perceptually Motivated Online Benchmark", CVPR 2009."""
+"""Alpha mattes against the true ones: the four errors of Rhemann et al., "A Perceptually Motivated Online Benchmark",
+CVPR 2009.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from jaxtyping import Bool, Float, UInt8
 from mqformer_jax.evaluation import worst
 
 SIGMA = 1.4  # of the Gaussian whose derivative `grad` compares
-STEP, TOLERANCE = 10, 0.15  # of `conn`: thresholds are k / STEP; up to TOLERANCE above its connected level a pixel is connected
+STEP, TOLERANCE = (
+    10,
+    0.15,
+)  # of `conn`: thresholds are k / STEP; up to TOLERANCE above its connected level a pixel is connected
 BAND = 10  # pixels around those covered in part that count as unknown where a record has no trimap
 Mask = Float[np.ndarray, "h w"]
 
@@ -19,7 +24,8 @@ Mask = Float[np.ndarray, "h w"]
 class AlphaEvaluator:
     """Means over images, of the whole image and (`unknown_`) of the part that the trimap leaves open.
 
-    In the units of the papers: sad, grad and conn in thousands (summed over pixels), mse and mad in thousandths (means of pixels).
+    In the units of the papers: sad, grad and conn in thousands (summed over pixels), mse and mad in thousandths (means
+        of pixels).
     A prediction is taken as it is: nothing is set to what the trimap knows, and nothing stretched to 0 to 1.
     """
 
@@ -27,9 +33,16 @@ class AlphaEvaluator:
         self.errors: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)  # prefix → (image, its errors)
 
     def update(
-        self, prediction: Mask, target: Mask, trimap: UInt8[np.ndarray, "h w"] | None = None, key: str = "", prefix: str = ""
+        self,
+        prediction: Mask,
+        target: Mask,
+        trimap: UInt8[np.ndarray, "h w"] | None = None,
+        key: str = "",
+        prefix: str = "",
     ) -> None:
-        """One image: its alpha and the true one, both 0 to 1. prefix: of the metrics' names, where several predictions are compared."""
+        """One image: its alpha and the true one, both 0 to 1. prefix: of the metrics' names, where several predictions
+        are compared.
+        """
         if prediction.shape != target.shape:
             raise ValueError(f"the predicted alpha is {prediction.shape}, the target {target.shape}.")
         prediction, target = prediction.astype(np.float64), target.astype(np.float64)
@@ -73,7 +86,10 @@ def matting_errors(prediction: Mask, target: Mask, unknown: Bool[np.ndarray, "h 
             own = difference[where]
             errors[f"{prefix}sad"], errors[f"{prefix}mse"] = own.sum() / 1000, 1000 * (own**2).mean()
             errors[f"{prefix}mad"] = 1000 * own.mean()
-            errors[f"{prefix}grad"], errors[f"{prefix}conn"] = gradient[where].sum() / 1000, connectivity[where].sum() / 1000
+            errors[f"{prefix}grad"], errors[f"{prefix}conn"] = (
+                gradient[where].sum() / 1000,
+                connectivity[where].sum() / 1000,
+            )
     return {name: float(value) for name, value in errors.items()}
 
 
@@ -92,7 +108,8 @@ def _gradient(alpha: Mask) -> Mask:
 def _connectivity(prediction: Mask, target: Mask) -> Mask:
     """By how much the two differ in how far each pixel rises above the level up to which it is connected.
 
-    That level is the last threshold before the pixel leaves the largest piece (4 neighbours) of what both have at or above it.
+    That level is the last threshold before the pixel leaves the largest piece (4 neighbours) of what both have at or
+    above it.
     """
     level = np.full(prediction.shape, -1.0)
     for k in range(1, STEP + 1):

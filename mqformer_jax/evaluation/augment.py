@@ -1,7 +1,8 @@
 """Test-time augmentation: an image is asked about at several sizes and mirrored, and what the views say is averaged.
 
-Semantic maps average the score of each pixel for each class (Mask2Former, `SemanticSegmentorWithTTA`), regions the mask probability of
-each prompt, the surer views more. Instances and panoptic segments are not augmented: which of one view's segments is which of another's nobody says.
+Semantic maps average the score of each pixel for each class (Mask2Former, `SemanticSegmentorWithTTA`), regions the mask
+probability of each prompt, the surer views more. Instances and panoptic segments are not augmented: which of one view's
+segments is which of another's nobody says.
 """
 
 from __future__ import annotations
@@ -25,14 +26,18 @@ View = tuple[tuple[int, int], bool]  # canvas (height, width) in pixels, and whe
 
 
 def views_of(config: ConfigDict, scales: Sequence[float], flip: bool) -> list[View]:
-    """The views of `eval.scales` and `eval.flip` for a model's config; canvases are rounded to what its strides divide."""
+    """The views of `eval.scales` and `eval.flip` for a model's config; canvases are rounded to what its strides
+    divide.
+    """
     step, found = max(8, *config.model.strides), []
     for scale in scales:
         canvas = tuple(max(step, round(side * scale / step) * step) for side in config.data.canvas)
         canvas = tuple(config.data.canvas) if scale == 1 else canvas
         tokens = sum((canvas[0] // s) * (canvas[1] // s) for s in config.model.strides)
         if tokens < sum(query_counts(config.model)):
-            raise ValueError(f"config.eval.scales = {scale}: a canvas of {canvas} has {tokens} tokens, fewer than the model's queries.")
+            raise ValueError(
+                f"config.eval.scales = {scale}: a canvas of {canvas} has {tokens} tokens, fewer than the model's queries."
+            )
         found += [(canvas, mirrored) for mirrored in ((False, True) if flip else (False,))]
     return list(dict.fromkeys(found))
 
@@ -50,7 +55,8 @@ def mirrored_texts(texts: Sequence[str]) -> list[str] | None:
 class ViewMasks:
     """Mask logits of all views' queries, one view after the other, as those of one network, mirrored back.
 
-    The mean over views of a sum over queries is the sum over all of them, so `segments.semantic_map` needs to know no views.
+    The mean over views of a sum over queries is the sum over all of them, so `segments.semantic_map` needs to know no
+    views.
     """
 
     def __init__(self, masks: Sequence[CanvasMasks], flipped: Sequence[bool]):
@@ -69,7 +75,9 @@ class ViewMasks:
         return out
 
 
-def joined(answers: Sequence[Answer], flipped: Sequence[bool]) -> tuple[Float[np.ndarray, "v*q p"], ViewMasks | CanvasMasks]:
+def joined(
+    answers: Sequence[Answer], flipped: Sequence[bool]
+) -> tuple[Float[np.ndarray, "v*q p"], ViewMasks | CanvasMasks]:
     """Class probabilities and masks of all views of an image, for `segments.semantic_map`."""
     if len(answers) == 1 and not flipped[0]:
         return answers[0].class_probs, answers[0].masks
@@ -77,10 +85,13 @@ def joined(answers: Sequence[Answer], flipped: Sequence[bool]) -> tuple[Float[np
 
 
 def mean_regions(answers: Sequence[Answer], flipped: Sequence[bool]) -> Answer:
-    """One answer in which query i is the region of prompt i: the mean over views of its best query's mask probability and box.
+    """One answer in which query i is the region of prompt i: the mean over views of its best query's mask probability
+    and box.
 
-    Views weigh as much as those queries score: of two that see different objects, the surer one should not lose all it sees (on the
-    sample's expressions, mirrored: mIoU 59.9, with equal weights 56.3, without the mirrored view 59.0). The score is the plain mean.
+    Views weigh as much as those queries score: of two that see different objects, the surer one should not lose all it
+    sees (on the
+    sample's expressions, mirrored: mIoU 59.9, with equal weights 56.3, without the mirrored view 59.0). The score is
+        the plain mean.
     """
     if len(answers) == 1 and not flipped[0]:
         return answers[0]

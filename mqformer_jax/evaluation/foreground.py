@@ -1,4 +1,6 @@
-"""Foreground (salient object): a soft mask against a soft or hard one, with the measures that papers on salient objects report."""
+"""Foreground (salient object): a soft mask against a soft or hard one, with the measures that papers on salient objects
+report.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ Mask = Float[np.ndarray, "h w"]
 class ForegroundEvaluator:
     """Means over images. mae, mse: of all pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
 
-    max_f; mean_e, max_e: the F-measure, and the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018), of the mean curve over
-    256 thresholds at its best, or in the mean. Predictions are taken as they are, not stretched to 0 to 1 as some toolboxes do.
+    max_f; mean_e, max_e: the F-measure, and the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018), of
+    the mean curve over 256 thresholds at its best, or in the mean. Predictions are taken as they are, not stretched to
+    0 to 1 as some toolboxes do.
     """
 
     def __init__(self):
@@ -25,7 +28,9 @@ class ForegroundEvaluator:
         self.curves: list[np.ndarray] = []  # F and E, [2, 256]
 
     def update(self, prediction: Mask, target: Mask | Bool[np.ndarray, "h w"], key: str = "") -> None:
-        """One image: mask probability (`soft_mask`) and the truth, both 0 to 1; an 8-bit matte is divided by 255 first."""
+        """One image: mask probability (`soft_mask`) and the truth, both 0 to 1; an 8-bit matte is divided by 255
+        first.
+        """
         if prediction.shape != target.shape:
             raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
         prediction, hard = prediction.astype(np.float64), target > 0.5
@@ -50,17 +55,23 @@ class ForegroundEvaluator:
 
     def details(self) -> dict:
         """The images whose S-measure is lowest."""
-        return {"worst_images": worst("s_measure", [(key, 100.0 * s) for key, (_, _, s) in zip(self.keys, self.values)])}
+        return {
+            "worst_images": worst("s_measure", [(key, 100.0 * s) for key, (_, _, s) in zip(self.keys, self.values)])
+        }
 
 
 def s_measure(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
-    """How alike the structure is: half that of object and background, half that of the four parts around the object's centre."""
+    """How alike the structure is: half that of object and background, half that of the four parts around the object's
+    centre.
+    """
     share = float(target.mean())
     if share in (0.0, 1.0):
         return float(prediction.mean()) if share else 1 - float(prediction.mean())
     of_object = share * _object_score(prediction[target]) + (1 - share) * _object_score(1 - prediction[~target])
     h, w = target.shape
-    y, x = (int(c) + 1 for c in np.argwhere(target).mean(0).round())  # the part above and left has the centre, as in the authors' Matlab
+    y, x = (
+        int(c) + 1 for c in np.argwhere(target).mean(0).round()
+    )  # the part above and left has the centre, as in the authors' Matlab
     of_parts = 0.0
     for rows in (slice(0, y), slice(y, h)):
         for columns in (slice(0, x), slice(x, w)):
@@ -96,7 +107,9 @@ def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarr
 
 
 def _e_curve(hits: np.ndarray, chosen: np.ndarray, owned: int, size: int) -> Float[np.ndarray, "256"]:
-    """E-measure from counts of pixels: chosen, rightly chosen (`hits`), of the object (`owned`), of the image (`size`)."""
+    """E-measure from counts of pixels: chosen, rightly chosen (`hits`), of the object (`owned`), of the image
+    (`size`).
+    """
     if owned in (0, size):
         return (chosen if owned else size - chosen) / (size - 1 + EPS)
     counts = {(1, 1): hits, (1, 0): chosen - hits, (0, 1): owned - hits, (0, 0): size - chosen - owned + hits}

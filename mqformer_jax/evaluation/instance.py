@@ -18,7 +18,8 @@ _LVIS |= {f"AR{size}@{FEDERATED_TOP}": f"ar_{size or FEDERATED_TOP}" for size in
 class InstanceEvaluator:
     """AP and AR over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
 
-    Images with a labelled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS), its
+    Images with a labelled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS),
+    its
     federated protocol applies: a prediction of a class that nobody checked in the image counts for nothing.
     """
 
@@ -52,7 +53,12 @@ class InstanceEvaluator:
                 continue
             x0, y0, x1, y1 = box
             area = (x1 - x0) * (y1 - y0) if mask is None else int(mask.sum())
-            fields = {"id": len(self.truth) + 1, "image_id": image_id, "category_id": s.class_id + 1, "iscrowd": int(s.crowd)}
+            fields = {
+                "id": len(self.truth) + 1,
+                "image_id": image_id,
+                "category_id": s.class_id + 1,
+                "iscrowd": int(s.crowd),
+            }
             rle = {} if mask is None else {"segmentation": {"size": list(mask.shape), "counts": s.mask}}
             self.truth.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, **rle})
         for mask, box, score, label in zip(segments.masks, segments.boxes, segments.scores, segments.prompt_ids):
@@ -71,19 +77,24 @@ class InstanceEvaluator:
         self.with_masks += [image + shift for image in other.with_masks]
 
     def result(self) -> dict[str, float]:
-        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l and the same for box, in percent.
+        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l and the same for box,
+        in percent.
 
-        Of a federated set _ar_300 in place of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common and frequent classes)
-        where it is known how many images show a class. What has no object, a size say, is left out.
+        Of a federated set _ar_300 in place of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common and
+        frequent classes) where it is known how many images show a class. What has no object, a size say, is left out.
         """
         keys, results = _COCO if self.info.exhaustive else _LVIS, {}
         for name, evaluation in self._evaluations().items():
             values = evaluation.get_results()
-            results |= {f"{name}_{short}": 100.0 * values[key] for key, short in keys.items() if values.get(key, -1) >= 0}
+            results |= {
+                f"{name}_{short}": 100.0 * values[key] for key, short in keys.items() if values.get(key, -1) >= 0
+            }
         return results
 
     def details(self) -> dict:
-        """AP of each class in percent, and the images whose AP50 is lowest: of masks where there are any, else of boxes."""
+        """AP of each class in percent, and the images whose AP50 is lowest: of masks where there are any, else of
+        boxes.
+        """
         classes: dict[str, dict[str, float]] = {}
         for name, evaluation in self._evaluations().items():
             measured = evaluation.report()["per_class"]  # of the classes that occur, in no order
@@ -117,5 +128,7 @@ class InstanceEvaluator:
 
     def _categories(self) -> list[dict]:
         shown = self.info.class_images.get("train") or next(iter(self.info.class_images.values()), ())
-        frequency = [{"frequency": "r" if n <= 10 else "c" if n <= 100 else "f"} for n in shown] or [{}] * len(self.info.classes)
+        frequency = [{"frequency": "r" if n <= 10 else "c" if n <= 100 else "f"} for n in shown] or [{}] * len(
+            self.info.classes
+        )
         return [{"id": i + 1, "name": c.name, **frequency[i]} for i, c in enumerate(self.info.classes) if c.thing]

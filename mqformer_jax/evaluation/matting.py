@@ -16,9 +16,13 @@ ROW = 200  # height of a picture sheet's row, pixels
 
 
 def compare(
-    refine: Callable[[np.ndarray, np.ndarray], np.ndarray], mattes: Iterable[Matte], guide: Callable[[Matte], Mask | None], pictures: int
+    refine: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    mattes: Iterable[Matte],
+    guide: Callable[[Matte], Mask | None],
+    pictures: int,
 ) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "h w 3"]]]:
-    """{"mask", "refined": `AlphaEvaluator.result`} of a `Refiner` on masks that `guide` makes (None: leave this one out), and a sheet's rows.
+    """{"mask", "refined": `AlphaEvaluator.result`} of a `Refiner` on masks that `guide` makes (None: leave this one
+    out), and a sheet's rows.
 
     A row shows the image, the mask, the refined alpha and the true one.
     """
@@ -47,5 +51,7 @@ def _sized(row: np.ndarray) -> np.ndarray:
 def save_sheet(path: str, rows: list[UInt8[np.ndarray, "h w 3"]]) -> None:
     """Rows below each other as one picture, the narrower ones filled up on the right."""
     width = max(row.shape[1] for row in rows)
-    sheet = np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows])
+    sheet = np.concatenate(
+        [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]
+    )
     cv2.imwrite(path, cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))

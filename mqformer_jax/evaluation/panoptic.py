@@ -1,4 +1,6 @@
-"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", CVPR 2019), computed by hotcoco's panopticapi protocol."""
+"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", CVPR 2019), computed by hotcoco's panopticapi
+protocol.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,17 @@ from mqformer_jax.segments import Segments, ground_truth_segments
 class PanopticEvaluator:
     """PQ over the classes of one data set; prompt i of the evaluated `Segments` is class i of `info`.
 
-    Pixels under no labelled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction that
-    lies mostly on void or on a crowd of its own class is no false positive.
-    learnable: how many of the model's queries are learnable (they come first), to say which kind found what; None: it is not said.
+    Pixels under no labelled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction
+    that lies mostly on void or on a crowd of its own class is no false positive.
+    learnable: how many of the model's queries are learnable (they come first), to say which kind found what; None: it
+        is not said.
     """
 
     def __init__(self, info: DatasetInfo, learnable: int | None = None):
         self.info, self.learnable = info, learnable
-        self.taken = np.zeros((2, 2), int)  # stuff, things: segments rightly found, those of them that learnable queries found
+        self.taken = np.zeros(
+            (2, 2), int
+        )  # stuff, things: segments rightly found, those of them that learnable queries found
         self.images: list[dict] = []
         self.truth: list[dict] = []
         self.found: list[dict] = []
@@ -38,7 +43,11 @@ class PanopticEvaluator:
         image = {"id": len(self.images) + 1, "height": record.height, "width": record.width, "file_name": record.key}
         self.images.append(image)
         labelled = ground_truth_segments(record, self.info)
-        known = np.ones((record.height, record.width), bool) if record.ignore is None else ~record.decode_mask(record.ignore)
+        known = (
+            np.ones((record.height, record.width), bool)
+            if record.ignore is None
+            else ~record.decode_mask(record.ignore)
+        )
         self._add(self.truth, labelled, known)
         self._add(self.found, segments, np.ones_like(known))
         taken = (labelled.panoptic > 0) | ~known  # a pixel has one owner, as in a panoptic PNG
@@ -48,7 +57,9 @@ class PanopticEvaluator:
                 taken |= mask
                 self._append(self.truth, segment.class_id, mask, crowd=True)
         if self.learnable is not None:
-            for k in np.flatnonzero(_matched(np.where(known, labelled.panoptic, 0), labelled.prompt_ids, segments, ~(taken & known))):
+            for k in np.flatnonzero(
+                _matched(np.where(known, labelled.panoptic, 0), labelled.prompt_ids, segments, ~(taken & known))
+            ):
                 thing = int(self.info.classes[segments.prompt_ids[k]].thing)
                 self.taken[thing] += 1, segments.query_ids[k] < self.learnable
 
@@ -61,18 +72,23 @@ class PanopticEvaluator:
         self.taken += other.taken
 
     def result(self) -> dict[str, float]:
-        """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has both.
+        """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has
+        both.
 
-        learnable_share_things, learnable_share_stuff: of the segments rightly found, how many a learnable query found (a region that
-        several queries share is the first one's).
+        learnable_share_things, learnable_share_stuff: of the segments rightly found, how many a learnable query found
+        (a region that several queries share is the first one's).
         """
         results = self._evaluate(self.images, self.truth, self.found)
         groups = {"": "All"}
         if len({c.thing for c in self.info.classes}) == 2:
             groups |= {"_things": "Things", "_stuff": "Stuff"}
-        quality = {f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")}
+        quality = {
+            f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")
+        }
         kinds = zip(("stuff", "things"), self.taken.tolist())
-        return quality | {f"learnable_share_{kind}": 100.0 * learnable / found for kind, (found, learnable) in kinds if found}
+        return quality | {
+            f"learnable_share_{kind}": 100.0 * learnable / found for kind, (found, learnable) in kinds if found
+        }
 
     def details(self) -> dict:
         """pq, sq, rq of each class that occurs in percent, with counts; and the images whose own PQ is lowest."""
@@ -121,7 +137,11 @@ def _matched(
     truth: segment + 1 at each pixel, 0 where none is (crowds among them); labels: the segments' classes.
     """
     n, m = len(labels), len(segments)
-    shared = np.bincount((truth * (m + 1) + segments.panoptic).ravel(), minlength=(n + 1) * (m + 1)).reshape(n + 1, m + 1)
-    union = shared.sum(1, keepdims=True) + shared.sum(0) - shared - np.bincount(segments.panoptic[void], minlength=m + 1)
+    shared = np.bincount((truth * (m + 1) + segments.panoptic).ravel(), minlength=(n + 1) * (m + 1)).reshape(
+        n + 1, m + 1
+    )
+    union = (
+        shared.sum(1, keepdims=True) + shared.sum(0) - shared - np.bincount(segments.panoptic[void], minlength=m + 1)
+    )
     iou = shared[1:, 1:] / np.maximum(union[1:, 1:], 1)
     return ((iou > 0.5) & (labels[:, None] == segments.prompt_ids)).any(0)

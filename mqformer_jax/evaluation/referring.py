@@ -20,14 +20,24 @@ class ReferringEvaluator:
     """
 
     def __init__(self):
-        self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)  # kind → (intersection, union) in pixels
+        self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(
+            list
+        )  # kind → (intersection, union) in pixels
         self.rejected: list[bool] = []
-        self.scores: dict[str, list[float]] = defaultdict(list)  # image → IoU of its expressions; 1 or 0 where one names nothing
+        self.scores: dict[str, list[float]] = defaultdict(
+            list
+        )  # image → IoU of its expressions; 1 or 0 where one names nothing
 
     def update(
-        self, prediction: Bool[np.ndarray, "h w"], target: Bool[np.ndarray, "h w"] | None, kind: str | None = None, key: str = ""
+        self,
+        prediction: Bool[np.ndarray, "h w"],
+        target: Bool[np.ndarray, "h w"] | None,
+        kind: str | None = None,
+        key: str = "",
     ) -> None:
-        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own; `key`: the image's."""
+        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own;
+        `key`: the image's.
+        """
         if target is None:
             self.rejected.append(not prediction.any())
             self.scores[key].append(float(self.rejected[-1]))
@@ -61,7 +71,11 @@ class ReferringEvaluator:
 
     def details(self) -> dict:
         """The images whose expressions have the lowest mean IoU."""
-        return {"worst_images": worst("miou", [(key, 100.0 * float(np.mean(scores))) for key, scores in self.scores.items()])}
+        return {
+            "worst_images": worst(
+                "miou", [(key, 100.0 * float(np.mean(scores))) for key, scores in self.scores.items()]
+            )
+        }
 
 
 def _ious(pairs: list[tuple[int, int]]) -> tuple[float, float, np.ndarray]:

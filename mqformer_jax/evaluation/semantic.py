@@ -22,8 +22,14 @@ class SemanticEvaluator:
     def update(self, record: Record, prediction: Int[np.ndarray, "h w"]) -> None:
         """`prediction`: that of `semantic_map`, at the record's own size."""
         if prediction.shape != (record.height, record.width):
-            raise ValueError(f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}.")
-        truth, prediction, count = ground_truth_map(record, self.info), prediction.astype(np.int32), len(self.info.classes)
+            raise ValueError(
+                f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}."
+            )
+        truth, prediction, count = (
+            ground_truth_map(record, self.info),
+            prediction.astype(np.int32),
+            len(self.info.classes),
+        )
         self.evaluation.update(truth, prediction)
         if (truth < count).any():
             own = metrics.mean_iou(metrics.pixel_confusion(truth, prediction, count, ignore_index=count))
@@ -37,7 +43,10 @@ class SemanticEvaluator:
     def result(self) -> dict[str, float]:
         """miou, fwiou (weighted by pixels) and pixel_accuracy, in percent, over the classes that occur."""
         results = self.evaluation.results()
-        return {name: 100.0 * results[key] for name, key in (("miou", "mIoU"), ("fwiou", "fwIoU"), ("pixel_accuracy", "aAcc"))}
+        return {
+            name: 100.0 * results[key]
+            for name, key in (("miou", "mIoU"), ("fwiou", "fwIoU"), ("pixel_accuracy", "aAcc"))
+        }
 
     def details(self) -> dict:
         """iou and accuracy of each class that occurs in percent; and the images whose own mIoU is lowest."""

@@ -16,7 +16,34 @@ from mqformer_jax.segments import Segments
 
 # COCO left some of its first 90 ids, and of those of stuff, without a class.
 COCO_THINGS = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]
-COCO_STUFF = [92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154, 155, 156, 159]
+COCO_STUFF = [
+    92,
+    93,
+    95,
+    100,
+    107,
+    109,
+    112,
+    118,
+    119,
+    122,
+    125,
+    128,
+    130,
+    133,
+    138,
+    141,
+    144,
+    145,
+    147,
+    148,
+    149,
+    151,
+    154,
+    155,
+    156,
+    159,
+]
 COCO_STUFF += [161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201)]
 
 
@@ -26,9 +53,10 @@ class Submission:
         segm.json, bbox.json         COCO results of the things
         panoptic.json, panoptic/     COCO panoptic: colours are segment ids (R + 256 G + 65536 B)
         semantic/                    the class of each pixel, 8 or 16 bits
-        referring.json               image_id, text, score, and the mask as run-length code, empty where nothing is named
-        foreground/, matting/        probability or alpha, 8 bits
-        categories.json              which id is which class: COCO's own for its 80 and 133 classes, else 1, 2, 3 ...; a PNG counts from 0
+        referring.json               image_id, text, score, and the mask as run-length code, empty where nothing is
+        named foreground/, matting/        probability or alpha, 8 bits
+        categories.json              which id is which class: COCO's own for its 80 and 133 classes, else 1, 2, 3 ...; a
+        PNG counts from 0
 
     image_id is the number that a file name is (COCO's are), else the name.
     """
@@ -49,7 +77,9 @@ class Submission:
         ids = segments.panoptic.astype(np.int64)
         self._picture("panoptic", record, np.stack([ids >> 16 & 255, ids >> 8 & 255, ids & 255], -1).astype(np.uint8))
         infos = [{"id": i + 1, "category_id": self.ids[label]} for i, label in enumerate(segments.prompt_ids)]
-        self.lists["panoptic"].append({"image_id": image_id(record), "file_name": f"{stem(record)}.png", "segments_info": infos})
+        self.lists["panoptic"].append(
+            {"image_id": image_id(record), "file_name": f"{stem(record)}.png", "segments_info": infos}
+        )
 
     def semantic(self, record: Record, labels: Int[np.ndarray, "h w"]) -> None:
         self._picture("semantic", record, labels.astype(np.uint8 if len(self.ids) <= 256 else np.uint16))
@@ -72,7 +102,10 @@ class Submission:
         os.makedirs(self.folder, exist_ok=True)
         categories = [{"id": i, "name": c.name, "isthing": int(c.thing)} for i, c in zip(self.ids, self.info.classes)]
         panoptic = self.lists.get("panoptic")
-        files = {**self.lists, **({"panoptic": {"annotations": panoptic, "categories": categories}} if panoptic else {})}
+        files = {
+            **self.lists,
+            **({"panoptic": {"annotations": panoptic, "categories": categories}} if panoptic else {}),
+        }
         for name, content in {**files, **({"categories": categories} if categories else {})}.items():
             with open(os.path.join(self.folder, f"{name}.json"), "w") as f:
                 json.dump(content, f)

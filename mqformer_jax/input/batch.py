@@ -18,18 +18,20 @@ SAME = 0.5  # the share of the smaller box from which two targets may be one obj
 
 @flax.struct.dataclass
 class Batch:
-    """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt, M bytes of masks.
+    """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt, M bytes of
+    masks.
 
     Rows past `num_targets` and prompts that are not `prompt_valid` are padding.
 
     image: 0 to 255, padded right and below. size: height and width of the valid part, pixels.
     tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
     prompt_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
-    positive: which prompts name which target. negative: which do not, of the prompts that are not exhaustive; about a pair
-        that is neither nothing is known.
-    has_mask: the target's mask is known. masks: all masks of an image one after another, each only in a window around it, as
-        bits (eight pixels of a row in a byte, as `np.packbits` has them). windows: where in `masks` and where on the canvas:
-        first byte, top, left / 8, height, width / 8. A full canvas for each target would be 13 MB an image at 1024 x 1024.
+    positive: which prompts name which target. negative: which do not, of the prompts that are not exhaustive; about a
+        pair that is neither nothing is known.
+    has_mask: the target's mask is known. masks: all masks of an image one after another, each only in a window around
+        it, as bits (eight pixels of a row in a byte, as `np.packbits` has them). windows: where in `masks` and where on
+        the canvas: first byte, top, left / 8, height, width / 8. A full canvas for each target would be 13 MB an image
+            at 1024 x 1024.
     ignore: bits of the pixels where nothing is known (the padding is not among them: see `size`).
     source: index of the data set in the mixture, for metrics only.
     """
@@ -199,7 +201,9 @@ def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, 
 
 
 def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[np.ndarray, "n"]:
-    """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random order."""
+    """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random
+    order.
+    """
     if len(sizes) <= room.targets and sum(sizes) <= room.mask_bytes:
         return np.arange(len(sizes))
     kept, free = [], room.mask_bytes
@@ -215,9 +219,9 @@ def _known_negatives(
 ) -> Bool[np.ndarray, "n p"]:
     """Of the prompts that are not exhaustive, those that do not name a target for sure.
 
-    Our choice (unpublished): who marked an object as one thing did not mean the other things marked in the same image, unless
-    one of those lies mostly within its box, or around it: a man, and the man in a hat. Without it a set that is nowhere exhaustive
-    (Visual Genome) would teach names by praise alone.
+    Our choice (unpublished): who marked an object as one thing did not mean the other things marked in the same image,
+    unless one of those lies mostly within its box, or around it: a man, and the man in a hat. Without it a set that is
+    nowhere exhaustive (Visual Genome) would teach names by praise alone.
     """
     unsure = ~exhaustive
     if not unsure.any() or not len(corners):

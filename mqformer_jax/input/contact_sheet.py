@@ -28,7 +28,9 @@ Rgb = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """One prompt of a row. owned: the targets it names. others: targets it is known not to name although it is not exhaustive."""
+    """One prompt of a row. owned: the targets it names. others: targets it is known not to name although it is not
+    exhaustive.
+    """
 
     text: str
     region: bool
@@ -66,7 +68,9 @@ def colour(target: int) -> Rgb:
 
 
 def picture(shown: Shown, side: int) -> Image.Image:
-    """The canvas with its targets, `side` pixels long: masks filled and outlined, boxes without a mask dashed, all numbered."""
+    """The canvas with its targets, `side` pixels long: masks filled and outlined, boxes without a mask dashed, all
+    numbered.
+    """
     height, width = shown.image.shape[:2]
     scale = side / max(height, width)
     size = (round(width * scale), round(height * scale))
@@ -85,8 +89,15 @@ def picture(shown: Shown, side: int) -> Image.Image:
     for i in np.flatnonzero(~shown.has_mask):
         _dashed(draw, shown.boxes[i] * scale, colour(i))
     bottom, right = (round(v * scale) for v in shown.size)
-    draw.line([(right, 0), (right, bottom), (0, bottom)], INK)  # where the padding begins; off the page where there is none
-    _number(draw, [_anchor(mask, has, box * scale) for mask, has, box in zip(masks, shown.has_mask, shown.boxes)], largest_first, size)
+    draw.line(
+        [(right, 0), (right, bottom), (0, bottom)], INK
+    )  # where the padding begins; off the page where there is none
+    _number(
+        draw,
+        [_anchor(mask, has, box * scale) for mask, has, box in zip(masks, shown.has_mask, shown.boxes)],
+        largest_first,
+        size,
+    )
     return page
 
 
@@ -115,7 +126,9 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: Rgb, dash: int
 
 
 def _anchor(mask: Bool[np.ndarray, "h w"], has_mask: bool, box: Sequence[float]) -> tuple[float, float]:
-    """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would hide."""
+    """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would
+    hide.
+    """
     x0, y0, x1, y1 = box
     if (x1 - x0) * (y1 - y0) < HIDDEN:
         return (x0 + x1) / 2, y0 - 9
@@ -126,12 +139,16 @@ def _anchor(mask: Bool[np.ndarray, "h w"], has_mask: bool, box: Sequence[float])
     return int(x), int(y)
 
 
-def _number(draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[float, float]], order: Sequence[int], size: tuple[int, int]) -> None:
+def _number(
+    draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[float, float]], order: Sequence[int], size: tuple[int, int]
+) -> None:
     """Each target's number at its anchor, or beside it where another stands there already."""
     taken: list[tuple[float, float]] = []
     for i in order:
         w, h = _badge_size(str(i + 1))
-        places = [(anchors[i][0] + dx * w, anchors[i][1] + dy * h) for dx, dy in ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))]
+        places = [
+            (anchors[i][0] + dx * w, anchors[i][1] + dy * h) for dx, dy in ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
+        ]
         places = [(min(max(x, w / 2), size[0] - w / 2), min(max(y, h / 2), size[1] - h / 2)) for x, y in places]
         free = [(x, y) for x, y in places if all(abs(x - tx) >= w or abs(y - ty) >= h for tx, ty in taken)]
         x, y = (free or places)[0]
@@ -217,8 +234,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
-def flow(items: Sequence[Item], width: float, own_line: bool = True, gap: float = 12, line: float = LINE) -> tuple[list[Placed], float]:
-    """Where the pieces go, and the height of all. own_line: every item begins a line, not only one that found no room behind another."""
+def flow(
+    items: Sequence[Item], width: float, own_line: bool = True, gap: float = 12, line: float = LINE
+) -> tuple[list[Placed], float]:
+    """Where the pieces go, and the height of all. own_line: every item begins a line, not only one that found no room
+    behind another.
+    """
     placed: list[Placed] = []
     x, y = 0.0, 0.0
     for item in items:

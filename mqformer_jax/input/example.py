@@ -31,8 +31,8 @@ class Target:
 
     prompts: indices into `Example.prompts` of all the texts that name it (its class, the expressions that refer to it).
     box: float32 [4], x0, y0, x1, y1 in pixels of the image.
-    mask: bool [h, w], or None where only the box is known. A window of the image: pixel (0, 0) lies at `at` (top, left),
-        and nothing outside belongs to the target. Most segments are small, and time goes with area.
+    mask: bool [h, w], or None where only the box is known. A window of the image: pixel (0, 0) lies at `at` (top,
+        left), and nothing outside belongs to the target. Most segments are small, and time goes with area.
     """
 
     prompts: tuple[int, ...]

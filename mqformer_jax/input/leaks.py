@@ -31,12 +31,15 @@ class Part:
         return self._source[self.indices[index]]
 
 
-def guard(sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping[str, Any]]) -> tuple[list[ShardSource | Part], list[str]]:
-    """The training sources without the images that others evaluate on, and lines that say what was left out or cannot be known.
+def guard(
+    sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping[str, Any]]
+) -> tuple[list[ShardSource | Part], list[str]]:
+    """The training sources without the images that others evaluate on, and lines that say what was left out or cannot
+    be known.
 
-    Held out are the sets of `config.eval.sets`, and every split of expressions under `root` that is not called train: who
-    trains today will evaluate on RefCOCO tomorrow. A split that is trained on is not held out. Raises FileNotFoundError where
-    a set of `eval_sets` is not prepared, ValueError where nothing of a source is left.
+    Held out are the sets of `config.eval.sets`, and every split of expressions under `root` that is not called train:
+    who trains today will evaluate on RefCOCO tomorrow. A split that is trained on is not held out. Raises
+    FileNotFoundError where a set of `eval_sets` is not prepared, ValueError where nothing of a source is left.
     """
     trained = {(source.name, source.split) for source in sources}
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
@@ -45,7 +48,9 @@ def guard(sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping
     for name, split in sorted((evaluated | expressions) - trained):
         for origin in filter(None, read_origins(root, name, split)):
             held[origin].add(f"{name}/{split}")
-    lines = [f"leak guard: {name}/{split} is trained on and evaluated on" for name, split in sorted(evaluated & trained)]
+    lines = [
+        f"leak guard: {name}/{split} is trained on and evaluated on" for name, split in sorted(evaluated & trained)
+    ]
     parts, known = [], False
     for source in sources:
         origins = read_origins(root, source.name, source.split)
@@ -54,8 +59,14 @@ def guard(sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping
         parts.append(part)
         lines += [line] if line and line not in lines else []
     if known and not expressions:
-        lines.append(f"leak guard: no val or test split of RefCOCO/+/g is in {root}; prepare them first if they are to be evaluated on")
-    if old := [f"{name}/{split}" for name, split in sorted(evaluated | trained) if split not in _info(root, name, split).expressions]:
+        lines.append(
+            f"leak guard: no val or test split of RefCOCO/+/g is in {root}; prepare them first if they are to be evaluated on"
+        )
+    if old := [
+        f"{name}/{split}"
+        for name, split in sorted(evaluated | trained)
+        if split not in _info(root, name, split).expressions
+    ]:
         lines.append(f"leak guard: whose pictures these hold is not known, prepare them again: {', '.join(old)}")
     return parts, lines
 
@@ -68,7 +79,9 @@ def read_origins(root: str, name: str, split: str) -> list[str]:
     with open(path) as f:
         origins = f.read().splitlines()
     if len(origins) != count:
-        raise ValueError(f"{path} has {len(origins)} lines for {count} records: prepare the split again with data/prepare.py")
+        raise ValueError(
+            f"{path} has {len(origins)} lines for {count} records: prepare the split again with data/prepare.py"
+        )
     return origins
 
 
@@ -82,24 +95,35 @@ def _info(root: str, name: str, split: str) -> DatasetInfo:
     return info
 
 
-def _without(source: ShardSource, origins: Sequence[str], held: Mapping[str, set[str]]) -> tuple[ShardSource | Part, str]:
+def _without(
+    source: ShardSource, origins: Sequence[str], held: Mapping[str, set[str]]
+) -> tuple[ShardSource | Part, str]:
     kept = [i for i, origin in enumerate(origins) if origin not in held]
     if len(kept) == len(origins):
         return source, ""
     evaluated_by = ", ".join(sorted(set().union(*(held[origin] for origin in origins if origin in held))))
     line = f"leak guard: {len(origins) - len(kept)} of {len(origins)} images of {source.name}/{source.split} left out, for {evaluated_by}"
     if not kept:
-        raise ValueError(f"data.mixture: {line}; none are left. Is it the right split? (data.leak_guard=False trains on it)")
+        raise ValueError(
+            f"data.mixture: {line}; none are left. Is it the right split? (data.leak_guard=False trains on it)"
+        )
     return Part(source, kept), line
 
 
 def _splits_of_expressions(root: str) -> set[Split]:
     """All prepared splits that hold expressions and are not called train."""
     infos = [DatasetInfo.load(os.path.join(root, name)) for name in _prepared(root)]
-    return {(info.name, split) for info in infos for split, count in info.expressions.items() if count and not split.startswith("train")}
+    return {
+        (info.name, split)
+        for info in infos
+        for split, count in info.expressions.items()
+        if count and not split.startswith("train")
+    }
 
 
 def _prepared(root: str) -> list[str]:
     return (
-        sorted(name for name in os.listdir(root) if os.path.exists(os.path.join(root, name, "dataset.json"))) if os.path.isdir(root) else []
+        sorted(name for name in os.listdir(root) if os.path.exists(os.path.join(root, name, "dataset.json")))
+        if os.path.isdir(root)
+        else []
     )

@@ -22,7 +22,8 @@ Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the 
 
 @dataclasses.dataclass(frozen=True)
 class Matte:
-    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's salient one.
+    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's
+    salient one.
     trimap: as in `Segment`, or None."""
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -33,9 +34,13 @@ class Matte:
 
 
 def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
-    """The data sets of `config.matting.mixture` or `.sets`. Raises ValueError in one line where there are none, or one without mattes."""
+    """The data sets of `config.matting.mixture` or `.sets`. Raises ValueError in one line where there are none, or one
+    without mattes.
+    """
     if not entries:
-        raise ValueError(f"config.matting.{field} = (): name the data sets with mattes, e.g. dict(name='mattes', split='train').")
+        raise ValueError(
+            f"config.matting.{field} = (): name the data sets with mattes, e.g. dict(name='mattes', split='train')."
+        )
     sources = [ShardSource(root, entry["name"], entry["split"]) for entry in entries]
     for source in sources:
         if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
@@ -47,8 +52,12 @@ def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSou
 
 
 def find(source: ShardSource, start: int) -> list[Matte]:
-    """The mattes of the first record that has any, from `start` on and round the end; a set of `open_mattes` has one."""
-    there = (mattes_of(Record.from_bytes(source[i]), i) for i in ((start + k) % len(source) for k in range(len(source))))
+    """The mattes of the first record that has any, from `start` on and round the end; a set of `open_mattes` has
+    one.
+    """
+    there = (
+        mattes_of(Record.from_bytes(source[i]), i) for i in ((start + k) % len(source) for k in range(len(source)))
+    )
     return next(mattes for mattes in there if mattes)
 
 
@@ -56,14 +65,20 @@ def mattes_of(record: Record, index: int) -> list[Matte]:
     segments = [s for s in record.segments if s.alpha is not None]
     image = record.decode_image() if segments else None
     trimap = lambda s: None if s.trimap is None else record.decode_alpha(s.trimap)
-    return [Matte(image, record.decode_alpha(s.alpha).astype(np.float32) / 255, index, s.foreground, trimap(s)) for s in segments]
+    return [
+        Matte(image, record.decode_alpha(s.alpha).astype(np.float32) / 255, index, s.foreground, trimap(s))
+        for s in segments
+    ]
 
 
-# ---- Geometry, the same in training and after it -----------------------------------------------------------------------------
+# ---- Geometry, the same in training and after it
+# -----------------------------------------------------------------------------
 
 
 def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | None:
-    """The box of what is above a half with a margin (in its larger side), made a square where the image has room; None: nothing is."""
+    """The box of what is above a half with a margin (in its larger side), made a square where the image has room; None:
+    nothing is.
+    """
     left, top, width, height = cv2.boundingRect((mask > 0.5).astype(np.uint8))
     if not width:
         return None
@@ -79,10 +94,17 @@ def _span(start: int, length: int, wanted: int, room: int) -> tuple[int, int]:
 
 
 def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
-    """A random part of a window, whose sides are about `share` of the window's (within a factor of the root of 2), all of it at most."""
+    """A random part of a window, whose sides are about `share` of the window's (within a factor of the root of 2), all
+    of it at most.
+    """
     share = min(1.0, share * 2 ** rng.uniform(-0.5, 0.5))
     height, width = (max(1, round(share * side)) for side in window[2:])
-    return window[0] + int(rng.integers(window[2] - height + 1)), window[1] + int(rng.integers(window[3] - width + 1)), height, width
+    return (
+        window[0] + int(rng.integers(window[2] - height + 1)),
+        window[1] + int(rng.integers(window[3] - width + 1)),
+        height,
+        width,
+    )
 
 
 def fitted(window: Window, canvas: int) -> tuple[int, int]:
@@ -92,14 +114,17 @@ def fitted(window: Window, canvas: int) -> tuple[int, int]:
 
 
 def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
-    """A window of an image or mask [h, w, ...] on the upper left of the canvas, its edge repeated: an outline there would be none."""
+    """A window of an image or mask [h, w, ...] on the upper left of the canvas, its edge repeated: an outline there
+    would be none.
+    """
     top, left, height, width = window
     size = fitted(window, canvas)
     resized = resize_image(pixels[top : top + height, left : left + width], size)
     return cv2.copyMakeBorder(resized, 0, canvas - size[0], 0, canvas - size[1], cv2.BORDER_REPLICATE)
 
 
-# ---- Guidance ----------------------------------------------------------------------------------------------------------------
+# ---- Guidance
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
@@ -110,7 +135,9 @@ def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> 
 
 
 def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[np.ndarray, "h w"]:
-    """The matte as some segmentation might have it: thresholded, grown and shrunk, coarse, blurred, with a patch misplaced (MGMatting)."""
+    """The matte as some segmentation might have it: thresholded, grown and shrunk, coarse, blurred, with a patch
+    misplaced (MGMatting).
+    """
     reach = max(2, max(alpha.shape) // 20)
     mask = rough_mask(alpha, rng.uniform(0.05, 0.95), int(rng.integers(-reach, reach + 1)))
     if rng.random() < 0.5:
@@ -128,15 +155,18 @@ def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[
     return np.clip(mask, 0, 1)  # a blur rounds
 
 
-# ---- Batches -----------------------------------------------------------------------------------------------------------------
+# ---- Batches
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def make_batches(
     config: ConfigDict, sources: Sequence[ShardSource], own: Sequence[dict[int, UInt8[np.ndarray, "_ _"]]]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a whole training, read ahead by threads. own: of each source, the model's own masks (see `matting.own_masks`).
+    """The batches of a whole training, read ahead by threads. own: of each source, the model's own masks (see
+    `matting.own_masks`).
 
-    Each holds `image` uint8 [b, c, c, 3], and as float32 [b, c, c] `guidance`, `alpha` and `weight`. They depend on the seed alone.
+    Each holds `image` uint8 [b, c, c, 3], and as float32 [b, c, c] `guidance`, `alpha` and `weight`. They depend on the
+    seed alone.
     """
     matting = config.matting
     shares = np.sqrt([len(source) for source in sources])
@@ -156,7 +186,9 @@ def make_batches(
 def make_example(
     matte: Matte, own: UInt8[np.ndarray, "_ _"] | None, matting: ConfigDict, rng: np.random.Generator, flip: float
 ) -> dict[str, np.ndarray]:
-    """A random crop of the object, maybe mirrored. own: the mask to guide with, 0 to 255, of any size; None: a perturbed matte."""
+    """A random crop of the object, maybe mirrored. own: the mask to guide with, 0 to 255, of any size; None: a
+    perturbed matte.
+    """
     h, w = matte.alpha.shape
     crop = matting.crop
     window = part_of(window_around(matte.alpha, matting.margin) or (0, 0, h, w), rng, crop / matting.canvas)

@@ -24,7 +24,9 @@ from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resiz
 MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
 FEW = 1000  # records before which the share of unusable ones is taken of so many
 
-cv2.setNumThreads(1)  # the loader works on many images at once; OpenCV's own threads would only fight over the same cores
+cv2.setNumThreads(
+    1
+)  # the loader works on many images at once; OpenCV's own threads would only fight over the same cores
 
 
 @runtime_checkable
@@ -53,7 +55,8 @@ class Note:
 
 
 def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Loader:
-    """Opens the data sets of `config.data.mixture` under `config.data.root`, without the images that others evaluate on.
+    """Opens the data sets of `config.data.mixture` under `config.data.root`, without the images that others evaluate
+    on.
 
     Raises FileNotFoundError, ValueError.
     """
@@ -69,15 +72,20 @@ class Loader:
     """The training stream of a config: `data`, `batch_size` (over all hosts) and `seed`.
 
     The rows of the global batch at a step depend on the seed and the step alone: not on the number of hosts, workers or
-    threads, nor on where a run was stopped. Data sets are interleaved by their weights (`weight`, or size^`data.alpha`), each
-    shuffled anew every epoch and augmented anew every time. The rows of a global batch are shuffled before the hosts
-    share them out; a host would otherwise meet the same data set at every step wherever the mixture's period divides its share.
+    threads, nor on where a run was stopped. Data sets are interleaved by their weights (`weight`, or
+    size^`data.alpha`), each shuffled anew every epoch and augmented anew every time. The rows of a global batch are
+    shuffled before the hosts share them out; a host would otherwise meet the same data set at every step wherever the
+    mixture's period divides its share.
 
     names: of the sources, each its own. report: what they are, and what was left out of them, in words.
     """
 
     def __init__(
-        self, sources: Sequence[Source], config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray], report: Sequence[str] = ()
+        self,
+        sources: Sequence[Source],
+        config: Any,
+        tokenizer: Callable[[Sequence[str]], np.ndarray],
+        report: Sequence[str] = (),
     ):
         data = config.data
         if data.canvas[1] % 8:
@@ -92,19 +100,31 @@ class Loader:
         self._read = [0] * len(sources)
         self._room = Room.of(data)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
-        self.report = [f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)] + [*report]
+        self.report = [
+            f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)
+        ] + [*report]
         for source in sources:
             _warn_of_twins(source, tokenizer)
         makers = [
-            RowMaker(s, i, tuple(entry["tasks"]), (entry.get("least_mask", 0.0), entry.get("least_caption", 0.0)), data, tokenizer)
+            RowMaker(
+                s,
+                i,
+                tuple(entry["tasks"]),
+                (entry.get("least_mask", 0.0), entry.get("least_caption", 0.0)),
+                data,
+                tokenizer,
+            )
             for i, (s, entry) in enumerate(zip(sources, data.mixture))
         ]
         streams = [
-            WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(maker, seed=_seed(config.seed, i))
+            WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(
+                maker, seed=_seed(config.seed, i)
+            )
             for i, (size, maker) in enumerate(zip(self._sizes, makers))
         ]
         mixed = grain.MapDataset.mix(streams, weights=self._weights)
-        # Grain computes lengths in floats: sys.maxsize would round up past what len() may return, 2^53 is exact and endless enough.
+        # Grain computes lengths in floats: sys.maxsize would round up past what len() may return, 2^53 is exact and
+        # endless enough.
         self._rows = WindowShuffle(mixed, config.batch_size, (config.seed, len(sources)))[: 1 << 53]
 
     def batches(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[Batch]:
@@ -114,14 +134,16 @@ class Loader:
     def stream(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[tuple[Batch, list[Note]]]:
         """`batches`, each with a note for every row.
 
-        An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more than
-        `data.max_bad` of what this host has read of a data set is unusable (one record always may be, and so much of the
-        first FEW records).
+        An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more
+        than `data.max_bad` of what this host has read of a data set is unusable (one record always may be, and so much
+        of the first FEW records).
         """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
             raise ValueError(f"batch_size: {size} cannot be shared by {num_hosts} hosts.")
-        batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, room=self._room))[host::num_hosts][start_step:]
+        batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, room=self._room))[
+            host::num_hosts
+        ][start_step:]
         ahead = max(2, data.threads // max(1, data.workers))  # batches, in each process
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
         if data.workers:
@@ -134,7 +156,9 @@ class Loader:
         return {name: len(bad) for name, bad in zip(self.names, self._bad)}
 
     def _checked(self, item: tuple[Batch, list[Note]]) -> tuple[Batch, list[Note]]:
-        """Counts what the rows of a batch say of unusable records. Here, since worker processes each see a part of them."""
+        """Counts what the rows of a batch say of unusable records. Here, since worker processes each see a part of
+        them.
+        """
         batch, notes = item
         for source, note in zip(batch.source, notes):
             name, size, bad = self.names[source], self._sizes[source], self._bad[source]
@@ -145,7 +169,9 @@ class Loader:
                     logging.warning("%s: record %d is left out: %s", name, number, what)
             most, seen = self._config.data.max_bad, min(size, max(self._read[source], FEW))
             if len(bad) > max(1, most * seen):
-                raise ValueError(f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; prepare the data set again.")
+                raise ValueError(
+                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; prepare the data set again."
+                )
         return item
 
     def state(self, step: int) -> dict[str, Any]:
@@ -162,7 +188,9 @@ class Loader:
         for field in ("mixture", "batch_size", "seed"):
             if state[field] != now[field]:
                 was, is_ = state[field], now[field]
-                raise ValueError(f"{field}: the checkpoint was written with {was}, the config says {is_}; restore it or start a new run.")
+                raise ValueError(
+                    f"{field}: the checkpoint was written with {was}, the config says {is_}; restore it or start a new run."
+                )
 
 
 class WindowShuffle(grain.MapDataset):
@@ -189,7 +217,8 @@ class WindowShuffle(grain.MapDataset):
         orders = self._orders
         if window not in orders:
             order = np.random.default_rng((*self._shuffle_seed, window)).permutation(self._window)
-            # Threads meet here: the dict is replaced, never changed. Two windows are kept, since an epoch ends in mid-batch.
+            # Threads meet here: the dict is replaced, never changed. Two windows are kept, since an epoch ends in
+            # mid-batch.
             self._orders = orders = dict([*list(orders.items())[-1:], (window, order)])
         return orders[window]
 
@@ -198,7 +227,8 @@ class WindowShuffle(grain.MapDataset):
 class RowMaker:
     """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
 
-    number: the data set's place in the mixture. least: scores of masks and captions that a teacher added, below which they are left out. data: `config.data`.
+    number: the data set's place in the mixture. least: scores of masks and captions that a teacher added, below which
+        they are left out. data: `config.data`.
     """
 
     source: Source
@@ -251,14 +281,19 @@ def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarr
         its, other = seen.setdefault(row.tobytes(), (mine, name))
         if its is not mine:
             logging.warning(
-                "%s: the tokenizer cannot tell %r from %r; with words, raise config.model.text.vocab_size.", source.name, name, other
+                "%s: the tokenizer cannot tell %r from %r; with words, raise config.model.text.vocab_size.",
+                source.name,
+                name,
+                other,
             )
 
 
 def _labels(sources: Sequence[Source]) -> list[str]:
     """Names for logs and metrics: "name/split", numbered where one is there several times."""
     plain = [f"{s.name}/{s.split}" for s in sources]
-    return [name if plain.count(name) == 1 else f"{name} ({plain[: i + 1].count(name)})" for i, name in enumerate(plain)]
+    return [
+        name if plain.count(name) == 1 else f"{name} ({plain[: i + 1].count(name)})" for i, name in enumerate(plain)
+    ]
 
 
 def _seed(*entropy: int) -> int:

@@ -1,4 +1,6 @@
-"""Which of an image's prompts are asked this time, in which words, and how the words turn when the image is mirrored."""
+"""Which of an image's prompts are asked this time, in which words, and how the words turn when the image is
+mirrored.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,8 @@ _SIDE_WORD = re.compile(
     r"((?:most|hand|ward|wards|side)?)\b",
     re.IGNORECASE,
 )
-# Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt", sides that
-# are misspelt, and "right" that is no side.
+# Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt",
+# sides that are misspelt, and "right" that is no side.
 _UNKNOWN = re.compile(
     r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right"
     r"|right (?:above|at|before|behind|below|beneath|beside|by|in|inside|near|next|now|on top|over|there|under|underneath))\b",
@@ -40,8 +42,8 @@ def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> t
     """At most `budget` of the example's prompts, in random order, each in one of its wordings.
 
     Prompts that own a target come first (a random subset if they are too many), then known negatives, drawn by their
-    weights. A prompt that is neither teaches nothing and is left out, and so is a negative in the words of a positive: an expression
-    that names nothing may be the name of a class.
+    weights. A prompt that is neither teaches nothing and is left out, and so is a negative in the words of a positive:
+    an expression that names nothing may be the name of a class.
 
     Returns: the wordings, and int [n], their indices into `example.prompts`.
     """
@@ -56,7 +58,11 @@ def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> t
     choices = [example.prompts[i].texts for i in indices]
     texts = [texts[int(u * len(texts))] for texts, u in zip(choices, draws)]
     said = {(text, example.prompts[i].region) for text, i in zip(texts, indices) if i in owned}
-    kept = [k for k, (text, i) in enumerate(zip(texts, indices)) if i in owned or (text, example.prompts[i].region) not in said]
+    kept = [
+        k
+        for k, (text, i) in enumerate(zip(texts, indices))
+        if i in owned or (text, example.prompts[i].region) not in said
+    ]
     return [texts[k] for k in kept], indices[np.array(kept, np.int64)]
 
 

@@ -51,10 +51,11 @@ class DatasetInfo:
     """What holds for a whole prepared data set.
 
     `exhaustive`: every class is labelled wherever it occurs, so a class without a segment is absent. Federated sets
-    (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment and
-    nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody marked.
-    `splits` maps a split to its number of records, `class_images` to the number of images that show each class, `expressions`
-    to the number of expressions. `made_from`: the set that a teacher added to (`mqformer_jax.synthesize`), or "".
+    (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment
+    and nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody
+    marked. `splits` maps a split to its number of records, `class_images` to the number of images that show each class,
+    `expressions` to the number of expressions. `made_from`: the set that a teacher added to
+    (`mqformer_jax.synthesize`), or "".
     """
 
     name: str
@@ -69,7 +70,9 @@ class DatasetInfo:
 
     @functools.cached_property
     def class_weights(self) -> tuple[float, ...]:
-        """How readily each class is drawn as a negative: the root of how many images show it (as Detic's federated loss)."""
+        """How readily each class is drawn as a negative: the root of how many images show it (as Detic's federated
+        loss).
+        """
         counts = np.sum([np.zeros(len(self.classes)), *(c for c in self.class_images.values() if c)], axis=0)
         return tuple(np.sqrt(np.maximum(counts, 1)).tolist())
 
@@ -111,8 +114,10 @@ class Segment:
     crowd: a region of many objects that nobody separated: never a target, never punished.
     foreground: this is the salient foreground of the image, not a member of a class.
 
-    What a teacher added (`mqformer_jax.synthesize`) is marked by its name and version: mask_by, captions_by; "" where people did it.
-    mask_score: what the teacher thought of its mask, 0 to 1. captions: its expressions, best first, each with a score of 0 to 1.
+    What a teacher added (`mqformer_jax.synthesize`) is marked by its name and version: mask_by, captions_by; "" where
+    people did it.
+    mask_score: what the teacher thought of its mask, 0 to 1. captions: its expressions, best first, each with a score
+        of 0 to 1.
     """
 
     class_id: int | None = None
@@ -137,7 +142,9 @@ class Segment:
         """The segment without what a teacher added and gave a lower score; where that was its mask, its box stays."""
         captions = tuple(said for said in self.captions if said[1] >= caption)
         doubtful = bool(self.mask_by) and self.mask_score < mask
-        return dataclasses.replace(self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if doubtful else {}))
+        return dataclasses.replace(
+            self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if doubtful else {})
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,7 +197,9 @@ class Record:
         if image is None:
             raise BadRecord(f"{self.key}: the image cannot be decoded")
         if image.shape[:2] != (self.height, self.width):
-            raise BadRecord(f"{self.key}: image is {image.shape[1]}x{image.shape[0]}, record says {self.width}x{self.height}")
+            raise BadRecord(
+                f"{self.key}: image is {image.shape[1]}x{image.shape[0]}, record says {self.width}x{self.height}"
+            )
         return image
 
     def decode_mask(self, mask: bytes) -> np.ndarray:
@@ -198,10 +207,14 @@ class Record:
         return decode_rle(mask, self.height, self.width)
 
     def decode_window(self, mask: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """The part of a mask that lies in its box, bool [h, w], and the box's top and left; 1 x 1 where the mask is empty."""
+        """The part of a mask that lies in its box, bool [h, w], and the box's top and left; 1 x 1 where the mask is
+        empty.
+        """
         rle = {"size": [self.height, self.width], "counts": mask}
         try:
-            left, top, width, height = (max(1, int(v)) if i > 1 else int(v) for i, v in enumerate(rle_codec.toBbox(rle)))
+            left, top, width, height = (
+                max(1, int(v)) if i > 1 else int(v) for i, v in enumerate(rle_codec.toBbox(rle))
+            )
             columns = rle_codec.decode(rle).T
         except (ValueError, TypeError) as e:
             raise BadRecord(f"{self.key}: bad run-length code: {e}") from e

@@ -1,6 +1,7 @@
 """Writing shards: one whole or not at all, and a split that readers see when all of its shards are there.
 
-Beside a shard that is being made lies its `Contents` as JSON, which is written last; `<split>.report.json` holds those of the whole split.
+Beside a shard that is being made lies its `Contents` as JSON, which is written last; `<split>.report.json` holds those
+of the whole split.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def count_segments(record: Record) -> collections.Counter[str]:
 class Contents:
     """What shards hold. That of a finished shard lies beside it as JSON, which is written last.
 
-    shards: of a split, how many hold records; there is no file of one that does not. bytes: size of the files. class_images: how many
+    shards: of a split, how many hold records; there is no file of one that does not. bytes: size of the files.
+        class_images: how many
     images show each class. origins: of the records, in their order. fingerprint: that of a whole split's plan.
     """
 
@@ -167,7 +169,8 @@ def _put(temporary: str, path: str) -> None:
 
 @contextlib.contextmanager
 def locked(folder: str, busy: str = "", shared: bool = False) -> Iterator[None]:
-    """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has no locks.
+    """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has
+    no locks.
 
     shared: beside others that hold it so.
     """
@@ -189,7 +192,9 @@ def report_path(folder: str, split: str) -> str:
     return os.path.join(folder, f"{split}.report.json")
 
 
-def go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str) -> None:
+def go_live(
+    folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str
+) -> None:
     """Moves the shards to where readers look for them. `info`: what `dataset.json` says of the other splits."""
     # From here to the last line the split is in no dataset.json, so no reader takes old and new shards for one.
     info.save(folder)
@@ -200,7 +205,9 @@ def go_live(folder: str, split: str, moves: Iterable[tuple[str, str]], info: Dat
         os.replace(made, live)
     if any(total.origins):
         write_text(origins_path(folder, split), "".join(f"{origin}\n" for origin in total.origins))
-    dataclasses.replace(total, origins=list(filter(None, total.origins))[:1], fingerprint=key).save(report_path(folder, split))
+    dataclasses.replace(total, origins=list(filter(None, total.origins))[:1], fingerprint=key).save(
+        report_path(folder, split)
+    )
     info.splits[split] = total.records
     info.expressions[split] = total.segments["expression"] + total.segments["expression of nothing"]
     if info.classes:

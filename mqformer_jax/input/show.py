@@ -1,7 +1,7 @@
 """What the model will see:  python -m mqformer_jax.input.show --config=configs/coco_ref.py:small --out=sheet.png
 
-A contact sheet of the rows that training will get: pictures as augmented, targets, prompts in words. On the command line,
-what was seen of each data set. No model and no device is needed.
+A contact sheet of the rows that training will get: pictures as augmented, targets, prompts in words. On the command
+line, what was seen of each data set. No model and no device is needed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class Tally:
         return f"{rows}, on average {self.prompts / self.rows:.1f} prompts and {self.targets / self.rows:.1f} targets{share}"
 
 
-def show(config: ConfigDict, out: str, count: int, start_step: int = 0, dataset: str | None = None, side: int = 320) -> dict[str, Tally]:
+def show(
+    config: ConfigDict, out: str, count: int, start_step: int = 0, dataset: str | None = None, side: int = 320
+) -> dict[str, Tally]:
     """Writes the sheet, and returns what was seen of each data set ("name/split") up to its last row.
 
     The rows are those of the training stream from `start_step` on, or those of them that come from `dataset`.
@@ -90,7 +92,8 @@ def describe(row: Batch, note: Note) -> Shown:
     return Shown(
         key=note.key,
         asked=tuple(
-            Asked(text, region[p], exhaustive[p], _where(positive[:, p]), _where(negative[:, p])) for p, text in enumerate(note.texts)
+            Asked(text, region[p], exhaustive[p], _where(positive[:, p]), _where(negative[:, p]))
+            for p, text in enumerate(note.texts)
         ),
         image=row.image[0],
         size=(int(row.size[0, 0]), int(row.size[0, 1])),
@@ -113,7 +116,9 @@ def _numbers(texts: Sequence[str]) -> np.ndarray:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Not done on import: `mqformer_jax.main` has a --config of its own."""
-    config_flags.DEFINE_config_file("config", None, "A recipe, e.g. configs/coco_ref.py:small.", lock_config=True, flag_values=values)
+    config_flags.DEFINE_config_file(
+        "config", None, "A recipe, e.g. configs/coco_ref.py:small.", lock_config=True, flag_values=values
+    )
     flags.DEFINE_string("out", None, "The sheet, a PNG file.", flag_values=values)
     flags.DEFINE_integer("count", 24, "How many rows are shown.", lower_bound=1, flag_values=values)
     flags.DEFINE_integer("step", 0, "The training step whose rows come first.", lower_bound=0, flag_values=values)

@@ -15,10 +15,11 @@ from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 
 
 class ShardSource:
-    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`). paths: its shards.
+    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`).
+    paths: its shards.
 
-    It goes to worker processes by pickle. Raises FileNotFoundError where the split is not prepared, ValueError where shards
-    are missing or damaged, both in one line; BadRecord for one record that is damaged.
+    It goes to worker processes by pickle. Raises FileNotFoundError where the split is not prepared, ValueError where
+    shards are missing or damaged, both in one line; BadRecord for one record that is damaged.
     """
 
     def __init__(self, root: str, name: str, split: str) -> None:
@@ -51,7 +52,11 @@ class ShardSource:
 def _checked(folder: str, split: str, expected: int) -> Sequence[str]:
     """The shards of a split, all there and whole."""
     again = "prepare the split again with data/prepare.py"
-    found = {name for name in os.listdir(folder) if re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record", name)}
+    found = {
+        name
+        for name in os.listdir(folder)
+        if re.fullmatch(rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record", name)
+    }
     totals = {int(name[-18:-13]) for name in found} or {1}
     paths = shard_paths(folder, split, max(totals))
     for path in paths:

@@ -20,11 +20,14 @@ Question = tuple[Prompt, list[tuple[int, ...]], bool]
 Window = tuple[np.ndarray, tuple[int, int]]  # a part of a mask, and its top and left in the image
 
 
-def to_example(record: Record, info: DatasetInfo, tasks: Sequence[str], key: str, templates: tuple[str, ...] = ("{}",)) -> Example:
+def to_example(
+    record: Record, info: DatasetInfo, tasks: Sequence[str], key: str, templates: tuple[str, ...] = ("{}",)
+) -> Example:
     """Everything that `tasks` ask of one record.
 
     panoptic: things one by one, stuff one region a class. instance: things only. detection: things, boxes only.
-    semantic: one region a class. referring: expressions. foreground: all salient segments as one region. Several tasks at
+    semantic: one region a class. referring: expressions. foreground: all salient segments as one region. Several tasks
+        at
     once share targets: a group of segments is one Target, however many prompts name it.
 
     Classes without a segment are asked too, as true negatives, where the data set (`info.exhaustive`) or the record
@@ -60,7 +63,9 @@ def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
     return bool(referring) or ("foreground" in tasks and any(s.foreground for s in record.segments))
 
 
-def _questions(record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]) -> Iterator[Question]:
+def _questions(
+    record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]
+) -> Iterator[Question]:
     labelled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
     yield from _class_questions(record, info, tasks, templates)
     if "referring" in tasks:
@@ -74,14 +79,18 @@ def _questions(record: Record, info: DatasetInfo, tasks: Sequence[str], template
         yield FOREGROUND, [salient], True
 
 
-def _class_questions(record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]) -> Iterator[Question]:
+def _class_questions(
+    record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]
+) -> Iterator[Question]:
     members: dict[int, list[int]] = {}
     crowded = set()
     for i, segment in enumerate(record.segments):
         if segment.class_id is None or segment.foreground:
             continue
         if not 0 <= segment.class_id < len(info.classes):
-            raise BadRecord(f"{record.key}: segment {i} has class {segment.class_id}, the vocabulary has {len(info.classes)}")
+            raise BadRecord(
+                f"{record.key}: segment {i} has class {segment.class_id}, the vocabulary has {len(info.classes)}"
+            )
         if segment.crowd:
             crowded.add(segment.class_id)
         else:
@@ -107,7 +116,9 @@ def _class_prompts(
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
     prompts = []
     if thing and ("panoptic" in tasks or "instance" in tasks or "detection" in tasks):
-        prompts.append((Prompt(texts, False, exhaustive, info.class_weights[c]), "panoptic" in tasks or "instance" in tasks))
+        prompts.append(
+            (Prompt(texts, False, exhaustive, info.class_weights[c]), "panoptic" in tasks or "instance" in tasks)
+        )
     if "semantic" in tasks or (not thing and "panoptic" in tasks):
         prompts.append((Prompt(texts, True, exhaustive, info.class_weights[c]), True))
     return tuple(prompts)
@@ -119,7 +130,11 @@ def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], wi
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
         mask, at = _union([_window(record, s) for s in segments])
         box = box_of(mask)
-        return None if box is None else Target(prompts, np.array(box, np.float32) + np.array([*at[::-1]] * 2, np.float32), mask, at)
+        return (
+            None
+            if box is None
+            else Target(prompts, np.array(box, np.float32) + np.array([*at[::-1]] * 2, np.float32), mask, at)
+        )
     boxes = [box for box in (_box(record, i) for i in group) if box is not None]
     if not boxes:
         return None
@@ -154,12 +169,16 @@ def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
         return segment.box
     if segment.mask is None and segment.alpha is None:
         raise BadRecord(f"{record.key}: segment {i} has neither box nor mask")
-    return box_of(record.decode_mask(segment.mask) if segment.alpha is None else record.decode_alpha(segment.alpha) > 127)
+    return box_of(
+        record.decode_mask(segment.mask) if segment.alpha is None else record.decode_alpha(segment.alpha) > 127
+    )
 
 
 def _ignored(record: Record) -> np.ndarray:
     """bool [h, w]: unlabelled pixels and crowds (their box where they have no mask)."""
-    ignore = np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
+    ignore = (
+        np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
+    )
     for i, segment in enumerate(record.segments):
         if segment.crowd and segment.mask is not None:
             ignore |= record.decode_mask(segment.mask)

@@ -1,4 +1,6 @@
-"""One image and all its labels, moved together: crop, resize, mirror, colours. Everything random comes from the `rng` given."""
+"""One image and all its labels, moved together: crop, resize, mirror, colours. Everything random comes from the `rng`
+given.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,11 @@ from mqformer_jax.input.prompts import mirror
 MIN_AREA = 4.0  # pixels; what is smaller cannot be learned from
 
 
-def resize_crop(example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]) -> Example:
-    """Large-scale jitter: resize by a random share of what fills the canvas, cut out a random window where that is larger.
+def resize_crop(
+    example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
+) -> Example:
+    """Large-scale jitter: resize by a random share of what fills the canvas, cut out a random window where that is
+    larger.
 
     As in Mask DINO (0.1 to 2.0 of 1024), but cut first and resize after, so that no pixel is made to be thrown away.
     canvas: height, width. The result may be smaller than the canvas; `to_row` pads it.
@@ -34,7 +39,9 @@ def fit(example: Example, canvas: tuple[int, int]) -> Example:
     return _place(example, (0, 0, h, w), _scaled(h, w, _fill_ratio(h, w, canvas), canvas))
 
 
-def fit_image(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
+def fit_image(
+    image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]
+) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
     """`fit` for an image without labels. Returns the padded canvas and the valid (height, width) on it."""
     size = _scaled(*image.shape[:2], _fill_ratio(*image.shape[:2], canvas), canvas)
     padded = np.full((*canvas, 3), PAD, np.uint8)
@@ -43,7 +50,9 @@ def fit_image(image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]) -> tup
 
 
 def random_flip(example: Example, rng: np.random.Generator, probability: float) -> Example:
-    """Left and right swapped, in the pixels and in the words. Stays as it is where a text's mirror image is not known."""
+    """Left and right swapped, in the pixels and in the words. Stays as it is where a text's mirror image is not
+    known.
+    """
     if rng.random() >= probability:
         return example
     prompts = [mirror(prompt) for prompt in example.prompts]
@@ -51,7 +60,9 @@ def random_flip(example: Example, rng: np.random.Generator, probability: float) 
         return example
     width = example.image.shape[1]
     targets = [_flip_target(t, width) for t in example.targets]
-    return dataclasses.replace(example, image=cv2.flip(example.image, 1), prompts=prompts, targets=targets, ignore=_flipped(example.ignore))
+    return dataclasses.replace(
+        example, image=cv2.flip(example.image, 1), prompts=prompts, targets=targets, ignore=_flipped(example.ignore)
+    )
 
 
 def colour_jitter(example: Example, rng: np.random.Generator, strength: float) -> Example:
@@ -112,12 +123,18 @@ def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int
     return (dataclasses.replace(target, box=box) if area >= MIN_AREA else None), area > 0
 
 
-def _move_mask(target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]) -> tuple[Target | None, bool]:
-    """`_move_box` for a mask: each of its pixels comes from the pixel of the image that `sources` (rows, columns) names."""
+def _move_mask(
+    target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]
+) -> tuple[Target | None, bool]:
+    """`_move_box` for a mask: each of its pixels comes from the pixel of the image that `sources` (rows, columns)
+    names.
+    """
     y, x, h, w = window
     top, left = target.at
     inside = np.s_[max(y - top, 0) : max(y + h - top, 0), max(x - left, 0) : max(x + w - left, 0)]
-    rows, columns = (np.searchsorted(source, (at, at + side)) for source, at, side in zip(sources, target.at, target.mask.shape))
+    rows, columns = (
+        np.searchsorted(source, (at, at + side)) for source, at, side in zip(sources, target.at, target.mask.shape)
+    )
     ys, xs = sources[0][slice(*rows)] - top, sources[1][slice(*columns)] - left
     mask = _resample(target.mask, ys, xs) if len(ys) * len(xs) >= MIN_AREA else np.zeros((1, 1), bool)
     bx, by, bw, bh = cv2.boundingRect(mask.view(np.uint8))

@@ -69,10 +69,12 @@ def mask_losses(
 
 
 def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """How far masks are from filling their boxes (x0, y0, x1, y1, fractions of the canvas) from side to side and from top to bottom.
+    """How far masks are from filling their boxes (x0, y0, x1, y1, fractions of the canvas) from side to side and from
+    top to bottom.
 
-    What a box says of a mask, and all that it says: the mask's shadow on either axis is the box's. Dice of both shadows, as BoxInst
-    (sec. 3.1) has it and DaTaSeg takes it; a row or column that the box covers in part is wanted in part.
+    What a box says of a mask, and all that it says: the mask's shadow on either axis is the box's. Dice of both
+    shadows, as BoxInst (sec. 3.1) has it and DaTaSeg takes it; a row or column that the box covers in part is wanted in
+    part.
     """
     p = jax.nn.sigmoid(logits)
 

@@ -1,7 +1,7 @@
 """One Hungarian matching over both kinds of query at every stage, and one loss over what it pairs (paper sec. 3.3).
 
-What a loss may assume is explicit in the Batch: a (query, prompt) pair is taught where the query was matched to a target
-that the prompt names, where all that the prompt names in this
+What a loss may assume is explicit in the Batch: a (query, prompt) pair is taught where the query was matched to a
+target that the prompt names, where all that the prompt names in this
 image is labelled, or where the target is known to be none of it (`Batch.negative`); nothing else is. A target without a
 mask has no mask cost and no mask loss. Pixels where nothing is known count nowhere.
 """
@@ -43,7 +43,9 @@ class Weights:
     giou: float = 2.0
     projection: float = 0.0
     points: int = 12544
-    noised_masks: bool = True  # denoising queries restore masks too (Mask DINO's "seg"), or classes and boxes alone ("standard")
+    noised_masks: bool = (
+        True  # denoising queries restore masks too (Mask DINO's "seg"), or classes and boxes alone ("standard")
+    )
 
     def total(self, terms: dict[str, Array]) -> Array:
         return sum(value * getattr(self, "class_" if name == "class" else name) for name, value in terms.items())
@@ -64,7 +66,8 @@ class Pairs:
 
 @flax.struct.dataclass
 class Counts:
-    """What losses are divided by, as in the originals: targets, and noised copies, in the whole global batch of all devices.
+    """What losses are divided by, as in the originals: targets, and noised copies, in the whole global batch of all
+    devices.
 
     At least one each, so that an empty batch divides by something.
     """
@@ -88,11 +91,13 @@ def criterion(
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
     """The loss of some images of a global batch, and metrics of the whole and by image.
 
-    keys: `image_keys` of the global batch, these images' rows. copies: what the denoising queries are and which target each copies
+    keys: `image_keys` of the global batch, these images' rows. copies: what the denoising queries are and which target
+        each copies
     (`noise_targets`). counts: of the global batch, so that the losses (and the metrics) of its parts sum to its own.
 
-    Terms are summed over stages. Metrics that sum over the parts: the terms of the last layer, the whole loss; targets that learnable
-    queries took, and all targets, for [instances, regions] (`taken` [2, 2]). By image: the loss by its own number of targets (`per_image`).
+    Terms are summed over stages. Metrics that sum over the parts: the terms of the last layer, the whole loss; targets
+    that learnable queries took, and all targets, for [instances, regions] (`taken` [2, 2]). By image: the loss by its
+    own number of targets (`per_image`).
     """
     b, n = batch.boxes.shape[:2]
     stages = outputs.matching.boxes.shape[0]
@@ -162,7 +167,11 @@ def _unknown(batch: Batch, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k
 
 
 def _matching_costs(
-    points: Float[Array, "k 2"], predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, weights: Weights
+    points: Float[Array, "k 2"],
+    predictions: Predictions,
+    features: Float[Array, "h w d"],
+    batch: Batch,
+    weights: Weights,
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
     """The cost of every pair of one image, and the queries whose mask lies mostly where nothing is known.
 
@@ -175,7 +184,9 @@ def _matching_costs(
     unknown = _unknown(batch, points)
 
     def stage(p: Predictions):
-        logits = jnp.einsum("qd,kd->qk", p.mask_embed, sampled.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "qd,kd->qk", p.mask_embed, sampled.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32
+        )
         entropy, dice = costs.mask_costs(logits, masks, 1 - unknown)
         boxes, wanted = p.boxes, batch.boxes
         terms = {
@@ -192,11 +203,17 @@ def _matching_costs(
 
 
 def _losses(
-    draw: Callable, predictions: Predictions, features: Float[Array, "h w d"], batch: Batch, pairs: Pairs, project: bool = False
+    draw: Callable,
+    predictions: Predictions,
+    features: Float[Array, "h w d"],
+    batch: Batch,
+    pairs: Pairs,
+    project: bool = False,
 ) -> dict[str, Float[Array, "s"]]:
     """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage.
 
-    draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared. project: with "projection".
+    draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared. project:
+        with "projection".
     """
     valid = pairs.valid.astype(jnp.float32)
     take = lambda x: jnp.take_along_axis(x, pairs.query[..., None], 1)

@@ -11,12 +11,15 @@ from mqformer_jax.input.batch import Batch
 from mqformer_jax.models.queries import Noised
 
 
-def noise_targets(key: Array, batch: Batch, slots: int, flip: float = 0.2, jitter: float = 0.4) -> tuple[Noised, Int[Array, "b d"]]:
+def noise_targets(
+    key: Array, batch: Batch, slots: int, flip: float = 0.2, jitter: float = 0.4
+) -> tuple[Noised, Int[Array, "b d"]]:
     """Fill `slots` queries an image with noised copies of its targets; also the target each slot copies.
 
-    As many whole groups of all targets as fit (at least one, cut where the targets outnumber the slots); the count is an
-    image's own where Mask DINO takes the batch's largest. A copy claims one of its target's prompts, with chance `flip`
-    any other prompt of the image instead; its centre moves by up to `jitter` half sizes, its size by `jitter` of itself.
+    As many whole groups of all targets as fit (at least one, cut where the targets outnumber the slots); the count is
+    an image's own where Mask DINO takes the batch's largest. A copy claims one of its target's prompts, with chance
+    `flip` any other prompt of the image instead; its centre moves by up to `jitter` half sizes, its size by `jitter` of
+    itself.
     """
     label_key, other_key, flip_key, box_key = jax.random.split(key, 4)
     count = batch.num_targets[:, None]

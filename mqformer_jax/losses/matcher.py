@@ -1,13 +1,15 @@
 """Minimum-cost bipartite matching inside a jitted step, exact, on any device.
 
-The shortest-augmenting-path form of the Hungarian algorithm (Jonker and Volgenant 1987; what SciPy runs), written for many
-problems at once:
+The shortest-augmenting-path form of the Hungarian algorithm (Jonker and Volgenant 1987; what SciPy runs), written for
+many problems at once:
 
 - A target that is padding costs nothing, and problems of a batch do not wait for each other's rows.
-- Every target first claims its cheapest query, all at once. That is an optimal matching of those that get theirs, so only the
+- Every target first claims its cheapest query, all at once. That is an optimal matching of those that get theirs, so
+only the
   others search for a path: few, where queries know what they see.
-- The search is one loop without branches and without a loop inside; under `vmap` both sides of a branch are run, and an inner
-  loop runs as long as its longest lane. A turn of it scans the queries from one row, or turns one edge of a path that was found.
+- The search is one loop without branches and without a loop inside; under `vmap` both sides of a branch are run, and an
+  inner loop runs as long as its longest lane. A turn of it scans the queries from one row, or turns one edge of a path
+  that was found.
 - Row duals are not kept: a matched pair has no slack, so that of a row is its pair's cost less the column's dual.
 """
 
@@ -30,14 +32,17 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
     """
     n, q = cost.shape
     if n > q:
-        raise ValueError(f"more target rows ({n}) than queries ({q}): raise the number of queries or lower data.max_targets.")
+        raise ValueError(
+            f"more target rows ({n}) than queries ({q}): raise the number of queries or lower data.max_targets."
+        )
     cost = cost.astype(jnp.float32)
     rows, columns = jnp.arange(n, dtype=jnp.int32), jnp.arange(q, dtype=jnp.int32)
     row, waiting = _claims(cost, rows < num_targets)
 
-    # `waiting`: targets without a query. `row` and `v`: each column's owner (or -1) and dual. Of the search under way: its `target`;
-    # the column it has come to (`at`, or -1) and how far that is; each column's least distance, the column before it on the way,
-    # and whether it was visited. `turning`: the column of a found path whose owner changes next, or -1.
+    # `waiting`: targets without a query. `row` and `v`: each column's owner (or -1) and dual. Of the search under way:
+    # its `target`; the column it has come to (`at`, or -1) and how far that is; each column's least distance, the
+    # column before it on the way, and whether it was visited. `turning`: the column of a found path whose owner changes
+    # next, or -1.
     start = {
         "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0), "turning": jnp.int32(-1), "row": row,
         "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf), "before": jnp.full(q, -1, jnp.int32), "visited": jnp.zeros(q, bool),
@@ -53,7 +58,8 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
         distance = jnp.where(open_, jnp.minimum(length, s["distance"]), s["distance"])
         before = jnp.where(open_ & (length < s["distance"]) & ~turning, at, s["before"])
         reach = jnp.min(jnp.where(open_, distance, jnp.inf))
-        # of equally near columns a free one ends the search, as it does in SciPy; floats, since CPUs find their least faster
+        # of equally near columns a free one ends the search, as it does in SciPy; floats, since CPUs find their least
+        # faster
         rank = jnp.where(row < 0, columns, columns + q).astype(jnp.float32)
         nearest = jnp.min(jnp.where(open_ & (distance <= reach), rank, 2 * q)).astype(jnp.int32)
         free = nearest < q
@@ -86,10 +92,14 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
 
 
 def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, "q"], Array]:
-    """Every real target claims its cheapest query, and the first to do so has it: each query's owner or -1; who waits."""
+    """Every real target claims its cheapest query, and the first to do so has it: each query's owner or -1; who
+    waits.
+    """
     n, q = cost.shape
     rows = jnp.arange(n, dtype=jnp.int32)
-    cheapest = jnp.where(cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q)  # `argmin` takes six times as long on CPU
+    cheapest = jnp.where(
+        cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q
+    )  # `argmin` takes six times as long on CPU
     best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # none where a cost is NaN
     row = jnp.full(q, n, jnp.int32).at[best].min(rows, mode="drop")
     return jnp.where(row < n, row, -1), real & (row.at[best].get(mode="fill", fill_value=n) != rows)

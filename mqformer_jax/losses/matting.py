@@ -1,4 +1,6 @@
-"""What the matting refiner learns from: the distance of alphas, pixel by pixel and band by band of their frequencies."""
+"""What the matting refiner learns from: the distance of alphas, pixel by pixel and band by band of their
+frequencies.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,17 @@ BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def matting_loss(
-    alphas: dict[int, Float[Array, "b _ _"]], target: Float[Array, "b h w"], weight: Float[Array, "b h w"], coarse: float = 0.25
+    alphas: dict[int, Float[Array, "b _ _"]],
+    target: Float[Array, "b h w"],
+    weight: Float[Array, "b h w"],
+    coarse: float = 0.25,
 ) -> dict[str, Float[Array, ""]]:
     """The terms of the refiner's loss; their sum is the loss.
 
-    alphas: {stride: alpha}, of which 1 is the answer. weight: of each pixel, 0 on padding, more where the matte is hard to tell.
-    coarse: the weight of each coarser alpha, which meets the target at its own resolution (MGMatting's deep supervision).
+    alphas: {stride: alpha}, of which 1 is the answer. weight: of each pixel, 0 on padding, more where the matte is hard
+        to tell.
+    coarse: the weight of each coarser alpha, which meets the target at its own resolution (MGMatting's deep
+        supervision).
     """
     terms = {"l1": _l1(alphas[1], target, weight), "coarse": 0.0}
     inside = (weight > 0).astype(jnp.float32)
@@ -35,10 +42,13 @@ def _l1(a: Array, b: Array, weight: Array) -> Float[Array, ""]:
 
 
 def laplacian_loss(a: Float[Array, "b h w"], b: Float[Array, "b h w"], levels: int = 5) -> Float[Array, ""]:
-    """The sum over levels i = 0, 1, ... of 2^i times the L1 distance of the Laplacian pyramids' level i (Hou and Liu, ICCV 2019).
+    """The sum over levels i = 0, 1, ... of 2^i times the L1 distance of the Laplacian pyramids' level i (Hou and Liu,
+    ICCV 2019).
 
-    A level is what a 5 x 5 binomial blur takes away; every second pixel of the blurred image makes the next. In units of mean
-    absolute error: distances are summed and divided by the b * h * w pixels of the input. The least side is 3 << (levels - 1).
+    A level is what a 5 x 5 binomial blur takes away; every second pixel of the blurred image makes the next. In units
+    of mean
+    absolute error: distances are summed and divided by the b * h * w pixels of the input. The least side is 3 <<
+        (levels - 1).
     """
     x, total = a - b, 0.0  # the pyramid is linear: the difference of two is that of their difference
     for i in range(levels):

@@ -13,7 +13,9 @@ from mqformer_jax.arrays import Array
 
 
 def _corners(points: Float[Array, "... 2"], h: int, w: int):
-    """The four pixels around each point with their bilinear weights (zero outside the map), as lists of x, y, weight."""
+    """The four pixels around each point with their bilinear weights (zero outside the map), as lists of x, y,
+    weight.
+    """
     x, y = points[..., 0] * w - 0.5, points[..., 1] * h - 0.5
     x0, y0 = jnp.floor(x), jnp.floor(y)
     corners = []
@@ -69,7 +71,9 @@ def least(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k"]:
 
 
 def _least_by_counting(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k"]:
-    """The k-th least is found by halving between the bit patterns of floats, which are ordered as they are: 3.5 times as fast as XLA's top-k on a CPU."""
+    """The k-th least is found by halving between the bit patterns of floats, which are ordered as they are: 3.5 times
+    as fast as XLA's top-k on a CPU.
+    """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
     def halve(_, bounds):
@@ -87,7 +91,12 @@ def _least_by_counting(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k
 
 
 def uncertain_points(
-    key: Array, logits: Float[Array, "*n h w"], extent: Float[Array, "2"], k: int, oversample: float = 3.0, share: float = 0.75
+    key: Array,
+    logits: Float[Array, "*n h w"],
+    extent: Float[Array, "2"],
+    k: int,
+    oversample: float = 3.0,
+    share: float = 0.75,
 ) -> Float[Array, "*n k 2"]:
     """k points a map: `share` of them the most uncertain (least |logit|) of `oversample * k`, the rest uniform.
 

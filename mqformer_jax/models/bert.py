@@ -1,4 +1,6 @@
-"""BERT (Devlin et al., NAACL 2019) as sentence-transformers uses it: the mean of its tokens is the sentence. MiniLM is such a one."""
+"""BERT (Devlin et al., NAACL 2019) as sentence-transformers uses it: the mean of its tokens is the sentence. MiniLM is
+such a one.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class BertBlock(nnx.Module):
 class BertTextEncoder(nnx.Module):
     """Token ids to one vector a text of `width`, not normalised.
 
-    The sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: the longest prompt; positions: rows of the
-    position table, all kept so that a checkpoint comes back whole. norm_eps: of the LayerNorms.
+    The sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: the longest prompt; positions: rows
+    of the position table, all kept so that a checkpoint comes back whole. norm_eps: of the LayerNorms.
     Raises ValueError where prompts may be longer than the table.
     """
 

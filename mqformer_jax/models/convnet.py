@@ -44,14 +44,21 @@ class Stage(nnx.Module):
 class ConvNet(nnx.Module):
     """Image to features at strides 4, 8, 16 (and 32 with a fifth width).
 
-    widths: channels at stride 2, 4, 8, ... blocks: residual blocks a stage; stride 2 has none, for they would cost as much as all
-    the others. The default has 0.24 M parameters; eight 96 x 96 images, forward and backward, take 27 ms on two CPU cores.
-    `channels` maps a stride to its feature's width.
+    widths: channels at stride 2, 4, 8, ... blocks: residual blocks a stage; stride 2 has none, for they would cost as
+    much as all the others. The default has 0.24 M parameters; eight 96 x 96 images, forward and backward, take 27 ms on
+    two CPU cores. `channels` maps a stride to its feature's width.
     """
 
     mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
 
-    def __init__(self, widths: Sequence[int] = (32, 48, 64, 96), blocks: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 48, 64, 96),
+        blocks: int = 1,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         self.widths = tuple(widths)
         self.stem = ConvNorm(12, widths[0], rngs=rngs, dtype=dtype)
         self.stages = nnx.List(Stage(i, o, blocks, rngs=rngs, dtype=dtype) for i, o in zip(widths[:-1], widths[1:]))
@@ -60,8 +67,12 @@ class ConvNet(nnx.Module):
     def channels(self) -> dict[int, int]:
         return {4 << k: width for k, width in enumerate(self.widths[1:])}
 
-    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
-        """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride: feature}."""
+    def __call__(
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride:
+        feature}.
+        """
         x = jax.nn.relu(self.stem(_space_to_depth(image)))
         features = {}
         for stride, stage in zip(self.channels, self.stages):

@@ -35,7 +35,10 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b q d"]:
         split = lambda t: t.reshape(*t.shape[:2], self.heads, -1)
         attended = jax.nn.dot_product_attention(
-            split(self.query(x + x_pos)), split(self.key(y + y_pos)), split(self.value(y)), mask=None if mask is None else mask[:, None]
+            split(self.query(x + x_pos)),
+            split(self.key(y + y_pos)),
+            split(self.value(y)),
+            mask=None if mask is None else mask[:, None],
         )
         return self.out(attended.reshape(x.shape))
 
@@ -54,19 +57,27 @@ class Exchange(nnx.Module):
         self.to_learnable = Attention(width, heads, rngs=rngs, dtype=dtype, zero_out=True)
         self.to_conditional = Attention(width, heads, rngs=rngs, dtype=dtype, zero_out=True)
 
-    def __call__(self, x: Float[Array, "b q d"], pos: Float[Array, "b q d"], learnable: int, conditional: int) -> Float[Array, "b q d"]:
+    def __call__(
+        self, x: Float[Array, "b q d"], pos: Float[Array, "b q d"], learnable: int, conditional: int
+    ) -> Float[Array, "b q d"]:
         """Rows are learnable, conditional, then denoising queries; the last take no part."""
         parts = np.cumsum([learnable, conditional])
         lx, cx, rest = jnp.split(x, parts, 1)
         lp, cp, _ = jnp.split(pos, parts, 1)
         ln, cn = self.norm_learnable(lx), self.norm_conditional(cx)
-        return jnp.concatenate([lx + self.to_learnable(ln, lp, cn, cp), cx + self.to_conditional(cn, cp, ln, lp), rest], 1)
+        return jnp.concatenate(
+            [lx + self.to_learnable(ln, lp, cn, cp), cx + self.to_conditional(cn, cp, ln, lp), rest], 1
+        )
 
 
 class DecoderLayer(nnx.Module):
-    """Self-attention -> exchange -> deformable cross-attention to the image -> FFN, post-norm (Mask DINO's but for the exchange)."""
+    """Self-attention -> exchange -> deformable cross-attention to the image -> FFN, post-norm (Mask DINO's but for the
+    exchange).
+    """
 
-    def __init__(self, width: int, heads: int, ffn: int, levels: int, points: int, exchange: bool, *, rngs: nnx.Rngs, dtype: Any):
+    def __init__(
+        self, width: int, heads: int, ffn: int, levels: int, points: int, exchange: bool, *, rngs: nnx.Rngs, dtype: Any
+    ):
         norm = lambda: layer_norm(width, rngs=rngs, dtype=dtype)
         self.self_attention = Attention(width, heads, rngs=rngs, dtype=dtype)
         self.exchange = Exchange(width, heads, rngs=rngs, dtype=dtype) if exchange else None
@@ -90,7 +101,9 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: str = "none",
     ):  # fmt: skip
         self.anchor_pos = MLP(2 * width, width, width, 2, rngs=rngs, dtype=dtype)
-        self.layers = stack(lambda r: DecoderLayer(width, heads, ffn, levels, points, exchange, rngs=r, dtype=dtype), layers, rngs)
+        self.layers = stack(
+            lambda r: DecoderLayer(width, heads, ffn, levels, points, exchange, rngs=r, dtype=dtype), layers, rngs
+        )
         self.width, self.dtype, self.remat = width, dtype, remat
 
     def __call__(
@@ -120,7 +133,9 @@ class Decoder(nnx.Module):
             return (x, jax.lax.stop_gradient(refined)), (x, refined)
 
         first = jax.nn.sigmoid(anchors)
-        _, (queries, references) = scan_layers(self.layers, layer_step, (content.astype(self.dtype), first), remat=self.remat)
+        _, (queries, references) = scan_layers(
+            self.layers, layer_step, (content.astype(self.dtype), first), remat=self.remat
+        )
         queries = heads.norm(queries)
         before = jnp.concatenate([first[None], references[:-1]])
         boxes = jax.nn.sigmoid(heads.box(queries).astype(jnp.float32) + inverse_sigmoid(before))

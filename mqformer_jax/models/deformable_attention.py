@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021), in plain JAX.
 
-The op is bound by memory, so the four pixels around a sampling point lie side by side in one row and come with one gather.
-With 32 channels a head that row has 128 numbers, the width of a TPU's lane.
+The op is bound by memory, so the four pixels around a sampling point lie side by side in one row and come with one
+gather. With 32 channels a head that row has 128 numbers, the width of a TPU's lane.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def ms_deform_attn(
 ) -> Float[Array, "b q heads*dh"]:
     """Weighted sum of bilinear samples of several maps.
 
-    value: the maps, row by row, one after the other. shapes: (h, w) of each. locations: x, y, where 0 and 1 are the outer edges
-    of a map; outside it the value is zero (torch's `grid_sample` with align_corners=False and zero padding). Returns float32.
+    value: the maps, row by row, one after the other. shapes: (h, w) of each. locations: x, y, where 0 and 1 are the
+    outer edges of a map; outside it the value is zero (torch's `grid_sample` with align_corners=False and zero
+    padding). Returns float32.
     """
     batch, queries, heads, *_ = locations.shape
     rows = _pack(value, shapes)
@@ -85,7 +86,8 @@ def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Ar
 def _sample(
     rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*dh"]:
-    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each query and head.
+    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each
+    query and head.
 
     What is picked, 48 numbers for each one of the map, is picked again for the gradients: keeping it takes longer.
     """
@@ -98,13 +100,15 @@ def _sample(
 def _sample_in_lanes(
     rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*dh"]:
-    """The same for TPU, where what is picked, the bulk of the traffic, shall be written once and read once; slow on CPU.
+    """The same for TPU, where what is picked, the bulk of the traffic, shall be written once and read once; slow on
+    CPU.
 
-    - Picked rows lie points first: their last two axes are queries and lanes, so that no reshape has to move them. Queries first,
-      the 12 points of three levels would be padded to 16, the next multiple of the tile's eight rows.
-    - Matmuls with zeros and ones widen the four weights to the lanes and fold the corners of the sum, so that lanes never split.
-    - Barriers hold rows and their gradients at that shape: without, XLA converts or broadcasts them in memory, in steps of their own.
-    The gradient is written out so that it reads what was picked once and widens the weights again.
+    - Picked rows lie points first: their last two axes are queries and lanes, so that no reshape has to move them.
+      Queries first, the 12 points of three levels would be padded to 16, the next multiple of the tile's eight rows.
+    - Matmuls with zeros and ones widen the four weights to the lanes and fold the corners of the sum, so that lanes
+    never split.
+    - Barriers hold rows and their gradients at that shape: without, XLA converts or broadcasts them in memory, in steps
+    of their own. The gradient is written out so that it reads what was picked once and widens the weights again.
     """
     return _weigh_rows(rows, index.transpose(0, 3, 2, 1), corners.transpose(0, 3, 2, 4, 1))
 
@@ -158,17 +162,21 @@ def _fold(lanes: int) -> Float[np.ndarray, "lanes dh"]:
 class MSDeformAttn(nnx.Module):
     """Each query looks at `points` learned places around its reference, in each of `levels` maps.
 
-    Offsets and weights are computed in float32 whatever `dtype`, as Mask DINO does under mixed precision. At the start every
-    query looks along `heads` directions, 1 to `points` pixels out, with equal weights.
+    Offsets and weights are computed in float32 whatever `dtype`, as Mask DINO does under mixed precision. At the start
+    every query looks along `heads` directions, 1 to `points` pixels out, with equal weights.
     """
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, width: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         if width % heads:
             raise ValueError(f"MSDeformAttn: width {width} is not a multiple of heads {heads}.")
         self.heads, self.levels, self.points = heads, levels, points
         zeros, samples = nnx.initializers.zeros, heads * levels * points
         star = jnp.asarray(_star(heads, levels, points))
-        self.sampling_offsets = layers.linear(width, 2 * samples, kernel_init=zeros, bias_init=lambda *_: star, rngs=rngs)
+        self.sampling_offsets = layers.linear(
+            width, 2 * samples, kernel_init=zeros, bias_init=lambda *_: star, rngs=rngs
+        )
         self.attention_weights = layers.linear(width, samples, kernel_init=zeros, rngs=rngs)
         self.value_proj = layers.linear(width, width, rngs=rngs, dtype=dtype)
         self.output_proj = layers.linear(width, width, rngs=rngs, dtype=dtype)
@@ -181,8 +189,10 @@ class MSDeformAttn(nnx.Module):
         shapes: Shapes,
         valid: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b q c"]:
-        """reference: x, y or cx, cy, w, h as fractions of each map; offsets count in pixels of the map around a point, and in
-        half-sizes of the box over `points` around a box. memory: the maps' tokens; those not `valid` count as zero."""
+        """reference: x, y or cx, cy, w, h as fractions of each map; offsets count in pixels of the map around a point,
+        and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not `valid` count as
+        zero.
+        """
         value = self.value_proj(memory)
         if valid is not None:
             value = jnp.where(valid[..., None], value, 0)
@@ -196,7 +206,9 @@ class MSDeformAttn(nnx.Module):
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
         value = value.reshape(*value.shape[:2], self.heads, -1)
-        sample = over_heads(lambda value, locations, weights: ms_deform_attn(value, shapes, locations, weights), self.heads)
+        sample = over_heads(
+            lambda value, locations, weights: ms_deform_attn(value, shapes, locations, weights), self.heads
+        )
         return self.output_proj(sample(value, locations, weights))
 
 

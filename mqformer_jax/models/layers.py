@@ -75,12 +75,16 @@ class Conv(nnx.Module):
 
 def _strided(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride: int) -> Float[Array, "b h2 w2 o"]:
     padding = [(kernel.shape[0] // 2,) * 2] * 2
-    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
 
 
 @jax.custom_vjp
 def _convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"]) -> Float[Array, "b h w o"]:
-    """A convolution of stride 1 whose gradients are quick on CPU too: inside a scan, XLA's are ten times slower than they need be."""
+    """A convolution of stride 1 whose gradients are quick on CPU too: inside a scan, XLA's are ten times slower than
+    they need be.
+    """
     return _strided(x, kernel, 1)
 
 
@@ -118,7 +122,9 @@ class FrozenBatchNorm(nnx.Module):
 class MLP(nnx.Module):
     """`layers` dense layers, ReLU between them."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, layers: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+    ):
         widths = [inputs, *[hidden] * (layers - 1), outputs]
         self.layers = nnx.List(linear(i, o, rngs=rngs, dtype=dtype) for i, o in zip(widths[:-1], widths[1:]))
 
@@ -134,17 +140,24 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
     return nnx.merge(graph, state)
 
 
-REMAT = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "layers": jax.checkpoint_policies.nothing_saveable}
+REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "layers": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def scan_layers(
-    stacked: nnx.Module, body: Callable[[Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any = None, remat: str = "none"
+    stacked: nnx.Module,
+    body: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    remat: str = "none",
 ) -> tuple[Any, Any]:
     """Runs `carry, y = body(layer, carry, x)` over the layers of a stack, compiled once for all of them.
 
-    xs: a tree with one leading row a layer, or None. remat: what is not kept for the gradients but computed again (`config.model.remat`):
-    "none" keeps all, "dots" the results of matmuls with weights, "layers" each layer's input alone. Returns the last carry and the ys,
-    stacked.
+    xs: a tree with one leading row a layer, or None. remat: what is not kept for the gradients but computed again
+    (`config.model.remat`): "none" keeps all, "dots" the results of matmuls with weights, "layers" each layer's input
+    alone. Returns the last carry and the ys, stacked.
     """
     graph, state = nnx.split(stacked)
 

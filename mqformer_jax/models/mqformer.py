@@ -84,13 +84,16 @@ class MQFormer(nnx.Module):
             rngs=rngs, dtype=dtype, remat=c.remat,
         )  # fmt: skip
 
-    def embed_text(self, tokens: Int[Array, "*n l"] | Float[Array, "*n e"], region: Bool[Array, "*n"]) -> Float[Array, "*n e"]:
+    def embed_text(
+        self, tokens: Int[Array, "*n l"] | Float[Array, "*n e"], region: Bool[Array, "*n"]
+    ) -> Float[Array, "*n e"]:
         """Prompts as vectors: the text encoder's (or given: what a frozen one said), plus what tells "one region" from
         "several segments".
 
-        The paper says nothing of how COCO's "person" (each one) and ADE's "person" (all of them) live together; a learned
-        two-valued embedding lets one text ask either way (`model.grain` turns it off). It starts random: from zero, expressions
-        ground worse (docs/results.md); a model of trained weights that know no grain starts it at zero (`initialize`).
+        The paper says nothing of how COCO's "person" (each one) and ADE's "person" (all of them) live together; a
+        learned two-valued embedding lets one text ask either way (`model.grain` turns it off). It starts random: from
+        zero, expressions ground worse (docs/results.md); a model of trained weights that know no grain starts it at
+        zero (`initialize`).
         """
         given = jnp.issubdtype(tokens.dtype, jnp.floating)
         text = tokens.astype(self.dtype) if given else self.text_encoder(tokens)
@@ -105,8 +108,8 @@ class MQFormer(nnx.Module):
         noised: Noised | None = None,
         keys: Key[Array, "b"] | None = None,
     ) -> Outputs:
-        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. keys: of the backbone's drop
-        path; None in evaluation."""
+        """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. keys: of the backbone's
+        drop path; None in evaluation."""
         pixels = (image.astype(jnp.float32) - jnp.asarray(self.backbone.mean)) / jnp.asarray(self.backbone.std)
         features = self.backbone(pixels.astype(self.dtype), keys)
         return self.segment(features, image.shape[1:3], size, text, prompt_valid, noised)
@@ -146,14 +149,18 @@ class MQFormer(nnx.Module):
         anchor = jnp.concatenate(anchors, 1)
 
         mask = visibility(self.num_learnable, self.num_conditional, self.joint, noised)
-        queries, boxes = self.decoder(content, anchor, mask, (self.num_learnable, self.num_conditional), memory, shapes, valid, self.heads)
+        queries, boxes = self.decoder(
+            content, anchor, mask, (self.num_learnable, self.num_conditional), memory, shapes, valid, self.heads
+        )
         if self.initial_pred:
             boxes = jnp.concatenate([jax.nn.sigmoid(anchor)[None], boxes])
             queries = jnp.concatenate([content.astype(queries.dtype)[None], queries])
         stages, n = self._predict(queries, boxes, text, prompt_valid), self.num_learnable + self.num_conditional
         matching = jax.tree.map(lambda x: x[:, :, :n], stages)
         if first is not None:
-            proposals = self._predict(first[0].astype(queries.dtype)[None], jax.nn.sigmoid(first[1])[None], text, prompt_valid)
+            proposals = self._predict(
+                first[0].astype(queries.dtype)[None], jax.nn.sigmoid(first[1])[None], text, prompt_valid
+            )
             matching = jax.tree.map(lambda a, b: jnp.concatenate([a, b.astype(a.dtype)]), proposals, matching)
         denoising = None if noised is None else jax.tree.map(lambda x: x[:, :, n:], stages)
         return Outputs(matching, denoising, mask_features, self.num_learnable, self.decoupled)
@@ -163,18 +170,26 @@ class MQFormer(nnx.Module):
         return Predictions(logits, boxes, embeds)
 
     def _anchors_from_masks(self, tokens: Array, anchor: Array, mask_features: Array) -> Float[Array, "b k 4"]:
-        """Anchors (before the sigmoid): the boxes that were predicted, or those around the masks that were (`box_init`)."""
+        """Anchors (before the sigmoid): the boxes that were predicted, or those around the masks that were
+        (`box_init`).
+        """
         if self.box_init == "no":
             return anchor
         embed = self.heads.mask_embed(self.heads.norm(tokens))
-        masks = jnp.einsum("bqd,bhwd->bqhw", embed, mask_features.astype(embed.dtype), preferred_element_type=jnp.float32)
+        masks = jnp.einsum(
+            "bqd,bhwd->bqhw", embed, mask_features.astype(embed.dtype), preferred_element_type=jnp.float32
+        )
         return inverse_sigmoid(mask_boxes(masks > 0, inclusive=self.box_init == "mask2box"))
 
 
 def query_counts(config: ConfigDict) -> tuple[int, int]:
-    """Learnable and conditional queries of a strategy; every strategy uses all of them (400 in the paper's ablations)."""
+    """Learnable and conditional queries of a strategy; every strategy uses all of them (400 in the paper's
+    ablations).
+    """
     total = config.num_learnable + config.num_conditional
-    return {"learnable": (total, 0), "conditional": (0, total)}.get(config.queries, (config.num_learnable, config.num_conditional))
+    return {"learnable": (total, 0), "conditional": (0, total)}.get(
+        config.queries, (config.num_learnable, config.num_conditional)
+    )
 
 
 def visibility(learnable: int, conditional: int, joint: bool, noised: Noised | None) -> Bool[Array, "b q q"]:

@@ -1,4 +1,6 @@
-"""The segmentation encoder: Mask DINO's pixel decoder (Li et al., CVPR 2023), a deformable transformer over image features."""
+"""The segmentation encoder: Mask DINO's pixel decoder (Li et al., CVPR 2023), a deformable transformer over image
+features.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,17 @@ Features = dict[int, Float[Array, "b h w c"]]
 class ConvNorm(nnx.Module):
     """A convolution and GroupNorm."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1, *, use_bias: bool, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int = 1,
+        stride: int = 1,
+        *,
+        use_bias: bool,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
         self.conv = layers.Conv(inputs, outputs, size, stride, use_bias=use_bias, rngs=rngs, dtype=dtype)
         self.norm = layers.group_norm(outputs, rngs=rngs, dtype=dtype)
 
@@ -42,15 +54,20 @@ class EncoderLayer(nnx.Module):
         self.norm2 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, x: Tokens, position: Tokens, reference: Float[Array, "b s levels 2"], shapes: Shapes, valid: Bool[Array, "b s"]
+        self,
+        x: Tokens,
+        position: Tokens,
+        reference: Float[Array, "b s levels 2"],
+        shapes: Shapes,
+        valid: Bool[Array, "b s"],
     ) -> Tokens:
         x = self.norm1(x + self.attention(x + position, reference, x, shapes, valid))
         return self.norm2(x + self.ffn(x))
 
 
 class MaskFeatures(nnx.Module):
-    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's feature there
-    (also where the memory has that stride already, as Mask DINO's five levels do)."""
+    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's
+    feature there (also where the memory has that stride already, as Mask DINO's five levels do)."""
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         make = functools.partial(ConvNorm, use_bias=False, rngs=rngs, dtype=dtype)
@@ -65,8 +82,9 @@ class MaskFeatures(nnx.Module):
 class PixelDecoder(nnx.Module):
     """Backbone features to memory (tokens of several strides) and mask features.
 
-    channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double the one
-    before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth, ffn: of the
+    channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double
+    the one before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth,
+    ffn: of the
     encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: see `scan_layers`.
     """
 
@@ -87,7 +105,11 @@ class PixelDecoder(nnx.Module):
         remat: str = "none",
     ):
         strides = tuple(strides)
-        if mask_stride not in channels or strides[0] not in channels or strides != tuple(strides[0] << k for k in range(len(strides))):
+        if (
+            mask_stride not in channels
+            or strides[0] not in channels
+            or strides != tuple(strides[0] << k for k in range(len(strides)))
+        ):
             raise ValueError(
                 f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, and the first and the "
                 f"mask stride among those of the backbone, {tuple(channels)}."
@@ -95,21 +117,28 @@ class PixelDecoder(nnx.Module):
         self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
         make = functools.partial(ConvNorm, use_bias=True, rngs=rngs, dtype=dtype)
         inputs = [channels.get(s, channels[self.coarsest] if s == 2 * self.coarsest else width) for s in strides]
-        self.input_proj = nnx.List(make(i, width) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs))
+        self.input_proj = nnx.List(
+            make(i, width) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs)
+        )
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (len(strides), width)))
-        self.layers = layers.stack(lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs)
+        self.layers = layers.stack(
+            lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs
+        )
         self.mask_features = MaskFeatures(width, channels[mask_stride], mask_dim, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, features: Features, size: Int[Array, "b 2"], canvas: tuple[int, int]
     ) -> tuple[Tokens, tuple[tuple[int, int], ...], Bool[Array, "b s"], Float[Array, "b h w d"]]:
-        """features: {stride: feature}. size: height and width of each image's valid part, in pixels of its canvas (H, W).
+        """features: {stride: feature}. size: height and width of each image's valid part, in pixels of its canvas (H,
+        W).
 
-        Returns memory, tokens in the order of `strides`, each level row by row; the levels' (h, w); which tokens' cells touch the
-        valid part (the others are not attended to); mask features.
+        Returns memory, tokens in the order of `strides`, each level row by row; the levels' (h, w); which tokens' cells
+        touch the valid part (the others are not attended to); mask features.
         """
         if any(side % self.coarsest for side in canvas):
-            raise ValueError(f"canvas {canvas[0]}x{canvas[1]}: its sides must be multiples of the backbone's stride {self.coarsest}.")
+            raise ValueError(
+                f"canvas {canvas[0]}x{canvas[1]}: its sides must be multiples of the backbone's stride {self.coarsest}."
+            )
         maps = self._levels(features)
         shapes = tuple(m.shape[1:3] for m in maps)
         counts = [jnp.minimum(-(-size // s), np.array(hw)) for s, hw in zip(self.strides, shapes)]
@@ -127,7 +156,9 @@ class PixelDecoder(nnx.Module):
         return memory, shapes, valid, self.mask_features(finest, features, self.mask_stride)
 
     def _levels(self, features: Features) -> list[Float[Array, "b h w c"]]:
-        """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest feature."""
+        """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest
+        feature.
+        """
         maps = []
         for stride, project in zip(self.strides, self.input_proj):
             beyond = features[self.coarsest] if stride == 2 * self.coarsest else maps[-1] if maps else None
@@ -151,7 +182,9 @@ class _Grid:
         return self._pair(x[:, None, :, None], y[:, :, None, None])
 
     def sine(self, width: int) -> Float[Array, "b h w c"]:
-        """Sine position encoding: width / 2 channels of y, then as many of x, over the valid part scaled to 2 pi (DETR)."""
+        """Sine position encoding: width / 2 channels of y, then as many of x, over the valid part scaled to 2 pi
+        (DETR).
+        """
         y, x = (_waves(i, n, width // 2) for i, n in ((self.rows, self.height), (self.columns, self.width)))
         return self._pair(y[:, :, None], x[:, None])
 

@@ -35,15 +35,18 @@ class Noised:
 class LearnableQueries(nnx.Module):
     """n queries that are parameters: content and a 4-d anchor each.
 
-    Where the anchors come from is unpublished. Ours are learned, start large and spread over the image, since what these
-    queries come to own in the paper is mostly stuff. Never detached (OpenSeeD detaches them, and they hardly learn).
+    Where the anchors come from is unpublished. Ours are learned, start large and spread over the image, since what
+    these queries come to own in the paper is mostly stuff. Never detached (OpenSeeD detaches them, and they hardly
+    learn).
     """
 
     def __init__(self, n: int, width: int, *, rngs: nnx.Rngs):
         self.content = nnx.Param(jax.random.normal(rngs.params(), (n, width)))
         side = int(np.ceil(np.sqrt(n)))
         grid = (np.stack(np.divmod(np.arange(n), side)[::-1], -1) + 0.5) / side
-        self.anchors = nnx.Param(inverse_sigmoid(jnp.concatenate([jnp.asarray(grid, jnp.float32), jnp.full((n, 2), 0.5)], -1)))
+        self.anchors = nnx.Param(
+            inverse_sigmoid(jnp.concatenate([jnp.asarray(grid, jnp.float32), jnp.full((n, 2), 0.5)], -1))
+        )
 
     def __call__(self, batch: int) -> tuple[Float[Array, "b n d"], Float[Array, "b n 4"]]:
         """Content and anchors (before the sigmoid) for a batch."""
@@ -85,15 +88,19 @@ class ConditionalQueries(nnx.Module):
         return jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
 
     def start(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
-        """What the decoder starts from: the tokens, cut from the gradient (they learn from their own loss), or the parameter."""
-        return jax.lax.stop_gradient(tokens) if self.content is None else jnp.broadcast_to(self.content[...], tokens.shape)
+        """What the decoder starts from: the tokens, cut from the gradient (they learn from their own loss), or the
+        parameter.
+        """
+        return (
+            jax.lax.stop_gradient(tokens) if self.content is None else jnp.broadcast_to(self.content[...], tokens.shape)
+        )
 
 
 def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*n 4"]:
     """The box around each mask: cx, cy, w, h as fractions of the map.
 
-    Mask DINO has two ways (INITIALIZE_BOX_TYPE): "mask2box" ends at the last pixel (`inclusive`) and puts an empty mask at 1
-    without extent, "bitmask" ends after it and puts an empty mask at 0.
+    Mask DINO has two ways (INITIALIZE_BOX_TYPE): "mask2box" ends at the last pixel (`inclusive`) and puts an empty mask
+    at 1 without extent, "bitmask" ends after it and puts an empty mask at 0.
     """
 
     def side(hit: Bool[Array, "*n m"]) -> tuple[Array, Array]:
@@ -108,7 +115,8 @@ def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
-    """One box a token: its cell's centre and 0.05 * 2^level, all as fractions of the canvas, levels counted in the order given.
+    """One box a token: its cell's centre and 0.05 * 2^level, all as fractions of the canvas, levels counted in the
+    order given.
 
     Mask DINO counts the coarsest level first, so stride 64 has the smallest proposals: a quirk its checkpoints need.
     """

@@ -1,4 +1,6 @@
-"""The matting refiner: an image and a mask in, the share of each pixel that the masked object covers (its alpha) out."""
+"""The matting refiner: an image and a mask in, the share of each pixel that the masked object covers (its alpha)
+out.
+"""
 
 from __future__ import annotations
 
@@ -19,17 +21,24 @@ SEEN = 4 + len(WINDOWS)  # image, guidance, what the colours say
 
 
 class Level(nnx.Module):
-    """One stride of the decoder: what comes from above, the encoder's feature and the pixels, joined; and the correction read from it."""
+    """One stride of the decoder: what comes from above, the encoder's feature and the pixels, joined; and the
+    correction read from it.
+    """
 
     def __init__(self, above: int, feature: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.lateral = layers.Conv(feature, width, rngs=rngs, dtype=dtype) if feature else None
-        self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None  # else it would drown the guidance
+        self.norm = (
+            layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None
+        )  # else it would drown the guidance
         self.join = ConvNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
         self.block = ConvNorm(width, width, rngs=rngs, dtype=dtype)
         self.head = layers.Conv(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)
 
     def __call__(
-        self, above: Float[Array, "b h w a"] | None, feature: Float[Array, "b h w f"] | None, seen: Float[Array, "b h w 6"]
+        self,
+        above: Float[Array, "b h w a"] | None,
+        feature: Float[Array, "b h w f"] | None,
+        seen: Float[Array, "b h w 6"],
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w 1"]]:
         side = None if feature is None else self.norm(self.lateral(feature))
         x = jax.nn.relu(self.join(jnp.concatenate([part for part in (above, side, seen) if part is not None], -1)))
@@ -40,12 +49,14 @@ class Level(nnx.Module):
 class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
-    A U-shaped network over one of our image encoders, which never sees the mask and so may come from any pre-training. Every
-    level of the decoder, down to single pixels, sees the image, the guidance and what the colours say (`unmixed`) at its stride, and
-    adds its correction to those of the coarser ones. All corrections start at zero: an untrained refiner returns its guidance. They
-    count near the guidance's outline alone; elsewhere it is believed, which a few matting images can teach no better.
+    A U-shaped network over one of our image encoders, which never sees the mask and so may come from any pre-training.
+    Every level of the decoder, down to single pixels, sees the image, the guidance and what the colours say (`unmixed`)
+    at its stride, and adds its correction to those of the coarser ones. All corrections start at zero: an untrained
+    refiner returns its guidance. They count near the guidance's outline alone; elsewhere it is believed, which a few
+    matting images can teach no better.
 
-    config: `config.matting`. Its `width` is the channels of the strides from 4 on; stride 2 has half of them, stride 1 a quarter.
+    config: `config.matting`. Its `width` is the channels of the strides from 4 on; stride 2 has half of them, stride 1
+        a quarter.
     """
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -61,10 +72,13 @@ class MattingRefiner(nnx.Module):
             above = width
         self.levels = nnx.List(made)
 
-    def __call__(self, image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"]) -> dict[int, Float[Array, "b h2 w2"]]:
+    def __call__(
+        self, image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"]
+    ) -> dict[int, Float[Array, "b h2 w2"]]:
         """image: 0 to 255, sides that are multiples of the coarsest stride. guidance: a hard or soft mask, 0 to 1.
 
-        Returns the alpha, 0 to 1, at each stride of the decoder; the one at stride 1 is the answer, the others are there to learn from.
+        Returns the alpha, 0 to 1, at each stride of the decoder; the one at stride 1 is the answer, the others are
+        there to learn from.
         """
         image = (image - jnp.array(self.backbone.mean)) / jnp.array(self.backbone.std)
         features = self.backbone(image)
@@ -85,10 +99,12 @@ class MattingRefiner(nnx.Module):
 def unmixed(
     image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
 ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
-    """Where the guidance is in doubt (0 to 1), and the alpha there by colour alone, one for each of `WINDOWS`; elsewhere the guidance.
+    """Where the guidance is in doubt (0 to 1), and the alpha there by colour alone, one for each of `WINDOWS`;
+    elsewhere the guidance.
 
-    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colours are known to be the object's or the ground's; a pixel in
-    doubt lies somewhere on the line between the means of those around it (the colour line of sampling-based matting).
+    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colours are known to be the object's or the
+    ground's; a pixel in doubt lies somewhere on the line between the means of those around it (the colour line of
+    sampling-based matting).
     """
     small = halve(halve(jnp.concatenate([image, (guidance > 0.5).astype(image.dtype)[..., None]], -1)))
     colour, inside = small[..., :3], small[..., 3:]
@@ -99,7 +115,10 @@ def unmixed(
     said, means = [], [jnp.broadcast_to(mean, colour.shape) for mean in everywhere]
     for window in WINDOWS[::-1]:  # where the smaller has nothing known, what the larger has
         counts = [_summed(k, window) for k in known]
-        means = [jnp.where(n > 0.5, _summed(k * colour, window) / jnp.maximum(n, 0.5), m) for n, k, m in zip(counts, known, means)]
+        means = [
+            jnp.where(n > 0.5, _summed(k * colour, window) / jnp.maximum(n, 0.5), m)
+            for n, k, m in zip(counts, known, means)
+        ]
         over, under = (double(double(m)) for m in means)
         line = over - under
         said.append(jnp.clip(((image - under) * line).sum(-1) / ((line**2).sum(-1) + 0.05), 0, 1))
@@ -135,7 +154,9 @@ def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     """Bilinear with pixel centres at halves. As sums of shifted copies: `jax.image.resize` is slow on a CPU."""
     for axis in (1, 2):
-        first, last = (jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis])))
+        first, last = (
+            jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis]))
+        )
         before = jnp.concatenate([first, jax.lax.slice_in_dim(x, 0, x.shape[axis] - 1, axis=axis)], axis)
         after = jnp.concatenate([jax.lax.slice_in_dim(x, 1, x.shape[axis], axis=axis), last], axis)
         pairs = jnp.stack([0.75 * x + 0.25 * before, 0.75 * x + 0.25 * after], axis + 1)

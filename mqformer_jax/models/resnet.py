@@ -20,7 +20,9 @@ class ConvNorm(nnx.Module):
     """A convolution without bias and its frozen BatchNorm."""
 
     def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv = layers.Conv(inputs, outputs, size, stride, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype)
+        self.conv = layers.Conv(
+            inputs, outputs, size, stride, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype
+        )
         self.norm = layers.FrozenBatchNorm(outputs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
@@ -30,7 +32,9 @@ class ConvNorm(nnx.Module):
 class Bottleneck(nnx.Module):
     """1x1, 3x3, 1x1 beside a shortcut, which is a projection where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self, inputs: int, outputs: int, stride: int = 1, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike
+    ):
         make = functools.partial(ConvNorm, rngs=rngs, dtype=dtype)
         middle = outputs // 4
         self.conv1 = make(inputs, middle, 1, stride if stride_in_1x1 else 1)
@@ -47,7 +51,17 @@ class Bottleneck(nnx.Module):
 class Stage(nnx.Module):
     """The blocks of one resolution; all but the first have one shape, so they are stacked."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, stride: int, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike):
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        stride: int,
+        *,
+        stride_in_1x1: bool,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
         make = functools.partial(Bottleneck, stride_in_1x1=stride_in_1x1, dtype=dtype)
         self.first = make(inputs, outputs, stride, rngs=rngs)
         self.rest = layers.stack(lambda keys: make(outputs, outputs, rngs=keys), blocks - 1, rngs)
@@ -59,8 +73,8 @@ class Stage(nnx.Module):
 class ResNet(nnx.Module):
     """Image to features at strides 4, 8, 16 and 32.
 
-    depth: 50 or 101. stride_in_1x1: where a stage's stride sits: in the 3x3 (torchvision, the default) or in the first 1x1
-    (Microsoft's original weights, which detectron2 calls "R-50"). `channels` maps a stride to its feature's width.
+    depth: 50 or 101. stride_in_1x1: where a stage's stride sits: in the 3x3 (torchvision, the default) or in the first
+    1x1 (Microsoft's original weights, which detectron2 calls "R-50"). `channels` maps a stride to its feature's width.
     """
 
     channels = {4: 256, 8: 512, 16: 1024, 32: 2048}
@@ -76,7 +90,9 @@ class ResNet(nnx.Module):
             for k, (i, o, n) in enumerate(zip(widths[:-1], widths[1:], BLOCKS[depth]))
         )
 
-    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    def __call__(
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -16,13 +16,17 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]  # of one block in training: its rate, and each image's key for each of its two branches
+Drop = tuple[
+    Float[Array, ""], Key[Array, "2 b"]
+]  # of one block in training: its rate, and each image's key for each of its two branches
 
 normal = nnx.initializers.normal(0.02)
 
 
 class Size(NamedTuple):
-    """width: channels of the first stage; each next stage doubles them. depths: blocks of the four stages, even numbers."""
+    """width: channels of the first stage; each next stage doubles them. depths: blocks of the four stages, even
+    numbers.
+    """
 
     width: int
     depths: tuple[int, int, int, int]
@@ -67,8 +71,8 @@ class PatchMerge(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention inside windows, and an MLP. `qkv` packs queries, keys and values, in that order.
 
-    shift: by how many pixels the windows lie further right and down. position_bias: [(2 window - 1)^2, heads], a number for each
-    offset (rows, columns) of a query from a key, row by row.
+    shift: by how many pixels the windows lie further right and down. position_bias: [(2 window - 1)^2, heads], a number
+    for each offset (rows, columns) of a query from a key, row by row.
     """
 
     def __init__(self, width: int, window: int, shift: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -93,7 +97,9 @@ class Block(nnx.Module):
         return x
 
     def attend(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The windows cover the image padded with zeros right and below; shifted ones wrap around, and what was no neighbour is masked."""
+        """The windows cover the image padded with zeros right and below; shifted ones wrap around, and what was no
+        neighbour is masked.
+        """
         height, width = x.shape[1:3]
         x = jnp.roll(pad(x, self.window), (-self.shift, -self.shift), (1, 2))
         windows = to_windows(x, self.window)
@@ -123,8 +129,10 @@ class Pair(nnx.Module):
 class Swin(nnx.Module):
     """Image to features at strides 4, 8, 16 and 32, each through a LayerNorm of its own.
 
-    size: "t", "s", "b" or "l", or a `Size`. window: side of the attention windows (7 for weights pre-trained at 224 pixels, 12 at 384).
-    drop_path: chance, in training, that a sample skips the deepest block's branches; it grows linearly from 0 at the first block.
+    size: "t", "s", "b" or "l", or a `Size`. window: side of the attention windows (7 for weights pre-trained at 224
+        pixels, 12 at 384).
+    drop_path: chance, in training, that a sample skips the deepest block's branches; it grows linearly from 0 at the
+        first block.
     remat: see `scan_layers` (at 1024 x 1024, with "layers", Swin-L needs half the memory).
     """
 
@@ -139,7 +147,9 @@ class Swin(nnx.Module):
         self.size = SIZES[size] if isinstance(size, str) else size
         self.drop_path, self.remat = drop_path, remat
         widths = list(self.channels.values())
-        pairs = lambda width, depth: layers.stack(lambda keys: Pair(width, window, rngs=keys, dtype=dtype), depth // 2, rngs)
+        pairs = lambda width, depth: layers.stack(
+            lambda keys: Pair(width, window, rngs=keys, dtype=dtype), depth // 2, rngs
+        )
         self.embed = PatchEmbed(widths[0], rngs=rngs, dtype=dtype)
         self.stages = nnx.List(pairs(width, depth) for width, depth in zip(widths, self.size.depths))
         self.merges = nnx.List(PatchMerge(width, rngs=rngs, dtype=dtype) for width in widths[:-1])
@@ -149,12 +159,18 @@ class Swin(nnx.Module):
     def channels(self) -> dict[int, int]:
         return {stride: self.size.width * stride // 4 for stride in STRIDES}
 
-    def __call__(self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None) -> dict[int, Float[Array, "b h2 w2 c"]]:
-        """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an image; None in evaluation."""
+    def __call__(
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
+        """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
+        image; None in evaluation.
+        """
         x, features = self.embed(image), {}
         for k, (stride, stage) in enumerate(zip(STRIDES, self.stages)):
             x = self.merges[k - 1](x) if k else x
-            x, _ = layers.scan_layers(stage, lambda pair, x, drops: (pair(x, drops), None), x, self.drops(k, keys), self.remat)
+            x, _ = layers.scan_layers(
+                stage, lambda pair, x, drops: (pair(x, drops), None), x, self.drops(k, keys), self.remat
+            )
             features[stride] = self.norms[k](x)
         return features
 
@@ -175,9 +191,15 @@ def pad(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:
 
 
 def to_windows(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b rows columns t c"]:
-    """Both sides must divide by `side`; t = side^2 pixels of a window, row by row. The batch stays an axis, so that its sharding does."""
+    """Both sides must divide by `side`; t = side^2 pixels of a window, row by row. The batch stays an axis, so that its
+    sharding does.
+    """
     b, h, w, c = x.shape
-    return x.reshape(b, h // side, side, w // side, side, c).swapaxes(2, 3).reshape(b, h // side, w // side, side * side, c)
+    return (
+        x.reshape(b, h // side, side, w // side, side, c)
+        .swapaxes(2, 3)
+        .reshape(b, h // side, w // side, side * side, c)
+    )
 
 
 def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Float[Array, "b h w c"]:
@@ -189,10 +211,13 @@ def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Floa
 def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Array, "heads t t"]:
     """A relative position table as a bias for each query and key of a window.
 
-    One axis at a time: 2 window^2 slices are gathered (and scattered in the gradient), where the usual index gathers window^4 numbers.
+    One axis at a time: 2 window^2 slices are gathered (and scattered in the gradient), where the usual index gathers
+        window^4 numbers.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
-    grid = table.reshape(2 * window - 1, 2 * window - 1, -1)[offset][:, :, offset]  # query row, key row, query column, key column
+    grid = table.reshape(2 * window - 1, 2 * window - 1, -1)[offset][
+        :, :, offset
+    ]  # query row, key row, query column, key column
     return grid.transpose(4, 0, 2, 1, 3).reshape(-1, window**2, window**2)
 
 
@@ -212,14 +237,19 @@ def neighbours(height: int, width: int, window: int, shift: int) -> Array:
     return same.reshape(len(rows), len(columns), 1, window**2, window**2)
 
 
-def drop_path(branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, "b"]) -> Float[Array, "b h w c"]:
-    """Stochastic depth (Huang et al., ECCV 2016): zero for a share `rate` of the samples, the others scaled to keep the mean."""
+def drop_path(
+    branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, "b"]
+) -> Float[Array, "b h w c"]:
+    """Stochastic depth (Huang et al., ECCV 2016): zero for a share `rate` of the samples, the others scaled to keep the
+    mean.
+    """
     keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, (1, 1, 1)))(keys)
     return branch * (keep / (1 - rate)).astype(branch.dtype)
 
 
 def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> Float[np.ndarray, "*n offsets2 heads"]:
-    """Relative position tables of one window's (2 w - 1)^2 offsets for another window, as Swin's users have always resized them.
+    """Relative position tables of one window's (2 w - 1)^2 offsets for another window, as Swin's users have always
+    resized them.
 
     Bicubic (a = -0.75), corners not aligned, edges repeated: torch's `F.interpolate(..., mode="bicubic")`.
     """
@@ -232,7 +262,11 @@ def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> F
         source = np.floor(at).astype(int) + tap
         np.add.at(resample, (np.arange(new), source.clip(0, old - 1)), _cubic(np.abs(at - source)))
     grid = table.reshape(*table.shape[:-2], old, old, -1)
-    return np.einsum("ai,bj,...ijh->...abh", resample, resample, grid).reshape(*table.shape[:-2], new * new, -1).astype(table.dtype)
+    return (
+        np.einsum("ai,bj,...ijh->...abh", resample, resample, grid)
+        .reshape(*table.shape[:-2], new * new, -1)
+        .astype(table.dtype)
+    )
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Prompts to vectors, behind one interface: token ids [*n, l] in, vectors [*n, embed_dim] out, not normalised.
 
-CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end-of-text token; MiniLM (bert.py); and a
-table for the closed set of classes of a converted checkpoint that has no text encoder.
+CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end-of-text token; MiniLM (bert.py); and
+a table for the closed set of classes of a converted checkpoint that has no text encoder.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from mqformer_jax.models import layers
 from mqformer_jax.models.bert import BertTextEncoder
 
 
-def make_text_encoder(config: ConfigDict, rngs: nnx.Rngs, dtype: DTypeLike) -> TextEncoder | BertTextEncoder | ClassTable:
+def make_text_encoder(
+    config: ConfigDict, rngs: nnx.Rngs, dtype: DTypeLike
+) -> TextEncoder | BertTextEncoder | ClassTable:
     """The text encoder of `config.model.text`."""
     c = config
     if c.name == "classes":
         return ClassTable(len(c.classes), c.embed_dim, rngs=rngs)
     if c.name == "bert":
-        return BertTextEncoder(c.vocab_size, c.context, c.width, c.heads, c.layers, norm_eps=c.norm_eps, rngs=rngs, dtype=dtype)
-    return TextEncoder(c.vocab_size, c.context, c.width, c.heads, c.layers, c.embed_dim, c.norm_eps, rngs=rngs, dtype=dtype)
+        return BertTextEncoder(
+            c.vocab_size, c.context, c.width, c.heads, c.layers, norm_eps=c.norm_eps, rngs=rngs, dtype=dtype
+        )
+    return TextEncoder(
+        c.vocab_size, c.context, c.width, c.heads, c.layers, c.embed_dim, c.norm_eps, rngs=rngs, dtype=dtype
+    )
 
 
 class TextBlock(nnx.Module):
@@ -50,8 +56,8 @@ class TextBlock(nnx.Module):
 class TextEncoder(nnx.Module):
     """Token ids to one vector a text, not normalised.
 
-    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512. norm_eps: of its
-    LayerNorms; OpenSeeD's has 1e-12.
+    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512. norm_eps: of
+    its LayerNorms; OpenSeeD's has 1e-12.
     """
 
     def __init__(
@@ -76,7 +82,8 @@ class TextEncoder(nnx.Module):
         self.projection = layers.linear(width, embed_dim, use_bias=False, rngs=rngs, dtype=dtype)
 
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
-        """tokens: as a `Tokenizer` makes them; the end token has the highest id, which is how it is found (as OpenAI does).
+        """tokens: as a `Tokenizer` makes them; the end token has the highest id, which is how it is found (as OpenAI
+        does).
 
         They may be cut shorter than `context` if the end token stays.
         """

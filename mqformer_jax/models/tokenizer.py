@@ -1,4 +1,6 @@
-"""Texts to token ids: CLIP's byte-pair encoding, BERT's word pieces, a table of classes, and hashed words that need no file."""
+"""Texts to token ids: CLIP's byte-pair encoding, BERT's word pieces, a table of classes, and hashed words that need no
+file.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +27,22 @@ if TYPE_CHECKING:
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 CLIP_MERGES = 49152 - 256 - 2  # of the longer list that OpenAI published
 CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# Byte-level BPE writes a byte as one visible character: itself if it is one, else a letter from U+0100 on. In the order of CLIP's ids.
+# Byte-level BPE writes a byte as one visible character: itself if it is one, else a letter from U+0100 on. In the order
+# of CLIP's ids.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
+BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {
+    b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))
+}
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """What the input pipeline and the predictor ask of a tokenizer.
 
-    A row is: start token, the text, end token, zeros. A text too long for `context` loses its last tokens, never its end token.
-    Of words and of CLIP, the end token has the highest id of the vocabulary, by which a `TextEncoder` finds it; zeros say nothing
-    there, for 0 is CLIP's "!". Of BERT, it has no such place, but only padding is 0, by which a `BertTextEncoder` knows it. A
-    class is one token without start and end, and 0 is none.
+    A row is: start token, the text, end token, zeros. A text too long for `context` loses its last tokens, never its
+    end token. Of words and of CLIP, the end token has the highest id of the vocabulary, by which a `TextEncoder` finds
+    it; zeros say nothing there, for 0 is CLIP's "!". Of BERT, it has no such place, but only padding is 0, by which a
+    `BertTextEncoder` knows it. A class is one token without start and end, and 0 is none.
     """
 
     vocab_size: int
@@ -47,7 +52,8 @@ class Tokenizer(Protocol):
 
 
 class _Rows(abc.ABC):
-    """What all tokenizers here share: rows padded to one length, and a memory of whole texts, for prompts come back over and over.
+    """What all tokenizers here share: rows padded to one length, and a memory of whole texts, for prompts come back
+    over and over.
 
     Threads may share one; it pickles, for the processes of a data loader.
     """
@@ -76,8 +82,9 @@ class _Rows(abc.ABC):
 class WordTokenizer(_Rows):
     """One token a word, by a stable hash, so that no vocabulary file is needed.
 
-    Lower case, punctuation dropped. Ids: 0 pads, 1 to vocab_size - 3 are words (two of them may share one: with 4,096 ids and a
-    hundred different words, any one collides with 2 % chance), vocab_size - 2 starts a text, vocab_size - 1 ends it.
+    Lower case, punctuation dropped. Ids: 0 pads, 1 to vocab_size - 3 are words (two of them may share one: with 4,096
+    ids and a hundred different words, any one collides with 2 % chance), vocab_size - 2 starts a text, vocab_size - 1
+    ends it.
     """
 
     def __init__(self, vocab_size: int = 4096, context: int = 16):
@@ -87,15 +94,19 @@ class WordTokenizer(_Rows):
 
     def _ids(self, text: str) -> list[int]:
         words = re.findall(r"[^\W_]+", text.lower())[: self.context - 2]
-        return [self.vocab_size - 2, *(1 + zlib.crc32(w.encode()) % (self.vocab_size - 3) for w in words), self.vocab_size - 1]
+        return [
+            self.vocab_size - 2,
+            *(1 + zlib.crc32(w.encode()) % (self.vocab_size - 3) for w in words),
+            self.vocab_size - 1,
+        ]
 
 
 class ClipTokenizer(_Rows):
     """CLIP's lower-case byte-level BPE (Radford et al., ICML 2021), token for token that of OpenAI's `SimpleTokenizer`.
 
-    source: a tokenizer.json, as path or as its text: of `clip_tokenizer_json`, or of Hugging Face's CLIP folders. Only its
-    vocabulary and merges are read. Cleaning and splitting are done here, since Hugging Face's differ from OpenAI's: no mending of
-    mojibake, no HTML entities, letters by another version of Unicode.
+    source: a tokenizer.json, as path or as its text: of `clip_tokenizer_json`, or of Hugging Face's CLIP folders. Only
+    its vocabulary and merges are read. Cleaning and splitting are done here, since Hugging Face's differ from OpenAI's:
+    no mending of mojibake, no HTML entities, letters by another version of Unicode.
     """
 
     def __init__(self, source: str | os.PathLike, context: int = 77):
@@ -106,7 +117,9 @@ class ClipTokenizer(_Rows):
         self._model = engine.model
         ends = [self.vocab_size - 2, self.vocab_size - 1]  # the text encoder finds the end token by the highest id
         if list(self._special.values()) != ends or getattr(self._model, "end_of_word_suffix", None) != "</w>":
-            raise ValueError(f"{_name(source)} is not CLIP's tokenizer: a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}.")
+            raise ValueError(
+                f"{_name(source)} is not CLIP's tokenizer: a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
+            )
 
     def __reduce__(self):
         return ClipTokenizer, (self._json, self.context)
@@ -140,21 +153,27 @@ class WordPieceTokenizer(_Rows):
         return WordPieceTokenizer, (self._json, self.context)
 
     def _ids(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # halves of an emoji would stop the engine
+        text = text.encode("utf-16", "surrogatepass").decode(
+            "utf-16", "replace"
+        )  # halves of an emoji would stop the engine
         return self._engine.encode(text).ids
 
 
 class ClassTokenizer(_Rows):
-    """For checkpoints with a classifier row a class and no text encoder: a prompt is the name of a class, its one token row + 1.
+    """For checkpoints with a classifier row a class and no text encoder: a prompt is the name of a class, its one token
+    row + 1.
 
-    Case and spacing do not count. "a/b", "a, b" and "a; b" are found as a whole and by each of the names; where classes share
-    one, that whose whole name it is has it, else that which gives it earlier in its list, else the first. "" is 0, padding.
+    Case and spacing do not count. "a/b", "a, b" and "a; b" are found as a whole and by each of the names; where classes
+    share one, that whose whole name it is has it, else that which gives it earlier in its list, else the first. "" is
+    0, padding.
     """
 
     def __init__(self, classes: Sequence[str]):
         names = [[_fold(name), *(_fold(part) for part in re.split("[,/;]", name))] for name in classes]
         self._tokens = {"": 0}
-        for _, row, name in sorted((place, row, name) for row, parts in enumerate(names) for place, name in enumerate(parts)):
+        for _, row, name in sorted(
+            (place, row, name) for row, parts in enumerate(names) for place, name in enumerate(parts)
+        ):
             self._tokens.setdefault(name, row + 1)
         super().__init__(len(classes) + 1, context=1)
 
@@ -173,13 +192,16 @@ def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
     """The tokenizer that config.model.text names.
 
     folder: of a converted text encoder; "clip" and "wordpiece" read tokenizer.json there.
-    Raises ValueError or FileNotFoundError, one line with the mend, for a missing file or package and for fields that do not fit it.
+    Raises ValueError or FileNotFoundError, one line with the mend, for a missing file or package and for fields that do
+    not fit it.
     """
     if text.tokenizer == "words":
         return WordTokenizer(text.vocab_size, text.context)
     if text.tokenizer == "classes":
         if not text.classes:
-            raise ValueError("config.model.text.classes is empty: name the classes that the rows of the table stand for.")
+            raise ValueError(
+                "config.model.text.classes is empty: name the classes that the rows of the table stand for."
+            )
         return ClassTokenizer(text.classes)
     path = os.path.join(folder or "", "tokenizer.json")
     if folder is None or not os.path.isfile(path):
@@ -189,22 +211,32 @@ def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
         )
     tokenizer = {"clip": ClipTokenizer, "wordpiece": WordPieceTokenizer}[text.tokenizer](path, text.context)
     if tokenizer.vocab_size > text.vocab_size:
-        raise ValueError(f"config.model.text.vocab_size = {text.vocab_size}: {path} has {tokenizer.vocab_size} tokens; set it to that.")
+        raise ValueError(
+            f"config.model.text.vocab_size = {text.vocab_size}: {path} has {tokenizer.vocab_size} tokens; set it to that."
+        )
     return tokenizer
 
 
 def clip_tokenizer_json(merges: str) -> str:
-    """A tokenizer.json from the text of CLIP's merge list (bpe_simple_vocab_16e6.txt: a header, then two symbols a line).
+    """A tokenizer.json from the text of CLIP's merge list (bpe_simple_vocab_16e6.txt: a header, then two symbols a
+    line).
 
-    Ids: the bytes, the bytes that end a word, the merges in their order, start, end: 49,408 in all. Other programs can read the
-    file too; their cleaning and splitting are then those of Hugging Face.
+    Ids: the bytes, the bytes that end a word, the merges in their order, start, end: 49,408 in all. Other programs can
+    read the file too; their cleaning and splitting are then those of Hugging Face.
     """
     pairs = [line.split() for line in merges.strip().split("\n")[1 : CLIP_MERGES + 1]]
     wrong = [number for number, pair in enumerate(pairs, 2) if len(pair) != 2]
     if wrong or not pairs:
-        raise ValueError(f"line {wrong[0] if wrong else 2} of the merge list is not two symbols: give CLIP's bpe_simple_vocab_16e6.txt.")
+        raise ValueError(
+            f"line {wrong[0] if wrong else 2} of the merge list is not two symbols: give CLIP's bpe_simple_vocab_16e6.txt."
+        )
     symbols = list(BYTE_SYMBOLS.values())
-    vocab = {token: i for i, token in enumerate([*symbols, *(s + "</w>" for s in symbols), *map("".join, pairs), CLIP_START, CLIP_END])}
+    vocab = {
+        token: i
+        for i, token in enumerate(
+            [*symbols, *(s + "</w>" for s in symbols), *map("".join, pairs), CLIP_START, CLIP_END]
+        )
+    }
     split = dict(type="Split", pattern=dict(Regex=f"(?i:{CLIP_PIECES})"), behavior="Removed", invert=True)
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     spaces = dict(type="Replace", pattern=dict(Regex=r"\s+"), content=" ")
@@ -222,7 +254,14 @@ def clip_tokenizer_json(merges: str) -> str:
             add_prefix_space=False,
         ),
         decoder=byte_level,
-        model=dict(type="BPE", unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>", vocab=vocab, merges=pairs),
+        model=dict(
+            type="BPE",
+            unk_token=CLIP_END,
+            continuing_subword_prefix="",
+            end_of_word_suffix="</w>",
+            vocab=vocab,
+            merges=pairs,
+        ),
     )
     return json.dumps(contents, ensure_ascii=False)
 

@@ -24,14 +24,17 @@ from jax.sharding import PartitionSpec as P
 from mqformer_jax import interrupts
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as gone, and the others end
-BARRIER = 3600  # seconds that processes wait for each other: one may compile while the others find the program in their cache
+BARRIER = (
+    3600  # seconds that processes wait for each other: one may compile while the others find the program in their cache
+)
 
 
 def initialize() -> None:
     """Joins the other processes where the environment speaks of any; before anything touches a device.
 
-    That is: JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by hand or by a launcher; SLURM or Open MPI
-    with several tasks; a TPU VM. Raises ValueError in one line where the three variables do not agree.
+    That is: JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by hand or by a
+    launcher; SLURM or Open MPI with several tasks; a TPU VM. Raises ValueError in one line where the three variables do
+    not agree.
     """
     if jax.distributed.is_initialized() or not is_asked_for(os.environ):
         return
@@ -39,7 +42,9 @@ def initialize() -> None:
         "mqformer_jax: this process ended without a word: it was killed, or another one of the run is gone (its log says more); the same "
         "command goes on from the last checkpoint."
     )
-    jax.distributed.initialize(**settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT)
+    jax.distributed.initialize(
+        **settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
+    )
 
 
 def is_asked_for(environment: Mapping[str, str]) -> bool:
@@ -58,7 +63,11 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
     given = {argument: environment[name] for argument, name in names.items() if name in environment}
     if not given:
         return {}
-    if len(given) != 2 or not all(value.isdigit() for value in given.values()) or int(given["process_id"]) >= int(given["num_processes"]):
+    if (
+        len(given) != 2
+        or not all(value.isdigit() for value in given.values())
+        or int(given["process_id"]) >= int(given["num_processes"])
+    ):
         raise ValueError(
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID go together with JAX_COORDINATOR_ADDRESS: the number of processes, and this one's, from 0 on."
         )
@@ -73,7 +82,8 @@ def is_first() -> bool:
 def barrier(name: str, timeout: int = BARRIER) -> None:
     """Wait, at most `timeout` seconds, until every process has called this.
 
-    The coordination service counts the processes: unlike a collective of devices, it has no limit of its own on how long one may wait.
+    The coordination service counts the processes: unlike a collective of devices, it has no limit of its own on how
+    long one may wait.
     """
     if jax.process_count() == 1:
         return
@@ -88,8 +98,9 @@ _barriers = itertools.count()  # a name can be used once
 def connect(mesh: Mesh) -> None:
     """Open the connections of all collectives over axes of `mesh`, at a moment when every process is here.
 
-    On CPUs, Gloo opens the connections of a group of devices at the first collective of the group, and a process then fails if another
-    comes more than 30 seconds later. That happens whenever one process compiles longer than another. TPUs and GPUs have no such limit.
+    On CPUs, Gloo opens the connections of a group of devices at the first collective of the group, and a process then
+    fails if another comes more than 30 seconds later. That happens whenever one process compiles longer than another.
+    TPUs and GPUs have no such limit.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -106,7 +117,9 @@ def connect(mesh: Mesh) -> None:
 
 
 def gather(value: Any) -> list[Any]:
-    """`value` of every process, in their order, on every process. Pickled: it comes from no one but this run's own processes."""
+    """`value` of every process, in their order, on every process. Pickled: it comes from no one but this run's own
+    processes.
+    """
     if jax.process_count() == 1:
         return [value]
     barrier("gather")  # see `connect`
@@ -119,10 +132,11 @@ def gather(value: Any) -> list[Any]:
 
 
 class Preemption:
-    """Whether this run should save and stop: after SIGTERM, which clouds send before they take a machine, or after Ctrl-C.
+    """Whether this run should save and stop: after SIGTERM, which clouds send before they take a machine, or after
+    Ctrl-C.
 
-    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C is for a process that is alone: it saves what no
-    checkpoint has yet, and stops at once where there is nothing to save, or at the second Ctrl-C.
+    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C is for a process that is alone: it
+    saves what no checkpoint has yet, and stops at once where there is nothing to save, or at the second Ctrl-C.
     """
 
     def __init__(self):
@@ -153,7 +167,9 @@ class Preemption:
 
     @contextlib.contextmanager
     def exit_on_sigterm(self) -> Iterator[None]:
-        """Inside this context, SIGTERM ends a process that is alone at once: for work that can be repeated. Several end after it."""
+        """Inside this context, SIGTERM ends a process that is alone at once: for work that can be repeated. Several end
+        after it.
+        """
         if self._stops:
             sys.exit(0)
         with interrupts.exit_on_sigterm() if self._alone else contextlib.nullcontext():
@@ -174,7 +190,8 @@ _WATCH = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
 
 
 def watch_for_crash(message: str) -> None:
-    """Have `message` printed if this process dies without one: killed, or aborted by JAX because another process is gone.
+    """Have `message` printed if this process dies without one: killed, or aborted by JAX because another process is
+    gone.
 
     A child waits for the end of a pipe that only this process holds.
     """

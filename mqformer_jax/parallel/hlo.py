@@ -1,4 +1,6 @@
-"""What a compiled program does, read from its text: loops, collectives, memory traffic. XLA's own cost analysis counts a loop's body once."""
+"""What a compiled program does, read from its text: loops, collectives, memory traffic. XLA's own cost analysis counts
+a loop's body once.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +13,46 @@ from typing import Any
 import numpy as np
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+SIZES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+}
 # names for data that is there already, frames around other instructions, and the ends of what was counted at its start
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all", "partition-id"}
+FREE = {
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+}
 _OPENING = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
-_CALLED = re.compile(r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. kind: its opcode. shape: of its result, as text. source: the JAX operation it came from."""
+    """One line of a computation. kind: its opcode. shape: of its result, as text. source: the JAX operation it came
+    from.
+    """
 
     name: str
     kind: str
@@ -48,7 +79,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction with what runs it: how many times (known loops multiplied), and the loops around it, outermost first.
+    """An instruction with what runs it: how many times (known loops multiplied), and the loops around it, outermost
+    first.
 
     known: every loop around it has a length that is written in the program. fused: it is inside a fusion.
     """
@@ -85,7 +117,11 @@ class Program:
                 inside = (times * (length or 1), (*loops, instruction.name), known and length is not None, fused)
             else:
                 inside = (times, loops, known, fused or instruction.kind == "fusion")
-            for called in instruction.called if instruction.kind not in ("all-reduce", "reduce-scatter", "reduce", "sort", "scatter") else ():
+            for called in (
+                instruction.called
+                if instruction.kind not in ("all-reduce", "reduce-scatter", "reduce", "sort", "scatter")
+                else ()
+            ):
                 yield from self._runs(called, *inside)
 
     def trip_count(self, loop: Instruction) -> int | None:
@@ -105,12 +141,22 @@ class Program:
         return [(run, _group(run.instruction.text)) for run in self.runs() if run.instruction.collective]
 
     def largest(self, count: int = 5) -> list[dict[str, Any]]:
-        """The largest results that lie in a device's memory (S(1) is on its chip), one of each shape: bytes, shape, where from."""
+        """The largest results that lie in a device's memory (S(1) is on its chip), one of each shape: bytes, shape,
+        where from.
+        """
         made = (r.instruction for r in self.runs() if not r.fused and r.instruction.kind not in FREE | {"copy-done"})
-        return _largest(((i.bytes, re.sub(r"\{.*", "", i.shape), i.source) for i in made if "S(1)" not in i.shape and i.shape[0] != "("), count)
+        return _largest(
+            (
+                (i.bytes, re.sub(r"\{.*", "", i.shape), i.source)
+                for i in made
+                if "S(1)" not in i.shape and i.shape[0] != "("
+            ),
+            count,
+        )
 
     def traffic(self, once: bool = False) -> float:
-        """Bytes that instructions read and write, each operand and result whole but for slices of it; loops by their length.
+        """Bytes that instructions read and write, each operand and result whole but for slices of it; loops by their
+        length.
 
         once: bodies of loops count once, as in XLA's `bytes accessed`, which this can then be compared with.
         """
@@ -123,7 +169,9 @@ class Program:
         if i.kind == "fusion":
             return sum(_slices(self.computations[i.called[0]]))
         siblings = self._home[i.name]
-        return sum(_part(i, k, siblings[name].bytes) for k, name in enumerate(i.operands) if name in siblings) + _written(i, siblings)
+        return sum(
+            _part(i, k, siblings[name].bytes) for k, name in enumerate(i.operands) if name in siblings
+        ) + _written(i, siblings)
 
     @functools.cached_property
     def _home(self) -> dict[str, dict[str, Instruction]]:
@@ -184,11 +232,16 @@ def _closing(text: str) -> int:
 def shape_bytes(shape: str) -> float:
     """Bytes of a shape as XLA prints it, tuples included; layouts' padding is not counted."""
     found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
-    return sum(SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n]) for kind, dims in found)
+    return sum(
+        SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n])
+        for kind, dims in found
+    )
 
 
 def _group(text: str) -> int:
-    """Devices that a collective joins: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}; 1 where it says nothing."""
+    """Devices that a collective joins: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}; 1 where it
+    says nothing.
+    """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
@@ -200,7 +253,9 @@ def _group(text: str) -> int:
 
 
 def flops(jaxpr: Any) -> float:
-    """Floating-point operations of the matmuls and convolutions of a jaxpr, scans by their length; inside shard_map, one device's."""
+    """Floating-point operations of the matmuls and convolutions of a jaxpr, scans by their length; inside shard_map,
+    one device's.
+    """
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -223,7 +278,11 @@ def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
         for eqn in jaxpr.eqns:
             for out in eqn.outvars:
                 if hasattr(out.aval, "dtype"):
-                    yield out.aval.size * getattr(out.aval.dtype, "itemsize", 4), out.aval.str_short(), str(eqn.primitive)
+                    yield (
+                        out.aval.size * getattr(out.aval.dtype, "itemsize", 4),
+                        out.aval.str_short(),
+                        str(eqn.primitive),
+                    )
             for inner in _inner(eqn):
                 yield from made(getattr(inner, "jaxpr", inner))
 

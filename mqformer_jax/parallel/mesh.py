@@ -26,7 +26,9 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] |
     full = tuple(len(devices) // fixed if n == -1 else n for n in shape)
     mesh = jax.make_mesh(full, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, full[2])):
-        raise ValueError(f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, which reads them.")
+        raise ValueError(
+            f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, which reads them."
+        )
     return mesh
 
 
@@ -47,26 +49,30 @@ def whole(tree: Any, mesh: Mesh) -> Any:
 def over_images(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """`fn` on every device's own images alone: what must be summed over devices, it sums itself (over IMAGES).
 
-    So nothing in it can meet the other devices by accident: not a gather, not a sort, not the condition of a search loop, which
-    the partitioner would make an all-reduce over the pod in every iteration. The specs speak of IMAGES; what lies on the tensor
-    axis is left to the partitioner.
+    So nothing in it can meet the other devices by accident: not a gather, not a sort, not the condition of a search
+    loop, which the partitioner would make an all-reduce over the pod in every iteration. The specs speak of IMAGES;
+    what lies on the tensor axis is left to the partitioner.
     """
     return jax.shard_map(fn, mesh=mesh, axis_names=set(IMAGES), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def over_heads(fn: Callable, heads: int) -> Callable:
-    """`fn` of arrays [b, n, heads, ...] (and to [b, n, heads * d]) on every device's own heads, where the mesh around has a tensor axis.
+    """`fn` of arrays [b, n, heads, ...] (and to [b, n, heads * d]) on every device's own heads, where the mesh around
+    has a tensor axis.
 
     For what the partitioner would not split by heads, such as one gather for all of them.
     """
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     if tensor == 1 or heads % tensor:
         return fn
-    return jax.shard_map(fn, axis_names={"tensor"}, in_specs=P(None, None, "tensor"), out_specs=P(None, None, "tensor"), check_vma=False)
+    return jax.shard_map(
+        fn, axis_names={"tensor"}, in_specs=P(None, None, "tensor"), out_specs=P(None, None, "tensor"), check_vma=False
+    )
 
 
 def gather_slices(params: Any, specs: Any) -> Any:
-    """Whole parameters on every device, of those that live in slices along fsdp; before anything else happens, and once.
+    """Whole parameters on every device, of those that live in slices along fsdp; before anything else happens, and
+    once.
 
     Without the barrier, XLA for TPU moves a gather into the loop over layers that reads it, and repeats it there.
     """
@@ -78,7 +84,11 @@ def gather_slices(params: Any, specs: Any) -> Any:
 
 
 def sum_over_images(gradient: Array, spec: P) -> Array:
-    """A parameter's gradient over the images of all devices; of one that lives in slices (fsdp), each device keeps its own slice."""
+    """A parameter's gradient over the images of all devices; of one that lives in slices (fsdp), each device keeps its
+    own slice.
+    """
     if "fsdp" not in spec:
         return jax.lax.psum(gradient, IMAGES)
-    return jax.lax.psum(jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True), "data")
+    return jax.lax.psum(
+        jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=spec.index("fsdp"), tiled=True), "data"
+    )

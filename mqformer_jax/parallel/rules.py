@@ -25,7 +25,9 @@ def named(tree: Any) -> dict[str, Any]:
 
 
 def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """`tree` with the leaves of these paths. A checkpoint's own tree will not do: there a list's entry 10 comes before its entry 2."""
+    """`tree` with the leaves of these paths. A checkpoint's own tree will not do: there a list's entry 10 comes before
+    its entry 2.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 
 
@@ -42,7 +44,9 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
             if re.search(pattern, name) and len(axes) <= len(shape):
                 front = (None,) * (len(shape) - len(axes))
                 fits = lambda axis, n: axis is not None and n % mesh.shape[axis] == 0
-                return NamedSharding(mesh, P(*front, *(a if fits(a, n) else None for a, n in zip(axes, shape[len(front) :]))))
+                return NamedSharding(
+                    mesh, P(*front, *(a if fits(a, n) else None for a, n in zip(axes, shape[len(front) :])))
+                )
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(spec, tree)

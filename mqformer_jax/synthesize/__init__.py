@@ -1,1 +1,3 @@
-"""Masks and captions for sets that have boxes only (paper sec. 3.4): `python -m mqformer_jax.synthesize masks|captions`."""
+"""Masks and captions for sets that have boxes only (paper sec. 3.4): `python -m mqformer_jax.synthesize
+masks|captions`.
+"""

@@ -1,10 +1,12 @@
 """Masks and captions for the boxes of a prepared data set, made once, offline:
 
     python -m mqformer_jax.synthesize masks    --data=objects365       --teacher=sam2:facebook/sam2.1-hiera-large
-    python -m mqformer_jax.synthesize captions --data=objects365_syn_m --teacher=florence2:florence-community/Florence-2-large
+    python -m mqformer_jax.synthesize captions --data=objects365_syn_m
+    --teacher=florence2:florence-community/Florence-2-large
 
-The new set lies beside the old one, named as the paper names them: objects365_syn_m has masks, objects365_syn captions too, coco_syn
-captions on COCO's own masks. Killed, the same command goes on; with --share=0/4 ... 3/4 four processes share the work.
+The new set lies beside the old one, named as the paper names them: objects365_syn_m has masks, objects365_syn captions
+too, coco_syn captions on COCO's own masks. Killed, the same command goes on; with --share=0/4 ... 3/4 four processes
+share the work.
 """
 
 from __future__ import annotations
@@ -60,7 +62,9 @@ def parse_share(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) != 2 or argv[1] not in KINDS:
-        raise ValueError(f"say what is to be made: python -m mqformer_jax.synthesize {'|'.join(KINDS)} --data=NAME --teacher=...")
+        raise ValueError(
+            f"say what is to be made: python -m mqformer_jax.synthesize {'|'.join(KINDS)} --data=NAME --teacher=..."
+        )
     kind, share = argv[1], parse_share(given.share)
     quality = Quality(**{f.name: given[f.name].value for f in dataclasses.fields(Quality)})
     if not given["verbosity"].present:
@@ -70,7 +74,9 @@ def main(argv: list[str]) -> None:
     ShardSource(given.root, given.data, given.split)  # what is not there should not wait for a teacher to load
     asked = kind, given.teacher, quality, given.pick
     maker = make_maker(*asked)
-    work = Work(given.root, given.data, given.split, given.out or default_name(kind, given.data), maker.settings, given.batch)
+    work = Work(
+        given.root, given.data, given.split, given.out or default_name(kind, given.data), maker.settings, given.batch
+    )
     if is_made(work):
         print(f"{work.title}: made of the same already, nothing was done")
         return
@@ -92,19 +98,31 @@ def run() -> None:
     flags.DEFINE_string("root", "data/records", "The folder of prepared data sets, for both.")
     flags.DEFINE_string("out", None, "The name of the new set; default: the paper's.")
     flags.DEFINE_string(
-        "teacher", None, f"NAME:WHERE. Of masks: {', '.join(teachers.MASK_TEACHERS)}; of captions: {', '.join(teachers.CAPTIONERS)}."
+        "teacher",
+        None,
+        f"NAME:WHERE. Of masks: {', '.join(teachers.MASK_TEACHERS)}; of captions: {', '.join(teachers.CAPTIONERS)}.",
     )
-    flags.DEFINE_string("pick", None, f"Captions: what tries whether one means its own box: {', '.join(teachers.PICKERS)}, as NAME:WHERE.")
+    flags.DEFINE_string(
+        "pick",
+        None,
+        f"Captions: what tries whether one means its own box: {', '.join(teachers.PICKERS)}, as NAME:WHERE.",
+    )
     flags.DEFINE_string("share", "0/1", "This process's number and how many there are: 2/8 makes shards 2, 10, 18 ...")
     flags.DEFINE_integer("batch", BATCH, "Images that the teacher is given at once.", lower_bound=1)
-    flags.DEFINE_string("beam", None, 'Run as an Apache Beam pipeline with these options, e.g. --beam="--runner=DirectRunner".')
+    flags.DEFINE_string(
+        "beam", None, 'Run as an Apache Beam pipeline with these options, e.g. --beam="--runner=DirectRunner".'
+    )
     flags.DEFINE_float("score", Quality.score, "Masks: the least estimate of the teacher.")
-    flags.DEFINE_float("stability", Quality.stability, "Masks: the least mean IoU with the masks of boxes moved a little.")
+    flags.DEFINE_float(
+        "stability", Quality.stability, "Masks: the least mean IoU with the masks of boxes moved a little."
+    )
     flags.DEFINE_float("agreement", Quality.agreement, "Masks: the least IoU of a mask's tight box with the given one.")
     flags.DEFINE_float("area", Quality.area, "Masks: the least share of its box that a mask fills.")
     flags.DEFINE_integer("copies", Quality.copies, "Masks: how many moved boxes are tried.", lower_bound=0)
     flags.DEFINE_float("jitter", Quality.jitter, "Masks: how far their sides move, in sides of the box.", lower_bound=0)
-    flags.DEFINE_float("clean", Quality.clean, "Masks: holes and islands below this share of a mask are filled and left out.")
+    flags.DEFINE_float(
+        "clean", Quality.clean, "Masks: holes and islands below this share of a mask are filled and left out."
+    )
     flags.mark_flags_as_required(["data", "teacher"])
     command_line.run(main, "mqformer_jax.synthesize", "stopped; the same command goes on from here.")
 

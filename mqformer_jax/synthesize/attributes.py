@@ -1,8 +1,9 @@
-"""Captions without a model: a thing's class, colour, size, place and neighbours, where these name it and nothing else of the image.
+"""Captions without a model: a thing's class, colour, size, place and neighbours, where these name it and nothing else
+of the image.
 
-"the red ball", "the small dog", "the left brown dog", "the topmost kite", "the person left of the red car". All that is said is read
-off the labels and the pixels, and held against every other thing that is labelled: what is unclear of any of them is not said (see
-`phrases`). What a class may be called, and when that can be checked, is `Nouns`.
+"the red ball", "the small dog", "the left brown dog", "the topmost kite", "the person left of the red car". All that is
+said is read off the labels and the pixels, and held against every other thing that is labelled: what is unclear of any
+of them is not said (see `phrases`). What a class may be called, and when that can be checked, is `Nouns`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ _ANCHOR_AREA = 1 / 8  # of the thing's own: nobody looks for a bus by a cup
 class Attributes:
     """The captioner. A caption's score is how clear its least clear part is.
 
-    Of a colour, the share of the thing's pixels that has it. Of a place, half and the lead, or the distance, as a fraction of the
-    picture's side. Of a size, a third of how many times longer the thing is than another of its noun, or shorter. 1 where its name
-    alone is enough.
+    Of a colour, the share of the thing's pixels that has it. Of a place, half and the lead, or the distance, as a
+    fraction of the picture's side. Of a size, a third of how many times longer the thing is than another of its noun,
+    or shorter. 1 where its name alone is enough.
     """
 
     name = "attributes 1"
@@ -44,9 +45,11 @@ class Attributes:
             raise ValueError(f"--teacher=attributes:{where}: it has no weights; give --teacher=attributes.")
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[list[Caption]]]:
-        """For each box of each picture up to five captions, best first: by looks, by extreme place, by a neighbour, then again.
+        """For each box of each picture up to five captions, best first: by looks, by extreme place, by a neighbour,
+        then again.
 
-        Nothing is said of a box whose segment is no thing of a class or that nothing names beyond doubt. The same for the same record.
+        Nothing is said of a box whose segment is no thing of a class or that nothing names beyond doubt. The same for
+        the same record.
         """
         return [_captions(picture) for picture in pictures]
 
@@ -63,7 +66,8 @@ def _captions(picture: Picture) -> list[list[Caption]]:
         rng = np.random.default_rng(zlib.crc32(f"{record.key} {segment}".encode()))
         kinds = (_by_looks, _by_extreme, _by_neighbour)
         each = [
-            list(itertools.islice(kind(thing, noun, scene), _OF_A_KIND)) for kind, noun in zip(kinds, _draw(rng, scene.nouns[thing], 3))
+            list(itertools.islice(kind(thing, noun, scene), _OF_A_KIND))
+            for kind, noun in zip(kinds, _draw(rng, scene.nouns[thing], 3))
         ]
         said = {str(phrase): phrase for row in itertools.zip_longest(*each) for phrase in row if phrase is not None}
         found.append([Caption(text, sole(phrase, thing, scene)) for text, phrase in said.items()][:MOST])
@@ -80,7 +84,9 @@ def _draw(rng: np.random.Generator, words: Sequence[str], count: int) -> list[st
 
 
 def look(record: Record, info: DatasetInfo, image: UInt8[np.ndarray, "h w 3"]) -> Scene:
-    """The things of a record, with what their pixels show. Crowds, regions, foregrounds and what has no class are none."""
+    """The things of a record, with what their pixels show. Crowds, regions, foregrounds and what has no class are
+    none.
+    """
     kept = [(i, s, _whole_box(record, s)) for i, s in enumerate(record.segments) if _is_thing(s, info)]
     kept = [(i, s, box) for i, s, box in kept if box is not None]
     boxes = np.array([box for _, _, box in kept], np.int64).reshape(-1, 4)
@@ -104,7 +110,11 @@ def look(record: Record, info: DatasetInfo, image: UInt8[np.ndarray, "h w 3"]) -
 
 
 def _is_thing(segment: Segment, info: DatasetInfo) -> bool:
-    return segment.class_id is not None and info.classes[segment.class_id].thing and not (segment.crowd or segment.foreground)
+    return (
+        segment.class_id is not None
+        and info.classes[segment.class_id].thing
+        and not (segment.crowd or segment.foreground)
+    )
 
 
 def _whole_box(record: Record, segment: Segment) -> tuple[int, ...] | None:
@@ -130,7 +140,9 @@ def _look_at(
         return (area**0.5, (area + hidden) ** 0.5), colour_names.of_mask(image, mask, at)
     area = (x1 - x0) * (y1 - y0)
     # A turned square fills half of its box: the box tells the size roughly.
-    return (0.85 * area**0.5, (area + hidden) ** 0.5 / 0.85), colour_names.of_box(image, (x0, y0, x1, y1), _free(boxes[k], others))
+    return (0.85 * area**0.5, (area + hidden) ** 0.5 / 0.85), colour_names.of_box(
+        image, (x0, y0, x1, y1), _free(boxes[k], others)
+    )
 
 
 def _hidden(box: np.ndarray, others: np.ndarray, record: Record) -> float:
@@ -148,7 +160,8 @@ def _free(box: np.ndarray, others: np.ndarray) -> Bool[np.ndarray, "h w"]:
     return free
 
 
-# ---- Ways to name a thing: the best first ------------------------------------------------------------------------------
+# ---- Ways to name a thing: the best first
+# ------------------------------------------------------------------------------
 
 
 def _heads(thing: int, noun: str, scene: Scene) -> list[Phrase]:
@@ -156,7 +169,9 @@ def _heads(thing: int, noun: str, scene: Scene) -> list[Phrase]:
     phrases = [Phrase(noun)]
     if has_looks(noun):
         own = [
-            t for t, held in zip(colour_names.TERMS, scene.colours[thing]) if held > 0 and not set(noun.split()) & set(colour_names.TERMS)
+            t
+            for t, held in zip(colour_names.TERMS, scene.colours[thing])
+            if held > 0 and not set(noun.split()) & set(colour_names.TERMS)
         ]
         phrases += [Phrase(noun, colour) for colour in own]
         phrases += [Phrase(noun, colour, size) for colour in (None, *own) for size in ("small", "large")]

@@ -1,4 +1,6 @@
-"""Words for boxes: a captioner says them, and what is no good expression, or means another box, is not taken (paper sec. 3.4)."""
+"""Words for boxes: a captioner says them, and what is no good expression, or means another box, is not taken (paper
+sec. 3.4).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ class Captions:
         self._captioner, self._picker = captioner, picker
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """Single things, and what only expressions name. Stuff and foregrounds have no single object to tell from others."""
+        """Single things, and what only expressions name. Stuff and foregrounds have no single object to tell from
+        others.
+        """
         single = lambda s: s.class_id is None or info.classes[s.class_id].thing
         return [i for i, s in enumerate(record.segments) if single(s) and not (s.crowd or s.foreground)]
 
@@ -76,7 +80,9 @@ def _readable(captions: Sequence[Caption], why: collections.Counter) -> list[Cap
 
 
 def _told_apart(picture: Picture, boxes: list[list[Caption]], why: list[collections.Counter]) -> list[list[Caption]]:
-    """The captions without those that several objects of the image were given: they tell none of them from the others."""
+    """The captions without those that several objects of the image were given: they tell none of them from the
+    others.
+    """
     owners = collections.defaultdict(list)
     for j, captions in enumerate(boxes):
         for caption in captions:
@@ -91,7 +97,10 @@ def _told_apart(picture: Picture, boxes: list[list[Caption]], why: list[collecti
 def _means(boxes: Float[np.ndarray, "n 4"], own: int, fits: Float[np.ndarray, "c n"]) -> list[bool]:
     """Whether each caption of a box means that box, or one that may be the same object."""
     best = fits.argmax(1) if len(fits) else np.zeros(0, int)
-    return [bool(row[k] > 0) and float(box_iou(boxes[k], boxes[own])) >= (0 if k == own else SAME) for k, row in zip(best, fits)]
+    return [
+        bool(row[k] > 0) and float(box_iou(boxes[k], boxes[own])) >= (0 if k == own else SAME)
+        for k, row in zip(best, fits)
+    ]
 
 
 def _verdict(segment: int, captions: Sequence[Caption], why: collections.Counter) -> Verdict:

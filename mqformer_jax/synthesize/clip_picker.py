@@ -1,4 +1,6 @@
-"""Which box words mean, by CLIP (Radford et al. 2021, arXiv:2103.00020): in torch, as Hugging Face transformers has it."""
+"""Which box words mean, by CLIP (Radford et al. 2021, arXiv:2103.00020): in torch, as Hugging Face transformers has
+it.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +30,13 @@ class ClipPicker:
         self.side = self.model.config.vision_config.image_size
         self.longest = self.model.config.text_config.max_position_embeddings
 
-    def __call__(self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]) -> list[list[Float[np.ndarray, "c n"]]]:
+    def __call__(
+        self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
+    ) -> list[list[Float[np.ndarray, "c n"]]]:
         """Of each picture, for each of its n boxes, the cosines of its c captions with each of the n boxes.
 
-        Captions beyond CLIP's context (77 tokens) are cut. Every crop is encoded once, and so is every text, however often it occurs.
+        Captions beyond CLIP's context (77 tokens) are cut. Every crop is encoded once, and so is every text, however
+        often it occurs.
         """
         texts = list(dict.fromkeys(text for boxes in captions for said in boxes for text in said))
         rows = {text: row for row, text in enumerate(texts)}

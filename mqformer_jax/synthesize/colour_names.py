@@ -1,7 +1,8 @@
 """Which of the eleven basic colour terms (Berlin & Kay) a thing has, which it surely has not, and which are unclear.
 
 A pixel takes the terms of the nearest prototype in CIELAB. The prototypes are colours of the XKCD colour survey
-(https://xkcd.com/color/rgb, public domain), where 200,000 people named what they saw on their screens. Colours between two terms
+(https://xkcd.com/color/rgb, public domain), where 200,000 people named what they saw on their screens. Colours between
+two terms
 (teal, maroon, cream) carry both: such a pixel may count as either and proves neither.
 """
 
@@ -23,8 +24,10 @@ _PROTOTYPES = {
     "red": "e50000 ff000d 980002 be0119 f7022a ef4026",  # red, bright red, blood red, scarlet, cherry red, tomato
     "orange": "f97306 ff5b00 fdaa48 e17701 ffa756",  # orange, bright, light, pumpkin, pale orange
     "yellow": "ffff14 fffd01 fffe7a fdff52 fec615 d5b60a",  # yellow, bright, light, lemon, golden, dark yellow
-    "green": "15b01a 96f97b 06470c 01ff07 3f9b0b 89fe05 82a67d 033500",  # green, light, forest, bright, grass, lime, greyish, dark green
-    "blue": "0343df 95d0fc 75bbfd 0504aa 0165fc 1e488f 3b638c 00035b",  # blue, light, sky, royal, bright, cobalt, denim, dark
+    # green, light, forest, bright, grass, lime, greyish, dark green
+    "green": "15b01a 96f97b 06470c 01ff07 3f9b0b 89fe05 82a67d 033500",
+    # blue, light, sky, royal, bright, cobalt, denim, dark
+    "blue": "0343df 95d0fc 75bbfd 0504aa 0165fc 1e488f 3b638c 00035b",
     "purple": "7e1e9c 35063e bf77f6 9a0eea 825f87 c79fef",  # purple, dark, light, violet, dusty purple, lavender
     "pink": "ff81c0 ffd1df cb416b ff028d fe01b1 d58a94",  # pink, light, dark, hot, bright, dusty pink
     "brown": "653700 341c02 7f5112 7f4e1e",  # brown, dark, medium brown, milk chocolate
@@ -42,7 +45,8 @@ _PROTOTYPES = {
     "white brown": "e6daa6 fbeeac",  # beige, light tan
     "grey brown": "b9a281 978a84 86775f 7a6a4f",  # taupe, warm grey, brownish grey, greyish brown
     "grey green": "96ae8d",  # greenish grey
-    "grey blue": "748b97 95a3a6 516572 59656d b1d1fc 5a7d9a",  # bluish grey, cool grey, slate, slate grey, powder, steel blue
+    # bluish grey, cool grey, slate, slate grey, powder, steel blue
+    "grey blue": "748b97 95a3a6 516572 59656d b1d1fc 5a7d9a",
     "grey purple": "7a687f",  # purplish grey
     "grey pink": "c8aca9",  # pinkish grey
     "red brown": "7f2b0a 8f1402 a83c09 840000",  # reddish brown, brick red, rust, dark red
@@ -50,7 +54,8 @@ _PROTOTYPES = {
     "red pink": "cf6275 fc5a50 c0737a",  # rose, coral, dusty rose
     "red purple": "650021 580f41 610023",  # maroon, plum, burgundy
     "orange yellow": "ffad01 feb308",  # orange yellow, amber
-    "orange brown": "c65102 c04e01 b26400 ca6641 b66325 964e02",  # dark orange, burnt, umber, terracotta, copper, warm brown
+    # dark orange, burnt, umber, terracotta, copper, warm brown
+    "orange brown": "c65102 c04e01 b26400 ca6641 b66325 964e02",
     "orange pink": "ffb07c ff796c",  # peach, salmon
     "yellow brown": "d1b26f bf9005 ceb301 e2ca76 c69f59 a6814c",  # tan, ochre, mustard, sand, camel, coffee
     "yellow green": "c0fb2d c1f80a 9cbb04",  # yellow green, chartreuse, bright olive
@@ -70,7 +75,8 @@ _STEP = 8  # a table holds the terms of every eighth level of red, green and blu
 
 
 def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "11"], Float[np.ndarray, "11"]]:
-    """For each of `TERMS`, the share of RGB pixels that surely has it, and the share that may have it (the sure among them).
+    """For each of `TERMS`, the share of RGB pixels that surely has it, and the share that may have it (the sure among
+    them).
 
     There must be at least one pixel.
     """
@@ -81,17 +87,24 @@ def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "11
 
 
 def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
-    """Whether colours can be told at all: not by night, when all is black, nor by lamps that make white yellow and grey brown."""
+    """Whether colours can be told at all: not by night, when all is black, nor by lamps that make white yellow and grey
+    brown.
+    """
     small = cv2.resize(image, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3)
     lab = _lab(small)
     bright = lab[lab[:, 0] >= np.percentile(lab[:, 0], 90)].mean(0)
     cold = (lab[:, 0] > 40) & (lab[:, 2] < 3)  # lamps leave nothing that is white or blue, sunny sand does
-    warm = bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03  # and the brightest is not green, as grass is
+    warm = (
+        bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03
+    )  # and the brightest is not green, as grass is
     return not (_dark(small) or warm)
 
 
-def of_mask(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at: tuple[int, int]) -> Float[np.ndarray, "11"]:
-    """Beliefs in each of `TERMS` (see `phrases`) for a thing with the pixels of `mask`, a window of the image whose top and left are `at`.
+def of_mask(
+    image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at: tuple[int, int]
+) -> Float[np.ndarray, "11"]:
+    """Beliefs in each of `TERMS` (see `phrases`) for a thing with the pixels of `mask`, a window of the image whose top
+    and left are `at`.
 
     Its rim mixes with what is behind it and is left out.
     """
@@ -105,11 +118,14 @@ def of_mask(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at
     return judge(*term_shares(seen), *_MASKED)
 
 
-def of_box(image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], free: Bool[np.ndarray, "a b"]) -> Float[np.ndarray, "11"]:
+def of_box(
+    image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], free: Bool[np.ndarray, "a b"]
+) -> Float[np.ndarray, "11"]:
     """Beliefs in each of `TERMS` for a thing of which only the box is known: x0, y0, x1, y1 in whole pixels, not empty.
 
-    free: where, in the box, no other box lies. The middle of the box must be of the colour, and what surrounds the box must not: else it
-    may be the ground, seen through a ring or between legs. The thing may have any colour that the whole box shows.
+    free: where, in the box, no other box lies. The middle of the box must be of the colour, and what surrounds the box
+    must not: else it may be the ground, seen through a ring or between legs. The thing may have any colour that the
+        whole box shows.
     """
     x0, y0, x1, y1 = box
     pixels, around = image[y0:y1, x0:x1], _around(image, box)
@@ -138,11 +154,14 @@ def _dark(pixels: UInt8[np.ndarray, "n 3"]) -> bool:
     return len(pixels) > 0 and bool(np.percentile(pixels.max(1), 75) < _NIGHT)
 
 
-def judge(sure: Float[np.ndarray, "11"], may: Float[np.ndarray, "11"], most: float, least: float) -> Float[np.ndarray, "11"]:
-    """A belief in each of `TERMS` (see `phrases`): certain above `most`, denied below `least`, which are shares of the pixels.
+def judge(
+    sure: Float[np.ndarray, "11"], may: Float[np.ndarray, "11"], most: float, least: float
+) -> Float[np.ndarray, "11"]:
+    """A belief in each of `TERMS` (see `phrases`): certain above `most`, denied below `least`, which are shares of the
+    pixels.
 
-    A certain term may be that of `most` of the pixels, proves itself on nearly as many, and meets no second one. Gleams and
-    shadows of a coloured thing are white, grey and black, so these are forgiven, and asked for more themselves.
+    A certain term may be that of `most` of the pixels, proves itself on nearly as many, and meets no second one. Gleams
+    and shadows of a coloured thing are white, grey and black, so these are forgiven, and asked for more themselves.
     """
     beliefs = np.where(may < least, -1.0, 0.0)
     best = int(sure.argmax())
@@ -165,7 +184,9 @@ def _carried() -> Bool[np.ndarray, "k 11"]:
 def _table() -> UInt8[np.ndarray, "32 32 32"]:
     """Index into `_PROTOTYPES` at each level of red, green and blue."""
     group = np.array([k for k, colours in enumerate(_PROTOTYPES.values()) for _ in colours.split()], np.uint8)
-    prototypes = np.array([list(bytes.fromhex(c)) for colours in _PROTOTYPES.values() for c in colours.split()], np.uint8)
+    prototypes = np.array(
+        [list(bytes.fromhex(c)) for colours in _PROTOTYPES.values() for c in colours.split()], np.uint8
+    )
     levels = np.arange(_STEP // 2, 256, _STEP, dtype=np.uint8)
     grid = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), -1).reshape(-1, 3)
     apart = np.linalg.norm(_lab(grid)[:, None] - _lab(prototypes), axis=-1)

@@ -17,9 +17,11 @@ KINDS = ("masks", "captions")
 
 @runtime_checkable
 class Maker(Protocol):
-    """What asks a teacher (`Masks`, `Captions`). kind: "masks" or "captions". name: what records are marked with. settings: all that decides the answers.
+    """What asks a teacher (`Masks`, `Captions`). kind: "masks" or "captions". name: what records are marked with.
+    settings: all that decides the answers.
 
-    unique: whether an expression still names one object and nothing else of its image. wanted: the segments to ask about.
+    unique: whether an expression still names one object and nothing else of its image. wanted: the segments to ask
+        about.
     """
 
     kind: str

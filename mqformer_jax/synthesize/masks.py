@@ -1,7 +1,8 @@
 """Masks in boxes: a teacher draws them, and what fails any of the usual tests is not taken.
 
-The tests are those that people put masks of SAM through before they train on them: the teacher's own estimate, stability (here under
-small moves of the box, which is what the annotator's hand would do), and agreement with the box that was given.
+The tests are those that people put masks of SAM through before they train on them: the teacher's own estimate,
+stability (here under small moves of the box, which is what the annotator's hand would do), and agreement with the box
+that was given.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from mqformer_jax.synthesize.verdicts import Verdict
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What a mask must reach to be taken. The defaults are loose: a mixture may ask for more (`least_mask`), never for less.
+    """What a mask must reach to be taken. The defaults are loose: a mixture may ask for more (`least_mask`), never for
+    less.
 
-    score: the least estimate of the teacher. stability: the least mean IoU with the masks of `copies` boxes, the sides of which were
-    moved by up to `jitter` of the box. agreement: the least IoU of the mask's tight box with the given one. area: the least share of
+    score: the least estimate of the teacher. stability: the least mean IoU with the masks of `copies` boxes, the sides
+    of which were moved by up to `jitter` of the box. agreement: the least IoU of the mask's tight box with the given
+    one. area: the least share of
     the box that the mask fills. clean: holes and islands below this share of the mask are filled and left out.
     """
 
@@ -52,7 +55,9 @@ class Masks:
         return [i for i, s in enumerate(record.segments) if s.mask is None and s.alpha is None and not s.crowd]
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[Verdict]]:
-        boxes = [np.concatenate([p.boxes, *(self._moved(p, copy) for copy in range(self._quality.copies))]) for p in pictures]
+        boxes = [
+            np.concatenate([p.boxes, *(self._moved(p, copy) for copy in range(self._quality.copies))]) for p in pictures
+        ]
         drawn = self._teacher(pictures, boxes)
         with ThreadPoolExecutor() as pool:  # OpenCV and numpy work outside the interpreter's lock
             return list(pool.map(lambda p, d: [self._verdict(p, d, j) for j in range(len(p.boxes))], pictures, drawn))
@@ -79,7 +84,12 @@ class Masks:
             "changes when the box moves": stability(copies) < quality.stability,
             "the teacher doubts it": score < quality.score,
         }
-        return Verdict(picture.segments[j], next((reason for reason, failed in tests.items() if failed), ""), score, encode_rle(inside))
+        return Verdict(
+            picture.segments[j],
+            next((reason for reason, failed in tests.items() if failed), ""),
+            score,
+            encode_rle(inside),
+        )
 
 
 def stability(masks: Bool[np.ndarray, "k h w"]) -> float:
@@ -97,7 +107,9 @@ def box_iou(a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "*n 4"]) -> Float
 
 
 def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, "4"]) -> Bool[np.ndarray, "h w"]:
-    """The part of a mask that lies in its box: people drew boxes around whole objects, so what sticks out is none of them."""
+    """The part of a mask that lies in its box: people drew boxes around whole objects, so what sticks out is none of
+    them.
+    """
     (x0, y0), (x1, y1) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
     inside = np.zeros_like(mask)
     inside[y0:y1, x0:x1] = mask[y0:y1, x0:x1]

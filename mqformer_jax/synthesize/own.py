@@ -1,7 +1,9 @@
-"""Our own model as a teacher: asked about a box it draws the mask, asked with words it says which box they mean. No torch.
+"""Our own model as a teacher: asked about a box it draws the mask, asked with words it says which box they mean. No
+torch.
 
-A box becomes a query as a noised target does in training (`Noised`): the query claims a prompt and stands at the box, and restores what is
-there. So a model is a teacher of masks if it was trained with denoising queries that restore masks, as Mask DINO's recipe has them.
+A box becomes a query as a noised target does in training (`Noised`): the query claims a prompt and stands at the box,
+and restores what is there. So a model is a teacher of masks if it was trained with denoising queries that restore
+masks, as Mask DINO's recipe has them.
 """
 
 from __future__ import annotations
@@ -35,14 +37,20 @@ class OwnMasks:
         predictor = Predictor.from_checkpoint(where)
         denoising = predictor.config.denoising
         if not (denoising.slots and denoising.masks):
-            raise ValueError(f"{where} cannot be asked about boxes: train it with denoising.slots > 0 and denoising.masks = True.")
+            raise ValueError(
+                f"{where} cannot be asked about boxes: train it with denoising.slots > 0 and denoising.masks = True."
+            )
         self.name = mark(where)
         self._predictor, self._canvas = predictor, predictor.canvas
 
-        def forward(params: Any, frozen: Any, image: Array, size: Array, text: Array, valid: Array, noised: Noised) -> tuple[Array, Array]:
+        def forward(
+            params: Any, frozen: Any, image: Array, size: Array, text: Array, valid: Array, noised: Noised
+        ) -> tuple[Array, Array]:
             outputs = predictor.model(params, frozen)(image, size, text, valid, noised)
             embed = outputs.denoising.mask_embed[-1]
-            masks = jnp.einsum("bqd,bhwd->bqhw", embed, outputs.mask_features.astype(embed.dtype), preferred_element_type=jnp.float32)
+            masks = jnp.einsum(
+                "bqd,bhwd->bqhw", embed, outputs.mask_features.astype(embed.dtype), preferred_element_type=jnp.float32
+            )
             # how sure it is of the pixels it takes, as Mask DINO rates masks
             inside = masks > 0
             return masks, (jax.nn.sigmoid(masks) * inside).sum((2, 3)) / jnp.maximum(inside.sum((2, 3)), 1)
@@ -70,7 +78,10 @@ class OwnMasks:
         params, frozen = self._predictor.params, self._predictor.frozen
         masks, scores = jax.device_get(self._forward(params, frozen, image, size, text, valid, noised))
         return [
-            Drawn(CanvasMasks(masks[i, : len(k)], self._canvas, tuple(size[i].tolist()), p.image.shape[:2]), scores[i, : len(k)])
+            Drawn(
+                CanvasMasks(masks[i, : len(k)], self._canvas, tuple(size[i].tolist()), p.image.shape[:2]),
+                scores[i, : len(k)],
+            )
             for i, (p, k) in enumerate(zip(pictures, boxes))
         ]
 
@@ -81,7 +92,9 @@ class OwnPicker:
     def __init__(self, where: str):
         self._predictor, self.name = Predictor.from_checkpoint(where), mark(where)
 
-    def __call__(self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]) -> list[list[Float[np.ndarray, "c n"]]]:
+    def __call__(
+        self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
+    ) -> list[list[Float[np.ndarray, "c n"]]]:
         """See `Picker`: the IoU of the answer's box with each of the boxes, 0 where it is below OVERLAP."""
         found = []
         for picture, boxes in zip(pictures, captions):
@@ -92,7 +105,12 @@ class OwnPicker:
             (answer,) = self._predictor.ask([picture.image], [self._predictor.embed(texts, [True] * len(texts))])
             fits = box_iou(answer.boxes[answer.class_probs.argmax(0)][:, None], picture.boxes[None])
             fits = dict(zip(texts, np.where(fits >= OVERLAP, fits, 0).astype(np.float32)))
-            found.append([np.stack([fits[t] for t in some]) if some else np.zeros((0, len(picture.boxes)), np.float32) for some in boxes])
+            found.append(
+                [
+                    np.stack([fits[t] for t in some]) if some else np.zeros((0, len(picture.boxes)), np.float32)
+                    for some in boxes
+                ]
+            )
         return found
 
 

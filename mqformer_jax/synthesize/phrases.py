@@ -1,7 +1,7 @@
 """Phrases that name a thing of a picture, and how surely each thing is what they say.
 
-A belief is a number: above 0, up to 1, it is certain that the phrase fits the thing, and how clearly; 0, unclear; -1, it does not
-fit. A phrase names a thing beyond doubt where it fits this one for certain and all others not (`sole`).
+A belief is a number: above 0, up to 1, it is certain that the phrase fits the thing, and how clearly; 0, unclear; -1,
+it does not fit. A phrase names a thing beyond doubt where it fits this one for certain and all others not (`sole`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ OF_TWO = {"left": (0, -1), "right": (0, 1), "upper": (1, -1), "lower": (1, 1)}
 OF_MORE = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 _EXTREMES = {**OF_TWO, **OF_MORE}
 
-# Fractions of the picture's width or height. Beyond CLEAR a relation holds for anyone who looks, below DENIED for nobody. LEAD
-# is how far an extreme thing stands before the next.
+# Fractions of the picture's width or height. Beyond CLEAR a relation holds for anyone who looks, below DENIED for
+# nobody. LEAD is how far an extreme thing stands before the next.
 CLEAR, DENIED, LEAD = 0.1, -0.03, 0.07
 REACH = 0.3  # of the picture's diagonal, between the boxes: who stands further away is not "left of" it, but might be
-# Of lengths (areas are the squares): from here on a thing is small beside another, and up to here two are of the same size.
+# Of lengths (areas are the squares): from here on a thing is small beside another, and up to here two are of the same
+# size.
 SMALLER, SAME = 1.5, 1.2
 
 
@@ -34,8 +35,10 @@ SMALLER, SAME = 1.5, 1.2
 class Scene:
     """All things of a picture, those that nobody asks about too.
 
-    segments: index of each in the record. nouns: the words that captions may use for it (see `Nouns`). boxes: x0, y0, x1, y1 in
-    pixels. lengths: the root of its area in pixels, at least and at most: more may be hidden. colours: beliefs in each of `TERMS`.
+    segments: index of each in the record. nouns: the words that captions may use for it (see `Nouns`). boxes: x0, y0,
+        x1, y1 in
+    pixels. lengths: the root of its area in pixels, at least and at most: more may be hidden. colours: beliefs in each
+        of `TERMS`.
     width, height: of the picture in pixels.
     """
 
@@ -51,7 +54,9 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Phrase:
-    """'the [extreme] [size] [colour] noun [relation anchor]'. anchor: index of a thing, with a phrase that names it beyond doubt."""
+    """'the [extreme] [size] [colour] noun [relation anchor]'. anchor: index of a thing, with a phrase that names it
+    beyond doubt.
+    """
 
     noun: str
     colour: str | None = None
@@ -61,12 +66,22 @@ class Phrase:
     anchor: tuple[int, Phrase] | None = None
 
     def __str__(self) -> str:
-        words = ["the", self.extreme, self.size, self.colour, self.noun, self.relation, self.anchor and str(self.anchor[1])]
+        words = [
+            "the",
+            self.extreme,
+            self.size,
+            self.colour,
+            self.noun,
+            self.relation,
+            self.anchor and str(self.anchor[1]),
+        ]
         return " ".join(word for word in words if word)
 
 
 def sole(phrase: Phrase, thing: int, scene: Scene) -> float:
-    """The belief that `phrase` fits the thing if it fits no other, else 0 or -1: above 0 it names the thing beyond doubt."""
+    """The belief that `phrase` fits the thing if it fits no other, else 0 or -1: above 0 it names the thing beyond
+    doubt.
+    """
     held = beliefs(phrase, scene)
     return float(held[thing]) if (np.delete(held, thing) < 0).all() else min(float(held[thing]), 0.0)
 
@@ -86,7 +101,9 @@ def beliefs(phrase: Phrase, scene: Scene) -> Float[np.ndarray, "n"]:
 
 
 def _sized(size: str, noun: Float[np.ndarray, "n"], lengths: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
-    """ "large" are the largest of a noun if others are beyond doubt smaller, and these are not; "small" the other way round."""
+    """ "large" are the largest of a noun if others are beyond doubt smaller, and these are not; "small" the other way
+    round.
+    """
     least, most = lengths.T if size == "large" else 1 / lengths.T[::-1]
     ratio = least[:, None] / most  # [i, j]: at least how much further i goes than j
     np.fill_diagonal(ratio, 1)
@@ -111,7 +128,9 @@ def _extreme(head: Float[np.ndarray, "n"], axis: int, sign: int, scene: Scene) -
 
 
 def _related(anchor: int, axis: int, sign: int, scene: Scene) -> Float[np.ndarray, "n"]:
-    """How surely each thing stands on one side of the anchor: clearly on that side more than on another, apart and near."""
+    """How surely each thing stands on one side of the anchor: clearly on that side more than on another, apart and
+    near.
+    """
     low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
     away = (low + high - low[anchor] - high[anchor]) / 2
     along = sign * away[:, axis] / (scene.height if axis else scene.width)

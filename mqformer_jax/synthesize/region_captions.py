@@ -1,7 +1,9 @@
-"""Captions of boxes by models that others trained: BLIP, BLIP-2 and Florence-2, in torch, as Hugging Face transformers has them.
+"""Captions of boxes by models that others trained: BLIP, BLIP-2 and Florence-2, in torch, as Hugging Face transformers
+has them.
 
-As in the paper (MQ-Former, sec. 3.4), the five best captions of each box: beam search. A caption's score is exp of the mean
-log-probability of its tokens, 0 to 1. They speak of the box alone, so one may fit other objects of the image as well.
+As in the paper (MQ-Former, sec. 3.4), the five best captions of each box: beam search. A caption's score is exp of the
+mean log-probability of its tokens, 0 to 1. They speak of the box alone, so one may fit other objects of the image as
+well.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from mqformer_jax.synthesize.teachers import Caption, Picture
 
 CAPTIONS = 5  # a box
 TOKENS = 32  # the longest caption
-CHUNK = 16  # boxes at a time; the search keeps TOKENS x 5 x CHUNK rows of the vocabulary: 0.5 GB where that has 50,000 tokens
+# boxes at a time; the search keeps TOKENS x 5 x CHUNK rows of the vocabulary: 0.5 GB where that has 50,000 tokens
+CHUNK = 16
 
 Asked = Sequence[tuple[Picture, Float[ndarray, "4"]]]
 
@@ -53,11 +56,16 @@ class Blip:
     def _search(self, asked: Asked) -> list[list[Caption]]:
         inputs = self._inputs(asked).to(*device())  # not model.dtype: half a BLIP-2 stays in float32
         # all that a checkpoint's generation_config could say of the search, and what makes the scores means
-        search = dict(num_beams=CAPTIONS, num_return_sequences=CAPTIONS, do_sample=False, early_stopping=False, length_penalty=1.0)
+        search = dict(
+            num_beams=CAPTIONS, num_return_sequences=CAPTIONS, do_sample=False, early_stopping=False, length_penalty=1.0
+        )
         answer = dict(max_new_tokens=TOKENS, return_dict_in_generate=True, output_scores=True)
         found = self.model.generate(**inputs, **search, **answer, logits_processor=self.processors)
         texts = self.processor.batch_decode(found.sequences, skip_special_tokens=True)
-        captions = [Caption(text.strip(), score) for text, score in zip(texts, found.sequences_scores.exp().clamp(max=1).tolist())]
+        captions = [
+            Caption(text.strip(), score)
+            for text, score in zip(texts, found.sequences_scores.exp().clamp(max=1).tolist())
+        ]
         return [captions[i : i + CAPTIONS] for i in range(0, len(captions), CAPTIONS)]
 
     def _inputs(self, asked: Asked) -> BatchFeature:
@@ -73,8 +81,8 @@ class Blip2(Blip):
 class Florence2(Blip):
     """Florence-2 (Xiao et al. 2023, arXiv:2311.06242) is shown the whole image and asked to describe the box.
 
-    The box is given as four of the 1,000 location tokens of each axis. where: such as florence-community/Florence-2-large
-    (microsoft's own folder of those weights is laid out for other code).
+    The box is given as four of the 1,000 location tokens of each axis. where: such as
+    florence-community/Florence-2-large (microsoft's own folder of those weights is laid out for other code).
     """
 
     family, model_class = "florence2", Florence2ForConditionalGeneration
@@ -84,7 +92,9 @@ class Florence2(Blip):
         tokenizer = self.processor.tokenizer
         vocabulary = tokenizer.get_vocab()
         if "<loc_999>" not in vocabulary:
-            raise ValueError(f"florence2:{where}: its tokenizer has no location tokens. Give a folder such as florence-community's.")
+            raise ValueError(
+                f"florence2:{where}: its tokenizer has no location tokens. Give a folder such as florence-community's."
+            )
         locations = torch.tensor([vocabulary[f"<loc_{i}>"] for i in range(1000)], device=self.model.device)
         self.processors = [WordsOnly(tokenizer.eos_token_id, locations)]
 
@@ -92,7 +102,9 @@ class Florence2(Blip):
         prompts = []
         for picture, box in asked:
             height, width = picture.image.shape[:2]
-            bins = self.processor.post_processor.quantize(torch.as_tensor(box, dtype=torch.float32), (width, height)).tolist()
+            bins = self.processor.post_processor.quantize(
+                torch.as_tensor(box, dtype=torch.float32), (width, height)
+            ).tolist()
             prompts.append("<REGION_TO_DESCRIPTION>" + "".join(f"<loc_{i}>" for i in bins))
         images = [picture.image for picture, _ in asked]
         return self.processor(images=images, text=prompts, padding=True, **PIXELS)
@@ -101,14 +113,17 @@ class Florence2(Blip):
 class WordsOnly(LogitsProcessor):
     """A caption ends where a location would follow.
 
-    Florence-2 says the box again after its words ("turquoise car<loc_52><loc_332><loc_932><loc_774>"); most of five beams would
-    differ in that alone. So the probability of all locations is that of the end: exactly that of these words being all the words.
+    Florence-2 says the box again after its words ("turquoise car<loc_52><loc_332><loc_932><loc_774>"); most of five
+    beams would differ in that alone. So the probability of all locations is that of the end: exactly that of these
+    words being all the words.
     """
 
     def __init__(self, end: int, locations: Int[torch.Tensor, "l"]) -> None:
         self.end, self.locations = end, locations
 
-    def __call__(self, input_ids: Int[torch.Tensor, "b t"], scores: Float[torch.Tensor, "b v"]) -> Float[torch.Tensor, "b v"]:
+    def __call__(
+        self, input_ids: Int[torch.Tensor, "b t"], scores: Float[torch.Tensor, "b v"]
+    ) -> Float[torch.Tensor, "b v"]:
         """scores: log-probabilities, which is what a beam search hands on."""
         at_end = torch.cat([scores[:, self.locations], scores[:, [self.end]]], 1).logsumexp(1)
         scores = scores.index_fill(1, self.locations, -torch.inf)

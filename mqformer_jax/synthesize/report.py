@@ -1,4 +1,6 @@
-"""What came of a split: how many boxes got something, of which class and size, why others did not, and pictures of both."""
+"""What came of a split: how many boxes got something, of which class and size, why others did not, and pictures of
+both.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,10 @@ SEGMENT, BOX = (255, 221, 51), (64, 156, 255)
 class Tally:
     """Counts over boxes, which add up over shards.
 
-    asked, taken: by class; of_size, taken_of_size: by size. reasons: why a box got nothing. refused: why captions were not taken.
-    score: the sum over the boxes that got something. samples: the boxes of the contact sheet, drawn by a hash of what they are.
+    asked, taken: by class; of_size, taken_of_size: by size. reasons: why a box got nothing. refused: why captions were
+        not taken.
+    score: the sum over the boxes that got something. samples: the boxes of the contact sheet, drawn by a hash of what
+        they are.
     """
 
     kind: str
@@ -69,7 +73,9 @@ class Tally:
             if not isinstance(box, str) and (verdict.mask or self.kind == "captions"):
                 fields = dataclasses.asdict(verdict) | {"mask": verdict.mask and verdict.mask.decode("ascii")}
                 draw = zlib.crc32(f"{record.key}/{verdict.segment}".encode())
-                self.samples.append(fields | {"draw": draw, "place": place, "key": record.key, "class": name, "box": box.tolist()})
+                self.samples.append(
+                    fields | {"draw": draw, "place": place, "key": record.key, "class": name, "box": box.tolist()}
+                )
         self._thin()
 
     def update(self, other: Tally) -> None:
@@ -95,25 +101,34 @@ class Tally:
         with open(path) as f:
             fields = json.load(f)
         counters = {f.name for f in dataclasses.fields(cls) if f.default_factory is collections.Counter}
-        return cls(**{name: collections.Counter(value) if name in counters else value for name, value in fields.items()})
+        return cls(
+            **{name: collections.Counter(value) if name in counters else value for name, value in fields.items()}
+        )
 
     def __str__(self) -> str:
         asked, taken = self.asked.total(), self.taken.total()
         share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"
         if not asked:
             return f"nothing was asked of {self.teacher}: no box of the {self.images} images lacks {self.kind}"
-        lines = [f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images have {self.kind} by {self.teacher}"]
+        lines = [
+            f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images have {self.kind} by {self.teacher}"
+        ]
         if taken:
             lines[0] += f", mean score {self.score / taken:.3f}"
         if self.captions:
             lines[0] += f", {self.captions / taken:.1f} a box"
-        sizes = [f"{size} {share(self.taken_of_size[size], self.of_size[size])} of {self.of_size[size]}" for size in SIZES]
+        sizes = [
+            f"{size} {share(self.taken_of_size[size], self.of_size[size])} of {self.of_size[size]}" for size in SIZES
+        ]
         lines.append(f"  by size: {', '.join(sizes)}")
         classes = sorted(self.asked, key=lambda name: (self.taken[name] / self.asked[name], name))
         shown = [*classes[:5], *classes[5:][-5:]]
         by_class = [f"{name} {share(self.taken[name], self.asked[name])} of {self.asked[name]}" for name in shown]
         lines.append(f"  by class{', worst and best' if len(classes) > 10 else ''}: {', '.join(by_class)}")
-        lines += [f"  {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})" for reason, count in self.reasons.most_common()]
+        lines += [
+            f"  {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})"
+            for reason, count in self.reasons.most_common()
+        ]
         lines += [f"  {count} x caption: {reason}" for reason, count in self.refused.most_common()]
         return "\n".join(lines)
 
@@ -148,7 +163,9 @@ def _picture(sample: dict[str, Any], image: UInt8[np.ndarray, "h w 3"]) -> UInt8
     matrix = np.array([[scale, 0, -scale * left], [0, scale, -scale * top]])
     page = np.full((SIDE, SIDE, 3), 235, np.uint8)
     smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    page = cv2.warpAffine(image, matrix, (SIDE, SIDE), page, smooth, borderMode=cv2.BORDER_CONSTANT, borderValue=(235, 235, 235))
+    page = cv2.warpAffine(
+        image, matrix, (SIDE, SIDE), page, smooth, borderMode=cv2.BORDER_CONSTANT, borderValue=(235, 235, 235)
+    )
     if sample["mask"]:
         mask = decode_rle(sample["mask"].encode("ascii"), height, width).astype(np.uint8)
         shown = cv2.warpAffine(mask, matrix, (SIDE, SIDE), flags=cv2.INTER_NEAREST)
@@ -156,4 +173,6 @@ def _picture(sample: dict[str, Any], image: UInt8[np.ndarray, "h w 3"]) -> UInt8
         outlines, _ = cv2.findContours(shown, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(page, outlines, -1, SEGMENT, 2, cv2.LINE_AA)
     corners = ((box.reshape(2, 2) - [left, top]) * scale).round().astype(int)
-    return cv2.rectangle(np.ascontiguousarray(page), corners[0].tolist(), (corners[1] - 1).tolist(), BOX, 1, cv2.LINE_AA)
+    return cv2.rectangle(
+        np.ascontiguousarray(page), corners[0].tolist(), (corners[1] - 1).tolist(), BOX, 1, cv2.LINE_AA
+    )

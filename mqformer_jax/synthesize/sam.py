@@ -1,4 +1,6 @@
-"""Masks in boxes by SAM, HQ-SAM and SAM 2: their published weights, run by torch and Hugging Face's transformers (5.4 or newer)."""
+"""Masks in boxes by SAM, HQ-SAM and SAM 2: their published weights, run by torch and Hugging Face's transformers (5.4
+or newer).
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from mqformer_jax.synthesize.teachers import Drawn, Picture
 
 PICTURES = 2  # images that are encoded at once: one of 1024 x 1024 keeps a device busy
 BOXES = 32  # boxes of one image that are decoded at once: each has its own copy of the image's features
-# What a config.json calls itself: the teacher that reads it. SAM 2 is published as its video model, which holds the one for images.
+# What a config.json calls itself: the teacher that reads it. SAM 2 is published as its video model, which holds the one
+# for images.
 FAMILIES = {"sam": "sam", "sam_hq": "hq-sam", "sam2": "sam2", "sam2_video": "sam2"}
 
 transformers.logging.set_verbosity_error()  # else it warns of the parts for video that are not used
@@ -29,13 +32,15 @@ transformers.logging.disable_progress_bar()
 
 
 class Sam:
-    """Segment Anything, a `MaskTeacher` (Kirillov et al., arXiv:2304.02643; github.com/facebookresearch/segment-anything).
+    """Segment Anything, a `MaskTeacher` (Kirillov et al., arXiv:2304.02643;
+    github.com/facebookresearch/segment-anything).
 
-    where: a folder as transformers saves it, or a name on the Hugging Face hub, as "facebook/sam-vit-huge". Raises ValueError in one
-    line where it cannot be read, or is another family's. Runs on the GPU where torch finds one, else on the CPU.
+    where: a folder as transformers saves it, or a name on the Hugging Face hub, as "facebook/sam-vit-huge". Raises
+    ValueError in one line where it cannot be read, or is another family's. Runs on the GPU where torch finds one, else
+    on the CPU.
 
-    A box is asked for one mask (`multimask_output=False`), as the authors do with boxes: the three others are for a lone point, which
-    may mean a part or the whole. The score is the IoU that the model predicts.
+    A box is asked for one mask (`multimask_output=False`), as the authors do with boxes: the three others are for a
+    lone point, which may mean a part or the whole. The score is the IoU that the model predicts.
     """
 
     family = "sam"
@@ -53,9 +58,16 @@ class Sam:
                 raise ValueError(f"it holds {found or 'something else'}")
             self.image_processor = self.image_processor_type.from_pretrained(folder)
             model, told = self.model_type.from_pretrained(
-                folder, use_safetensors=True, dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True
+                folder,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
             )
-            if lacking := {*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])}:  # these were drawn at random
+            if lacking := {
+                *told["missing_keys"],
+                *(key for key, *_ in told["mismatched_keys"]),
+            }:  # these were drawn at random
                 raise ValueError(f"{min(lacking)} is not there, or has another shape")
         except Exception as e:  # what is broken ends in an error of json, safetensors, torch or transformers
             files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
@@ -71,7 +83,10 @@ class Sam:
         asked = [i for i, wanted in enumerate(boxes) if len(wanted)]
         for start in range(0, len(asked), PICTURES):
             group = asked[start : start + PICTURES]
-            inputs = [self.image_processor(pictures[i].image, input_data_format="channels_last", return_tensors="pt") for i in group]
+            inputs = [
+                self.image_processor(pictures[i].image, input_data_format="channels_last", return_tensors="pt")
+                for i in group
+            ]
             pixels = torch.cat([given["pixel_values"] for given in inputs]).to(self.device)
             # nearly all the time goes here, and half precision is what the authors of SAM 2 run in
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -108,8 +123,9 @@ class Sam:
 class HqSam(Sam):
     """SAM with finer edges (Ke et al., Segment Anything in High Quality, arXiv:2306.01567; github.com/SysCV/sam-hq).
 
-    The logits are SAM's and those of the token for high quality, added: the authors' default, and their advice for images of many
-    objects (`hq_token_only=False`). The score is what the model predicts of SAM's mask; nothing rates the sum.
+    The logits are SAM's and those of the token for high quality, added: the authors' default, and their advice for
+    images of many objects (`hq_token_only=False`). The score is what the model predicts of SAM's mask; nothing rates
+    the sum.
     """
 
     family = "hq-sam"
@@ -129,7 +145,8 @@ class _Sam2Pixels(PilBackend):
 
 
 class Sam2(Sam):
-    """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2), as "facebook/sam2.1-hiera-large".
+    """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2), as
+    "facebook/sam2.1-hiera-large".
 
     Where its one mask is unsteady the model gives the best of the three others, as the authors' does.
     """
@@ -148,7 +165,9 @@ def _row(encoded: Any, row: int) -> Any:
     """One image of those that were encoded together, in float32."""
     if isinstance(encoded, dict):
         return {key: _row(value, row) for key, value in encoded.items()}
-    return encoded[row : row + 1].float() if isinstance(encoded, torch.Tensor) else [_row(value, row) for value in encoded]
+    return (
+        encoded[row : row + 1].float() if isinstance(encoded, torch.Tensor) else [_row(value, row) for value in encoded]
+    )
 
 
 def _gist(error: Exception) -> str:

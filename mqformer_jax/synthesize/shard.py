@@ -1,4 +1,5 @@
-"""One shard: its records are asked about in batches, the answers noted as they come, and at the end the records written with them.
+"""One shard: its records are asked about in batches, the answers noted as they come, and at the end the records written
+with them.
 
 00003.answers           the verdicts on the records so far, one msgpack map a record, in their order
 00003.array_record      the finished shard; then .tally.json, what the report needs; then .json, its contents
@@ -29,12 +30,17 @@ from mqformer_jax.synthesize.verdicts import Verdict, usable_box, with_verdicts
 
 
 def make_shard(
-    source: ShardSource, shard: int, path: str, maker: Maker, batch: int, progress: Callable[[int], None] = lambda done: None
+    source: ShardSource,
+    shard: int,
+    path: str,
+    maker: Maker,
+    batch: int,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Makes one shard of a source, from where an earlier call was stopped.
 
-    path: of its files, without their endings. batch: pictures that the teacher is given at once. progress: told how many more records
-    are done. Raises ValueError where another process makes the same shard.
+    path: of its files, without their endings. batch: pictures that the teacher is given at once. progress: told how
+    many more records are done. Raises ValueError where another process makes the same shard.
     """
     if os.path.exists(f"{path}.json"):
         return progress(Contents.load(f"{path}.json").records)
@@ -60,7 +66,8 @@ def make_shard(
 
 @dataclasses.dataclass
 class Batch:
-    """Records that are asked about together. done: all of them by number; pictures: of those with a box to ask about, and whose they are.
+    """Records that are asked about together. done: all of them by number; pictures: of those with a box to ask about,
+    and whose they are.
 
     refused: verdicts that need no teacher, by number.
     """
@@ -71,7 +78,9 @@ class Batch:
     refused: dict[int, list[Verdict]]
 
 
-def _batches(records: Iterable[tuple[int, bytes | None]], info: DatasetInfo, maker: Maker, size: int) -> Iterator[Batch]:
+def _batches(
+    records: Iterable[tuple[int, bytes | None]], info: DatasetInfo, maker: Maker, size: int
+) -> Iterator[Batch]:
     batch = Batch([], [], [], {})
     for number, data in records:
         batch.done.append(number)
@@ -133,7 +142,9 @@ def _records(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
 
 
 def _whole_answers(log: BinaryIO) -> int:
-    """How many records the log has whole answers for; what follows the last of them, cut short by a kill, is cut off."""
+    """How many records the log has whole answers for; what follows the last of them, cut short by a kill, is cut
+    off.
+    """
     log.seek(0)
     unpacker, count, end = msgpack.Unpacker(log, raw=False), 0, 0
     with contextlib.suppress(ValueError, msgpack.UnpackException):

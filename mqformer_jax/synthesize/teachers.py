@@ -21,7 +21,8 @@ from mqformer_jax.segments import CanvasMasks
 class Picture:
     """An image and the boxes that a teacher is asked about.
 
-    record, info: all that is known of the image; a teacher may use the names of the classes and the other segments. image: RGB.
+    record, info: all that is known of the image; a teacher may use the names of the classes and the other segments.
+        image: RGB.
     segments: index into `record.segments` of each box. boxes: x0, y0, x1, y1 in pixels, inside the image and not empty.
     """
 
@@ -34,7 +35,8 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Drawn:
-    """The masks that a teacher drew in the boxes of a picture, as logits that are restored one by one, so that memory is bounded.
+    """The masks that a teacher drew in the boxes of a picture, as logits that are restored one by one, so that memory
+    is bounded.
 
     scores: what the teacher believes of each, 0 to 1 (an IoU where it predicts one).
     """
@@ -67,7 +69,9 @@ class MaskTeacher(Protocol):
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Words from boxes. name: what the records are marked with. unique: its captions fit no other object of the image."""
+    """Words from boxes. name: what the records are marked with. unique: its captions fit no other object of the
+    image.
+    """
 
     name: str
     unique: bool
@@ -83,12 +87,17 @@ class Picker(Protocol):
 
     name: str
 
-    def __call__(self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]) -> list[list[Float[np.ndarray, "c n"]]]:
-        """Of each picture, for each of its n boxes, how well its c captions fit each of the n boxes: the largest is what a caption means."""
+    def __call__(
+        self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
+    ) -> list[list[Float[np.ndarray, "c n"]]]:
+        """Of each picture, for each of its n boxes, how well its c captions fit each of the n boxes: the largest is
+        what a caption means.
+        """
         ...
 
 
-# name: module, class. Each is made of the text behind the colon, a folder or a name on the Hugging Face hub, and is imported only when asked for.
+# name: module, class. Each is made of the text behind the colon, a folder or a name on the Hugging Face hub, and is
+# imported only when asked for.
 MASK_TEACHERS = {
     "ours": ("own", "OwnMasks"),
     "sam": ("sam", "Sam"),
@@ -107,8 +116,12 @@ PICKERS = {
 }
 
 
-def make_teacher(given: str, among: dict[str, tuple[str, str]], option: str = "teacher") -> MaskTeacher | Captioner | Picker:
-    """The teacher that "name:where" names. Raises ValueError in one line where there is none, or what it needs is not installed."""
+def make_teacher(
+    given: str, among: dict[str, tuple[str, str]], option: str = "teacher"
+) -> MaskTeacher | Captioner | Picker:
+    """The teacher that "name:where" names. Raises ValueError in one line where there is none, or what it needs is not
+    installed.
+    """
     name, _, where = given.partition(":")
     if name not in among:
         raise ValueError(f"--{option}={given}: it may be one of {', '.join(among)}.")

@@ -15,7 +15,8 @@ from mqformer_jax.input.record import BadRecord, Record, Segment, box_of
 class Verdict:
     """One box. segment: index into `Record.segments`. reason: why nothing was taken, "" where something was.
 
-    score: of the mask, or of the best caption. mask: COCO run-length code of the image's size; also of a mask that was not taken, to be
+    score: of the mask, or of the best caption. mask: COCO run-length code of the image's size; also of a mask that was
+        not taken, to be
     looked at. captions: best first, each with its score. refused: how many captions were not taken for which reason.
     """
 
@@ -58,4 +59,6 @@ def usable_box(record: Record, index: int) -> Float[np.ndarray, "4"] | str:
 def _of_its_mask(record: Record, segment: Segment) -> tuple[float, ...] | None:
     if segment.mask is None and segment.alpha is None:
         raise BadRecord(f"{record.key}: a segment has neither box nor mask")
-    return box_of(record.decode_mask(segment.mask) if segment.mask is not None else record.decode_alpha(segment.alpha) > 127)
+    return box_of(
+        record.decode_mask(segment.mask) if segment.mask is not None else record.decode_alpha(segment.alpha) > 127
+    )

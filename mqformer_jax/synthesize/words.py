@@ -33,17 +33,20 @@ _LOOP = re.compile(rf"\b(\w+(?:\W+\w+){{0,3}}?)(?:\W+\1\b){{{IN_A_ROW},}}", re.I
 
 
 def clean(text: str) -> str:
-    """Lower case, as the tokenizers of our text encoders read it; Unicode NFKC, one space between words, no punctuation at the end."""
+    """Lower case, as the tokenizers of our text encoders read it; Unicode NFKC, one space between words, no punctuation
+    at the end.
+    """
     # what neither prints nor separates, such as half a surrogate pair, no shard could hold
     text = "".join(c for c in unicodedata.normalize("NFKC", text).lower() if c.isprintable() or c.isspace())
     return " ".join(text.split()).rstrip(" .,;:!?-–—")
 
 
 def refusal(text: str, longest: int = LONGEST) -> str | None:
-    """Why a cleaned caption is no use: "empty", "too long" (words, or `CHARACTERS`), "not words", "profane"; None where it is.
+    """Why a cleaned caption is no use: "empty", "too long" (words, or `CHARACTERS`), "not words", "profane"; None where
+    it is.
 
-    Not words: no letter, a tokenizer's special token, or up to four words that are said more than `IN_A_ROW` times in a row.
-    Raises ValueError where better-profanity, whose list is read, is not installed.
+    Not words: no letter, a tokenizer's special token, or up to four words that are said more than `IN_A_ROW` times in a
+    row. Raises ValueError where better-profanity, whose list is read, is not installed.
     """
     if not text:
         return "empty"
@@ -53,17 +56,23 @@ def refusal(text: str, longest: int = LONGEST) -> str | None:
     if not words or _TOKEN.search(text) or _LOOP.search(text):
         return "not words"
     profane, most = _profane()
-    if any(" ".join(words[i:j]) in profane for i in range(len(words)) for j in range(i + 1, min(i + most, len(words)) + 1)):
+    if any(
+        " ".join(words[i:j]) in profane for i in range(len(words)) for j in range(i + 1, min(i + most, len(words)) + 1)
+    ):
         return "profane"
     return None
 
 
 def distinct(captions: Sequence[Caption], most: int) -> list[Caption]:
-    """At most `most` captions, cleaned, best first, none that says what a better one says but for articles. Refuses nothing."""
+    """At most `most` captions, cleaned, best first, none that says what a better one says but for articles. Refuses
+    nothing.
+    """
     kept: dict[str, Caption] = {}
     for caption in sorted(captions, key=lambda caption: -caption.score):
         text = clean(caption.text)
-        kept.setdefault(" ".join(word for word in text.split() if word not in ("a", "an", "the")), Caption(text, caption.score))
+        kept.setdefault(
+            " ".join(word for word in text.split() if word not in ("a", "an", "the")), Caption(text, caption.score)
+        )
     return list(kept.values())[:most]
 
 
@@ -71,7 +80,8 @@ def distinct(captions: Sequence[Caption], most: int) -> list[Caption]:
 def _profane() -> tuple[frozenset[str], int]:
     """The list of better-profanity (MIT) but for `INNOCENT`, and the words of its longest entry.
 
-    Only the list: its own search takes 7 ms a sentence, joins neighbours ("the pen is on the table") and reads digits as letters.
+    Only the list: its own search takes 7 ms a sentence, joins neighbours ("the pen is on the table") and reads digits
+        as letters.
     """
     try:
         text = (importlib.resources.files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8")

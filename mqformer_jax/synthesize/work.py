@@ -1,10 +1,12 @@
-"""The work on one split of a data set, which becomes a split of another. Killed anywhere, the same work goes on where it was.
+"""The work on one split of a data set, which becomes a split of another. Killed anywhere, the same work goes on where
+it was.
 
     <out>/<split>.partial/fingerprint             what is being made, of what, by whom
     <out>/<split>.partial/00003.*                 the shards that are being made (`shard`)
     <out>/<split>-00003-of-00010.array_record     where readers look, when all shards are finished
 
-A shard of the output holds the records of the shard of its number in the input, so any number of processes may share the shards by number.
+A shard of the output holds the records of the shard of its number in the input, so any number of processes may share
+the shards by number.
 """
 
 from __future__ import annotations
@@ -73,7 +75,8 @@ def is_made(work: Work) -> bool:
 
 @contextlib.contextmanager
 def begun(work: Work) -> Iterator[None]:
-    """Holds the folder of the work, beside other processes that do the same work. What was begun with other settings is thrown away.
+    """Holds the folder of the work, beside other processes that do the same work. What was begun with other settings is
+    thrown away.
 
     Raises ValueError where the set holds other splits of another kind, or other work goes on in the folder.
     """
@@ -81,7 +84,11 @@ def begun(work: Work) -> Iterator[None]:
         raise ValueError(f"--out={work.out}: give the new set a name of its own.")
     _entry(work, True)
     os.makedirs(work.partial, exist_ok=True)
-    note, key, busy = os.path.join(work.partial, "fingerprint"), work.fingerprint(), f"{work.title} is being made with other settings"
+    note, key, busy = (
+        os.path.join(work.partial, "fingerprint"),
+        work.fingerprint(),
+        f"{work.title} is being made with other settings",
+    )
     if not _says(note, key):
         with locked(work.partial, busy + ": wait for that, or give another --out."):
             if not _says(note, key):
@@ -100,15 +107,24 @@ def _says(path: str, text: str) -> bool:
 
 
 def synthesize(work: Work, maker: Maker, share: tuple[int, int] = (0, 1)) -> Tally | None:
-    """Makes a process's share of the shards (its number, and how many there are), and if it ends last, the set. None where others are not ready."""
-    with begun(work), tqdm(desc=work.title, total=len(work.source) // share[1], unit="image", dynamic_ncols=True, disable=None) as bar:
+    """Makes a process's share of the shards (its number, and how many there are), and if it ends last, the set. None
+    where others are not ready.
+    """
+    with (
+        begun(work),
+        tqdm(
+            desc=work.title, total=len(work.source) // share[1], unit="image", dynamic_ncols=True, disable=None
+        ) as bar,
+    ):
         for shard in range(share[0], len(work.source.paths), share[1]):
             make_shard(work.source, shard, work.path(shard), maker, work.batch, bar.update)
     return finish(work, maker)
 
 
 def finish(work: Work, maker: Maker) -> Tally | None:
-    """Moves the shards to where readers look for them, if all are finished; then the report of the whole split, else None."""
+    """Moves the shards to where readers look for them, if all are finished; then the report of the whole split, else
+    None.
+    """
     with locked(work.folder):
         if is_made(work):
             return Tally.load(_tally_path(work))
@@ -125,7 +141,12 @@ def finish(work: Work, maker: Maker) -> Tally | None:
             raise ValueError(f"nothing of {work.data} {work.split} can be read; prepare it again with data/prepare.py")
         tally.save(_tally_path(work))
         go_live(
-            work.folder, work.split, moves(work.folder, work.split, paths, shards), _entry(work, maker.unique), total, work.fingerprint()
+            work.folder,
+            work.split,
+            moves(work.folder, work.split, paths, shards),
+            _entry(work, maker.unique),
+            total,
+            work.fingerprint(),
         )
         shutil.rmtree(work.partial)
     return tally
@@ -145,7 +166,11 @@ def _entry(work: Work, unique: bool) -> DatasetInfo:
     if not os.path.exists(os.path.join(work.folder, "dataset.json")):
         return new
     old = DatasetInfo.load(work.folder)
-    if old.source != "synthesize" or (old.classes, old.exhaustive, old.made_from) != (new.classes, new.exhaustive, new.made_from):
+    if old.source != "synthesize" or (old.classes, old.exhaustive, old.made_from) != (
+        new.classes,
+        new.exhaustive,
+        new.made_from,
+    ):
         raise ValueError(f"{work.folder} holds another data set: give another --out.")
     for part in (old.splits, old.class_images, old.expressions):
         part.pop(work.split, None)

@@ -1,8 +1,8 @@
 """True key layouts of public checkpoints: every name, shape and dtype, and random weights in them at full size.
 
-`layouts/NAME.txt` holds facts read from the originals' code: a line a key pattern, "KEY DIM DIM ... DTYPE" (a scalar has no DIM) or
-"KEY = OTHER" for a tensor that the checkpoint holds under both names. {a..b} and {a..b..step} in a key count, last one fastest; OTHER's
-names are used in turn, over and over if they are fewer. Lines with # are comments.
+`layouts/NAME.txt` holds facts read from the originals' code: a line a key pattern, "KEY DIM DIM ... DTYPE" (a scalar
+has no DIM) or "KEY = OTHER" for a tensor that the checkpoint holds under both names. {a..b} and {a..b..step} in a key
+count, last one fastest; OTHER's names are used in turn, over and over if they are fewer. Lines with # are comments.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def aliases(name: str) -> dict[str, str]:
 def random(name: str, seed: int = 0, std: float = 0.02) -> Mapping[str, np.ndarray]:
     """A checkpoint of random weights, each tensor made when it is asked for, the same one every time.
 
-    Normal with `std`; around 1 for scales of norms (vectors named weight) and in [0.5, 1.5) for running_var, so that a model of them stays
-    finite. Integers count from 0. Aliases are equal.
+    Normal with `std`; around 1 for scales of norms (vectors named weight) and in [0.5, 1.5) for running_var, so that a
+    model of them stays finite. Integers count from 0. Aliases are equal.
     """
     return _Random(*_read(name), seed, std)
 

@@ -18,7 +18,9 @@ SIZES = {"ViT-B/32": (512, 12, 512), "ViT-B/16": (512, 12, 512), "ViT-L/14": (76
 TINY = (128, 2, 24)
 
 
-def openai(width: int, layers: int, embed_dim: int, vocab_size: int = 49408, context: int = 77) -> dict[str, tuple[int, ...]]:
+def openai(
+    width: int, layers: int, embed_dim: int, vocab_size: int = 49408, context: int = 77
+) -> dict[str, tuple[int, ...]]:
     """OpenAI's names and shapes, with a piece of the image tower."""
     shapes = {
         "positional_embedding": (context, width),
@@ -42,11 +44,17 @@ def vectors(name: str, width: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def hugging_face(width: int, layers: int, embed_dim: int, name: str = "CLIPTextModelWithProjection") -> dict[str, tuple[int, ...]]:
+def hugging_face(
+    width: int, layers: int, embed_dim: int, name: str = "CLIPTextModelWithProjection"
+) -> dict[str, tuple[int, ...]]:
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     config = transformers.CLIPTextConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=2, projection_dim=embed_dim
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        projection_dim=embed_dim,
     )
     with torch.device("meta"):
         model = getattr(transformers, name)(config)
@@ -87,7 +95,9 @@ def shapes_of(tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
 
 def test_both_names_of_the_same_weights_give_the_same_leaves_and_come_back():
     rng = np.random.default_rng(0)
-    original = {key: np.asarray(rng.standard_normal(shape, np.float32)) for key, shape in openai(*TINY, vocab_size=50).items()}
+    original = {
+        key: np.asarray(rng.standard_normal(shape, np.float32)) for key, shape in openai(*TINY, vocab_size=50).items()
+    }
     found = []
     for name, tensors in (("clip_text", original), ("hf_clip_text", renamed(original, TINY[1]))):
         assert [n for n, family in families.items() if family.recognises(shapes_of(tensors))] == [name]

@@ -1,4 +1,6 @@
-"""The command and what it writes: every family at full size in its true layout, round trips, and what goes wrong in one line."""
+"""The command and what it writes: every family at full size in its true layout, round trips, and what goes wrong in one
+line.
+"""
 
 import os
 import subprocess
@@ -21,7 +23,11 @@ from mqformer_jax.convert.rules import apply, invert, leaves
 from mqformer_jax.predict import Predictor
 from mqformer_jax.train_step import build_model
 
-WARM_STARTS = ("mask2former_r50", "mask2former_swinl", "hf_mask2former_swin_tiny")  # our decoder is another: parts of it stay missing
+WARM_STARTS = (
+    "mask2former_r50",
+    "mask2former_swinl",
+    "hf_mask2former_swin_tiny",
+)  # our decoder is another: parts of it stay missing
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -31,7 +37,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("name", layouts.NAMES)
 def test_every_public_layout_is_recognised_and_finds_its_place(name):
-    """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes fit."""
+    """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes
+    fit.
+    """
     shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
     family = find_family(shapes, None, name)
     plan = family.plan(shapes)
@@ -65,7 +73,9 @@ def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_pa
     assert load_weights(folder).config.model.backbone.name == "resnet50"
     export(folder, back, like=resnet_file)
     theirs, returned = read(resnet_file), read(back)
-    assert set(returned) == {key for key in theirs if not key.endswith("num_batches_tracked") and not key.startswith("fc.")}
+    assert set(returned) == {
+        key for key in theirs if not key.endswith("num_batches_tracked") and not key.startswith("fc.")
+    }
     for key, value in returned.items():
         np.testing.assert_array_equal(value, theirs[key])
 
@@ -101,7 +111,10 @@ def test_the_command_reports_by_name_and_strict_writes_nothing(resnet_file, tmp_
     write_safetensors(path, tensors)
     strict = run("--from", "resnet", "--input", path, "--output", str(tmp_path / "a"), "--strict")
     assert strict.returncode == 1 and "--strict" in strict.stderr and not (tmp_path / "a" / "checkpoints").exists()
-    assert "missing: 1\n  backbone/stages/0/first/conv2/conv/kernel" in strict.stdout and "unused: 1\n  surprise.weight" in strict.stdout
+    assert (
+        "missing: 1\n  backbone/stages/0/first/conv2/conv/kernel" in strict.stdout
+        and "unused: 1\n  surprise.weight" in strict.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -213,7 +226,10 @@ def test_a_trained_model_that_their_layout_cannot_hold_is_not_written_in_it(resn
     other = str(tmp_path / "r101.safetensors")
     shapes = {key: tuple(value.shape) for key, value in read(resnet_file).items()}
     deeper = shapes | {
-        f"layer3.{i}.{key.split('.', 2)[2]}": shape for i in range(6, 23) for key, shape in shapes.items() if key.startswith("layer3.5.")
+        f"layer3.{i}.{key.split('.', 2)[2]}": shape
+        for i in range(6, 23)
+        for key, shape in shapes.items()
+        if key.startswith("layer3.5.")
     }
     write_safetensors(other, {key: np.zeros(shape, np.float32) for key, shape in deeper.items()})
     with pytest.raises(ValueError, match="layer3|stages/2") as error:

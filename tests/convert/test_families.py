@@ -65,7 +65,11 @@ def test_a_scalar_where_a_size_is_read_is_refused_by_its_name(name, key):
 
 
 def test_a_model_without_its_backbone_says_that_the_backbone_is_missing():
-    shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_instance").items() if not key.startswith("backbone.")}
+    shapes = {
+        key: shape
+        for key, (shape, _) in layouts.load("maskdino_r50_instance").items()
+        if not key.startswith("backbone.")
+    }
     with pytest.raises(ValueError, match=r"^backbone\.\* is missing"):
         FAMILIES["maskdino"].plan(shapes)
 
@@ -73,7 +77,11 @@ def test_a_model_without_its_backbone_says_that_the_backbone_is_missing():
 def test_layers_are_counted_from_0_without_a_gap():
     layers = {f"a.layers.{i}.weight": (3,) for i in range(12)}
     assert count(layers, "a.layers.{}.") == 12
-    for file, absent in [({}, 0), ({k: v for k, v in layers.items() if ".7." not in k}, 7), ({"a.layers.1.weight": (3,)}, 0)]:
+    for file, absent in [
+        ({}, 0),
+        ({k: v for k, v in layers.items() if ".7." not in k}, 7),
+        ({"a.layers.1.weight": (3,)}, 0),
+    ]:
         with pytest.raises(ValueError, match=rf"^a\.layers\.{absent}\.\* is missing"):
             count(file, "a.layers.{}.")
     with pytest.raises(ValueError, match=r"^x has shape \(3,\): a tensor of 2 dimensions"):
@@ -87,11 +95,24 @@ def small() -> tuple[Plan, dict[str, np.ndarray], dict[str, jax.ShapeDtypeStruct
         *packed(["q", "k", "v"], "in_", 2), *packing("both", ["left", "right"], 3),
     ]  # fmt: skip
     draw = np.random.default_rng(0).normal
-    sizes = {"table": (4, 5), "fc.0.weight": (3, 2), "fc.0.bias": (3,), "fc.1.weight": (3, 2), "fc.1.bias": (3,), "in_weight": (6, 2)}
+    sizes = {
+        "table": (4, 5),
+        "fc.0.weight": (3, 2),
+        "fc.0.bias": (3,),
+        "fc.1.weight": (3, 2),
+        "fc.1.bias": (3,),
+        "in_weight": (6, 2),
+    }
     sizes |= {"in_bias": (6,), "left.weight": (3, 2), "left.bias": (3,), "right.weight": (3, 2), "right.bias": (3,)}
     tensors = {key: draw(size=shape).astype(np.float32) for key, shape in sizes.items()}
     tensors["copy"] = tensors["table"]
-    ours = {"table": (4, 5), "layers/fc/kernel": (2, 2, 3), "layers/fc/bias": (2, 3), "both/kernel": (2, 6), "both/bias": (6,)}
+    ours = {
+        "table": (4, 5),
+        "layers/fc/kernel": (2, 2, 3),
+        "layers/fc/bias": (2, 3),
+        "both/kernel": (2, 6),
+        "both/bias": (6,),
+    }
     ours |= {f"{name}/kernel": (2, 2) for name in "qkv"} | {f"{name}/bias": (2,) for name in "qkv"} | {"one": (2,)}
     plan = Plan(base(), "", entries, {"one": np.ones(2)})
     return plan, tensors, {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in ours.items()}
@@ -151,7 +172,11 @@ def test_tensors_of_other_dimensions_are_reported(key, shape):
         plan, entries=[*plan.entries, Entry("image", "filter", "conv"), Entry("turned", "turned", order=np.arange(2))]
     )
     ours |= {"image": jax.ShapeDtypeStruct((3, 3, 2, 2), np.float32), "turned": jax.ShapeDtypeStruct((2,), np.float32)}
-    wrong = {key: np.zeros(shape, np.float32), "filter": np.zeros((2, 2, 3), np.float32), "turned": np.float32(1).reshape(())}
+    wrong = {
+        key: np.zeros(shape, np.float32),
+        "filter": np.zeros((2, 2, 3), np.float32),
+        "turned": np.float32(1).reshape(()),
+    }
     _, report = apply(plan, tensors | wrong, ours)
     for name in wrong:
         assert any(line.startswith(f"{name} ") for line in report.mismatched), name

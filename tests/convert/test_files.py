@@ -113,19 +113,31 @@ def test_a_big_endian_archive_reads_the_same(torch, tmp_path):
 
 
 def test_safetensors_reads_as_the_package_does(tmp_path):
-    tensors = dict(a=np.arange(6, dtype=np.float32).reshape(2, 3), h=np.float16([1, 2]), n=np.int64(7), b=np.array([True, False]))
+    tensors = dict(
+        a=np.arange(6, dtype=np.float32).reshape(2, 3), h=np.float16([1, 2]), n=np.int64(7), b=np.array([True, False])
+    )
     tensors["brain"] = np.array([1.5, -2.25], ml_dtypes.bfloat16)
     path = str(tmp_path / "x")
-    safetensors.numpy.save_file({name: np.asarray(value) for name, value in tensors.items()}, path, metadata={"format": "pt"})
-    assert_same(dict(sorted(read(path).items())), dict(sorted((name, np.asarray(value)) for name, value in tensors.items())))
+    safetensors.numpy.save_file(
+        {name: np.asarray(value) for name, value in tensors.items()}, path, metadata={"format": "pt"}
+    )
+    assert_same(
+        dict(sorted(read(path).items())), dict(sorted((name, np.asarray(value)) for name, value in tensors.items()))
+    )
 
 
 def test_written_safetensors_read_back_whole_or_not_at_all(tmp_path, monkeypatch):
     path = str(tmp_path / "new" / "model.safetensors")
-    tensors = dict(plain=np.arange(6.0, dtype=np.float32), turned=np.arange(6, dtype=np.float32).reshape(2, 3).T, number=np.float32(3))
+    tensors = dict(
+        plain=np.arange(6.0, dtype=np.float32),
+        turned=np.arange(6, dtype=np.float32).reshape(2, 3).T,
+        number=np.float32(3),
+    )
     tensors["brain"] = np.array([1.5, -2.25], ml_dtypes.bfloat16)
     write_safetensors(path, tensors, {"family": "swin"})
-    assert_same(dict(sorted(read(path).items())), dict(sorted((name, np.asarray(value)) for name, value in tensors.items())))
+    assert_same(
+        dict(sorted(read(path).items())), dict(sorted((name, np.asarray(value)) for name, value in tensors.items()))
+    )
     with safetensors.safe_open(path, "np") as file:
         assert file.metadata() == {"family": "swin"}
         np.testing.assert_array_equal(file.get_tensor("turned"), tensors["turned"])
@@ -156,7 +168,11 @@ def test_a_hugging_face_folder_is_read_whole(torch, tmp_path):
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_npz(tmp_path, save):
-    tensors = {"layer/kernel": np.asfortranarray(np.arange(6.0).reshape(2, 3)), "n": np.int32(3), "b": np.ones(2, ml_dtypes.bfloat16)}
+    tensors = {
+        "layer/kernel": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        "n": np.int32(3),
+        "b": np.ones(2, ml_dtypes.bfloat16),
+    }
     save(tmp_path / "x.npz", **tensors)
     assert_same(read(str(tmp_path / "x.npz")), {name: np.asarray(value) for name, value in tensors.items()})
 
@@ -166,7 +182,12 @@ def test_npy_is_named_after_its_file(tmp_path):
     assert_same(read(str(tmp_path / "table.npy")), {"table": np.arange(3)})
 
 
-ZOO = {"model": {"stem.conv1.weight": np.arange(8, dtype=np.float32).reshape(2, 2, 2), "turned": np.ones((2, 3), np.float32).T}}
+ZOO = {
+    "model": {
+        "stem.conv1.weight": np.arange(8, dtype=np.float32).reshape(2, 2, 2),
+        "turned": np.ones((2, 3), np.float32).T,
+    }
+}
 ZOO |= {"__author__": "somebody", "matching_heuristics": True, "score": np.float64(0.5)}
 
 
@@ -208,8 +229,19 @@ def test_the_published_efficientnet_reads_as_torch_load(torch, published):
 def wrapped(weights: dict, extra) -> dict:
     return {
         "plain": weights,
-        "detectron2": {"model": weights, "optimizer": {"state": {0: {"momentum": extra}}}, "scheduler": {"last": 3}, "iteration": 9},
-        "timm": {"arch": "r50", "state_dict": weights, "state_dict_ema": weights, "best": extra.sum(), "optimizer": {"s": extra}},
+        "detectron2": {
+            "model": weights,
+            "optimizer": {"state": {0: {"momentum": extra}}},
+            "scheduler": {"last": 3},
+            "iteration": 9,
+        },
+        "timm": {
+            "arch": "r50",
+            "state_dict": weights,
+            "state_dict_ema": weights,
+            "best": extra.sum(),
+            "optimizer": {"s": extra},
+        },
         "twice": {"epoch": 3, "model": {"state_dict": weights}},
         "data parallel": {"net": {f"module.{name}": value for name, value in weights.items()}, "rng_state": extra},
         "nested": {"params": {"stem": {"w": weights["stem.w"]}, "net": {"b": weights["net.b"]}}},
@@ -229,7 +261,11 @@ def test_what_trainers_leave_beside_weights_is_dropped(torch, tmp_path):
     import argparse
     import collections
 
-    beside = {"args": argparse.Namespace(lr=0.1), "sched": {"milestones": collections.Counter([3])}, "device": torch.device("cpu")}
+    beside = {
+        "args": argparse.Namespace(lr=0.1),
+        "sched": {"milestones": collections.Counter([3])},
+        "device": torch.device("cpu"),
+    }
     beside |= {"type": torch.float16, "size": torch.Size([3]), "used": {1, 2}}
     torch.save({"model": {"w": torch.ones(2)}, **beside}, tmp_path / "x.pth")
     assert_same(read(str(tmp_path / "x.pth")), {"w": np.ones(2, np.float32)})
@@ -300,12 +336,20 @@ def test_a_tree_without_end_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "shape, strides, offset", [((9,), (1,), 0), ((4,), (1,), 1), ((2,), (-1,), 0), ((3,), (1,), -1), ((1 << 40,), (0,), 0)]
+    "shape, strides, offset",
+    [((9,), (1,), 0), ((4,), (1,), 1), ((2,), (-1,), 0), ((3,), (1,), -1), ((1 << 40,), (0,), 0)],
 )
 def test_views_outside_their_storage_are_refused(torch, tmp_path, shape, strides, offset):
     class Lie:
         def __reduce__(self):
-            return torch._utils._rebuild_tensor_v2, (torch.ones(4)._typed_storage(), offset, shape, strides, False, OrderedDict())
+            return torch._utils._rebuild_tensor_v2, (
+                torch.ones(4)._typed_storage(),
+                offset,
+                shape,
+                strides,
+                False,
+                OrderedDict(),
+            )
 
     torch.save({"w": Lie()}, tmp_path / "x.pth")
     assert_one_line(tmp_path / "x.pth")
@@ -400,7 +444,9 @@ def test_other_files_are_named_with_a_mend(tmp_path, content, told):
 def test_missing_files_are_named(tmp_path):
     assert_one_line(tmp_path / "none.pth", FileNotFoundError)
     assert "model.safetensors" in assert_one_line(tmp_path, FileNotFoundError)
-    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}')
+    (tmp_path / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "1.safetensors", "b": "1.safetensors"}}'
+    )
     with pytest.raises(FileNotFoundError, match="1.safetensors: no such"):
         read(str(tmp_path))
     write_safetensors(str(tmp_path / "1.safetensors"), {"a": np.ones(1, np.float32)})

@@ -41,4 +41,7 @@ def test_aliases_are_equal_and_variances_positive():
 def test_ranges_step_and_aliases_take_the_others_names_in_turn():
     assert layouts._names("a.{0..1}.b.{1..5..2}") == ["a.0.b.1", "a.0.b.3", "a.0.b.5", "a.1.b.1", "a.1.b.3", "a.1.b.5"]
     shared = layouts.aliases("maskdino_r50_instance")
-    assert shared["sem_seg_head.predictor.bbox_embed.4.layers.2.bias"] == "sem_seg_head.predictor._bbox_embed.layers.2.bias"
+    assert (
+        shared["sem_seg_head.predictor.bbox_embed.4.layers.2.bias"]
+        == "sem_seg_head.predictor._bbox_embed.layers.2.bias"
+    )

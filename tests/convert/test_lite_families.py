@@ -46,7 +46,10 @@ def minilm_shapes(prefix: str = "", depth: int = 2) -> dict[str, tuple[int, ...]
     """Names and shapes as Hugging Face has them, with a small vocabulary."""
     dense = lambda name, outputs, inputs: {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
     norm = lambda name: {f"{name}.LayerNorm.weight": (384,), f"{name}.LayerNorm.bias": (384,)}
-    shapes = {f"embeddings.{name}_embeddings.weight": (n, 384) for name, n in (("word", 50), ("position", 512), ("token_type", 2))}
+    shapes = {
+        f"embeddings.{name}_embeddings.weight": (n, 384)
+        for name, n in (("word", 50), ("position", 512), ("token_type", 2))
+    }
     shapes |= {"embeddings.position_ids": (1, 512), **norm("embeddings"), **dense("pooler.dense", 384, 384)}
     for i in range(depth):
         layer = f"encoder.layer.{i}"
@@ -83,7 +86,9 @@ def test_lite0_fills_the_backbone_and_comes_back():
 
 def test_lite1_is_refused():
     shapes = lite0_shapes() | {"_blocks.16._depthwise_conv.weight": (1152, 1, 3, 3)}
-    with pytest.raises(ValueError, match=r"^_blocks.16._depthwise_conv.weight is \(1152, 1, 3, 3\), EfficientNet-Lite0 has none: give"):
+    with pytest.raises(
+        ValueError, match=r"^_blocks.16._depthwise_conv.weight is \(1152, 1, 3, 3\), EfficientNet-Lite0 has none: give"
+    ):
         efficientnet.plan(shapes)
     del shapes["_blocks.7._project_conv.weight"]
     with pytest.raises(ValueError, match=r"^_blocks.7._project_conv.weight is missing"):
@@ -97,8 +102,17 @@ def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
     assert minilm.FAMILY.recognises(shapes) and not efficientnet.FAMILY.recognises(shapes)
     text = plan.config.model.text
     assert plan.part == "text_encoder" and (text.name, text.tokenizer, text.context) == ("bert", "wordpiece", 64)
-    assert (text.vocab_size, text.width, text.heads, text.layers, text.embed_dim, text.norm_eps) == (50, 384, 12, 2, 384, 1e-12)
-    make = lambda: BertTextEncoder(50, text.context, text.width, text.heads, text.layers, norm_eps=text.norm_eps, rngs=nnx.Rngs(0))
+    assert (text.vocab_size, text.width, text.heads, text.layers, text.embed_dim, text.norm_eps) == (
+        50,
+        384,
+        12,
+        2,
+        384,
+        1e-12,
+    )
+    make = lambda: BertTextEncoder(
+        50, text.context, text.width, text.heads, text.layers, norm_eps=text.norm_eps, rngs=nnx.Rngs(0)
+    )
     back, _ = round_trip(plan, shapes, make)
     assert {key.removeprefix(prefix) for key in set(shapes) - set(back)} == {
         "embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias",
@@ -107,10 +121,14 @@ def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
 
 def test_another_bert_is_refused():
     shapes = {key: tuple(2 * n if n == 384 else n for n in shape) for key, shape in minilm_shapes().items()}
-    with pytest.raises(ValueError, match=r"^embeddings.word_embeddings.weight is 768 wide: .*; give a MiniLM \(384\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"^embeddings.word_embeddings.weight is 768 wide: .*; give a MiniLM \(384\)\.$"
+    ):
         minilm.plan(shapes)
     shapes = minilm_shapes() | {"encoder.layer.1.intermediate.dense.weight": (384, 384)}
-    with pytest.raises(ValueError, match=r"^encoder.layer.1.intermediate.dense.weight is \(384, 384\), MiniLM has \(1536, 384\)"):
+    with pytest.raises(
+        ValueError, match=r"^encoder.layer.1.intermediate.dense.weight is \(384, 384\), MiniLM has \(1536, 384\)"
+    ):
         minilm.plan(shapes)
 
 
@@ -125,7 +143,9 @@ def test_the_published_lite0_gives_its_own_features(published):
     image = (image - np.array(EfficientNetLite0.mean, np.float32)) / np.array(EfficientNetLite0.std, np.float32)
     expected = {}
     for k, stride in {2: 4, 4: 8, 10: 16, 15: 32}.items():
-        keep = lambda module, inputs, output, stride=stride: expected.update({stride: output.permute(0, 2, 3, 1).numpy()})
+        keep = lambda module, inputs, output, stride=stride: expected.update(
+            {stride: output.permute(0, 2, 3, 1).numpy()}
+        )
         theirs._blocks[k].register_forward_hook(keep)
     with torch.no_grad():
         theirs(torch.tensor(image.transpose(0, 3, 1, 2)))
@@ -134,7 +154,9 @@ def test_the_published_lite0_gives_its_own_features(published):
     plan = efficientnet.plan({key: value.shape for key, value in tensors.items()})
     model = load(nnx.eval_shape(lambda: EfficientNetLite0(rngs=nnx.Rngs(0))), plan, tensors)
     for stride, feature in jax.jit(model)(jnp.asarray(image)).items():
-        assert_agrees("EfficientNet-Lite0, published weights", "forward", feature, expected[stride], told=f"stride {stride}")
+        assert_agrees(
+            "EfficientNet-Lite0, published weights", "forward", feature, expected[stride], told=f"stride {stride}"
+        )
 
 
 def test_the_published_minilm_gives_its_own_sentences(published):

@@ -1,4 +1,6 @@
-"""Mask2Former against Hugging Face's with random weights: backbone and pixel decoder are equal, the rest is told apart."""
+"""Mask2Former against Hugging Face's with random weights: backbone and pixel decoder are equal, the rest is told
+apart.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def mask2former(device: str = "cpu", swin: bool = True, **sizes):
     features = dict(out_features=["stage1", "stage2", "stage3", "stage4"])
     kind = transformers.SwinConfig if swin else transformers.ResNetConfig
     with torch.device(device):
-        config = transformers.Mask2FormerConfig(backbone_config=kind(drop_path_rate=0.0, **features) if swin else kind(**features), **sizes)
+        config = transformers.Mask2FormerConfig(
+            backbone_config=kind(drop_path_rate=0.0, **features) if swin else kind(**features), **sizes
+        )
         model = transformers.Mask2FormerForUniversalSegmentation(config).eval()
     if device != "meta":
         with torch.no_grad():
@@ -55,7 +59,10 @@ def original_names(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, .
     rules = [
         (r"^model\.pixel_level_module\.encoder\.embedder\.embedder\.convolution", "backbone.stem.conv1"),
         (r"^model\.pixel_level_module\.encoder\.embedder\.embedder\.normalization", "backbone.stem.conv1.norm"),
-        (r"^model\.pixel_level_module\.encoder\.encoder\.stages\.(\d)\.layers\.(\d+)\.", lambda m: f"backbone.res{int(m[1]) + 2}.{m[2]}."),
+        (
+            r"^model\.pixel_level_module\.encoder\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
+            lambda m: f"backbone.res{int(m[1]) + 2}.{m[2]}.",
+        ),
         (r"(?<=\d\.)layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
         (r"(?<=\d\.)layer\.(\d)\.normalization", lambda m: f"conv{int(m[1]) + 1}.norm"),
         (r"shortcut\.convolution", "shortcut"),
@@ -158,7 +165,10 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
     )
     close(pixel["level_embed"][::-1], wanted["decoder.level_embed"])
     close(pixel["mask_features"]["merge"]["conv"]["kernel"].transpose(3, 2, 0, 1), wanted["decoder.layer_1.0.weight"])
-    close(backbone["embed"]["kernel"].transpose(3, 2, 0, 1), wanted["encoder.swin.embeddings.patch_embeddings.projection.weight"])
+    close(
+        backbone["embed"]["kernel"].transpose(3, 2, 0, 1),
+        wanted["encoder.swin.embeddings.patch_embeddings.projection.weight"],
+    )
 
 
 def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
@@ -171,7 +181,12 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
     unfilled = {place: [path for path in report.missing if path.startswith(place)] for place in places}
     assert all(unfilled.values()) and sum(map(len, unfilled.values())) == len(report.missing)
     whys = {line.split(": ", 1)[1].split(":")[0] for line in report.ignored}
-    assert whys == {"masked cross-attention", "classes learned without text", "query positions", "the classifier's norm"}
+    assert whys == {
+        "masked cross-attention",
+        "classes learned without text",
+        "query positions",
+        "the classifier's norm",
+    }
     for key, value in invert(plan, values).items():
         np.testing.assert_array_equal(value, tensors[key])
 
@@ -183,8 +198,14 @@ def test_names_in_memory_and_on_disk_stand_for_the_same_places():
         ".mlp.fc2.": ".output.dense.", ".o_proj.": ".output.dense.", ".attention.q_proj.": ".attention.self.query.",
         ".attention.k_proj.": ".attention.self.key.", ".attention.v_proj.": ".attention.self.value.",
     }  # fmt: skip
-    on_disk = {functools.reduce(lambda k, name: k.replace(name, names[name]), names, key): shape for key, shape in sizes.items()}
-    places = [[(entry.ours, entry.index, entry.into) for entry in families["hf_mask2former"].plan(s).entries] for s in (sizes, on_disk)]
+    on_disk = {
+        functools.reduce(lambda k, name: k.replace(name, names[name]), names, key): shape
+        for key, shape in sizes.items()
+    }
+    places = [
+        [(entry.ours, entry.index, entry.into) for entry in families["hf_mask2former"].plan(s).entries]
+        for s in (sizes, on_disk)
+    ]
     assert on_disk.keys() != sizes.keys() and places[0] == places[1]
 
 
@@ -215,7 +236,8 @@ def test_the_first_checkpoints_name_of_the_queries_is_known():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     old = {key.replace("query_feat", "static_query"): shape for key, shape in sizes.items()}
     places = [
-        [dataclasses.replace(entry, theirs="", order=None) for entry in families["mask2former"].plan(s).entries] for s in (sizes, old)
+        [dataclasses.replace(entry, theirs="", order=None) for entry in families["mask2former"].plan(s).entries]
+        for s in (sizes, old)
     ]
     assert places[0] == places[1]
 

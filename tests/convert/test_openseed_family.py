@@ -22,7 +22,9 @@ DEEP = re.compile(r"(resblocks|encoder\.layers|decoder\.layers|bbox_embed)\.([2-
 
 
 def checkpoint(learned: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors in the released layout, cut to two layers of each transformer and 64 words; with learned queries: decoupled."""
+    """Random tensors in the released layout, cut to two layers of each transformer and 64 words; with learned queries:
+    decoupled.
+    """
     random = layouts.random("openseed_swint")
     tensors = {key: random[key] for key in random if not DEEP.search(key) and "token_embedding" not in key}
     draw = np.random.default_rng(0).standard_normal
@@ -53,7 +55,12 @@ def test_the_whole_checkpoint_has_a_place_and_comes_back_exactly(learned, querie
     assert report.complete, report.table()
     assert all(re.search(r"empty_weight|relative_position_index", line) for line in report.ignored)
     model = plan.config.model
-    assert (model.queries, model.num_learnable, model.num_conditional, model.interaction) == (queries, learned, 300, "joint")
+    assert (model.queries, model.num_learnable, model.num_conditional, model.interaction) == (
+        queries,
+        learned,
+        300,
+        "joint",
+    )
     assert (model.text.context, model.text.heads, model.text.norm_eps, model.strides) == (77, 8, 1e-12, (8, 16, 32, 64))
     back = invert(plan, values)
     assert set(tensors) - set(back) == {line.split(":")[0] for line in report.ignored}
@@ -82,7 +89,9 @@ def test_a_level_of_stride_4_is_seen_by_its_projection():
 
 
 def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
-    """Embeddings of 1e-3, so that an epsilon of 1e-5 would show; lang_proj is square, so that a wrong turn would too."""
+    """Embeddings of 1e-3, so that an epsilon of 1e-5 would show; lang_proj is square, so that a wrong turn would
+    too.
+    """
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
@@ -100,7 +109,9 @@ def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     plan = TEXT.plan(shapes(tensors))
     encoder = load(build(lambda rngs: make_text_encoder(plan.config.model.text, rngs, "float32")), plan, tensors)
     expected = theirs(input_ids=torch.tensor(tokens)).text_embeds.detach().numpy()
-    assert_agrees("OpenSeeD text (transformers)", "forward", nnx.jit(lambda m, x: m(x))(encoder, tokens), expected, 1e-5)
+    assert_agrees(
+        "OpenSeeD text (transformers)", "forward", nnx.jit(lambda m, x: m(x))(encoder, tokens), expected, 1e-5
+    )
 
 
 def test_a_part_of_a_checkpoint_is_refused_in_one_line_that_names_the_tensor():
@@ -124,7 +135,9 @@ def _language_names(clip: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         tensors[f"{TOWER}ln_final.{kind}"] = at(f"final_layer_norm.{kind}")
         for i in range(2):
             old, new = f"encoder.layers.{i}.", f"{TOWER}resblocks.{i}."
-            tensors[f"{new}attn.in_proj_{kind}"] = np.concatenate([at(f"{old}self_attn.{name}_proj.{kind}") for name in "qkv"])
+            tensors[f"{new}attn.in_proj_{kind}"] = np.concatenate(
+                [at(f"{old}self_attn.{name}_proj.{kind}") for name in "qkv"]
+            )
             names = {
                 "self_attn.out_proj": "attn.out_proj",
                 "layer_norm1": "ln_1",

@@ -28,7 +28,10 @@ def torchvision(depth: int) -> dict[str, tuple[int, ...]]:
             for k, size in enumerate(sizes, 1):
                 shapes |= {f"{at}.conv{k}.weight": size, **norm(f"{at}.bn{k}", size[0])}
             if block == 0:
-                shapes |= {f"{at}.downsample.0.weight": (4 * width, inputs, 1, 1), **norm(f"{at}.downsample.1", 4 * width)}
+                shapes |= {
+                    f"{at}.downsample.0.weight": (4 * width, inputs, 1, 1),
+                    **norm(f"{at}.downsample.1", 4 * width),
+                }
             inputs = 4 * width
     return shapes
 
@@ -54,7 +57,9 @@ def hugging_face(depth: int, name: str = "ResNetBackbone") -> dict[str, tuple[in
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     with torch.device("meta"):
-        model = getattr(transformers, name)(transformers.ResNetConfig(layer_type="bottleneck", depths=list(BLOCKS[depth])))
+        model = getattr(transformers, name)(
+            transformers.ResNetConfig(layer_type="bottleneck", depths=list(BLOCKS[depth]))
+        )
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
@@ -92,7 +97,9 @@ def test_the_names_differ_and_the_places_do_not(depth):
     assert places[0] == places[1] == places[2]
     assert {entry.ours for entry in places[0]} == set(backbone(depth))
     assert all(plan.config.model.backbone.name == f"resnet{depth}" for plan in plans)
-    assert len(places[0]) == len([key for key in torchvision(depth) if not key.startswith("fc") and "num_batches" not in key])
+    assert len(places[0]) == len(
+        [key for key in torchvision(depth) if not key.startswith("fc") and "num_batches" not in key]
+    )
 
 
 def test_each_layout_is_known_by_its_own_family_alone():
@@ -112,7 +119,11 @@ def test_what_other_code_writes_before_the_names_is_read_over(name, prefix):
 
 
 def test_the_backbone_of_a_whole_model_is_not_taken_alone():
-    for more in ("sem_seg_head.predictor.decoder_norm.weight", "model.pixel_level_module.decoder.level_embed", "visual.proj"):
+    for more in (
+        "sem_seg_head.predictor.decoder_norm.weight",
+        "model.pixel_level_module.decoder.level_embed",
+        "visual.proj",
+    ):
         shapes = {f"backbone.{key}": shape for key, shape in detectron2(50).items()} | torchvision(50) | {more: (256,)}
         assert not any(family.recognises(shapes) for family in families.values())
 
@@ -131,7 +142,8 @@ def test_other_depths_are_refused_in_one_line():
         families["resnet"].plan(shapes)
     basic = {key: shape for key, shape in torchvision(50).items() if "conv3" not in key}
     with pytest.raises(
-        ValueError, match=r"no bottlenecks, as those of 18 and 34 layers .* \(a bottleneck has layer\?\.\?\.conv3\.weight\)"
+        ValueError,
+        match=r"no bottlenecks, as those of 18 and 34 layers .* \(a bottleneck has layer\?\.\?\.conv3\.weight\)",
     ):
         families["resnet"].plan(basic)
 

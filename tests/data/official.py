@@ -31,7 +31,11 @@ FOREGROUND = [
 ]
 # Folders of images, mattes and trimaps (training splits of two sets have none).
 MATTES = [
-    ("alphamatting/input_training_lowres", "alphamatting/gt_training_lowres", "alphamatting/trimap_training_lowres/Trimap1"),
+    (
+        "alphamatting/input_training_lowres",
+        "alphamatting/gt_training_lowres",
+        "alphamatting/trimap_training_lowres/Trimap1",
+    ),
     ("AIM-500/original", "AIM-500/mask", "AIM-500/trimap"),
     ("AM-2k/train/original", "AM-2k/train/mask", None),
     ("AM-2k/validation/original", "AM-2k/validation/mask", "AM-2k/validation/trimap"),
@@ -51,7 +55,14 @@ REFER = {
 
 
 # What COCO's panoptic classes are in Cityscapes (label id) and BDD100K (category), by COCO's name.
-STREET = {"person": (24, 31), "car": (26, 35), "truck": (27, 40), "road": (7, 7), "sky-other-merged": (23, 30), "tree-merged": (21, 29)}
+STREET = {
+    "person": (24, 31),
+    "car": (26, 35),
+    "truck": (27, 40),
+    "road": (7, 7),
+    "sky-other-merged": (23, 30),
+    "tree-merged": (21, 29),
+}
 # ADE20K's classes in its semantic maps and in its instance maps (the benchmark's categoryMapping.txt).
 ADE_THINGS = {8: 1, 9: 2, 11: 3, 13: 4, 15: 5, 16: 6, 19: 7, 20: 8, 21: 9}
 
@@ -94,7 +105,10 @@ def lvis(real: Path, root: Path) -> None:
     for split, start in (("train", 0), ("val", COUNT)):
         part = _first({**data, "images": data["images"][start:]})
         for entry in part["images"]:
-            _link(real / "coco/images" / entry.pop("file_name"), root / "coco" / "/".join(entry["coco_url"].split("/")[-2:]))
+            _link(
+                real / "coco/images" / entry.pop("file_name"),
+                root / "coco" / "/".join(entry["coco_url"].split("/")[-2:]),
+            )
         _dump(root / f"lvis/lvis_v1_{split}.json", part)
 
 
@@ -110,7 +124,9 @@ def refer(real: Path, root: Path) -> None:
         for i, ref in enumerate(shown)
     ]
     names = {entry["id"]: f"COCO_train2014_{entry['id']:012d}.jpg" for entry in data["images"]}
-    entries = [{**e, "file_name": names[e["id"]]} for e in data["images"] if e["id"] in {ref["image_id"] for ref in shown}]
+    entries = [
+        {**e, "file_name": names[e["id"]]} for e in data["images"] if e["id"] in {ref["image_id"] for ref in shown}
+    ]
     for entry in data["images"]:
         _link(real / "coco/images" / entry["file_name"], root / "coco/train2014" / names[entry["id"]])
     for number, (file, splits) in enumerate(REFER.items()):
@@ -123,7 +139,9 @@ def refer(real: Path, root: Path) -> None:
                 "split": splits[ref["image_id"] % len(splits)],
                 "file_name": names[ref["image_id"]].replace(".jpg", f"_{i}.jpg"),
                 "sent_ids": list(range(len(ref["sentences"]))),
-                "sentences": [{"sent_id": k, "sent": s, "raw": s, "tokens": s.split()} for k, s in enumerate(ref["sentences"])],
+                "sentences": [
+                    {"sent_id": k, "sent": s, "raw": s, "tokens": s.split()} for k, s in enumerate(ref["sentences"])
+                ],
             }
             for i, ref in enumerate(shown)
             if i % len(REFER) != number
@@ -131,20 +149,35 @@ def refer(real: Path, root: Path) -> None:
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(pickle.dumps(refs, protocol=2))
-        _dump(path.parent / "instances.json", {"images": entries, "annotations": annotations, "categories": data["categories"]})
+        _dump(
+            path.parent / "instances.json",
+            {"images": entries, "annotations": annotations, "categories": data["categories"]},
+        )
 
 
 def foreground(real: Path, root: Path) -> None:
-    """One image with its mask in every folder, another in each; COIFT's masks hold 0 and 1, ThinObject5K's lists name its masks."""
+    """One image with its mask in every folder, another in each; COIFT's masks hold 0 and 1, ThinObject5K's lists name
+    its masks.
+    """
     files = {name: _load(real / f"coco/{name}.json") for name in ("instances_train", "instances_val")}
     items = _load(real / "coco/foreground.json")["items"]
     for split in ("train", "val", "test"):
-        _foreground(real, root, files, items.pop(), "ThinObject5K/images", "ThinObject5K/masks", f"ThinObject5K/list/{split}.txt")
+        _foreground(
+            real,
+            root,
+            files,
+            items.pop(),
+            "ThinObject5K/images",
+            "ThinObject5K/masks",
+            f"ThinObject5K/list/{split}.txt",
+        )
     for images, masks in FOREGROUND:
         _foreground(real, root, files, items.pop(), images, masks)
 
 
-def _foreground(real: Path, root: Path, files: dict, item: dict, images: str, masks: str, listed: str | None = None) -> None:
+def _foreground(
+    real: Path, root: Path, files: dict, item: dict, images: str, masks: str, listed: str | None = None
+) -> None:
     data = files[item["instances"]]
     entry = next(e for e in data["images"] if e["id"] == item["image_id"])
     wanted = [a for a in data["annotations"] if a["id"] in item["ann_ids"]]
@@ -189,12 +222,17 @@ def objects365(real: Path, root: Path) -> None:
             part = _first(_load(real / f"boxonly/{name}.json"))
             data["categories"].append({"id": category, "name": name.title()})
             for entry in part["images"]:
-                _link(real / "boxonly" / name / entry["file_name"], root / f"objects365v2/{split}/patch{patch}" / entry["file_name"])
+                _link(
+                    real / "boxonly" / name / entry["file_name"],
+                    root / f"objects365v2/{split}/patch{patch}" / entry["file_name"],
+                )
                 place = f"images/{version}/patch{patch}/{entry['file_name']}"
                 data["images"].append({**entry, "id": entry["id"] + 1000 * category, "file_name": place})
             for annotation in part["annotations"]:
                 ids = {"image_id": annotation["image_id"] + 1000 * category, "id": annotation["id"] + 1000 * category}
-                data["annotations"].append({**annotation, **ids, "category_id": category, "isfake": 0, "isreflected": 0})
+                data["annotations"].append(
+                    {**annotation, **ids, "category_id": category, "isfake": 0, "isreflected": 0}
+                )
         _dump(root / f"objects365v2/annotations/zhiyuan_objv2_{split}.json", data)
 
 
@@ -215,7 +253,9 @@ def street(real: Path, root: Path) -> None:
     for split in ("train", "val"):
         data = _load(real / f"coco/panoptic/{split}.json")
         name_of = {c["id"]: c["name"] for c in data["categories"]}
-        scenes = [a for a in data["annotations"] if {"car", "road"} <= {name_of[s["category_id"]] for s in a["segments_info"]}]
+        scenes = [
+            a for a in data["annotations"] if {"car", "road"} <= {name_of[s["category_id"]] for s in a["segments_info"]}
+        ]
         for annotation in scenes[:2]:
             stem = Path(annotation["file_name"]).stem
             ids = panoptic_ids(real / f"coco/panoptic/{split}" / annotation["file_name"])
@@ -247,7 +287,9 @@ def ade_instances(real: Path, root: Path) -> None:
 def pascal_context(real: Path, root: Path) -> None:
     """VOC 2010's folders and MATLAB files, with ADE20K's labels."""
     voc = root / "VOCdevkit/VOC2010"
-    names = [line.split("\t")[-1].split(",")[0] for line in (real / "ade20k/objectInfo150.txt").read_text().splitlines()[1:]]
+    names = [
+        line.split("\t")[-1].split(",")[0] for line in (real / "ade20k/objectInfo150.txt").read_text().splitlines()[1:]
+    ]
     for folder in ("trainval", "ImageSets/Main"):
         (voc / folder).mkdir(parents=True)
     (voc / "labels.txt").write_text("".join(f"{i}: {name}\n" for i, name in enumerate(names, 1)))
@@ -269,12 +311,27 @@ def visual_genome(real: Path, root: Path) -> None:
     entries = [e for e in data["images"] if e["id"] in {a["image_id"] for a in people}][:52]
     about: dict[str, list] = {"image_data": [], "objects": [], "region_descriptions": []}
     for image_id, entry in enumerate(entries, 2300000):
-        _link(real / "coco/images" / entry["file_name"], root / f"visual_genome/VG_100K{'_2' * (image_id % 2)}/{image_id}.jpg")
-        about["image_data"].append({"image_id": image_id, "width": entry["width"], "height": entry["height"], "coco_id": entry["id"]})
+        _link(
+            real / "coco/images" / entry["file_name"],
+            root / f"visual_genome/VG_100K{'_2' * (image_id % 2)}/{image_id}.jpg",
+        )
+        about["image_data"].append(
+            {"image_id": image_id, "width": entry["width"], "height": entry["height"], "coco_id": entry["id"]}
+        )
         objects, regions = [], []
         for annotation in (a for a in people if a["image_id"] == entry["id"]):
             x, y, w, h = map(round, annotation["bbox"])
-            objects.append({"object_id": annotation["id"], "x": x, "y": y, "w": w, "h": h, "names": ["person"], "synsets": ["person.n.01"]})
+            objects.append(
+                {
+                    "object_id": annotation["id"],
+                    "x": x,
+                    "y": y,
+                    "w": w,
+                    "h": h,
+                    "names": ["person"],
+                    "synsets": ["person.n.01"],
+                }
+            )
             phrase = f"The person {annotation['id']}."
             regions.append({"region_id": annotation["id"], "x": x, "y": y, "width": w, "height": h, "phrase": phrase})
         about["objects"].append({"image_id": image_id, "objects": objects})

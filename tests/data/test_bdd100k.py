@@ -48,7 +48,9 @@ def _prepare(bdd, **options):
 
 def _columns(*pixels):
     """Columns of equal width, each of one (category, attributes, number)."""
-    columns = np.array([(category, attributes, number >> 8, number & 255) for category, attributes, number in pixels], np.uint8)
+    columns = np.array(
+        [(category, attributes, number >> 8, number & 255) for category, attributes, number in pixels], np.uint8
+    )
     return np.repeat(columns, W // len(pixels), 0)[None].repeat(H, 0)
 
 
@@ -69,7 +71,10 @@ def test_every_pixel_is_read_as_the_format_says(bdd):
         owner = (category - 1, attributes % 4 > 0, number if category > 30 else None)
         (void if category == 0 else truth.setdefault(owner, np.zeros((H, W), bool)))[y, x] = True
     found = {(s.class_id, s.crowd, record.decode_mask(s.mask).tobytes()) for s in record.segments}
-    assert found == {(c, crowd, mask.tobytes()) for (c, crowd, _), mask in truth.items()} and len(record.segments) == len(truth) == 8
+    assert (
+        found == {(c, crowd, mask.tobytes()) for (c, crowd, _), mask in truth.items()}
+        and len(record.segments) == len(truth) == 8
+    )
     np.testing.assert_array_equal(record.decode_mask(record.ignore), void)
 
 
@@ -77,7 +82,10 @@ def test_a_number_shared_by_two_things_makes_both_crowds(bdd, capsys):
     bdd("a", _columns((CAR, 0, 31), (PERSON, 0, 31), (CAR, 0, 32), (SKY, 0, SKY)))
     (record,) = _prepare(bdd)[1].values()
     assert sorted((s.class_id, s.crowd) for s in record.segments) == [(29, False), (30, True), (34, False), (34, True)]
-    assert "2 x note: one number for two things; both are taken as crowds (a region 31, a region 31)" in capsys.readouterr().out
+    assert (
+        "2 x note: one number for two things; both are taken as crowds (a region 31, a region 31)"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_is_broken_is_counted_and_named(bdd, capsys):

@@ -1,4 +1,6 @@
-"""data/cityscapes.py: instanceIds PNGs in the official folders, to records, against the official reading of each value."""
+"""data/cityscapes.py: instanceIds PNGs in the official folders, to records, against the official reading of each
+value.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ def city(tmp_path):
 
 
 def _prepare(root, **options):
-    options = {"images": root / "leftImg8bit" / "train", "labels": root / "gtFine" / "train", "out": root / "out", **options}
+    options = {
+        "images": root / "leftImg8bit" / "train",
+        "labels": root / "gtFine" / "train",
+        "out": root / "out",
+        **options,
+    }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     status = prepare.main(["cityscapes", "--name", "cityscapes", "--split", "train", "--workers", "1", *words])
     if status:
@@ -58,11 +65,16 @@ def _columns(*values):
 
 def test_every_value_is_read_as_the_official_scripts_read_it(city):
     ids = np.kron(
-        np.random.default_rng(1).choice([0, 3, 7, 23, 24, 26, 29, 24000, 24001, 26000, 26017, 29001, 33005], (6, 15)), np.ones((4, 4))
+        np.random.default_rng(1).choice([0, 3, 7, 23, 24, 26, 29, 24000, 24001, 26000, 26017, 29001, 33005], (6, 15)),
+        np.ones((4, 4)),
     )
     city("aachen_000000_000019", ids)
     info, records = _prepare(city.root)
-    assert [c.name for c in info.classes] == NAMES and [c.name for c in info.classes if c.thing] == NAMES[11:] and info.exhaustive
+    assert (
+        [c.name for c in info.classes] == NAMES
+        and [c.name for c in info.classes if c.thing] == NAMES[11:]
+        and info.exhaustive
+    )
     record = records["aachen/aachen_000000_000019"]
     path = city.root / "gtFine" / "train" / "aachen" / "aachen_000000_000019_gtFine_instanceIds.png"
     truth, void = {}, np.zeros((H, W), bool)
@@ -103,7 +115,9 @@ def test_what_is_broken_is_counted_and_named(city, capsys):
     city("void_1_2", _columns(0, 4, 29001))
     _, records = _prepare(city.root)
     assert sorted(records) == ["good/good_1_2", "strange/strange_1_2"]
-    np.testing.assert_array_equal(records["strange/strange_1_2"].decode_mask(records["strange/strange_1_2"].ignore), _columns(0, 1, 1) > 0)
+    np.testing.assert_array_equal(
+        records["strange/strange_1_2"].decode_mask(records["strange/strange_1_2"].ignore), _columns(0, 1, 1) > 0
+    )
     table = capsys.readouterr().out
     for line in (
         "2 images kept, 4 dropped",
@@ -120,7 +134,10 @@ def test_what_is_broken_is_counted_and_named(city, capsys):
 
 def test_the_wrong_folder_ends_in_one_line(city, capsys):
     city("good_1_2", _columns(7, 26001, 26002))
-    for labels, said in ((city.root / "gone", "gone: no such folder"), (city.root / "leftImg8bit", "no mask *_gtFine_instanceIds.png")):
+    for labels, said in (
+        (city.root / "gone", "gone: no such folder"),
+        (city.root / "leftImg8bit", "no mask *_gtFine_instanceIds.png"),
+    ):
         assert _prepare(city.root, labels=labels)[0] is None
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and said in error

@@ -1,4 +1,6 @@
-"""Data sets that come as COCO json, in their official layouts: Objects365 v2, LVIS v1, RefCOCO, Roboflow's exports (SeginW)."""
+"""Data sets that come as COCO json, in their official layouts: Objects365 v2, LVIS v1, RefCOCO, Roboflow's exports
+(SeginW).
+"""
 
 from __future__ import annotations
 
@@ -55,10 +57,32 @@ def _texts(*categories):
 # ---- Objects365 v2 ------------------------------------------------------------------------------------------------
 
 O365_IMAGES = [
-    {"height": H, "id": 420917, "license": 5, "width": W, "file_name": "images/v1/patch8/objects365_v1_00420917.jpg", "url": ""},
-    {"height": H, "id": 908726, "license": 5, "width": W, "file_name": "images/v2/patch16/objects365_v2_00908726.jpg", "url": ""},
+    {
+        "height": H,
+        "id": 420917,
+        "license": 5,
+        "width": W,
+        "file_name": "images/v1/patch8/objects365_v1_00420917.jpg",
+        "url": "",
+    },
+    {
+        "height": H,
+        "id": 908726,
+        "license": 5,
+        "width": W,
+        "file_name": "images/v2/patch16/objects365_v2_00908726.jpg",
+        "url": "",
+    },
 ]
-O365_BOX = {"id": 51, "iscrowd": 0, "isfake": 0, "area": 1584.6, "isreflected": 0, "bbox": [4.5, 8.25, 35.5, 14.5], "image_id": 420917}
+O365_BOX = {
+    "id": 51,
+    "iscrowd": 0,
+    "isfake": 0,
+    "area": 1584.6,
+    "isreflected": 0,
+    "bbox": [4.5, 8.25, 35.5, 14.5],
+    "image_id": 420917,
+}
 O365_CATEGORIES = [{"id": 13, "name": "Cabinet/shelf"}, {"id": 53, "name": "Bakset"}, {"id": 93, "name": "Dog"}]
 
 
@@ -71,7 +95,12 @@ def _objects365(folder, annotations, images=O365_IMAGES):
 def test_an_image_is_found_by_ever_shorter_ends_of_its_path(tmp_path, unpacked):
     _picture(tmp_path / "train" / unpacked / "objects365_v1_00420917.jpg")
     records, problems = _made(_objects365(tmp_path, [{**O365_BOX, "category_id": 93}]))
-    assert list(records) == [O365_IMAGES[0]["file_name"]] and records[O365_IMAGES[0]["file_name"]].segments[0].box == (4.5, 8.25, 40, 22.75)
+    assert list(records) == [O365_IMAGES[0]["file_name"]] and records[O365_IMAGES[0]["file_name"]].segments[0].box == (
+        4.5,
+        8.25,
+        40,
+        22.75,
+    )
     assert problems["image: file is missing"] == 1  # of three that the set is known to lack
     assert problems["note: image without annotations; all classes count as absent"] == 1
 
@@ -100,7 +129,13 @@ def test_crowds_fakes_and_boxes_that_come_twice(tmp_path):
 
 def test_fields_that_no_record_needs_are_not_kept(tmp_path):
     path = _json(tmp_path / "a.json", {"annotations": [{**O365_BOX, "category_id": 93}]})
-    assert coco.load_json(path, "annotations")["annotations"][0].keys() == {"id", "iscrowd", "bbox", "image_id", "category_id"}
+    assert coco.load_json(path, "annotations")["annotations"][0].keys() == {
+        "id",
+        "iscrowd",
+        "bbox",
+        "image_id",
+        "category_id",
+    }
 
 
 @pytest.mark.parametrize(
@@ -152,9 +187,22 @@ def lvis(tmp_path):
             "coco_url": f"http://images.cocodataset.org/{name}",
         }
         images.append({"id": number, "neg_category_ids": [2, 4], "not_exhaustive_category_ids": [3], **extra})
-    for image_id, category, polygons in ((391895, 1, SQUARE), (391895, 3, TRIANGLE), (391895, 3, SQUARE), (139, 2, TRIANGLE)):
+    for image_id, category, polygons in (
+        (391895, 1, SQUARE),
+        (391895, 3, TRIANGLE),
+        (391895, 3, SQUARE),
+        (139, 2, TRIANGLE),
+    ):
         box = cv2.boundingRect(np.array(polygons, np.float32).reshape(-1, 2))
-        annotations.append({"id": len(annotations), "image_id": image_id, "category_id": category, "segmentation": polygons, "bbox": box})
+        annotations.append(
+            {
+                "id": len(annotations),
+                "image_id": image_id,
+                "category_id": category,
+                "segmentation": polygons,
+                "bbox": box,
+            }
+        )
     names = [
         ("bow_(weapon)", ["bow_(weapon)"]),
         ("bow_(decorative_ribbons)", ["bow_(decorative_ribbons)"]),
@@ -171,17 +219,26 @@ def test_lvis_says_what_is_absent_and_what_is_labelled_in_part(lvis):
     records, problems = _made(lvis)
     record = records["train2017/000000391895.jpg"]
     assert not problems and not lvis.exhaustive
-    assert [s.class_id for s in record.segments] == [0, 2, 2] and record.absent_classes == (1, 3) and record.partial_classes == (2,)
+    assert (
+        [s.class_id for s in record.segments] == [0, 2, 2]
+        and record.absent_classes == (1, 3)
+        and record.partial_classes == (2,)
+    )
     oracle = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(TRIANGLE, H, W)))
     np.testing.assert_array_equal(record.decode_mask(record.segments[1].mask), oracle.astype(bool))
-    other = records["val2017/000000000139.jpg"]  # says itself that class 2 is absent, and labels it: what is labelled is there
+    other = records[
+        "val2017/000000000139.jpg"
+    ]  # says itself that class 2 is absent, and labels it: what is labelled is there
     assert other.absent_classes == (3,) and [s.class_id for s in other.segments] == [1]
 
 
 def test_lvis_asks_for_what_an_image_vouches_for_and_for_nothing_else(lvis):
     info = DatasetInfo("lvis", lvis.classes, {}, lvis.exhaustive)
     example = to_example(_made(lvis)[0]["train2017/000000391895.jpg"], info, ["instance"], "x")
-    asked = {prompt.texts[0]: (prompt.exhaustive, sum(i in t.prompts for t in example.targets)) for i, prompt in enumerate(example.prompts)}
+    asked = {
+        prompt.texts[0]: (prompt.exhaustive, sum(i in t.prompts for t in example.targets))
+        for i, prompt in enumerate(example.prompts)
+    }
     assert asked == {
         "bow (weapon)": (True, 1),
         "bow (decorative ribbons)": (True, 0),
@@ -217,7 +274,11 @@ def _text(value):
     if isinstance(value, list):
         return b"(l" + b"".join(_text(v) + b"a" for v in value)
     if isinstance(value, str):
-        return b"S" + repr(value).encode() + b"\n" if value.isascii() else b"V" + value.encode("raw-unicode-escape") + b"\n"
+        return (
+            b"S" + repr(value).encode() + b"\n"
+            if value.isascii()
+            else b"V" + value.encode("raw-unicode-escape") + b"\n"
+        )
     return b"F%r\n" % value if isinstance(value, float) else b"L%dL\n" % value if value >= 1 << 31 else b"I%d\n" % value
 
 
@@ -228,14 +289,26 @@ def _binary(value):
         return b"](" + b"".join(map(_binary, value)) + b"e"
     if isinstance(value, str):
         encoded = value.encode()
-        return b"U" + bytes([len(encoded)]) + encoded if value.isascii() else b"X" + struct.pack("<I", len(encoded)) + encoded
+        return (
+            b"U" + bytes([len(encoded)]) + encoded
+            if value.isascii()
+            else b"X" + struct.pack("<I", len(encoded)) + encoded
+        )
     return b"G" + struct.pack(">d", value) if isinstance(value, float) else b"\x8a\x05" + value.to_bytes(5, "little")
 
 
 def _ref(ref_id, ann_id, split, *sents, image_id=581857):
-    sentences = [{"tokens": s.split(), "raw": s.upper(), "sent_id": 9 * ref_id + i, "sent": s} for i, s in enumerate(sents)]
+    sentences = [
+        {"tokens": s.split(), "raw": s.upper(), "sent_id": 9 * ref_id + i, "sent": s} for i, s in enumerate(sents)
+    ]
     name = f"COCO_train2014_{image_id:012d}_{ref_id}.jpg"
-    ref = {"sent_ids": [s["sent_id"] for s in sentences], "file_name": name, "ann_id": ann_id, "ref_id": ref_id, "image_id": image_id}
+    ref = {
+        "sent_ids": [s["sent_id"] for s in sentences],
+        "file_name": name,
+        "ann_id": ann_id,
+        "ref_id": ref_id,
+        "image_id": image_id,
+    }
     return {**ref, "split": split, "sentences": sentences, "category_id": 1}
 
 
@@ -256,14 +329,28 @@ def refcoco(tmp_path):
     runs = {"size": [H, W], "counts": [100, 300, H * W - 400]}
     shapes = [(1719310, SQUARE, 581857), (1719311, TRIANGLE, 581857), (1719312, SQUARE, 98304), (3 << 31, runs, 98304)]
     annotations = [
-        {"id": i, "segmentation": s, "area": 1.0, "iscrowd": int(s is runs), "image_id": image, "bbox": [0, 0, 0, 0], "category_id": 1}
+        {
+            "id": i,
+            "segmentation": s,
+            "area": 1.0,
+            "iscrowd": int(s is runs),
+            "image_id": image,
+            "bbox": [0, 0, 0, 0],
+            "category_id": 1,
+        }
         for i, s, image in shapes
     ]
     for annotation in annotations:
         rle = annotation["segmentation"]
-        rle = coco_mask.frPyObjects(rle, H, W) if isinstance(rle, dict) else coco_mask.merge(coco_mask.frPyObjects(rle, H, W))
+        rle = (
+            coco_mask.frPyObjects(rle, H, W)
+            if isinstance(rle, dict)
+            else coco_mask.merge(coco_mask.frPyObjects(rle, H, W))
+        )
         annotation["bbox"] = coco_mask.toBbox(rle).tolist()
-    images = [{"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": H, "width": W} for i in (581857, 98304, 5)]
+    images = [
+        {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "height": H, "width": W} for i in (581857, 98304, 5)
+    ]
     data = {
         "images": images,
         "annotations": annotations,
@@ -298,7 +385,9 @@ def test_refs_that_python_2_pickled_are_read(refcoco, protocol):
 def test_a_class_of_which_some_are_referred_to_is_labelled_in_part(refcoco):
     plan = _referring(refcoco, REFS, "train")
     (record,) = _made(plan)[0].values()
-    example = to_example(record, DatasetInfo("refcoco", plan.classes, {}, plan.exhaustive), ["instance", "referring"], "x")
+    example = to_example(
+        record, DatasetInfo("refcoco", plan.classes, {}, plan.exhaustive), ["instance", "referring"], "x"
+    )
     assert {p.texts[0]: p.exhaustive for p in example.prompts}["person"] is False
 
 
@@ -306,11 +395,15 @@ def test_splits_to_evaluate_on_keep_every_expression_as_often_as_it_was_said(ref
     (record,) = _made(_referring(refcoco, REFS, "testA"))[0].values()
     lady, crowd = record.segments
     assert lady.texts == ("lady", "lady", "person") and crowd.texts == ("person",)
-    assert not crowd.crowd and record.decode_mask(crowd.mask).ravel(order="F").nonzero()[0].tolist() == list(range(100, 400))
+    assert not crowd.crowd and record.decode_mask(crowd.mask).ravel(order="F").nonzero()[0].tolist() == list(
+        range(100, 400)
+    )
 
 
 def test_train_is_never_mixed_with_other_splits(refcoco):
-    with pytest.raises(ValueError, match=r"refs\(unc\).p: holds the splits testA, train, val; say which with --refs-split"):
+    with pytest.raises(
+        ValueError, match=r"refs\(unc\).p: holds the splits testA, train, val; say which with --refs-split"
+    ):
         _referring(refcoco, REFS, None)
     with pytest.raises(ValueError, match="no ref is of split 'test'; its splits are testA, train, val"):
         _referring(refcoco, REFS, "test")
@@ -349,7 +442,10 @@ def test_refs_without_the_file_that_lists_their_images_say_so(refcoco):
 def _export(folder, categories, used):
     _picture(folder / "valid" / "a_jpg.rf.1.jpg")
     images = [{"id": 0, "license": 1, "file_name": "a_jpg.rf.1.jpg", "height": H, "width": W, "date_captured": "2022"}]
-    annotations = [{"id": i, "image_id": 0, "category_id": c, "bbox": [10, 5, 20, 20], "segmentation": SQUARE} for i, c in enumerate(used)]
+    annotations = [
+        {"id": i, "image_id": 0, "category_id": c, "bbox": [10, 5, 20, 20], "segmentation": SQUARE}
+        for i, c in enumerate(used)
+    ]
     data = {"info": {}, "licenses": [], "categories": categories, "images": images, "annotations": annotations}
     plan = coco.instances(_json(folder / "valid" / "_annotations_min1cat.coco.json", data), str(folder / "valid"))
     return plan, _made(plan)[0]["a_jpg.rf.1.jpg"]
@@ -362,7 +458,9 @@ def _categories(*pairs):
 def test_the_row_of_the_project_is_no_class_of_its_export(tmp_path):
     plan, record = _export(tmp_path, _categories(("tumor", "none"), ("tumor", "tumor"), ("skull", "tumor")), [1])
     assert [c.name for c in plan.classes] == ["tumor", "skull"] and record.segments[0].class_id == 0
-    assert list(plan.problems.counts) == ["note: category without annotations, the super-category of all others, is no class"]
+    assert list(plan.problems.counts) == [
+        "note: category without annotations, the super-category of all others, is no class"
+    ]
 
 
 @pytest.mark.parametrize(

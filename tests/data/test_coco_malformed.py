@@ -34,7 +34,10 @@ def _toy(folder, annotations, images=(IMAGE,), categories=(CAT, DOG)):
 def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
     for image in images:
         _picture(folder / "images" / image["file_name"])
-    files = [_json(folder / f"i{n}.json", {"images": images, "annotations": [a], "categories": [CAT]}) for n, a in enumerate(instances)]
+    files = [
+        _json(folder / f"i{n}.json", {"images": images, "annotations": [a], "categories": [CAT]})
+        for n, a in enumerate(instances)
+    ]
     path = _json(folder / "refs.json", {"refs": refs, "images": images, "categories": [CAT]})
     return coco.referring(path, str(folder / "images"), files)
 
@@ -42,8 +45,14 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"annotations": [{**GOOD, "image_id": "0"}]}, "no annotation has a 'image_id' that is known; one has '0', known are 0"),
-        ({"annotations": [{**GOOD, "category_id": "7"}]}, "no annotation has a 'category_id' that is known; one has '7', known are 7, 8"),
+        (
+            {"annotations": [{**GOOD, "image_id": "0"}]},
+            "no annotation has a 'image_id' that is known; one has '0', known are 0",
+        ),
+        (
+            {"annotations": [{**GOOD, "category_id": "7"}]},
+            "no annotation has a 'category_id' that is known; one has '7', known are 7, 8",
+        ),
         ({"categories": []}, "no annotation has a 'category_id' that is known; one has 7, none is known"),
         ({"categories": [CAT, {**DOG, "id": 7}]}, "category id 7 occurs 2 times"),
         ({"categories": [{**CAT, "name": None}]}, "a category without 'id' (a number) or 'name' (text)"),
@@ -52,7 +61,10 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
         ({"categories": [{**CAT, "isthing": "no"}]}, "a category whose 'isthing' is neither 0 nor 1"),
         ({"annotations": [{**GOOD, "category_id": [7]}]}, "field 'category_id' of one of 'annotations' cannot be [7]"),
         ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' of one of 'images' cannot be 5"),
-        ({"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]}, "the file of two images, x/a.png and y/a.png"),
+        (
+            {"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]},
+            "the file of two images, x/a.png and y/a.png",
+        ),
     ],
 )
 def test_files_that_would_teach_nothing_or_the_wrong_thing_end_in_one_line(tmp_path, fields, said):
@@ -92,7 +104,10 @@ def test_a_box_counts_only_where_it_is_that_of_its_mask(tmp_path, box, kept):
 
 
 def test_one_text_is_one_text():
-    assert _texts({"name": "cat", "synonyms": "kitty"}, {"name": "dog", "synonyms": None}) == [("cat", "kitty"), ("dog",)]
+    assert _texts({"name": "cat", "synonyms": "kitty"}, {"name": "dog", "synonyms": None}) == [
+        ("cat", "kitty"),
+        ("dog",),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -106,7 +121,10 @@ def test_one_text_is_one_text():
 )
 def test_expressions_are_texts_and_nothing_else(tmp_path, fields, texts, absent, reasons):
     records, problems = _made(_said(tmp_path, [{"image_id": 0, "bbox": [10, 5, 20, 20], **fields}]))
-    assert tuple(t for s in records["a.png"].segments for t in s.texts) == texts and records["a.png"].absent_texts == absent
+    assert (
+        tuple(t for s in records["a.png"].segments for t in s.texts) == texts
+        and records["a.png"].absent_texts == absent
+    )
     assert problems == reasons
 
 
@@ -122,7 +140,9 @@ def test_an_annotation_of_another_image_is_no_shape_of_this_one(tmp_path):
 def test_an_annotation_id_means_one_annotation_in_all_instance_files(tmp_path):
     refs = [{"image_id": 0, "ann_id": 1, "sentences": ["the cat"]}]
     assert len(_said(tmp_path, refs, [GOOD, GOOD]).jobs) == 1
-    with pytest.raises(ValueError, match="i1.json: annotation id 1 occurs twice in --instances, for different annotations"):
+    with pytest.raises(
+        ValueError, match="i1.json: annotation id 1 occurs twice in --instances, for different annotations"
+    ):
         _said(tmp_path, refs, [GOOD, {**GOOD, "segmentation": TRIANGLE}])
 
 
@@ -145,7 +165,11 @@ def test_a_class_that_lost_a_panoptic_segment_is_not_taught_absent(tmp_path, inf
     cv2.imwrite(str(tmp_path / "masks" / "a.png"), ids)
     annotation = {"image_id": 0, "file_name": "a.png", "segments_info": [{"id": i, "category_id": c} for i, c in infos]}
     categories = [{**c, "isthing": 1} for c in (CAT, DOG, {"id": 9, "name": "cow"})]
-    data = {"images": [IMAGE], "annotations": [annotation, annotation, {**annotation, "image_id": 4}], "categories": categories}
+    data = {
+        "images": [IMAGE],
+        "annotations": [annotation, annotation, {**annotation, "image_id": 4}],
+        "categories": categories,
+    }
     plan = coco.panoptic(_json(tmp_path / "p.json", data), str(tmp_path / "images"), str(tmp_path / "masks"))
     record = _made(plan)[0]["a.png"]
     assert [s.class_id for s in record.segments] == [0] and record.partial_classes == partial

@@ -1,4 +1,6 @@
-"""Folders of masks as websites ship them: every layout, way of saving and list, against PIL's reading of the same files."""
+"""Folders of masks as websites ship them: every layout, way of saving and list, against PIL's reading of the same
+files.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,8 @@ def _grey(path):
 
 
 @pytest.mark.parametrize(
-    ("masks", "suffix"), [("DUTS-TR-Mask", ""), ("DUTS-TR-Image", ""), ("DUTS-TR-Mask", "_gt"), ("DUTS-TR-Image", "_gt")]
+    ("masks", "suffix"),
+    [("DUTS-TR-Mask", ""), ("DUTS-TR-Image", ""), ("DUTS-TR-Mask", "_gt"), ("DUTS-TR-Image", "_gt")],
 )
 def test_masks_lie_in_a_folder_of_their_own_or_beside_the_images(tmp_path, capsys, masks, suffix):
     images, masks = tmp_path / "DUTS-TR-Image", tmp_path / masks
@@ -78,14 +81,28 @@ def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
     for name in names:
         _photo(tmp_path / "images" / f"{name}.jpg")
         _save(tmp_path / "masks" / f"{name}.png", SOFT)
-    lines = ["a", "b c.jpg", "d.1", "images/e.png", "", "/x/images/f.jpg /x/masks/f_L.png", "sub/g.jpg", "gone.jpg", "a.jpg"]
+    lines = [
+        "a",
+        "b c.jpg",
+        "d.1",
+        "images/e.png",
+        "",
+        "/x/images/f.jpg /x/masks/f_L.png",
+        "sub/g.jpg",
+        "gone.jpg",
+        "a.jpg",
+    ]
     (tmp_path / "train.txt").write_text("\r\n".join(lines))
     folders = {"images": tmp_path / "images", "masks": tmp_path / "masks"}
     assert _prepare(tmp_path, "foreground", **folders, list=tmp_path / "train.txt") == 0
     assert list(_read(tmp_path)[1]) == sorted(names[:-1])
     table = capsys.readouterr().out
     assert "1 x image: in the list, not in the folder (gone.jpg)" in table and "6 images kept, 1 dropped" in table
-    for text, words in ((b"other\n", "is the name of an image ('other')"), (b"", "train.txt: it is empty"), (b"\xff\xd8", "in UTF-8")):
+    for text, words in (
+        (b"other\n", "is the name of an image ('other')"),
+        (b"", "train.txt: it is empty"),
+        (b"\xff\xd8", "in UTF-8"),
+    ):
         (tmp_path / "train.txt").write_bytes(text)
         assert _prepare(tmp_path, "foreground", **folders, list=tmp_path / "train.txt") == 1
         assert words in capsys.readouterr().err
@@ -110,7 +127,12 @@ def test_a_line_of_a_list_is_never_taken_for_a_file_of_another_name_or_folder(tm
         _photo(tmp_path / "aachen" / f"{name}.jpg")
         _save(tmp_path / "masks" / f"{name}.png", SOFT)
     (tmp_path / "train.txt").write_text(f"y\n{line}\n")
-    assert _prepare(tmp_path, "foreground", images=tmp_path / "aachen", masks=tmp_path / "masks", list=tmp_path / "train.txt") == 0
+    assert (
+        _prepare(
+            tmp_path, "foreground", images=tmp_path / "aachen", masks=tmp_path / "masks", list=tmp_path / "train.txt"
+        )
+        == 0
+    )
     assert list(_read(tmp_path)[1]) == ["x", "y"][not found :]
     assert (f"1 x image: in the list, not in the folder ({line})" in capsys.readouterr().out) != found
 
@@ -217,7 +239,10 @@ def test_mattes_may_be_the_alpha_of_a_cut_out_and_bring_trimaps(tmp_path, capsys
     _save(tmp_path / "trimaps" / "a.png", np.dstack([trimap] * 3))
     _save(tmp_path / "trimaps" / "b.png", trimap[:-1])
     _save(tmp_path / "trimaps" / "d.png", trimap // 127)
-    assert _prepare(tmp_path, "mattes", images=tmp_path / "images", alphas=tmp_path / "cut", trimaps=tmp_path / "trimaps") == 0
+    assert (
+        _prepare(tmp_path, "mattes", images=tmp_path / "images", alphas=tmp_path / "cut", trimaps=tmp_path / "trimaps")
+        == 0
+    )
     records = _read(tmp_path)[1]
     for record in records.values():
         np.testing.assert_array_equal(_grey(io.BytesIO(record.segments[0].alpha)), SOFT)
@@ -226,10 +251,19 @@ def test_mattes_may_be_the_alpha_of_a_cut_out_and_bring_trimaps(tmp_path, capsys
     assert Image.open(io.BytesIO(records["a"].segments[0].trimap)).mode == "L"
     assert [key for key, record in records.items() if record.segments[0].trimap] == ["a"] and len(records) == 4
     table = capsys.readouterr().out
-    assert "1 x trimap: no file of its image's name (c)" in table and "1 x trimap: has another size than its image (b)" in table
-    assert "1 x trimap: has no value above 2; unknown is 128, inside is 255 (d)" in table and "4 images kept, 0 dropped" in table
+    assert (
+        "1 x trimap: no file of its image's name (c)" in table
+        and "1 x trimap: has another size than its image (b)" in table
+    )
+    assert (
+        "1 x trimap: has no value above 2; unknown is 128, inside is 255 (d)" in table
+        and "4 images kept, 0 dropped" in table
+    )
     (tmp_path / "none").mkdir()
-    assert _prepare(tmp_path, "mattes", images=tmp_path / "images", alphas=tmp_path / "cut", trimaps=tmp_path / "none") == 1
+    assert (
+        _prepare(tmp_path, "mattes", images=tmp_path / "images", alphas=tmp_path / "cut", trimaps=tmp_path / "none")
+        == 1
+    )
     assert "no trimap has the name of an image" in capsys.readouterr().err
 
 
@@ -264,7 +298,12 @@ def test_colour_masks_are_read_by_a_class_list_with_colours(tmp_path, capsys, ki
     if kind == "txt":  # CamVid's own
         (tmp_path / "label_colors.txt").write_text("0 0 0\t\tVoid\r\n128 64 128\tRoad\r\n128 128 128\tSky_Blue\r\n")
     else:
-        classes = [{"name": "void", "color": VOID}, {"name": "Road", "colour": ROAD}, {"name": ["Sky Blue"], "color": SKY}, "other"]
+        classes = [
+            {"name": "void", "color": VOID},
+            {"name": "Road", "colour": ROAD},
+            {"name": ["Sky Blue"], "color": SKY},
+            "other",
+        ]
         (tmp_path / "label_colors.json").write_text(json.dumps({"classes": classes, "ignore_index": 0}))
     assert _semantic(tmp_path, classes=tmp_path / f"label_colors.{kind}") == 0
     info, records = _read(tmp_path)
@@ -318,12 +357,24 @@ def _index(root, mask, classes, text, *words, **save):
 
 @pytest.mark.parametrize(
     "line",
-    ["# label:color_rgb:parts:actions", "background:0,0,0::", "1: cat", "1,cat", "1 cat", "1\tcat", "7", "1,0.1576,11664,1172,1,wall"],
+    [
+        "# label:color_rgb:parts:actions",
+        "background:0,0,0::",
+        "1: cat",
+        "1,cat",
+        "1 cat",
+        "1\tcat",
+        "7",
+        "1,0.1576,11664,1172,1,wall",
+    ],
 )
 def test_a_class_list_in_another_format_is_refused(tmp_path, capsys, line):
     assert _index(tmp_path, "a.png", "classes.txt", f"{line}\n{line.replace('1', '2')}\n") == 1
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"classes.txt: line {line!r} is no class name; read are json, one name a line" in error
+    assert (
+        error.count("\n") == 1
+        and f"classes.txt: line {line!r} is no class name; read are json, one name a line" in error
+    )
 
 
 @pytest.mark.parametrize(("count", "words"), [(256, []), (255, ["--index-offset=1"])])
@@ -335,14 +386,22 @@ def test_255_is_a_class_where_the_list_reaches_it(tmp_path, count, words):
     np.testing.assert_array_equal(records["a"].decode_mask(last.mask), _grey(tmp_path / "masks" / "a.png") == 255)
     assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(255)), "--name=fewer") == 0
     np.testing.assert_array_equal(
-        (record := _read(tmp_path, "fewer")[1]["a"]).decode_mask(record.ignore), _grey(tmp_path / "masks" / "a.png") == 255
+        (record := _read(tmp_path, "fewer")[1]["a"]).decode_mask(record.ignore),
+        _grey(tmp_path / "masks" / "a.png") == 255,
     )
 
 
 def test_a_synonym_that_two_classes_claim_names_neither(tmp_path):
-    words = "\n".join(["earth, ground", "land, ground, soil", "counter", "kitchen, counter", *(f"class {i}" for i in range(250))])
+    words = "\n".join(
+        ["earth, ground", "land, ground, soil", "counter", "kitchen, counter", *(f"class {i}" for i in range(250))]
+    )
     assert _index(tmp_path, "a.png", "classes.txt", words) == 0
-    assert [c.texts for c in _read(tmp_path)[0].classes][:4] == [("earth",), ("land", "soil"), ("counter",), ("kitchen",)]
+    assert [c.texts for c in _read(tmp_path)[0].classes][:4] == [
+        ("earth",),
+        ("land", "soil"),
+        ("counter",),
+        ("kitchen",),
+    ]
 
 
 def test_an_index_mask_that_is_a_jpeg_is_counted(tmp_path, capsys):

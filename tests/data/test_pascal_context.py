@@ -18,7 +18,16 @@ from mqformer_jax.input.record import Record  # noqa: E402
 from mqformer_jax.input.sources import ShardSource  # noqa: E402
 
 H, W = 24, 40
-OFFICIAL = {1: "accordion", 2: "aeroplane", 19: "bedclothes", 80: "cloth", 308: "pottedplant", 360: "sky", 397: "table", 427: "tvmonitor"}
+OFFICIAL = {
+    1: "accordion",
+    2: "aeroplane",
+    19: "bedclothes",
+    80: "cloth",
+    308: "pottedplant",
+    360: "sky",
+    397: "table",
+    427: "tvmonitor",
+}
 
 
 @pytest.fixture
@@ -35,7 +44,9 @@ def voc(tmp_path):
         picture = np.random.default_rng(0).integers(0, 255, (*size, 3), np.uint8)
         Image.fromarray(picture).save(tmp_path / "JPEGImages" / f"{name}.jpg")
         scipy.io.savemat(
-            tmp_path / "trainval" / f"{name}.mat", {"info": {"by": "x"}, "none": [], "LabelMap": label_map}, do_compression=compressed
+            tmp_path / "trainval" / f"{name}.mat",
+            {"info": {"by": "x"}, "none": [], "LabelMap": label_map},
+            do_compression=compressed,
         )
 
     write.root = tmp_path
@@ -44,7 +55,13 @@ def voc(tmp_path):
 
 def _prepare(voc, **options):
     root = voc.root
-    options = {"images": root / "JPEGImages", "labels": root / "trainval", "names": root / "labels.txt", "out": root / "out", **options}
+    options = {
+        "images": root / "JPEGImages",
+        "labels": root / "trainval",
+        "names": root / "labels.txt",
+        "out": root / "out",
+        **options,
+    }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     if prepare.main(["pascal-context", "--name", "context", "--split", "val", "--workers", "1", *words]):
         return None, {}
@@ -57,7 +74,8 @@ def _rows(*values, dtype=np.uint16):
 
 
 @pytest.mark.parametrize(
-    ("classes", "compressed", "dtype"), [(None, True, np.uint16), ("59_labels.txt", False, np.uint16), (None, False, np.int32)]
+    ("classes", "compressed", "dtype"),
+    [(None, True, np.uint16), ("59_labels.txt", False, np.uint16), (None, False, np.int32)],
 )
 def test_every_label_of_the_class_list_is_one_region(voc, classes, compressed, dtype):
     labels = np.random.default_rng(1).choice([0, 1, 2, 19, 80, 308, 360, 397, 459], (H, W)).astype(dtype)
@@ -65,7 +83,9 @@ def test_every_label_of_the_class_list_is_one_region(voc, classes, compressed, d
     info, records = _prepare(voc, **({"classes": voc.root / classes} if classes else {}))
     wanted = {2: "aeroplane", 397: "table", 308: "potted plant", 360: "sky", 19: "bedclothes", 80: "cloth"}
     if classes is None:
-        wanted = {i: {308: "potted plant", 427: "tv monitor"}.get(i, OFFICIAL.get(i, f"label {i}")) for i in range(1, 460)}
+        wanted = {
+            i: {308: "potted plant", 427: "tv monitor"}.get(i, OFFICIAL.get(i, f"label {i}")) for i in range(1, 460)
+        }
     assert [c.texts for c in info.classes] == [(name,) for name in wanted.values()]
     assert info.exhaustive and not any(c.thing for c in info.classes)
     truth = scipy.io.loadmat(voc.root / "trainval" / "2008_000002.mat")["LabelMap"]

@@ -1,4 +1,6 @@
-"""data/prepare.py: every kind of annotation file to records, against masks made another way, and everything bad counted."""
+"""data/prepare.py: every kind of annotation file to records, against masks made another way, and everything bad
+counted.
+"""
 
 from __future__ import annotations
 
@@ -60,8 +62,19 @@ def _images(*names, **fields):
 
 def _prepare(folder, kind, **options):
     """Runs the command line; its exit status."""
-    options = {"name": "toy", "split": "train", "images": folder / "images", "out": folder / "out", "workers": 1, **options}
-    words = [w for k, v in options.items() for w in ("--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v]))]
+    options = {
+        "name": "toy",
+        "split": "train",
+        "images": folder / "images",
+        "out": folder / "out",
+        "workers": 1,
+        **options,
+    }
+    words = [
+        w
+        for k, v in options.items()
+        for w in ("--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v]))
+    ]
     return prepare.main([kind, *words])
 
 
@@ -86,7 +99,9 @@ def test_panoptic_things_stuff_crowd_and_unlabelled_pixels(folder):
     ids = np.zeros((H, W), np.int32)
     ids[:10], ids[10:20], ids[20:30, :30], ids[20:30, 30:] = 70_000, 300, 5, 6
     _png(folder / "masks" / "a.png", np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
-    infos = [{"id": i, "category_id": c, "iscrowd": k} for i, c, k in ((70_000, 9, 0), (300, 9, 0), (5, 7, 0), (6, 7, 1))]
+    infos = [
+        {"id": i, "category_id": c, "iscrowd": k} for i, c, k in ((70_000, 9, 0), (300, 9, 0), (5, 7, 0), (6, 7, 1))
+    ]
     data = {"images": _images("a.jpg"), "annotations": [{"image_id": 0, "file_name": "a.png", "segments_info": infos}]}
     path = _json(folder / "pan.json", {**data, "categories": CATEGORIES})
     assert _prepare(folder, "panoptic", json=path, masks=folder / "masks") == 0
@@ -95,7 +110,9 @@ def test_panoptic_things_stuff_crowd_and_unlabelled_pixels(folder):
     record = records["a.jpg"]
     sky, cat, crowd = record.segments
     assert (sky.class_id, cat.class_id, cat.crowd, crowd.crowd) == (1, 0, False, True)
-    np.testing.assert_array_equal(record.decode_mask(sky.mask), np.isin(ids, (70_000, 300)))  # one region for a stuff class
+    np.testing.assert_array_equal(
+        record.decode_mask(sky.mask), np.isin(ids, (70_000, 300))
+    )  # one region for a stuff class
     np.testing.assert_array_equal(record.decode_mask(cat.mask), ids == 5)
     np.testing.assert_array_equal(record.decode_mask(record.ignore), ids == 0)
     assert cat.box == (0, 20, 30, 30)
@@ -125,13 +142,21 @@ def test_instances_polygons_both_run_length_codes_and_boxes(folder):
 
 def test_lvis_federated_labels(folder):
     images = _images("a.jpg", "b.png", neg_category_ids=[2], not_exhaustive_category_ids=[1])
-    images[1] = {**images[1], "file_name": None, "coco_url": "http://images.cocodataset.org/val2017/b.png", "neg_category_ids": []}
+    images[1] = {
+        **images[1],
+        "file_name": None,
+        "coco_url": "http://images.cocodataset.org/val2017/b.png",
+        "neg_category_ids": [],
+    }
     categories = [{"id": 1, "name": "bow_tie", "synonyms": ["bow_tie", "bowtie"]}, {"id": 2, "name": "bowtie"}]
     annotations = [{"id": i, "image_id": i, "category_id": 1, "segmentation": SQUARE} for i in range(2)]
     path = _json(folder / "lvis.json", {"images": images, "annotations": annotations, "categories": categories})
     assert _prepare(folder, "instances", json=path) == 0
     info, records = _read(folder)
-    assert not info.exhaustive and [c.texts for c in info.classes] == [("bow tie",), ("bowtie",)]  # a synonym that is another class
+    assert not info.exhaustive and [c.texts for c in info.classes] == [
+        ("bow tie",),
+        ("bowtie",),
+    ]  # a synonym that is another class
     assert records["a.jpg"].absent_classes == (1,) and records["a.jpg"].partial_classes == (0,)
     assert len(records["val2017/b.png"].segments) == 1
 
@@ -147,11 +172,19 @@ def test_referring_groups_expressions_by_object(folder, capsys):
     ]
     path = _json(folder / "refs.json", {"refs": refs})
     shape = {"id": 77, "image_id": 1, "category_id": 7, "segmentation": SQUARE}
-    instances = _json(folder / "inst.json", {"images": _images("a.jpg", "b.png"), "annotations": [shape], "categories": CATEGORIES[:1]})
+    instances = _json(
+        folder / "inst.json",
+        {"images": _images("a.jpg", "b.png"), "annotations": [shape], "categories": CATEGORIES[:1]},
+    )
     assert _prepare(folder, "referring", json=path, instances=instances) == 0
     info, records = _read(folder)
     one, other = records["a.jpg"].segments
-    assert one.texts == ("left cat", "the cat") and one.class_id == 0 and other.texts == ("right cat",) and other.class_id is None
+    assert (
+        one.texts == ("left cat", "the cat")
+        and one.class_id == 0
+        and other.texts == ("right cat",)
+        and other.class_id is None
+    )
     np.testing.assert_array_equal(records["a.jpg"].decode_mask(one.mask), _oracle(SQUARE))
     assert records["a.jpg"].absent_texts == ("a dog",) and records["b.png"].segments[0].mask and not info.exhaustive
     assert "names two objects (a.jpg 'both')" in capsys.readouterr().out
@@ -162,7 +195,10 @@ def test_referring_groups_expressions_by_object(folder, capsys):
 def test_refs_may_be_a_pickle_but_no_code_in_it_runs(folder, capsys):
     refs = [{"image_id": 0, "ann_id": 77, "sentences": [{"sent": "the cat"}], "split": "train"}]
     shape = {"id": 77, "image_id": 0, "category_id": 7, "segmentation": SQUARE}
-    instances = _json(folder / "inst.json", {"images": _images("a.jpg", "b.png"), "annotations": [shape], "categories": CATEGORIES[:1]})
+    instances = _json(
+        folder / "inst.json",
+        {"images": _images("a.jpg", "b.png"), "annotations": [shape], "categories": CATEGORIES[:1]},
+    )
     path = folder / "refs(unc).p"
     path.write_bytes(pickle.dumps(refs, protocol=2))
     assert _prepare(folder, "referring", json=path, instances=instances) == 0
@@ -201,7 +237,9 @@ def test_class_table_of_ade20k_starts_at_one(folder):
 def test_foreground_is_the_union_of_its_annotations(folder):
     other = [[40, 20, 55, 20, 55, 35]]
     annotations = [{"id": i, "image_id": 0, "category_id": 7, "segmentation": s} for i, s in enumerate((SQUARE, other))]
-    instances = _json(folder / "inst.json", {"images": _images("a.jpg"), "annotations": annotations, "categories": CATEGORIES[:1]})
+    instances = _json(
+        folder / "inst.json", {"images": _images("a.jpg"), "annotations": annotations, "categories": CATEGORIES[:1]}
+    )
     path = _json(folder / "fg.json", {"items": [{"image_id": 0, "ann_ids": [0, 1]}, {"image_id": 5, "ann_ids": [9]}]})
     assert _prepare(folder, "foreground", json=path, instances=instances) == 0
     record = _read(folder)[1]["a.jpg"]
@@ -230,7 +268,9 @@ def test_mattes_keep_every_grey_level(folder):
 def test_sample_makes_all_its_sets(folder):
     assert prepare.main(["sample", "--train=8", "--val=4", "--size=48", f"--out={folder / 'out'}", "--workers=1"]) == 0
     info, records = _read(folder, name="sample_scenes")
-    assert info.splits == {"train": 8, "val": 4} and all(r.decode_image().shape == (48, 48, 3) for r in records.values())
+    assert info.splits == {"train": 8, "val": 4} and all(
+        r.decode_image().shape == (48, 48, 3) for r in records.values()
+    )
     assert {"sample_scenes", "sample_boxes", "sample_mattes"} <= set(os.listdir(folder / "out"))
 
 
@@ -243,7 +283,9 @@ def test_jpeg_and_png_bytes_are_kept_and_others_become_png(folder):
     for name in ("a.jpg", "b.png"):
         assert records[name].image == (folder / "images" / name).read_bytes()
     assert records["c.webp"].image.startswith(b"\x89PNG")
-    np.testing.assert_array_equal(records["c.webp"].decode_image(), np.array(Image.open(folder / "images" / "c.webp").convert("RGB")))
+    np.testing.assert_array_equal(
+        records["c.webp"].decode_image(), np.array(Image.open(folder / "images" / "c.webp").convert("RGB"))
+    )
 
 
 def test_exif_rotated_image_needs_annotations_of_the_rotated_size(folder, capsys):
@@ -268,7 +310,9 @@ def test_unusable_images_are_dropped_and_counted(folder, capsys):
     png = (folder / "images" / "b.png").read_bytes()
     (folder / "images" / "b.png").write_bytes(png[:-200])
     (folder / "images" / "text.jpg").write_bytes(b"not an image at all")
-    assert _instances(folder, [], _images("a.jpg", "b.png", "d.jpg", "gone.jpg", "text.jpg") + _images("again.jpg")) == 0
+    assert (
+        _instances(folder, [], _images("a.jpg", "b.png", "d.jpg", "gone.jpg", "text.jpg") + _images("again.jpg")) == 0
+    )
     assert list(_read(folder)[1]) == ["a.jpg"]
     table = capsys.readouterr().out
     assert "toy train: 1 images kept, 5 dropped" in table
@@ -323,8 +367,15 @@ def test_panoptic_png_and_json_that_disagree_are_counted(folder, capsys):
     _png(folder / "masks" / "a.png", ids)
     _png(folder / "masks" / "b.png", ids[:-1])
     infos = [{"id": i, "category_id": c} for i, c in ((1, 7), (2, 1000), (9, 7))]
-    annotations = [{"image_id": i, "file_name": name, "segments_info": infos} for i, name in enumerate(("a.png", "b.png", "gone.png"))]
-    data = {"images": _images("a.jpg", "b.png", "d.jpg", "c.webp"), "annotations": annotations, "categories": CATEGORIES}
+    annotations = [
+        {"image_id": i, "file_name": name, "segments_info": infos}
+        for i, name in enumerate(("a.png", "b.png", "gone.png"))
+    ]
+    data = {
+        "images": _images("a.jpg", "b.png", "d.jpg", "c.webp"),
+        "annotations": annotations,
+        "categories": CATEGORIES,
+    }
     assert _prepare(folder, "panoptic", json=_json(folder / "pan.json", data), masks=folder / "masks") == 0
     record = _read(folder)[1]["a.jpg"]
     assert len(record.segments) == 1 and record.decode_mask(record.ignore)[10:].all()
@@ -378,7 +429,9 @@ def test_splits_of_one_set_share_their_classes(folder, capsys):
     assert _instances(folder, [], _images("b.png", "d.jpg"), split="val") == 0
     assert _read(folder)[0].splits == {"train": 1, "val": 2}
     other = {"images": _images("a.jpg"), "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
-    _one_line(capsys, _prepare(folder, "instances", json=_json(folder / "o.json", other), split="test"), "have other classes")
+    _one_line(
+        capsys, _prepare(folder, "instances", json=_json(folder / "o.json", other), split="test"), "have other classes"
+    )
 
 
 def test_nothing_usable_is_an_error_and_leaves_no_set(folder, capsys):
@@ -399,7 +452,9 @@ def test_stuff_names_are_cleaned_unless_two_classes_become_one():
     from coco import vocabulary
 
     names = [("door", 1), ("door-stuff", 0), ("wall-other-merged", 0), ("wall-brick", 0), ("t-shirt", 1)]
-    classes, class_of = vocabulary([{"id": 10 - i, "name": n, "isthing": t} for i, (n, t) in enumerate(names)], "x.json")
+    classes, class_of = vocabulary(
+        [{"id": 10 - i, "name": n, "isthing": t} for i, (n, t) in enumerate(names)], "x.json"
+    )
     assert [c.name for c in reversed(classes)] == ["door", "door stuff", "wall", "wall brick", "t-shirt"]
     assert class_of[10] == 4
 
@@ -454,7 +509,9 @@ class Killed(BaseException):
 
 
 def test_a_kill_at_any_step_leaves_the_old_split_or_none_or_the_new_one(tmp_path, threes, monkeypatch):
-    """Every call that changes a folder fails from the n-th on, as if the process were gone; 3 old shards give way to 4 new ones."""
+    """Every call that changes a folder fails from the n-th on, as if the process were gone; 3 old shards give way to 4
+    new ones.
+    """
     old, new = list(range(9)), list(range(100, 112))
     steps = {name: getattr(os, name) for name in ("mkdir", "replace", "remove", "unlink", "rmdir")}
     left = None

@@ -50,7 +50,9 @@ def test_real_panoptic_equals_its_pngs(real):
     assert len(records) == len(annotations)
     for record in records[:10]:
         annotation = annotations[record.key]
-        rgb = np.array(Image.open(os.path.join(source, "coco", "panoptic", "val", annotation["file_name"])).convert("RGB")).astype(int)
+        rgb = np.array(
+            Image.open(os.path.join(source, "coco", "panoptic", "val", annotation["file_name"])).convert("RGB")
+        ).astype(int)
         ids = rgb @ [1, 256, 65536]
         areas = sorted(s["area"] for s in annotation["segments_info"])
         assert sorted(int(record.decode_mask(s.mask).sum()) for s in record.segments) == areas
@@ -58,7 +60,9 @@ def test_real_panoptic_equals_its_pngs(real):
         np.testing.assert_array_equal(ignore, ids == 0)
 
 
-@pytest.mark.parametrize(("name", "split", "file"), [("coco_2017", "val", "instances_val.json"), ("lvis_v0.5", "train", "lvis.json")])
+@pytest.mark.parametrize(
+    ("name", "split", "file"), [("coco_2017", "val", "instances_val.json"), ("lvis_v0.5", "train", "lvis.json")]
+)
 def test_real_instances_equal_pycocotools(real, name, split, file):
     source, root = real
     data = _load(source, "coco", file)

@@ -1,4 +1,6 @@
-"""data/prepare.py public: the real data, put into official layouts, equal what other decoders read from the same files."""
+"""data/prepare.py public: the real data, put into official layouts, equal what other decoders read from the same
+files.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ FED = [name for name in SETS if not name.startswith("seginw_")] + ["seginw_Puppi
 
 @pytest.fixture(scope="module")
 def public(real_data, tmp_path_factory):
-    """(root of the official layouts, root of the records) of all sets that the real data can feed, prepared by one command."""
+    """(root of the official layouts, root of the records) of all sets that the real data can feed, prepared by one
+    command.
+    """
     root, out = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("records")
     arrange(real_data, root)
     assert prepare.main(["public", *FED, "--root", str(root), "--out", str(out), "--workers", "1"]) == 0
@@ -61,7 +65,10 @@ def test_every_set_has_its_splits_and_every_image_decodes(public):
         assert set(info.splits) == set(SETS[name].splits), name
         for split in info.splits:
             for record in _records(public[1], name, split)[1].values():
-                assert record.decode_image().shape == (record.height, record.width, 3) and record.segments, (name, record.key)
+                assert record.decode_image().shape == (record.height, record.width, 3) and record.segments, (
+                    name,
+                    record.key,
+                )
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -69,8 +76,12 @@ def test_coco_panoptic_equals_its_pngs(public, split):
     root, out = public
     data = _load(root, f"coco/annotations/panoptic_{split}2017.json")
     info, records = _records(out, "coco_2017_panoptic", split)
-    name_of = {c["id"]: re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " ") for c in data["categories"]}
-    assert [c.thing for c in info.classes] == [bool(c["isthing"]) for c in sorted(data["categories"], key=lambda c: c["id"])]
+    name_of = {
+        c["id"]: re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " ") for c in data["categories"]
+    }
+    assert [c.thing for c in info.classes] == [
+        bool(c["isthing"]) for c in sorted(data["categories"], key=lambda c: c["id"])
+    ]
     files = {a["image_id"]: a for a in data["annotations"]}
     assert {i["file_name"] for i in data["images"]} == records.keys()
     for entry in data["images"]:
@@ -127,7 +138,12 @@ def test_expressions_equal_the_pickled_refs(public, name, folder, partition):
     shapes = {a["id"]: a for a in _load(root, folder, "instances.json")["annotations"]}
     for split in SETS[name].splits:
         info, records = _records(out, name, split)
-        found = {(r.origin, t, r.decode_mask(s.mask).tobytes()) for r in records.values() for s in r.segments for t in s.texts}
+        found = {
+            (r.origin, t, r.decode_mask(s.mask).tobytes())
+            for r in records.values()
+            for s in r.segments
+            for t in s.texts
+        }
         truth = set()
         for ref in (ref for ref in refs if ref["split"] == split):
             record = records[f"COCO_train2014_{ref['image_id']:012d}.jpg"]
@@ -144,7 +160,12 @@ def test_ade20k_equals_its_pngs_and_its_table(public):
         assert [c.name for c in info.classes] == [line.split("\t")[-1].split(",")[0].strip() for line in lines]
         assert len(records) == len(os.listdir(root / "ADEChallengeData2016/images" / folder))
         for key, record in records.items():
-            _assert_regions(record, _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"), first=1, unlabelled=0)
+            _assert_regions(
+                record,
+                _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"),
+                first=1,
+                unlabelled=0,
+            )
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
@@ -160,7 +181,12 @@ def test_ade20k_panoptic_equals_its_two_maps(public):
     root, out = public
     for split, folder in (("train", "training"), ("val", "validation")):
         for key, record in _records(out, "ade20k_panoptic", split)[1].items():
-            _assert_regions(record, _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"), first=1, unlabelled=0)
+            _assert_regions(
+                record,
+                _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"),
+                first=1,
+                unlabelled=0,
+            )
             instances = _pixels(root / "ADEChallengeData2016/annotations_instance" / folder / f"{key}.png")[..., 1]
             assert {s.class_id + 1 for s in record.segments} >= set(np.unique(instances).tolist()) - {0}
 
@@ -171,7 +197,8 @@ def test_pascal_context_equals_what_was_saved(public, name, count):
     for split in ("train", "val"):
         info, records = _records(out, name, split)
         assert (
-            sorted(records) == (root / f"VOCdevkit/VOC2010/ImageSets/Main/{split}.txt").read_text().split() and len(info.classes) == count
+            sorted(records) == (root / f"VOCdevkit/VOC2010/ImageSets/Main/{split}.txt").read_text().split()
+            and len(info.classes) == count
         )
         for key, record in records.items():
             index = scipy.io.loadmat(root / f"VOCdevkit/VOC2010/trainval/{key}.mat")["LabelMap"]
@@ -189,9 +216,15 @@ def test_street_scenes_equal_the_panoptic_pngs_they_are_made_of(public, real_dat
         number = int(re.search(rf"(\d+){tail}$", key)[1])
         annotation = next(a for a in data["annotations"] if a["image_id"] == number)
         ids = panoptic_ids(real_data / f"coco/panoptic/{split}" / annotation["file_name"])
-        known = [(coco_name[s["category_id"]], s) for s in annotation["segments_info"] if coco_name[s["category_id"]] in STREET]
+        known = [
+            (coco_name[s["category_id"]], s)
+            for s in annotation["segments_info"]
+            if coco_name[s["category_id"]] in STREET
+        ]
         truth = {(ours.get(n, n), bool(s["iscrowd"]), (ids == s["id"]).tobytes()) for n, s in known}
-        assert {(info.classes[s.class_id].name, s.crowd, record.decode_mask(s.mask).tobytes()) for s in record.segments} == truth
+        assert {
+            (info.classes[s.class_id].name, s.crowd, record.decode_mask(s.mask).tobytes()) for s in record.segments
+        } == truth
 
 
 def _assert_regions(record, index, first, unlabelled):
@@ -207,7 +240,14 @@ def _assert_regions(record, index, first, unlabelled):
         ("msra10k", {"train": "MSRA10K_Imgs_GT/Imgs"}),
         ("thinobject5k", dict.fromkeys(("train", "val", "test"), "ThinObject5K/masks")),
         ("coift", {"train": "COIFT/masks"}),
-        ("dis5k", {"train": "DIS5K/DIS-TR/gt", "val": "DIS5K/DIS-VD/gt", **{f"test{i}": f"DIS5K/DIS-TE{i}/gt" for i in (1, 2, 3, 4)}}),
+        (
+            "dis5k",
+            {
+                "train": "DIS5K/DIS-TR/gt",
+                "val": "DIS5K/DIS-VD/gt",
+                **{f"test{i}": f"DIS5K/DIS-TE{i}/gt" for i in (1, 2, 3, 4)},
+            },
+        ),
         ("duts", {"train": "DUTS-TR/DUTS-TR-Mask", "test": "DUTS-TE/DUTS-TE-Mask"}),
         ("uhrsd", {"train": "UHRSD_TR_2K/mask", "test": "UHRSD_TE_2K/mask"}),
     ],
@@ -217,7 +257,9 @@ def test_foregrounds_equal_their_masks(public, name, masks):
     for split, folder in masks.items():
         info, records = _records(out, name, split)
         lists = root / "ThinObject5K/list" / f"{split}.txt"
-        wanted = lists.read_text().split() if name == "thinobject5k" else [p.name for p in (root / folder).glob("*.png")]
+        wanted = (
+            lists.read_text().split() if name == "thinobject5k" else [p.name for p in (root / folder).glob("*.png")]
+        )
         assert {f"{key}.png" for key in records} == set(wanted) and not info.exhaustive
         for key, record in records.items():
             (segment,) = record.segments
@@ -243,7 +285,9 @@ def test_mattes_and_trimaps_equal_their_files(public, name, split, alphas, trima
     assert len(records) == 2 and {f"{key}.png" for key in records} == set(os.listdir(root / alphas))
     for key, record in records.items():
         (segment,) = record.segments
-        np.testing.assert_array_equal(_png(segment.alpha), np.array(Image.open(root / alphas / f"{key}.png").convert("L")))
+        np.testing.assert_array_equal(
+            _png(segment.alpha), np.array(Image.open(root / alphas / f"{key}.png").convert("L"))
+        )
         assert (segment.trimap is None) == (trimaps is None)
         if trimaps:
             trimap = np.array(Image.open(root / trimaps / f"{key}.png").convert("L"))
@@ -308,12 +352,17 @@ def test_a_split_is_read_from_its_own_files(name, split, path):
 
 def test_camvids_classes_are_in_segnets_order():
     order = "sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist unlabelled"
-    assert _load(DATA, "classes", "camvid.json") == {"classes": [_spaced(name) for name in order.split()], "ignore_index": 11}
+    assert _load(DATA, "classes", "camvid.json") == {
+        "classes": [_spaced(name) for name in order.split()],
+        "ignore_index": 11,
+    }
 
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_file_is_one_line_with_its_path_the_website_and_the_mend(name, tmp_path, capsys):
-    assert prepare.main(["public", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert (
+        prepare.main(["public", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     first = next(iter(SETS[name].splits.values())).files()[0]
     assert str(tmp_path / first) in line and SETS[name].url in line and SETS[name].get in line
@@ -341,7 +390,9 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
     ],
 )
 def test_a_wrong_name_or_split_is_one_line(words, message, tmp_path, capsys):
-    assert prepare.main(["public", *words, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert (
+        prepare.main(["public", *words, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 
@@ -364,4 +415,6 @@ def test_every_set_has_a_card_with_its_website():
     for name, entry in SETS.items():
         card = "seginw_*" if name.startswith("seginw_") else name
         assert any(line.startswith(f"| [`{card}`]({entry.url})") for line in lines), name
-        assert name == card or any(re.search(rf"(?<![\w-]){name.removeprefix('seginw_')}(?![\w-])", line) for line in lines), name
+        assert name == card or any(
+            re.search(rf"(?<![\w-]){name.removeprefix('seginw_')}(?![\w-])", line) for line in lines
+        ), name

@@ -118,7 +118,9 @@ def test_absent_expressions_name_nothing(scenes):
 
 
 def test_the_wording_is_small_and_every_kind_occurs(scenes):
-    texts = [text for text, _, _ in thing_texts(scenes)] + [text for record, _ in scenes for text in record.absent_texts]
+    texts = [text for text, _, _ in thing_texts(scenes)] + [
+        text for record, _ in scenes for text in record.absent_texts
+    ]
     assert len({word for text in texts for word in text.split()}) <= 45
     assert max(len(text.split()) for text in texts) <= 10
     kinds = [sample.expression_kind(text) for text in texts]
@@ -157,7 +159,10 @@ def test_unclear_places_are_never_named():
 
 def test_expressions_stand_among_distractors(scenes):
     described = [x for x in thing_texts(scenes) if sample.expression_kind(x[0]) in ("attribute", "relation")]
-    tempted = [any(t.shape == a[i].shape or t.colour == a[i].colour for j, t in enumerate(a) if j != i) for _, i, a in described]
+    tempted = [
+        any(t.shape == a[i].shape or t.colour == a[i].colour for j, t in enumerate(a) if j != i)
+        for _, i, a in described
+    ]
     assert np.mean(tempted) > 0.6
 
 
@@ -224,4 +229,6 @@ def test_splits_share_no_scene_and_stay_when_another_grows():
 def test_rendering_can_be_shared_among_processes():
     (mattes,) = [s for s in sample.datasets(0, 16, 4, size=48) if s.name == "sample_mattes"]
     render = pickle.loads(pickle.dumps(sample.render))
-    assert [r.to_bytes() for r in mattes.records("train")] == [render(mattes.name, s, 48).to_bytes() for s in mattes.seeds["train"]]
+    assert [r.to_bytes() for r in mattes.records("train")] == [
+        render(mattes.name, s, 48).to_bytes() for s in mattes.seeds["train"]
+    ]

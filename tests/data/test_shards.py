@@ -1,4 +1,6 @@
-"""data/shards.py: a preparation that is killed, cut off or left without room goes on where it stopped, to the same bytes."""
+"""data/shards.py: a preparation that is killed, cut off or left without room goes on where it stopped, to the same
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ def test_a_split_without_origins_or_classes_has_none(toy):
     plan = toy.plan()
     plan.jobs = [dataclasses.replace(job, origin="") for job in plan.jobs]
     toy.prepare(dataclasses.replace(plan, classes=()))
-    assert not os.path.exists(origins_path(str(toy.folder), "train")) and DatasetInfo.load(str(toy.folder)).class_images == {}
+    assert (
+        not os.path.exists(origins_path(str(toy.folder), "train"))
+        and DatasetInfo.load(str(toy.folder)).class_images == {}
+    )
 
 
 def test_a_shard_whose_images_are_all_dropped_is_no_file(toy, monkeypatch):
@@ -80,7 +85,13 @@ def test_a_shard_whose_images_are_all_dropped_is_no_file(toy, monkeypatch):
 
 @pytest.mark.parametrize(
     ("images", "size", "fewest", "most"),
-    [(60, 200_000, 2, 2), (367, 300_000, 8, 16), (5_000, 160_000, 16, 16), (118_287, 163_000, 140, 155), (100_000, 0, 48, 52)],
+    [
+        (60, 200_000, 2, 2),
+        (367, 300_000, 8, 16),
+        (5_000, 160_000, 16, 16),
+        (118_287, 163_000, 140, 155),
+        (100_000, 0, 48, 52),
+    ],
 )
 def test_shards_are_neither_small_nor_many(images, size, fewest, most):
     sizes = np.random.default_rng(0).integers(size // 2, size * 3 // 2 + 1, images).tolist()
@@ -91,7 +102,8 @@ def test_shards_are_neither_small_nor_many(images, size, fewest, most):
     assert max(map(len, runs)) < 1.2 * images / len(runs) + 1
 
 
-# ---- What goes on -----------------------------------------------------------------------------------------------------
+# ---- What goes on
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, capfd):
@@ -155,7 +167,9 @@ def _other_classes(toy):
     return dataclasses.replace(toy.plan(), classes=CLASSES[::-1])
 
 
-@pytest.mark.parametrize("change", [_another_image, _other_labels, _one_less, _other_classes, lambda toy: toy.plan(greeting="hello")])
+@pytest.mark.parametrize(
+    "change", [_another_image, _other_labels, _one_less, _other_classes, lambda toy: toy.plan(greeting="hello")]
+)
 def test_shards_that_were_begun_for_something_else_are_thrown_away(toy, change, capfd):
     with toy.acting(interrupt), pytest.raises(KeyboardInterrupt):
         toy.prepare()
@@ -169,7 +183,9 @@ def test_shards_that_were_begun_for_something_else_are_thrown_away(toy, change, 
 def test_masks_that_changed_count_as_changed(tmp_path):
     def paths():
         mask = str(tmp_path / "mask.png")
-        plan = shards.Plan("toy", (), [shards.Job("a", 1, "a.jpg", labels) for labels in (mask, ((mask, []), 3), [mask])], make)
+        plan = shards.Plan(
+            "toy", (), [shards.Job("a", 1, "a.jpg", labels) for labels in (mask, ((mask, []), 3), [mask])], make
+        )
         return [[shards._stat(path) for path in shards._files(job)] for job in plan.jobs]
 
     before = paths()
@@ -177,7 +193,8 @@ def test_masks_that_changed_count_as_changed(tmp_path):
     assert [a != b for a, b in zip(before, paths())] == [True, True, False]
 
 
-# ---- What goes wrong --------------------------------------------------------------------------------------------------
+# ---- What goes wrong
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
@@ -193,7 +210,9 @@ def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
 def _sample(out, train, **options):
     """The sample by the command line, in processes of their own."""
     words = ["sample", "--out", out, "--train", train, "--val", 1, "--size", 48, "--workers", 2]
-    return subprocess.Popen([sys.executable, str(PREPARE), *map(str, words)], stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, str(PREPARE), *map(str, words)], stderr=subprocess.PIPE, text=True, **options
+    )
 
 
 def test_a_full_disk_is_one_line(tmp_path):
@@ -261,4 +280,6 @@ def test_an_annotation_that_no_code_expects_costs_its_image_alone(tmp_path):
 
     cv2.imwrite(str(tmp_path / "a.png"), np.zeros((2, 2, 3), np.uint8))
     built = plan.build(record, plan.Job("a", 1, str(tmp_path / "a.png"), None))
-    assert built.record is None and built.problems.examples == {"image: its annotation is malformed": ["a: KeyError: 'a'"]}
+    assert built.record is None and built.problems.examples == {
+        "image: its annotation is malformed": ["a: KeyError: 'a'"]
+    }

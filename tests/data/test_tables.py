@@ -22,11 +22,15 @@ H, W = 24, 36
 
 @pytest.fixture
 def folder(tmp_path):
-    """`images` a.jpg, b.jpg and sub/c.jpg, 36 x 24; `masks` left.png (white left of 10) and right.png (1 from 20 on)."""
+    """`images` a.jpg, b.jpg and sub/c.jpg, 36 x 24; `masks` left.png (white left of 10) and right.png (1 from 20
+    on).
+    """
     (tmp_path / "images" / "sub").mkdir(parents=True)
     (tmp_path / "masks").mkdir()
     for name in ("a", "b", "sub/c"):
-        Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)).save(tmp_path / "images" / f"{name}.jpg")
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)).save(
+            tmp_path / "images" / f"{name}.jpg"
+        )
     Image.fromarray((np.arange(W) < 10).astype(np.uint8)[None].repeat(H, 0) * 255).save(tmp_path / "masks" / "left.png")
     Image.fromarray((np.arange(W) >= 20).astype(np.uint8)[None].repeat(H, 0)).save(tmp_path / "masks" / "right.png")
     return tmp_path
@@ -44,7 +48,9 @@ def _jsonl(folder, *rows):
 
 def _prepare(folder, table, *words):
     paths = {"table": table, "images": folder / "images", "out": folder / "out", "masks": folder / "masks"}
-    return prepare.main(["table", "--name=toy", "--split=train", "--workers=1", *(f"--{k}={v}" for k, v in paths.items()), *words])
+    return prepare.main(
+        ["table", "--name=toy", "--split=train", "--workers=1", *(f"--{k}={v}" for k, v in paths.items()), *words]
+    )
 
 
 def _read(folder):
@@ -74,12 +80,17 @@ def test_csv_and_jsonl_say_the_same(folder):
     again, same = _read(folder)
     assert (vars(info), records) == (vars(again), same)
 
-    assert [(c.texts, c.thing) for c in info.classes] == [(("black cat",), True), (("dog",), True)] and not info.exhaustive
+    assert [(c.texts, c.thing) for c in info.classes] == [
+        (("black cat",), True),
+        (("dog",), True),
+    ] and not info.exhaustive
     record = records["a.jpg"]
     cat, dog = record.segments
     assert record.image == (folder / "images" / "a.jpg").read_bytes()
     assert (cat.class_id, cat.texts, cat.box) == (0, ("the left cat", "the cat, asleep", "left one"), (0, 0, 10, H))
-    np.testing.assert_array_equal(record.decode_mask(cat.mask), np.array(Image.open(folder / "masks" / "left.png")) > 127)
+    np.testing.assert_array_equal(
+        record.decode_mask(cat.mask), np.array(Image.open(folder / "masks" / "left.png")) > 127
+    )
     assert (dog.class_id, dog.texts, dog.mask, dog.box) == (1, (), None, (20, 2, 30.5, 10))
     assert record.absent_texts == ("a bird", "a fish")
     assert record.partial_classes == (0, 1)  # nobody said that there is no other cat
@@ -96,8 +107,14 @@ def test_an_exhaustive_table_says_what_is_not_there(folder):
     options = ("--exhaustive", "--stuff", "sky", f"--classes={folder / 'classes.json'}")
     assert _prepare(folder, _jsonl(folder, *rows), *options) == 0
     info, records = _read(folder)
-    assert info.exhaustive and [(c.name, c.thing) for c in info.classes] == [("sky", False), ("dog", True), ("cat", True)]
-    np.testing.assert_array_equal(records["a.jpg"].decode_mask(records["a.jpg"].segments[0].mask)[0], np.arange(W) >= 20)
+    assert info.exhaustive and [(c.name, c.thing) for c in info.classes] == [
+        ("sky", False),
+        ("dog", True),
+        ("cat", True),
+    ]
+    np.testing.assert_array_equal(
+        records["a.jpg"].decode_mask(records["a.jpg"].segments[0].mask)[0], np.arange(W) >= 20
+    )
     assert records["a.jpg"].partial_classes == (1,)  # the dog whose mask is missing is not taught absent
     assert records["b.jpg"].segments == () and records["b.jpg"].partial_classes == ()
 
@@ -119,7 +136,9 @@ def test_expressions_of_two_segments_are_dropped(folder, capsys):
     )
     assert _prepare(folder, _jsonl(folder, *rows)) == 0
     records = _read(folder)[1]
-    assert [s.texts for s in records["a.jpg"].segments] == [("the left cat",)] and records["a.jpg"].absent_texts == ("a dog",)
+    assert [s.texts for s in records["a.jpg"].segments] == [("the left cat",)] and records["a.jpg"].absent_texts == (
+        "a dog",
+    )
     assert records["b.jpg"].segments[0].texts == ("the cat",)
     table = capsys.readouterr().out
     assert "names two objects (a.jpg 'the cat')" in table and "both present and absent (a.jpg 'the left cat')" in table
@@ -150,7 +169,12 @@ def test_rows_that_cannot_be_used_are_counted_and_named(folder, capsys, row, rea
 
 
 def test_images_that_are_missing_and_boxes_of_corners_are_noted(folder, capsys):
-    assert _prepare(folder, _csv(folder, "image,bbox,class", "gone.jpg,1 1 5 5,cat", ",1 1 5 5,cat", "a.jpg,20 10 36 24,cat")) == 0
+    assert (
+        _prepare(
+            folder, _csv(folder, "image,bbox,class", "gone.jpg,1 1 5 5,cat", ",1 1 5 5,cat", "a.jpg,20 10 36 24,cat")
+        )
+        == 0
+    )
     assert _read(folder)[1]["a.jpg"].segments[0].box == (20, 10, W, H)
     table = capsys.readouterr().out
     assert "image: file is missing (gone.jpg)" in table and f"row: no image ({folder / 't.csv'}:3)" in table
@@ -165,9 +189,16 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
 
     says(folder / "gone.csv", "gone.csv: no such file")
     says(folder / "t.xlsx", "a table is a .csv with a header, or a .jsonl")
-    says(_csv(folder, "image;mask;class", "a.jpg;left.png;cat"), "t.csv:1: unknown column 'image;mask;class'; columns are image, mask")
+    says(
+        _csv(folder, "image;mask;class", "a.jpg;left.png;cat"),
+        "t.csv:1: unknown column 'image;mask;class'; columns are image, mask",
+    )
     says(_csv(folder, "mask,class", "left.png,cat"), "t.csv:1: column 'image' is missing")
-    says(_csv(folder, "image,bbox,class", "a.jpg,1,2,3,4,cat"), "t.csv:2: more fields than the header has", "double quotes")
+    says(
+        _csv(folder, "image,bbox,class", "a.jpg,1,2,3,4,cat"),
+        "t.csv:2: more fields than the header has",
+        "double quotes",
+    )
     says(_jsonl(folder, {"image": "a.jpg"}, {"image": "a.jpg", "box": [1, 2, 3, 4]}), "t.jsonl:3: unknown column 'box'")
     (folder / "t.jsonl").write_text('{"image": "a.jpg"}\n{"image": \n')
     says(folder / "t.jsonl", "t.jsonl:2: not JSON")
@@ -177,13 +208,21 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     says(cat, "--stuff 'sky' is no class; they are cat", options=("--stuff", "sky"))
     (folder / "classes.txt").write_text("dog\n")
     says(cat, "1 x row: class 'cat' is not in --classes", options=(f"--classes={folder / 'classes.txt'}",))
-    says(cat, "t.csv:2: class 'cat' is not in", "classes.txt", options=(f"--classes={folder / 'classes.txt'}", "--exhaustive"))
+    says(
+        cat,
+        "t.csv:2: class 'cat' is not in",
+        "classes.txt",
+        options=(f"--classes={folder / 'classes.txt'}", "--exhaustive"),
+    )
     says(_jsonl(folder, {"image": "../images/a.jpg"}), "t.jsonl:1: image '../images/a.jpg' is not within --images")
     says(_jsonl(folder, {"image": "a.jpg", "mask": "/left.png"}), "t.jsonl:1: mask '/left.png' is not within --masks")
 
 
 def test_spellings_of_a_path_are_one_image_and_one_mask(folder):
-    rows = [{"image": image, "mask": mask, "class": "cat"} for image, mask in (("a.jpg", "./left.png"), ("./sub/../a.jpg", "left.png"))]
+    rows = [
+        {"image": image, "mask": mask, "class": "cat"}
+        for image, mask in (("a.jpg", "./left.png"), ("./sub/../a.jpg", "left.png"))
+    ]
     assert _prepare(folder, _jsonl(folder, *rows), "--exhaustive") == 0
     records = _read(folder)[1]
     assert list(records) == ["a.jpg"] and len(records["a.jpg"].segments) == 1

@@ -1,4 +1,6 @@
-"""data/tfds_sets.py: TFDS's own builders make sets from official layouts, and the records are compared with what was in the files."""
+"""data/tfds_sets.py: TFDS's own builders make sets from official layouts, and the records are compared with what was in
+the files.
+"""
 
 from __future__ import annotations
 
@@ -42,25 +44,37 @@ class _Collection(list):
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory):
-    """Has a builder make its set from the files in a folder, with stand-ins for the few functions of TensorFlow and Beam that it calls."""
+    """Has a builder make its set from the files in a folder, with stand-ins for the few functions of TensorFlow and
+    Beam that it calls.
+    """
     gfile = SimpleNamespace(GFile=open, exists=os.path.exists, listdir=os.listdir)
     tensorflow = SimpleNamespace(io=SimpleNamespace(gfile=gfile))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(voc, "tf", tensorflow)
         patch.setattr(cityscapes_dataset_builder, "tf", tensorflow)
         patch.setattr(feature.TensorInfo, "tf_dtype", property(lambda self: self.np_dtype))
-        patch.setattr(image_feature._ImageEncoder, "_encode_image", lambda self, pixels: cv2.imencode(".png", pixels)[1].tobytes())
+        patch.setattr(
+            image_feature._ImageEncoder, "_encode_image", lambda self, pixels: cv2.imencode(".png", pixels)[1].tobytes()
+        )
         patch.setitem(sys.modules, "apache_beam", SimpleNamespace(Create=_Collection, Map=lambda function: function))
 
         def make(builder, folder):
             """The folder that is the data_dir of the set."""
             data_dir = tmp_path_factory.mktemp("tfds")
             paths = tfds.core.Path(folder)
-            patch.setattr(tfds.download.DownloadManager, "download_and_extract", lambda self, urls: dict.fromkeys(urls, paths))
+            patch.setattr(
+                tfds.download.DownloadManager, "download_and_extract", lambda self, urls: dict.fromkeys(urls, paths)
+            )
             patch.setattr(tfds.download.DownloadManager, "extract", lambda self, archive: paths)
-            patch.setattr(tfds.download.DownloadManager, "download", lambda self, urls: {key: paths / f"{key}.json" for key in urls})
+            patch.setattr(
+                tfds.download.DownloadManager,
+                "download",
+                lambda self, urls: {key: paths / f"{key}.json" for key in urls},
+            )
             config = tfds.download.DownloadConfig(manual_dir=folder)
-            tfds.builder(builder, data_dir=data_dir).download_and_prepare(file_format="array_record", download_config=config)
+            tfds.builder(builder, data_dir=data_dir).download_and_prepare(
+                file_format="array_record", download_config=config
+            )
             return data_dir
 
         yield make
@@ -74,12 +88,16 @@ def _picture(seed, kind="JPEG"):
 
 def _write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data if isinstance(data, bytes) else json.dumps(data).encode() if isinstance(data, dict) else data.encode())
+    path.write_bytes(
+        data if isinstance(data, bytes) else json.dumps(data).encode() if isinstance(data, dict) else data.encode()
+    )
 
 
 def _prepare(builder, data_dir, out, split, **options):
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
-    return prepare.main(["tfds", builder, "--split", split, "--data-dir", str(data_dir), "--out", str(out), "--workers", "1", *words])
+    return prepare.main(
+        ["tfds", builder, "--split", split, "--data-dir", str(data_dir), "--out", str(out), "--workers", "1", *words]
+    )
 
 
 def _records(out, name, split="train"):
@@ -97,15 +115,41 @@ def ref_coco(make, tmp_path_factory):
     for image_id, split in ((5, "train"), (6, "train"), (7, "val")):
         file = f"COCO_train2014_{image_id:012d}.jpg"
         _write(folder / "coco_train2014" / file, _picture(image_id)[: -200 if image_id == 6 else None])
-        cat = {"id": 10 * image_id, "category_id": 17, "bbox": [10.25, 5.13, 20.5, 20.07], "area": 400.5, "segmentation": [SQUARE]}
-        toothbrush = {"id": 10 * image_id + 1, "category_id": 90, "bbox": [40.5, 2, 14.5, 28], "area": 200, "segmentation": [TRIANGLE]}
-        said = [(cat, ["Left  cat"]), (toothbrush, ["the brush.", "thing", "thing"])] + [(cat, ["Right?"])] * (split == "val")
+        cat = {
+            "id": 10 * image_id,
+            "category_id": 17,
+            "bbox": [10.25, 5.13, 20.5, 20.07],
+            "area": 400.5,
+            "segmentation": [SQUARE],
+        }
+        toothbrush = {
+            "id": 10 * image_id + 1,
+            "category_id": 90,
+            "bbox": [40.5, 2, 14.5, 28],
+            "area": 200,
+            "segmentation": [TRIANGLE],
+        }
+        said = [(cat, ["Left  cat"]), (toothbrush, ["the brush.", "thing", "thing"])] + [(cat, ["Right?"])] * (
+            split == "val"
+        )
         images[image_id] = {"info": {"file_name": file, "height": H, "width": W}, "anns": [toothbrush, cat]}
         for annotation, texts in said:
             sentences = [{"raw": text, "sent": "", "sent_id": i} for i, text in enumerate(texts)]
-            ref = {"ref_id": len(refs), "dataset": "refcoco", "dataset_partition": "unc", "split": split, "image_id": image_id}
+            ref = {
+                "ref_id": len(refs),
+                "dataset": "refcoco",
+                "dataset_partition": "unc",
+                "split": split,
+                "image_id": image_id,
+            }
             refs.append(ref | {"ann": annotation, "sentences": sentences})
-    test = {"dataset": "refcoco", "dataset_partition": "unc", "image_id": 7, "ann": refs[0]["ann"] | {"id": 70}, "sentences": []}
+    test = {
+        "dataset": "refcoco",
+        "dataset_partition": "unc",
+        "image_id": 7,
+        "ann": refs[0]["ann"] | {"id": 70},
+        "sentences": [],
+    }
     refs += [test | {"split": split, "ref_id": 99, "sentences": refs[0]["sentences"]} for split in ("testA", "testB")]
     _write(folder / "refcoco.json", {"ref": refs, "coco_anns": images})
     return make("ref_coco/refcoco_unc", folder), folder
@@ -114,7 +158,10 @@ def ref_coco(make, tmp_path_factory):
 def test_expressions_of_ref_coco_have_the_masks_boxes_and_names_of_coco(ref_coco, tmp_path, capsys):
     data_dir, folder = ref_coco
     assert _prepare("ref_coco", data_dir, tmp_path, "train") == 0
-    assert "1 dropped" in (said := capsys.readouterr().out) and "file is cut short (COCO_train2014_000000000006.jpg)" in said
+    assert (
+        "1 dropped" in (said := capsys.readouterr().out)
+        and "file is cut short (COCO_train2014_000000000006.jpg)" in said
+    )
     info, records = _records(tmp_path, "refcoco")
     assert list(records) == ["COCO_train2014_000000000005.jpg"] and not info.exhaustive
     record = records["COCO_train2014_000000000005.jpg"]
@@ -152,13 +199,17 @@ def test_the_ids_of_ref_coco_are_coco_s(real_data):
 def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labelled_classes(make, tmp_path):
     files, annotations = tmp_path / "files", []
     fields = {"height": H, "width": W, "not_exhaustive_category_ids": []}
-    images = [fields | {"id": i, "coco_url": f"http://x/train2017/{i:012d}.jpg", "neg_category_ids": []} for i in (9, 25, 30)]
+    images = [
+        fields | {"id": i, "coco_url": f"http://x/train2017/{i:012d}.jpg", "neg_category_ids": []} for i in (9, 25, 30)
+    ]
     images[0] |= {"neg_category_ids": [1, 1203], "not_exhaustive_category_ids": [2]}
     images[1] |= {"neg_category_ids": [3]}
     for i, category in enumerate((4, 2)):
         box = [10 + i, 5, 20, 20]
         square = [10 + i, 5, 30 + i, 5, 30 + i, 25, 10 + i, 25]
-        annotations.append({"id": i, "image_id": 9, "category_id": category, "bbox": box, "area": 400, "segmentation": [square]})
+        annotations.append(
+            {"id": i, "image_id": 9, "category_id": category, "bbox": box, "area": 400, "segmentation": [square]}
+        )
     for name in ("lvis_v1_train", "lvis_v1_val", "lvis_v1_image_info_test_dev", "minival_annotation"):
         _write(files / f"{name}.json", {"images": images, "annotations": annotations})
     for image in images:
@@ -166,14 +217,23 @@ def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labelled_classes(ma
     data_dir = make("lvis", files)
     assert _prepare("lvis", data_dir, tmp_path, "train") == 0
     info, records = _records(tmp_path, "lvis_v1")
-    assert (len(info.classes), info.exhaustive, records.keys()) == (1203, False, {"000000000009.jpg", "000000000025.jpg"})
+    assert (len(info.classes), info.exhaustive, records.keys()) == (
+        1203,
+        False,
+        {"000000000009.jpg", "000000000025.jpg"},
+    )
 
     def names(ids):
         return [info.classes[i].name for i in ids]
 
     record = records["000000000009.jpg"]
-    assert (names(record.absent_classes), names(record.partial_classes)) == (["aerosol can", "zucchini"], ["air conditioner"])
-    assert names(records["000000000025.jpg"].absent_classes) == ["airplane"] and not records["000000000025.jpg"].segments
+    assert (names(record.absent_classes), names(record.partial_classes)) == (
+        ["aerosol can", "zucchini"],
+        ["air conditioner"],
+    )
+    assert (
+        names(records["000000000025.jpg"].absent_classes) == ["airplane"] and not records["000000000025.jpg"].segments
+    )
     assert record.origin == "coco/9" and record.image == (files / "train2017" / record.key).read_bytes()
     for i, segment in enumerate(record.segments):
         filled = np.zeros((H, W), bool)
@@ -248,9 +308,13 @@ def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(m
     ],
 )
 def test_a_set_that_cannot_be_made_is_one_line(builder, split, reason, tmp_path, monkeypatch, capsys):
-    """As on a machine without TensorFlow, except for Cityscapes, whose builder then looks for what has to be got by hand."""
+    """As on a machine without TensorFlow, except for Cityscapes, whose builder then looks for what has to be got by
+    hand.
+    """
     for name, known in tfds_sets.SETS.items():
-        monkeypatch.setitem(tfds_sets.SETS, name, dataclasses.replace(known, needs=() if builder == "cityscapes" else known.needs))
+        monkeypatch.setitem(
+            tfds_sets.SETS, name, dataclasses.replace(known, needs=() if builder == "cityscapes" else known.needs)
+        )
     monkeypatch.setattr(tfds_sets.importlib.util, "find_spec", lambda name: None)
     assert _prepare(builder, tmp_path, tmp_path / "out", split) == 1
     said = capsys.readouterr().err

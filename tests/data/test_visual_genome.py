@@ -26,7 +26,16 @@ TREE, NEAR_TREE, FAR = (5, 5, 40, 40), (6, 5, 40, 41), (50, 20, 25, 30)  # x, y,
 
 def _object(*names, at=TREE):
     x, y, w, h = at
-    return {"synsets": ["x.n.01"], "h": h, "object_id": 1058549, "merged_object_ids": [], "names": list(names), "w": w, "y": y, "x": x}
+    return {
+        "synsets": ["x.n.01"],
+        "h": h,
+        "object_id": 1058549,
+        "merged_object_ids": [],
+        "names": list(names),
+        "w": w,
+        "y": y,
+        "x": x,
+    }
 
 
 def _region(phrase, at=TREE):
@@ -54,7 +63,9 @@ class Genome:
         """objects, regions: lists of them by image id."""
         files = [self.json("image_data.json", self.data), None, None, None]
         if objects is not None:
-            files[1] = self.json("objects.json", [{"image_id": i, "objects": o, "image_url": ""} for i, o in objects.items()])
+            files[1] = self.json(
+                "objects.json", [{"image_id": i, "objects": o, "image_url": ""} for i, o in objects.items()]
+            )
         if regions is not None:
             files[2] = self.json("region_descriptions.json", [{"id": i, "regions": r} for i, r in regions.items()])
         if alias is not None:
@@ -66,7 +77,9 @@ class Genome:
         """Plan, records by key and all problems."""
         plan = self.plan(*args, **options)
         built = [plan.make(job) for job in plan.jobs]
-        problems = sum((collections.Counter(b.problems.counts) for b in built), collections.Counter(plan.problems.counts))
+        problems = sum(
+            (collections.Counter(b.problems.counts) for b in built), collections.Counter(plan.problems.counts)
+        )
         records = [Record.from_bytes(b.record) for b in built if b.record is not None]
         return plan, {r.key: r for r in records}, problems
 
@@ -78,14 +91,22 @@ def genome(tmp_path):
 
 def _said(record):
     """(phrases, box as x, y, width, height) of every region."""
-    boxes = [(s.texts, (s.box[0], s.box[1], s.box[2] - s.box[0], s.box[3] - s.box[1])) for s in record.segments if s.class_id is None]
+    boxes = [
+        (s.texts, (s.box[0], s.box[1], s.box[2] - s.box[0], s.box[3] - s.box[1]))
+        for s in record.segments
+        if s.class_id is None
+    ]
     return dict(boxes)
 
 
 def test_objects_become_boxes_of_a_class_and_regions_boxes_with_phrases(genome):
     objects = {1: [_object("Trees"), _object("man", at=FAR)], 107: [_object("man")]}
     plan, records, problems = genome.made(objects, {1: [_region("The  tree is green.")]})
-    assert [c.texts for c in plan.classes] == [("man",), ("trees",)] and all(c.thing for c in plan.classes) and not problems
+    assert (
+        [c.texts for c in plan.classes] == [("man",), ("trees",)]
+        and all(c.thing for c in plan.classes)
+        and not problems
+    )
     tree, man, phrase = records["1.jpg"].segments
     assert (tree.class_id, tree.box, tree.texts) == (1, (5, 5, 45, 45), ())
     assert (man.class_id, man.box) == (0, (50, 20, 75, 50))
@@ -118,18 +139,26 @@ def test_aliases_are_one_class_and_rare_names_none(genome):
 
 
 def test_images_are_counted_and_not_objects(genome):
-    plan = genome.plan({1: [_object("cup"), _object("cup", at=FAR), _object("dog")], 107: [_object("dog")]}, min_images=2)
+    plan = genome.plan(
+        {1: [_object("cup"), _object("cup", at=FAR), _object("dog")], 107: [_object("dog")]}, min_images=2
+    )
     assert [c.name for c in plan.classes] == ["dog"]
 
 
 def test_an_object_of_several_names_has_the_first_that_is_a_class(genome):
     objects = {1: [_object("chap", "man")], 107: [_object("man")]}
     plan, records, problems = genome.made(objects, min_images=2)
-    assert [c.name for c in plan.classes] == ["man"] and [s.class_id for s in records["1.jpg"].segments] == [0] and not problems
+    assert (
+        [c.name for c in plan.classes] == ["man"]
+        and [s.class_id for s in records["1.jpg"].segments] == [0]
+        and not problems
+    )
 
 
 def test_an_object_drawn_twice_is_one_and_a_neighbour_another(genome):
-    _, records, problems = genome.made({1: [_object("tree"), _object("tree", at=NEAR_TREE), _object("tree", at=FAR), _object("bush")]})
+    _, records, problems = genome.made(
+        {1: [_object("tree"), _object("tree", at=NEAR_TREE), _object("tree", at=FAR), _object("bush")]}
+    )
     assert [s.box for s in records["1.jpg"].segments] == [(5, 5, 45, 45), (50, 20, 75, 50), (5, 5, 45, 45)]
     assert problems == {"segment: object annotated twice": 1, "image: has nothing labelled": 1}
 
@@ -146,7 +175,11 @@ def test_a_phrase_of_two_boxes_is_dropped_and_one_drawn_twice_is_kept(genome):
     _, records, problems = genome.made(regions={1: regions, 107: [_region("a man")]})
     assert _said(records["1.jpg"]) == {("a tree", "green tree"): TREE}  # the phrases of one box are one segment
     assert _said(records["107.jpg"]) == {("a man",): TREE}
-    assert problems == {"expression: names two objects": 1, "expression: said twice of one box": 1, "expression: no sentence": 1}
+    assert problems == {
+        "expression: names two objects": 1,
+        "expression: said twice of one box": 1,
+        "expression: no sentence": 1,
+    }
 
 
 def test_boxes_are_clipped_and_impossible_ones_dropped(genome):
@@ -156,7 +189,9 @@ def test_boxes_are_clipped_and_impossible_ones_dropped(genome):
         _object("tree", at=(1, 1, 0, 9)),
         _object("tree", at=(None, 1, 9, 9)),
     ]
-    _, records, problems = genome.made({1: objects, 107: [_object("tree")]}, {1: [_region("far away", at=(W, H, 9, 9))]})
+    _, records, problems = genome.made(
+        {1: objects, 107: [_object("tree")]}, {1: [_region("far away", at=(W, H, 9, 9))]}
+    )
     assert [s.box for s in records["1.jpg"].segments] == [(0, 10, 27, 40)] and records["1.jpg"].partial_classes == (0,)
     reasons = (
         "segment: box outside its image",
@@ -174,7 +209,10 @@ def test_cocos_pictures_are_known_and_can_be_left_out(genome):
     files = {"--image-data": "image_data.json", "--objects": "objects.json", "--out": "out"}
     words = [word for option, name in files.items() for word in (option, str(genome.root / name))]
     images = ["--images", str(genome.root / "VG_100K"), str(genome.root / "VG_100K_2")]
-    assert prepare.main(["visual-genome", *images, *words, "--min-images", "1", "--exclude", held_out, "--workers", "1"]) == 0
+    assert (
+        prepare.main(["visual-genome", *images, *words, "--min-images", "1", "--exclude", held_out, "--workers", "1"])
+        == 0
+    )
     source = ShardSource(str(genome.root / "out"), "visual_genome", "train")
     assert [Record.from_bytes(source[i]).key for i in range(len(source))] == ["107.jpg"]
     assert not source.info.exhaustive and not source.info.unique_texts
@@ -188,8 +226,12 @@ def test_files_of_the_first_version_are_read(genome):
 
 def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
     path = genome.json("objects.json", [{"image_id": 1, "objects": [_object(name)]} for name in ("tree", "man")])
-    plan = visual_genome([str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1)
-    assert [c.name for c in plan.classes] == ["tree"] and plan.problems.counts == {"image: twice in objects, of which the first counts": 1}
+    plan = visual_genome(
+        [str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1
+    )
+    assert [c.name for c in plan.classes] == ["tree"] and plan.problems.counts == {
+        "image: twice in objects, of which the first counts": 1
+    }
 
 
 @pytest.mark.parametrize(
@@ -197,7 +239,11 @@ def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
     [
         ("objects.json", {"images": []}, "objects.json: not a list of objects with 'image_id'"),
         ("objects.json", [{"image_id": 1, "regions": []}], "objects.json: field 'objects' is missing"),
-        ("objects.json", [{"image_id": 1, "objects": ["tree"]}], "objects.json: field 'objects' is missing or no list of objects"),
+        (
+            "objects.json",
+            [{"image_id": 1, "objects": ["tree"]}],
+            "objects.json: field 'objects' is missing or no list of objects",
+        ),
         ("image_data.json", [[1]], "image_data.json: not a list of objects with 'image_id'"),
     ],
 )
@@ -211,4 +257,10 @@ def test_mistakes_end_in_one_line(genome, name, content, said):
     with pytest.raises(ValueError, match="give --objects, --regions, or both"):
         visual_genome([str(genome.root / "VG_100K")], paths[0], None, None)
     with pytest.raises(FileNotFoundError, match="alias.txt: no such file"):
-        visual_genome([str(genome.root / "VG_100K")], genome.json("image_data.json", []), None, genome.json("r.json", []), "alias.txt")
+        visual_genome(
+            [str(genome.root / "VG_100K")],
+            genome.json("image_data.json", []),
+            None,
+            genome.json("r.json", []),
+            "alias.txt",
+        )

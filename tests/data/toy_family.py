@@ -1,4 +1,6 @@
-"""A family of 24 images that can be stopped in the middle, for test_shards.py; worker processes import it and little else."""
+"""A family of 24 images that can be stopped in the middle, for test_shards.py; worker processes import it and little
+else.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,10 @@ class Toy:
     partial = property(lambda self: self.folder / "train.partial")
 
     def plan(self, **context):
-        jobs = [plan.Job(f"{i:02d}", i, str(self.pictures / f"{i:02d}.jpg"), {"of": i}, f"coco/{i}" * (i % 4 > 0)) for i in range(COUNT)]
+        jobs = [
+            plan.Job(f"{i:02d}", i, str(self.pictures / f"{i:02d}.jpg"), {"of": i}, f"coco/{i}" * (i % 4 > 0))
+            for i in range(COUNT)
+        ]
         return plan.Plan("toy", CLASSES, jobs, functools.partial(make, log=self.log, act=self.act, **context))
 
     def prepare(self, plan=None, workers=1):
@@ -101,7 +106,9 @@ class Toy:
         return collections.Counter(path.stem for path in names)
 
     def result(self):
-        """All that a reader can see: file by file, bytes by bytes; but for what the files it was made of were called."""
+        """All that a reader can see: file by file, bytes by bytes; but for what the files it was made of were
+        called.
+        """
         found = {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
         report = json.loads(found["train.report.json"])
         assert len(report.pop("fingerprint")) == 64

@@ -30,7 +30,9 @@ def probabilities(answer: Answer, flip: bool) -> np.ndarray:
 
 
 def test_a_semantic_map_is_that_of_the_mean_score_over_views(views):
-    scores = np.mean([np.einsum("qp,qhw->phw", a.class_probs.astype(float), probabilities(a, f)) for a, f in zip(*views)], 0)
+    scores = np.mean(
+        [np.einsum("qp,qhw->phw", a.class_probs.astype(float), probabilities(a, f)) for a, f in zip(*views)], 0
+    )
     labels = semantic_map(*joined(*views))
     np.testing.assert_array_equal(labels, scores.argmax(0))
     alone = [semantic_map(a.class_probs, a.masks) for a in views[0]]
@@ -41,12 +43,16 @@ def test_a_region_is_the_mean_probability_of_each_views_best_query_by_its_score(
     answer = mean_regions(*views)
     for prompt in range(3):
         best = [a.class_probs[:, prompt].argmax() for a in views[0]]
-        want = np.average([probabilities(a, f)[q] for a, f, q in zip(*views, best)], axis=0, weights=scores_of(views, prompt))
+        want = np.average(
+            [probabilities(a, f)[q] for a, f, q in zip(*views, best)], axis=0, weights=scores_of(views, prompt)
+        )
         np.testing.assert_allclose(soft_mask(answer.class_probs, answer.masks, prompt), want, atol=1e-6)
     found = region_segments(["a", "b", "c"], answer.class_probs, answer.boxes, answer.masks)
     np.testing.assert_allclose(found.scores, np.mean([a.class_probs.max(0) for a in views[0]], 0), rtol=1e-6)
     np.testing.assert_allclose(
-        found.boxes[0], np.average([[2, 3, 10, 12], [18, 3, 26, 12], [18, 3, 26, 12]], 0, scores_of(views, 0)), rtol=1e-5
+        found.boxes[0],
+        np.average([[2, 3, 10, 12], [18, 3, 26, 12], [18, 3, 26, 12]], 0, scores_of(views, 0)),
+        rtol=1e-5,
     )
 
 
@@ -63,7 +69,12 @@ def test_one_view_that_is_not_mirrored_is_the_answer_itself(views):
 def test_canvases_are_what_the_models_strides_divide():
     config = get_config()  # 64 x 64, strides 8 and 16
     assert views_of(config, (1.0,), False) == [((64, 64), False)]
-    assert views_of(config, (1.0, 1.4), True) == [((64, 64), False), ((64, 64), True), ((96, 96), False), ((96, 96), True)]
+    assert views_of(config, (1.0, 1.4), True) == [
+        ((64, 64), False),
+        ((64, 64), True),
+        ((96, 96), False),
+        ((96, 96), True),
+    ]
     with pytest.raises(ValueError, match=r"config.eval.scales = 0.2: a canvas of \(16, 16\) has 5 tokens"):
         views_of(config, (0.2,), False)
 

@@ -46,7 +46,9 @@ def random_set(images: int = 8) -> tuple[list[Record], list[Segments]]:
                 labels.append(label if rng.random() < 0.9 else 2 - label)
         records.append(Record(str(image), b"", SIZE, SIZE, tuple(segments)))
         prompts = np.array(labels)
-        answers.append(Segments(TEXTS, np.stack(masks), np.array(boxes, np.float32), np.array(scores), prompts, prompts))
+        answers.append(
+            Segments(TEXTS, np.stack(masks), np.array(boxes, np.float32), np.array(scores), prompts, prompts)
+        )
     return records, answers
 
 
@@ -56,15 +58,27 @@ def xywh(b) -> list[float]:
 
 
 def reference(records: list[Record], answers: list[Segments], iou_type: str) -> np.ndarray:
-    """pycocotools' AP, AP50, AP75, small, medium, large, AR with 1, 10, 100 segments an image, small, medium, large, in percent."""
+    """pycocotools' AP, AP50, AP75, small, medium, large, AR with 1, 10, 100 segments an image, small, medium, large, in
+    percent.
+    """
     truth, found = [], []
     for i, (record, answer) in enumerate(zip(records, answers)):
         for s in (s for s in record.segments if s.class_id != 1):
             mask = record.decode_mask(s.mask)
-            fields = {"id": len(truth) + 1, "image_id": i, "category_id": s.class_id, "iscrowd": int(s.crowd), "bbox": xywh(s.box)}
+            fields = {
+                "id": len(truth) + 1,
+                "image_id": i,
+                "category_id": s.class_id,
+                "iscrowd": int(s.crowd),
+                "bbox": xywh(s.box),
+            }
             truth.append({**fields, "area": int(mask.sum()), "segmentation": {"size": [SIZE, SIZE], "counts": s.mask}})
         for mask, b, score, label in zip(answer.masks, answer.boxes, answer.scores, answer.prompt_ids):
-            where = {"segmentation": {"size": [SIZE, SIZE], "counts": encode_rle(mask)}} if iou_type == "segm" else {"bbox": xywh(b)}
+            where = (
+                {"segmentation": {"size": [SIZE, SIZE], "counts": encode_rle(mask)}}
+                if iou_type == "segm"
+                else {"bbox": xywh(b)}
+            )
             if label != 1:
                 found.append({"image_id": i, "category_id": int(label), "score": float(score), **where})
     with contextlib.redirect_stdout(io.StringIO()):
@@ -112,7 +126,9 @@ def test_a_crowd_punishes_nobody():
 def test_objects_without_masks_give_box_ap_only():
     b = (10.0, 10.0, 50.0, 60.0)
     record = Record("a", b"", SIZE, SIZE, (Segment(0, box=b),))
-    answer = Segments(TEXTS, np.zeros((1, SIZE, SIZE), bool), np.array([b]), np.ones(1), np.zeros(1, int), np.zeros(1, int))
+    answer = Segments(
+        TEXTS, np.zeros((1, SIZE, SIZE), bool), np.array([b]), np.ones(1), np.zeros(1, int), np.zeros(1, int)
+    )
     result = evaluated([record], [answer])
     assert result["box_ap"] == pytest.approx(100) and "mask_ap" not in result
 
@@ -131,14 +147,18 @@ def test_nobody_is_punished_for_a_class_that_a_federated_set_did_not_check():
 
 def test_no_prediction_at_all_is_zero():
     records, _ = random_set(1)
-    empty = Segments(TEXTS, np.zeros((0, SIZE, SIZE), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int))
+    empty = Segments(
+        TEXTS, np.zeros((0, SIZE, SIZE), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int)
+    )
     result = evaluated(records, [empty])
     assert result["mask_ap"] == 0 and result["box_ap"] == 0
 
 
 def test_classes_of_a_federated_set_are_rare_common_or_frequent_by_their_images():
     records, answers = random_set()
-    info = DatasetInfo("lvis", INFO.classes, {}, exhaustive=False, class_images={"val": (500, 0, 1), "train": (10, 0, 101)})
+    info = DatasetInfo(
+        "lvis", INFO.classes, {}, exhaustive=False, class_images={"val": (500, 0, 1), "train": (10, 0, 101)}
+    )
     evaluator = InstanceEvaluator(info)
     for record, answer in zip(records, answers):
         evaluator.update(record, answer)

@@ -39,7 +39,12 @@ def foreground_updates(rng):
 
 def matting_updates(rng):
     for i in range(9):
-        yield rng.random((12, 12)), rng.random((12, 12)), None if i % 2 else rng.integers(0, 3, (12, 12)).astype(np.uint8) * 127, str(i)
+        yield (
+            rng.random((12, 12)),
+            rng.random((12, 12)),
+            None if i % 2 else rng.integers(0, 3, (12, 12)).astype(np.uint8) * 127,
+            str(i),
+        )
 
 
 def referring_updates(rng):

@@ -9,7 +9,9 @@ from mqformer_jax.evaluation.panoptic import PanopticEvaluator
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle
 from mqformer_jax.segments import Segments
 
-INFO = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("sky",), False), ClassInfo(("sea",), False)), {})
+INFO = DatasetInfo(
+    "toy", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("sky",), False), ClassInfo(("sea",), False)), {}
+)
 SIZE = 32
 
 
@@ -36,7 +38,9 @@ def predicted(cells: np.ndarray, labels: np.ndarray, hole: np.ndarray) -> Segmen
     masks = np.stack([(cells == i) & ~hole for i in ids])
     panoptic = (masks * np.arange(1, len(ids) + 1)[:, None, None]).sum(0)
     n = len(ids)
-    return Segments([c.name for c in INFO.classes], masks, np.zeros((n, 4)), np.ones(n), labels[ids], np.zeros(n, int), panoptic)
+    return Segments(
+        [c.name for c in INFO.classes], masks, np.zeros((n, 4)), np.ones(n), labels[ids], np.zeros(n, int), panoptic
+    )
 
 
 def direct_pq(pairs: list) -> dict[int, tuple[float, int, int, int]]:
@@ -67,7 +71,11 @@ def test_pq_is_the_definition_with_void_and_crowds():
     for image in range(6):
         cells, labels = scene(rng, 8)
         crowd, ignored = 7, cells == 5
-        segments = [Segment(int(c), mask=encode_rle(cells == i), crowd=i == crowd) for i, c in enumerate(labels) if (cells == i).any()]
+        segments = [
+            Segment(int(c), mask=encode_rle(cells == i), crowd=i == crowd)
+            for i, c in enumerate(labels)
+            if (cells == i).any()
+        ]
         record = Record(str(image), b"", SIZE, SIZE, tuple(segments), ignore=encode_rle(ignored))
         hole = rng.random((SIZE, SIZE)) < 0.05
         segments = predicted(*disturbed(rng, cells, labels), hole)
@@ -75,7 +83,9 @@ def test_pq_is_the_definition_with_void_and_crowds():
         truth = [(c, cells == i, i == crowd) for i, c in enumerate(labels) if i != 5 and (cells == i).any()]
         pairs.append((truth, list(zip(segments.prompt_ids, segments.masks))))
     totals = direct_pq(pairs)
-    assert sum(v[2] for v in totals.values()) and sum(v[3] for v in totals.values())  # the noise makes errors of both kinds
+    assert sum(v[2] for v in totals.values()) and sum(
+        v[3] for v in totals.values()
+    )  # the noise makes errors of both kinds
 
     def mean(classes: range) -> tuple[float, float, float]:
         rows = [totals[c] for c in classes if sum(totals[c][1:])]
@@ -90,7 +100,13 @@ def test_pq_is_the_definition_with_void_and_crowds():
 
 def test_a_perfect_answer_is_100_though_part_of_the_image_is_void():
     cells, labels = scene(np.random.default_rng(1), 5)
-    record = Record("a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels) if i != 4))
+    record = Record(
+        "a",
+        b"",
+        SIZE,
+        SIZE,
+        tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels) if i != 4),
+    )
     evaluator = PanopticEvaluator(INFO)
     evaluator.update(record, predicted(cells, labels, np.zeros((SIZE, SIZE), bool)))  # finds the void cell too
     assert evaluator.result()["pq"] == pytest.approx(100)
@@ -106,7 +122,9 @@ def test_prompts_that_are_not_the_classes_are_refused_in_one_line():
 
 def test_which_kind_of_query_found_what_counts_right_segments_only():
     cells, labels = scene(np.random.default_rng(1), 6)
-    record = Record("a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels)))
+    record = Record(
+        "a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels))
+    )
     segments = predicted(cells, labels, np.zeros((SIZE, SIZE), bool))
     segments.query_ids = np.array([0, 9, 0, 9, 9, 9])  # two regions, four things
     segments.prompt_ids[2] = 1 - segments.prompt_ids[2]  # what a learnable query found is called by the wrong name
@@ -123,7 +141,9 @@ def test_details_name_the_classes_and_the_worst_image_first():
     rng, evaluator = np.random.default_rng(2), PanopticEvaluator(INFO)
     for key, hole in (("whole", 0.0), ("holes", 0.45), ("some holes", 0.2)):
         cells, labels = scene(rng, 5)
-        record = Record(key, b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels)))
+        record = Record(
+            key, b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels))
+        )
         evaluator.update(record, predicted(cells, labels, rng.random(cells.shape) < hole))
     details = evaluator.details()
     assert [image["key"] for image in details["worst_images"]] == ["holes", "some holes", "whole"]

@@ -1,4 +1,5 @@
-"""Every evaluator against the published evaluation code, on real images: noisy copies of the ground truth are the predictions.
+"""Every evaluator against the published evaluation code, on real images: noisy copies of the ground truth are the
+predictions.
 
 What is compared with reads the original annotation files; the evaluators read the records that were prepared from them.
 """
@@ -48,7 +49,9 @@ def noisy(mask: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def noisy_instances(record: Record, info: DatasetInfo, rng: np.random.Generator) -> Segments:
-    """None, one or two noisy copies of each object, some of them under the name of another class of the image or of any."""
+    """None, one or two noisy copies of each object, some of them under the name of another class of the image or of
+    any.
+    """
     labels = [s.class_id for s in record.segments]
     masks, boxes, classes = [], [], []
     for segment in record.segments:
@@ -76,8 +79,8 @@ def results_json(answers: list[Segments], image_ids: list[int], class_ids: list[
 
 
 def mended(data: dict) -> dict:
-    """As records have it: an object's area is its mask's pixels (the file has that of its polygons, which is a little another), and a
-    box that lies elsewhere than the mask, as those of one image do, is the mask's."""
+    """As records have it: an object's area is its mask's pixels (the file has that of its polygons, which is a little
+    another), and a box that lies elsewhere than the mask, as those of one image do, is the mask's."""
     size = {i["id"]: (i["height"], i["width"]) for i in data["images"]}
     for a in data["annotations"]:
         rle = coco_mask.frPyObjects(a["segmentation"], *size[a["image_id"]])
@@ -94,7 +97,9 @@ def load(*parts) -> dict:
 
 
 def subset(data: dict, records: list[Record], info: DatasetInfo) -> tuple[dict, list[int], list[int]]:
-    """The annotations of these records, and the ids that the file gives to their images and to the classes of `info`, in its order."""
+    """The annotations of these records, and the ids that the file gives to their images and to the classes of `info`,
+    in its order.
+    """
     by_file = {i["file_name"]: i["id"] for i in data["images"]}
     ids = [by_file[record.key] for record in records]
     data["images"] = [i for i in data["images"] if i["id"] in ids]
@@ -132,7 +137,9 @@ def test_ap_and_ar_of_coco_are_those_of_pycocotools(small_root, real_data):
         assert class_ids == e.params.catIds
         for i, c in enumerate(info.classes):
             if (precision[:, :, i] > -1).any():
-                assert details["classes"][c.name][f"{name}_ap"] == pytest.approx(100 * precision[:, :, i].mean(), abs=1e-9)
+                assert details["classes"][c.name][f"{name}_ap"] == pytest.approx(
+                    100 * precision[:, :, i].mean(), abs=1e-9
+                )
     scores = [image["mask_ap50"] for image in details["worst_images"]]
     assert len(scores) == 10 and scores == sorted(scores)
 
@@ -148,7 +155,9 @@ def lvis(published, monkeypatch):
 def test_federated_ap_is_that_of_lvis(lvis, small_root, real_data, tmp_path):
     info, records = read(small_root, "lvis_v0.5", "train")
     rng = np.random.default_rng(1)
-    shown = tuple(int(n) for n in rng.choice([3, 10, 11, 100, 101, 900], len(info.classes)))  # 29 images have rare classes only
+    shown = tuple(
+        int(n) for n in rng.choice([3, 10, 11, 100, 101, 900], len(info.classes))
+    )  # 29 images have rare classes only
     info = dataclasses.replace(info, class_images={"train": shown})
     answers = [noisy_instances(record, info, rng) for record in records]
     found = evaluated(info, records, answers).result()
@@ -162,7 +171,9 @@ def test_federated_ap_is_that_of_lvis(lvis, small_root, real_data, tmp_path):
         e = lvis.LVISEval(str(tmp_path / "lvis.json"), results_json(answers, image_ids, class_ids, iou_type), iou_type)
         e.run()
         assert 20 < 100 * e.results["AP"] < 80
-        np.testing.assert_allclose([found[f"{name}_{k}"] for k in names.values()], [100 * e.results[k] for k in names], rtol=0, atol=1e-9)
+        np.testing.assert_allclose(
+            [found[f"{name}_{k}"] for k in names.values()], [100 * e.results[k] for k in names], rtol=0, atol=1e-9
+        )
 
 
 def noisy_panoptic(record: Record, info: DatasetInfo, rng: np.random.Generator, queries: int) -> Segments:
@@ -182,7 +193,9 @@ def noisy_panoptic(record: Record, info: DatasetInfo, rng: np.random.Generator, 
 
 
 def panopticapi(truth: np.ndarray, infos: list[dict], found: np.ndarray, labels: list[int], totals: dict) -> list[int]:
-    """`pq_compute_single_core` for one image: `totals` maps a class to [iou, tp, fp, fn]. Returns the segments found, from 0 on."""
+    """`pq_compute_single_core` for one image: `totals` maps a class to [iou, tp, fp, fn]. Returns the segments found,
+    from 0 on.
+    """
     void, offset = 0, 256**3
     truth_of, found_of = {s["id"]: s for s in infos}, dict(enumerate(labels, 1))
     pairs, counts = np.unique(truth.astype(np.uint64) * offset + found.astype(np.uint64), return_counts=True)
@@ -217,7 +230,11 @@ def test_pq_and_query_use_are_those_of_panopticapi(small_root, real_data):
     data, image_ids, class_ids = subset(load(real_data, "coco", "panoptic", "val.json"), records, info)
     annotations = {a["image_id"]: a for a in data["annotations"]}
     rng, learnable = np.random.default_rng(2), 40
-    evaluator, totals, queries = PanopticEvaluator(info, learnable), {c: [0.0, 0, 0, 0] for c in class_ids}, {True: [], False: []}
+    evaluator, totals, queries = (
+        PanopticEvaluator(info, learnable),
+        {c: [0.0, 0, 0, 0] for c in class_ids},
+        {True: [], False: []},
+    )
     for record, image_id in zip(records, image_ids):
         answer = noisy_panoptic(record, info, rng, queries=100)
         evaluator.update(record, answer)
@@ -239,7 +256,9 @@ def test_pq_and_query_use_are_those_of_panopticapi(small_root, real_data):
         assert 20 < want[0] < 90
         np.testing.assert_allclose([found[k + suffix] for k in ("pq", "sq", "rq")], want, rtol=0, atol=1e-9)
     for thing, name in ((True, "things"), (False, "stuff")):
-        assert found[f"learnable_share_{name}"] == pytest.approx(100 * np.mean(np.array(queries[thing]) < learnable), abs=1e-9)
+        assert found[f"learnable_share_{name}"] == pytest.approx(
+            100 * np.mean(np.array(queries[thing]) < learnable), abs=1e-9
+        )
     classes = evaluator.details()["classes"]
     assert {name: [c[k] for k in ("tp", "fp", "fn")] for name, c in classes.items()} == {
         known.name: totals[c][1:] for c, known in zip(class_ids, info.classes) if sum(totals[c][1:])
@@ -293,7 +312,11 @@ def test_foreground_measures_are_those_of_py_sod_metrics(sod, small_root):
         for measure in (mae, f, s, e):
             measure.step(prediction, mask, normalize=False)
     curve = e.get_results()["em"]["curve"]
-    want = {"mae": mae.get_results()["mae"], "max_f": f.get_results()["fm"]["curve"].max(), "s_measure": s.get_results()["sm"]}
+    want = {
+        "mae": mae.get_results()["mae"],
+        "max_f": f.get_results()["fm"]["curve"].max(),
+        "s_measure": s.get_results()["sm"],
+    }
     want |= {"mean_e": curve.mean(), "max_e": curve.max()}
     found = evaluator.result()
     assert all(0.02 < v < 0.98 for v in want.values())
@@ -301,7 +324,9 @@ def test_foreground_measures_are_those_of_py_sod_metrics(sod, small_root):
 
 
 def rhemann(prediction: np.ndarray, target: np.ndarray, where: np.ndarray) -> dict[str, float]:
-    """The four errors as Rhemann's and Deep Image Matting's evaluation code has them, with SciPy and scikit-image; and MAD."""
+    """The four errors as Rhemann's and Deep Image Matting's evaluation code has them, with SciPy and scikit-image; and
+    MAD.
+    """
     ndimage, measure = pytest.importorskip("scipy.ndimage"), pytest.importorskip("skimage.measure")
     sigma, epsilon = 1.4, 1e-2
     half = int(np.ceil(sigma * np.sqrt(-2 * np.log(np.sqrt(2 * np.pi) * sigma * epsilon))))

@@ -32,13 +32,19 @@ def test_instances_are_coco_results(tmp_path):
     submission.save()
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        truth.dataset = {"images": [{"id": i, "height": 224, "width": 224} for i in (7, 8)], "categories": [], "annotations": []}
+        truth.dataset = {
+            "images": [{"id": i, "height": 224, "width": 224} for i in (7, 8)],
+            "categories": [],
+            "annotations": [],
+        }
         truth.createIndex()
         masks, boxes = truth.loadRes(load(tmp_path / "segm.json")), truth.loadRes(load(tmp_path / "bbox.json"))
     assert len(masks.anns) == len(boxes.anns) == sum(map(len, answers))
     first = masks.anns[1]
     np.testing.assert_array_equal(masks.annToMask(first), answers[0].masks[0])
-    assert first["category_id"] == answers[0].prompt_ids[0] + 1 and first["score"] == pytest.approx(float(answers[0].scores[0]))
+    assert first["category_id"] == answers[0].prompt_ids[0] + 1 and first["score"] == pytest.approx(
+        float(answers[0].scores[0])
+    )
     x0, y0, x1, y1 = answers[0].boxes[0]
     np.testing.assert_allclose(boxes.anns[1]["bbox"], [x0, y0, x1 - x0, y1 - y0])
 
@@ -52,7 +58,10 @@ def test_panoptic_files_score_what_the_evaluator_scores(tmp_path):
         cells, labels = panoptic.scene(rng, 6)
         exact = panoptic.predicted(cells, labels, np.zeros_like(cells, bool))
         record = Record(
-            f"{i}.png", b"", *cells.shape, tuple(Segment(int(c), mask=encode_rle(m)) for c, m in zip(exact.prompt_ids, exact.masks))
+            f"{i}.png",
+            b"",
+            *cells.shape,
+            tuple(Segment(int(c), mask=encode_rle(m)) for c, m in zip(exact.prompt_ids, exact.masks)),
         )
         answer = panoptic.predicted(*panoptic.disturbed(rng, cells, labels), rng.random(cells.shape) < 0.05)
         truth.panoptic(record, exact)
@@ -63,7 +72,11 @@ def test_panoptic_files_score_what_the_evaluator_scores(tmp_path):
     data = load(tmp_path / "truth" / "panoptic.json")
     data["images"] = [{"id": i, "height": 32, "width": 32, "file_name": f"{i}.png"} for i in range(3)]
     for annotation in data["annotations"]:
-        ids = np.array(Image.open(tmp_path / "truth" / "panoptic" / annotation["file_name"])).astype(int) @ [1, 256, 65536]
+        ids = np.array(Image.open(tmp_path / "truth" / "panoptic" / annotation["file_name"])).astype(int) @ [
+            1,
+            256,
+            65536,
+        ]
         for s in annotation["segments_info"]:
             s.update(iscrowd=0, area=int((ids == s["id"]).sum()))
     (tmp_path / "truth" / "panoptic.json").write_text(json.dumps(data))

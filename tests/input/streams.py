@@ -30,7 +30,10 @@ def config(root: str, workers: int) -> ConfigDict:
 def digests(batches, count: int) -> list[list[str]]:
     """Of each batch, the hash of each row."""
     return [
-        [hashlib.sha256(b"".join(vars(batch)[k][i].tobytes() for k in sorted(vars(batch)))).hexdigest() for i in range(len(batch.size))]
+        [
+            hashlib.sha256(b"".join(vars(batch)[k][i].tobytes() for k in sorted(vars(batch)))).hexdigest()
+            for i in range(len(batch.size))
+        ]
         for batch in itertools.islice(batches, count)
     ]
 

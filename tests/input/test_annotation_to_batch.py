@@ -23,15 +23,22 @@ ROWS = 12
 
 
 def asked(root, name, split, tasks, side, **data):
-    """File name → (prompts, ignored pixels) of the first images that fill the canvas: {(text, region, exhaustive): [mask or box]}."""
+    """File name → (prompts, ignored pixels) of the first images that fill the canvas: {(text, region, exhaustive):
+    [mask or box]}.
+    """
     config = recipe("small")
     config.batch_size = 4
     config.eval.sets = ()
-    config.data.update(dict(root=root, canvas=(side, side), scale=(1.0, 1.0), flip=0.0, threads=0, max_targets=100, max_prompts=200) | data)
+    config.data.update(
+        dict(root=root, canvas=(side, side), scale=(1.0, 1.0), flip=0.0, threads=0, max_targets=100, max_prompts=200)
+        | data
+    )
     config.data.mixture = (dict(name=name, split=split, tasks=tasks),)
     loader = make_loader(config, WordTokenizer(1 << 20, 8))
     source = ShardSource(root, name, split)
-    longer_side = {r.key: max(r.height, r.width) for r in map(Record.from_bytes, map(source.__getitem__, range(len(source))))}
+    longer_side = {
+        r.key: max(r.height, r.width) for r in map(Record.from_bytes, map(source.__getitem__, range(len(source))))
+    }
     found = {}
     for batch, notes in itertools.islice(loader.stream(), 20):
         masks, ignore = unpack_masks(batch), np.unpackbits(batch.ignore, axis=-1).view(bool)
@@ -43,7 +50,10 @@ def asked(root, name, split, tasks, side, **data):
             prompts = {}
             for p, text in enumerate(note.texts):
                 rows = np.flatnonzero(batch.positive[i, :, p])
-                things = [masks[i, n, :h, :w] if batch.has_mask[i, n] else np.round(batch.boxes[i, n] * side, 1).tolist() for n in rows]
+                things = [
+                    masks[i, n, :h, :w] if batch.has_mask[i, n] else np.round(batch.boxes[i, n] * side, 1).tolist()
+                    for n in rows
+                ]
                 prompts[text, bool(batch.prompt_region[i, p]), bool(batch.prompt_exhaustive[i, p])] = things
             found[key] = prompts, ignore[i, :h, :w]
         if len(found) >= ROWS:
@@ -76,14 +86,19 @@ def assert_same(found, wanted, what):
 
 def test_panoptic(small_root, real_data):
     data = load(real_data / "coco/panoptic/val.json")
-    category = {c["id"]: (re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " "), c["isthing"]) for c in data["categories"]}
+    category = {
+        c["id"]: (re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " "), c["isthing"])
+        for c in data["categories"]
+    }
     category |= {c["id"]: (c["name"], 1) for c in data["categories"] if c["isthing"]}
     names = {i["id"]: i["file_name"] for i in data["images"]}
     of_file = {names[a["image_id"]]: a for a in data["annotations"]}
     found = asked(small_root, "coco_2017_panoptic", "val", ("panoptic",), 640)
     assert len(found) >= ROWS
     for key, (prompts, ignored) in found.items():
-        rgb = np.array(Image.open(real_data / "coco/panoptic/val" / of_file[key]["file_name"]).convert("RGB")).astype(int)
+        rgb = np.array(Image.open(real_data / "coco/panoptic/val" / of_file[key]["file_name"]).convert("RGB")).astype(
+            int
+        )
         ids = rgb @ [1, 256, 65536]
         segments = of_file[key]["segments_info"]
         crowds = [s for s in segments if s["iscrowd"]]
@@ -135,7 +150,9 @@ def test_federated_labels_of_lvis(small_root, real_data):
 def test_expressions_with_a_mask_a_box_and_nothing(small_root, real_data):
     data = load(real_data / "coco/referring.json")
     images = {i["file_name"]: i for i in data["images"]}
-    found = asked(small_root, "refcoco", "train", ("referring",), 640) | asked(small_root, "refcoco", "val", ("referring",), 640)
+    found = asked(small_root, "refcoco", "train", ("referring",), 640) | asked(
+        small_root, "refcoco", "val", ("referring",), 640
+    )
     kinds = set()
     for key, (prompts, _) in found.items():
         mine = [r for r in data["refs"] if r["image_id"] == images[key]["id"]]
@@ -209,4 +226,6 @@ def test_boxes_alone(small_root, real_data):
         ((prompt, targets),) = prompts.items()
         assert prompt == ("raccoon", False, True)
         wanted = sorted([x + w / 2, y + h / 2, w, h] for x, y, w, h in boxes)
-        np.testing.assert_allclose(sorted(targets), wanted, atol=1.1)  # boxes that leave the image by a pixel are clipped
+        np.testing.assert_allclose(
+            sorted(targets), wanted, atol=1.1
+        )  # boxes that leave the image by a pixel are clipped

@@ -103,8 +103,15 @@ def test_boxes_only_targets_say_so():
 
 
 def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_lies_in_the_same_box():
-    prompts = [Prompt((name,), False, exhaustive=False) for name in ("man", "shirt", "person", "car", "dog")] + [Prompt(("sky",), True)]
-    boxes = [(0, 0, 10, 12), (2, 4, 8, 8), (0, 0, 10, 11), (9, 2, 18, 12)]  # the man, his shirt, the man again as a person, a car
+    prompts = [Prompt((name,), False, exhaustive=False) for name in ("man", "shirt", "person", "car", "dog")] + [
+        Prompt(("sky",), True)
+    ]
+    boxes = [
+        (0, 0, 10, 12),
+        (2, 4, 8, 8),
+        (0, 0, 10, 11),
+        (9, 2, 18, 12),
+    ]  # the man, his shirt, the man again as a person, a car
     targets = [Target((i,), np.array(box, np.float32)) for i, box in enumerate(boxes)]
     out = row(Example("t", np.zeros((13, 19, 3), np.uint8), prompts, targets, np.zeros((13, 19), bool)), range(5))
     assert out.negative[0, :4].tolist() == [
@@ -117,9 +124,14 @@ def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_l
 
 def test_rows_stack_into_a_batch():
     room = Room((H, W), P, N, 200)
-    rows = [to_row(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, room, s, np.random.default_rng(0)) for s in range(3)]
+    rows = [
+        to_row(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, room, s, np.random.default_rng(0))
+        for s in range(3)
+    ]
     batch = collate(rows, room)
-    assert batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, 200)
+    assert (
+        batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, 200)
+    )
     for i in range(3):
         alone = collate([rows[i]], room)
         for name, value in vars(alone).items():

@@ -9,7 +9,9 @@ from mqformer_jax.input.sources import ShardSource
 
 
 def write_set(root, name, expressions=0, **splits):
-    """A data set whose records say nothing but their number; `splits` give the origins of each. expressions: in each split."""
+    """A data set whose records say nothing but their number; `splits` give the origins of each. expressions: in each
+    split.
+    """
     folder = root / name
     folder.mkdir()
     for split, origins in splits.items():
@@ -22,7 +24,9 @@ def write_set(root, name, expressions=0, **splits):
             with open(origins_path(str(folder), split), "w") as f:
                 f.writelines(f"{origin}\n" for origin in origins)
     counts = {split: len(origins) for split, origins in splits.items()}
-    DatasetInfo(name, (), counts, expressions={} if expressions is None else dict.fromkeys(splits, expressions)).save(str(folder))
+    DatasetInfo(name, (), counts, expressions={} if expressions is None else dict.fromkeys(splits, expressions)).save(
+        str(folder)
+    )
 
 
 def entry(name, split="train"):
@@ -54,7 +58,9 @@ def test_images_of_the_val_and_test_splits_of_expressions_leave_every_training_s
 
 def test_whatever_the_config_evaluates_on_leaves_too(root):
     kept, lines = read(root, [entry("lvis")], [entry("coco", "val")])
-    assert kept == [[2]] and "3 of 4 images of lvis/train left out, for coco/val, refcoco/testA, refcoco/val" in lines[0]
+    assert (
+        kept == [[2]] and "3 of 4 images of lvis/train left out, for coco/val, refcoco/testA, refcoco/val" in lines[0]
+    )
 
 
 def test_a_split_that_is_trained_on_by_intent_stays(root):
@@ -88,7 +94,9 @@ def test_a_broken_neighbour_is_one_line_and_its_shards_are_not_touched(root):
 
 def test_nothing_left_is_one_line(root):
     write_set(root, "wrong", train=["coco/2"])
-    with pytest.raises(ValueError, match="^data.mixture: leak guard: 1 of 1 images of wrong/train left out.*Is it the right split"):
+    with pytest.raises(
+        ValueError, match="^data.mixture: leak guard: 1 of 1 images of wrong/train left out.*Is it the right split"
+    ):
         read(root, [entry("wrong")])
 
 

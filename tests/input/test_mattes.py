@@ -39,7 +39,11 @@ def test_a_window_lies_on_the_canvas_as_large_as_it_fits():
 def test_a_rough_mask_is_too_large_or_too_small_by_the_pixels_asked_for():
     exact = (disc() > 0.5).sum()
     radius = lambda grow: np.sqrt(rough_mask(disc(), 0.5, grow).sum() / np.pi) - np.sqrt(exact / np.pi)
-    assert radius(5) == pytest.approx(5, abs=0.5) and radius(-5) == pytest.approx(-5, abs=0.5) and radius(0) == pytest.approx(0, abs=1e-5)
+    assert (
+        radius(5) == pytest.approx(5, abs=0.5)
+        and radius(-5) == pytest.approx(-5, abs=0.5)
+        and radius(0) == pytest.approx(0, abs=1e-5)
+    )
 
 
 def test_a_perturbed_matte_is_a_mask_near_it_and_the_same_for_the_same_seed():

@@ -32,7 +32,9 @@ def make_record(number):
     image[..., 2] = number
     mask = np.zeros((SIZE, SIZE), bool)
     mask[2:9, 3:12] = True
-    return Record(str(number), cv2.imencode(".png", image)[1].tobytes(), SIZE, SIZE, (Segment(class_id=0, mask=encode_rle(mask)),))
+    return Record(
+        str(number), cv2.imencode(".png", image)[1].tobytes(), SIZE, SIZE, (Segment(class_id=0, mask=encode_rle(mask)),)
+    )
 
 
 def source(name, size, first=0, bad=()):
@@ -95,7 +97,9 @@ def test_hosts_share_the_global_batch_without_overlap():
     whole = take(two(flip=0.5), 8)
     hosts = [take(two(flip=0.5), 8, host=h, num_hosts=2) for h in range(2)]
     for step, batch in enumerate(whole):
-        assert_same(batch, types.SimpleNamespace(**{k: np.concatenate([vars(h[step])[k] for h in hosts]) for k in vars(batch)}))
+        assert_same(
+            batch, types.SimpleNamespace(**{k: np.concatenate([vars(h[step])[k] for h in hosts]) for k in vars(batch)})
+        )
 
 
 def test_no_host_is_stuck_with_one_data_set():
@@ -141,13 +145,16 @@ def streams(root, *wanted):
 def test_hosts_and_workers_change_nothing_and_a_run_goes_on_anywhere(sample_root, whole_stream, workers):
     """A run on one host, taken up at step 3 by the second host of two, or at step 4 by any host of four."""
     places = {
-        0: [dict(start_step=4, host=host, num_hosts=4, count=2) for host in range(4)] + [dict(start_step=2, host=0, num_hosts=1, count=4)],
+        0: [dict(start_step=4, host=host, num_hosts=4, count=2) for host in range(4)]
+        + [dict(start_step=2, host=0, num_hosts=1, count=4)],
         2: [dict(start_step=0, host=0, num_hosts=1, count=4), dict(start_step=4, host=2, num_hosts=4, count=2)],
         4: [dict(start_step=3, host=1, num_hosts=2, count=3)],
     }[workers]
     for place, (found, _) in zip(places, streams(sample_root, *(dict(workers=workers) | place for place in places))):
         start, host, rows = place["start_step"], place["host"], 4 // place["num_hosts"]
-        assert found == [step[host * rows : (host + 1) * rows] for step in whole_stream[start : start + place["count"]]], place
+        assert found == [
+            step[host * rows : (host + 1) * rows] for step in whole_stream[start : start + place["count"]]
+        ], place
 
 
 def broken():
@@ -164,7 +171,10 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
         seen = [n for batch in take(loader, 6) for n in numbers(batch)]
     assert set(seen) == {0, 1, 4, 5, 6, 7} and seen.count(4) == 9, "the next usable record takes the place of 2 and 3"
     assert loader.bad == {"a/train": 2}
-    assert sorted(r.getMessage()[:29] for r in caplog.records) == ["a/train: record 2 is left out", "a/train: record 3 is left out"]
+    assert sorted(r.getMessage()[:29] for r in caplog.records) == [
+        "a/train: record 2 is left out",
+        "a/train: record 3 is left out",
+    ]
 
 
 def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
@@ -206,7 +216,11 @@ def test_templates_wrap_the_names_of_classes():
 def test_colours_are_jittered_and_no_two_data_sets_alike():
     plain, coloured = (next(two(jitter=j).batches()).image for j in (0.0, 0.5))
     assert (plain != coloured).any()
-    twins = Loader([source("a", 4), source("a", 4)], config([dict(name="a"), dict(name="a")], flip=0.5, scale=(0.3, 1.0)), tokenizer)
+    twins = Loader(
+        [source("a", 4), source("a", 4)],
+        config([dict(name="a"), dict(name="a")], flip=0.5, scale=(0.3, 1.0)),
+        tokenizer,
+    )
     seen = {0: [], 1: []}
     for batch in take(twins, 12):
         for row, number in enumerate(batch.source.tolist()):

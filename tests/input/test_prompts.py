@@ -32,19 +32,29 @@ def test_negatives_are_drawn_by_their_weights_without_repeats():
         assert len(set(indices.tolist())) == 4
         counts[indices] += 1
     assert counts[0] == 400
-    # Of 45 parts of weight, two prompts hold 9 each: three draws without replacement take each of them with 0.50, another with 0.074.
+    # Of 45 parts of weight, two prompts hold 9 each: three draws without replacement take each of them with 0.50,
+    # another with 0.074.
     assert abs(counts[[5, 6]].mean() / 400 - 0.50) < 0.06 and abs(counts[np.r_[1:5, 7:30]].mean() / 400 - 0.074) < 0.01
 
 
 def test_a_negative_in_the_words_of_a_positive_is_not_asked():
     prompts = [Prompt(("man",), True), Prompt(("man",), True), Prompt(("man",), False), Prompt(("dog",), True)]
-    two = Example("t", np.zeros((8, 8, 3), np.uint8), prompts, [Target((1,), np.array([0, 0, 4, 4], np.float32))], np.zeros((8, 8), bool))
+    two = Example(
+        "t",
+        np.zeros((8, 8, 3), np.uint8),
+        prompts,
+        [Target((1,), np.array([0, 0, 4, 4], np.float32))],
+        np.zeros((8, 8), bool),
+    )
     texts, indices = choose_prompts(two, 9, np.random.default_rng(0))
     assert sorted(indices.tolist()) == [1, 2, 3] and len(texts) == 3
 
 
 def test_too_many_positives_leave_a_random_subset():
-    chosen = [frozenset(choose_prompts(example(30, owned=range(10)), 4, np.random.default_rng(s))[1].tolist()) for s in range(20)]
+    chosen = [
+        frozenset(choose_prompts(example(30, owned=range(10)), 4, np.random.default_rng(s))[1].tolist())
+        for s in range(20)
+    ]
     assert all(len(c) == 4 and max(c) < 10 for c in chosen) and len(set(chosen)) > 10
 
 
@@ -56,7 +66,11 @@ def test_order_wording_and_negatives_are_random_but_fixed_by_the_rng():
 
 
 def test_a_prompt_that_is_neither_found_nor_known_absent_is_not_asked():
-    assert sorted(choose_prompts(example(4, owned=[1], unsure=[1, 2]), 9, np.random.default_rng(0))[1].tolist()) == [0, 1, 3]
+    assert sorted(choose_prompts(example(4, owned=[1], unsure=[1, 2]), 9, np.random.default_rng(0))[1].tolist()) == [
+        0,
+        1,
+        3,
+    ]
     texts, indices = choose_prompts(example(0, owned=[]), 9, np.random.default_rng(0))
     assert texts == [] and indices.shape == (0,)
 
@@ -79,7 +93,17 @@ def test_left_and_right_trade_places(text, mirrored):
 
 @pytest.mark.parametrize(
     "text",
-    ["2nd from l", "the man right behind her", "plate at 3 o'clock", "lt blue shirt", "leftish", "rightfront", "rigth", "all right", "lhs"],
+    [
+        "2nd from l",
+        "the man right behind her",
+        "plate at 3 o'clock",
+        "lt blue shirt",
+        "leftish",
+        "rightfront",
+        "rigth",
+        "all right",
+        "lhs",
+    ],
 )
 def test_a_text_whose_mirror_image_is_not_known_is_not_mirrored(text):
     assert mirror(Prompt(("a cat", text), True)) is None

@@ -1,4 +1,6 @@
-"""Every family of real data, prepared as a user prepares it, through the `:small` recipe's own pipeline into batches."""
+"""Every family of real data, prepared as a user prepares it, through the `:small` recipe's own pipeline into
+batches.
+"""
 
 import numpy as np
 import pytest

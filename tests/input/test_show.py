@@ -25,7 +25,9 @@ GREY, SCALE = 90, 4  # of a 64 x 48 canvas, drawn 256 pixels long
 
 
 def shown(masks=(), boxes=(), ignore=None, size=(48, 64), asked=(), **fields):
-    """A grey row. masks: rows of (top, left, bottom, right) in canvas pixels; boxes: x0, y0, x1, y1 of targets without a mask."""
+    """A grey row. masks: rows of (top, left, bottom, right) in canvas pixels; boxes: x0, y0, x1, y1 of targets without
+    a mask.
+    """
     filled = np.zeros((len(masks) + len(boxes), 48, 64), bool)
     for mask, (top, left, bottom, right) in zip(filled, masks):
         mask[top:bottom, left:right] = True
@@ -36,7 +38,17 @@ def shown(masks=(), boxes=(), ignore=None, size=(48, 64), asked=(), **fields):
     if ignore:
         ignored[ignore] = True
     has_mask = np.arange(len(filled)) < len(masks)
-    return Shown("set/image", tuple(asked), image, size, ignored, filled, has_mask, np.array(corners, np.float32).reshape(-1, 4), **fields)
+    return Shown(
+        "set/image",
+        tuple(asked),
+        image,
+        size,
+        ignored,
+        filled,
+        has_mask,
+        np.array(corners, np.float32).reshape(-1, 4),
+        **fields,
+    )
 
 
 def near(pixels, rgb, most=40):
@@ -67,9 +79,18 @@ def test_a_target_thinner_than_a_pixel_of_the_sheet_is_still_drawn():
 
 def test_a_target_without_a_mask_is_a_dashed_box_and_not_filled():
     pixels = np.asarray(picture(shown(boxes=[(12, 8, 52, 40)]), 64 * SCALE))
-    for strip in (pixels[8 * SCALE, 80:200], pixels[40 * SCALE, 80:200], pixels[60:150, 12 * SCALE], pixels[60:150, 52 * SCALE]):
+    for strip in (
+        pixels[8 * SCALE, 80:200],
+        pixels[40 * SCALE, 80:200],
+        pixels[60:150, 12 * SCALE],
+        pixels[60:150, 52 * SCALE],
+    ):
         dashes, gaps = near(strip, colour(0)), near(strip, (255, 255, 255))
-        assert (dashes | gaps).all() and abs(dashes.mean() - 0.5) < 0.15 and np.abs(np.diff(dashes.astype(int))).sum() >= 10
+        assert (
+            (dashes | gaps).all()
+            and abs(dashes.mean() - 0.5) < 0.15
+            and np.abs(np.diff(dashes.astype(int))).sum() >= 10
+        )
     assert (pixels[20 * SCALE : 38 * SCALE, 16 * SCALE : 50 * SCALE] == GREY).all()
 
 
@@ -79,7 +100,9 @@ def test_ignored_pixels_are_hatched_and_padding_is_bounded():
     assert 0.15 < (hatched > 200).mean() < 0.35 and (hatched < GREY).mean() > 0.6, "white diagonals on dim grey"
     assert (pixels[: 38 * SCALE, 22 * SCALE : 48 * SCALE] == GREY).all(), "what is not ignored is untouched"
     assert (pixels[42 * SCALE :] == PAD).all() and (pixels[:, 52 * SCALE :] == PAD).all()
-    assert (pixels[: 40 * SCALE, 50 * SCALE] < 50).all() and (pixels[40 * SCALE, : 50 * SCALE] < 50).all(), "the padding begins at a line"
+    assert (pixels[: 40 * SCALE, 50 * SCALE] < 50).all() and (pixels[40 * SCALE, : 50 * SCALE] < 50).all(), (
+        "the padding begins at a line"
+    )
 
 
 def test_every_target_has_its_number_where_numbers_would_meet():
@@ -101,7 +124,12 @@ def test_the_number_of_a_small_target_does_not_hide_it(small):
 
 def batch_of_one():
     """Two people (one by its box alone), a ball that a phrase of a set without exhaustive labels names, sky; no dog."""
-    prompts = [Prompt(("person",), False), Prompt(("sky",), True), Prompt(("dog",), False), Prompt(("red ball",), True, exhaustive=False)]
+    prompts = [
+        Prompt(("person",), False),
+        Prompt(("sky",), True),
+        Prompt(("dog",), False),
+        Prompt(("red ball",), True, exhaustive=False),
+    ]
 
     def target(prompt, x, with_mask=True):
         box = np.array([x, 8, x + 8, 16], np.float32)
@@ -113,7 +141,9 @@ def batch_of_one():
     example = Example("set/image", np.zeros((32, 64, 3), np.uint8), prompts, targets, ignore)
     texts = [p.texts[0] for p in prompts]
     room = Room((48, 64), prompts=6, targets=5, mask_bytes=4000)
-    row = to_row(example, texts, np.arange(4), lambda t: np.zeros((len(t), 1), np.int32), room, 0, np.random.default_rng(0))
+    row = to_row(
+        example, texts, np.arange(4), lambda t: np.zeros((len(t), 1), np.int32), room, 0, np.random.default_rng(0)
+    )
     return collate([row], room), [Note("set/image", tuple(texts), ((7, "no record"),))]
 
 
@@ -129,13 +159,17 @@ def test_words_say_who_owns_what_and_what_is_not_known():
 def test_a_described_row_has_the_pixels_of_its_batch():
     seen = show.describe(*next(show.rows([batch_of_one()])))
     assert seen.size == (32, 64) and seen.has_mask.tolist() == [True, False, True, True]
-    assert [ndimage.find_objects(m)[0] for m in seen.masks[[0, 2, 3]].astype(int)] == [np.s_[8:16, x : x + 8] for x in (0, 24, 40)]
+    assert [ndimage.find_objects(m)[0] for m in seen.masks[[0, 2, 3]].astype(int)] == [
+        np.s_[8:16, x : x + 8] for x in (0, 24, 40)
+    ]
     np.testing.assert_allclose(seen.boxes, [[x, 8, x + 8, 16] for x in (0, 12, 24, 40)], atol=1e-4)
     assert seen.ignore[30:32].all() and not seen.ignore[:30].any() and not seen.ignore[32:].any()
 
 
 def test_a_card_of_160_prompts_is_bounded_and_counts_what_it_leaves_out():
-    asked = [Asked(f"the man behind the table number {i}", True, False, (i,) if i < 100 else (), ()) for i in range(120)]
+    asked = [
+        Asked(f"the man behind the table number {i}", True, False, (i,) if i < 100 else (), ()) for i in range(120)
+    ]
     asked += [Asked(f"thing {i}", False, True, (), ()) for i in range(40)]
     many = shown(boxes=[(4, 4, 30, 30)] * 100, asked=asked)
     page = card(many, 320)
@@ -144,7 +178,9 @@ def test_a_card_of_160_prompts_is_bounded_and_counts_what_it_leaves_out():
     _, rest = prompt_items(many.asked)
     assert words(rest)[0].startswith("absent (40): thing 0, ") and words(rest)[0].endswith("+32")
     assert words(rest)[1].startswith("nothing taught (20): ")
-    assert sheet([page], "title").width == page.width + 32, "a sheet as narrow as its one card has a legend of several lines"
+    assert sheet([page], "title").width == page.width + 32, (
+        "a sheet as narrow as its one card has a legend of several lines"
+    )
 
 
 def test_the_rows_drawn_are_those_that_training_gets(tiny_config, tmp_path, monkeypatch):
@@ -212,10 +248,19 @@ def test_an_impossible_wish_is_one_line(arguments, words, tiny_config):
 
 
 def test_the_command_writes_the_sheet_and_a_line_for_each_data_set(sample_root, tmp_path):
-    command = [sys.executable, "-m", "mqformer_jax.input.show", RECIPE, f"--config.data.root={sample_root}", "--count=3"]
+    command = [
+        sys.executable,
+        "-m",
+        "mqformer_jax.input.show",
+        RECIPE,
+        f"--config.data.root={sample_root}",
+        "--count=3",
+    ]
     ran = subprocess.run([*command, f"--out={tmp_path}/new/sheet.png"], capture_output=True, text=True, cwd=REPOSITORY)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("sample_scenes/train: 32 images, ")
-    assert [line.split()[0] for line in ran.stdout.splitlines()[4:7]] == [f"sample_{s}/train" for s in ("scenes", "boxes", "mattes")]
+    assert [line.split()[0] for line in ran.stdout.splitlines()[4:7]] == [
+        f"sample_{s}/train" for s in ("scenes", "boxes", "mattes")
+    ]
     with Image.open(tmp_path / "new" / "sheet.png") as page:
         assert page.width == 3 * (320 + 340 + 16 + 2 * 16)

@@ -73,7 +73,9 @@ def test_missing_set_names_the_command(root):
 
 
 def test_missing_split_names_the_command_that_made_the_others(root):
-    assert "prepare.py semantic --name toy --split val" in _complaint(FileNotFoundError, lambda: ShardSource(root, "toy", "val"))
+    assert "prepare.py semantic --name toy --split val" in _complaint(
+        FileNotFoundError, lambda: ShardSource(root, "toy", "val")
+    )
 
 
 def test_missing_shard_is_named(root):

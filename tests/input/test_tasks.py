@@ -39,7 +39,10 @@ def record(*segments, **fields):
 
 def asked(example):
     """{(first text, region): (exhaustive, targets that it names)}"""
-    return {(p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts]) for i, p in enumerate(example.prompts)}
+    return {
+        (p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts])
+        for i, p in enumerate(example.prompts)
+    }
 
 
 def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
@@ -65,7 +68,9 @@ def test_an_object_with_a_class_and_an_expression_is_one_target_with_two_prompts
 
 
 def test_semantic_unites_the_segments_of_a_class():
-    rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), segment(0, 5, 9, 9, class_id=DOG))
+    rec = record(
+        segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), segment(0, 5, 9, 9, class_id=DOG)
+    )
     example = to_example(rec, INFO, ("semantic", "instance"), "toy/a")
     prompts = asked(example)
     (cats,) = prompts["cat", True][1]
@@ -99,24 +104,41 @@ def test_crowds_are_ignored_and_make_their_class_unsure():
 
 
 def test_federated_sets_ask_only_what_is_known():
-    rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=SKY), absent_classes=(DOG,), partial_classes=(CAT,))
+    rec = record(
+        segment(0, 0, 4, 4, class_id=CAT),
+        segment(6, 0, 9, 4, class_id=SKY),
+        absent_classes=(DOG,),
+        partial_classes=(CAT,),
+    )
     prompts = asked(to_example(rec, FEDERATED, ("panoptic",), "toy/a"))
     assert {k: v[0] for k, v in prompts.items()} == {("cat", False): False, ("dog", False): True, ("sky", True): True}
     assert prompts["dog", False][1] == []
-    assert set(asked(to_example(record(segment(0, 0, 4, 4, class_id=CAT)), FEDERATED, ("instance",), "toy/a"))) == {("cat", False)}
+    assert set(asked(to_example(record(segment(0, 0, 4, 4, class_id=CAT)), FEDERATED, ("instance",), "toy/a"))) == {
+        ("cat", False)
+    }
 
 
 def test_referring_asks_expressions_and_knows_absent_ones():
-    rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)), segment(6, 0, 9, 4, class_id=DOG), absent_texts=("a bird",))
+    rec = record(
+        segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)),
+        segment(6, 0, 9, 4, class_id=DOG),
+        absent_texts=("a bird",),
+    )
     example = to_example(rec, INFO, ("referring",), "toy/a")
     prompts = asked(example)
     assert set(prompts) == {("the cat", True), ("a bird", True)} and prompts["a bird", True] == (True, [])
-    assert len(example.targets) == 1 and needs_whole_image(rec, ("referring",)) and not needs_whole_image(rec, ("instance",))
+    assert (
+        len(example.targets) == 1
+        and needs_whole_image(rec, ("referring",))
+        and not needs_whole_image(rec, ("instance",))
+    )
 
 
 def test_foreground_is_the_matte_above_half():
     matte = np.tile(np.linspace(0, 255, W).astype(np.uint8), (H, 1))
-    rec = record(Segment(alpha=cv2.imencode(".png", matte)[1].tobytes(), foreground=True), segment(0, 0, 2, 2, class_id=CAT))
+    rec = record(
+        Segment(alpha=cv2.imencode(".png", matte)[1].tobytes(), foreground=True), segment(0, 0, 2, 2, class_id=CAT)
+    )
     example = to_example(rec, INFO, ("foreground",), "toy/a")
     (target,) = example.targets
     np.testing.assert_array_equal(whole(target), matte > 127)
@@ -131,7 +153,9 @@ def test_an_image_without_objects_is_all_negatives():
 def test_templates_wrap_class_names_and_never_expressions():
     rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)))
     example = to_example(rec, INFO, ("instance", "referring"), "toy/a", ("a {}.", "my {}"))
-    assert example.prompts[0].texts == ("a cat.", "my cat", "a kitty.", "my kitty") and example.prompts[-1].texts == ("the cat",)
+    assert example.prompts[0].texts == ("a cat.", "my cat", "a kitty.", "my kitty") and example.prompts[-1].texts == (
+        "the cat",
+    )
 
 
 def test_contradictions_name_the_record():
@@ -146,12 +170,16 @@ def test_contradictions_name_the_record():
 def test_phrases_that_may_fit_other_things_are_not_taught_absent():
     phrases = record(segment(0, 0, 4, 4, texts=("a shirt", "blue cloth")))
     for unique in (True, False):
-        (prompt,) = to_example(phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k").prompts
+        (prompt,) = to_example(
+            phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k"
+        ).prompts
         assert prompt.texts == ("a shirt", "blue cloth") and prompt.region and prompt.exhaustive == unique
 
 
 def test_a_frequent_class_is_asked_for_more_readily():
-    info = DatasetInfo("x", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("emu",))), {}, class_images={"train": (16, 9, 0)})
+    info = DatasetInfo(
+        "x", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("emu",))), {}, class_images={"train": (16, 9, 0)}
+    )
     prompts = to_example(record(), info, ("instance",), "k").prompts
     assert [p.weight for p in prompts] == [4, 3, 1]
 
@@ -159,7 +187,12 @@ def test_a_frequent_class_is_asked_for_more_readily():
 def test_what_is_there_but_cannot_be_drawn_is_not_taught_absent():
     glass = cv2.imencode(".png", np.full((H, W), 100, np.uint8))[1].tobytes()
     empty = Segment(class_id=CAT, mask=encode_rle(np.zeros((H, W), bool)), box=(1, 1, 5, 5), texts=("the cat",))
-    example = to_example(record(Segment(alpha=glass, foreground=True), empty), INFO, ("foreground", "instance", "referring"), "k")
+    example = to_example(
+        record(Segment(alpha=glass, foreground=True), empty), INFO, ("foreground", "instance", "referring"), "k"
+    )
     assert not example.targets
     found = asked(example)
-    assert not any(found[prompt][0] for prompt in (("foreground", True), ("cat", False), ("the cat", True))) and found["dog", False][0]
+    assert (
+        not any(found[prompt][0] for prompt in (("foreground", True), ("cat", False), ("the cat", True)))
+        and found["dog", False][0]
+    )

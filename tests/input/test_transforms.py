@@ -63,7 +63,9 @@ def test_a_mask_in_its_window_moves_like_the_same_mask_on_the_whole_image(seed):
         piece = target.mask[y0:y1, x0:x1]
         windowed.targets.append(dataclasses.replace(target, mask=piece, at=(y0, x0)))
     a, b = (
-        resize_crop(random_flip(e, rng, 0.5), CANVAS, rng, (0.2, 3.0)) for e in (example, windowed) for rng in [np.random.default_rng(seed)]
+        resize_crop(random_flip(e, rng, 0.5), CANVAS, rng, (0.2, 3.0))
+        for e in (example, windowed)
+        for rng in [np.random.default_rng(seed)]
     )
     assert len(a.targets) == len(b.targets)
     for one, other in zip(a.targets, b.targets):
@@ -116,7 +118,9 @@ def test_a_target_too_small_to_be_seen_makes_its_prompt_unsure():
 def test_the_window_may_lie_anywhere():
     ramp = np.stack([*np.mgrid[:100, :100].astype(np.uint8), np.zeros((100, 100), np.uint8)], axis=-1)
     example = dataclasses.replace(scene(100, 100), image=ramp, targets=[])
-    corners = np.array([resize_crop(example, (50, 50), np.random.default_rng(s), (2.0, 2.0)).image[0, 0, :2] for s in range(60)])
+    corners = np.array(
+        [resize_crop(example, (50, 50), np.random.default_rng(s), (2.0, 2.0)).image[0, 0, :2] for s in range(60)]
+    )
     assert (corners.min(0) < 8).all() and (corners.max(0) > 42).all() and corners.max() <= 50
 
 

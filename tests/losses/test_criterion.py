@@ -20,13 +20,17 @@ def outputs(tiny_batch):
     keys = jax.random.split(jax.random.key(0), 4)
     shape = (STAGES, 8, QUERIES)
     boxes = jax.nn.sigmoid(jax.random.normal(keys[1], (*shape, 4)))
-    predictions = Predictions(jax.random.normal(keys[0], (*shape, 16)), boxes, jax.random.normal(keys[2], (*shape, WIDTH)))
+    predictions = Predictions(
+        jax.random.normal(keys[0], (*shape, 16)), boxes, jax.random.normal(keys[2], (*shape, WIDTH))
+    )
     return Outputs(predictions, None, jax.random.normal(keys[3], (8, 16, 16, WIDTH)), num_learnable=6)
 
 
 @functools.partial(jax.jit, static_argnames="weights")
 def run(outputs, batch, weights=WEIGHTS):
-    loss, (sums, by_image) = criterion(image_keys(jax.random.key(1), 8), outputs, batch, None, Counts.of(batch, None), weights)
+    loss, (sums, by_image) = criterion(
+        image_keys(jax.random.key(1), 8), outputs, batch, None, Counts.of(batch, None), weights
+    )
     return loss, sums | by_image
 
 
@@ -76,7 +80,9 @@ def test_padded_rows_and_prompts_are_never_read(outputs, tiny_batch):
 
 
 def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_batch):
-    box_only = tiny_batch.replace(has_mask=np.zeros_like(tiny_batch.has_mask), masks=np.full_like(tiny_batch.masks, 255))
+    box_only = tiny_batch.replace(
+        has_mask=np.zeros_like(tiny_batch.has_mask), masks=np.full_like(tiny_batch.masks, 255)
+    )
     found = gradients(outputs, box_only)
     assert not found.mask_features.any() and not found.matching.mask_embed.any()
     assert found.matching.class_logits.any() and found.matching.boxes.any()
@@ -87,7 +93,9 @@ def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(
     masked = tiny_batch.replace(has_mask=np.ones_like(tiny_batch.has_mask))
     loss, metrics = run(outputs, masked, weights)
     assert float(metrics["projection"]) == 0 and float(loss) == pytest.approx(float(run(outputs, masked)[0]), rel=1e-6)
-    box_only = tiny_batch.replace(has_mask=np.zeros_like(tiny_batch.has_mask), size=np.tile(np.array([64, 32], np.int32), (8, 1)))
+    box_only = tiny_batch.replace(
+        has_mask=np.zeros_like(tiny_batch.has_mask), size=np.tile(np.array([64, 32], np.int32), (8, 1))
+    )
     loss, metrics = run(outputs, box_only, weights)
     assert float(metrics["projection"]) > 0 and "projection" not in run(outputs, box_only)[1]
     found = gradients(outputs, box_only, weights)
@@ -96,7 +104,9 @@ def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(
 
 
 def test_what_is_not_exhaustively_labelled_is_not_taught_absent(outputs, tiny_batch):
-    unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive), negative=np.zeros_like(tiny_batch.negative))
+    unknown = tiny_batch.replace(
+        prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive), negative=np.zeros_like(tiny_batch.negative)
+    )
     found = np.array(gradients(outputs, unknown).matching.class_logits)
     assert (found <= 0).all()  # only "yes" is taught
     per_image = [p[:n].sum() for p, n in zip(tiny_batch.positive, tiny_batch.num_targets)]
@@ -137,14 +147,17 @@ def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch
     empty = tiny_batch.replace(num_targets=np.zeros(8, np.int32))
     loss, metrics = run(outputs, empty)
     negatives = (
-        costs.focal(outputs.matching.class_logits, jnp.zeros(1)) * (tiny_batch.prompt_valid & tiny_batch.prompt_exhaustive)[None, :, None]
+        costs.focal(outputs.matching.class_logits, jnp.zeros(1))
+        * (tiny_batch.prompt_valid & tiny_batch.prompt_exhaustive)[None, :, None]
     )
     assert float(loss) == pytest.approx(4 * float(negatives.sum()), rel=1e-4)
     assert float(metrics["mask"]) == float(metrics["box"]) == 0
 
 
 def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch):
-    near = outputs.matching.class_logits.at[:, :, :6].set(-9.0)  # learnable queries score badly: the others take all but what is left
+    near = outputs.matching.class_logits.at[:, :, :6].set(
+        -9.0
+    )  # learnable queries score badly: the others take all but what is left
     taken = np.array(run(outputs.replace(matching=outputs.matching.replace(class_logits=near)), tiny_batch)[1]["taken"])
     assert taken[:, 1].sum() == tiny_batch.num_targets.sum()
     assert (taken[:, 0] <= taken[:, 1]).all() and taken[:, 0].sum() < 0.3 * taken[:, 1].sum()

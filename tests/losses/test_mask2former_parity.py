@@ -71,7 +71,10 @@ def test_sampled_points_are_theirs_outside_the_map_too():
 def test_pairwise_mask_costs_are_theirs():
     logits, targets = 3 * torch.randn(QUERIES, POINTS), masks(TARGETS, POINTS)
     entropy, dice = mask_costs(array(logits), array(targets), jnp.ones(POINTS))
-    theirs = mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets), mask2former.pair_wise_dice_loss(logits, targets)
+    theirs = (
+        mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets),
+        mask2former.pair_wise_dice_loss(logits, targets),
+    )
     close("pairwise mask costs", "forward", (entropy.T, dice.T), theirs)
 
 
@@ -90,13 +93,18 @@ def test_a_point_left_out_is_as_if_never_drawn():
     weight = (jnp.arange(POINTS) < 20).astype(jnp.float32)
     entropy, dice = mask_costs(array(logits), array(targets), weight)
     logits, targets = logits[:, :20], targets[:, :20]
-    theirs = mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets), mask2former.pair_wise_dice_loss(logits, targets)
+    theirs = (
+        mask2former.pair_wise_sigmoid_cross_entropy_loss(logits, targets),
+        mask2former.pair_wise_dice_loss(logits, targets),
+    )
     close("pairwise mask costs", "forward", (entropy.T, dice.T), theirs)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_assignment_is_that_of_their_matcher(seed):
-    """Their cost matrix is rebuilt of our parts: their class cost is the softmax's, at their points, drawn from one seed."""
+    """Their cost matrix is rebuilt of our parts: their class cost is the softmax's, at their points, drawn from one
+    seed.
+    """
     torch.manual_seed(seed)
     maps, labels = 3 * torch.randn(1, QUERIES, 6, 9), torch.randint(0, 5, (TARGETS,))
     classes, targets = torch.randn(1, QUERIES, 6), (torch.randn(TARGETS, 12, 18) > 0).float()
@@ -117,7 +125,9 @@ def test_focal_loss_has_its_values_and_gradients():
     targets = (torch.rand(QUERIES, 5) > 0.7).float()
     expected = detr.sigmoid_focal_loss(logits, targets, 3)
     expected.backward()
-    value, gradient = jax.jit(jax.value_and_grad(lambda x: costs.focal(x, array(targets)).mean(1).sum() / 3))(array(logits))
+    value, gradient = jax.jit(jax.value_and_grad(lambda x: costs.focal(x, array(targets)).mean(1).sum() / 3))(
+        array(logits)
+    )
     close("focal", "forward", [value], [expected])
     close("focal", "gradient", [gradient], [logits.grad])
 
@@ -144,9 +154,16 @@ def test_boxes_without_extent_give_numbers():
 @pytest.mark.parametrize("seed", range(3))
 def test_the_assignment_by_classes_and_boxes_is_that_of_deformable_detr(seed):
     torch.manual_seed(seed)
-    logits, labels, found, wanted = torch.randn(1, QUERIES, 5), torch.randint(0, 5, (TARGETS,)), boxes(QUERIES), boxes(TARGETS)
+    logits, labels, found, wanted = (
+        torch.randn(1, QUERIES, 5),
+        torch.randint(0, 5, (TARGETS,)),
+        boxes(QUERIES),
+        boxes(TARGETS),
+    )
     matcher = deformable.DeformableDetrHungarianMatcher(class_cost=2.0, bbox_cost=5.0, giou_cost=2.0)
-    query, target = matcher({"logits": logits, "pred_boxes": found[None]}, [{"class_labels": labels, "boxes": wanted}])[0]
+    query, target = matcher({"logits": logits, "pred_boxes": found[None]}, [{"class_labels": labels, "boxes": wanted}])[
+        0
+    ]
 
     @jax.jit
     def assign(logits, named, found, wanted):

@@ -23,7 +23,9 @@ def test_assignment_costs_what_scipys_costs(n, q, ties):
     for c, count, found in zip(cost, counts, np.array(batched(cost, counts))):
         rows, columns = linear_sum_assignment(c[:count])
         assert len(set(found[:count])) == count and found[:count].min(initial=0) >= 0
-        assert_agrees("matching, total cost (SciPy)", "forward", total(c[:count], found[:count]), c[rows, columns].sum(), 1e-6)
+        assert_agrees(
+            "matching, total cost (SciPy)", "forward", total(c[:count], found[:count]), c[rows, columns].sum(), 1e-6
+        )
         if not ties:
             np.testing.assert_array_equal(found[:count], columns)
 

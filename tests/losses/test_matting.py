@@ -58,4 +58,8 @@ def test_padding_says_nothing_and_weighted_pixels_say_more():
     off[:, :8] += 0.5
     weight[:, :8] = 5
     terms = matting_loss({1: off, 2: small}, target, weight)
-    assert terms["l1"] == pytest.approx(0.5 * 5 * 8 / (5 * 8 + 24), rel=1e-5) and terms["coarse"] > 0 and terms["laplacian"] > 0
+    assert (
+        terms["l1"] == pytest.approx(0.5 * 5 * 8 / (5 * 8 + 24), rel=1e-5)
+        and terms["coarse"] > 0
+        and terms["laplacian"] > 0
+    )

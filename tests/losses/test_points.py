@@ -4,7 +4,14 @@ import pytest
 from originals import assert_agrees
 from scipy.ndimage import map_coordinates
 
-from mqformer_jax.losses.points import _least_by_counting, least, sample_bits, sample_features, sample_maps, uncertain_points
+from mqformer_jax.losses.points import (
+    _least_by_counting,
+    least,
+    sample_bits,
+    sample_features,
+    sample_maps,
+    uncertain_points,
+)
 
 rng = np.random.default_rng(0)
 
@@ -13,11 +20,19 @@ def oracle(maps, points):
     """Bilinear at pixel centres, zero outside, by SciPy."""
     _, h, w = maps.shape
     padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
-    return np.stack([map_coordinates(m, [p[:, 1] * h + 0.5, p[:, 0] * w + 0.5], order=1, mode="constant") for m, p in zip(padded, points)])
+    return np.stack(
+        [
+            map_coordinates(m, [p[:, 1] * h + 0.5, p[:, 0] * w + 0.5], order=1, mode="constant")
+            for m, p in zip(padded, points)
+        ]
+    )
 
 
 def test_maps_are_sampled_bilinearly_with_zeros_outside():
-    maps, points = rng.normal(size=(3, 5, 7)).astype(np.float32), rng.uniform(-0.05, 1.05, (3, 50, 2)).astype(np.float32)
+    maps, points = (
+        rng.normal(size=(3, 5, 7)).astype(np.float32),
+        rng.uniform(-0.05, 1.05, (3, 50, 2)).astype(np.float32),
+    )
     assert_agrees("point sampling (SciPy)", "forward", sample_maps(maps, points), oracle(maps, points), 1e-5)
 
 
@@ -60,7 +75,9 @@ def test_most_points_lie_where_the_mask_is_uncertain_and_none_outside_the_image(
 @pytest.mark.parametrize("k", [1, 7, 50, 99, 100])
 def test_the_least_are_those_that_sorting_finds_and_of_equals_the_first(k):
     rng = np.random.default_rng(k)
-    values = np.abs(np.stack([rng.normal(size=100), np.round(rng.normal(size=100)), np.zeros(100), rng.normal(size=100) * 1e30]))
+    values = np.abs(
+        np.stack([rng.normal(size=100), np.round(rng.normal(size=100)), np.zeros(100), rng.normal(size=100) * 1e30])
+    )
     values[3, :5], values[0, 3] = np.inf, 0
     values = np.stack([values, values[:, ::-1]]).astype(np.float32)
     expected = np.sort(np.argsort(values, -1, kind="stable")[..., :k], -1)

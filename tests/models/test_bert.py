@@ -23,7 +23,12 @@ def random_original():
     torch = pytest.importorskip("torch")
     torch.manual_seed(0)
     config = transformers.BertConfig(
-        vocab_size=40, hidden_size=384, num_hidden_layers=2, num_attention_heads=12, intermediate_size=1536, layer_norm_eps=1e-12
+        vocab_size=40,
+        hidden_size=384,
+        num_hidden_layers=2,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        layer_norm_eps=1e-12,
     )
     model = transformers.BertModel(config).eval()
     with torch.no_grad():
@@ -79,7 +84,10 @@ def test_values_and_gradients_are_those_of_bert():
         close(blocks["norm1"]["bias"][i], wanted[f"{layer}.attention.output.LayerNorm.bias"])
         close(blocks["norm2"]["scale"][i], wanted[f"{layer}.output.LayerNorm.weight"])
         for k, name in enumerate(("query", "key", "value")):
-            close(blocks["qkv"]["kernel"][i][:, 384 * k : 384 * (k + 1)].T, wanted[f"{layer}.attention.self.{name}.weight"])
+            close(
+                blocks["qkv"]["kernel"][i][:, 384 * k : 384 * (k + 1)].T,
+                wanted[f"{layer}.attention.self.{name}.weight"],
+            )
 
 
 def test_padding_does_not_matter():
@@ -106,7 +114,9 @@ def test_leading_axes_are_kept():
     tokens = np.stack([TOKENS, TOKENS[::-1]])
     output = run(tokens)
     assert output.shape == (2, 3, 32) and output.dtype == jnp.bfloat16
-    np.testing.assert_allclose(output.reshape(6, 32).astype(jnp.float32), run(tokens.reshape(6, -1)).astype(jnp.float32), atol=0.02)
+    np.testing.assert_allclose(
+        output.reshape(6, 32).astype(jnp.float32), run(tokens.reshape(6, -1)).astype(jnp.float32), atol=0.02
+    )
 
 
 def test_prompts_longer_than_the_positions_are_refused():

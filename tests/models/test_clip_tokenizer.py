@@ -52,7 +52,9 @@ def openai(published):
 
 @pytest.fixture(scope="module")
 def clip(openai):
-    return ClipTokenizer(clip_tokenizer_json(gzip.decompress((openai / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()), 77)
+    return ClipTokenizer(
+        clip_tokenizer_json(gzip.decompress((openai / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()), 77
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,5 +178,7 @@ def test_known_ids_of_clip(clip):
 def test_equal_to_openai_on_thousands_of_strings(clip, reference):
     texts = strings(5000)
     expected = [[49406, *reference.encode(text)[:75], 49407] for text in texts]
-    wrong = [text for text, row, ids in zip(texts, clip(texts), expected) if row.tolist() != ids + [0] * (77 - len(ids))]
+    wrong = [
+        text for text, row, ids in zip(texts, clip(texts), expected) if row.tolist() != ids + [0] * (77 - len(ids))
+    ]
     assert not wrong, f"{len(wrong)} of {len(texts)}, the first {wrong[:3]!a}"

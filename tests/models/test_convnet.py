@@ -11,14 +11,18 @@ from flax import nnx
 from mqformer_jax.models.convnet import ConvNet, _space_to_depth
 
 
-@pytest.mark.parametrize("widths, channels", [((8, 12, 16, 24), {4: 12, 8: 16, 16: 24}), ((8, 8, 8, 8, 9), {4: 8, 8: 8, 16: 8, 32: 9})])
+@pytest.mark.parametrize(
+    "widths, channels", [((8, 12, 16, 24), {4: 12, 8: 16, 16: 24}), ((8, 8, 8, 8, 9), {4: 8, 8: 8, 16: 8, 32: 9})]
+)
 def test_every_width_past_the_first_is_a_stride(widths, channels):
     def run():
         net = ConvNet(widths, rngs=nnx.Rngs(0))
         assert net.channels == channels
         return net(jnp.zeros((2, 64, 96, 3)))
 
-    assert {s: f.shape for s, f in jax.eval_shape(run).items()} == {s: (2, 64 // s, 96 // s, c) for s, c in channels.items()}
+    assert {s: f.shape for s, f in jax.eval_shape(run).items()} == {
+        s: (2, 64 // s, 96 // s, c) for s, c in channels.items()
+    }
 
 
 def test_space_to_depth_keeps_each_patch_together():

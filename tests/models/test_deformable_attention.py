@@ -122,12 +122,16 @@ def test_the_form_for_tpu_sums_bfloat16_gradients_in_float32():
 
 
 def test_compiled_for_tpu_each_picked_row_is_written_and_read_once(monkeypatch):
-    """v5e, a chip for each of two images, bfloat16: no collective, and no reshape, copy or conversion of what was picked."""
+    """v5e, a chip for each of two images, bfloat16: no collective, and no reshape, copy or conversion of what was
+    picked.
+    """
     pytest.importorskip("libtpu")
     compiled, samples = compiled_for_tpu(monkeypatch)
     text = compiled.as_text()
     assert not any(word in text for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute"))
-    moved = re.findall(r"= (\w+)\[([\d,]+)\]\S* (reshape|copy|convert|transpose|broadcast)\(", text.partition("\nENTRY")[2])
+    moved = re.findall(
+        r"= (\w+)\[([\d,]+)\]\S* (reshape|copy|convert|transpose|broadcast)\(", text.partition("\nENTRY")[2]
+    )
     assert moved and all(math.prod(map(int, shape.split(","))) < samples * 128 for _, shape, _ in moved)
     assert compiled.cost_analysis()["bytes accessed"] / samples < 8500
 
@@ -148,7 +152,9 @@ def compiled_for_tpu(monkeypatch):
     weight, cotangent = abstract(jnp.float32, 8, 1, 4), abstract(jnp.float32, 256)
     lowered = jax.jit(both, out_shardings=split).lower(maps, place, weight, cotangent)
     kept = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # what is written without a chip cannot be read again
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs", math.inf
+    )  # what is written without a chip cannot be read again
     try:
         return lowered.compile(), 256 * 8 * 4
     finally:
@@ -165,7 +171,9 @@ def fixture():
 def test_the_core_repeats_mask_dino_recorded_values_and_gradients():
     f = fixture()
     shapes = [tuple(map(int, s)) for s in f["in/spatial_shapes"]]
-    got = values_and_gradients(f["in/value"], shapes, f["in/sampling_locations"], f["in/attention_weights"], f["in/cotangent"])
+    got = values_and_gradients(
+        f["in/value"], shapes, f["in/sampling_locations"], f["in/attention_weights"], f["in/cotangent"]
+    )
     for ours, name in zip(got, ("output", "grad_value", "grad_sampling_locations", "grad_attention_weights")):
         kind = "forward" if name == "output" else "gradient"
         assert_agrees("deformable attention (Mask DINO, recorded)", kind, ours, f[f"f64/{name}"], 1e-5, name)
@@ -181,7 +189,9 @@ def test_the_module_repeats_mask_dino_recorded_outputs(coordinates, padded):
         getattr(module, name).kernel[...] = jnp.asarray(f[f"module/weights/{name}.weight"].T)
         getattr(module, name).bias[...] = jnp.asarray(f[f"module/weights/{name}.bias"])
     valid = ~f["module/padding_mask"] if padded else None
-    output = module(f["module/query"], f[f"module/reference_points_{coordinates}"], f["module/input_flatten"], shapes, valid)
+    output = module(
+        f["module/query"], f[f"module/reference_points_{coordinates}"], f["module/input_flatten"], shapes, valid
+    )
     expected = f[f"module/output_ref{coordinates}" + "_padded" * padded]
     assert_agrees("deformable attention (Mask DINO, recorded)", "forward", output, expected, 1e-5)
 
@@ -199,7 +209,11 @@ def test_bfloat16_stays_close_to_float32():
     memory, query = rng.normal(size=(1, tokens, 8)), rng.normal(size=(1, 5, 8))
     reference = rng.uniform(size=(1, 5, 3, 2))
     outputs = [
-        jax.jit(lambda dtype=dtype: MSDeformAttn(8, 2, 3, 4, rngs=nnx.Rngs(0), dtype=dtype)(query, reference, memory, SHAPES))()
+        jax.jit(
+            lambda dtype=dtype: MSDeformAttn(8, 2, 3, 4, rngs=nnx.Rngs(0), dtype=dtype)(
+                query, reference, memory, SHAPES
+            )
+        )()
         for dtype in (jnp.float32, jnp.bfloat16)
     ]
     assert outputs[1].dtype == jnp.bfloat16
@@ -207,7 +221,9 @@ def test_bfloat16_stays_close_to_float32():
 
 
 def test_heads_spread_over_devices_meet_in_the_output_projection_alone():
-    """Along a tensor axis each device samples for its own heads: weights may be gathered, of the activations only the output is summed."""
+    """Along a tensor axis each device samples for its own heads: weights may be gathered, of the activations only the
+    output is summed.
+    """
     mesh, width, heads = make_mesh((2, 2, 2)), 32, 4
     graph, state = nnx.split(MSDeformAttn(width, heads, 2, 2, rngs=nnx.Rngs(0)))
     params = jax.tree.map(lambda x: 0.3 * jax.random.normal(jax.random.key(1), x.shape), nnx.to_pure_dict(state))
@@ -221,6 +237,8 @@ def test_heads_spread_over_devices_meet_in_the_output_projection_alone():
     run = jax.jit(spread, in_shardings=(layout, batch_sharding(mesh), batch_sharding(mesh)))
     np.testing.assert_allclose(run(params, query, reference), attend(params, query, reference), atol=3e-5)
     program = hlo.Program(run.lower(params, query, reference).compile().as_text())
-    shapes = {(found.instruction.collective, found.instruction.shape.partition("{")[0]) for found, _ in program.collectives()}
+    shapes = {
+        (found.instruction.collective, found.instruction.shape.partition("{")[0]) for found, _ in program.collectives()
+    }
     assert ("all-reduce", "f32[2,80,32]") in shapes
     assert all(kind == "all-gather" and "80" not in shape for kind, shape in shapes - {("all-reduce", "f32[2,80,32]")})

@@ -118,5 +118,6 @@ def test_features_are_of_the_dtype_asked_for():
     model = lambda image: EfficientNetLite0(rngs=nnx.Rngs(0), dtype=jnp.bfloat16)(image)
     features = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 96, 64, 3), jnp.float32))
     assert {stride: (f.shape, f.dtype) for stride, f in features.items()} == {
-        stride: ((1, 96 // stride, 64 // stride, width), jnp.bfloat16) for stride, width in EfficientNetLite0.channels.items()
+        stride: ((1, 96 // stride, 64 // stride, width), jnp.bfloat16)
+        for stride, width in EfficientNetLite0.channels.items()
     }

@@ -28,7 +28,9 @@ def forward(queries="mixed", interaction="exchange"):
     @jax.jit
     def run(params, batch, noised=None):
         model = nnx.merge(graph, params, rest)
-        return model(batch.image, batch.size, model.embed_text(batch.tokens, batch.prompt_region), batch.prompt_valid, noised)
+        return model(
+            batch.image, batch.size, model.embed_text(batch.tokens, batch.prompt_region), batch.prompt_valid, noised
+        )
 
     return run
 
@@ -65,7 +67,10 @@ def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
     before = forward()(params, tiny_batch).matching.mask_embed[2]
     learnable, conditional = np.s_[:, :6], np.s_[:, 6:]
     to_learnable, to_conditional = opened("to_learnable"), opened("to_conditional")
-    assert np.abs(to_learnable - before)[learnable].max() > 1e-3 and np.abs(to_conditional - before)[conditional].max() > 1e-3
+    assert (
+        np.abs(to_learnable - before)[learnable].max() > 1e-3
+        and np.abs(to_conditional - before)[conditional].max() > 1e-3
+    )
     assert_close(to_learnable[conditional], before[conditional])
     assert_close(to_conditional[learnable], before[learnable])
 
@@ -75,7 +80,8 @@ def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tin
     moved = jax.tree.map(lambda x: x, params)
     moved["learnable"]["content"] = moved["learnable"]["content"] + 1.0
     change = lambda kind: np.abs(
-        forward("mixed", kind)(moved, tiny_batch).matching.class_logits - forward("mixed", kind)(params, tiny_batch).matching.class_logits
+        forward("mixed", kind)(moved, tiny_batch).matching.class_logits
+        - forward("mixed", kind)(params, tiny_batch).matching.class_logits
     )
     assert change("none")[:, :, :6].max() > 1e-2 and change("none")[:, :, 6:].max() < 1e-5
     assert change("joint")[2:, :, 6:].max() > 1e-4
@@ -98,7 +104,9 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
     params, batch = build()[1], tiny_batch
     order = np.random.default_rng(0).permutation(16)
     shuffled = batch.replace(
-        tokens=batch.tokens[:, order], prompt_valid=batch.prompt_valid[:, order], prompt_region=batch.prompt_region[:, order]
+        tokens=batch.tokens[:, order],
+        prompt_valid=batch.prompt_valid[:, order],
+        prompt_region=batch.prompt_region[:, order],
     )
     expected = forward()(params, batch).matching
     found = forward()(params, shuffled).matching
@@ -110,7 +118,9 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
 
 def test_the_region_bit_changes_what_a_text_means(tiny_batch):
     params = build()[1]
-    asked = lambda region: forward()(params, tiny_batch.replace(prompt_region=np.full_like(tiny_batch.prompt_region, region))).matching
+    asked = lambda region: (
+        forward()(params, tiny_batch.replace(prompt_region=np.full_like(tiny_batch.prompt_region, region))).matching
+    )
     assert np.abs(asked(True).class_logits - asked(False).class_logits).max() > 1e-3
 
 
@@ -121,5 +131,9 @@ def test_learnable_queries_learn_from_all_stages_but_the_proposals_which_learn_f
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     size = lambda tree: float(sum(jnp.abs(x).sum() for x in jax.tree.leaves(tree)))
     last, proposals = gradient(build()[1], 3), gradient(build()[1], 0)
-    assert size(last["learnable"]) > 0 and size(gradient(build()[1], 1)["learnable"]) > 0 and size(proposals["learnable"]) == 0
+    assert (
+        size(last["learnable"]) > 0
+        and size(gradient(build()[1], 1)["learnable"]) > 0
+        and size(proposals["learnable"]) == 0
+    )
     assert size(last["conditional"]) == 0 and size(proposals["conditional"]) > 0

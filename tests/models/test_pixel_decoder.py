@@ -43,7 +43,9 @@ def recorded(name: str):
 
 def test_it_repeats_mask_dino_recorded_outputs():
     arrays, weights = recorded("maskdino_tiny_s0")
-    ours = nnx.eval_shape(lambda: PixelDecoder({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, rngs=nnx.Rngs(0), mask_dim=64))
+    ours = nnx.eval_shape(
+        lambda: PixelDecoder({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, rngs=nnx.Rngs(0), mask_dim=64)
+    )
     plan = head_plan({key: value.shape for key, value in weights.items()})
     ours = load(ours, plan, weights, part="pixel_decoder")
     features = {s: arrays[f"in/res{k}"].transpose(0, 2, 3, 1) for s, k in ((4, 2), (8, 3), (16, 4), (32, 5))}
@@ -54,18 +56,24 @@ def test_it_repeats_mask_dino_recorded_outputs():
     cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
     for i, level in enumerate(np.split(np.asarray(memory), cuts, 1)):
         expected = arrays[f"px/multi_scale_{i}"].transpose(0, 2, 3, 1)
-        assert_agrees("Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}")
+        assert_agrees(
+            "Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}"
+        )
     expected = arrays["px/mask_features"].transpose(0, 2, 3, 1)
     assert_agrees("Mask DINO pixel decoder (recorded)", "forward", mask_features, expected, told="mask features")
 
 
 def test_padding_changes_nothing_for_the_valid_tokens(split):
-    """Without GroupNorm (whose statistics see the padding), an image on a larger canvas full of noise is as if alone."""
+    """Without GroupNorm (whose statistics see the padding), an image on a larger canvas full of noise is as if
+    alone.
+    """
     decoder = nnx.merge(*split)
     for project in decoder.input_proj:
         project.norm = jax.nn.tanh
     for part in (decoder.layers.attention.sampling_offsets, decoder.layers.attention.attention_weights):
-        part.kernel[...] = jnp.asarray(np.random.default_rng(1).normal(size=part.kernel.shape, scale=0.2).astype(np.float32))
+        part.kernel[...] = jnp.asarray(
+            np.random.default_rng(1).normal(size=part.kernel.shape, scale=0.2).astype(np.float32)
+        )
     noisy = random_features(64, 128)
     alone = {s: f[:, : 32 // s, : 64 // s] for s, f in noisy.items()}
     run = lambda features, canvas: jax.jit(lambda f: decoder(f, np.full((2, 2), (32, 64)), canvas)[::2])(features)
@@ -107,7 +115,9 @@ def test_remat_changes_no_gradient(split):
 @pytest.mark.parametrize("strides, mask_stride", [((4, 8), 4), ((4, 8, 16, 32), 4), ((16, 32, 64), 4)])
 def test_mask_features_have_the_mask_stride(strides, mask_stride):
     def run():
-        decoder = PixelDecoder(CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        decoder = PixelDecoder(
+            CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0), dtype=jnp.bfloat16
+        )
         memory, shapes, _, mask_features = decoder(random_features(64, 96), np.full((2, 2), 64), (64, 96))
         assert list(shapes) == [(64 // s, -(-96 // s)) for s in strides]
         return memory, mask_features
@@ -121,8 +131,12 @@ def test_resizing_is_that_of_torch():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
     for shape in ((6, 10), (7, 11), (3, 20)):
-        expected = torch.nn.functional.interpolate(torch.tensor(x.transpose(0, 3, 1, 2)), shape, mode="bilinear", align_corners=False)
-        assert_agrees("bilinear resizing (torch)", "forward", _resize(jnp.asarray(x), shape), expected.permute(0, 2, 3, 1), 1e-5)
+        expected = torch.nn.functional.interpolate(
+            torch.tensor(x.transpose(0, 3, 1, 2)), shape, mode="bilinear", align_corners=False
+        )
+        assert_agrees(
+            "bilinear resizing (torch)", "forward", _resize(jnp.asarray(x), shape), expected.permute(0, 2, 3, 1), 1e-5
+        )
 
 
 @pytest.mark.parametrize("strides, mask_stride", [((8, 32), 4), ((32, 64), 4), ((8, 16), 2)])

@@ -35,7 +35,9 @@ def test_untrained_it_returns_its_guidance(inputs):
 @pytest.mark.parametrize("name, coarsest", [("convnet", 16), ("efficientnet_lite0", 32), ("swin_t", 32)])
 def test_there_is_an_alpha_at_every_stride_of_any_encoder(name, coarsest):
     shapes = jax.eval_shape(lambda: make(nnx.Rngs(0), name)(jnp.zeros((2, 64, 96, 3)), jnp.zeros((2, 64, 96))))
-    assert {s: a.shape for s, a in shapes.items()} == {s: (2, 64 // s, 96 // s) for s in (1, 2, 4, 8, 16, 32) if s <= coarsest}
+    assert {s: a.shape for s, a in shapes.items()} == {
+        s: (2, 64 // s, 96 // s) for s in (1, 2, 4, 8, 16, 32) if s <= coarsest
+    }
 
 
 def test_with_corrections_under_way_every_parameter_learns(inputs):
@@ -63,7 +65,9 @@ def test_a_pixel_that_the_guidance_is_sure_of_can_still_be_corrected(inputs):
 
 def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
     x = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
-    theirs = torch.nn.functional.interpolate(torch.tensor(x).permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    theirs = torch.nn.functional.interpolate(
+        torch.tensor(x).permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False
+    )
     np.testing.assert_allclose(double(jnp.array(x)), theirs.permute(0, 2, 3, 1), atol=1e-6)
     ramp = jnp.arange(8.0)[None, :, None, None] + jnp.zeros((1, 1, 6, 1))
     np.testing.assert_allclose(halve(double(ramp))[:, 1:-1], ramp[:, 1:-1], atol=1e-6)

@@ -19,7 +19,9 @@ def random_torch_resnet(stride_in_1x1: bool):
     torch = pytest.importorskip("torch")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = transformers.ResNetConfig(layer_type="bottleneck", depths=[3, 4, 6, 3], downsample_in_bottleneck=stride_in_1x1)
+    config = transformers.ResNetConfig(
+        layer_type="bottleneck", depths=[3, 4, 6, 3], downsample_in_bottleneck=stride_in_1x1
+    )
     model = transformers.ResNetModel(config).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("running_mean"):
@@ -49,7 +51,12 @@ def test_values_and_gradients_are_those_of_torch(stride_in_1x1):
             return sum((f**2).mean() for f in features.values()), features
 
         (_, features), (gradient, into_image) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, image)
-        return features, into_image, gradient["stem"]["conv"]["kernel"], gradient["stages"][2]["rest"]["conv2"]["conv"]["kernel"]
+        return (
+            features,
+            into_image,
+            gradient["stem"]["conv"]["kernel"],
+            gradient["stages"][2]["rest"]["conv2"]["conv"]["kernel"],
+        )
 
     features, into_image, stem, rest = run(params, jnp.asarray(image.detach().numpy().transpose(0, 2, 3, 1)))
     for (stride, ours_at), theirs_at in zip(features.items(), expected):
@@ -69,7 +76,9 @@ def test_the_statistics_are_no_parameters():
     graph, state = jax.eval_shape(lambda: nnx.split(ResNet(101, rngs=nnx.Rngs(0))))
     params, frozen = nnx.filter_state(state, nnx.Param), nnx.filter_state(state, nnx.Not(nnx.Param))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    assert count(params) + count(frozen) // 2 == 44_549_160 - 2_049_000  # torchvision's ResNet-101 without its classifier
+    assert (
+        count(params) + count(frozen) // 2 == 44_549_160 - 2_049_000
+    )  # torchvision's ResNet-101 without its classifier
 
 
 def test_the_stride_may_sit_in_the_first_1x1():

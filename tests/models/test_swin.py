@@ -50,7 +50,9 @@ def filled(make) -> nnx.Module:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(values, state))
 
 
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # half the time to compile
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)  # half the time to compile
 
 
 @functools.partial(quick_jit, static_argnums=0)
@@ -71,7 +73,11 @@ def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
 
 
 def test_values_and_all_gradients_are_those_of_torch():
-    size, window, shape = Size(32, (2, 2, 4, 2)), 7, (2, 3, 75, 104)  # there is something to pad at the patches, windows and merges
+    size, window, shape = (
+        Size(32, (2, 2, 4, 2)),
+        7,
+        (2, 3, 75, 104),
+    )  # there is something to pad at the patches, windows and merges
     theirs = random_torch_swin(size, window)
     import torch
 
@@ -100,7 +106,8 @@ def test_values_and_all_gradients_are_those_of_torch():
     by_path = {f"backbone/{path}": np.asarray(leaf) for path, leaf in leaves(nnx.to_pure_dict(gradient)).items()}
     mine = invert(plan, by_path)
     for key in mine:
-        # A bias of keys moves all scores of a query alike: its gradient is rounding noise around zero, small beside the queries'.
+        # A bias of keys moves all scores of a query alike: its gradient is rounding noise around zero, small beside the
+        # queries'.
         both = (key, key.replace("k_proj.bias", "q_proj.bias"))
         pairs = (np.stack([mine[k] for k in both]), np.stack([theirs.get_parameter(k).grad for k in both]))
         assert_agrees("Swin (transformers)", "gradient", *pairs, 5e-5, key)
@@ -119,7 +126,9 @@ def test_windows_of_12_larger_than_the_last_maps_give_the_values_of_torch():
 
 
 def test_bfloat16_stays_near_float32():
-    exact, rounded = (filled(lambda rngs: Block(64, 3, 1, rngs=rngs, dtype=dtype)) for dtype in (jnp.float32, jnp.bfloat16))
+    exact, rounded = (
+        filled(lambda rngs: Block(64, 3, 1, rngs=rngs, dtype=dtype)) for dtype in (jnp.float32, jnp.bfloat16)
+    )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 8, 64)), jnp.bfloat16)
     y = run(*nnx.split(rounded), x)
     assert y.dtype == jnp.bfloat16
@@ -129,14 +138,18 @@ def test_bfloat16_stays_near_float32():
 def test_drop_path_differs_by_key_and_by_sample():
     model = filled(lambda rngs: Swin(Size(32, (2, 2, 2, 2)), window=3, drop_path=0.5, rngs=rngs))
     image = np.repeat(np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32), 8, 0)
-    first, again, other = (run(*nnx.split(model), image, jax.random.split(jax.random.key(seed), 8))[32] for seed in (1, 1, 2))
+    first, again, other = (
+        run(*nnx.split(model), image, jax.random.split(jax.random.key(seed), 8))[32] for seed in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
     assert len(np.unique(np.asarray(first).reshape(8, -1), axis=0)) > 1
 
 
 def test_drop_path_keeps_the_mean_and_grows_with_depth():
-    dropped = np.asarray(drop_path(jnp.full((4000, 1, 1, 1), 3.0), jnp.float32(0.4), jax.random.split(jax.random.key(0), 4000)))
+    dropped = np.asarray(
+        drop_path(jnp.full((4000, 1, 1, 1), 3.0), jnp.float32(0.4), jax.random.split(jax.random.key(0), 4000))
+    )
     np.testing.assert_allclose(np.unique(dropped), [0, 5], rtol=1e-6)
     assert abs(dropped.mean() - 3) < 0.15
     model = blank(lambda rngs: Swin("t", drop_path=0.3, rngs=rngs))

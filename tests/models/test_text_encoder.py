@@ -48,7 +48,9 @@ def test_values_and_gradients_are_those_of_clip():
     plan = hf_clip_text.plan({key: value.shape for key, value in tensors.items()})
     ours = load(encoder(), plan, tensors)
     text = plan.config.model.text
-    sizes = dict(vocab_size=text.vocab_size, context=text.context, width=text.width, heads=text.heads, depth=text.layers)
+    sizes = dict(
+        vocab_size=text.vocab_size, context=text.context, width=text.width, heads=text.heads, depth=text.layers
+    )
     assert dict(sizes, embed_dim=text.embed_dim) == SIZES
     tokens = WordTokenizer(40, 8)(TEXTS)
     expected = theirs(torch.tensor(tokens, dtype=torch.long)).text_embeds

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 
 from mqformer_jax.config import base
-from mqformer_jax.models.tokenizer import ClassTokenizer, WordPieceTokenizer, WordTokenizer, clip_tokenizer_json, make_tokenizer
+from mqformer_jax.models.tokenizer import (
+    ClassTokenizer,
+    WordPieceTokenizer,
+    WordTokenizer,
+    clip_tokenizer_json,
+    make_tokenizer,
+)
 
 START, END = 98, 99
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "dog", "##s", "cafe", "!", "##g", "d", "##o"]
@@ -96,7 +102,10 @@ def test_word_pieces_are_the_longest_known(word_pieces):
 
 
 def test_rows_of_word_pieces_are_padded_and_cut_to_the_context(word_pieces):
-    assert pieces(word_pieces, "", "dog", context=4) == [["[CLS]", "[SEP]", "[PAD]", "[PAD]"], ["[CLS]", "dog", "[SEP]", "[PAD]"]]
+    assert pieces(word_pieces, "", "dog", context=4) == [
+        ["[CLS]", "[SEP]", "[PAD]", "[PAD]"],
+        ["[CLS]", "dog", "[SEP]", "[PAD]"],
+    ]
     assert pieces(word_pieces, "red dogs red", context=4) == [["[CLS]", "red", "dog", "[SEP]"]]
     assert pieces(word_pieces, "red", context=2) == [["[CLS]", "[SEP]"]]
 
@@ -134,7 +143,9 @@ def test_a_class_is_its_row_and_one():
 
 def test_a_class_is_found_by_each_of_its_names_in_any_case():
     tokenizer = ClassTokenizer(CLASSES)
-    for row, names in enumerate([["Screen Door"], ["dining table "], ["silver  screen"], ["TV", "monitor"], ["auto", "Car"]], 1):
+    for row, names in enumerate(
+        [["Screen Door"], ["dining table "], ["silver  screen"], ["TV", "monitor"], ["auto", "Car"]], 1
+    ):
         assert tokenizer(names).tolist() == [[row]] * len(names)
     assert tokenizer(CLASSES)[:, 0].tolist() == [1, 2, 3, 4, 5]
 
@@ -145,7 +156,10 @@ def test_a_name_that_classes_share_is_that_of_the_class_which_gives_it_first():
 
 
 def test_a_prompt_that_is_no_class_is_refused():
-    with pytest.raises(ValueError, match="'motor' is not among the 5 classes of this checkpoint, which has no text.*closest is 'monitor'"):
+    with pytest.raises(
+        ValueError,
+        match="'motor' is not among the 5 classes of this checkpoint, which has no text.*closest is 'monitor'",
+    ):
         ClassTokenizer(CLASSES)(["car", "motor"])
 
 
@@ -172,7 +186,11 @@ def test_a_recipe_names_its_tokenizer(tmp_path, word_pieces):
     [
         (dict(tokenizer="classes"), None, "config.model.text.classes is empty"),
         (dict(tokenizer="clip"), None, "tokenizer.json, which is not there: convert the text encoder first"),
-        (dict(tokenizer="wordpiece", vocab_size=9), "pieces", "text.vocab_size = 9: .*tokenizer.json has 12 tokens; set it to that"),
+        (
+            dict(tokenizer="wordpiece", vocab_size=9),
+            "pieces",
+            "text.vocab_size = 9: .*tokenizer.json has 12 tokens; set it to that",
+        ),
         (dict(tokenizer="clip"), "pieces", "tokenizer.json is not CLIP's tokenizer"),
     ],
 )

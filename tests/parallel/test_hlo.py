@@ -25,7 +25,11 @@ def abstract(*shape: int) -> jax.ShapeDtypeStruct:
 
 
 def test_a_scan_runs_its_body_as_often_as_it_is_long():
-    runs = [run for run in compiled(scan, abstract(N, N), abstract(7, N, N)).runs() if "tanh" in run.instruction.source and not run.fused]
+    runs = [
+        run
+        for run in compiled(scan, abstract(N, N), abstract(7, N, N)).runs()
+        if "tanh" in run.instruction.source and not run.fused
+    ]
     assert runs and all(run.times == 7 and run.known and len(run.loops) == 1 for run in runs)
 
 
@@ -47,7 +51,9 @@ def test_matmuls_are_counted_through_scans_gradients_and_recomputation():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_a_convolution_and_its_gradients_are_three_times_its_forward(stride):
-    conv = lambda x, k: jax.lax.conv_general_dilated(x, k, (stride,) * 2, [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    conv = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (stride,) * 2, [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     x, k = abstract(2, 16, 16, 8), abstract(3, 3, 8, 12)
     forward = hlo.flops(jax.make_jaxpr(conv)(x, k).jaxpr)
     assert forward == 2 * 2 * (16 // stride) ** 2 * 12 * 9 * 8
@@ -88,12 +94,21 @@ def test_collectives_are_found_with_their_bytes_and_groups():
 def test_a_collective_in_a_loop_is_known_as_one():
     mesh = make_mesh((8, 1, 1))
     rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    search = lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e6, lambda x: x * 2 + 1, x)  # its condition asks all devices
+    search = lambda x: jax.lax.while_loop(
+        lambda x: x.sum() < 1e6, lambda x: x * 2 + 1, x
+    )  # its condition asks all devices
     assert any(run.loops and not run.known for run, _ in compiled(search, rows).collectives())
 
 
 @pytest.mark.parametrize(
-    "shape, size", [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4], /*index=1*/pred[])", 9), ("f8e4m3fn[10]", 10), ("u8[]", 1), ("token[]", 0)]
+    "shape, size",
+    [
+        ("f32[2,3]{1,0:T(8,128)}", 24),
+        ("(bf16[4], /*index=1*/pred[])", 9),
+        ("f8e4m3fn[10]", 10),
+        ("u8[]", 1),
+        ("token[]", 0),
+    ],
 )
 def test_bytes_of_a_shape(shape, size):
     assert hlo.shape_bytes(shape) == size

@@ -13,7 +13,10 @@ def test_the_first_rule_that_matches_lays_a_parameter_out():
     mesh = make_mesh((2, 2, 2))
     tree = {"ffn": {"kernel": np.zeros((3, 8, 8))}, "attention": {"kernel": np.zeros((8, 5)), "bias": np.zeros(8)}}
     found = jax.tree.map(lambda s: s.spec, shardings(tree, mesh, RULES))
-    assert found == {"ffn": {"kernel": P(None, "fsdp", "tensor")}, "attention": {"kernel": P("fsdp", None), "bias": P()}}
+    assert found == {
+        "ffn": {"kernel": P(None, "fsdp", "tensor")},
+        "attention": {"kernel": P("fsdp", None), "bias": P()},
+    }
 
 
 def test_an_axis_that_does_not_divide_is_dropped():

@@ -46,7 +46,9 @@ def two_boxes(count: int) -> list[Record]:
 
 @dataclasses.dataclass
 class Ellipses:
-    """A teacher that draws an ellipse in each box, and counts the images it saw. scores: what it says of the classes."""
+    """A teacher that draws an ellipse in each box, and counts the images it saw. scores: what it says of the
+    classes.
+    """
 
     scores: tuple[float, ...] = (0.9, 0.8, 0.7)
     seen: int = 0
@@ -79,5 +81,7 @@ class Says:
     unique: bool = False
 
     def __call__(self, pictures):
-        of = lambda p, i: [Caption(text, 0.9 - 0.1 * k) for k, text in enumerate(self.said[p.record.segments[i].class_id])]
+        of = lambda p, i: [
+            Caption(text, 0.9 - 0.1 * k) for k, text in enumerate(self.said[p.record.segments[i].class_id])
+        ]
         return [[of(p, i) for i in p.segments] for p in pictures]

@@ -43,11 +43,14 @@ def texts_of(record, info, image=None, asked=None):
     return [[c.text for c in captions] for captions in captions_of(record, info, image, asked)]
 
 
-# ---- The sample: what is said, against what was drawn ------------------------------------------------------------------
+# ---- The sample: what is said, against what was drawn
+# ------------------------------------------------------------------
 
 
 def read(text, things):
-    """Indices of what the text names for certain, and of all that a lenient reader would take it for, by the scene graph."""
+    """Indices of what the text names for certain, and of all that a lenient reader would take it for, by the scene
+    graph.
+    """
     relation = re.fullmatch(r"(the .+) (left of|right of|above|below) (the .+)", text)
     if relation:
         (certain, possible), (anchor, others) = read(relation[1], things), read(relation[3], things)
@@ -57,7 +60,10 @@ def read(text, things):
     *marks, noun = text.removeprefix("the ").split()
     same = certain = possible = [i for i, t in enumerate(things) if t.shape == noun]
     for mark in reversed(marks):
-        if mark in ("small", "large"):  # beside others of its noun; "small" is what the sample calls so, or much smaller
+        if mark in (
+            "small",
+            "large",
+        ):  # beside others of its noun; "small" is what the sample calls so, or much smaller
             edge = (max if mark == "large" else min)(things[i].radius for i in same)
             fits = {i for i in same if 1 / 1.3 < things[i].radius / edge < 1.3}
             assert len(fits) < len(same), text
@@ -82,17 +88,34 @@ def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_th
     things = captioned = count = 0
     for seed in range(SCENES):
         drawn = sample.scene_graph(seed).things
-        for thing, texts in enumerate(texts_of(sample.render(name, seed), SAMPLE[name], asked=tuple(range(len(drawn))))):
+        for thing, texts in enumerate(
+            texts_of(sample.render(name, seed), SAMPLE[name], asked=tuple(range(len(drawn))))
+        ):
             things, captioned, count = things + 1, captioned + bool(texts), count + len(texts)
             for text in texts:
                 assert read(text, drawn) == ([thing], [thing]), f"{seed}: {text}"
-    assert captioned > least_things * things and count > least_each * things  # measured: 0.92 and 2.3 with masks, 0.78 and 1.4 with boxes
+    assert (
+        captioned > least_things * things and count > least_each * things
+    )  # measured: 0.92 and 2.3 with masks, 0.78 and 1.4 with boxes
 
 
 def test_every_way_of_naming_occurs():
-    texts = [t for seed in range(60) for of_one in texts_of(sample.scene(seed), SAMPLE["sample_scenes"]) for t in of_one]
+    texts = [
+        t for seed in range(60) for of_one in texts_of(sample.scene(seed), SAMPLE["sample_scenes"]) for t in of_one
+    ]
     words = collections.Counter(word for text in texts for word in text.split())
-    assert {"left", "right", "upper", "lower", "leftmost", "topmost", "small", "above", "below", *sample.COLOURS} <= set(words)
+    assert {
+        "left",
+        "right",
+        "upper",
+        "lower",
+        "leftmost",
+        "topmost",
+        "small",
+        "above",
+        "below",
+        *sample.COLOURS,
+    } <= set(words)
     assert any(len(text.split()) == 2 for text in texts)
 
 
@@ -123,11 +146,15 @@ def test_the_mirrored_image_has_the_mirrored_captions(name):
     for seed in range(40):
         record = sample.render(name, seed)
         image = record.decode_image()
-        plain, turned = texts_of(record, SAMPLE[name]), texts_of(flipped(record), SAMPLE[name], np.ascontiguousarray(image[:, ::-1]))
+        plain, turned = (
+            texts_of(record, SAMPLE[name]),
+            texts_of(flipped(record), SAMPLE[name], np.ascontiguousarray(image[:, ::-1])),
+        )
         assert [[mirror(Prompt((text,), True)).texts[0] for text in texts] for texts in plain] == turned
 
 
-# ---- Real images -------------------------------------------------------------------------------------------------------
+# ---- Real images
+# -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -138,7 +165,8 @@ def test_captions_of_photographs_name_one_box_each(real_data, masks):
         record = Record.from_bytes(plan.make(job).record)
         if not masks:
             record = dataclasses.replace(
-                record, segments=tuple(dataclasses.replace(s, mask=s.mask if s.crowd else None) for s in record.segments)
+                record,
+                segments=tuple(dataclasses.replace(s, mask=s.mask if s.crowd else None) for s in record.segments),
             )
         found = texts_of(record, info)
         said = [text for texts in found for text in texts]
@@ -147,7 +175,8 @@ def test_captions_of_photographs_name_one_box_each(real_data, masks):
     assert captioned > 0.4 * boxes
 
 
-# ---- By name -----------------------------------------------------------------------------------------------------------
+# ---- By name
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_made_by_its_name_and_takes_no_weights():

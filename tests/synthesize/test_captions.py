@@ -57,7 +57,10 @@ class Picks:
     name = "picks 1"
 
     def __call__(self, pictures, captions):
-        return [[np.array([["cat" in t, "dog" in t] for t in some], np.float32).reshape(-1, 2) for some in boxes] for boxes in captions]
+        return [
+            [np.array([["cat" in t, "dog" in t] for t in some], np.float32).reshape(-1, 2) for some in boxes]
+            for boxes in captions
+        ]
 
 
 def test_a_caption_that_means_another_box_or_none_is_not_taken():
@@ -70,7 +73,9 @@ def test_a_caption_that_means_another_box_or_none_is_not_taken():
 
 
 def test_captions_enter_the_record_beside_what_people_said():
-    made = record(0, Segment(0, ("people's cat",), box=(4.0, 8.0, 28.0, 40.0)), Segment(1, box=(36.0, 10.0, 60.0, 30.0)))
+    made = record(
+        0, Segment(0, ("people's cat",), box=(4.0, 8.0, 28.0, 40.0)), Segment(1, box=(36.0, 10.0, 60.0, 30.0))
+    )
     new = with_verdicts(made, asked(("a cat", "a pet"), ("",), made=made), "says 1")
     cat, dog = new.segments
     assert cat.expressions == ("people's cat", "a cat", "a pet") and cat.captions_by == "says 1" and cat.mask is None
@@ -81,6 +86,11 @@ def test_captions_enter_the_record_beside_what_people_said():
 def test_single_things_are_asked_about_and_stuff_crowds_and_foregrounds_are_not():
     box = dict(box=(1.0, 1.0, 9.0, 9.0))
     made = record(
-        0, Segment(0, **box), Segment(2, **box), Segment(1, crowd=True, **box), Segment(foreground=True, **box), Segment(None, **box)
+        0,
+        Segment(0, **box),
+        Segment(2, **box),
+        Segment(1, crowd=True, **box),
+        Segment(foreground=True, **box),
+        Segment(None, **box),
     )
     assert Captions(Says({})).wanted(made, INFO) == [0, 4]

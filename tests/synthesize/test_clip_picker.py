@@ -1,4 +1,6 @@
-"""CLIP's cosines of captions and boxes, against CLIPModel's own of one crop and one text at a time. The weights are random and tiny."""
+"""CLIP's cosines of captions and boxes, against CLIPModel's own of one crop and one text at a time. The weights are
+random and tiny.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,22 @@ def folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("clip")
     letters = [f"{letter}{end}" for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz"]
     vocabulary = {piece: i for i, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=CONTEXT)
-    text |= dict(vocab_size=len(vocabulary), bos_token_id=len(letters), eos_token_id=len(letters) + 1, pad_token_id=len(letters) + 1)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8)
+    text = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CONTEXT,
+    )
+    text |= dict(
+        vocab_size=len(vocabulary),
+        bos_token_id=len(letters),
+        eos_token_id=len(letters) + 1,
+        pad_token_id=len(letters) + 1,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=SIDE, patch_size=8
+    )
     torch.manual_seed(0)
     model = transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
     for parameter in model.parameters():
@@ -83,7 +98,11 @@ def plain(original: tuple, pixels: np.ndarray, text: str) -> float:
 
 def test_cosines_are_those_of_clip_for_one_crop_and_one_text(picker, original):
     first, empty, last = picker(PICTURES, CAPTIONS)
-    assert [said.shape for said in first] == [(3, 4), (0, 4), (1, 4), (0, 4)] and empty == [] and [said.shape for said in last] == [(2, 1)]
+    assert (
+        [said.shape for said in first] == [(3, 4), (0, 4), (1, 4), (0, 4)]
+        and empty == []
+        and [said.shape for said in last] == [(2, 1)]
+    )
     crops = [
         (slice(8, 32), slice(8, 32)),
         (slice(18, 42), slice(0, 90)),
@@ -93,7 +112,9 @@ def test_cosines_are_those_of_clip_for_one_crop_and_one_text(picker, original):
     want = np.array([[plain(original, PICTURES[0].image[crop], text) for crop in crops] for text in CAPTIONS[0][0]])
     np.testing.assert_allclose(first[0], want, atol=1e-5)
     assert np.ptp(want, axis=0).min() > 0.01 and np.ptp(want, axis=1).min() > 0.01  # each text and each crop is another
-    np.testing.assert_allclose(last[0][:, 0], [plain(original, PICTURES[2].image, text) for text in ("a dog", "bus")], atol=1e-5)
+    np.testing.assert_allclose(
+        last[0][:, 0], [plain(original, PICTURES[2].image, text) for text in ("a dog", "bus")], atol=1e-5
+    )
 
 
 def test_a_long_caption_is_cut_to_the_context(picker):
@@ -116,7 +137,9 @@ def test_every_box_and_every_text_is_encoded_once(picker, monkeypatch):
     for kind in seen:
         encode = getattr(picker, kind)
         monkeypatch.setattr(
-            picker, kind, lambda items, kind=kind, encode=encode: seen.update({kind: seen[kind] + len(items)}) or encode(items)
+            picker,
+            kind,
+            lambda items, kind=kind, encode=encode: seen.update({kind: seen[kind] + len(items)}) or encode(items),
         )
     picker(PICTURES, CAPTIONS)
     assert seen == {"_words": 4, "_crops": 5}
@@ -129,7 +152,9 @@ def test_nothing_to_ask_is_nothing_to_answer(picker):
 
 def test_it_is_had_by_name_and_marked_with_its_version(folder, picker):
     assert make_teacher(f"clip:{folder}", PICKERS).name == picker.name
-    assert re.fullmatch(rf"clip:clip\d+ [0-9a-f]{{8}} \(transformers {re.escape(transformers.__version__)}\)", picker.name)
+    assert re.fullmatch(
+        rf"clip:clip\d+ [0-9a-f]{{8}} \(transformers {re.escape(transformers.__version__)}\)", picker.name
+    )
 
 
 def test_a_folder_of_another_family_is_refused_in_one_line(folder, tmp_path):

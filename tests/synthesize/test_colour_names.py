@@ -17,7 +17,8 @@ def test_plain_colours_have_their_names(term):
 
 
 @pytest.mark.parametrize(
-    "colour, either", [("108080", "green blue"), ("800020", "red"), ("c8b070", "yellow brown"), ("b8b8b8", "white grey")]
+    "colour, either",
+    [("108080", "green blue"), ("800020", "red"), ("c8b070", "yellow brown"), ("b8b8b8", "white grey")],
 )
 def test_between_two_colours_neither_is_certain_nor_denied(colour, either):
     beliefs = judge(*term_shares(np.tile(np.array([list(bytes.fromhex(colour))], np.uint8), (50, 1))), 0.6, 0.12)

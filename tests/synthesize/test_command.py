@@ -29,7 +29,10 @@ def root(tmp_path_factory):
 
 def test_names_follow_the_paper():
     assert default_name("masks", "objects365") == "objects365_syn_m"
-    assert default_name("captions", "objects365_syn_m") == "objects365_syn" and default_name("captions", "coco") == "coco_syn"
+    assert (
+        default_name("captions", "objects365_syn_m") == "objects365_syn"
+        and default_name("captions", "coco") == "coco_syn"
+    )
 
 
 def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
@@ -55,13 +58,28 @@ def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--data=toy", "--teacher=attributes"), "say what is to be made: python -m mqformer_jax.synthesize masks|captions"),
-        (("masks", "--data=toy", "--teacher=attributes"), "--teacher=attributes: it may be one of ours, sam, sam2, hq-sam."),
-        (("masks", "--data=toy", "--teacher=sam"), "--teacher=sam: say which weights: sam:FOLDER or a name on the Hugging Face hub."),
+        (
+            ("--data=toy", "--teacher=attributes"),
+            "say what is to be made: python -m mqformer_jax.synthesize masks|captions",
+        ),
+        (
+            ("masks", "--data=toy", "--teacher=attributes"),
+            "--teacher=attributes: it may be one of ours, sam, sam2, hq-sam.",
+        ),
+        (
+            ("masks", "--data=toy", "--teacher=sam"),
+            "--teacher=sam: say which weights: sam:FOLDER or a name on the Hugging Face hub.",
+        ),
         (("masks", "--data=toy", "--teacher=ours:nowhere"), "nowhere: no checkpoint there"),
         (("captions", "--data=nosuch", "--teacher=attributes"), "data set 'nosuch' split 'train' is not in"),
-        (("captions", "--data=toy", "--teacher=attributes", "--share=4/4"), "--share=4/4: give a process's number and how many there are"),
-        (("captions", "--data=toy", "--teacher=attributes", "--out=toy"), "--out=toy: give the new set a name of its own"),
+        (
+            ("captions", "--data=toy", "--teacher=attributes", "--share=4/4"),
+            "--share=4/4: give a process's number and how many there are",
+        ),
+        (
+            ("captions", "--data=toy", "--teacher=attributes", "--out=toy"),
+            "--out=toy: give the new set a name of its own",
+        ),
         (("masks", "--data=toy", "--teacher=ours:nowhere", "--pick=ours:nowhere"), "--pick goes with captions"),
     ],
 )
@@ -76,7 +94,10 @@ def test_a_teacher_that_is_not_installed_is_one_line(monkeypatch):
     for missing in ("torch", "transformers"):
         monkeypatch.setitem(sys.modules, missing, None)
     for given, among in (("sam2:folder", MASK_TEACHERS), ("blip:folder", CAPTIONERS)):
-        with pytest.raises(ValueError, match=rf"--teacher={given}: (torch|transformers) is not installed: pip install -e '.\[teachers\]'."):
+        with pytest.raises(
+            ValueError,
+            match=rf"--teacher={given}: (torch|transformers) is not installed: pip install -e '.\[teachers\]'.",
+        ):
             make_teacher(given, among)
 
 

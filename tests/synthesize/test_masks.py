@@ -31,7 +31,9 @@ class Draws:
     def __call__(self, pictures, boxes):
         h, w = pictures[0].image.shape[:2]
         logits = [np.where(self.masks[j % len(self.masks)], 9.0, -9.0) for j in range(len(boxes[0]))]
-        return [Drawn(CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.full(len(boxes[0]), self.score))]
+        return [
+            Drawn(CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.full(len(boxes[0]), self.score))
+        ]
 
 
 def rectangle(x0, y0, x1, y1):
@@ -63,7 +65,9 @@ def test_each_test_refuses_what_it_is_there_for_and_the_mask_is_kept_to_be_looke
 def test_what_sticks_out_of_the_box_is_cut_off():
     found = verdict(rectangle(8, 8, 43, 43), agreement=0.5)
     np.testing.assert_array_equal(decode_rle(found.mask, 48, 64), rectangle(10, 10, 40, 40))
-    np.testing.assert_array_equal(clipped(rectangle(0, 0, 64, 48), np.array([9.6, 10, 40.2, 39.9])), rectangle(9, 10, 41, 40))
+    np.testing.assert_array_equal(
+        clipped(rectangle(0, 0, 64, 48), np.array([9.6, 10, 40.2, 39.9])), rectangle(9, 10, 41, 40)
+    )
 
 
 def test_boxes_move_alike_whatever_is_asked_beside_them_and_never_out_of_the_image():
@@ -116,5 +120,10 @@ def test_box_iou_of_known_boxes():
 
 
 def test_crowds_and_what_has_a_mask_are_not_asked_about():
-    made = record(0, Segment(0, box=(0, 0, 9, 9), crowd=True), Segment(1, box=(0, 0, 9, 9), mask=b"1"), Segment(1, box=(0, 0, 9, 9)))
+    made = record(
+        0,
+        Segment(0, box=(0, 0, 9, 9), crowd=True),
+        Segment(1, box=(0, 0, 9, 9), mask=b"1"),
+        Segment(1, box=(0, 0, 9, 9)),
+    )
     assert Masks(Ellipses(), Quality()).wanted(made, INFO) == [2]

@@ -62,19 +62,30 @@ def test_the_answer_is_that_of_the_models_denoising_query(teacher, checkpoint):
     boxes = np.stack([(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0], 1)[None].astype(np.float32)
     noised = Noised(np.array([[0, 1]]), boxes, np.array([[0, 1]]), np.ones((1, 2), bool))
     forward = jax.jit(lambda p, f, *asked: predictor.model(p, f)(*asked))
-    outputs = forward(predictor.params, predictor.frozen, image[None], np.array([size]), text, np.ones((1, 2), bool), noised)
+    outputs = forward(
+        predictor.params, predictor.frozen, image[None], np.array([size]), text, np.ones((1, 2), bool), noised
+    )
     masks = np.einsum("qd,hwd->qhw", outputs.denoising.mask_embed[-1, 0], outputs.mask_features[0])
     (drawn,) = teacher([picture], [picture.boxes])
     np.testing.assert_allclose(drawn.masks.logits, masks, atol=1e-3)
     p = 1 / (1 + np.exp(-masks))
-    np.testing.assert_allclose(drawn.scores, (p * (masks > 0)).sum((1, 2)) / np.maximum((masks > 0).sum((1, 2)), 1), atol=1e-4)
+    np.testing.assert_allclose(
+        drawn.scores, (p * (masks > 0)).sum((1, 2)) / np.maximum((masks > 0).sum((1, 2)), 1), atol=1e-4
+    )
 
 
 def test_a_segment_claims_its_class_or_its_words():
     made = two_boxes(1)[0]
-    named = made.__class__(**{**vars(made), "segments": (Segment(1), Segment(texts=("red one",)), Segment(), Segment(foreground=True))})
+    named = made.__class__(
+        **{**vars(made), "segments": (Segment(1), Segment(texts=("red one",)), Segment(), Segment(foreground=True))}
+    )
     picture = Picture(named, INFO, made.decode_image(), (), np.zeros((0, 4)))
-    assert [own._claim(picture, i) for i in range(4)] == [("star", False), ("red one", True), ("object", True), ("foreground", True)]
+    assert [own._claim(picture, i) for i in range(4)] == [
+        ("star", False),
+        ("red one", True),
+        ("object", True),
+        ("foreground", True),
+    ]
 
 
 def test_a_model_that_never_restored_masks_is_no_teacher(tmp_path):

@@ -26,7 +26,9 @@ def texts_of(record, info, image=None, asked=None):
 
 
 def picture(*pieces, classes, size=(100, 200), masks=True, exhaustive=True, **known):
-    """A record of painted rectangles (class, box, colour, and what else its Segment shall hold), its info and its image."""
+    """A record of painted rectangles (class, box, colour, and what else its Segment shall hold), its info and its
+    image.
+    """
     image, segments = np.full((*size, 3), (120, 170, 120), np.uint8), []
     for name, (x0, y0, x1, y1), colour, *more in pieces:
         image[y0:y1, x0:x1] = colour
@@ -69,7 +71,9 @@ def test_sizes_are_told_only_where_they_differ_clearly():
     assert texts[0][0] == "the large dog" and texts[1][0] == "the small dog"
     texts = texts_of(*picture(("dog", large, WHITE), ("dog", middling, WHITE), classes=["dog"]))
     assert not any(size in text for of_one in texts for text in of_one for size in ("large", "small"))
-    hidden = texts_of(*picture(("dog", large, WHITE), ("dog", RIGHT, WHITE), ("cat", (140, 20, 199, 99), RED), classes=["dog", "cat"]))
+    hidden = texts_of(
+        *picture(("dog", large, WHITE), ("dog", RIGHT, WHITE), ("cat", (140, 20, 199, 99), RED), classes=["dog", "cat"])
+    )
     assert not any("small" in text for text in hidden[1])  # who knows how much of it the cat hides
 
 
@@ -87,7 +91,9 @@ def test_a_class_that_is_labelled_in_part_gives_nothing_and_anchors_nothing(know
 
 
 def test_a_class_with_a_crowd_gives_nothing():
-    record, info = picture(("dog", LEFT, WHITE), ("dog", RIGHT, WHITE, {"crowd": True}), ("cat", MIDDLE, BLUE), classes=["dog", "cat"])
+    record, info = picture(
+        ("dog", LEFT, WHITE), ("dog", RIGHT, WHITE, {"crowd": True}), ("cat", MIDDLE, BLUE), classes=["dog", "cat"]
+    )
     assert [bool(texts) for texts in texts_of(record, info)] == [False, False, True]
 
 
@@ -111,7 +117,9 @@ def test_a_man_may_pass_for_a_person_and_synonyms_for_each_other():
     man, person = texts_of(*picture(("man", LEFT, RED), ("person", RIGHT, WHITE), classes=["man", "person"]))
     assert "the man" not in man and "the person" not in person
     animal, club = texts_of(
-        *picture((("bat",), LEFT, RED), (("baseball bat", "bat"), RIGHT, WHITE), classes=[("bat",), ("baseball bat", "bat")])
+        *picture(
+            (("bat",), LEFT, RED), (("baseball bat", "bat"), RIGHT, WHITE), classes=[("bat",), ("baseball bat", "bat")]
+        )
     )
     assert "the bat" not in animal + club and animal[0] == "the red bat"
 
@@ -124,7 +132,9 @@ def test_names_that_cannot_be_said_are_not(name):
 def test_synonyms_are_used_and_names_are_made_plain():
     classes = [("Alarm_Clock", "alarm")]
     found = {
-        texts_of(*(lambda r, i: (dataclasses.replace(r, key=str(k)), i))(*picture((classes[0], LEFT, RED), classes=classes)))[0][0]
+        texts_of(
+            *(lambda r, i: (dataclasses.replace(r, key=str(k)), i))(*picture((classes[0], LEFT, RED), classes=classes))
+        )[0][0]
         for k in range(9)
     }
     assert found == {"the alarm clock", "the alarm"}
@@ -132,7 +142,10 @@ def test_synonyms_are_used_and_names_are_made_plain():
 
 def test_segments_that_are_no_things_get_nothing():
     record, info = picture(("dog", LEFT, WHITE), classes=["dog"])
-    words, foreground = Segment(texts=("a cat",), box=(1.0, 1.0, 9.0, 9.0)), Segment(box=(1.0, 1.0, 9.0, 9.0), foreground=True)
+    words, foreground = (
+        Segment(texts=("a cat",), box=(1.0, 1.0, 9.0, 9.0)),
+        Segment(box=(1.0, 1.0, 9.0, 9.0), foreground=True),
+    )
     record = dataclasses.replace(record, segments=(*record.segments, words, foreground))
     assert texts_of(record, info) == [["the dog", "the white dog"], [], []]
     grass = dataclasses.replace(info, classes=(ClassInfo(("dog",), thing=False),))
@@ -144,7 +157,9 @@ def test_segments_that_are_no_things_get_nothing():
 
 def test_a_mask_without_a_box_counts():
     record, info = picture(("dog", LEFT, WHITE), ("dog", RIGHT, WHITE), classes=["dog"])
-    unboxed = dataclasses.replace(record, segments=(record.segments[0], dataclasses.replace(record.segments[1], box=None)))
+    unboxed = dataclasses.replace(
+        record, segments=(record.segments[0], dataclasses.replace(record.segments[1], box=None))
+    )
     assert texts_of(unboxed, info) == [["the left dog"]]
 
 

@@ -1,4 +1,6 @@
-"""Captions of boxes by BLIP, BLIP-2 and Florence-2, against transformers asked for one box at a time. The weights are random and tiny."""
+"""Captions of boxes by BLIP, BLIP-2 and Florence-2, against transformers asked for one box at a time. The weights are
+random and tiny.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,16 @@ TOKENS = 8  # enough, and quick
 def tokenizer(words: list[str], locations: int = 0, **special: str):
     """Every word, and nothing but words, is a token."""
     words = [*special.values(), *WORDS, *words]
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
     model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     image = {"image_token": special.pop("image_token")}
     found = transformers.PreTrainedTokenizerFast(tokenizer_object=model, extra_special_tokens=image, **special)
-    found.add_tokens([tokenizers.AddedToken(f"<loc_{i}>", special=True, normalized=False) for i in range(locations)], special_tokens=True)
+    found.add_tokens(
+        [tokenizers.AddedToken(f"<loc_{i}>", special=True, normalized=False) for i in range(locations)],
+        special_tokens=True,
+    )
     return found
 
 
@@ -46,14 +53,18 @@ def images(**options):
 def blip():
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]"]
     words = transformers.BertTokenizer(vocab={word: i for i, word in enumerate([*special, *WORDS])}, bos_token="[DEC]")
-    text = SMALL | dict(vocab_size=len(words), encoder_hidden_size=32, projection_dim=16, pad_token_id=0, bos_token_id=5)
+    text = SMALL | dict(
+        vocab_size=len(words), encoder_hidden_size=32, projection_dim=16, pad_token_id=0, bos_token_id=5
+    )
     text |= dict(eos_token_id=3, sep_token_id=3)
     config = transformers.BlipConfig(text_config=text, vision_config=VISION, projection_dim=16)
     return transformers.BlipForConditionalGeneration(config), transformers.BlipProcessor(images(), words)
 
 
 def blip2():
-    words = tokenizer([], pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>", image_token="<image>")
+    words = tokenizer(
+        [], pad_token="<pad>", eos_token="</s>", bos_token="<s>", unk_token="<unk>", image_token="<image>"
+    )
     sizes = dict(hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=32)
     text = transformers.OPTConfig(
         **sizes, vocab_size=len(words), max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=2
@@ -65,13 +76,19 @@ def blip2():
         num_query_tokens=4,
         image_token_index=words.image_token_id,
     )
-    return transformers.Blip2ForConditionalGeneration(config), transformers.Blip2Processor(images(), words, num_query_tokens=4)
+    return transformers.Blip2ForConditionalGeneration(config), transformers.Blip2Processor(
+        images(), words, num_query_tokens=4
+    )
 
 
 def florence2():
     special = dict(bos_token="<s>", pad_token="<pad>", eos_token="</s>", unk_token="<unk>", image_token="<image>")
     words = tokenizer("What does region describe ?".split(), locations=1000, **special)
-    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))}
+    sizes = {
+        f"{part}_{what}": n
+        for part in ("encoder", "decoder")
+        for what, n in (("layers", 2), ("attention_heads", 2), ("ffn_dim", 64))
+    }
     ids = dict(bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2)
     text = dict(model_type="bart", vocab_size=len(words), d_model=32, max_position_embeddings=128, **sizes, **ids)
     four = dict(embed_dim=(8, 16, 16, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 2, 2), num_groups=(2, 2, 2, 2))
@@ -135,7 +152,11 @@ CROPS = [
     [],
     [(0, 0, 90, 60), (0, 27, 44, 60), (49, 19, 61, 22)],
 ]  # a tenth more on each side
-BINS = [[(111, 166, 333, 500), (55, 333, 944, 666), (672, 0, 999, 500)], [], [(0, 0, 999, 999), (0, 500, 444, 999), (555, 333, 666, 350)]]
+BINS = [
+    [(111, 166, 333, 500), (55, 333, 944, 666), (672, 0, 999, 500)],
+    [],
+    [(0, 0, 999, 999), (0, 500, 444, 999), (555, 333, 666, 350)],
+]
 
 
 @pytest.fixture(scope="module")
@@ -217,9 +238,15 @@ def test_a_florence_caption_ends_where_a_location_follows_and_its_five_differ(an
     words = captioner.processor.tokenizer
     locations = [words.convert_tokens_to_ids(f"<loc_{i}>") for i in range(1000)]
     inputs = captioner._inputs([(pic, pic.boxes[1])])
-    assert words.decode(inputs.input_ids[0][-7:-2]).replace(" ", "") == "".join(f"<loc_{i}>" for i in BINS[0][1]) + "describe"
+    assert (
+        words.decode(inputs.input_ids[0][-7:-2]).replace(" ", "")
+        == "".join(f"<loc_{i}>" for i in BINS[0][1]) + "describe"
+    )
     captions = answers["florence2"][0][1]
-    assert len({caption.text for caption in captions}) == CAPTIONS and sum(len(c.text.split()) < TOKENS - 1 for c in captions) > 1
+    assert (
+        len({caption.text for caption in captions}) == CAPTIONS
+        and sum(len(c.text.split()) < TOKENS - 1 for c in captions) > 1
+    )
     for caption in captions:
         said = words.convert_tokens_to_ids(caption.text.split())
         if len(said) < TOKENS - 1:  # it came to its own end
@@ -251,7 +278,10 @@ def test_a_crop_is_the_box_and_a_tenth_of_it_on_each_side_within_the_image():
     for pic, wanted in zip(PICTURES, CROPS):
         for box, (x0, y0, x1, y1) in zip(pic.boxes, wanted, strict=True):
             np.testing.assert_array_equal(crop(pic.image, box), pic.image[y0:y1, x0:x1])
-    tiny = [crop(PICTURES[0].image, np.array(box)).shape for box in ([89.9, 59.9, 90, 60], [0, 0, 0.1, 0.1], [7.2, 5.2, 7.3, 5.3])]
+    tiny = [
+        crop(PICTURES[0].image, np.array(box)).shape
+        for box in ([89.9, 59.9, 90, 60], [0, 0, 0.1, 0.1], [7.2, 5.2, 7.3, 5.3])
+    ]
     assert tiny == [(1, 1, 3)] * 3
 
 
@@ -259,7 +289,9 @@ def test_a_crop_is_the_box_and_a_tenth_of_it_on_each_side_within_the_image():
 def test_it_is_had_by_name_and_marked_with_its_version(name, folders, captioners):
     captioner = make_teacher(f"{name}:{folders[name]}/", CAPTIONERS)
     assert captioner.name == captioners[name].name and captioner.unique is False
-    assert re.fullmatch(rf"{name}:{name} [0-9a-f]{{8}} \(transformers {re.escape(transformers.__version__)}\)", captioner.name)
+    assert re.fullmatch(
+        rf"{name}:{name} [0-9a-f]{{8}} \(transformers {re.escape(transformers.__version__)}\)", captioner.name
+    )
 
 
 def test_another_training_and_another_configuration_have_another_mark(folders, tmp_path):

@@ -1,4 +1,6 @@
-"""SAM, SAM 2 and HQ-SAM as teachers: tiny ones of random weights, against transformers' own way from a box to a mask."""
+"""SAM, SAM 2 and HQ-SAM as teachers: tiny ones of random weights, against transformers' own way from a box to a
+mask.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,13 @@ DECODER = dict(hidden_size=32, mlp_dim=64, num_attention_heads=2, iou_head_hidde
 VIT = dict(hidden_size=32, output_channels=32, num_hidden_layers=2, num_attention_heads=2, num_pos_feats=16)
 VIT |= dict(image_size=SIDE, patch_size=8, window_size=3, global_attn_indexes=[1])
 HIERA = dict(model_type="sam2_hiera_det_model", hidden_size=8, image_size=[SIDE, SIDE], blocks_per_stage=[1, 1, 2, 1])
-HIERA |= dict(embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 4], window_size_per_stage=[4, 2, 2, 2])
+HIERA |= dict(
+    embed_dim_per_stage=[8, 16, 32, 64], num_attention_heads_per_stage=[1, 1, 2, 4], window_size_per_stage=[4, 2, 2, 2]
+)
 HIERA |= dict(global_attention_blocks=[3], window_positional_embedding_background_size=[4, 4])
-NECK = dict(backbone_channel_list=[64, 32, 16, 8], backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32)
+NECK = dict(
+    backbone_channel_list=[64, 32, 16, 8], backbone_feature_sizes=[[16, 16], [8, 8], [4, 4]], fpn_hidden_size=32
+)
 MEMORY = dict(memory_attention_num_layers=1, memory_attention_feed_forward_hidden_size=32, image_size=SIDE)
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -37,7 +43,9 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 def build(kind: str):
     """A model whose masks depend on the image and on the box, as those of transformers' own first weights do not."""
     parts = dict(prompt_encoder_config=BOX_PROMPTS | dict(patch_size=8), mask_decoder_config=DECODER, vision_config=VIT)
-    parts2 = dict(prompt_encoder_config=BOX_PROMPTS, mask_decoder_config=DECODER, vision_config=NECK | dict(backbone_config=HIERA))
+    parts2 = dict(
+        prompt_encoder_config=BOX_PROMPTS, mask_decoder_config=DECODER, vision_config=NECK | dict(backbone_config=HIERA)
+    )
     if kind == "sam":
         model = transformers.SamModel(transformers.SamConfig(**parts))
     elif kind == "hq-sam":
@@ -51,7 +59,9 @@ def build(kind: str):
     with torch.no_grad():
         for weight in model.parameters():
             spread = 1 / weight[0].numel() ** 0.5 if weight.ndim > 1 else 0.2
-            weight.copy_(torch.normal(0 if weight.ndim > 1 else weight, torch.full_like(weight, spread), generator=draw))
+            weight.copy_(
+                torch.normal(0 if weight.ndim > 1 else weight, torch.full_like(weight, spread), generator=draw)
+            )
         if not kind.startswith("sam2"):  # whose scores need not lie between 0 and 1, but shall here
             model.mask_decoder.iou_prediction_head.proj_out.bias += 1
     return model
@@ -75,7 +85,11 @@ def folders(tmp_path_factory) -> dict[str, str]:
         if kind.startswith("sam2"):
             settings = dict(image_processor_type="Sam2ImageProcessor", size=dict(height=SIDE, width=SIDE))
         else:
-            settings = dict(image_processor_type="SamImageProcessor", size=dict(longest_edge=SIDE), pad_size=dict(height=SIDE, width=SIDE))
+            settings = dict(
+                image_processor_type="SamImageProcessor",
+                size=dict(longest_edge=SIDE),
+                pad_size=dict(height=SIDE, width=SIDE),
+            )
         (root / kind / "preprocessor_config.json").write_text(json.dumps(settings))
     return {folder.name: str(folder) for folder in root.iterdir()}
 
@@ -109,7 +123,11 @@ def same(ours, theirs, tolerance: float = 1e-4) -> None:
 @torch.no_grad()
 def theirs(family: str, folder: str, image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mask logits [k, h, w] and predicted IoU [k] in the way of transformers' documentation, whole."""
-    kinds = {"sam": ("SamModel", "SamProcessor"), "hq-sam": ("SamHQModel", "SamHQProcessor"), "sam2": ("Sam2Model", "Sam2Processor")}
+    kinds = {
+        "sam": ("SamModel", "SamProcessor"),
+        "hq-sam": ("SamHQModel", "SamHQProcessor"),
+        "sam2": ("Sam2Model", "Sam2Processor"),
+    }
     model, processor = (getattr(transformers, name) for name in kinds[family])
     model = model.from_pretrained(folder).eval()
     size = image.shape[:2]
@@ -123,7 +141,9 @@ def theirs(family: str, folder: str, image: np.ndarray, boxes: np.ndarray) -> tu
         masks = torch.nn.functional.interpolate(said.pred_masks[0], size, mode="bilinear", align_corners=False)
     else:
         processor = processor(transformers.SamImageProcessorPil.from_pretrained(folder))
-        given = processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt", input_data_format="channels_last")
+        given = processor(
+            images=image, input_boxes=[boxes.tolist()], return_tensors="pt", input_data_format="channels_last"
+        )
         sizes = given.pop("original_sizes"), given.pop("reshaped_input_sizes")
         said = model(**given, multimask_output=False)
         (masks,) = processor.post_process_masks(said.pred_masks, *sizes, binarize=False)
@@ -136,7 +156,12 @@ def test_masks_and_scores_are_those_of_transformers_for_images_of_any_shape(fami
     for picture, own, drawn in zip(pictures, boxes, teachers[family](pictures, boxes), strict=True):
         masks, scores = theirs(family, folders[family], picture.image, own)
         assert drawn.masks.shape == (len(own), *picture.image.shape[:2]) == masks.shape
-        assert masks.std() > 0.05 and (len(own) == 1 or np.ptp(masks, 0).max() > 0.1) and 0 < scores.min() and scores.max() < 1
+        assert (
+            masks.std() > 0.05
+            and (len(own) == 1 or np.ptp(masks, 0).max() > 0.1)
+            and 0 < scores.min()
+            and scores.max() < 1
+        )
         np.testing.assert_allclose(logits_of(drawn), masks, atol=1e-4)
         np.testing.assert_allclose(drawn.scores, scores, atol=1e-6)
 
@@ -161,7 +186,8 @@ def test_how_many_are_run_at_once_changes_nothing(family, teachers, monkeypatch)
     model = teachers[family].model
     hooks = [
         model.vision_encoder.register_forward_pre_hook(
-            lambda _, args, kwargs: seen["images"].append(len(args[0] if args else kwargs["pixel_values"])), with_kwargs=True
+            lambda _, args, kwargs: seen["images"].append(len(args[0] if args else kwargs["pixel_values"])),
+            with_kwargs=True,
         ),
         model.prompt_encoder.register_forward_pre_hook(
             lambda _, args, kwargs: seen["boxes"].append(kwargs["input_boxes"].shape[1]), with_kwargs=True
@@ -209,7 +235,9 @@ def test_weights_that_are_kept_in_half_precision_run_in_single(folders, tmp_path
 
 def test_a_name_tells_weights_and_versions_apart(folders, teachers, tmp_path):
     for family in FAMILIES:
-        assert re.fullmatch(rf"{family}:{family} [0-9a-f]{{8}} \(transformers {transformers.__version__}\)", teachers[family].name)
+        assert re.fullmatch(
+            rf"{family}:{family} [0-9a-f]{{8}} \(transformers {transformers.__version__}\)", teachers[family].name
+        )
     tuned, moved = tmp_path / "tuned" / "sam", tmp_path / "moved" / "sam"
     shutil.copytree(folders["sam"], moved)
     shutil.copytree(folders["sam"], tuned)
@@ -276,7 +304,9 @@ def test_a_folder_that_cannot_be_read_is_one_line_that_says_what_to_do(folders, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("asked_as, holds", [("sam", "sam2"), ("sam2", "sam"), ("sam", "hq-sam"), ("hq-sam", "sam"), ("sam", "sam2-video")])
+@pytest.mark.parametrize(
+    "asked_as, holds", [("sam", "sam2"), ("sam2", "sam"), ("sam", "hq-sam"), ("hq-sam", "sam"), ("sam", "sam2-video")]
+)
 def test_weights_of_another_family_are_refused_with_the_name_of_their_teacher(folders, asked_as, holds):
     with pytest.raises(ValueError, match=f"say {holds.removesuffix('-video')}:{folders[holds]}.$") as error:
         make_teacher(f"{asked_as}:{folders[holds]}", MASK_TEACHERS)

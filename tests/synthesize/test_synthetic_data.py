@@ -12,7 +12,14 @@ from mqformer_jax.input.tasks import needs_whole_image, to_example
 
 MASK = encode_rle(np.ones((H, W), bool))
 MADE = Segment(
-    0, ("mine",), (1.0, 1.0, 20.0, 20.0), MASK, mask_by="t", mask_score=0.7, captions=(("a cat", 0.9), ("a pet", 0.4)), captions_by="c"
+    0,
+    ("mine",),
+    (1.0, 1.0, 20.0, 20.0),
+    MASK,
+    mask_by="t",
+    mask_score=0.7,
+    captions=(("a cat", 0.9), ("a pet", 0.4)),
+    captions_by="c",
 )
 
 

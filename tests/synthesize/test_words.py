@@ -102,7 +102,11 @@ def test_every_word_that_is_called_innocent_would_be_refused_otherwise(list_of_p
 
 
 def test_class_names_and_what_people_wrote_pass(real_data, list_of_profane_words):
-    names = {name for part in ("lvis", "instances_train") for name in _names(json.load(open(real_data / "coco" / f"{part}.json")))}
+    names = {
+        name
+        for part in ("lvis", "instances_train")
+        for name in _names(json.load(open(real_data / "coco" / f"{part}.json")))
+    }
     sentences = {s for ref in json.load(open(real_data / "coco" / "referring.json"))["refs"] for s in _sentences(ref)}
     assert len(names) > 400 and len(sentences) > 150
     refused = {text: reason for text in names | sentences if (reason := refusal(clean(text)))}

@@ -46,14 +46,19 @@ def test_boxes_get_masks_that_are_marked_and_all_else_stays(root):
         x0, y0, x1, y1 = map(int, cat.box)
         mask = new.decode_mask(cat.mask)
         assert mask[y0:y1, x0:x1].mean() == pytest.approx(3.14159 / 4, abs=0.02) and not mask[:, x1:].any()
-    assert (tally.asked, tally.taken) == ({"cat": 20, "dog": 20}, {"cat": 20}) and tally.reasons == {"the teacher doubts it": 20}
+    assert (tally.asked, tally.taken) == ({"cat": 20, "dog": 20}, {"cat": 20}) and tally.reasons == {
+        "the teacher doubts it": 20
+    }
     info = DatasetInfo.load(str(root / "toy_syn_m"))
     assert (info.name, info.splits, info.class_images["train"]) == ("toy_syn_m", {"train": 20}, (20, 20, 0))
     assert (info.source, info.made_from) == ("synthesize", "toy")
     assert (root / "toy_syn_m" / "train.origins.txt").read_text().splitlines() == [r.origin for r in given]
     report = json.loads((root / "toy_syn_m" / "train.report.json").read_text())
     assert report["segments"] == {"mask": 20, "box only": 20, "synthetic mask": 20}
-    assert sorted(os.listdir(root / "toy_syn_m"))[0] == "dataset.json" and not (root / "toy_syn_m" / "train.partial").exists()
+    assert (
+        sorted(os.listdir(root / "toy_syn_m"))[0] == "dataset.json"
+        and not (root / "toy_syn_m" / "train.partial").exists()
+    )
 
 
 @pytest.mark.parametrize("dies_at", [0, 2, 6, 8, 14, 18])
@@ -163,7 +168,9 @@ def test_other_settings_begin_anew_and_the_same_do_nothing(root):
     assert teacher.seen == 20 and not tally.taken
     assert is_made(work_of(root, settings="strict")) and not is_made(work_of(root))
     again = Ellipses()
-    assert synthesize(work_of(root), Masks(again, Quality())).taken.total() == 40 and again.seen == 20  # takes the place of the strict one
+    assert (
+        synthesize(work_of(root), Masks(again, Quality())).taken.total() == 40 and again.seen == 20
+    )  # takes the place of the strict one
     assert all(s.mask for r in records_of(root) for s in r.segments)
 
 
@@ -181,7 +188,10 @@ def test_what_cannot_be_asked_is_counted_named_and_kept(root, tmp_path):
     assert tally.reasons == {"the box is outside the image": 1, "the box is empty": 1, "the image cannot be decoded": 1}
     assert "1 x the image cannot be decoded (image 001)" in str(tally)
     made = records_of(tmp_path, "odd_syn_m")
-    assert [r.segments[:2] for r in made] == [(outside, empty), rows[1].segments, ()] and made[0].segments[3:] == (crowd, masked)
+    assert [r.segments[:2] for r in made] == [(outside, empty), rows[1].segments, ()] and made[0].segments[3:] == (
+        crowd,
+        masked,
+    )
     taken = made[0].segments[2]
     assert taken.box == partly.box and taken.mask_by and made[0].decode_mask(taken.mask)[:30, :30].any()
 
