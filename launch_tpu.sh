@@ -118,7 +118,7 @@ worker_state() {
     if [ "$state" = "failed 0" ]; then
       state=finished
       # what the program says after a SIGTERM: without `stop`, a machine is about to go
-      ! tail -c 4000 log | grep -q "goes on from the last checkpoint" || state=interrupted
+      ! tail -c 4000 log | grep -q "Run the same command to resume" || state=interrupted
     fi
     [ ! -e stopped ] || state=stopped
   fi

@@ -26,7 +26,7 @@ _message, _status = "stopped.", STATUS
 _temporary: set[str] = set()
 _before_exit: list[Callable[[], None]] = []
 _postpone: Callable[[], bool] | None = None
-_exits_on_sigterm = False
+_was_postponed = _exits_on_sigterm = False
 
 
 def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
@@ -114,11 +114,19 @@ def exit_on_sigterm() -> Iterator[None]:
         _exits_on_sigterm = False
 
 
+def was_postponed() -> bool:
+    """Whether a Ctrl-C was postponed: the caller stops by itself."""
+    return _was_postponed
+
+
 def _watch(numbers: socket.socket) -> None:
+    global _was_postponed
     while True:
         for number in numbers.recv(64):
-            if number == signal.SIGINT and not (_postpone and _postpone()):
-                exit_now(_status, _message)
+            if number == signal.SIGINT:
+                if not (_postpone and _postpone()):
+                    exit_now(_status, _message)
+                _was_postponed = True
             if number == signal.SIGTERM and _exits_on_sigterm:
                 exit_now(0, "Received SIGTERM. Run the same command to resume.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from absl import flags, logging
 from ml_collections import config_flags
 
-from mqformer_jax import command_line
+from mqformer_jax import command_line, interrupts
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "A recipe, e.g. configs/coco_ref.py or configs/coco_ref.py:sample.", lock_config=True
@@ -30,8 +30,12 @@ def main(argv: list[str]) -> None:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells of every file it touches
     results = train(_CONFIG.value, _WORKDIR.value)
+    if results is None and interrupts.was_postponed():
+        interrupts.exit_now(
+            interrupts.STATUS, f"{_WORKDIR.value}: stopped; checkpoint saved. Run the same command to resume."
+        )
     if distributed.is_first() and results is None:
-        print(f"{_WORKDIR.value}: told to end (SIGTERM), saved; the same command goes on from the last checkpoint.")
+        print(f"{_WORKDIR.value}: received SIGTERM; checkpoint saved. Run the same command to resume.")
     elif distributed.is_first():
         print(table(results))
         print(f"\n{_WORKDIR.value}: eval.json, pictures, metrics.jsonl, checkpoints")
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     flags.mark_flags_as_required(["config", "workdir"])
-    command_line.run(main, "mqformer_jax", "stopped; the same command goes on from the last checkpoint.")
+    command_line.run(main, "mqformer_jax", "stopped. Run the same command to resume from the last checkpoint.")
 
 
 if __name__ == "__main__":

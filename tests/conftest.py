@@ -1,7 +1,7 @@
-"""Eight virtual devices for the sharding tests, one compilation cache for the whole suite, and compilation that takes
-half the time.
-"""
+"""Shared fixtures, fast compilation on eight virtual devices, and what a run says at its end."""
 
+import collections
+import gc
 import os
 import pathlib
 import signal
@@ -10,38 +10,50 @@ import sys
 import tempfile
 import zipfile
 
-# Tests compile more than they compute: machine code need not be fast. On a busy machine eight devices come to a meeting
-# far apart.
-FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=600"
-os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FLAGS}")
+from tiny import CACHE, COMPILATION, REPOSITORY
+
+# Devices of a busy machine may come to a collective far apart.
+PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILATION} {PATIENCE}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads; there are as many pytest workers as cores
 signal.signal(
     signal.SIGINT, signal.default_int_handler
-)  # a suite that nohup started ignores Ctrl-C, and so would what it starts
+)  # nohup ignores Ctrl-C, and so would the programs that tests start
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(__file__).parent.parent / ".cache" / "compiled"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory_is_given_back():
+    """Drop compiled programs after each file: they were most of the memory of a run."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
 def real_data() -> pathlib.Path:
     """The folder of small real data sets, where there is one."""
-    return _folder("MQFORMER_TEST_DATA")
+    return _outside("MQFORMER_TEST_DATA", "realdata")
 
 
 @pytest.fixture(scope="session")
 def fixtures() -> pathlib.Path:
     """The folder of arrays recorded from the original Mask DINO code, where there is one."""
-    return _folder("MQFORMER_TEST_FIXTURES")
+    return _outside("MQFORMER_TEST_FIXTURES", "fixtures")
 
 
-def _folder(variable: str) -> pathlib.Path:
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} is not set")
-    return pathlib.Path(os.environ[variable])
+def _outside(variable: str, name: str) -> pathlib.Path:
+    """A folder of test data that is not part of the repository: named by a variable, or in ../shared."""
+    folder = pathlib.Path(os.environ.get(variable) or REPOSITORY.parent / "shared" / name)
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there; {variable} may name another folder")
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +87,7 @@ def published():
 def sample_root(tmp_path_factory) -> str:
     """The embedded sample, a few scenes of it, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("records")
-    script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
+    script = REPOSITORY / "data" / "prepare.py"
     command = [
         sys.executable,
         str(script),
@@ -99,7 +111,7 @@ def sample_root(tmp_path_factory) -> str:
 def small_root(real_data, tmp_path_factory) -> str:
     """Every family of the real data, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("small")
-    script = pathlib.Path(__file__).parent.parent / "data" / "prepare.py"
+    script = REPOSITORY / "data" / "prepare.py"
     subprocess.run(
         [sys.executable, str(script), "small", "--source", str(real_data), "--out", str(root)],
         check=True,
@@ -131,13 +143,52 @@ def tiny_batch(sample_root):
     return next(make_loader(config, make_tokenizer(config.model.text)).batches())
 
 
-def pytest_terminal_summary(terminalreporter):
-    """How close each part came to its original in this run."""
-    from originals import MEASURED
+# ---- What a run says at its end ---------------------------------------------------------------------------------------
 
+LANES = ("slow", "parity", "process", "tpu_compiler", "browser")
+_deselected: collections.Counter[str] = collections.Counter()  # lane: tests of it that were not selected
+_from_workers: list[dict] = []
+
+
+def pytest_deselected(items):
+    for item in items:
+        _deselected.update({next((lane for lane in LANES if item.get_closest_marker(lane)), "other"): 1})
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session):
+    """A worker of pytest-xdist sends what it found to the process that prints."""
+    if hasattr(session.config, "workeroutput"):
+        from originals import MEASURED
+
+        session.config.workeroutput["ours"] = {"measured": MEASURED, "deselected": dict(_deselected)}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    _from_workers.append(getattr(node, "workeroutput", {}).get("ours", {}))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How close each part came to its original in this run; which tests did not run, and why."""
+    from originals import MEASURED, measure
+
+    for worker in _from_workers:
+        for component, row in worker.get("measured", {}).items():
+            for kind, values in row.items():
+                measure(component, kind, *values)
     if MEASURED:
         terminalreporter.section("parity: largest difference (largest value)")
         width = max(map(len, MEASURED))
         for component, row in sorted(MEASURED.items()):
             cells = [f"{kind} {difference:.1e} ({largest:.2g})" for kind, (difference, largest) in sorted(row.items())]
             terminalreporter.line(f"{component:{width}}   {'   '.join(cells)}")
+
+    deselected = max((worker.get("deselected", {}) for worker in _from_workers), key=len, default=_deselected)
+    reasons = collections.Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+    if deselected or reasons:
+        terminalreporter.section("did not run")
+    for lane, count in sorted(deselected.items()):
+        terminalreporter.line(f"{count:4} tests of the group {lane!r}: not selected; `make test-all` runs them")
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"{count:4} skipped: {reason.removeprefix('Skipped: ')}")

@@ -83,7 +83,7 @@ TOOLS = {
     "images/program": r"""
 [ "$1 $2" = "-m mqformer_jax.main" ] || exit 99
 printf '%s\0' "${@:3}" >> "bucket/flags of $(hostname)"
-trap 'echo "saved; the same command goes on from the last checkpoint."; exit 0' TERM
+trap 'echo "checkpoint saved. Run the same command to resume."; exit 0' TERM
 . "$CLOUD/training"
 """,
 }

@@ -1,6 +1,4 @@
-"""Runs of `python -m mqformer_jax.main` on the tiny recipe as a user starts them: one process, or several on
-loopback.
-"""
+"""Runs of `python -m mqformer_jax.main` on the tiny recipe as a user starts them: one process, or several on loopback."""
 
 from __future__ import annotations
 
@@ -13,8 +11,7 @@ import sys
 import time
 
 import pytest
-
-REPOSITORY = pathlib.Path(__file__).parent.parent
+from tiny import CACHE, COMPILATION, REPOSITORY
 
 
 def losses(workdir: os.PathLike) -> dict[int, float]:
@@ -26,41 +23,46 @@ def losses(workdir: os.PathLike) -> dict[int, float]:
     return {line["step"]: line["loss/total"] for line in lines if "loss/total" in line}
 
 
-class Run:
-    """Processes that train together in a workdir, `devices` virtual devices each; what each of them prints lies in
-    `logs`.
-    """
+def environment(processes: int, devices: int) -> list[dict[str, str]]:
+    """Variables for each of several processes on loopback, which have `devices` virtual devices each."""
+    shared = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {COMPILATION}",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(CACHE),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+        "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests",
+    }
+    if processes == 1:
+        return [shared]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
+    return [shared | {"JAX_PROCESS_ID": str(i)} for i in range(processes)]
 
-    def __init__(
-        self, workdir: pathlib.Path, root: str, cache: pathlib.Path, processes: int = 1, devices: int = 1, *options: str
-    ):
+
+class Run:
+    """Processes that train together in a workdir; what each of them prints lies in `logs`."""
+
+    def __init__(self, workdir: pathlib.Path, root: str, processes: int, devices: int, *options: str):
+        config = f"--config={REPOSITORY}/tests/tiny.py:process"
         command = [
             sys.executable,
             "-m",
             "mqformer_jax.main",
-            f"--config={REPOSITORY}/tests/tiny.py:train",
+            config,
             f"--config.data.root={root}",
+            f"--workdir={workdir}",
         ]
-        environment = {
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-            "JAX_PLATFORMS": "cpu",
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "PYTHONPATH": f"{REPOSITORY}:{REPOSITORY}/tests",
-        }
-        if processes > 1:
-            with socket.socket() as free:
-                free.bind(("localhost", 0))
-                port = free.getsockname()[1]
-            environment |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(processes)}
         self.workdir = workdir
         self.logs = [workdir.with_name(f"{workdir.name}_{time.time_ns()}_{i}.log") for i in range(processes)]
         self.processes = []
-        for i, log in enumerate(self.logs):
+        for log, own in zip(self.logs, environment(processes, devices)):
             with open(log, "w") as out:
-                own = environment | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {})
-                start = [*command, f"--workdir={workdir}", *options]
-                self.processes.append(subprocess.Popen(start, env=own, stdout=out, stderr=subprocess.STDOUT))
+                self.processes.append(
+                    subprocess.Popen([*command, *options], env=own, stdout=out, stderr=subprocess.STDOUT)
+                )
 
     def until_it_trains(self, steps: int = 1) -> None:
         """Returns when it has written so many more steps than there were."""
@@ -68,6 +70,14 @@ class Run:
         while max(losses(self.workdir), default=0) < wanted:
             assert self.running, f"it came to its end before: {self.said()}"
             time.sleep(0.01)
+
+    def until_it_says(self, text: str) -> None:
+        """Returns when the first process has printed `text`; for "", when it listens for Ctrl-C, which Python itself needs a moment for."""
+        if not text:
+            time.sleep(0.5)
+        while text not in self.said():
+            assert self.running, f"it came to its end before: {self.said()}"
+            time.sleep(0.001)
 
     @property
     def running(self) -> bool:

@@ -1,99 +1,143 @@
-"""A run that is killed, told to end, or loses a process, and goes on: with the losses of the one nobody disturbed."""
+"""A run that is killed, stopped, or loses a process, and is started again, has the losses of one that nobody disturbed.
 
-import random
+Here a step does not depend on the length of the run (tests/tiny.py: "process"). Disturbed runs are therefore long, so that however
+slow or fast the machine is, they are disturbed before they end.
+"""
+
 import signal
-import time
+import subprocess
+import sys
+import textwrap
 
 import jax
 import numpy as np
 import pytest
-from runs import Run, losses
+from runs import Run, environment, losses
 
 from mqformer_jax.checkpoint import load_weights
 
-STEPS = "--config.steps=60"
+FOREVER = "--config.steps=100000"
+RESUME = "Run the same command to resume"
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(sample_root, tmp_path_factory, cache):
-    """The workdir of a run of one process."""
-    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    run = Run(workdir, sample_root, cache, 1, 1, STEPS)
-    assert run.end() == [0], run.said()
-    return workdir
-
-
-def test_killed_at_random_and_told_to_end_it_ends_where_the_undisturbed_run_ends(
-    undisturbed, sample_root, tmp_path, cache
-):
-    workdir, rng = tmp_path / "disturbed", random.Random(0)
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
-        run = Run(workdir, sample_root, cache, 1, 1, STEPS)
+@pytest.mark.process
+@pytest.mark.slow
+def test_killed_stopped_and_interrupted_a_run_ends_where_an_undisturbed_run_ends(sample_root, tmp_path):
+    workdir = tmp_path / "disturbed"
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        run = Run(workdir, sample_root, 1, 1, FOREVER)
         run.until_it_trains()
-        time.sleep(rng.uniform(0, 0.4))
-        assert run.running, "it came to its end before it could be disturbed"
         run.processes[0].send_signal(number)
-        told = time.monotonic()
-        (status,) = run.end(within=60)
-        if number == signal.SIGTERM:
-            assert (
-                status == 0
-                and "saved; the same command goes on from the last checkpoint" in run.said()
-                and time.monotonic() - told < 30
-            )
+        (status,) = run.end()
+        assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0, signal.SIGINT: 130}[number], run.said()
+        assert "Traceback" not in run.said()
+        if number != signal.SIGKILL:
+            assert f"checkpoint saved. {RESUME}" in run.said().splitlines()[-1]
             steps = max(losses(workdir))
             assert (workdir / "checkpoints" / str(steps)).is_dir(), (
                 "the step it stopped at is saved, not the last interval"
             )
-        else:
-            assert status == -signal.SIGKILL
-    assert Run(workdir, sample_root, cache, 1, 1, STEPS).end() == [0]
-    assert losses(workdir) == losses(undisturbed)
-    ours, theirs = (jax.tree.leaves(load_weights(str(folder)).params) for folder in (workdir, undisturbed))
+
+    steps = f"--config.steps={max(losses(workdir)) + 3}"
+    assert Run(workdir, sample_root, 1, 1, steps).end() == [0]
+    undisturbed = Run(tmp_path / "undisturbed", sample_root, 1, 1, steps)
+    assert undisturbed.end() == [0], undisturbed.said()
+    assert losses(workdir) == losses(undisturbed.workdir)
+    ours, theirs = (jax.tree.leaves(load_weights(str(folder)).params) for folder in (workdir, undisturbed.workdir))
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_two_processes_lose_one_and_go_on_and_end_as_one(undisturbed, sample_root, tmp_path, cache):
-    """Killed, told to end, and then taken over by a single process: always the losses of one process with the same
-    global batch.
+@pytest.mark.process
+@pytest.mark.slow
+def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line_wherever_it_is(sample_root, tmp_path):
+    """While JAX starts, compiles, or reads a checkpoint. `seen`: what the run has printed by then."""
+    saved = Run(tmp_path / "run", sample_root, 1, 1, "--config.steps=2")
+    assert saved.end() == [0], saved.said()
+    for seen, folder in (
+        ("", "run"),
+        ("parameters on 1 cpu device", "new"),
+        ("", "run"),
+        ("images, 10.0% of the rows", "new"),
+    ):
+        run = Run(
+            tmp_path / folder, sample_root, 1, 1, FOREVER, "--config.seed=1" if folder == "new" else "--config.seed=0"
+        )
+        run.until_it_says(seen)
+        run.processes[0].send_signal(signal.SIGINT)
+        assert run.end() == [130], run.said()
+        *_, last = run.said().splitlines()
+        assert "Traceback" not in run.said() and RESUME in last or "mqformer_jax: stopped." in last, run.said()
+    assert Run(tmp_path / "run", sample_root, 1, 1, "--config.steps=4").end() == [0]
+    assert max(losses(tmp_path / "run")) == 4 and not list((tmp_path / "run").glob("damaged*"))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_two_processes_lose_one_and_resume_and_end_as_one(sample_root, tmp_path):
+    """Killed, stopped, and then taken over by a single process: always the losses of one process with the same global
+    batch.
     """
     workdir = tmp_path / "pair"
-    pair = Run(workdir, sample_root, cache, 2, 2, STEPS, "--config.mesh=(2,2,1)")
+    pair = Run(workdir, sample_root, 2, 2, FOREVER, "--config.mesh=(2,2,1)")
     pair.until_it_trains(3)
     pair.processes[1].kill()
-    statuses = pair.end(within=90)  # the word of JAX's heartbeat is 60 s; a lost connection tells at once
+    statuses = pair.end()  # JAX's heartbeat takes 60 s; a lost connection tells at once
     assert statuses[1] == -signal.SIGKILL and statuses[0] not in (0, -signal.SIGKILL)
     *_, last = pair.said().strip().splitlines()
-    assert "the same command goes on from the last checkpoint" in last
+    assert RESUME in last
 
-    pair = Run(workdir, sample_root, cache, 2, 2, STEPS, "--config.mesh=(2,2,1)")
+    pair = Run(workdir, sample_root, 2, 2, FOREVER, "--config.mesh=(2,2,1)")
     pair.until_it_trains()
     pair.processes[1].send_signal(signal.SIGTERM)  # one of them is told, both hear of it
-    assert pair.end(within=60) == [0, 0]
-    assert "saved; the same command goes on from the last checkpoint" in pair.said(0) and "saved" not in pair.said(1)
+    assert pair.end() == [0, 0], pair.said()
+    assert f"checkpoint saved. {RESUME}" in pair.said(0) and "saved" not in pair.said(1)
 
-    assert Run(workdir, sample_root, cache, 1, 1, STEPS).end() == [0]
-    found, expected = losses(workdir), losses(undisturbed)
+    steps = f"--config.steps={max(losses(workdir)) + 3}"
+    assert Run(workdir, sample_root, 1, 1, steps).end() == [0]
+    alone = Run(tmp_path / "alone", sample_root, 1, 1, steps)
+    assert alone.end() == [0], alone.said()
+    found, expected = losses(workdir), losses(alone.workdir)
     assert list(found) == list(expected)
-    np.testing.assert_allclose([found[i] for i in range(1, 11)], [expected[i] for i in range(1, 11)], rtol=1e-4)
-    np.testing.assert_allclose(
-        list(found.values()), list(expected.values()), rtol=0.03
-    )  # rounding grows from step to step
+    first = [step for step in expected if step <= 8]
+    np.testing.assert_allclose([found[i] for i in first], [expected[i] for i in first], rtol=1e-4)
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=0.05)  # rounding grows with steps
 
 
-def test_four_processes_have_the_losses_of_one(undisturbed, sample_root, tmp_path, cache):
-    four = Run(tmp_path / "four", sample_root, cache, 4, 1, STEPS)
-    four.until_it_trains(5)
-    for process in four.processes:
-        process.kill()
-    four.end()
-    found, expected = losses(four.workdir), losses(undisturbed)
-    np.testing.assert_allclose([found[i] for i in range(1, 6)], [expected[i] for i in range(1, 6)], rtol=1e-4)
+LATE = """
+import sys, time
+import numpy as np
+from mqformer_jax.parallel import distributed
+distributed.initialize()
+import jax
+from jax.sharding import NamedSharding
+from mqformer_jax.parallel.mesh import BATCH, make_mesh, replicated
+mesh = make_mesh((2, 2, 1))
+distributed.connect(mesh)
+if jax.process_index() == 1:
+    time.sleep(float(sys.argv[1]))
+ones = jax.make_array_from_callback((4,), NamedSharding(mesh, BATCH), lambda _: np.ones(1))
+total = jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(ones)
+print(float(total.addressable_data(0)), distributed.gather(jax.process_index()))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_a_process_may_come_to_a_collective_later_than_gloo_would_wait(tmp_path):
+    """Gloo opens a connection within 30 seconds or fails. One process is 33 seconds late, as if it had compiled."""
+    (tmp_path / "late.py").write_text(textwrap.dedent(LATE))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "late.py"), "33"],
+            env=own,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for own in environment(processes=2, devices=2)
+    ]
+    for process in started:
+        assert process.communicate(timeout=500)[0].splitlines()[-1] == "4.0 [0, 1]" and process.returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ def test_logs_follow_a_run_and_end_as_it_ends(cloud, code, state):
 
 def test_stop_lets_a_run_save_and_ends_one_that_does_not_listen(training):
     training.ok("stop")
-    assert (training.folder / "worker0/mqformer/log").read_text().endswith("goes on from the last checkpoint.\n")
+    assert (training.folder / "worker0/mqformer/log").read_text().endswith("Run the same command to resume.\n")
     assert "worker0: stopped" in training.ok("status")
     assert "no run is going on" in training.ok("stop")
     training.training("exit 0")
@@ -284,7 +284,7 @@ def test_watch_starts_again_after_a_run_was_told_to_save(cloud):
 
 
 def test_watch_gives_up_on_a_run_that_only_fails(cloud):
-    cloud.training("echo a bug; echo the same command goes on from the last checkpoint.; exit 9")
+    cloud.training("echo a bug; echo Run the same command to resume.; exit 9")
     result = cloud.launch("watch")
     assert result.returncode != 0 and last_line(result).startswith("launch_tpu.sh: watch gave up")
     assert "failed 9" in result.stderr and "a bug" in result.stdout

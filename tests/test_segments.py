@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import time
 
 import numpy as np
@@ -22,52 +22,59 @@ from mqformer_jax.segments import (
     soft_mask,
 )
 
-THINGS = np.isin(np.arange(12), [0, 1, 2, 3, 5, 6])
-TEXTS = [f"class {i}" for i in range(12)]
-
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+@dataclasses.dataclass
+class Recording:
+    """What Mask DINO's post-processing made of its predictions for two images."""
+
+    about: dict
+    arrays: dict[str, np.ndarray]
+    low: np.ndarray  # masks as the network returns them, [image, query, height, width]
+
+    @property
+    def texts(self) -> list[str]:
+        return [f"class {i}" for i in range(self.about["num_classes"])]
+
+    @property
+    def things(self) -> np.ndarray:
+        return np.isin(np.arange(self.about["num_classes"]), self.about["inference"]["thing_contiguous_ids"])
+
+    def settings(self, name: str) -> dict:
+        return self.about["inference"]["settings"][name]
+
+    def inputs(self, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        probs = sigmoid(self.arrays[f"input/mask_cls_{image}"])
+        return probs, self.arrays[f"input/mask_box_{image}"], self.arrays[f"input/mask_pred_{image}"]
+
+
 @pytest.fixture(scope="module")
-def maskdino():
-    root = os.environ.get("MQFORMER_TEST_FIXTURES")
-    if not root:
-        pytest.skip("MQFORMER_TEST_FIXTURES is not set")
-    folder = os.path.join(root, "maskdino")
-    with open(os.path.join(folder, "inference_s0.json")) as f:
-        settings = json.load(f)["inference"]["settings"]
-    arrays = dict(np.load(os.path.join(folder, "inference_s0.npz")))
-    arrays["low"] = np.load(os.path.join(folder, "maskdino_tiny_s0.npz"))["pred/3/pred_masks"]
-    return arrays, settings
+def maskdino(fixtures):
+    folder = fixtures / "maskdino"
+    about = json.loads((folder / "inference_s0.json").read_text())
+    file, last = about["predictions_from"].split()[0], about["predictions_from"].split()[1].removesuffix("*")
+    return Recording(about, dict(np.load(folder / "inference_s0.npz")), np.load(folder / file)[f"{last}pred_masks"])
 
 
-def inputs(arrays: dict, image: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return (
-        sigmoid(arrays[f"input/mask_cls_{image}"]),
-        arrays[f"input/mask_box_{image}"],
-        arrays[f"input/mask_pred_{image}"],
-    )
-
-
-@pytest.mark.parametrize("image, valid, output", [(0, (120, 152), (30, 38)), (1, (128, 140), (32, 35))])
-def test_restored_masks_are_mask_dinos(maskdino, image, valid, output):
-    arrays, _ = maskdino
-    got = restore(arrays["low"][image], (128, 160), valid, output)
-    assert_agrees("Mask DINO post-processing (recorded)", "forward", got, arrays[f"input/mask_pred_{image}"])
+@pytest.mark.parametrize("image", [0, 1])
+def test_restored_masks_are_mask_dinos(maskdino, image):
+    sizes = maskdino.about["inference"]
+    canvas, valid, output = maskdino.about["padded_size"], sizes["image_sizes"][image], sizes["output_sizes"][image]
+    got = restore(maskdino.low[image], tuple(canvas), tuple(valid), tuple(output))
+    assert_agrees("Mask DINO post-processing (recorded)", "forward", got, maskdino.arrays[f"input/mask_pred_{image}"])
 
 
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("name", ["pano", "pano_mid", "pano_loose", "pano_none"])
 def test_panoptic_map_is_mask_dinos(maskdino, name, image):
-    arrays, settings = maskdino
-    s = settings[name]
-    probs, _, logits = inputs(arrays, image)
+    arrays, s = maskdino.arrays, maskdino.settings(name)
+    probs, _, logits = maskdino.inputs(image)
     temperature = s["pano_temp"] if s["transform_eval"] else None
-    got = panoptic_segments(
-        TEXTS, probs, logits, ~THINGS, s["object_mask_threshold"], s["overlap_threshold"], temperature
-    )
+    thresholds = s["object_mask_threshold"], s["overlap_threshold"]
+    got = panoptic_segments(maskdino.texts, probs, logits, ~maskdino.things, *thresholds, temperature)
     np.testing.assert_array_equal(got.panoptic, arrays[f"{name}/panoptic_seg_{image}"])
     np.testing.assert_array_equal(got.prompt_ids, arrays[f"{name}/segments_{image}"][:, 1])
     np.testing.assert_array_equal(got.masks, got.panoptic == np.arange(1, len(got) + 1)[:, None, None])
@@ -76,14 +83,20 @@ def test_panoptic_map_is_mask_dinos(maskdino, name, image):
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("name", ["inst", "inst_focus_on_box", "pano"])
 def test_instances_are_mask_dinos(maskdino, name, image):
-    arrays, settings = maskdino
-    s = settings[name]
-    probs, boxes, logits = inputs(arrays, image)
-    got = instance_segments(TEXTS, probs, boxes, logits, top=s["test_topk_per_image"], rate_masks=not s["focus_on_box"])
+    arrays, s = maskdino.arrays, maskdino.settings(name)
+    probs, boxes, logits = maskdino.inputs(image)
+    got = instance_segments(
+        maskdino.texts, probs, boxes, logits, top=s["test_topk_per_image"], rate_masks=not s["focus_on_box"]
+    )
     if s["panoptic_on"]:  # Mask DINO takes the best 20 of all classes and then drops those that are not things
-        keep = THINGS[got.prompt_ids]
+        keep = maskdino.things[got.prompt_ids]
         got = type(got)(
-            TEXTS, got.masks[keep], got.boxes[keep], got.scores[keep], got.prompt_ids[keep], got.query_ids[keep]
+            maskdino.texts,
+            got.masks[keep],
+            got.boxes[keep],
+            got.scores[keep],
+            got.prompt_ids[keep],
+            got.query_ids[keep],
         )
     order = np.lexsort((arrays[f"{name}/inst_classes_{image}"], -arrays[f"{name}/inst_scores_{image}"]))
     want = {k: arrays[f"{name}/inst_{k}_{image}"][order] for k in ("scores", "classes", "boxes", "masks")}
@@ -96,10 +109,9 @@ def test_instances_are_mask_dinos(maskdino, name, image):
 
 @pytest.mark.parametrize("image", [0, 1])
 def test_semantic_map_is_mask_dinos(maskdino, image):
-    arrays, settings = maskdino
-    probs, _, logits = inputs(arrays, image)
-    got = semantic_map(probs, logits, temperature=settings["pano"]["pano_temp"])
-    np.testing.assert_array_equal(got, arrays[f"pano/sem_seg_{image}"].argmax(0))
+    probs, _, logits = maskdino.inputs(image)
+    got = semantic_map(probs, logits, temperature=maskdino.settings("pano")["pano_temp"])
+    np.testing.assert_array_equal(got, maskdino.arrays[f"pano/sem_seg_{image}"].argmax(0))
 
 
 def block(h: int, w: int, rows: slice, cols: slice, inside: float = 4.0) -> np.ndarray:
@@ -164,9 +176,9 @@ def test_masks_restored_on_demand_give_the_same_answer():
     lazy, full = CanvasMasks(low, *frame), restore(low, *frame)
     assert lazy.shape == full.shape
     region = np.array([True, False, False])
-    a, b = (panoptic_segments(TEXTS[:3], probs, m, region, overlap=0.1) for m in (lazy, full))
+    a, b = (panoptic_segments(["sky", "cat", "dog"], probs, m, region, overlap=0.1) for m in (lazy, full))
     assert len(a) and np.array_equal(a.panoptic, b.panoptic)
-    a, b = (instance_segments(TEXTS[:3], probs, boxes, m) for m in (lazy, full))
+    a, b = (instance_segments(["sky", "cat", "dog"], probs, boxes, m) for m in (lazy, full))
     assert np.array_equal(a.masks, b.masks)
     assert np.array_equal(semantic_map(probs, lazy), semantic_map(probs, full))
 
@@ -197,7 +209,7 @@ def test_small_images_take_a_few_milliseconds():
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        panoptic_segments(TEXTS[:9], probs, masks, np.arange(9) < 4)
+        panoptic_segments([f"class {i}" for i in range(9)], probs, masks, np.arange(9) < 4)
         times.append(time.perf_counter() - start)
     assert min(times) < 0.015  # 2 ms where nothing else runs
 

@@ -39,8 +39,8 @@ def initialize() -> None:
     if jax.distributed.is_initialized() or not is_asked_for(os.environ):
         return
     watch_for_crash(
-        "mqformer_jax: this process ended without a word: it was killed, or another one of the run is gone (its log says more); the same "
-        "command goes on from the last checkpoint."
+        "mqformer_jax: a process died unexpectedly: it was killed, or it lost another process of the run, whose log says "
+        "more. Run the same command to resume from the last checkpoint."
     )
     jax.distributed.initialize(
         **settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT

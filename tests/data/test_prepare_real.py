@@ -21,11 +21,9 @@ from mqformer_jax.input.sources import ShardSource  # noqa: E402
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory):
+def real(real_data, tmp_path_factory):
     """The real folder with its sets prepared: (folder, records root)."""
-    source = os.environ.get("MQFORMER_TEST_DATA")
-    if not source:
-        pytest.skip("MQFORMER_TEST_DATA is not set")
+    source = str(real_data)
     out = str(tmp_path_factory.mktemp("records"))
     assert prepare.main(["small", "--source", source, "--out", out, "--workers", "1"]) == 0
     return source, out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 
 import jax
@@ -161,15 +160,13 @@ def compiled_for_tpu(monkeypatch):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", kept)
 
 
-def fixture():
-    folder = os.environ.get("MQFORMER_TEST_FIXTURES")
-    if not folder:
-        pytest.skip("MQFORMER_TEST_FIXTURES is not set")
-    return np.load(os.path.join(folder, "maskdino", "msdeformattn_s0.npz"))
+@pytest.fixture
+def recording(fixtures):
+    return np.load(fixtures / "maskdino" / "msdeformattn_s0.npz")
 
 
-def test_the_core_repeats_mask_dino_recorded_values_and_gradients():
-    f = fixture()
+def test_the_core_repeats_mask_dino_recorded_values_and_gradients(recording):
+    f = recording
     shapes = [tuple(map(int, s)) for s in f["in/spatial_shapes"]]
     got = values_and_gradients(
         f["in/value"], shapes, f["in/sampling_locations"], f["in/attention_weights"], f["in/cotangent"]
@@ -181,10 +178,11 @@ def test_the_core_repeats_mask_dino_recorded_values_and_gradients():
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_module_repeats_mask_dino_recorded_outputs(coordinates, padded):
-    f = fixture()
+def test_the_module_repeats_mask_dino_recorded_outputs(recording, coordinates, padded):
+    f = recording
     shapes = [tuple(map(int, s)) for s in f["in/spatial_shapes"]]
-    module = MSDeformAttn(32, 4, 4, 4, rngs=nnx.Rngs(0))
+    _, _, heads, levels, points, _ = f["in/sampling_locations"].shape
+    module = MSDeformAttn(f["module/query"].shape[-1], heads, levels, points, rngs=nnx.Rngs(0))
     for name in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
         getattr(module, name).kernel[...] = jnp.asarray(f[f"module/weights/{name}.weight"].T)
         getattr(module, name).bias[...] = jnp.asarray(f[f"module/weights/{name}.bias"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from originals import assert_agrees, load
+from safetensors.numpy import load_file
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.models.pixel_decoder import PixelDecoder, _resize
@@ -32,25 +33,25 @@ def random_features(height: int, width: int) -> dict[int, np.ndarray]:
     return {s: rng.normal(size=(2, height // s, width // s, c)).astype(np.float32) for s, c in CHANNELS.items()}
 
 
-def recorded(name: str):
-    folder = os.environ.get("MQFORMER_TEST_FIXTURES")
-    if not folder:
-        pytest.skip("MQFORMER_TEST_FIXTURES is not set")
-    safetensors = pytest.importorskip("safetensors.numpy")
-    stem = os.path.join(folder, "maskdino", name)
-    return np.load(stem + ".npz"), safetensors.load_file(stem + ".safetensors")
-
-
-def test_it_repeats_mask_dino_recorded_outputs():
-    arrays, weights = recorded("maskdino_tiny_s0")
-    ours = nnx.eval_shape(
-        lambda: PixelDecoder({4: 16, 8: 32, 16: 64, 32: 128}, 64, 4, 4, 2, 128, rngs=nnx.Rngs(0), mask_dim=64)
+def test_it_repeats_mask_dino_recorded_outputs(fixtures):
+    stem = fixtures / "maskdino" / "maskdino_tiny_s0"
+    arrays, weights = np.load(stem.with_suffix(".npz")), load_file(stem.with_suffix(".safetensors"))
+    about = json.loads(stem.with_suffix(".json").read_text())["model"]
+    sizes = (
+        about["hidden_dim"],
+        about["enc_nheads"],
+        about["enc_n_points"],
+        about["enc_layers"],
+        about["enc_dim_feedforward"],
     )
+    channels = dict(zip(about["in_strides"], about["in_channels"]))
+    ours = nnx.eval_shape(lambda: PixelDecoder(channels, *sizes, rngs=nnx.Rngs(0), mask_dim=about["mask_dim"]))
     plan = head_plan({key: value.shape for key, value in weights.items()})
     ours = load(ours, plan, weights, part="pixel_decoder")
     features = {s: arrays[f"in/res{k}"].transpose(0, 2, 3, 1) for s, k in ((4, 2), (8, 3), (16, 4), (32, 5))}
-    size = np.full((2, 2), (128, 160))
-    memory, shapes, valid, mask_features = jax.jit(lambda f: ours(f, size, (128, 160)))(features)
+    canvas = tuple(about["image_size"])
+    size = np.full((len(features[4]), 2), canvas)
+    memory, shapes, valid, mask_features = jax.jit(lambda f: ours(f, size, canvas))(features)
     np.testing.assert_array_equal([[int(n) for n in s] for s in shapes], arrays["enc/spatial_shapes"])
     assert valid.all()
     cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
