@@ -44,7 +44,7 @@ FAST := not slow and not parity and not process and not tpu_compiler and not bro
 
 # torch, transformers and other originals to compare with, the compiler for TPUs, tensorflow-datasets, the web page
 .venv/.test-all: .venv/.test
-	$(PIP) --editable '.[test,test_all]'
+	$(PIP) --editable '.[test,full]'
 	touch $@
 
 # what a contributor needs at each change

@@ -35,6 +35,7 @@ def report(eight_chips):
         jax.config.update("jax_enable_compilation_cache", True)
 
 
+@pytest.mark.tpu_compiler
 def test_a_small_step_fits_and_is_told_in_a_table(report):
     assert report["fits"] and report["devices"] == 8 and report["hosts"] == 2 and report["images"] == 8
     assert 0 < report["needed"] < 1e9 and report["available"] > 15e9
@@ -43,10 +44,12 @@ def test_a_small_step_fits_and_is_told_in_a_table(report):
     assert json.loads(json.dumps(report)) == report
 
 
+@pytest.mark.tpu_compiler
 def test_the_old_state_makes_room_for_the_new_one(report):
     assert report["memory"]["output"] < 0.01 * report["memory"]["arguments"]
 
 
+@pytest.mark.tpu_compiler
 def test_no_collective_runs_in_a_loop(report):
     """Deformable attention, matcher, points and top-k stay on their device; weights are gathered once, gradients summed
     once.
@@ -55,6 +58,7 @@ def test_no_collective_runs_in_a_loop(report):
     assert {kind: entry["in_loops"] for kind, entry in report["collectives"].items() if entry["in_loops"]} == {}
 
 
+@pytest.mark.tpu_compiler
 def test_each_device_sends_its_gradients_and_no_pixels(report):
     """Two bytes of gradients and one of weights for each of theirs, and hardly anything else: no activation travels."""
     config = get_config()
@@ -63,12 +67,14 @@ def test_each_device_sends_its_gradients_and_no_pixels(report):
     assert sum(entry["sent"] for entry in report["collectives"].values()) < 3.2 * parameters
 
 
+@pytest.mark.tpu_compiler
 def test_an_estimate_is_of_what_is_slowest(report):
     seconds = report["estimate"]
     assert seconds["step"] == max(seconds["compute"], seconds["memory"]) + seconds["network"]
     assert seconds["images_per_second"] == pytest.approx(8 / seconds["step"])
 
 
+@pytest.mark.tpu_compiler
 def test_too_much_is_told_with_how_much_was_needed(eight_chips):
     one = jax.sharding.SingleDeviceSharding(eight_chips[0])
     x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), "float32", sharding=one)
@@ -77,6 +83,7 @@ def test_too_much_is_told_with_how_much_was_needed(eight_chips):
     assert pods._needed(str(error.value)) > pods.memory_of(eight_chips[0]) > 15e9
 
 
+@pytest.mark.tpu_compiler
 def test_the_table_of_a_step_that_does_not_fit_names_its_largest_arrays(report):
     refused = {k: v for k, v in report.items() if k not in ("memory", "estimate", "bytes_accessed", "collectives")}
     told = pods.table(refused | {"fits": False, "needed": 4e10}).splitlines()
@@ -86,6 +93,7 @@ def test_the_table_of_a_step_that_does_not_fit_names_its_largest_arrays(report):
     assert sum(line.startswith("largest") for line in told) == len(sizes)
 
 
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v5e", "v3:2x2", "v5e:two", "v5e:9x9", ""])
 def test_a_topology_that_there_is_not_is_one_line(eight_chips, name):
     with pytest.raises(ValueError) as error:
@@ -93,6 +101,7 @@ def test_a_topology_that_there_is_not_is_one_line(eight_chips, name):
     assert f"--topology={name}" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize(
     "name, devices", [("v5e:1x1", 1), ("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("tpu7x:2x2x1", 8)]
 )

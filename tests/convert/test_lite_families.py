@@ -132,6 +132,7 @@ def test_another_bert_is_refused():
         minilm.plan(shapes)
 
 
+@pytest.mark.parity
 def test_the_published_lite0_gives_its_own_features(published):
     code = pytest.importorskip("efficientnet_lite_pytorch")
     torch = pytest.importorskip("torch")
@@ -159,6 +160,7 @@ def test_the_published_lite0_gives_its_own_features(published):
         )
 
 
+@pytest.mark.parity
 def test_the_published_minilm_gives_its_own_sentences(published):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")

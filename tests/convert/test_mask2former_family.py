@@ -124,6 +124,7 @@ def whole(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     return leaves(nnx.to_pure_dict(state))
 
 
+@pytest.mark.parity
 def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
     theirs = mask2former(**TINY)
     import torch
@@ -171,6 +172,7 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
     )
 
 
+@pytest.mark.parity
 def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
     tensors = state_dict(mask2former(**TINY))
     plan = families["hf_mask2former"].plan(shapes_of(tensors))
@@ -191,6 +193,7 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
         np.testing.assert_array_equal(value, tensors[key])
 
 
+@pytest.mark.parity
 def test_names_in_memory_and_on_disk_stand_for_the_same_places():
     sizes = shapes_of(mask2former("meta").state_dict())
     names = {
@@ -209,6 +212,7 @@ def test_names_in_memory_and_on_disk_stand_for_the_same_places():
     assert on_disk.keys() != sizes.keys() and places[0] == places[1]
 
 
+@pytest.mark.parity
 def test_both_codes_name_the_same_places():
     sizes = shapes_of(mask2former("meta", swin=False).state_dict())
     hugging_face, original = families["hf_mask2former"].plan(sizes), families["mask2former"].plan(original_names(sizes))
@@ -220,6 +224,7 @@ def test_both_codes_name_the_same_places():
     assert all(any(re.search(pattern, key) for pattern in original.ignored) for key in unread)
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("swin", [False, True])
 def test_the_published_size_is_read_off_the_shapes(swin):
     plan = families["hf_mask2former"].plan(shapes_of(mask2former("meta", swin).state_dict()))
@@ -232,6 +237,7 @@ def test_the_published_size_is_read_off_the_shapes(swin):
     recipe.check(plan.config)
 
 
+@pytest.mark.parity
 def test_the_first_checkpoints_name_of_the_queries_is_known():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     old = {key.replace("query_feat", "static_query"): shape for key, shape in sizes.items()}
@@ -242,6 +248,7 @@ def test_the_first_checkpoints_name_of_the_queries_is_known():
     assert places[0] == places[1]
 
 
+@pytest.mark.parity
 def test_each_layout_is_known_by_its_own_family_alone():
     sizes = shapes_of(mask2former("meta", swin=False).state_dict())
     headless = {key.removeprefix("model."): shape for key, shape in sizes.items() if key.startswith("model.")}
@@ -252,6 +259,7 @@ def test_each_layout_is_known_by_its_own_family_alone():
     assert all("CC-BY-NC" in family.licence for family in families.values())
 
 
+@pytest.mark.parity
 def test_another_backbone_and_half_a_file_are_refused():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     headed = {key: shape for key, shape in sizes.items() if not key.startswith("backbone.")}

@@ -88,6 +88,7 @@ def test_a_level_of_stride_4_is_seen_by_its_projection():
     assert WHOLE.plan(five).config.model.strides == (4, 8, 16, 32, 64)
 
 
+@pytest.mark.parity
 def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     """Embeddings of 1e-3, so that an epsilon of 1e-5 would show; lang_proj is square, so that a wrong turn would
     too.

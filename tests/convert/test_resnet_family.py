@@ -102,6 +102,7 @@ def test_the_names_differ_and_the_places_do_not(depth):
     )
 
 
+@pytest.mark.parity
 def test_each_layout_is_known_by_its_own_family_alone():
     layouts = [torchvision(50), detectron2(50), hugging_face(50), hugging_face(50, "ResNetForImageClassification")]
     owners = [[name for name, family in families.items() if family.recognises(layout)] for layout in layouts]
@@ -128,6 +129,7 @@ def test_the_backbone_of_a_whole_model_is_not_taken_alone():
         assert not any(family.recognises(shapes) for family in families.values())
 
 
+@pytest.mark.parity
 def test_the_classifier_of_hugging_face_is_ignored_by_name():
     shapes = hugging_face(50, "ResNetForImageClassification")
     plan = families["hf_resnet"].plan(shapes)

@@ -113,6 +113,7 @@ def test_the_classifiers_parts_are_named_as_ignored():
         assert key in told
 
 
+@pytest.mark.parity
 def test_hugging_faces_names_in_memory_and_on_disk_give_the_same(hugging_face):
     in_memory, on_disk = hugging_face
     assert set(in_memory) != set(on_disk)
@@ -121,6 +122,7 @@ def test_hugging_faces_names_in_memory_and_on_disk_give_the_same(hugging_face):
         np.testing.assert_array_equal(value, second[path])
 
 
+@pytest.mark.parity
 def test_hugging_faces_swin_is_found_inside_other_models(hugging_face):
     encoder = "model.pixel_level_module.encoder."
     for tensors in hugging_face:
@@ -131,6 +133,7 @@ def test_hugging_faces_swin_is_found_inside_other_models(hugging_face):
             assert_exact_round_trip(tiny_plan(moved, prefix), moved)
 
 
+@pytest.mark.parity
 def test_the_same_weights_by_microsofts_and_hugging_faces_names_are_the_same(hugging_face):
     theirs, _ = hugging_face
     microsoft = {}

@@ -15,6 +15,7 @@ from mqformer_jax.convert.verify import main, verify
 
 STRIDES = [f"stride {s}" for s in (4, 8, 16, 32)]
 transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+pytestmark = pytest.mark.parity
 
 
 @pytest.fixture(scope="module")

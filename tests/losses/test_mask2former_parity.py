@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 mask2former = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")
 detr = pytest.importorskip("transformers.loss.loss_for_object_detection")
 deformable = pytest.importorskip("transformers.loss.loss_deformable_detr")
+pytestmark = pytest.mark.parity
 
 QUERIES, TARGETS, POINTS = 7, 4, 33
 mask_costs, sample = jax.jit(costs.mask_costs), jax.jit(sample_maps)

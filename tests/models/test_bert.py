@@ -52,6 +52,7 @@ def encoder(dtype=jnp.float32) -> BertTextEncoder:
     return build(lambda rngs: BertTextEncoder(40, 8, 32, 2, 2, positions=8, rngs=rngs, dtype=dtype))
 
 
+@pytest.mark.parity
 def test_values_and_gradients_are_those_of_bert():
     theirs = random_original()
     import torch

@@ -60,6 +60,7 @@ def values_and_gradients(value, shapes, locations, weights, cotangent):
     return run(value, locations, weights)
 
 
+@pytest.mark.parity
 def test_values_and_gradients_are_those_of_grid_sample():
     torch = pytest.importorskip("torch")
     value, locations, weights, cotangent = random_inputs()
@@ -120,6 +121,7 @@ def test_the_form_for_tpu_sums_bfloat16_gradients_in_float32():
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.tpu_compiler
 def test_compiled_for_tpu_each_picked_row_is_written_and_read_once(monkeypatch):
     """v5e, a chip for each of two images, bfloat16: no collective, and no reshape, copy or conversion of what was
     picked.

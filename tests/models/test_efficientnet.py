@@ -40,6 +40,7 @@ def features_of(original, image):
     return features
 
 
+@pytest.mark.parity
 def test_values_and_gradients_are_those_of_the_original():
     theirs = random_original()
     import torch

@@ -128,6 +128,7 @@ def test_mask_features_have_the_mask_stride(strides, mask_stride):
     assert mask_features.shape == (2, 16, 24, 12)
 
 
+@pytest.mark.parity
 def test_resizing_is_that_of_torch():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 from flax import nnx
 from originals import build
 from tiny import get_config
@@ -63,7 +62,9 @@ def test_a_pixel_that_the_guidance_is_sure_of_can_still_be_corrected(inputs):
         np.testing.assert_allclose(jax.jit(jax.grad(lambda s: answer(s).mean()))(shift), 1, rtol=1e-5)
 
 
+@pytest.mark.parity
 def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
+    torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(
         torch.tensor(x).permute(0, 3, 1, 2), scale_factor=2, mode="bilinear", align_corners=False

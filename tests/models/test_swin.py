@@ -72,6 +72,7 @@ def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
     return load(blank(lambda rngs: Swin(size, window, rngs=rngs, **kwargs)), plan, tensors), plan
 
 
+@pytest.mark.parity
 def test_values_and_all_gradients_are_those_of_torch():
     size, window, shape = (
         Size(32, (2, 2, 4, 2)),
@@ -111,6 +112,7 @@ def test_values_and_all_gradients_are_those_of_torch():
         assert_agrees("Swin (transformers)", "gradient", mine[key], gradient, 5e-5, key, scale)
 
 
+@pytest.mark.parity
 def test_windows_of_12_larger_than_the_last_maps_give_the_values_of_torch():
     size, image = Size(32, (2, 2, 2, 2)), np.random.default_rng(0).normal(size=(1, 3, 60, 110)).astype(np.float32)
     theirs = random_torch_swin(size, 12)
@@ -157,6 +159,7 @@ def test_drop_path_keeps_the_mean_and_grows_with_depth():
     assert model.drops(3, None) is None
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("window, other", [(7, 12), (12, 7), (12, 8)])
 def test_a_position_table_is_resized_as_torch_resizes_it(window, other):
     torch = pytest.importorskip("torch")

@@ -40,6 +40,7 @@ def clip():
     return model
 
 
+@pytest.mark.parity
 def test_values_and_gradients_are_those_of_clip():
     theirs = clip()
     import torch

@@ -110,6 +110,7 @@ def test_rows_of_word_pieces_are_padded_and_cut_to_the_context(word_pieces):
     assert pieces(word_pieces, "red", context=2) == [["[CLS]", "[SEP]"]]
 
 
+@pytest.mark.parity
 def test_word_pieces_equal_those_of_transformers(word_pieces):
     transformers = pytest.importorskip("transformers")
     fast = pytest.importorskip("tokenizers").Tokenizer.from_str(word_pieces)

@@ -19,6 +19,7 @@ from mqformer_jax.synthesize.teachers import MASK_TEACHERS, Picture, make_teache
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.4")
+pytestmark = pytest.mark.parity
 
 FAMILIES = ("sam", "hq-sam", "sam2")
 SIDE = 64  # of the canvas
