@@ -41,7 +41,10 @@ def _in_one_line(main: Callable[[], None], program: str) -> None:
     # an orderly end would wait for the other processes, and they for this one
     exit_now(
         1,
-        f"{message}\n{program}: this process ends, and with it the others; the same command goes on from the last checkpoint.",
+        (
+            f"{message}\n{program}: this process ends, and with it the others; "
+            "the same command goes on from the last checkpoint."
+        ),
     )
 
 

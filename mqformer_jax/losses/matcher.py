@@ -44,8 +44,9 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
     # column before it on the way, and whether it was visited. `turning`: the column of a found path whose owner changes
     # next, or -1.
     start = {
-        "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0), "turning": jnp.int32(-1), "row": row,
-        "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf), "before": jnp.full(q, -1, jnp.int32), "visited": jnp.zeros(q, bool),
+        "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0),
+        "turning": jnp.int32(-1), "row": row, "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf),
+        "before": jnp.full(q, -1, jnp.int32), "visited": jnp.zeros(q, bool),
     }  # fmt: skip
 
     def step(s):

@@ -61,7 +61,8 @@ def load(
     ) as e:  # a file that is missing or broken ends in an error of json, safetensors, tokenizers, torch or transformers
         reason = " ".join(str(e).split())[:300].rstrip(" .")
         raise ValueError(
-            f"{given}: {reason}. Give a folder that save_pretrained of {model_class.__name__} and its processor wrote, with safetensors."
+            f"{given}: {reason}. Give a folder that save_pretrained of {model_class.__name__} and its processor wrote, "
+            "with safetensors."
         ) from e
     return model.to(place).eval(), processor, mark(family, where, folder)
 
