@@ -58,10 +58,8 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         _check_meaning(path, wanted, weights.config.model, config.model)
         _check_shapes(path, wanted, named(params) | named(frozen))
         used: set[str] = set()
-        trees = {
-            name: jax.tree_util.tree_map_with_path(lambda p, leaf: _take(p, leaf, wanted, used), tree)
-            for name, tree in trees.items()
-        }
+        take = functools.partial(_take, theirs=wanted, used=used)
+        trees = {name: jax.tree_util.tree_map_with_path(take, tree) for name, tree in trees.items()}
         if not used:
             raise ValueError(
                 f"{path}: nothing of it fits this config{''.join(f'; {reason}' for reason in foreign)}: "

@@ -126,7 +126,7 @@ class Predictor:
         self._forward = jax.jit(forward)
 
     @classmethod
-    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> "Predictor":
+    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
         """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is
         its own.
         """

@@ -168,11 +168,11 @@ def recorded_losses(outputs, arrays) -> dict:
     for i in range(2):
         batch = image(arrays, i, 12)
         n = batch.boxes.shape[0]
-        both = lambda name: np.stack([arrays[f"{stage}/{name}_{i}"] for stage in STAGES])
+        both = lambda name, i=i: np.stack([arrays[f"{stage}/{name}_{i}"] for stage in STAGES])
         pairs = Pairs(both("match_src"), both("match_tgt"), np.ones((5, n), bool), np.ones((5, 30), bool))
         points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in STAGES])
-        predictions = jax.tree.map(lambda x: x[:, i], outputs.matching)
-        terms = _losses(lambda *_: points, predictions, outputs.mask_features[i], batch, pairs)
+        predictions = jax.tree.map(lambda x, i=i: x[:, i], outputs.matching)
+        terms = _losses(lambda *_, points=points: points, predictions, outputs.mask_features[i], batch, pairs)
         found = {name: found[name] + terms[name] / 8 for name in TERMS}
         first += n
     return found

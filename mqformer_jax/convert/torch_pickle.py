@@ -119,7 +119,7 @@ class Inert:
 
     __setstate__ = __setitem__ = append = extend = swallow
 
-    def __new__(cls, *args: Any) -> "Inert":
+    def __new__(cls, *args: Any) -> Inert:
         return object.__new__(cls)
 
 

@@ -106,7 +106,7 @@ def describe(row: Batch, note: Note) -> Shown:
     )
 
 
-def _where(flags: Bool[np.ndarray, "n"]) -> tuple[int, ...]:
+def _where(flags: Bool[np.ndarray, " n"]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())
 
 

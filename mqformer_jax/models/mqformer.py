@@ -106,7 +106,7 @@ class MQFormer(nnx.Module):
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],
         noised: Noised | None = None,
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
     ) -> Outputs:
         """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. keys: of the backbone's
         drop path; None in evaluation."""

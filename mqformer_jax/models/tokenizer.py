@@ -65,7 +65,7 @@ class _Rows(abc.ABC):
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
         return np.concatenate([np.zeros(0, np.int32), *map(self._row, texts)]).reshape(-1, self.context)
 
-    def _row(self, text: str) -> Int[np.ndarray, "context"]:
+    def _row(self, text: str) -> Int[np.ndarray, " context"]:
         row = self._rows.get(text)
         if row is None:
             if len(self._rows) >= 1 << 16:  # emptied before it grows large
