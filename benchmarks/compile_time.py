@@ -46,16 +46,20 @@ def main(_) -> None:
     memory, size = compiled.memory_analysis(), lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6
     without_text = size(step.abstract.params) + size(step.abstract.frozen) - size(step.abstract.params["text_encoder"])
     print(
-        f"model {config.model.backbone.name}, {config.model.dtype}, batch {config.batch_size}, canvas {tuple(config.data.canvas)}"
+        f"model {config.model.backbone.name}, {config.model.dtype}, batch {config.batch_size}, "
+        f"canvas {tuple(config.data.canvas)}"
     )
     print(
-        f"parameters: {without_text:.2f} M without the text encoder, {size(step.abstract.params['text_encoder']):.2f} M in it"
+        f"parameters: {without_text:.2f} M without the text encoder, "
+        f"{size(step.abstract.params['text_encoder']):.2f} M in it"
     )
     print(
-        f"seconds: {built - started:.1f} to build the model's shapes, {traced - built:.1f} to trace, {done - traced:.1f} to compile"
+        f"seconds: {built - started:.1f} to build the model's shapes, {traced - built:.1f} to trace, "
+        f"{done - traced:.1f} to compile"
     )
     print(
-        f"GB a step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, {memory.temp_size_in_bytes / 1e9:.2f} temporaries"
+        f"GB a step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, "
+        f"{memory.temp_size_in_bytes / 1e9:.2f} temporaries"
     )
     print(f"GB of this process at its peak, compiling: {peak():.2f}")
     if _RUN.value:
@@ -68,7 +72,8 @@ def run(compiled, step: TrainStep, config) -> None:
     state = jax.tree.map(zeros, step.abstract)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_batch(config))
     batch = batch.replace(
-        size=np.full_like(batch.size, config.data.canvas), prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
+        size=np.full_like(batch.size, config.data.canvas),
+        prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
         num_targets=batch.num_targets + 20, boxes=batch.boxes + 0.5, has_mask=~batch.has_mask,
     )  # fmt: skip
     for _ in range(2):

@@ -100,10 +100,10 @@ def grid_sample(value, shapes, locations, weights):
 
 def jax_calls(op: Callable, shapes: Shapes) -> tuple[Callable, Callable]:
     def both(value, locations, weights, gradient):
-        output, pull_back = jax.vjp(lambda v, l, w: op(v, shapes, l, w), value, locations, weights)
+        output, pull_back = jax.vjp(lambda v, at, w: op(v, shapes, at, w), value, locations, weights)
         return output, pull_back(gradient)
 
-    return jax.jit(lambda v, l, w, _: op(v, shapes, l, w)), jax.jit(both)
+    return jax.jit(lambda v, at, w, _: op(v, shapes, at, w)), jax.jit(both)
 
 
 def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:

@@ -314,7 +314,8 @@ def main() -> None:
         setting = Setting(root, source, args.canvas, args.batch_size, args.seconds, args.warm_up)
         sizes = [len(record.image) for i in range(len(SETS)) for record in setting.records(i)]
         print(
-            f"{len(sizes)} JPEGs of {statistics.fmean(sizes) / 1e3:.0f} KB on average, canvas {args.canvas}, batches of {args.batch_size}\n"
+            f"{len(sizes)} JPEGs of {statistics.fmean(sizes) / 1e3:.0f} KB on average, canvas {args.canvas}, "
+            f"batches of {args.batch_size}\n"
         )
         print(
             f"| images/s | cores | min | median | max | {' | '.join(f'/ {name}' for name in BESIDE)} |\n|{'---|' * 8}",
@@ -338,7 +339,8 @@ def main() -> None:
         if args.memory_batches:
             smaller = dataclasses.replace(setting, canvas=MEMORY_CANVAS, batch_size=MEMORY_BATCH)
             print(
-                f"\nBatches of {MEMORY_BATCH} at canvas {MEMORY_CANVAS}:\n\n{alone(cores, 'memory', smaller, n, args.memory_batches)}"
+                f"\nBatches of {MEMORY_BATCH} at canvas {MEMORY_CANVAS}:\n\n"
+                f"{alone(cores, 'memory', smaller, n, args.memory_batches)}"
             )
 
 

@@ -68,7 +68,8 @@ def main(_: list[str]) -> None:
     jax.config.update("jax_traceback_in_locations_limit", 100)  # else the outer callers are cut off
     device = jax.devices()[0].device_kind
     print(
-        f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, {os.cpu_count()} CPUs"
+        f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, "
+        f"{os.cpu_count()} CPUs"
     )
     rows = {
         "theirs": ("Mask2Former", theirs),
@@ -107,7 +108,6 @@ def timed(step: Callable[[], float]) -> tuple[float, float, float]:
 
 
 # --- ours
-# ---------------------------------------------------------------------------------------------------------------------------
 
 
 def recipe() -> ConfigDict:
@@ -159,7 +159,8 @@ def made_up(shapes: Batch) -> Batch:
     return batch.replace(
         image=rng.integers(0, 256, batch.image.shape, np.uint8), size=np.full_like(batch.size, (h, w)),
         masks=np.full_like(batch.masks, 255),
-        tokens=tokens.astype(batch.tokens.dtype), prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
+        tokens=tokens.astype(batch.tokens.dtype),
+        prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
         num_targets=np.full_like(batch.num_targets, n),
     )  # fmt: skip
 
@@ -173,7 +174,6 @@ def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int)
 
 
 # --- theirs
-# -------------------------------------------------------------------------------------------------------------------------
 
 
 def theirs() -> Callable[[], float]:
@@ -218,7 +218,6 @@ def theirs() -> Callable[[], float]:
 
 
 # --- where the time goes
-# ------------------------------------------------------------------------------------------------------------
 
 
 def profile(ours: Ours) -> None:

@@ -54,8 +54,8 @@ def laptop() -> ConfigDict:
         dict(
             backbone=dict(name="convnet", widths=(32, 48, 64, 96)),
             text=dict(vocab_size=1024, context=12, width=64, heads=2, layers=2, embed_dim=96),
-            width=96, heads=4, ffn=192, encoder_ffn=192, strides=(8, 16), encoder_layers=1, decoder_layers=2, mask_dim=96,
-            num_learnable=20, num_conditional=20, dtype="float32", remat="none",
+            width=96, heads=4, ffn=192, encoder_ffn=192, strides=(8, 16), encoder_layers=1, decoder_layers=2,
+            mask_dim=96, num_learnable=20, num_conditional=20, dtype="float32", remat="none",
         )
     )  # fmt: skip
     config.loss.update(class_=8.0, points=256)

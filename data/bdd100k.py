@@ -17,10 +17,10 @@ from plan import Job, Plan, Problems, builder
 from mqformer_jax.input.record import ClassInfo, Record
 
 # Category i + 1 is the i-th name (bdd100k/label/label.py); those after the first 30 are things.
-NAMES = """dynamic, ego vehicle, ground, static, parking, rail track, road, sidewalk, bridge, building, fence, garage, guard rail,
-tunnel, wall, banner, billboard, lane divider, parking sign, pole, pole group, street light, traffic cone, traffic device,
-traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus, car, caravan, motorcycle,
-trailer, train, truck"""
+NAMES = """dynamic, ego vehicle, ground, static, parking, rail track, road, sidewalk, bridge, building, fence, garage,
+guard rail, tunnel, wall, banner, billboard, lane divider, parking sign, pole, pole group, street light, traffic cone,
+traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus,
+car, caravan, motorcycle, trailer, train, truck"""
 STUFF = 30
 CLASSES = tuple(ClassInfo((" ".join(name.split()),), thing=i >= STUFF) for i, name in enumerate(NAMES.split(",")))
 # Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with one of the

@@ -116,7 +116,10 @@ def _pascal_context(**classes: str) -> PublicSet:
             **classes,
         ),
         "https://www.cs.stanford.edu/~roozbeh/pascal-context",
-        "trainval.tar.gz and labels.txt (and 59_labels.txt) into VOCdevkit/VOC2010/, and VOC 2010's train and val images into the root",
+        (
+            "trainval.tar.gz and labels.txt (and 59_labels.txt) into VOCdevkit/VOC2010/, "
+            "and VOC 2010's train and val images into the root"
+        ),
         "images Flickr's terms",
         SEMANTIC,
     )
@@ -135,8 +138,9 @@ ADE_SPLITS = {"train": "training", "val": "validation"}
 ADE_SEMANTIC = "ADEChallengeData2016/annotations/{}"
 # SegNet's CamVid says nowhere which value is which class.
 CAMVID = {"classes": os.path.join(os.path.dirname(os.path.abspath(__file__)), "classes", "camvid.json")}
-SEGINW = """Airplane-Parts Bottles Brain-Tumor Chicken Cows Electric-Shaver Elephants Fruits Garbage Ginger-Garlic Hand Hand-Metal
-House-Parts HouseHold-Items Nutterfly-Squireel Phones Poles Puppies Rail Salmon-Fillet Strawberry Tablets Toolkits Trash Watermelon"""
+SEGINW = """Airplane-Parts Bottles Brain-Tumor Chicken Cows Electric-Shaver Elephants Fruits Garbage Ginger-Garlic Hand
+Hand-Metal House-Parts HouseHold-Items Nutterfly-Squireel Phones Poles Puppies Rail Salmon-Fillet Strawberry Tablets
+Toolkits Trash Watermelon"""
 
 SETS: dict[str, PublicSet] = {
     "coco_2017_panoptic": PublicSet(
@@ -148,7 +152,10 @@ SETS: dict[str, PublicSet] = {
             masks="coco/panoptic_{}",
         ),
         COCO_URL,
-        "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, and the two zips of PNGs that it brings into coco/ too",
+        (
+            "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, "
+            "and the two zips of PNGs that it brings into coco/ too"
+        ),
         COCO_LICENCE,
         PANOPTIC,
     ),
@@ -182,9 +189,15 @@ SETS: dict[str, PublicSet] = {
             alias="visual_genome/object_alias.txt",
         ),
         "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
-        "images, images2, image_data.json, objects.json, region_descriptions.json and object_alias.txt into visual_genome/",
+        (
+            "images, images2, image_data.json, objects.json, region_descriptions.json and object_alias.txt "
+            "into visual_genome/"
+        ),
         "CC BY 4.0",
-        "boxes of things and of region descriptions, which others of the image may fit too; nothing is known to be absent",
+        (
+            "boxes of things and of region descriptions, which others of the image may fit too; "
+            "nothing is known to be absent"
+        ),
     ),
     "objects365_v2": PublicSet(
         _each(
@@ -194,7 +207,10 @@ SETS: dict[str, PublicSet] = {
             images="objects365v2/{}",
         ),
         "https://www.objects365.org/download.html",
-        "the patches into objects365v2/train and objects365v2/val, the two zhiyuan_objv2 json into objects365v2/annotations/",
+        (
+            "the patches into objects365v2/train and objects365v2/val, "
+            "the two zhiyuan_objv2 json into objects365v2/annotations/"
+        ),
         "see its website",
         "boxes of things without masks, exhaustive",
     ),

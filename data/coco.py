@@ -399,7 +399,8 @@ def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
         other = keys.setdefault(job.image, job.key)
         if other != job.key:
             raise ValueError(
-                f"{path}: {job.image} would be the file of two images, {other} and {job.key}; give the folder above theirs"
+                f"{path}: {job.image} would be the file of two images, {other} and {job.key}; "
+                "give the folder above theirs"
             )
     for key, count in collections.Counter(job.key for job in jobs).items():
         if count > 1:

@@ -210,7 +210,8 @@ def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[s
             if key in found:
                 other = os.path.basename(found[key])
                 raise ValueError(
-                    f"{os.path.join(parent, name)}: {other} has the same name; remove one, or keep masks in their own folder"
+                    f"{os.path.join(parent, name)}: {other} has the same name; "
+                    "remove one, or keep masks in their own folder"
                 )
             found[key] = os.path.join(parent, name)
     return dict(sorted(found.items()))

@@ -102,7 +102,8 @@ def _made(full: str, data_dir: str | None) -> Any:
         if missing:
             there = f"or run this where they are, and copy {builder.data_path} here"
             raise ValueError(
-                f"{full}: to make this set its builder needs {', '.join(missing)}: pip install {' '.join(missing)}, {there}"
+                f"{full}: to make this set its builder needs {', '.join(missing)}: "
+                f"pip install {' '.join(missing)}, {there}"
             )
         try:
             builder.download_and_prepare(file_format="array_record")
@@ -279,6 +280,11 @@ SETS: dict[str, TfdsSet] = {
     ),
 }
 _INSTEAD = {
-    "coco": "its builder loads with TensorFlow alone and has no masks of instances; use prepare.py public coco_2017 or coco_2017_panoptic",
-    "scene_parse150": "its builder has neither the maps nor the names of the 150 classes; use prepare.py public ade20k_panoptic",
+    "coco": (
+        "its builder loads with TensorFlow alone and has no masks of instances; "
+        "use prepare.py public coco_2017 or coco_2017_panoptic"
+    ),
+    "scene_parse150": (
+        "its builder has neither the maps nor the names of the 150 classes; use prepare.py public ade20k_panoptic"
+    ),
 }

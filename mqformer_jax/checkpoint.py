@@ -61,8 +61,8 @@ class Checkpoints:
             yield
         except Exception as e:
             raise OSError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({_first_line(e)}): make room or mend the folder; the same "
-                "command goes on from the checkpoint before it."
+                f"{self.folder}: the checkpoint of step {step} could not be written ({_first_line(e)}): "
+                "make room or mend the folder; the same command goes on from the checkpoint before it."
             ) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict]:
@@ -83,7 +83,8 @@ class Checkpoints:
             damaged.append((found.step, problem))
         tried = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
         raise ValueError(
-            f"{self.folder}: no checkpoint can be read ({tried}): bring back a copy, or start again with another --workdir."
+            f"{self.folder}: no checkpoint can be read ({tried}): "
+            "bring back a copy, or start again with another --workdir."
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
@@ -99,7 +100,8 @@ class Checkpoints:
             return None, f"its metadata cannot be read ({_first_line(e)})"
         if difference:
             raise ValueError(
-                f"{self.folder}/{step} does not fit this config ({difference}): use another --workdir or the config it was made with."
+                f"{self.folder}/{step} does not fit this config ({difference}): "
+                "use another --workdir or the config it was made with."
             )
         try:
             return (self._orbax.load(step, abstract), data), None
@@ -227,7 +229,8 @@ def load_weights(path: str) -> Weights:
         except Exception as e:  # Orbax raises what its parsers raise
             _raise_interrupt(e)
             raise ValueError(
-                f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): move it away, and an older one is used."
+                f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): "
+                "move it away, and an older one is used."
             ) from e
     return Weights(config, state["params"], state["frozen"])
 
@@ -238,7 +241,8 @@ def _opened(path: str) -> Iterator[Any]:
     folder = os.path.join(os.path.abspath(path), "checkpoints")
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"{path}: no checkpoint there; give a workdir of mqformer_jax.main or a folder that mqformer_jax.convert wrote."
+            f"{path}: no checkpoint there; "
+            "give a workdir of mqformer_jax.main or a folder that mqformer_jax.convert wrote."
         )
     with ocp.training.Checkpointer(folder) as orbax:
         if orbax.latest is None:

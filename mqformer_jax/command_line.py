@@ -39,10 +39,8 @@ def _in_one_line(main: Callable[[], None], program: str) -> None:
     if not _is_one_of_several():
         sys.exit(message)
     # an orderly end would wait for the other processes, and they for this one
-    exit_now(
-        1,
-        f"{message}\n{program}: this process ends, and the others with it. Run the same command to resume from the last checkpoint.",
-    )
+    ends = "this process ends, and the others with it. Run the same command to resume from the last checkpoint."
+    exit_now(1, f"{message}\n{program}: {ends}")
 
 
 def _is_one_of_several() -> bool:

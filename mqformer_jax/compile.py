@@ -124,7 +124,10 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     was, config.batch_size = config.batch_size, images
     return (
         config,
-        f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: compiled for {images}",
+        (
+            f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: "
+            f"compiled for {images}"
+        ),
     )
 
 
@@ -244,8 +247,10 @@ def table(report: dict[str, Any]) -> str:
     gb = lambda value: f"{value / GB:.2f} GB"
     rows = {
         "topology": f"{report['topology']}: {report['devices']} devices, {report['hosts']} hosts",
-        "step": f"{report['backbone']}, {' x '.join(map(str, report['canvas']))}, {report['images']} images, {report['dtype']}, "
-        f"remat {report['remat']}, accumulate {report['accumulate']}",
+        "step": (
+            f"{report['backbone']}, {' x '.join(map(str, report['canvas']))}, {report['images']} images, "
+            f"{report['dtype']}, remat {report['remat']}, accumulate {report['accumulate']}"
+        ),
         "mesh": " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items()),
     }
     rows |= {"note": report["note"]} if report["note"] else {}
@@ -268,7 +273,8 @@ def table(report: dict[str, Any]) -> str:
         rows["bytes accessed"] = gb(report["bytes_accessed"])
         for kind, entry in report["collectives"].items():
             rows[kind] = (
-                f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, {entry['in_loops']} in loops"
+                f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, "
+                f"{entry['in_loops']} in loops"
             )
         parts = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
         rows["roofline"] = (

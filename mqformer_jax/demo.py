@@ -32,7 +32,10 @@ from mqformer_jax.segments import Segments
 from mqformer_jax.visualize import colors, overlay
 
 HINTS = {  # Markdown: two stars in one of them would make italics
-    "panoptic": "Every pixel to at most one segment. A star behind a prompt makes it one region (sky*); the others are found one by one.",
+    "panoptic": (
+        "Every pixel to at most one segment. "
+        "A star behind a prompt makes it one region (sky*); the others are found one by one."
+    ),
     "instance": "Each object for itself, best first; they may overlap.",
     "semantic": "Every pixel to the prompt that fits it best.",
     "referring": "One region for each phrase, such as “the red star on the left”.",
@@ -161,8 +164,8 @@ CSS = """
 #legend th:last-child, #legend td:last-child {text-align: right; width: 72px}
 #legend td:nth-child(3) {width: 200px; white-space: nowrap}
 #legend .swatch {display: inline-block; width: 14px; height: 14px; border-radius: 4px; vertical-align: -2px}
-#legend .bar {display: inline-block; width: 120px; height: 6px; margin-right: 10px; border-radius: 3px; vertical-align: 2px;
-  background: var(--border-color-primary); overflow: hidden}
+#legend .bar {display: inline-block; width: 120px; height: 6px; margin-right: 10px; border-radius: 3px;
+  vertical-align: 2px; background: var(--border-color-primary); overflow: hidden}
 #legend .bar i {display: block; height: 100%}
 #legend .none {color: var(--body-text-color-subdued); text-align: center; padding: 18px}
 """
@@ -206,7 +209,10 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
         return reply.overlay, legend_html(reply.rows), gr.update(value=zipped, interactive=True)
 
     with gr.Blocks(title="MQ-Former", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
-        intro = f"Say what to look for; see where it is. Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
+        intro = (
+            "Say what to look for; see where it is. "
+            f"Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
+        )
         gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
@@ -245,7 +251,8 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
         task.input(explain, task, [task, least], show_progress="hidden")
         gr.on(
             [button.click, prompts.submit, kinds.input, least.release], respond,
-            [photo, prompts, task, kinds, least], [shown, table, download], show_progress_on=[shown], concurrency_limit=1,
+            [photo, prompts, task, kinds, least], [shown, table, download],
+            show_progress_on=[shown], concurrency_limit=1,
         )  # fmt: skip
     return blocks
 
@@ -273,7 +280,8 @@ def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool 
     except OSError as e:
         raise OSError(f"--port={port}: the page cannot be served there; name another ({str(e).split('.')[0]}).") from e
     print(
-        f"{name}: {blocks.share_url or blocks.local_url} (Ctrl-C ends it; the first question of each task takes longer)",
+        f"{name}: {blocks.share_url or blocks.local_url} "
+        "(Ctrl-C ends it; the first question of each task takes longer)",
         flush=True,
     )
     if wait:

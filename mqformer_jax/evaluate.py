@@ -332,7 +332,6 @@ def save_json(path: str, values: dict) -> None:
 
 
 # --- the command line
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
@@ -350,7 +349,8 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) > 1:
         raise ValueError(
-            f"unexpected arguments {argv[1:]}: options are --config, --checkpoint, --datasets, --out, --save_predictions."
+            f"unexpected arguments {argv[1:]}: "
+            "options are --config, --checkpoint, --datasets, --out, --save_predictions."
         )
     config, out = given.config, given.out or os.path.join(given.checkpoint, "eval")
     recipes.check(config)

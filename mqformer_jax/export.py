@@ -38,9 +38,10 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.safetensors"
 OUTPUTS = {"encode": ("text",), "segment": ("class_probs", "boxes", "masks")}
 PLACE = (
-    "Resized by min(canvas height / height, canvas width / width), bilinear with pixel centres at halves (averaged over areas where it"
-    " shrinks to less than half), into the canvas' upper left corner; the rest is filled with `pad`. `size` is its height and width there."
-    " Bytes go in as they are: mean and standard deviation are inside."
+    "Resized by min(canvas height / height, canvas width / width), bilinear with pixel centres at halves "
+    "(averaged over areas where it shrinks to less than half), into the canvas' upper left corner; "
+    "the rest is filled with `pad`. `size` is its height and width there. "
+    "Bytes go in as they are: mean and standard deviation are inside."
 )
 MEANING = {
     "text": "prompts as vectors; `region` says which of them own one region rather than several segments",
@@ -187,7 +188,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     size = export(args.checkpoint, args.out, args.prompts, args.batch)
     print(
-        f"{args.out}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, docs/serve.py how to run it."
+        f"{args.out}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, "
+        "docs/serve.py how to run it."
     )
 
 

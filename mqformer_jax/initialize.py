@@ -58,13 +58,12 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         _check_meaning(path, wanted, weights.config.model, config.model)
         _check_shapes(path, wanted, named(params) | named(frozen))
         used: set[str] = set()
-        trees = {
-            name: jax.tree_util.tree_map_with_path(lambda p, leaf: _take(p, leaf, wanted, used), tree)
-            for name, tree in trees.items()
-        }
+        take = functools.partial(_take, theirs=wanted, used=used)
+        trees = {name: jax.tree_util.tree_map_with_path(take, tree) for name, tree in trees.items()}
         if not used:
             raise ValueError(
-                f"{path}: nothing of it fits this config{''.join(f'; {reason}' for reason in foreign)}: take it out of config.init_from."
+                f"{path}: nothing of it fits this config{''.join(f'; {reason}' for reason in foreign)}: "
+                "take it out of config.init_from."
             )
         loaded |= used
         lines.append(f"{path}: {len(used)} of {len(theirs)} arrays" + "".join(f"; {reason}" for reason in foreign))
@@ -118,8 +117,8 @@ def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: 
         for field in fields if any(path.startswith(part) for path in paths) else ():
             if (had := value(theirs, field)) != (has := value(ours, field)):
                 raise ValueError(
-                    f"{source}: it was made with model.{field} = {had!r}, this config has {has!r}: set config.model.{field} to that, or "
-                    f"leave it out with config.init_skip=('^{part}',)."
+                    f"{source}: it was made with model.{field} = {had!r}, this config has {has!r}: "
+                    f"set config.model.{field} to that, or leave it out with config.init_skip=('^{part}',)."
                 )
 
 
@@ -133,7 +132,8 @@ def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[st
         names = ", ".join(f"'^{line.split()[0]}$'" for line in wrong[:3])
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
-            f"{source}: {'; '.join(wrong[:3])}{more}: change the config, or leave them fresh with config.init_skip, e.g. ({names},)."
+            f"{source}: {'; '.join(wrong[:3])}{more}: "
+            f"change the config, or leave them fresh with config.init_skip, e.g. ({names},)."
         )
 
 

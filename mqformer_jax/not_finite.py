@@ -46,7 +46,8 @@ class NotFinite:
         stops = self.config.not_finite == "stop" or self.in_a_row > IN_A_ROW
         folder = os.path.join(self.workdir, f"not_finite_{step}")
         images = self._keep_batch(step, folder, measured) if stops or self.skipped <= KEPT else "its batch is not kept"
-        what = f"step {step}: the loss is {float(measured['total'])}, the gradient's norm {float(measured['gradient_norm'])}; {images}"
+        loss, norm = float(measured["total"]), float(measured["gradient_norm"])
+        what = f"step {step}: the loss is {loss}, the gradient's norm {norm}; {images}"
         if not stops:
             logging.warning("%s; the step is skipped (%d so far)", what, self.skipped)
             return
@@ -55,7 +56,8 @@ class NotFinite:
         )
         save_weights(folder, weights, {"step": step})
         raise FloatingPointError(
-            f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, or set config.not_finite='skip'."
+            f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, "
+            "or set config.not_finite='skip'."
         )
 
     def _keep_batch(self, step: int, folder: str, measured: dict[str, Any]) -> str:

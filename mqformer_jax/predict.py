@@ -126,7 +126,7 @@ class Predictor:
         self._forward = jax.jit(forward)
 
     @classmethod
-    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> "Predictor":
+    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
         """`path`: a workdir of `mqformer_jax.main`, or a whole model that `mqformer_jax.convert` wrote. The config is
         its own.
         """
@@ -275,7 +275,8 @@ class Predictor:
         asked = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
         if not asked.any():
             raise ValueError(
-                f"queries {queries!r}: this model has none of them (config.model.queries = {self.config.model.queries!r})."
+                f"queries {queries!r}: this model has none of them "
+                f"(config.model.queries = {self.config.model.queries!r})."
             )
         return asked[:, None]
 
@@ -326,7 +327,6 @@ def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[
 
 
 # --- the command line
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:

@@ -63,7 +63,8 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
     own = [own_masks(predictor, source) for source in sources]
     os.makedirs(workdir, exist_ok=True)
     count = sum(x.size for x in jax.tree.leaves(state[0]))
-    about = f"{count:,} parameters on {step.mesh.size} {jax.default_backend()} device(s), {matting.steps} steps; the first step compiles"
+    devices = f"{step.mesh.size} {jax.default_backend()} device(s)"
+    about = f"{count:,} parameters on {devices}, {matting.steps} steps; the first step compiles"
     print("\n".join([*report, f"{workdir}: {about}"]), flush=True)
 
     # -- steps --------------------------------------------------------------------------------------------------------

@@ -34,9 +34,9 @@ class Segments:
     texts: list[str]
     masks: Bool[np.ndarray, "n h w"]
     boxes: Float[np.ndarray, "n 4"]
-    scores: Float[np.ndarray, "n"]
-    prompt_ids: Int[np.ndarray, "n"]
-    query_ids: Int[np.ndarray, "n"]
+    scores: Float[np.ndarray, " n"]
+    prompt_ids: Int[np.ndarray, " n"]
+    query_ids: Int[np.ndarray, " n"]
     panoptic: Int[np.ndarray, "h w"] | None = None
     alphas: Float[np.ndarray, "n h w"] | None = None
 
@@ -74,10 +74,10 @@ class CanvasMasks:
     def shape(self) -> tuple[int, int, int]:
         return len(self.logits), *self.output
 
-    def __getitem__(self, queries: Int[np.ndarray, "k"]) -> Float[np.ndarray, "k h0 w0"]:
+    def __getitem__(self, queries: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k h0 w0"]:
         return restore(self.logits[queries], self.canvas, self.valid, self.output)
 
-    def band(self, queries: Int[np.ndarray, "k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
+    def band(self, queries: Int[np.ndarray, " k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
         """Some rows of those masks, all of them in the way `[]` has it."""
         if rows == slice(0, self.output[0]):
             return self[queries]
@@ -120,7 +120,7 @@ def panoptic_segments(
     texts: Sequence[str],
     class_probs: Float[np.ndarray, "q p"],
     mask_logits: Masks,
-    region: Bool[np.ndarray, "p"],
+    region: Bool[np.ndarray, " p"],
     keep: float = 0.25,
     overlap: float = 0.8,
     temperature: float | None = None,
@@ -168,8 +168,8 @@ def panoptic_segments(
 
 
 def _contest(
-    mask_logits: Masks, queries: Int[np.ndarray, "k"], scores: Float[np.ndarray, "k"]
-) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, "k"]]:
+    mask_logits: Masks, queries: Int[np.ndarray, " k"], scores: Float[np.ndarray, " k"]
+) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, " k"]]:
     """Which of the queries has the largest score x mask probability at each pixel (the first of equals), whether the
     pixel is in that query's own mask, and the area of each one's own mask. One mask after the other, since those of a
     large photo fill a machine.
@@ -194,7 +194,7 @@ def instance_segments(
     class_probs: Float[np.ndarray, "q p"],
     boxes: Float[np.ndarray, "q 4"],
     mask_logits: Masks,
-    wanted: Bool[np.ndarray, "p"] | None = None,
+    wanted: Bool[np.ndarray, " p"] | None = None,
     top: int = 100,
     rate_masks: bool = True,
     least: float = -1.0,

@@ -62,8 +62,8 @@ class TrainStep:
         shares = math.prod(mesh.shape[axis] for axis in IMAGES)
         if config.batch_size % (shares * config.accumulate):
             raise ValueError(
-                f"config.batch_size = {config.batch_size}: it must divide by the {shares} devices that share it (config.mesh: data x fsdp) "
-                f"times config.accumulate {config.accumulate}."
+                f"config.batch_size = {config.batch_size}: it must divide by the {shares} devices that share it "
+                f"(config.mesh: data x fsdp) times config.accumulate {config.accumulate}."
             )
         key = jax.random.key(config.seed)
         self.mesh, self._init_key = mesh, jax.random.fold_in(key, 0)

@@ -291,7 +291,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
     return text.rstrip() + "…"
 
 
-def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, "3"]:
+def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, " 3"]:
     """sRGB (0 to 255) of an OKLCH colour (Ottosson 2020): equal lightness looks equal in every hue. hue: turns."""
     a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
     lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [

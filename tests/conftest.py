@@ -143,7 +143,7 @@ def tiny_batch(sample_root):
     return next(make_loader(config, make_tokenizer(config.model.text)).batches())
 
 
-# ---- What a run says at its end ---------------------------------------------------------------------------------------
+# ---- What a run says at its end ---------------------------------------------------------------------------------
 
 LANES = ("slow", "parity", "process", "tpu_compiler", "browser")
 _deselected: collections.Counter[str] = collections.Counter()  # lane: tests of it that were not selected
@@ -189,6 +189,7 @@ def pytest_terminal_summary(terminalreporter):
     if deselected or reasons:
         terminalreporter.section("did not run")
     for lane, count in sorted(deselected.items()):
-        terminalreporter.line(f"{count:4} tests of the group {lane!r}: not selected; `make test-all` runs them")
+        group = f"tests of the group {lane}; `make test-all` runs them" if lane in LANES else "other tests"
+        terminalreporter.line(f"{count:4} not selected: {group}")
     for reason, count in reasons.most_common():
         terminalreporter.line(f"{count:4} skipped: {reason.removeprefix('Skipped: ')}")

@@ -47,7 +47,9 @@ case "$1 $2 $3 $4" in
   "storage buckets describe gs://b") echo "${HIERARCHICAL-True}" ;;
   "compute tpus tpu-vm list") list node ;;
   "compute tpus queued-resources list") list request ;;
-  "compute tpus queued-resources create") echo ACTIVE > "$CLOUD/request"; printf '\nCREATING\nREADY\n' > "$CLOUD/node" ;;
+  "compute tpus queued-resources create")
+    echo ACTIVE > "$CLOUD/request"
+    printf '\nCREATING\nREADY\n' > "$CLOUD/node" ;;
   "compute tpus tpu-vm create") echo READY > "$CLOUD/node" ;;
   "compute tpus queued-resources delete")
     [[ "$*" = *" --force"* ]] || [ ! -e "$CLOUD/node" ] || { echo "ERROR: the queued resource has a TPU" >&2; exit 1; }
@@ -74,12 +76,20 @@ TOOLS = {
     "hostname": 'basename "$HOME"',
     "curl": "echo key",
     "lsb_release": "echo jammy",
-    "sudo": 'cat > /dev/null; case "$*" in *" install --yes gcsfuse") mkdir -p ~/bin; cp "$TOOLS/images/gcsfuse" ~/bin ;; esac',
+    "sudo": (
+        'cat > /dev/null; case "$*" in *" install --yes gcsfuse") '
+        'mkdir -p ~/bin; cp "$TOOLS/images/gcsfuse" ~/bin ;; esac'
+    ),
     "images/gcsfuse": 'rmdir ~/bucket && ln -s "$CLOUD/bucket" ~/bucket && echo "$3" > ~/mounted',
     "findmnt": "cat ~/mounted 2> /dev/null",
     "fusermount": "rm ~/mounted ~/bucket",
-    "python3": '[ "$*" = "-m pip install --quiet --user uv" ] && mkdir -p ~/.local/bin && cp "$TOOLS/images/uv" ~/.local/bin',
-    "images/uv": 'echo "$1" >> ~/uv; [ "$1" != venv ] || { mkdir -p ../venv/bin; cp "$TOOLS/images/program" ../venv/bin/python; }',
+    "python3": (
+        '[ "$*" = "-m pip install --quiet --user uv" ] && mkdir -p ~/.local/bin && cp "$TOOLS/images/uv" ~/.local/bin'
+    ),
+    "images/uv": (
+        'echo "$1" >> ~/uv; '
+        '[ "$1" != venv ] || { mkdir -p ../venv/bin; cp "$TOOLS/images/program" ../venv/bin/python; }'
+    ),
     "images/program": r"""
 [ "$1 $2" = "-m mqformer_jax.main" ] || exit 99
 printf '%s\0' "${@:3}" >> "bucket/flags of $(hostname)"

@@ -50,8 +50,8 @@ def assert_agrees(
     """Ours equals theirs within `tolerance` of theirs' largest value, or of a tenth of `scale` where that is more.
 
     component, kind ("forward", "gradient"): the row and column of the table that the test run prints at its end.
-    scale: of gradients, the largest value of all of the component's. Some gradients are zero in truth (a bias before a norm, the bias
-    of keys), and what is computed of them is the rounding of sums on that scale.
+    scale: of gradients, the largest value of all of the component's. Some gradients are zero in truth (a bias before a
+    norm, the bias of keys), and what is computed of them is the rounding of sums on that scale.
     told: which of the component's arrays these are, for the error.
     """
     ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)

@@ -1,4 +1,4 @@
-"""Runs of `python -m mqformer_jax.main` on the tiny recipe as a user starts them: one process, or several on loopback."""
+"""Runs of `python -m mqformer_jax.main` on the tiny recipe, in one process or in several on loopback."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Run:
             time.sleep(0.01)
 
     def until_it_says(self, text: str) -> None:
-        """Returns when the first process has printed `text`; for "", when it listens for Ctrl-C, which Python itself needs a moment for."""
+        """Returns when the first process has printed `text`; for "", while it imports JAX."""
         if not text:
             time.sleep(0.5)
         while text not in self.said():

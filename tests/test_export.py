@@ -17,8 +17,8 @@ from mqformer_jax.train_step import build_model
 
 SERVE = pathlib.Path(__file__).parent.parent / "docs" / "serve.py"
 # A None in sys.modules is a package that cannot be imported.
-ALONE = "import runpy, sys; sys.modules.update(dict.fromkeys(['mqformer_jax', 'flax', 'orbax', 'cv2', 'PIL'])); sys.argv = sys.argv[1:]; "
-ALONE += "runpy.run_path(sys.argv[0], run_name='__main__')"
+ALONE = "import runpy, sys; sys.modules.update(dict.fromkeys(['mqformer_jax', 'flax', 'orbax', 'cv2', 'PIL'])); "
+ALONE += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 TEXTS = ["sky", "the red star", "ball"]
 
 

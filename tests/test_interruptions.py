@@ -1,7 +1,7 @@
 """A run that is killed, stopped, or loses a process, and is started again, has the losses of one that nobody disturbed.
 
-Here a step does not depend on the length of the run (tests/tiny.py: "process"). Disturbed runs are therefore long, so that however
-slow or fast the machine is, they are disturbed before they end.
+Here a step does not depend on the length of the run (tests/tiny.py: "process"). Disturbed runs are therefore long, so
+that they are disturbed before they end, however fast the machine is.
 """
 
 import signal

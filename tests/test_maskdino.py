@@ -125,10 +125,12 @@ def image(arrays, i: int, classes: int) -> Batch:
     n, (h, w) = len(labels), drawn.shape[1:]
     row = Batch(
         image=np.zeros((h, w, 3), np.uint8), size=np.array([h, w]), tokens=np.zeros((classes, 1), np.int32),
-        prompt_valid=np.ones(classes, bool), prompt_region=np.zeros(classes, bool), prompt_exhaustive=np.ones(classes, bool),
-        num_targets=np.array(n), boxes=boxes, positive=np.eye(classes, dtype=bool)[labels], has_mask=np.ones(n, bool),
+        prompt_valid=np.ones(classes, bool), prompt_region=np.zeros(classes, bool),
+        prompt_exhaustive=np.ones(classes, bool), num_targets=np.array(n), boxes=boxes,
+        positive=np.eye(classes, dtype=bool)[labels], has_mask=np.ones(n, bool),
         negative=np.zeros((n, classes), bool), masks=np.packbits(drawn, axis=-1).reshape(-1),
-        windows=np.array([[i * h * w // 8, 0, 0, h, w // 8] for i in range(n)]), ignore=np.zeros((h, w // 8), np.uint8), source=np.array(0),
+        windows=np.array([[i * h * w // 8, 0, 0, h, w // 8] for i in range(n)]),
+        ignore=np.zeros((h, w // 8), np.uint8), source=np.array(0),
     )  # fmt: skip
     return jax.tree.map(jnp.asarray, row)
 
@@ -176,8 +178,8 @@ def recorded_losses(outputs, arrays, about) -> dict:
         known = np.ones((len(stages), n), bool), np.ones((len(stages), queries), bool)
         pairs = Pairs(both("match_src"), both("match_tgt"), *known)
         points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in stages])
-        predictions = jax.tree.map(lambda x: x[:, i], outputs.matching)
-        terms = _losses(lambda *_: points, predictions, outputs.mask_features[i], batch, pairs)
+        predictions = jax.tree.map(lambda x, i=i: x[:, i], outputs.matching)
+        terms = _losses(lambda *_, points=points: points, predictions, outputs.mask_features[i], batch, pairs)
         found = {name: found[name] + terms[name] / targets for name in TERMS}
         first += n
     return found

@@ -40,7 +40,7 @@ def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, samp
     refiner, source = Refiner.load(trained[0]), ShardSource(sample_root, "sample_scenes", "val")
     mattes = [matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i)]
     for grow in (-1, 1, 4):
-        results, _ = compare(refiner, mattes, lambda matte: rough_mask(matte.alpha, 0.5, grow), 0)
+        results, _ = compare(refiner, mattes, lambda matte, grow=grow: rough_mask(matte.alpha, 0.5, grow), 0)
         assert (
             results["refined"]["sad"] < 0.95 * results["mask"]["sad"]
             and results["refined"]["mse"] < results["mask"]["mse"]

@@ -23,7 +23,7 @@ def recipe(variant: str, name: str = "coco_ref") -> ConfigDict:
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`variant` "train" evaluates nothing; "process" moreover compiles in a third of the time, for several processes."""
+    """`variant` "train" evaluates nothing; "process" also compiles in a third of the time, for several processes."""
     config = recipe("sample")
     config.steps = 6
     config.model.backbone.widths = (8, 8, 16, 16)

@@ -97,7 +97,8 @@ def _names(path: str | None) -> list[str]:
     double = [name for name, n in collections.Counter(names).items() if n > 1]
     if double or not names:
         raise ValueError(
-            f"--classes {path}: {f'{double[0]!r} stands there twice' if double else 'no names in it'}; give each class a name of its own."
+            f"--classes {path}: {f'{double[0]!r} stands there twice' if double else 'no names in it'}; "
+            "give each class a name of its own."
         )
     return names
 

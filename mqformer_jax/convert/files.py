@@ -59,7 +59,8 @@ def read(path: str) -> dict[str, np.ndarray]:
         tensors |= _read_file(os.path.join(os.path.dirname(path), file))
     if absent := sorted(set(shards) - set(tensors)):
         raise ValueError(
-            f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): download all of one version."
+            f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): "
+            "download all of one version."
         )
     return tensors
 
@@ -164,7 +165,8 @@ def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
         if len(inside) == 1:
             return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
     raise Unreadable(
-        f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): unpack it and give the checkpoint inside."
+        f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): "
+        "unpack it and give the checkpoint inside."
     )
 
 

@@ -109,7 +109,8 @@ def head_plan(shapes: Shapes) -> Plan:
     classes, width = shape_of(shapes, f"{PREDICTOR}class_embed.weight", 2)[0], model.width
     if shape_of(shapes, f"{PREDICTOR}label_enc.weight", 2)[0] != classes:
         raise ValueError(
-            f'{PREDICTOR}class_embed.weight has a row for "nothing": a softmax over classes (SEMANTIC_CE_LOSS) has no counterpart here.'
+            f'{PREDICTOR}class_embed.weight has a row for "nothing": '
+            "a softmax over classes (SEMANTIC_CE_LOSS) has no counterpart here."
         )
     sides = [shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[1] for i in (0, levels - 1)]
     reverse = sides[0] > sides[1]  # high2low: the widest feature, which is the coarsest, comes first

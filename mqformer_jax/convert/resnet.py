@@ -77,7 +77,8 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
     known = " and ".join(f"ResNet-{depth} {expected}" for depth, expected in BLOCKS.items())
     seen = f"{blocks} bottlenecks a stage" if blocks else "no bottlenecks, as those of 18 and 34 layers are made,"
     raise ValueError(
-        f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); only {known} can."
+        f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); "
+        f"only {known} can."
     )
 
 
@@ -112,7 +113,8 @@ def _family(
     def plan(shapes: Shapes) -> Plan:
         if MSRA <= shapes.keys():
             raise ValueError(
-                "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; take detectron2's torchvision/R-50.pkl or R-101.pkl."
+                "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; "
+                "take detectron2's torchvision/R-50.pkl or R-101.pkl."
             )
         prefix = prefix_of(shapes, *keys) or ""
         depth = depth_of(shapes, prefix + bottleneck)

@@ -278,7 +278,8 @@ def _check_expressible(plan: Plan, values: Mapping[str, np.ndarray], shapes: Sha
         shape = shape if entry.into is None else (*shape[:-1], columns[entry.ours])
         if values[entry.ours].shape != shape:
             raise ValueError(
-                f"{entry.ours} is {values[entry.ours].shape}, the layout of {entry.theirs} makes it {shape}: another model."
+                f"{entry.ours} is {values[entry.ours].shape}, "
+                f"the layout of {entry.theirs} makes it {shape}: another model."
             )
 
 

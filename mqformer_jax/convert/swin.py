@@ -93,7 +93,9 @@ KINDS = {"swin": (MICROSOFT,), "hf_swin": (HUGGING_FACE, HUGGING_FACE_ON_DISK)}
 IGNORED = {
     r"relative_position_index$": "computed from the window",
     r"attn_mask$": "computed from the image's size",
-    r"(^|\.)(norm|layernorm)\.(weight|bias)$": "the classifier's norm; features have norms of their own, at the start scale 1 and bias 0",
+    r"(^|\.)(norm|layernorm)\.(weight|bias)$": (
+        "the classifier's norm; features have norms of their own, at the start scale 1 and bias 0"
+    ),
     r"(^|\.)(head|classifier)\.": "the classifier",
     r"embeddings\.mask_token$": "of masked image modelling",
 }
@@ -171,7 +173,8 @@ def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
             if root + names.first_table in shapes:
                 return names, root
     raise ValueError(
-        f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; give the whole file."
+        f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; "
+        "give the whole file."
     )
 
 

@@ -93,7 +93,8 @@ def member(archive: zipfile.ZipFile, buffer: mmap.mmap, name: str) -> Any:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         if info.file_size > max(LARGEST_UNPACKED, 100 * info.compress_size):
             raise Unreadable(
-                f"{name} in it unpacks to {info.file_size} bytes from {info.compress_size}: save it without compression."
+                f"{name} in it unpacks to {info.file_size} bytes from {info.compress_size}: "
+                "save it without compression."
             )
         return archive.read(info)
     start, name_length, extra_length = struct.unpack_from("<4s22xHH", buffer, info.header_offset)

@@ -20,14 +20,12 @@ class Unreadable(ValueError):
     """A file that cannot be read: what is wrong and the mend, in one line without the file's name."""
 
 
-DTYPES = {
-    name: np.dtype(name)
-    for name in "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128".split()
-} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_NUMPY = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128"
+DTYPES = {name: np.dtype(name) for name in _NUMPY.split()} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 OLD_NAMES = dict(double="float64", float="float32", half="float16", long="int64", int="int32", short="int16")
 STORAGES = dict(
-    Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32", Short="int16", Char="int8",
-    Byte="uint8", Bool="bool", ComplexFloat="complex64", ComplexDouble="complex128", Untyped="uint8",
+    Double="float64", Float="float32", Half="float16", BFloat16="bfloat16", Long="int64", Int="int32", Short="int16",
+    Char="int8", Byte="uint8", Bool="bool", ComplexFloat="complex64", ComplexDouble="complex128", Untyped="uint8",
 )  # fmt: skip
 
 
@@ -58,7 +56,8 @@ class Tensor:
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
         if array.size > max(self.storage.count, LARGEST_REPEATED):
             raise Unreadable(
-                f"a tensor of {array.size} elements repeats {self.storage.count} stored ones: save it with .contiguous()."
+                f"a tensor of {array.size} elements repeats {self.storage.count} stored ones: "
+                "save it with .contiguous()."
             )
         return array
 
@@ -120,7 +119,7 @@ class Inert:
 
     __setstate__ = __setitem__ = append = extend = swallow
 
-    def __new__(cls, *args: Any) -> "Inert":
+    def __new__(cls, *args: Any) -> Inert:
         return object.__new__(cls)
 
 
@@ -208,8 +207,10 @@ class Unpickler(pickle._Unpickler):
         try:
             return KNOWN[f"{module}.{name}"]
         except KeyError:
-            mend = "weights need no code; if you trust the file, load it with the program that made it and save the weights alone."
-            raise Unreadable(f"refused to run {module}.{name}: {mend}") from None
+            raise Unreadable(
+                f"refused to run {module}.{name}: weights need no code; "
+                "if you trust the file, load it with the program that made it and save the weights alone."
+            ) from None
 
     def persistent_load(self, saved: tuple) -> Storage:
         kind, dtype, key, _, count, *view = saved

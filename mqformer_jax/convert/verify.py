@@ -52,7 +52,8 @@ def verify(
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
         raise ValueError(
-            f"{path}: the original of {name} is in no package; families that can be verified are {', '.join(ORIGINALS)}."
+            f"{path}: the original of {name} is in no package; "
+            f"families that can be verified are {', '.join(ORIGINALS)}."
         )
     if converted is None:
         config, values = plan.config.model, lambda wanted: apply(plan, tensors, wanted)[0]
@@ -89,7 +90,8 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
     absent = [path for path, leaf in wanted.items() if path not in found or found[path].shape != leaf.shape]
     if absent:
         raise ValueError(
-            f"{len(absent)} of {len(wanted)} parameters of the {part} are missing ({absent[0]}, ...): see the report of convert."
+            f"{len(absent)} of {len(wanted)} parameters of the {part} are missing ({absent[0]}, ...): "
+            "see the report of convert."
         )
     return fill(module, found, part)
 

@@ -36,7 +36,8 @@ def views_of(config: ConfigDict, scales: Sequence[float], flip: bool) -> list[Vi
         tokens = sum((canvas[0] // s) * (canvas[1] // s) for s in config.model.strides)
         if tokens < sum(query_counts(config.model)):
             raise ValueError(
-                f"config.eval.scales = {scale}: a canvas of {canvas} has {tokens} tokens, fewer than the model's queries."
+                f"config.eval.scales = {scale}: a canvas of {canvas} has {tokens} tokens, "
+                "fewer than the model's queries."
             )
         found += [(canvas, mirrored) for mirrored in ((False, True) if flip else (False,))]
     return list(dict.fromkeys(found))

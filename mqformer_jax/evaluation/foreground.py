@@ -81,7 +81,7 @@ def s_measure(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
     return max(0.0, 0.5 * of_object + 0.5 * of_parts)
 
 
-def _object_score(values: Float[np.ndarray, "n"]) -> float:
+def _object_score(values: Float[np.ndarray, " n"]) -> float:
     spread = values.std(ddof=1) if len(values) > 1 else 0.0
     return float(2 * values.mean() / (values.mean() ** 2 + 1 + spread + EPS))
 
@@ -106,7 +106,7 @@ def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarr
     return np.stack([f, _e_curve(hits, chosen, int(target.sum()), target.size)])
 
 
-def _e_curve(hits: np.ndarray, chosen: np.ndarray, owned: int, size: int) -> Float[np.ndarray, "256"]:
+def _e_curve(hits: np.ndarray, chosen: np.ndarray, owned: int, size: int) -> Float[np.ndarray, " 256"]:
     """E-measure from counts of pixels: chosen, rightly chosen (`hits`), of the object (`owned`), of the image
     (`size`).
     """

@@ -34,8 +34,8 @@ class InstanceEvaluator:
         """`segments`: those of `instance_segments`. They may overlap; those that are not things are left out."""
         if len(segments.texts) != len(self.info.classes):
             raise ValueError(
-                f"{record.key}: average precision needs the {len(self.info.classes)} classes of {self.info.name} as prompts; "
-                f"these segments have {len(segments.texts)}."
+                f"{record.key}: average precision needs the {len(self.info.classes)} classes of {self.info.name} "
+                f"as prompts; these segments have {len(segments.texts)}."
             )
         image_id = len(self.images) + 1
         image = {"id": image_id, "height": record.height, "width": record.width, "file_name": record.key}

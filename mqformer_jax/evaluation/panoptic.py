@@ -130,8 +130,8 @@ def _by_image(annotations: list[dict]) -> dict[int, list[dict]]:
 
 
 def _matched(
-    truth: Int[np.ndarray, "h w"], labels: Int[np.ndarray, "n"], segments: Segments, void: Bool[np.ndarray, "h w"]
-) -> Bool[np.ndarray, "m"]:
+    truth: Int[np.ndarray, "h w"], labels: Int[np.ndarray, " n"], segments: Segments, void: Bool[np.ndarray, "h w"]
+) -> Bool[np.ndarray, " m"]:
     """Which of the segments are true positives: IoU above a half, void left out, with a true segment of their class.
 
     truth: segment + 1 at each pixel, 0 where none is (crowds among them); labels: the segments' classes.

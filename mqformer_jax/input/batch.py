@@ -42,7 +42,7 @@ class Batch:
     prompt_valid: Bool[np.ndarray, "b p"]
     prompt_region: Bool[np.ndarray, "b p"]
     prompt_exhaustive: Bool[np.ndarray, "b p"]
-    num_targets: Int[np.ndarray, "b"]
+    num_targets: Int[np.ndarray, " b"]
     boxes: Float[np.ndarray, "b n 4"]
     positive: Bool[np.ndarray, "b n p"]
     negative: Bool[np.ndarray, "b n p"]
@@ -50,7 +50,7 @@ class Batch:
     masks: UInt8[np.ndarray, "b m"]
     windows: Int[np.ndarray, "b n 5"]
     ignore: UInt8[np.ndarray, "b h w8"]
-    source: Int[np.ndarray, "b"]
+    source: Int[np.ndarray, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Row:
 
     image: UInt8[np.ndarray, "h w 3"]
     tokens: Int[np.ndarray, "p l"]
-    region: Bool[np.ndarray, "p"]
-    exhaustive: Bool[np.ndarray, "p"]
+    region: Bool[np.ndarray, " p"]
+    exhaustive: Bool[np.ndarray, " p"]
     boxes: Float[np.ndarray, "n 4"]
     positive: Bool[np.ndarray, "n p"]
     negative: Bool[np.ndarray, "n p"]
@@ -92,7 +92,7 @@ class Row:
 def to_row(
     example: Example,
     texts: Sequence[str],
-    indices: Int[np.ndarray, "p"],
+    indices: Int[np.ndarray, " p"],
     tokenizer: Callable[[Sequence[str]], Int[np.ndarray, "n l"]],
     room: Room,
     source: int,
@@ -200,7 +200,7 @@ def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, 
     return bits, (top, left // 8, *bits.shape)
 
 
-def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[np.ndarray, "n"]:
+def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random
     order.
     """
@@ -215,7 +215,7 @@ def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[
 
 
 def _known_negatives(
-    named: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, "p"]
+    named: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, " p"]
 ) -> Bool[np.ndarray, "n p"]:
     """Of the prompts that are not exhaustive, those that do not name a target for sure.
 

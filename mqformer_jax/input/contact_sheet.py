@@ -53,7 +53,7 @@ class Shown:
     size: tuple[int, int]
     ignore: Bool[np.ndarray, "h w"]
     masks: Bool[np.ndarray, "n h w"]
-    has_mask: Bool[np.ndarray, "n"]
+    has_mask: Bool[np.ndarray, " n"]
     boxes: Float[np.ndarray, "n 4"]
     left_out: tuple[str, ...] = ()
 

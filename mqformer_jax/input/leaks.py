@@ -60,7 +60,8 @@ def guard(
         lines += [line] if line and line not in lines else []
     if known and not expressions:
         lines.append(
-            f"leak guard: no val or test split of RefCOCO/+/g is in {root}; prepare them first if they are to be evaluated on"
+            f"leak guard: no val or test split of RefCOCO/+/g is in {root}; "
+            "prepare them first if they are to be evaluated on"
         )
     if old := [
         f"{name}/{split}"
@@ -102,7 +103,8 @@ def _without(
     if len(kept) == len(origins):
         return source, ""
     evaluated_by = ", ".join(sorted(set().union(*(held[origin] for origin in origins if origin in held))))
-    line = f"leak guard: {len(origins) - len(kept)} of {len(origins)} images of {source.name}/{source.split} left out, for {evaluated_by}"
+    out = f"{len(origins) - len(kept)} of {len(origins)} images of {source.name}/{source.split} left out"
+    line = f"leak guard: {out}, for {evaluated_by}"
     if not kept:
         raise ValueError(
             f"data.mixture: {line}; none are left. Is it the right split? (data.leak_guard=False trains on it)"

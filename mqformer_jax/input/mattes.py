@@ -45,8 +45,8 @@ def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSou
     for source in sources:
         if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
             raise ValueError(
-                f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: take it out, or "
-                "prepare it with mattes."
+                f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: "
+                "take it out, or prepare it with mattes."
             )
     return sources
 

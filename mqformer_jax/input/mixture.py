@@ -170,7 +170,8 @@ class Loader:
             most, seen = self._config.data.max_bad, min(size, max(self._read[source], FEW))
             if len(bad) > max(1, most * seen):
                 raise ValueError(
-                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; prepare the data set again."
+                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; "
+                    "prepare the data set again."
                 )
         return item
 
@@ -189,7 +190,8 @@ class Loader:
             if state[field] != now[field]:
                 was, is_ = state[field], now[field]
                 raise ValueError(
-                    f"{field}: the checkpoint was written with {was}, the config says {is_}; restore it or start a new run."
+                    f"{field}: the checkpoint was written with {was}, the config says {is_}; "
+                    "restore it or start a new run."
                 )
 
 
@@ -248,8 +250,8 @@ class RowMaker:
             except (BadRecord, cv2.error) as e:
                 bad.append((self.source.indices[i] if isinstance(self.source, Part) else i, str(e)))
         raise ValueError(
-            f"{self.source.name}/{self.source.split}: {MAX_IN_A_ROW} records in a row are unusable; prepare the data set again. "
-            f"The last one: {bad[-1][1]}"
+            f"{self.source.name}/{self.source.split}: {MAX_IN_A_ROW} records in a row are unusable; "
+            f"prepare the data set again. The last one: {bad[-1][1]}"
         )
 
     def _row(self, index: int, rng: np.random.Generator) -> tuple[Row, str, list[str]]:

@@ -14,10 +14,10 @@ from mqformer_jax.input.example import Example, Prompt
 
 # Wordings around a class name, for text encoders that were trained on captions of photos (CLIP, OpenSeeD).
 PHOTO_TEMPLATES = (
-    "{}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a photo of many {}.", "a photo of one {}.", "a photo of a small {}.",
-    "a photo of a large {}.", "a close-up photo of a {}.", "a photo of a {} far away.", "a dark photo of a {}.", "a bright photo of a {}.",
-    "a blurry photo of a {}.", "a photo of part of a {}.", "a photo of a {} indoors.", "a photo of a {} outdoors.", "there is a {} in the scene.",
-    "a {} in the background.",
+    "{}.", "a photo of {}.", "a photo of a {}.", "a photo of the {}.", "a photo of many {}.", "a photo of one {}.",
+    "a photo of a small {}.", "a photo of a large {}.", "a close-up photo of a {}.", "a photo of a {} far away.",
+    "a dark photo of a {}.", "a bright photo of a {}.", "a blurry photo of a {}.", "a photo of part of a {}.",
+    "a photo of a {} indoors.", "a photo of a {} outdoors.", "there is a {} in the scene.", "a {} in the background.",
 )  # fmt: skip
 
 # RefCOCO's annotators write "rightmost", "topleft" and "lft"; "bright", "upright" and "leftover" must stay.
@@ -30,8 +30,9 @@ _SIDE_WORD = re.compile(
 # Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt",
 # sides that are misspelt, and "right" that is no side.
 _UNKNOWN = re.compile(
-    r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right"
-    r"|right (?:above|at|before|behind|below|beneath|beside|by|in|inside|near|next|now|on top|over|there|under|underneath))\b",
+    r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy"
+    r"|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right|right "
+    r"(?:above|at|before|behind|below|beneath|beside|by|in|inside|near|next|now|on top|over|there|under|underneath))\b",
     re.IGNORECASE,
 )
 _SIDE = re.compile(r"\w*(?:left|right)\w*", re.IGNORECASE)

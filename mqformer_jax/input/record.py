@@ -83,7 +83,7 @@ class DatasetInfo:
         os.replace(path + ".tmp", path)
 
     @classmethod
-    def load(cls, folder: str) -> "DatasetInfo":
+    def load(cls, folder: str) -> DatasetInfo:
         """Raises FileNotFoundError where there is none, ValueError in one line where it cannot be read."""
         path = os.path.join(folder, "dataset.json")
         with open(path) as f:
@@ -93,7 +93,7 @@ class DatasetInfo:
                 raise ValueError(f"{path} cannot be read ({e}): delete the folder and prepare it again") from None
 
     @classmethod
-    def _of(cls, fields: dict) -> "DatasetInfo":
+    def _of(cls, fields: dict) -> DatasetInfo:
         if fields.pop("format") != FORMAT:
             raise ValueError("another record format")
         fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["thing"]) for c in fields["classes"])
@@ -175,7 +175,7 @@ class Record:
         return msgpack.packb({"format": FORMAT, **dataclasses.asdict(self)}, use_bin_type=True)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Record":
+    def from_bytes(cls, data: bytes) -> Record:
         try:
             fields = msgpack.unpackb(data, raw=False)
             if fields.pop("format") != FORMAT:

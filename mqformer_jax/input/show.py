@@ -42,7 +42,8 @@ class Tally:
             return "no rows"
         share = f", {self.masks / self.targets:.0%} of them with masks" if self.targets else ""
         rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
-        return f"{rows}, on average {self.prompts / self.rows:.1f} prompts and {self.targets / self.rows:.1f} targets{share}"
+        prompts, targets = self.prompts / self.rows, self.targets / self.rows
+        return f"{rows}, on average {prompts:.1f} prompts and {targets:.1f} targets{share}"
 
 
 def show(
@@ -105,7 +106,7 @@ def describe(row: Batch, note: Note) -> Shown:
     )
 
 
-def _where(flags: Bool[np.ndarray, "n"]) -> tuple[int, ...]:
+def _where(flags: Bool[np.ndarray, " n"]) -> tuple[int, ...]:
     return tuple(np.flatnonzero(flags).tolist())
 
 

@@ -89,5 +89,7 @@ def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
     command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
     command = f"sample --out {root}" if name.startswith("sample_") else command
     if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
-        return f"data set '{name}' split '{split}' is not in {root}: make it with `python -m mqformer_jax.synthesize` (see docs/synthetic.md)"
-    return f"data set '{name}' split '{split}' is not in {root}: run `python data/prepare.py {command}` (see data/README.md)"
+        mend = "make it with `python -m mqformer_jax.synthesize` (see docs/synthetic.md)"
+    else:
+        mend = f"run `python data/prepare.py {command}` (see data/README.md)"
+    return f"data set '{name}' split '{split}' is not in {root}: {mend}"

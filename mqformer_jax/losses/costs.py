@@ -11,7 +11,7 @@ from mqformer_jax.arrays import Array
 ALPHA, GAMMA = 0.25, 2.0  # RetinaNet's, and Mask DINO's
 
 
-def focal(logits: Float[Array, "..."], labels: Float[Array, "..."]) -> Float[Array, "..."]:
+def focal(logits: Float[Array, " ..."], labels: Float[Array, " ..."]) -> Float[Array, " ..."]:
     """Sigmoid focal loss, element by element."""
     p = jax.nn.sigmoid(logits)
     cross_entropy = jax.nn.softplus(logits) - logits * labels
@@ -35,7 +35,7 @@ def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
     return jnp.concatenate([centre - half, centre + half], -1)
 
 
-def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
+def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " ..."]:
     """Generalised IoU of x0, y0, x1, y1 boxes that broadcast together; 1e-6 on both denominators (Mask DINO)."""
     area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
     between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
@@ -46,7 +46,7 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..
 
 
 def mask_costs(
-    logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, "k"]
+    logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, " k"]
 ) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
     """Cross entropy and dice of every query against every target at k shared points; `weight` 0 leaves a point out."""
     known = masks * weight

@@ -146,7 +146,7 @@ def _of_the_other_kind(region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Arr
     return region[..., None] != learnable
 
 
-def _extent(batch: Batch) -> Float[Array, "2"]:
+def _extent(batch: Batch) -> Float[Array, " 2"]:
     """The valid part of one image's canvas as fractions (x, y)."""
     h, w = batch.image.shape[:2]
     return batch.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
@@ -209,7 +209,7 @@ def _losses(
     batch: Batch,
     pairs: Pairs,
     project: bool = False,
-) -> dict[str, Float[Array, "s"]]:
+) -> dict[str, Float[Array, " s"]]:
     """Each term of one image, summed over its pairs (the class term: over its queries and prompts), stage by stage.
 
     draw: mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared. project:

@@ -24,7 +24,7 @@ from mqformer_jax.arrays import Array
 UNUSABLE = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
 
 
-def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, "n"]:
+def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, " n"]:
     """The query of each target, all different, with the least total cost over the first `num_targets` rows.
 
     cost: n targets x q queries, n <= q. Rows from `num_targets` on are never read and get -1. NaN and infinities never
@@ -44,8 +44,9 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
     # column before it on the way, and whether it was visited. `turning`: the column of a found path whose owner changes
     # next, or -1.
     start = {
-        "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0), "turning": jnp.int32(-1), "row": row,
-        "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf), "before": jnp.full(q, -1, jnp.int32), "visited": jnp.zeros(q, bool),
+        "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0),
+        "turning": jnp.int32(-1), "row": row, "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf),
+        "before": jnp.full(q, -1, jnp.int32), "visited": jnp.zeros(q, bool),
     }  # fmt: skip
 
     def step(s):
@@ -91,7 +92,7 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, 
     return jnp.full(n, -1, jnp.int32).at[jnp.where(row >= 0, row, n)].set(columns, mode="drop")
 
 
-def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, "q"], Array]:
+def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], Array]:
     """Every real target claims its cheapest query, and the first to do so has it: each query's owner or -1; who
     waits.
     """
@@ -105,7 +106,7 @@ def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, "q"], Ar
     return jnp.where(row < n, row, -1), real & (row.at[best].get(mode="fill", fill_value=n) != rows)
 
 
-def _finite(cost: Float[Array, "q"]) -> Float[Array, "q"]:
+def _finite(cost: Float[Array, " q"]) -> Float[Array, " q"]:
     return jnp.where(jnp.isnan(cost), UNUSABLE, jnp.clip(cost, -UNUSABLE, UNUSABLE))
 
 

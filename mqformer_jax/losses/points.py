@@ -47,7 +47,7 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]
 
 
 def sample_bits(
-    bits: UInt8[Array, "m"], windows: Int[Array, "*n 5"], canvas: tuple[int, int], points: Float[Array, "*n k 2"]
+    bits: UInt8[Array, " m"], windows: Int[Array, "*n 5"], canvas: tuple[int, int], points: Float[Array, "*n k 2"]
 ) -> Float[Array, "*n k"]:
     """Bit-packed masks at their own points; only what is read is unpacked.
 
@@ -93,7 +93,7 @@ def _least_by_counting(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k
 def uncertain_points(
     key: Array,
     logits: Float[Array, "*n h w"],
-    extent: Float[Array, "2"],
+    extent: Float[Array, " 2"],
     k: int,
     oversample: float = 3.0,
     share: float = 0.75,

@@ -28,7 +28,7 @@ class Backbone(Protocol):
     std: tuple[float, float, float]
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised. keys: of the randomness of training (drop path), one an image; None in evaluation. Returns
         {stride: feature}.

@@ -68,7 +68,7 @@ class ConvNet(nnx.Module):
         return {4 << k: width for k, width in enumerate(self.widths[1:])}
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride:
         feature}.

@@ -182,7 +182,7 @@ class EfficientNetLite0(nnx.Module):
         self.blocks = nnx.List(blocks)
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
         x = jax.nn.relu6(self.stem(image))

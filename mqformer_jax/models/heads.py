@@ -68,7 +68,7 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-12)).astype(x.dtype)
 
 
-def inverse_sigmoid(x: Float[Array, "..."], eps: float = 1e-5) -> Float[Array, "..."]:
+def inverse_sigmoid(x: Float[Array, " ..."], eps: float = 1e-5) -> Float[Array, " ..."]:
     """Mask DINO's: both x and 1 - x are kept above eps."""
     x = jnp.clip(x, 0.0, 1.0)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

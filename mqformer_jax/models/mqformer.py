@@ -71,8 +71,8 @@ class MQFormer(nnx.Module):
         self.text_encoder = make_text_encoder(c.text, rngs, dtype)
         self.grain = nnx.Param(0.02 * jax.random.normal(rngs.params(), (2, c.text.embed_dim))) if c.grain else None
         self.pixel_decoder = PixelDecoder(
-            self.backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, tuple(c.strides), c.mask_dim,
-            c.mask_stride, rngs=rngs, dtype=dtype, remat=c.remat,
+            self.backbone.channels, c.width, c.heads, c.points, c.encoder_layers, c.encoder_ffn, tuple(c.strides),
+            c.mask_dim, c.mask_stride, rngs=rngs, dtype=dtype, remat=c.remat,
         )  # fmt: skip
         self.heads = Heads(c.width, c.text.embed_dim, c.mask_dim, c.score == "cosine", rngs=rngs, dtype=dtype)
         self.learnable = LearnableQueries(self.num_learnable, c.width, rngs=rngs) if self.num_learnable else None
@@ -106,7 +106,7 @@ class MQFormer(nnx.Module):
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],
         noised: Noised | None = None,
-        keys: Key[Array, "b"] | None = None,
+        keys: Key[Array, " b"] | None = None,
     ) -> Outputs:
         """image: 0 to 255, padded right and below its `size` (pixels). text: from `embed_text`. keys: of the backbone's
         drop path; None in evaluation."""

@@ -111,8 +111,8 @@ class PixelDecoder(nnx.Module):
             or strides != tuple(strides[0] << k for k in range(len(strides)))
         ):
             raise ValueError(
-                f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, and the first and the "
-                f"mask stride among those of the backbone, {tuple(channels)}."
+                f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, "
+                f"and the first and the mask stride among those of the backbone, {tuple(channels)}."
             )
         self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
         make = functools.partial(ConvNorm, use_bias=True, rngs=rngs, dtype=dtype)

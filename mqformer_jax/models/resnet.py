@@ -91,7 +91,7 @@ class ResNet(nnx.Module):
         )
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))

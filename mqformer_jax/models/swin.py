@@ -160,7 +160,7 @@ class Swin(nnx.Module):
         return {stride: self.size.width * stride // 4 for stride in STRIDES}
 
     def __call__(
-        self, image: Float[Array, "b h w 3"], keys: Key[Array, "b"] | None = None
+        self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b h2 w2 c"]]:
         """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
         image; None in evaluation.
@@ -174,7 +174,7 @@ class Swin(nnx.Module):
             features[stride] = self.norms[k](x)
         return features
 
-    def drops(self, stage: int, keys: Key[Array, "b"] | None) -> tuple[Drop, Drop] | None:
+    def drops(self, stage: int, keys: Key[Array, " b"] | None) -> tuple[Drop, Drop] | None:
         """Rates and keys of a stage's plain and shifted blocks, a row a pair; None where nothing is dropped."""
         if keys is None or self.drop_path == 0:
             return None
@@ -238,7 +238,7 @@ def neighbours(height: int, width: int, window: int, shift: int) -> Array:
 
 
 def drop_path(
-    branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, "b"]
+    branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, " b"]
 ) -> Float[Array, "b h w c"]:
     """Stochastic depth (Huang et al., ECCV 2016): zero for a share `rate` of the samples, the others scaled to keep the
     mean.

@@ -65,7 +65,7 @@ class _Rows(abc.ABC):
     def __call__(self, texts: Sequence[str]) -> Int[np.ndarray, "n context"]:
         return np.concatenate([np.zeros(0, np.int32), *map(self._row, texts)]).reshape(-1, self.context)
 
-    def _row(self, text: str) -> Int[np.ndarray, "context"]:
+    def _row(self, text: str) -> Int[np.ndarray, " context"]:
         row = self._rows.get(text)
         if row is None:
             if len(self._rows) >= 1 << 16:  # emptied before it grows large
@@ -118,7 +118,8 @@ class ClipTokenizer(_Rows):
         ends = [self.vocab_size - 2, self.vocab_size - 1]  # the text encoder finds the end token by the highest id
         if list(self._special.values()) != ends or getattr(self._model, "end_of_word_suffix", None) != "</w>":
             raise ValueError(
-                f"{_name(source)} is not CLIP's tokenizer: a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
+                f"{_name(source)} is not CLIP's tokenizer: "
+                f"a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
             )
 
     def __reduce__(self):
@@ -182,8 +183,8 @@ class ClassTokenizer(_Rows):
         if name not in self._tokens:
             closest = difflib.get_close_matches(name, self._tokens, n=1, cutoff=0)
             raise ValueError(
-                f"{text!r} is not among the {self.vocab_size - 1} classes of this checkpoint, which has no text encoder;"
-                f" the closest is {closest[0]!r}."
+                f"{text!r} is not among the {self.vocab_size - 1} classes of this checkpoint, "
+                f"which has no text encoder; the closest is {closest[0]!r}."
             )
         return [self._tokens[name]]
 
@@ -206,13 +207,14 @@ def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
     path = os.path.join(folder or "", "tokenizer.json")
     if folder is None or not os.path.isfile(path):
         raise FileNotFoundError(
-            f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which is not there: convert the text encoder first"
-            " (python -m mqformer_jax.convert); its folder holds tokenizer.json."
+            f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which is not there: "
+            "convert the text encoder first (python -m mqformer_jax.convert); its folder holds tokenizer.json."
         )
     tokenizer = {"clip": ClipTokenizer, "wordpiece": WordPieceTokenizer}[text.tokenizer](path, text.context)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"config.model.text.vocab_size = {text.vocab_size}: {path} has {tokenizer.vocab_size} tokens; set it to that."
+            f"config.model.text.vocab_size = {text.vocab_size}: {path} has {tokenizer.vocab_size} tokens; "
+            "set it to that."
         )
     return tokenizer
 
@@ -228,7 +230,8 @@ def clip_tokenizer_json(merges: str) -> str:
     wrong = [number for number, pair in enumerate(pairs, 2) if len(pair) != 2]
     if wrong or not pairs:
         raise ValueError(
-            f"line {wrong[0] if wrong else 2} of the merge list is not two symbols: give CLIP's bpe_simple_vocab_16e6.txt."
+            f"line {wrong[0] if wrong else 2} of the merge list is not two symbols: "
+            "give CLIP's bpe_simple_vocab_16e6.txt."
         )
     symbols = list(BYTE_SYMBOLS.values())
     vocab = {

@@ -39,8 +39,8 @@ def initialize() -> None:
     if jax.distributed.is_initialized() or not is_asked_for(os.environ):
         return
     watch_for_crash(
-        "mqformer_jax: a process died unexpectedly: it was killed, or it lost another process of the run, whose log says "
-        "more. Run the same command to resume from the last checkpoint."
+        "mqformer_jax: a process died unexpectedly: it was killed, or it lost another process of the run, whose log "
+        "says more. Run the same command to resume from the last checkpoint."
     )
     jax.distributed.initialize(
         **settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
@@ -69,7 +69,8 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
         or int(given["process_id"]) >= int(given["num_processes"])
     ):
         raise ValueError(
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID go together with JAX_COORDINATOR_ADDRESS: the number of processes, and this one's, from 0 on."
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID go together with JAX_COORDINATOR_ADDRESS: "
+            "the number of processes, and this one's, from 0 on."
         )
     return {argument: int(value) for argument, value in given.items()}
 

@@ -27,7 +27,8 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] |
     mesh = jax.make_mesh(full, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, full[2])):
         raise ValueError(
-            f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, which reads them."
+            f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, "
+            "which reads them."
         )
     return mesh
 

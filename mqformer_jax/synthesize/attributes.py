@@ -128,7 +128,7 @@ def _whole_box(record: Record, segment: Segment) -> tuple[int, ...] | None:
 
 def _look_at(
     record: Record, segment: Segment, k: int, boxes: np.ndarray, image: np.ndarray
-) -> tuple[tuple[float, float], Float[np.ndarray, "11"]]:
+) -> tuple[tuple[float, float], Float[np.ndarray, " 11"]]:
     """Bounds of a thing's length, and the beliefs in its colours."""
     x0, y0, x1, y1 = boxes[k].tolist()
     others = np.delete(boxes, k, 0)

@@ -74,7 +74,7 @@ _WARM = 18  # CIELAB's b of the brightest tenth of the picture
 _STEP = 8  # a table holds the terms of every eighth level of red, green and blue
 
 
-def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, "11"], Float[np.ndarray, "11"]]:
+def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " 11"], Float[np.ndarray, " 11"]]:
     """For each of `TERMS`, the share of RGB pixels that surely has it, and the share that may have it (the sure among
     them).
 
@@ -102,7 +102,7 @@ def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
 
 def of_mask(
     image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at: tuple[int, int]
-) -> Float[np.ndarray, "11"]:
+) -> Float[np.ndarray, " 11"]:
     """Beliefs in each of `TERMS` (see `phrases`) for a thing with the pixels of `mask`, a window of the image whose top
     and left are `at`.
 
@@ -120,7 +120,7 @@ def of_mask(
 
 def of_box(
     image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], free: Bool[np.ndarray, "a b"]
-) -> Float[np.ndarray, "11"]:
+) -> Float[np.ndarray, " 11"]:
     """Beliefs in each of `TERMS` for a thing of which only the box is known: x0, y0, x1, y1 in whole pixels, not empty.
 
     free: where, in the box, no other box lies. The middle of the box must be of the colour, and what surrounds the box
@@ -155,8 +155,8 @@ def _dark(pixels: UInt8[np.ndarray, "n 3"]) -> bool:
 
 
 def judge(
-    sure: Float[np.ndarray, "11"], may: Float[np.ndarray, "11"], most: float, least: float
-) -> Float[np.ndarray, "11"]:
+    sure: Float[np.ndarray, " 11"], may: Float[np.ndarray, " 11"], most: float, least: float
+) -> Float[np.ndarray, " 11"]:
     """A belief in each of `TERMS` (see `phrases`): certain above `most`, denied below `least`, which are shares of the
     pixels.
 

@@ -61,7 +61,8 @@ def load(
     ) as e:  # a file that is missing or broken ends in an error of json, safetensors, tokenizers, torch or transformers
         reason = " ".join(str(e).split())[:300].rstrip(" .")
         raise ValueError(
-            f"{given}: {reason}. Give a folder that save_pretrained of {model_class.__name__} and its processor wrote, with safetensors."
+            f"{given}: {reason}. Give a folder that save_pretrained of {model_class.__name__} and its processor wrote, "
+            "with safetensors."
         ) from e
     return model.to(place).eval(), processor, mark(family, where, folder)
 
@@ -85,7 +86,7 @@ def mark(family: str, where: str, folder: str) -> str:
     return f"{family}:{label} {digest.hexdigest()[:8]} (transformers {transformers.__version__})"
 
 
-def crop(image: UInt8[ndarray, "h w 3"], box: Float[ndarray, "4"]) -> UInt8[ndarray, "ch cw 3"]:
+def crop(image: UInt8[ndarray, "h w 3"], box: Float[ndarray, " 4"]) -> UInt8[ndarray, "ch cw 3"]:
     """The whole pixels that x0, y0, x1, y1 touches once it has grown by `MARGIN`, as far as the image goes."""
     x0, y0, x1, y1 = map(float, box)
     x, y = MARGIN * (x1 - x0), MARGIN * (y1 - y0)

@@ -106,7 +106,7 @@ def box_iou(a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "*n 4"]) -> Float
     return common / np.maximum(area(a) + area(b) - common, 1e-9)
 
 
-def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, "4"]) -> Bool[np.ndarray, "h w"]:
+def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, "h w"]:
     """The part of a mask that lies in its box: people drew boxes around whole objects, so what sticks out is none of
     them.
     """

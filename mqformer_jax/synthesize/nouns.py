@@ -11,8 +11,9 @@ from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record
 
 # Each of these may be any other of them: a data set that has "person" and "man" calls most men by one of the two.
 _PEOPLE = frozenset(
-    "person people human man men woman women boy girl child children kid baby toddler lady gentleman guy adult pedestrian rider passenger"
-    " driver cyclist biker player skier surfer skater skateboarder snowboarder swimmer worker soldier officer policeman".split()
+    "person people human man men woman women boy girl child children kid baby toddler lady gentleman guy adult "
+    "pedestrian rider passenger driver cyclist biker player skier surfer skater skateboarder snowboarder swimmer "
+    "worker soldier officer policeman".split()
 )
 _BODY = frozenset("body skin head face hair eye ear nose mouth lip neck arm hand finger leg knee foot feet".split())
 # Words that many classes answer to, whatever their names.
@@ -21,7 +22,8 @@ _GENERAL = frozenset(
 )
 # What is seen in these or through them is not their own colour.
 _SEE_THROUGH = frozenset(
-    "glass window mirror tv television screen monitor laptop goggles sunglasses racket racquet net fence cage spoon fork knife".split()
+    "glass window mirror tv television screen monitor laptop goggles sunglasses racket racquet net fence "
+    "cage spoon fork knife".split()
 )
 _PLAIN = re.compile(r"[a-z][a-z' -]*")
 

@@ -86,7 +86,7 @@ def sole(phrase: Phrase, thing: int, scene: Scene) -> float:
     return float(held[thing]) if (np.delete(held, thing) < 0).all() else min(float(held[thing]), 0.0)
 
 
-def beliefs(phrase: Phrase, scene: Scene) -> Float[np.ndarray, "n"]:
+def beliefs(phrase: Phrase, scene: Scene) -> Float[np.ndarray, " n"]:
     """How surely each thing is what `phrase` says: its least certain part counts."""
     found = np.array([nouns.belief(phrase.noun, of) for of in scene.classes])
     if phrase.size is not None:
@@ -100,7 +100,7 @@ def beliefs(phrase: Phrase, scene: Scene) -> Float[np.ndarray, "n"]:
     return found
 
 
-def _sized(size: str, noun: Float[np.ndarray, "n"], lengths: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n"]:
+def _sized(size: str, noun: Float[np.ndarray, " n"], lengths: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
     """ "large" are the largest of a noun if others are beyond doubt smaller, and these are not; "small" the other way
     round.
     """
@@ -114,7 +114,7 @@ def _sized(size: str, noun: Float[np.ndarray, "n"], lengths: Float[np.ndarray, "
     return np.where(surpassed, -1.0, np.where(clear, np.clip(surpasses / (2 * SMALLER), 0, 1), 0.0))
 
 
-def _extreme(head: Float[np.ndarray, "n"], axis: int, sign: int, scene: Scene) -> Float[np.ndarray, "n"]:
+def _extreme(head: Float[np.ndarray, " n"], axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
     """The foremost of all that `head` may mean, if it is foremost with its centre and with both of its edges."""
     low, high = sign * scene.boxes[:, axis], sign * scene.boxes[:, axis + 2]
     middle = (low + high) / 2 / (scene.height if axis else scene.width)
@@ -127,7 +127,7 @@ def _extreme(head: Float[np.ndarray, "n"], axis: int, sign: int, scene: Scene) -
     return np.minimum(head, 0.0)
 
 
-def _related(anchor: int, axis: int, sign: int, scene: Scene) -> Float[np.ndarray, "n"]:
+def _related(anchor: int, axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
     """How surely each thing stands on one side of the anchor: clearly on that side more than on another, apart and
     near.
     """

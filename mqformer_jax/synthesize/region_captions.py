@@ -118,7 +118,7 @@ class WordsOnly(LogitsProcessor):
     words being all the words.
     """
 
-    def __init__(self, end: int, locations: Int[torch.Tensor, "l"]) -> None:
+    def __init__(self, end: int, locations: Int[torch.Tensor, " l"]) -> None:
         self.end, self.locations = end, locations
 
     def __call__(

@@ -111,7 +111,8 @@ class Tally:
         if not asked:
             return f"nothing was asked of {self.teacher}: no box of the {self.images} images lacks {self.kind}"
         lines = [
-            f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images have {self.kind} by {self.teacher}"
+            f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images "
+            f"have {self.kind} by {self.teacher}"
         ]
         if taken:
             lines[0] += f", mean score {self.score / taken:.3f}"

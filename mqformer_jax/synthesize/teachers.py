@@ -42,7 +42,7 @@ class Drawn:
     """
 
     masks: CanvasMasks
-    scores: Float[np.ndarray, "n"]
+    scores: Float[np.ndarray, " n"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,7 +46,7 @@ def with_verdicts(record: Record, verdicts: Iterable[Verdict], teacher: str) -> 
     return dataclasses.replace(record, segments=tuple(segments))
 
 
-def usable_box(record: Record, index: int) -> Float[np.ndarray, "4"] | str:
+def usable_box(record: Record, index: int) -> Float[np.ndarray, " 4"] | str:
     """The box of a segment, cut at the image's borders; or why there is none to ask about, in words."""
     segment = record.segments[index]
     box = segment.box if segment.box is not None else _of_its_mask(record, segment)

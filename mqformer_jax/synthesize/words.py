@@ -17,11 +17,12 @@ IN_A_ROW = 2  # "very very big" is English, "the the the" a search that went rou
 # The list that we take is for chat rooms. These of its words are what is seen in pictures, or what it looks like.
 INNOCENT = frozenset(
     """
-    blue waffle/breasts/brown shower/cock/cocks/cow girl/cow girls/cowgirl/cowgirls/crotch/drunk/dummy/enlargement/erect/facial/fanny/fat
-    flange/gay/god/golden shower/hemp/hoar/hookah/hump/humped/jerk/kill/knob/len/loin/loins/maxi/muff/naked/nappy/nipple/nipples/nude/nudes
-    oral/organ/paddy/pantie/panties/panty/pasty/pawn/pee/playboy/pollock/poop/pot/potty/puss/revue/rum/rump/sandbar/screw/screwed/screwing
-    scum/seaman/seamen/shag/slope/sniper/snuff/steamy/strip/stroke/suck/sucking/tampon/teat/tit/titi/toots/ugly/undies/urinal/urine/uzi
-    virgin/vixen/vodka/vomit/wad/wang/weed/weenie/weiner/whiz/woody
+    blue waffle/breasts/brown shower/cock/cocks/cow girl/cow girls/cowgirl/cowgirls/crotch/drunk/dummy/enlargement/erect
+    facial/fanny/fat/flange/gay/god/golden shower/hemp/hoar/hookah/hump/humped/jerk/kill/knob/len/loin/loins/maxi/muff
+    naked/nappy/nipple/nipples/nude/nudes/oral/organ/paddy/pantie/panties/panty/pasty/pawn/pee/playboy/pollock/poop/pot
+    potty/puss/revue/rum/rump/sandbar/screw/screwed/screwing/scum/seaman/seamen/shag/slope/sniper/snuff/steamy/strip
+    stroke/suck/sucking/tampon/teat/tit/titi/toots/ugly/undies/urinal/urine/uzi/virgin/vixen/vodka/vomit/wad/wang/weed
+    weenie/weiner/whiz/woody
     """.strip()
     .replace("\n    ", "/")
     .split("/")
@@ -81,7 +82,7 @@ def _profane() -> tuple[frozenset[str], int]:
     """The list of better-profanity (MIT) but for `INNOCENT`, and the words of its longest entry.
 
     Only the list: its own search takes 7 ms a sentence, joins neighbours ("the pen is on the table") and reads digits
-        as letters.
+    as letters.
     """
     try:
         text = (importlib.resources.files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8")

@@ -91,7 +91,8 @@ def test_layers_are_counted_from_0_without_a_gap():
 def small() -> tuple[Plan, dict[str, np.ndarray], dict[str, jax.ShapeDtypeStruct]]:
     """A plan with all that entries can say, tensors for it, and our leaves."""
     entries = [
-        Entry("table", "table"), Entry("table", "copy"), *linear("layers/fc", "fc.0", 0), *linear("layers/fc", "fc.1", 1),
+        Entry("table", "table"), Entry("table", "copy"),
+        *linear("layers/fc", "fc.0", 0), *linear("layers/fc", "fc.1", 1),
         *packed(["q", "k", "v"], "in_", 2), *packing("both", ["left", "right"], 3),
     ]  # fmt: skip
     draw = np.random.default_rng(0).normal

@@ -24,8 +24,8 @@ from mqformer_jax.models.swin import Swin
 
 families = {family.name: family for family in FAMILIES}
 TINY = dict(
-    feature_size=32, hidden_dim=32, mask_feature_size=16, encoder_feedforward_dim=48, dim_feedforward=64, encoder_layers=2,
-    decoder_layers=3, num_attention_heads=2, num_queries=5,
+    feature_size=32, hidden_dim=32, mask_feature_size=16, encoder_feedforward_dim=48, dim_feedforward=64,
+    encoder_layers=2, decoder_layers=3, num_attention_heads=2, num_queries=5,
 )  # fmt: skip
 
 
@@ -108,8 +108,8 @@ def parts_of(plan: Plan) -> dict[str, nnx.Module]:
     def make():
         backbone = Swin(model.backbone.name.removeprefix("swin_"), model.backbone.window, rngs=nnx.Rngs(0))
         decoder = PixelDecoder(
-            backbone.channels, model.width, model.heads, model.points, model.encoder_layers, model.encoder_ffn, model.strides,
-            model.mask_dim, model.mask_stride, rngs=nnx.Rngs(0),
+            backbone.channels, model.width, model.heads, model.points, model.encoder_layers, model.encoder_ffn,
+            model.strides, model.mask_dim, model.mask_stride, rngs=nnx.Rngs(0),
         )  # fmt: skip
         return nnx.split(backbone), nnx.split(decoder)
 
@@ -178,8 +178,10 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
     plan = families["hf_mask2former"].plan(shapes_of(tensors))
     values, report = apply(plan, tensors, whole(plan))
     assert not report.unused and not report.mismatched, report.table()
-    places = ("decoder/layers/cross_attention", "decoder/anchor_pos", "heads/box", "heads/class_embed", "heads/logit_scale", "heads/logit_bias",
-              "learnable/anchors", "grain", "noised", "text_encoder")  # fmt: skip
+    places = (
+        "decoder/layers/cross_attention", "decoder/anchor_pos", "heads/box", "heads/class_embed", "heads/logit_scale",
+        "heads/logit_bias", "learnable/anchors", "grain", "noised", "text_encoder",
+    )  # fmt: skip
     unfilled = {place: [path for path in report.missing if path.startswith(place)] for place in places}
     assert all(unfilled.values()) and sum(map(len, unfilled.values())) == len(report.missing)
     whys = {line.split(": ", 1)[1].split(":")[0] for line in report.ignored}
@@ -197,8 +199,9 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
 def test_names_in_memory_and_on_disk_stand_for_the_same_places():
     sizes = shapes_of(mask2former("meta").state_dict())
     names = {
-        ".encoder.swin.e": ".encoder.e", ".attention.relative_position_bias.": ".attention.self.", ".mlp.fc1.": ".intermediate.dense.",
-        ".mlp.fc2.": ".output.dense.", ".o_proj.": ".output.dense.", ".attention.q_proj.": ".attention.self.query.",
+        ".encoder.swin.e": ".encoder.e", ".attention.relative_position_bias.": ".attention.self.",
+        ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense.", ".o_proj.": ".output.dense.",
+        ".attention.q_proj.": ".attention.self.query.",
         ".attention.k_proj.": ".attention.self.key.", ".attention.v_proj.": ".attention.self.value.",
     }  # fmt: skip
     on_disk = {

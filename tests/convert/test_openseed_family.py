@@ -96,8 +96,9 @@ def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
-        vocab_size=40, max_position_embeddings=8, hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2,
-        projection_dim=64, hidden_act="quick_gelu", layer_norm_eps=1e-12, bos_token_id=38, eos_token_id=39, pad_token_id=0,
+        vocab_size=40, max_position_embeddings=8, hidden_size=64, intermediate_size=256, num_attention_heads=1,
+        num_hidden_layers=2, projection_dim=64, hidden_act="quick_gelu", layer_norm_eps=1e-12,
+        bos_token_id=38, eos_token_id=39, pad_token_id=0,
     )  # fmt: skip
     theirs = transformers.CLIPTextModelWithProjection(config).eval()
     with torch.no_grad():

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.parity
 def clip_folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
-        vocab_size=99, hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2, projection_dim=48,
-        max_position_embeddings=16, bos_token_id=97, eos_token_id=98, pad_token_id=0,
+        vocab_size=99, hidden_size=64, intermediate_size=256, num_attention_heads=1, num_hidden_layers=2,
+        projection_dim=48, max_position_embeddings=16, bos_token_id=97, eos_token_id=98, pad_token_id=0,
     )  # fmt: skip
     folder = tmp_path_factory.mktemp("clip")
     transformers.CLIPTextModelWithProjection(config).save_pretrained(folder)
@@ -54,8 +54,8 @@ def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_pat
     torch.manual_seed(0)
     swin = transformers.SwinConfig(drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"])
     config = transformers.Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, hidden_dim=32, mask_feature_size=16, encoder_feedforward_dim=48, dim_feedforward=64,
-        encoder_layers=2, decoder_layers=3, num_attention_heads=2, num_queries=5,
+        backbone_config=swin, feature_size=32, hidden_dim=32, mask_feature_size=16, encoder_feedforward_dim=48,
+        dim_feedforward=64, encoder_layers=2, decoder_layers=3, num_attention_heads=2, num_queries=5,
     )  # fmt: skip
     transformers.Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
     rows = verify(str(tmp_path), image=np.random.default_rng(0).integers(0, 256, (100, 90, 3), np.uint8))

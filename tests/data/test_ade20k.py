@@ -21,8 +21,8 @@ H, W = 24, 40
 WALL, BED, WINDOW, PERSON = 1, 8, 9, 13
 # From the challenge's categoryMapping.txt: instance categories 1 to 100 have these classes, in order; Mask2Former's
 # "isthing" agrees.
-RUNS = "8-9 11 13 15-16 19-21 23-25 28 31-34 36-40 42-46 48 50-51 54 56-59 63 65-68 70-77 79 81-84 86-91 93-94 96 98-99 103-105 108-109"
-RUNS += " 111-113 116-117 119-122 124-128 130-131 133-140 143-145 147-150"
+RUNS = "8-9 11 13 15-16 19-21 23-25 28 31-34 36-40 42-46 48 50-51 54 56-59 63 65-68 70-77 79 81-84 86-91 93-94 96 98-99"
+RUNS += " 103-105 108-109 111-113 116-117 119-122 124-128 130-131 133-140 143-145 147-150"
 MAPPING = dict(
     enumerate((v for run in RUNS.split() for v in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)), 1)
 )

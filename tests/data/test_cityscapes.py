@@ -21,8 +21,8 @@ from mqformer_jax.input.sources import ShardSource  # noqa: E402
 
 H, W = 24, 60
 # The 19 classes in the order of their train ids, and their label ids.
-NAMES = "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider,car,truck,bus,train"
-NAMES = [*NAMES.split(","), "motorcycle", "bicycle"]
+NAMES = "road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,terrain,sky,person,rider"
+NAMES = [*NAMES.split(","), "car", "truck", "bus", "train", "motorcycle", "bicycle"]
 IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
 

@@ -64,7 +64,10 @@ def read(text, things):
 
 
 def test_the_same_seed_gives_the_same_bytes_in_another_process():
-    script = f"import sys; sys.path[:0] = {[DATA, *sys.path]!r}; import sample; sys.stdout.buffer.write(sample.scene(7).to_bytes())"
+    script = (
+        f"import sys; sys.path[:0] = {[DATA, *sys.path]!r}; "
+        "import sample; sys.stdout.buffer.write(sample.scene(7).to_bytes())"
+    )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout
     assert sample.scene(7).to_bytes() == other
     assert sample.scene(8).to_bytes() != other

@@ -28,7 +28,7 @@ def panoptic_updates(rng):
 
 
 def semantic_updates(rng):
-    for record, segments in panoptic_updates(rng):
+    for record, _ in panoptic_updates(rng):
         yield record, np.where(rng.random((panoptic.SIZE,) * 2) < 0.3, 1, ground_truth_map(record, panoptic.INFO) % 4)
 
 

@@ -51,9 +51,9 @@ def source(name, size, first=0, bad=()):
 
 def config(mixture, batch_size=4, seed=0, root="", **data):
     fields = dict(
-        root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture], alpha=0.5, canvas=(SIZE, SIZE),
-        max_targets=2, max_prompts=3, mask_canvases=4.0, scale=(1.0, 1.0), flip=0.0, jitter=0.0, templates=("{}",), workers=0, threads=0,
-        leak_guard=True, max_bad=0.5,
+        root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture],
+        alpha=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, mask_canvases=4.0, scale=(1.0, 1.0),
+        flip=0.0, jitter=0.0, templates=("{}",), workers=0, threads=0, leak_guard=True, max_bad=0.5,
     )  # fmt: skip
     return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data, eval=dict(sets=())))
 

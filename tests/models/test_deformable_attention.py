@@ -54,7 +54,7 @@ def random_inputs():
 def values_and_gradients(value, shapes, locations, weights, cotangent):
     @jax.jit
     def run(*inputs):
-        output, pull_back = jax.vjp(lambda v, l, w: ms_deform_attn(v, shapes, l, w), *inputs)
+        output, pull_back = jax.vjp(lambda v, at, w: ms_deform_attn(v, shapes, at, w), *inputs)
         return output, *pull_back(jnp.asarray(cotangent))
 
     return run(value, locations, weights)
@@ -146,7 +146,7 @@ def compiled_for_tpu(monkeypatch):
     abstract = lambda dtype, *shape: jax.ShapeDtypeStruct((2, 256, *shape), dtype, sharding=split)
 
     def both(value, locations, weights, cotangent):
-        output, pull_back = jax.vjp(lambda v, l, w: ms_deform_attn(v, [(16, 16)], l, w), value, locations, weights)
+        output, pull_back = jax.vjp(lambda v, at, w: ms_deform_attn(v, [(16, 16)], at, w), value, locations, weights)
         return output, pull_back(cotangent)
 
     maps, place = abstract(jnp.bfloat16, 8, 32), abstract(jnp.float32, 8, 1, 4, 2)

@@ -93,7 +93,7 @@ def test_depthwise_is_a_grouped_convolution(size, stride, sides):
     def run(x, kernel):
         outputs = []
         for apply in (depthwise, convolve):
-            y, pull_back = jax.vjp(lambda x, kernel: apply(x, kernel, stride), x, kernel)
+            y, pull_back = jax.vjp(lambda x, kernel, apply=apply: apply(x, kernel, stride), x, kernel)
             outputs.append((y, *pull_back(jnp.cos(y))))
         return outputs
 

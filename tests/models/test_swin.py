@@ -127,7 +127,8 @@ def test_windows_of_12_larger_than_the_last_maps_give_the_values_of_torch():
 
 def test_bfloat16_stays_near_float32():
     exact, rounded = (
-        filled(lambda rngs: Block(64, 3, 1, rngs=rngs, dtype=dtype)) for dtype in (jnp.float32, jnp.bfloat16)
+        filled(lambda rngs, dtype=dtype: Block(64, 3, 1, rngs=rngs, dtype=dtype))
+        for dtype in (jnp.float32, jnp.bfloat16)
     )
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 7, 8, 64)), jnp.bfloat16)
     y = run(*nnx.split(rounded), x)
@@ -177,7 +178,7 @@ def test_the_sizes_have_the_originals_parameter_counts():
     """Microsoft's ImageNet models, less classifier and its norm, with our output norms."""
     counts = {"t": 28_288_354, "s": 49_606_258, "b": 87_768_224, "l": 196_532_476}
     for size, count in counts.items():
-        state = nnx.state(blank(lambda rngs: Swin(size, rngs=rngs)))
+        state = nnx.state(blank(lambda rngs, size=size: Swin(size, rngs=rngs)))
         width = SIZES[size].width
         classifier, norms = 1000 * (8 * width + 1), 2 * (1 + 2 + 4) * width
         assert sum(leaf.size for leaf in jax.tree.leaves(state)) == count - classifier + norms

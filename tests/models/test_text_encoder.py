@@ -31,7 +31,8 @@ def clip():
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
         vocab_size=40, max_position_embeddings=8, hidden_size=128, intermediate_size=512, num_attention_heads=2,
-        num_hidden_layers=2, projection_dim=12, hidden_act="quick_gelu", bos_token_id=38, eos_token_id=39, pad_token_id=0,
+        num_hidden_layers=2, projection_dim=12, hidden_act="quick_gelu",
+        bos_token_id=38, eos_token_id=39, pad_token_id=0,
     )  # fmt: skip
     model = transformers.CLIPTextModelWithProjection(config).eval()
     with torch.no_grad():
