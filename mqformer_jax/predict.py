@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -54,12 +54,13 @@ ENCODED_AT_ONCE = 256  # texts
 KNOWN = 100_000  # texts whose vectors are kept
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Question:
     """What is asked of a batch of images: p prompts each, embedded; `valid` marks the real ones."""
 
     text: Float[Array, "b p e"]
-    valid: Any
+    valid: Bool[Array, "b p"]
 
 
 @flax.struct.dataclass

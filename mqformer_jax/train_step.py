@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -35,6 +35,7 @@ from mqformer_jax.parallel.mesh import (
 from mqformer_jax.parallel.rules import shardings
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class TrainState:
     """All that a step changes, and the constants it reads (`frozen`: statistics of frozen norms)."""

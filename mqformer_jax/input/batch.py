@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.input.example import Example, Target
 
 PAD = 128  # grey of the padding right and below the image
 SAME = 0.5  # the share of the smaller box from which two targets may be one object under two names
 
 
+# Not checked: under jax.vmap or jax.tree.map fields lose an axis, or are no arrays. Shapes say what a whole one has.
+@no_type_check
 @flax.struct.dataclass
 class Batch:
     """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt, M bytes of
@@ -36,21 +39,21 @@ class Batch:
     source: index of the data set in the mixture, for metrics only.
     """
 
-    image: UInt8[np.ndarray, "b h w 3"]
-    size: Int[np.ndarray, "b 2"]
-    tokens: Int[np.ndarray, "b p l"] | Float[np.ndarray, "b p e"]
-    prompt_valid: Bool[np.ndarray, "b p"]
-    prompt_region: Bool[np.ndarray, "b p"]
-    prompt_exhaustive: Bool[np.ndarray, "b p"]
-    num_targets: Int[np.ndarray, " b"]
-    boxes: Float[np.ndarray, "b n 4"]
-    positive: Bool[np.ndarray, "b n p"]
-    negative: Bool[np.ndarray, "b n p"]
-    has_mask: Bool[np.ndarray, "b n"]
-    masks: UInt8[np.ndarray, "b m"]
-    windows: Int[np.ndarray, "b n 5"]
-    ignore: UInt8[np.ndarray, "b h w8"]
-    source: Int[np.ndarray, " b"]
+    image: UInt8[Array, "b h w 3"]
+    size: Int[Array, "b 2"]
+    tokens: Int[Array, "b p l"] | Float[Array, "b p e"]
+    prompt_valid: Bool[Array, "b p"]
+    prompt_region: Bool[Array, "b p"]
+    prompt_exhaustive: Bool[Array, "b p"]
+    num_targets: Int[Array, " b"]
+    boxes: Float[Array, "b n 4"]
+    positive: Bool[Array, "b n p"]
+    negative: Bool[Array, "b n p"]
+    has_mask: Bool[Array, "b n"]
+    masks: UInt8[Array, "b m"]
+    windows: Int[Array, "b n 5"]
+    ignore: UInt8[Array, "b h w8"]
+    source: Int[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Row:
     boxes: Float[np.ndarray, "n 4"]
     positive: Bool[np.ndarray, "n p"]
     negative: Bool[np.ndarray, "n p"]
-    bits: list[UInt8[np.ndarray, "mh mw8"] | None]
+    bits: list[UInt8[np.ndarray, "_h _w8"] | None]
     windows: list[tuple[int, int, int, int]]
     ignore: UInt8[np.ndarray, "h w8"] | None
     source: int

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -51,6 +52,7 @@ class Weights:
         return sum(value * getattr(self, "class_" if name == "class" else name) for name, value in terms.items())
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Pairs:
     """r pairs of a query and a target at s stages of one image, and which queries may be taught what is absent.
@@ -64,6 +66,7 @@ class Pairs:
     teach: Bool[Array, "s q"]
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Counts:
     """What losses are divided by, as in the originals: targets, and noised copies, in the whole global batch of all

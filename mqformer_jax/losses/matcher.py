@@ -24,7 +24,7 @@ from mqformer_jax.arrays import Array
 UNUSABLE = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
 
 
-def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""]) -> Int[Array, " n"]:
+def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[Array, " n"]:
     """The query of each target, all different, with the least total cost over the first `num_targets` rows.
 
     cost: n targets x q queries, n <= q. Rows from `num_targets` on are never read and get -1. NaN and infinities never

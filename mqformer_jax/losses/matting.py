@@ -15,11 +15,11 @@ BINOMIAL = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 
 
 def matting_loss(
-    alphas: dict[int, Float[Array, "b _ _"]],
+    alphas: dict[int, Float[Array, "b _h _w"]],
     target: Float[Array, "b h w"],
     weight: Float[Array, "b h w"],
     coarse: float = 0.25,
-) -> dict[str, Float[Array, ""]]:
+) -> dict[str, Float[Array, ""] | float]:
     """The terms of the refiner's loss; their sum is the loss.
 
     alphas: {stride: alpha}, of which 1 is the answer. weight: of each pixel, 0 on padding, more where the matte is hard

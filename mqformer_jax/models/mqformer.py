@@ -11,6 +11,7 @@ Every query of both kinds answers every prompt; the matcher (losses/) decides wh
 from __future__ import annotations
 
 import functools
+from typing import no_type_check
 
 import flax.struct
 import jax
@@ -29,6 +30,7 @@ from mqformer_jax.models.queries import ConditionalQueries, LearnableQueries, No
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Predictions:
     """What q queries say at s stages, for p prompts.
@@ -42,6 +44,7 @@ class Predictions:
     mask_embed: Float[Array, "s b q d"]
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Outputs:
     """Matching queries (learnable first), denoising queries where asked for, and the features their masks are made of.
@@ -116,7 +119,7 @@ class MQFormer(nnx.Module):
 
     def segment(
         self,
-        features: dict[int, Float[Array, "b h w c"]],
+        features: dict[int, Float[Array, "b _h _w _c"]],
         canvas: tuple[int, int],
         size: Int[Array, "b 2"],
         text: Float[Array, "b p e"],

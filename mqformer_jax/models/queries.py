@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, no_type_check
 
 import flax.struct
 import jax
@@ -18,6 +18,7 @@ from mqformer_jax.models.layers import layer_norm
 OUTSIDE = 1e4  # the logit of a proposal that is no proposal (padding, or off the image): its sigmoid is 1 in float32
 
 
+@no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Noised:
     """Noised copies of targets, to be restored (made by `losses.denoising`).

@@ -7,7 +7,7 @@ sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 
 def test_focal_loss_is_retinanets():
-    logits, labels = rng.normal(size=50), rng.integers(0, 2, 50)
+    logits, labels = rng.normal(size=50), rng.integers(0, 2, 50).astype(float)
     p = sigmoid(logits)
     expected = np.where(labels == 1, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
     np.testing.assert_allclose(costs.focal(logits, labels), expected, rtol=1e-5)
