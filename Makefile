@@ -35,7 +35,7 @@ COMMA := ,
 # ---- Tests (CONTRIBUTING.md) ----
 # TESTS: files, folders or options of pytest, e.g. make test TESTS=tests/losses or make test TESTS="-k matcher"
 TESTS ?=
-PYTEST = env -u GLIBC_TUNABLES $(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+PYTEST = env -u GLIBC_TUNABLES $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 FAST := not slow and not parity and not process and not tpu_compiler and not browser
 
 .venv/.test: .venv/.demo

@@ -130,6 +130,16 @@ def tiny_config(sample_root):
     return config
 
 
+@pytest.fixture
+def tiny_run(sample_root):
+    """A fresh recipe for tests that train a little and do not care what model: its step compiles fastest."""
+    from tiny import get_config
+
+    config = get_config("process")
+    config.data.root = sample_root
+    return config
+
+
 @pytest.fixture(scope="session")
 def tiny_batch(sample_root):
     """One batch of the tiny recipe, of 8 images."""
@@ -141,6 +151,15 @@ def tiny_batch(sample_root):
     config = get_config()
     config.data.root = sample_root
     return next(make_loader(config, make_tokenizer(config.model.text)).batches())
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long come first: with --no-loadscope-reorder, pytest-xdist hands out files in this order."""
+    seconds = {"process": 30, "tpu_compiler": 10, "slow": 10, "browser": 10}
+    of_file: collections.Counter[pathlib.Path] = collections.Counter()
+    for item in items:
+        of_file[item.path] += max((seconds.get(mark.name, 1) for mark in item.iter_markers()), default=0)
+    items.sort(key=lambda item: -of_file[item.path])
 
 
 # ---- What a run says at its end ---------------------------------------------------------------------------------

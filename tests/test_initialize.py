@@ -139,18 +139,20 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
         initialize(params, frozen, config)
 
 
-def test_a_run_starts_from_them_and_goes_on_without_them(tiny_config, other, tmp_path):
+@pytest.mark.slow
+def test_a_run_starts_from_them_and_goes_on_without_them(tiny_run, tmp_path):
     """At learning rate 0 what comes out is what went in; a run that goes on asks for its own checkpoint alone."""
-    wanted, folders = other
-    config = tiny_config
-    config.init_from, config.steps, config.eval.sets = tuple(folders), 1, ()
+    config = tiny_run
+    wanted, frozen = jax.jit(lambda: build_model(config, 1)[1:])()
+    save_weights(str(tmp_path / "other"), Weights(config, wanted, frozen), {})
+    config.init_from, config.steps = (str(tmp_path / "other"),), 1
     config.optimizer.learning_rate = 0.0
-    train(config, str(tmp_path))
-    trained = leaves(load_weights(str(tmp_path)).params)
+    train(config, str(tmp_path / "run"))
+    trained = leaves(load_weights(str(tmp_path / "run")).params)
     for path, value in leaves(wanted).items():
         np.testing.assert_array_equal(trained[path], value, err_msg=path)
     config.init_from, config.steps = ("deleted since",), 2
-    train(config, str(tmp_path))
+    train(config, str(tmp_path / "run"))
 
 
 def test_a_run_keeps_the_tokenizer_of_the_text_encoder_it_starts_from(tmp_path):

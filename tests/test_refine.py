@@ -20,8 +20,8 @@ from mqformer_jax.matting import FOLDER, Refiner, build_refiner
 from mqformer_jax.refine import refine, table
 
 
-def recipe(root: str):
-    config = get_config("train")
+def recipe(root: str, variant: str = "train"):
+    config = get_config(variant)
     config.data.root = root
     config.checkpoint_every = 100
     config.matting.mixture = tuple(dict(name=name, split="train") for name in ("sample_scenes", "sample_mattes"))
@@ -114,10 +114,11 @@ def test_batches_depend_on_the_seed_alone(sample_root):
     assert not np.array_equal(first["guidance"], next(make_batches(config, sources, [{}, {}]))["guidance"])
 
 
+@pytest.mark.slow
 def test_the_models_own_masks_guide_where_there_is_a_model(sample_root, tmp_path):
     from mqformer_jax.train import train
 
-    config = recipe(sample_root)
+    config = recipe(sample_root, "process")
     config.steps, config.matting.steps, config.matting.own = 1, 1, 1.0
     train(config, str(tmp_path / "model"))
     results = refine(config, str(tmp_path / "model"), str(tmp_path / "model"))

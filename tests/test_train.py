@@ -124,41 +124,57 @@ def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkey
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
+def first_step(config, shape, batch) -> dict:
+    """The metrics of a fresh model's first step on a mesh."""
+    step = TrainStep(config, make_mesh(shape, jax.devices()[: math.prod(shape)]))
+    state, metrics = step(step.init(), step.put(batch))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    return jax.device_get(metrics)
+
+
+@pytest.mark.slow
 def test_losses_on_eight_devices_are_those_of_one(whole_run, tiny_batch):
     config, workdir, _ = whole_run
-    step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
-    state, metrics = step(step.init(), step.put(tiny_batch))
-    assert float(metrics["total"]) == pytest.approx(losses(workdir)[1], rel=1e-4)
-    assert float(metrics["gradient_norm"]) == pytest.approx(lines_of(workdir)[0]["gradient_norm"], rel=1e-4)
-    assert np.isfinite([float(x.sum()) for x in jax.tree.leaves(state.params)]).all()
-
-
-def test_heads_and_channels_split_over_devices_change_nothing(tiny_config, tiny_batch):
-    """Layers of one each, which leaves no loop: where loops hold collectives, XLA's devices on a CPU can wait for each
-    other for ever.
-    """
-    config = tiny_config
-    config.model.update(encoder_layers=1, decoder_layers=1)
-    config.model.text.layers = 1
-    found = []
-    for shape in ((1, 1, 1), (2, 2, 2)):
-        step = TrainStep(config, make_mesh(shape, jax.devices()[: math.prod(shape)]))
-        _, metrics = step(step.init(), step.put(tiny_batch))
-        found.append([float(metrics[name]) for name in ("total", "gradient_norm", "class", "mask", "box")])
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4)
-
-
-def test_parts_of_a_batch_one_after_the_other_are_the_batch(whole_run, tiny_batch):
-    """Losses are divided by what the whole batch holds, so that its parts add up to it, whatever each holds."""
-    config, workdir, _ = whole_run
-    config = config.copy_and_resolve_references()
-    config.accumulate = 4
-    step = TrainStep(config, make_mesh((1, 2, 1), jax.devices()[:2]))
-    _, metrics = step(step.init(), step.put(tiny_batch))
-    first = lines_of(workdir)[0]
+    metrics, first = first_step(config, (1, 1, 1), tiny_batch), lines_of(workdir)[0]
     assert float(metrics["total"]) == pytest.approx(first["loss/total"], rel=1e-4)
     assert float(metrics["gradient_norm"]) == pytest.approx(first["gradient_norm"], rel=1e-4)
-    assert metrics["per_image"].shape == (8,) and metrics["taken"][:, 1].sum() == tiny_batch.num_targets.sum()
+
+
+def one_layer_each(root: str):
+    """No loop over layers: where loops hold collectives, XLA's devices on a CPU can wait for each other for ever."""
+    from tiny import get_config
+
+    config = get_config("train")
+    config.data.root = root
+    config.model.update(encoder_layers=1, decoder_layers=1, strides=(8,))
+    config.model.backbone.widths = (8, 8, 16)
+    config.model.text.layers = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(sample_root, tiny_batch):
+    """The first step of `one_layer_each` on one device."""
+    return first_step(one_layer_each(sample_root), (1, 1, 1), tiny_batch)
+
+
+SUMS = ("total", "gradient_norm", "class", "mask", "box")
+
+
+@pytest.mark.slow
+def test_heads_and_channels_split_over_devices_change_nothing(alone, sample_root, tiny_batch):
+    found = first_step(one_layer_each(sample_root), (2, 2, 2), tiny_batch)
+    np.testing.assert_allclose([found[name] for name in SUMS], [alone[name] for name in SUMS], rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_parts_of_a_batch_one_after_the_other_are_the_batch(alone, sample_root, tiny_batch):
+    """Losses are divided by what the whole batch holds, so that its parts add up to it, whatever each holds."""
+    config = one_layer_each(sample_root)
+    config.accumulate = 4
+    found = first_step(config, (1, 2, 1), tiny_batch)
+    np.testing.assert_allclose([found[name] for name in SUMS], [alone[name] for name in SUMS], rtol=1e-4)
+    assert found["per_image"].shape == (8,) and found["taken"][:, 1].sum() == tiny_batch.num_targets.sum()
 
 
 @pytest.fixture
