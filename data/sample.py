@@ -115,8 +115,7 @@ def _matte_only(record: Record) -> Record:
     return dataclasses.replace(record, segments=tuple(s for s in record.segments if s.foreground), absent_texts=())
 
 
-# ---- Expressions
-# ------------------------------------------------------------------------------------------------------
+# ---- Expressions ---------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

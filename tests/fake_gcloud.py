@@ -147,7 +147,7 @@ class Cloud:
         return subprocess.run(words, shell=True, cwd=self.checkout, check=True, capture_output=True, text=True).stdout
 
     def script(self, *words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, timeout=60)
+        return subprocess.run([str(SCRIPT), *words], env=self.env, capture_output=True, text=True, timeout=300)
 
     def words(self, command: str, *args: str) -> list[str]:
         settings = (
@@ -164,7 +164,7 @@ class Cloud:
 
     def launch(self, command: str, *args: str, **env: str) -> subprocess.CompletedProcess:
         return subprocess.run(
-            self.words(command, *args), env=self.env | env, capture_output=True, text=True, timeout=60, cwd="/"
+            self.words(command, *args), env=self.env | env, capture_output=True, text=True, timeout=300, cwd="/"
         )
 
     def ok(self, command: str, *args: str, **env: str) -> str:
@@ -196,7 +196,7 @@ class Cloud:
                     os.killpg(int((run / "pid").read_text()), signal.SIGKILL)
 
 
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came true"

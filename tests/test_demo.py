@@ -211,7 +211,7 @@ class Page:
     def all(self, css):
         return self.browser.find_elements("css selector", css)
 
-    def wait(self, true, seconds=30):
+    def wait(self, true, seconds=120):
         end = time.monotonic() + seconds
         while not (value := true()):
             assert time.monotonic() < end, self.browser.find_element("css selector", "body").text

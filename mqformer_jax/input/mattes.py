@@ -71,8 +71,7 @@ def mattes_of(record: Record, index: int) -> list[Matte]:
     ]
 
 
-# ---- Geometry, the same in training and after it
-# -----------------------------------------------------------------------------
+# ---- Geometry, the same in training and after it -------------------------------------------------------------------
 
 
 def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | None:
@@ -123,8 +122,7 @@ def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
     return cv2.copyMakeBorder(resized, 0, canvas - size[0], 0, canvas - size[1], cv2.BORDER_REPLICATE)
 
 
-# ---- Guidance
-# ----------------------------------------------------------------------------------------------------------------
+# ---- Guidance ------------------------------------------------------------------------------------------------------
 
 
 def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
@@ -155,8 +153,7 @@ def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[
     return np.clip(mask, 0, 1)  # a blur rounds
 
 
-# ---- Batches
-# -----------------------------------------------------------------------------------------------------------------
+# ---- Batches -------------------------------------------------------------------------------------------------------
 
 
 def make_batches(

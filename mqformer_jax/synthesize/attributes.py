@@ -160,8 +160,7 @@ def _free(box: np.ndarray, others: np.ndarray) -> Bool[np.ndarray, "h w"]:
     return free
 
 
-# ---- Ways to name a thing: the best first
-# ------------------------------------------------------------------------------
+# ---- Ways to name a thing: the best first --------------------------------------------------------------------------
 
 
 def _heads(thing: int, noun: str, scene: Scene) -> list[Phrase]:

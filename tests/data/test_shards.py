@@ -45,7 +45,7 @@ def whole(toy):
 
 
 def _wait(condition):
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "it does not come"
         time.sleep(0.01)
@@ -102,8 +102,7 @@ def test_shards_are_neither_small_nor_many(images, size, fewest, most):
     assert max(map(len, runs)) < 1.2 * images / len(runs) + 1
 
 
-# ---- What goes on
-# -----------------------------------------------------------------------------------------------------
+# ---- What goes on --------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, capfd):
@@ -118,7 +117,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, cap
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     _wait(lambda: len(list(toy.partial.glob("*.json"))) == SHARDS - 1 and list(toy.partial.glob("*.tmp")))
     run.kill()
-    run.communicate(timeout=10)  # returns when the last process that holds the pipe is gone
+    run.communicate(timeout=300)  # returns when the last process that holds the pipe is gone
     finished = {path.stem: path.stat().st_ino for path in toy.partial.glob("*.array_record")}
     assert len(finished) == SHARDS - 1 and not (toy.folder / "dataset.json").exists()
     toy.made()
@@ -193,8 +192,7 @@ def test_masks_that_changed_count_as_changed(tmp_path):
     assert [a != b for a, b in zip(before, paths())] == [True, True, False]
 
 
-# ---- What goes wrong
-# --------------------------------------------------------------------------------------------------
+# ---- What goes wrong -----------------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
@@ -219,7 +217,7 @@ def test_a_full_disk_is_one_line(tmp_path):
     """A file may be 64 KB, which no shard of 32 scenes is."""
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     run = _sample(tmp_path, 64, preexec_fn=limit)
-    said = run.communicate(timeout=60)[1]
+    said = run.communicate(timeout=300)[1]
     assert run.returncode == 1 and said.count("\n") == 1
     assert said.startswith("prepare: ") and "train.partial/0000" in said and "File too large" in said
     assert not (tmp_path / "sample_scenes" / "dataset.json").exists()
@@ -239,7 +237,7 @@ def test_ctrl_c_ends_at_once_and_says_that_shards_are_kept(tmp_path):
     partial = tmp_path / "sample_scenes" / "train.partial"
     _wait(lambda: len(list(partial.glob("*.tmp"))) == 2)
     os.killpg(run.pid, signal.SIGINT)
-    said = run.communicate(timeout=60)[1]  # a busy machine takes a while to end three processes
+    said = run.communicate(timeout=300)[1]  # a busy machine takes a while to end three processes
     assert run.returncode == 130 and "Traceback" not in said, said
     assert "prepare: interrupted; finished shards are kept, and the same command goes on with them\n" in said
     assert os.listdir(tmp_path / "sample_scenes") == ["train.partial"]

@@ -43,8 +43,7 @@ def texts_of(record, info, image=None, asked=None):
     return [[c.text for c in captions] for captions in captions_of(record, info, image, asked)]
 
 
-# ---- The sample: what is said, against what was drawn
-# ------------------------------------------------------------------
+# ---- The sample: what is said, against what was drawn --------------------------------------------------------------
 
 
 def read(text, things):
@@ -153,8 +152,7 @@ def test_the_mirrored_image_has_the_mirrored_captions(name):
         assert [[mirror(Prompt((text,), True)).texts[0] for text in texts] for texts in plain] == turned
 
 
-# ---- Real images
-# -------------------------------------------------------------------------------------------------------
+# ---- Real images ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -175,8 +173,7 @@ def test_captions_of_photographs_name_one_box_each(real_data, masks):
     assert captioned > 0.4 * boxes
 
 
-# ---- By name
-# -----------------------------------------------------------------------------------------------------------
+# ---- By name -------------------------------------------------------------------------------------------------------
 
 
 def test_it_is_made_by_its_name_and_takes_no_weights():

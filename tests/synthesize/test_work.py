@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import time
+import threading
 
 import numpy as np
 import pytest
@@ -88,30 +88,33 @@ def test_an_answer_that_was_cut_short_is_asked_for_again(root):
     assert len(records_of(root)) == 20 and all(s.mask for r in records_of(root) for s in r.segments)
 
 
-def _until_killed(root: str, started) -> None:
-    class Slow(Ellipses):
+def _until_killed(root: str, calls: int, reached) -> None:
+    """Sets `reached` in the middle of the teacher's call of that number, which never returns."""
+
+    class Stuck(Ellipses):
+        left = calls
+
         def __call__(self, pictures, boxes):
-            started.set()
-            time.sleep(0.02)
+            self.left -= 1
+            if not self.left:
+                reached.set()
+                threading.Event().wait()
             return super().__call__(pictures, boxes)
 
-    synthesize(work_of(root), Masks(Slow(), Quality()))
+    synthesize(work_of(root), Masks(Stuck(), Quality()))
 
 
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_set(root):
     context = multiprocessing.get_context("spawn")
     synthesize(work_of(root, out="whole"), Masks(Ellipses(), Quality()))
-    kills = 0
-    for wait in (0.0, 0.07, 0.15):
-        started = context.Event()
-        process = context.Process(target=_until_killed, args=(str(root), started))
+    for calls in (1, 3, 2):
+        reached = context.Event()
+        process = context.Process(target=_until_killed, args=(str(root), calls, reached))
         process.start()
-        assert started.wait(60)
-        time.sleep(wait)
+        assert reached.wait(300)
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 2
+        assert process.exitcode == -signal.SIGKILL
     synthesize(work_of(root), Masks(Ellipses(), Quality()))
     assert records_of(root) == records_of(root, "whole")
 
