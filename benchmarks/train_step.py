@@ -35,9 +35,8 @@ import numpy as np
 from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # torch's idle threads would spin: three times slower on a machine with other work
+# torch's idle threads would spin: three times slower on a machine with other work
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
 sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "configs")]
 

@@ -80,11 +80,12 @@ def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
     rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
     values = [int(row[0]) for row in rows[1:] if row[0].isdecimal() and len(row) > 1]
     if values and not rows[0][0].isdecimal() and values == list(range(values[0], values[0] + len(rows) - 1)):
+        # a table with a head: the mask value comes first, the name last
         return (
             [row[-1] for row in rows[1:]],
             None,
             values[0],
-        )  # a table with a head: the mask value comes first, the name last
+        )
     for line in lines:
         nameless = any(not re.search(r"[^\W\d_]", name) for name in _synonyms(line))
         if nameless or "#" in line or "::" in line or NUMBERED.match(line):

@@ -118,9 +118,8 @@ def referring_record(
                 continue
             key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
             class_id = _class(ref["category_id"], class_of) if "category_id" in ref else None
-            segment = shape(
-                {**ref, "iscrowd": 0}, image, problems, what, class_id
-            )  # somebody pointed at it, so it is a target
+            # somebody pointed at it, so it is a target
+            segment = shape({**ref, "iscrowd": 0}, image, problems, what, class_id)
             old, old_texts = found.get(key, (segment, []))
             found[key] = (old if old.mask else segment, old_texts + texts)
         except Unusable as e:

@@ -15,6 +15,7 @@ import numpy as np
 import PIL.Image
 
 JPEG = (".jpg", ".jpeg")
+# .heic: to be counted, OpenCV reads none
 EXTENSIONS = (
     *JPEG,
     ".png",
@@ -24,7 +25,7 @@ EXTENSIONS = (
     ".tiff",
     ".gif",
     ".heic",
-)  # .heic: to be counted, OpenCV reads none
+)
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
 _CHROMA = 32  # a grey JPEG's channels differ by less

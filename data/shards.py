@@ -73,9 +73,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     except BaseException:
-        pool.shutdown(
-            wait=False, cancel_futures=True
-        )  # first: its thread keeps the lock for this while it buries workers
+        # first: its thread keeps the lock for this while it buries workers
+        pool.shutdown(wait=False, cancel_futures=True)
         ours.close()  # a shard may take minutes that nobody waits for any more
         raise
     pool.shutdown()

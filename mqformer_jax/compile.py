@@ -69,9 +69,8 @@ def get_topology(name: str) -> list[jax.Device]:
         raise ValueError(f"--topology={name}: give one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16 or v4:4x4x8.")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
-    options: dict[str, Any] = (
-        {"chip_config_name": "megacore"} if kind == "v4" else {}
-    )  # both its cores are one device, as JAX runs it
+    # both its cores are one device, as JAX runs it
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = [1, 1, 1]
     try:

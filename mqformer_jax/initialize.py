@@ -21,9 +21,8 @@ from mqformer_jax.checkpoint import load_config, load_weights
 from mqformer_jax.models.swin import resize_table
 from mqformer_jax.parallel.rules import named, path_name
 
-TEXT_SPACE = re.compile(
-    r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)"
-)  # means nothing to another text encoder
+# means nothing to another text encoder
+TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)")
 TOKENIZER = "tokenizer.json"
 # fields of config.model that change what weights mean and not their shapes, by the paths they matter to
 MEANING = {
@@ -70,9 +69,8 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         if unused := sorted(set(wanted) - used):
             lines.append(f"{path}: this model has no place for {_summary(unused)}")
     if "grain" in params and "grain" not in loaded and "heads/class_embed/kernel" in loaded:
-        trees["params"]["grain"] = jax.tree.map(
-            jnp.zeros_like, params["grain"]
-        )  # trained classes know no grain: the identity
+        # trained classes know no grain: the identity
+        trees["params"]["grain"] = jax.tree.map(jnp.zeros_like, params["grain"])
     fresh = sorted({**named(params), **named(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
 

@@ -42,20 +42,17 @@ def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
         return
     _socket, _writer = socket.socketpair()
     _writer.setblocking(False)
-    sys.warnoptions.append(
-        "ignore:resource_tracker:UserWarning"
-    )  # it cleans up after this process, and would say so in two lines
+    # Python's resource tracker cleans up after this process, and would report it in two lines.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)  # signals that have no Python handler are not written to the socket
     threading.Thread(target=_watch, args=(_socket,), name="ctrl-c", daemon=True).start()
 
 
 def exit_now(status: int, message: str) -> None:
-    """End this process at once: print `message` to stderr, end child processes, remove temporary paths. Never
-    returns.
-    """
-    os.write(2, f"\n{message}\n".encode())
-    for step in (_flush_stdout, _kill_children, _remove_temporary, *_before_exit):
+    """End this process at once: print `message` to stderr, kill child processes, remove temporary paths."""
+    write = lambda: os.write(2, f"\n{message}\n".encode())
+    for step in (_flush_stdout, write, _kill_children, _remove_temporary, *_before_exit):
         with contextlib.suppress(Exception):  # nothing may keep the process from ending
             step()
     os._exit(status)
@@ -68,9 +65,7 @@ def before_exit(step: Callable[[], None]) -> None:
 
 @contextlib.contextmanager
 def removed_on_exit(path: str | os.PathLike) -> Iterator[None]:
-    """Remove a temporary file or folder if Ctrl-C ends the process inside this context; the caller removes it
-    otherwise.
-    """
+    """Remove a temporary file or folder if the process ends inside this context by `exit_now`."""
     _temporary.add(os.fspath(path))
     try:
         yield
@@ -90,9 +85,7 @@ def deaf_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def postponed(ask: Callable[[], bool]) -> Iterator[None]:
-    """Inside this context, Ctrl-C does not end the process where `ask()` returns True: the caller then stops by
-    itself.
-    """
+    """Inside this context, Ctrl-C does not end the process if `ask()` returns True: the caller then stops by itself."""
     global _postpone
     _postpone = ask
     try:
@@ -103,9 +96,7 @@ def postponed(ask: Callable[[], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Iterator[None]:
-    """Inside this context, SIGTERM ends a command at once with status 0. It needs a Python handler of SIGTERM, of any
-    kind.
-    """
+    """Inside this context, SIGTERM ends a command at once with status 0, if Python has a handler for SIGTERM."""
     global _exits_on_sigterm
     _exits_on_sigterm = True
     try:

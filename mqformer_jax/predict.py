@@ -250,9 +250,8 @@ class Predictor:
         embedded = self.embed(prompts, regions, self.config.data.templates if classes else ("{}",))
         answering, thresholds = self._kind(queries), with_score(self.config.eval, score)
         if queries != "all":
-            thresholds = ConfigDict(
-                {**thresholds, "least": max(0.0, thresholds.least)}
-            )  # the silent ones score nothing
+            # the silent ones score nothing
+            thresholds = ConfigDict({**thresholds, "least": max(0.0, thresholds.least)})
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
             some = images[start : start + self.config.eval.batch_size]

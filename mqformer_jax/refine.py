@@ -37,9 +37,8 @@ from mqformer_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from mqformer_jax.predict import Predictor
 from mqformer_jax.segments import soft_mask
 
-OwnMasks = dict[
-    int, np.ndarray
-]  # of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
+# of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
+OwnMasks = dict[int, np.ndarray]
 OWN_SIDE = 256
 SLACK = 0.02  # how far the outlines that are measured lie from the true ones, in the image's larger side
 

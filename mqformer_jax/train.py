@@ -25,8 +25,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     """Train `config` in `workdir`, from its newest checkpoint where there is one; returns the last evaluation.
 
     Every batch and every random number depends on the seed and the step alone, so a run that was stopped and goes on is
-    the run that was not (bit for bit on CPU). Returns None where it was told to end (SIGTERM): it saved, and is not
-    done.
+    the run that was not (bit for bit on CPU). Returns None if it saved and stopped early (SIGTERM or Ctrl-C).
     """
     os.makedirs(workdir, exist_ok=True)
     command_line.keep_compiled()
@@ -71,33 +70,32 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             smoothing=0.05,
             disable=not is_first(),
         )
-        told, before = False, None
-        at_once = (
-            jax.default_backend() == "cpu"
-        )  # where two steps under way on several devices can wait for each other for ever
+        stops, before = False, None
+        # On CPUs, two steps under way on several devices can wait for each other for ever.
+        one_at_a_time = jax.default_backend() == "cpu"
         with bar:
-            while step < config.steps and not told:
+            while step < config.steps and not stops:
                 alive = before["alive"] if before and config.not_finite == "stop" else None
                 state, measured = train_step(state, train_step.put(next(batches)), alive)
                 if before:  # the step before this one, so that the device always has one to work on
                     not_finite.check(step - 1, before, state)
                 before = measured
                 step += 1
-                if at_once:
+                if one_at_a_time:
                     not_finite.check(step - 1, measured, state)
                 metrics.add(measured)
-                told = preemption.should_stop(step)
+                stops = preemption.should_stop(step)
                 evaluates = config.eval.every and step % config.eval.every == 0 and step < config.steps
-                saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or told
+                saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or stops
                 if saves:  # nothing that is not finite is ever saved
                     not_finite.check(step - 1, measured, state)
                 if saves or step % config.log_every == 0:  # what is counted goes on from a checkpoint's line
                     bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
-                    preemption.saved()
-                if evaluates and not told:
-                    with preemption.exit_on_sigterm():
+                if evaluates and not stops:
+                    checkpoints.wait()
+                    with preemption.exit_on_signals():
                         metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
                 bar.update()
         if any(loader.bad.values()):
@@ -109,7 +107,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         results = None
         if step == config.steps:
             checkpoints.wait()
-            with preemption.exit_on_sigterm():
+            with preemption.exit_on_signals():
                 results = _evaluate(config, state, tokenizer, workdir) if config.eval.sets else {}
             metrics.write_evaluation(step, results)
         metrics.close()

@@ -96,11 +96,12 @@ class TrainStep:
             out_shardings=(self.layout, whole),
             donate_argnums=0,
         )
+        # what the step is compiled for
         self.arguments = (
             self.abstract,
             abstract_batch(config),
             jax.ShapeDtypeStruct((), bool),
-        )  # what the step is compiled for
+        )
 
     def init(self) -> TrainState:
         return self._create(self._init_key)

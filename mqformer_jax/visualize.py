@@ -52,9 +52,8 @@ def overlay(
     canvas = np.ascontiguousarray(canvas.round().astype(np.uint8))
     thickness = max(1, round(max(canvas.shape) / 600))
     for i in largest_first:
-        wider = cv2.copyMakeBorder(
-            masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE
-        )  # no line along the image's edge
+        # no line along the image's edge
+        wider = cv2.copyMakeBorder(masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE)
         outlines, _ = cv2.findContours(wider, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(
             canvas, outlines, -1, (0.3 * shades[i] + 0.7 * 255).tolist(), thickness, cv2.LINE_AA, offset=(-4, -4)

@@ -17,9 +17,8 @@ PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {COMPILATION} {PATIENCE}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads; there are as many pytest workers as cores
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # nohup ignores Ctrl-C, and so would the programs that tests start
+# nohup ignores Ctrl-C, and so would the programs that tests start
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

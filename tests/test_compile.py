@@ -26,9 +26,8 @@ def report(eight_chips):
     config = get_config()
     config.mesh = (2, 4, 1)
     config.model.dtype = "bfloat16"
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # what was compiled for chips that are not there cannot be read again
+    # what was compiled for chips that are not there cannot be read again
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         return pods.measure(config, "v5e:2x4", eight_chips)
     finally:

@@ -205,9 +205,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole
     kept, step = load_weights(str(folder)), TrainStep(config, make_mesh(config.mesh))
     with np.load(folder / "0.npz") as arrays:
         batch = Batch(**arrays)
-    named = {
-        path_name(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept.params)
-    }  # the step is given copies
+    # the step is given copies
+    named = {path_name(path): np.array(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(kept.params)}
     params = lambda: jax.tree_util.tree_map_with_path(
         lambda path, place: jax.device_put(named[path_name(path)], place), step.layout.params
     )

@@ -21,12 +21,13 @@ from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
 from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
 from mqformer_jax.interrupts import removed_on_exit
 
+# Hugging Face's names
 FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
-)  # Hugging Face's names
+)
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }

@@ -35,9 +35,8 @@ from mqformer_jax.models.pixel_decoder import PixelDecoder
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 Stages = dict[str, np.ndarray]
-Leaves = Callable[
-    [Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]
-]  # of these paths and shapes, those that there are
+# of these paths and shapes, those that there are
+Leaves = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]]
 SIDES = 256, 320  # of the image that both are shown
 
 

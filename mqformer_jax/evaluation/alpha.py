@@ -13,10 +13,11 @@ from jaxtyping import Bool, Float, UInt8
 from mqformer_jax.evaluation import worst
 
 SIGMA = 1.4  # of the Gaussian whose derivative `grad` compares
+# of `conn`: thresholds are k / STEP; up to TOLERANCE above its connected level a pixel is connected
 STEP, TOLERANCE = (
     10,
     0.15,
-)  # of `conn`: thresholds are k / STEP; up to TOLERANCE above its connected level a pixel is connected
+)
 BAND = 10  # pixels around those covered in part that count as unknown where a record has no trimap
 Mask = Float[np.ndarray, "h w"]
 

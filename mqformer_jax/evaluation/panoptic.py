@@ -26,9 +26,8 @@ class PanopticEvaluator:
 
     def __init__(self, info: DatasetInfo, learnable: int | None = None):
         self.info, self.learnable = info, learnable
-        self.taken = np.zeros(
-            (2, 2), int
-        )  # stuff, things: segments rightly found, those of them that learnable queries found
+        # stuff, things: segments rightly found, those of them that learnable queries found
+        self.taken = np.zeros((2, 2), int)
         self.images: list[dict] = []
         self.truth: list[dict] = []
         self.found: list[dict] = []

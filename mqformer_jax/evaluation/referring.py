@@ -20,13 +20,11 @@ class ReferringEvaluator:
     """
 
     def __init__(self):
-        self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(
-            list
-        )  # kind → (intersection, union) in pixels
+        # kind → (intersection, union) in pixels
+        self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)
         self.rejected: list[bool] = []
-        self.scores: dict[str, list[float]] = defaultdict(
-            list
-        )  # image → IoU of its expressions; 1 or 0 where one names nothing
+        # image → IoU of its expressions; 1 or 0 where one names nothing
+        self.scores: dict[str, list[float]] = defaultdict(list)
 
     def update(
         self,

@@ -89,9 +89,8 @@ def picture(shown: Shown, side: int) -> Image.Image:
     for i in np.flatnonzero(~shown.has_mask):
         _dashed(draw, shown.boxes[i] * scale, colour(i))
     bottom, right = (round(v * scale) for v in shown.size)
-    draw.line(
-        [(right, 0), (right, bottom), (0, bottom)], INK
-    )  # where the padding begins; off the page where there is none
+    # where the padding begins; off the page where there is none
+    draw.line([(right, 0), (right, bottom), (0, bottom)], INK)
     _number(
         draw,
         [_anchor(mask, has, box * scale) for mask, has, box in zip(masks, shown.has_mask, shown.boxes)],

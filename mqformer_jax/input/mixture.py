@@ -24,9 +24,8 @@ from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resiz
 MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
 FEW = 1000  # records before which the share of unusable ones is taken of so many
 
-cv2.setNumThreads(
-    1
-)  # the loader works on many images at once; OpenCV's own threads would only fight over the same cores
+# the loader works on many images at once; OpenCV's own threads would only fight over the same cores
+cv2.setNumThreads(1)
 
 
 @runtime_checkable

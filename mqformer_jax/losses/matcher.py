@@ -98,9 +98,8 @@ def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], A
     """
     n, q = cost.shape
     rows = jnp.arange(n, dtype=jnp.int32)
-    cheapest = jnp.where(
-        cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q
-    )  # `argmin` takes six times as long on CPU
+    # `argmin` takes six times as long on CPU
+    cheapest = jnp.where(cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q)
     best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # none where a cost is NaN
     row = jnp.full(q, n, jnp.int32).at[best].min(rows, mode="drop")
     return jnp.where(row < n, row, -1), real & (row.at[best].get(mode="fill", fill_value=n) != rows)

@@ -49,9 +49,8 @@ class Heads(nnx.Module):
             query, text = normalize(query), normalize(text)
         logits = jnp.einsum("...bqe,bpe->...bqp", query, text.astype(query.dtype), preferred_element_type=jnp.float32)
         if self.cosine:
-            logits = (
-                logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]
-            )  # CLIP's clip
+            # CLIP's clip
+            logits = logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]
         return jnp.where(valid[:, None], logits, ABSENT)
 
     def __call__(

@@ -27,9 +27,8 @@ class Level(nnx.Module):
 
     def __init__(self, above: int, feature: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.lateral = layers.Conv(feature, width, rngs=rngs, dtype=dtype) if feature else None
-        self.norm = (
-            layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None
-        )  # else it would drown the guidance
+        # else it would drown the guidance
+        self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None
         self.join = ConvNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
         self.block = ConvNorm(width, width, rngs=rngs, dtype=dtype)
         self.head = layers.Conv(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)

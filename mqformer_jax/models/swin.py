@@ -16,9 +16,8 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-Drop = tuple[
-    Float[Array, ""], Key[Array, "2 b"]
-]  # of one block in training: its rate, and each image's key for each of its two branches
+# of one block in training: its rate, and each image's key for each of its two branches
+Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]
 
 normal = nnx.initializers.normal(0.02)
 
@@ -215,9 +214,8 @@ def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Arra
         window^4 numbers.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
-    grid = table.reshape(2 * window - 1, 2 * window - 1, -1)[offset][
-        :, :, offset
-    ]  # query row, key row, query column, key column
+    # query row, key row, query column, key column
+    grid = table.reshape(2 * window - 1, 2 * window - 1, -1)[offset][:, :, offset]
     return grid.transpose(4, 0, 2, 1, 3).reshape(-1, window**2, window**2)
 
 

@@ -154,9 +154,8 @@ class WordPieceTokenizer(_Rows):
         return WordPieceTokenizer, (self._json, self.context)
 
     def _ids(self, text: str) -> list[int]:
-        text = text.encode("utf-16", "surrogatepass").decode(
-            "utf-16", "replace"
-        )  # halves of an emoji would stop the engine
+        # halves of an emoji would stop the engine
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._engine.encode(text).ids
 
 

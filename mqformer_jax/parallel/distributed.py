@@ -24,9 +24,9 @@ from jax.sharding import PartitionSpec as P
 from mqformer_jax import interrupts
 
 HEARTBEAT = 60  # seconds without a sign of life after which a process counts as gone, and the others end
-BARRIER = (
-    3600  # seconds that processes wait for each other: one may compile while the others find the program in their cache
-)
+# Seconds that processes wait for each other: one may compile while the others find the program in their cache.
+BARRIER = 3600
+_barriers = itertools.count()  # barriers need names that were not used before
 
 
 def initialize() -> None:
@@ -93,9 +93,6 @@ def barrier(name: str, timeout: int = BARRIER) -> None:
     get_barrier_sync_fn()(key=f"mqformer_jax {next(_barriers)}: {name}", timeout_ms=1000 * timeout)
 
 
-_barriers = itertools.count()  # a name can be used once
-
-
 def connect(mesh: Mesh) -> None:
     """Open the connections of all collectives over axes of `mesh`, at a moment when every process is here.
 
@@ -133,16 +130,15 @@ def gather(value: Any) -> list[Any]:
 
 
 class Preemption:
-    """Whether this run should save and stop: after SIGTERM, which clouds send before they take a machine, or after
-    Ctrl-C.
+    """Whether this run should save and stop: SIGTERM (clouds send it before they take a machine) or Ctrl-C came.
 
-    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C is for a process that is alone: it
-    saves what no checkpoint has yet, and stops at once where there is nothing to save, or at the second Ctrl-C.
+    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C saves if this process is alone and
+    has trained a step since it started. The second Ctrl-C stops without saving.
     """
 
     def __init__(self):
         self._stops = False
-        self._unsaved = False  # whether there are steps that no checkpoint has
+        self._unsaved = False  # whether there may be steps that no checkpoint has
         self._alone = jax.process_count() == 1  # of several, JAX's coordination service takes SIGTERM
 
     def __enter__(self) -> Preemption:
@@ -167,23 +163,23 @@ class Preemption:
         return True
 
     @contextlib.contextmanager
-    def exit_on_sigterm(self) -> Iterator[None]:
-        """Inside this context, SIGTERM ends a process that is alone at once: for work that can be repeated. Several end
-        after it.
+    def exit_on_signals(self) -> Iterator[None]:
+        """Let SIGTERM and Ctrl-C end a process that is alone at once, for work that can be repeated.
+
+        Every step must be saved before. Several processes end after the context.
         """
+        if self._stops and interrupts.was_postponed():
+            interrupts.exit_now(interrupts.STATUS, "stopped; checkpoint saved. Run the same command to resume.")
         if self._stops:
             sys.exit(0)
+        self._unsaved = False
         with interrupts.exit_on_sigterm() if self._alone else contextlib.nullcontext():
             yield
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run should end after this step. Every process asks at every step."""
+        """Whether the run should end after this step. Every process must call this at every step."""
         self._unsaved = True
         return self._stops if self._alone else multihost_utils.reached_preemption_sync_point(step)
-
-    def saved(self) -> None:
-        """Note that a checkpoint has all steps."""
-        self._unsaved = False
 
 
 _watch: subprocess.Popen | None = None

@@ -94,9 +94,8 @@ def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
     lab = _lab(small)
     bright = lab[lab[:, 0] >= np.percentile(lab[:, 0], 90)].mean(0)
     cold = (lab[:, 0] > 40) & (lab[:, 2] < 3)  # lamps leave nothing that is white or blue, sunny sand does
-    warm = (
-        bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03
-    )  # and the brightest is not green, as grass is
+    # and the brightest is not green, as grass is
+    warm = bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03
     return not (_dark(small) or warm)
 
 

@@ -17,9 +17,8 @@ from numpy import ndarray
 from transformers import AutoProcessor, PreTrainedConfig
 
 MARGIN = 0.1  # of the box's width and height, on each side; R-CNN's is 0.08 (16 of 227 pixels), ViLD mixes 0 and 0.25
-PIXELS = dict(
-    input_data_format="channels_last", return_tensors="pt"
-)  # else an image of three rows is taken for one of three channels
+# else an image of three rows is taken for one of three channels
+PIXELS = dict(input_data_format="channels_last", return_tensors="pt")
 
 
 def load(
@@ -48,9 +47,8 @@ def load(
             raise ValueError(
                 f"its weights lack {len(report['missing_keys'])} tensors, {sorted(report['missing_keys'])[0]} for one"
             )
-        processor = AutoProcessor.from_pretrained(
-            folder, backend="pil", **options
-        )  # the same whether there is torchvision or not
+        # the same whether there is torchvision or not
+        processor = AutoProcessor.from_pretrained(folder, backend="pil", **options)
         if not isinstance(processor, transformers.ProcessorMixin):  # some of its files are not there
             raise ValueError(f"half of its processor is missing, there is a {type(processor).__name__} only")
         tokenizer = getattr(processor, "tokenizer", None)
@@ -79,9 +77,8 @@ def mark(family: str, where: str, folder: str) -> str:
     digest = hashlib.sha256()
     for name in sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors")):
         with open(os.path.join(folder, name), "rb") as f:
-            digest.update(
-                hashlib.file_digest(f, "sha256").digest()
-            )  # all of it: weights that were tuned differ in nothing else
+            # all of it: weights that were tuned differ in nothing else
+            digest.update(hashlib.file_digest(f, "sha256").digest())
     label = os.path.basename(os.path.abspath(where)) if os.path.isdir(where) else where
     return f"{family}:{label} {digest.hexdigest()[:8]} (transformers {transformers.__version__})"
 

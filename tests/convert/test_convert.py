@@ -23,11 +23,12 @@ from mqformer_jax.convert.rules import apply, invert, leaves
 from mqformer_jax.predict import Predictor
 from mqformer_jax.train_step import build_model
 
+# our decoder is another: parts of it stay missing
 WARM_STARTS = (
     "mask2former_r50",
     "mask2former_swinl",
     "hf_mask2former_swin_tiny",
-)  # our decoder is another: parts of it stay missing
+)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

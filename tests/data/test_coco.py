@@ -226,9 +226,8 @@ def test_lvis_says_what_is_absent_and_what_is_labelled_in_part(lvis):
     )
     oracle = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(TRIANGLE, H, W)))
     np.testing.assert_array_equal(record.decode_mask(record.segments[1].mask), oracle.astype(bool))
-    other = records[
-        "val2017/000000000139.jpg"
-    ]  # says itself that class 2 is absent, and labels it: what is labelled is there
+    # says itself that class 2 is absent, and labels it: what is labelled is there
+    other = records["val2017/000000000139.jpg"]
     assert other.absent_classes == (3,) and [s.class_id for s in other.segments] == [1]
 
 

@@ -110,9 +110,8 @@ def test_panoptic_things_stuff_crowd_and_unlabelled_pixels(folder):
     record = records["a.jpg"]
     sky, cat, crowd = record.segments
     assert (sky.class_id, cat.class_id, cat.crowd, crowd.crowd) == (1, 0, False, True)
-    np.testing.assert_array_equal(
-        record.decode_mask(sky.mask), np.isin(ids, (70_000, 300))
-    )  # one region for a stuff class
+    # one region for a stuff class
+    np.testing.assert_array_equal(record.decode_mask(sky.mask), np.isin(ids, (70_000, 300)))
     np.testing.assert_array_equal(record.decode_mask(cat.mask), ids == 5)
     np.testing.assert_array_equal(record.decode_mask(record.ignore), ids == 0)
     assert cat.box == (0, 20, 30, 30)
@@ -153,10 +152,11 @@ def test_lvis_federated_labels(folder):
     path = _json(folder / "lvis.json", {"images": images, "annotations": annotations, "categories": categories})
     assert _prepare(folder, "instances", json=path) == 0
     info, records = _read(folder)
+    # a synonym that is another class
     assert not info.exhaustive and [c.texts for c in info.classes] == [
         ("bow tie",),
         ("bowtie",),
-    ]  # a synonym that is another class
+    ]
     assert records["a.jpg"].absent_classes == (1,) and records["a.jpg"].partial_classes == (0,)
     assert len(records["val2017/b.png"].segments) == 1
 

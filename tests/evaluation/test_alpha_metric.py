@@ -43,9 +43,8 @@ def test_only_what_the_trimap_leaves_open_is_unknown():
     evaluator = AlphaEvaluator()
     evaluator.update(square() * 0.5, square(), trimap)
     result = evaluator.result()
-    assert result["unknown_sad"] == pytest.approx(0.1) and result["sad"] == pytest.approx(
-        0.2
-    )  # 20 x 10 and 20 x 20 pixels, half off
+    # 20 x 10 and 20 x 20 pixels, half off
+    assert result["unknown_sad"] == pytest.approx(0.1) and result["sad"] == pytest.approx(0.2)
 
 
 def test_without_a_trimap_the_unknown_is_a_band_around_what_is_covered_in_part():

@@ -83,9 +83,8 @@ def test_pq_is_the_definition_with_void_and_crowds():
         truth = [(c, cells == i, i == crowd) for i, c in enumerate(labels) if i != 5 and (cells == i).any()]
         pairs.append((truth, list(zip(segments.prompt_ids, segments.masks))))
     totals = direct_pq(pairs)
-    assert sum(v[2] for v in totals.values()) and sum(
-        v[3] for v in totals.values()
-    )  # the noise makes errors of both kinds
+    # the noise makes errors of both kinds
+    assert sum(v[2] for v in totals.values()) and sum(v[3] for v in totals.values())
 
     def mean(classes: range) -> tuple[float, float, float]:
         rows = [totals[c] for c in classes if sum(totals[c][1:])]

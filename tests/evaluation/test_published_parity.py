@@ -155,9 +155,8 @@ def lvis(published, monkeypatch):
 def test_federated_ap_is_that_of_lvis(lvis, small_root, real_data, tmp_path):
     info, records = read(small_root, "lvis_v0.5", "train")
     rng = np.random.default_rng(1)
-    shown = tuple(
-        int(n) for n in rng.choice([3, 10, 11, 100, 101, 900], len(info.classes))
-    )  # 29 images have rare classes only
+    # 29 images have rare classes only
+    shown = tuple(int(n) for n in rng.choice([3, 10, 11, 100, 101, 900], len(info.classes)))
     info = dataclasses.replace(info, class_images={"train": shown})
     answers = [noisy_instances(record, info, rng) for record in records]
     found = evaluated(info, records, answers).result()

@@ -226,6 +226,5 @@ def test_boxes_alone(small_root, real_data):
         ((prompt, targets),) = prompts.items()
         assert prompt == ("raccoon", False, True)
         wanted = sorted([x + w / 2, y + h / 2, w, h] for x, y, w, h in boxes)
-        np.testing.assert_allclose(
-            sorted(targets), wanted, atol=1.1
-        )  # boxes that leave the image by a pixel are clipped
+        # boxes that leave the image by a pixel are clipped
+        np.testing.assert_allclose(sorted(targets), wanted, atol=1.1)

@@ -106,12 +106,13 @@ def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_l
     prompts = [Prompt((name,), False, exhaustive=False) for name in ("man", "shirt", "person", "car", "dog")] + [
         Prompt(("sky",), True)
     ]
+    # the man, his shirt, the man again as a person, a car
     boxes = [
         (0, 0, 10, 12),
         (2, 4, 8, 8),
         (0, 0, 10, 11),
         (9, 2, 18, 12),
-    ]  # the man, his shirt, the man again as a person, a car
+    ]
     targets = [Target((i,), np.array(box, np.float32)) for i, box in enumerate(boxes)]
     out = row(Example("t", np.zeros((13, 19, 3), np.uint8), prompts, targets, np.zeros((13, 19), bool)), range(5))
     assert out.negative[0, :4].tolist() == [

@@ -155,9 +155,8 @@ def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch
 
 
 def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch):
-    near = outputs.matching.class_logits.at[:, :, :6].set(
-        -9.0
-    )  # learnable queries score badly: the others take all but what is left
+    # learnable queries score badly: the others take all but what is left
+    near = outputs.matching.class_logits.at[:, :, :6].set(-9.0)
     taken = np.array(run(outputs.replace(matching=outputs.matching.replace(class_logits=near)), tiny_batch)[1]["taken"])
     assert taken[:, 1].sum() == tiny_batch.num_targets.sum()
     assert (taken[:, 0] <= taken[:, 1]).all() and taken[:, 0].sum() < 0.3 * taken[:, 1].sum()

@@ -153,9 +153,8 @@ def compiled_for_tpu(monkeypatch):
     weight, cotangent = abstract(jnp.float32, 8, 1, 4), abstract(jnp.float32, 256)
     lowered = jax.jit(both, out_shardings=split).lower(maps, place, weight, cotangent)
     kept = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update(
-        "jax_persistent_cache_min_compile_time_secs", math.inf
-    )  # what is written without a chip cannot be read again
+    # what is written without a chip cannot be read again
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     try:
         return lowered.compile(), 256 * 8 * 4
     finally:

@@ -77,9 +77,8 @@ def test_the_statistics_are_no_parameters():
     graph, state = jax.eval_shape(lambda: nnx.split(ResNet(101, rngs=nnx.Rngs(0))))
     params, frozen = nnx.filter_state(state, nnx.Param), nnx.filter_state(state, nnx.Not(nnx.Param))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    assert (
-        count(params) + count(frozen) // 2 == 44_549_160 - 2_049_000
-    )  # torchvision's ResNet-101 without its classifier
+    # torchvision's ResNet-101 without its classifier
+    assert count(params) + count(frozen) // 2 == 44_549_160 - 2_049_000
 
 
 def test_the_stride_may_sit_in_the_first_1x1():

@@ -50,9 +50,8 @@ def filled(make) -> nnx.Module:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(values, state))
 
 
-quick_jit = functools.partial(
-    jax.jit, compiler_options={"xla_backend_optimization_level": 0}
-)  # half the time to compile
+# half the time to compile
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.partial(quick_jit, static_argnums=0)
@@ -74,11 +73,12 @@ def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
 
 @pytest.mark.parity
 def test_values_and_all_gradients_are_those_of_torch():
+    # there is something to pad at the patches, windows and merges
     size, window, shape = (
         Size(32, (2, 2, 4, 2)),
         7,
         (2, 3, 75, 104),
-    )  # there is something to pad at the patches, windows and merges
+    )
     theirs = random_torch_swin(size, window)
     import torch
 

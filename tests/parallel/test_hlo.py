@@ -94,9 +94,8 @@ def test_collectives_are_found_with_their_bytes_and_groups():
 def test_a_collective_in_a_loop_is_known_as_one():
     mesh = make_mesh((8, 1, 1))
     rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    search = lambda x: jax.lax.while_loop(
-        lambda x: x.sum() < 1e6, lambda x: x * 2 + 1, x
-    )  # its condition asks all devices
+    # its condition asks all devices
+    search = lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e6, lambda x: x * 2 + 1, x)
     assert any(run.loops and not run.known for run, _ in compiled(search, rows).collectives())
 
 

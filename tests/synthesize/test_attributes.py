@@ -93,9 +93,8 @@ def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_th
             things, captioned, count = things + 1, captioned + bool(texts), count + len(texts)
             for text in texts:
                 assert read(text, drawn) == ([thing], [thing]), f"{seed}: {text}"
-    assert (
-        captioned > least_things * things and count > least_each * things
-    )  # measured: 0.92 and 2.3 with masks, 0.78 and 1.4 with boxes
+    # measured: 0.92 and 2.3 with masks, 0.78 and 1.4 with boxes
+    assert captioned > least_things * things and count > least_each * things
 
 
 def test_every_way_of_naming_occurs():

@@ -104,12 +104,13 @@ def test_cosines_are_those_of_clip_for_one_crop_and_one_text(picker, original):
         and empty == []
         and [said.shape for said in last] == [(2, 1)]
     )
+    # a tenth more on each side
     crops = [
         (slice(8, 32), slice(8, 32)),
         (slice(18, 42), slice(0, 90)),
         (slice(0, 60), slice(68, 90)),
         (slice(19, 22), slice(49, 61)),
-    ]  # a tenth more on each side
+    ]
     want = np.array([[plain(original, PICTURES[0].image[crop], text) for crop in crops] for text in CAPTIONS[0][0]])
     np.testing.assert_allclose(first[0], want, atol=1e-5)
     assert np.ptp(want, axis=0).min() > 0.01 and np.ptp(want, axis=1).min() > 0.01  # each text and each crop is another

@@ -171,9 +171,8 @@ def test_other_settings_begin_anew_and_the_same_do_nothing(root):
     assert teacher.seen == 20 and not tally.taken
     assert is_made(work_of(root, settings="strict")) and not is_made(work_of(root))
     again = Ellipses()
-    assert (
-        synthesize(work_of(root), Masks(again, Quality())).taken.total() == 40 and again.seen == 20
-    )  # takes the place of the strict one
+    # takes the place of the strict one
+    assert synthesize(work_of(root), Masks(again, Quality())).taken.total() == 40 and again.seen == 20
     assert all(s.mask for r in records_of(root) for s in r.segments)
 
 
