@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -56,7 +56,7 @@ class Checkpoints:
                 saving.result()
 
     @contextlib.contextmanager
-    def _told_in_one_line(self, step: int) -> Iterator[None]:
+    def _told_in_one_line(self, step: int) -> Generator[None]:
         try:
             yield
         except Exception as e:
@@ -236,7 +236,7 @@ def load_weights(path: str) -> Weights:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
+def _opened(path: str) -> Generator[Any]:
     """Orbax's view of a folder that has a finished checkpoint."""
     folder = os.path.join(os.path.abspath(path), "checkpoints")
     if not os.path.isdir(folder):

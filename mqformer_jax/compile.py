@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import jax
@@ -83,7 +83,7 @@ def get_topology(name: str) -> list[jax.Device]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """libtpu tells at length, past Python's streams, that it found no TPU."""
     sys.stderr.flush()
     kept = os.dup(2)

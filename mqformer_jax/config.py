@@ -268,7 +268,7 @@ def check(config: ConfigDict) -> None:
     for entry in config.eval.sets:
         _check_entry("eval.sets", entry, EVALUATIONS, {"name", "split", "tasks"}, set())
     scales = tuple(config.eval.scales)
-    _require(scales and min(scales) > 0, "eval.scales", scales, "must be positive, and one at least")
+    _require(len(scales) > 0 and min(scales) > 0, "eval.scales", scales, "must be positive, and one at least")
     _check_matting(config.matting)
 
 
@@ -283,7 +283,7 @@ def _check_text(config: ConfigDict) -> None:
         f"the encoder {text.name!r} goes with {' or '.join(fits)}",
     )
     _require(
-        templates and all(t.count("{}") == 1 for t in templates),
+        len(templates) > 0 and all(t.count("{}") == 1 for t in templates),
         "data.templates",
         templates,
         'each must hold "{}" once',

@@ -87,7 +87,7 @@ def answer(
         raise ValueError("Name at least one thing to look for, such as: ball; star; sky*")
     if task == "instance" and all(regions):
         raise ValueError("“instance” looks for single objects: take the * off at least one prompt.")
-    asked = dict(task=task, queries=queries, score=least if task == "instance" else None)
+    asked: dict[str, Any] = dict(task=task, queries=queries, score=least if task == "instance" else None)
     found = in_order(predictor(image, texts, regions=regions if task in ("panoptic", "instance") else None, **asked))
     picture, rows = overlay(image, found), legend(found)
     return Reply(picture, rows, archive(found, picture, {"task": task, "queries": queries}))
@@ -122,7 +122,7 @@ def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], asked: dict[st
     """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as
     `predict` writes it).
     """
-    said = asked | result_files.to_json(found, asked["task"], "", found.masks.shape[1:])
+    said: dict[str, Any] = asked | result_files.to_json(found, asked["task"], "", found.masks.shape[1:])
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("overlay.png", _png(picture[..., ::-1]))

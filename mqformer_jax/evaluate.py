@@ -137,7 +137,8 @@ class SetEvaluation:
             "foreground": ForegroundEvaluator,
             "matting": AlphaEvaluator,
         }
-        self.evaluators = {task: make[task]() for task in tasks}
+        # Any: what an evaluator is given depends on its task
+        self.evaluators: dict[str, Any] = {task: make[task]() for task in tasks}
 
     def run(self) -> dict[str, Any]:
         """The evaluators of the tasks, with all processes' images. One that cannot be read is named, counted and left

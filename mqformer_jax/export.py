@@ -15,7 +15,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -156,7 +156,7 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
 
 
 @contextmanager
-def _whole_folder(out: str) -> Iterator[pathlib.Path]:
+def _whole_folder(out: str) -> Generator[pathlib.Path]:
     """A folder that gets the name `out` once all of it is written, and is gone if that fails."""
     if os.path.lexists(out):
         raise FileExistsError(f"--out={out}: it is there already; remove it, or name another folder.")

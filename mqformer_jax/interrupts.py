@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 STATUS = 130  # what shells report for a program that Ctrl-C ended
 
@@ -64,7 +64,7 @@ def before_exit(step: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def removed_on_exit(path: str | os.PathLike) -> Iterator[None]:
+def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
     """Remove a temporary file or folder if the process ends inside this context by `exit_now`."""
     _temporary.add(os.fspath(path))
     try:
@@ -74,7 +74,7 @@ def removed_on_exit(path: str | os.PathLike) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
+def deaf_children() -> Generator[None]:
     """Processes that are started inside this context never receive Ctrl-C: `exit_now` of this process ends them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -84,7 +84,7 @@ def deaf_children() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def postponed(ask: Callable[[], bool]) -> Iterator[None]:
+def postponed(ask: Callable[[], bool]) -> Generator[None]:
     """Inside this context, Ctrl-C does not end the process if `ask()` returns True: the caller then stops by itself."""
     global _postpone
     _postpone = ask
@@ -95,7 +95,7 @@ def postponed(ask: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Generator[None]:
     """Inside this context, SIGTERM ends a command at once with status 0, if Python has a handler for SIGTERM."""
     global _exits_on_sigterm
     _exits_on_sigterm = True

@@ -43,7 +43,7 @@ class Metrics:
         pending, self.pending = jax.device_get(self.pending), []
         now, whole = time.perf_counter(), [m for m in pending if m["finite"]]
         terms = [k for k in pending[0] if np.ndim(pending[0][k]) == 0 and k not in ("finite", "alive")]
-        values = {f"loss/{k}": float(np.mean([m[k] for m in whole or pending])) for k in terms}
+        values: dict[str, float] = {f"loss/{k}": float(np.mean([m[k] for m in whole or pending])) for k in terms}
         values["gradient_norm"] = values.pop("loss/gradient_norm")
         values |= {"skipped": len(pending) - len(whole)} if len(whole) < len(pending) else {}
         by_source = defaultdict(list)

@@ -70,7 +70,7 @@ class NotFinite:
         np.savez_compressed(
             os.path.join(folder, f"{host}.npz"), **{name: getattr(batch, name) for name in batch.__dataclass_fields__}
         )
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"data": self.loader.names[s], "image": note.key, "prompts": note.texts}
             for s, note in zip(batch.source, notes)
         ]

@@ -117,7 +117,8 @@ def abstract(
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
     """The shapes of a model's parameters and constants by path, of one part or all of it."""
     model = jax.eval_shape(lambda: build_model(config)[1:])
-    return tuple({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in model)
+    params, frozen = ({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in model)
+    return params, frozen
 
 
 def nest(values: Mapping[str, Any]) -> dict:

@@ -13,7 +13,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Generator, Iterable, Sequence, Set
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
@@ -146,7 +146,7 @@ def write_shard(made: Iterable[Built], path: str) -> Contents:
 
 
 @contextlib.contextmanager
-def _write_errors(path: str) -> Iterator[None]:
+def _write_errors(path: str) -> Generator[None]:
     """ArrayRecord's errors are RuntimeErrors of several sentences; the first says what the matter is."""
     try:
         yield
@@ -168,7 +168,7 @@ def _put(temporary: str, path: str) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: str, busy: str = "", shared: bool = False) -> Iterator[None]:
+def locked(folder: str, busy: str = "", shared: bool = False) -> Generator[None]:
     """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has
     no locks.
 

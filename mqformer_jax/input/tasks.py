@@ -103,7 +103,7 @@ def _class_questions(
         if not ids and not exhaustive:
             continue  # such a prompt teaches nothing
         for prompt, with_mask in _class_prompts(info, c, tuple(tasks), templates, exhaustive):
-            groups = [tuple(ids)] if prompt.region and ids else [(i,) for i in ids]
+            groups: list[tuple[int, ...]] = [tuple(ids)] if prompt.region and ids else [(i,) for i in ids]
             yield prompt, groups, with_mask
 
 

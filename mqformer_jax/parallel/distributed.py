@@ -12,7 +12,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import jax
@@ -163,7 +163,7 @@ class Preemption:
         return True
 
     @contextlib.contextmanager
-    def exit_on_signals(self) -> Iterator[None]:
+    def exit_on_signals(self) -> Generator[None]:
         """Let SIGTERM and Ctrl-C end a process that is alone at once, for work that can be repeated.
 
         Every step must be saved before. Several processes end after the context.
@@ -199,7 +199,7 @@ def watch_for_crash(message: str) -> None:
 
 
 def _end_watch() -> None:
-    if _watch is not None and _watch.poll() is None:
+    if _watch is not None and _watch.stdin is not None and _watch.poll() is None:
         _watch.stdin.write(b"x")
         _watch.stdin.close()
         _watch.wait()

@@ -99,11 +99,10 @@ class Tally:
     @classmethod
     def load(cls, path: str) -> Tally:
         with open(path) as f:
-            fields = json.load(f)
+            fields: dict[str, Any] = json.load(f)
         counters = {f.name for f in dataclasses.fields(cls) if f.default_factory is collections.Counter}
-        return cls(
-            **{name: collections.Counter(value) if name in counters else value for name, value in fields.items()}
-        )
+        fields |= {name: collections.Counter(fields[name]) for name in counters & fields.keys()}
+        return cls(**fields)
 
     def __str__(self) -> str:
         asked, taken = self.asked.total(), self.taken.total()

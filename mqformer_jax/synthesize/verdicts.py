@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +31,7 @@ class Verdict:
     @classmethod
     def of(cls, fields: dict) -> Verdict:
         """From what msgpack made of one."""
-        pairs = {name: tuple(map(tuple, fields[name])) for name in ("captions", "refused")}
+        pairs: dict[str, Any] = {name: tuple(map(tuple, fields[name])) for name in ("captions", "refused")}
         return cls(**fields | pairs)
 
 
@@ -40,7 +41,7 @@ def with_verdicts(record: Record, verdicts: Iterable[Verdict], teacher: str) -> 
     for verdict in verdicts:
         if verdict.reason:
             continue
-        new = dict(captions=verdict.captions, captions_by=teacher) if verdict.captions else {}
+        new: dict[str, Any] = dict(captions=verdict.captions, captions_by=teacher) if verdict.captions else {}
         new |= dict(mask=verdict.mask, mask_by=teacher, mask_score=verdict.score) if verdict.mask else {}
         segments[verdict.segment] = dataclasses.replace(segments[verdict.segment], **new)
     return dataclasses.replace(record, segments=tuple(segments))

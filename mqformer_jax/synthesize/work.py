@@ -17,7 +17,7 @@ import functools
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from tqdm import tqdm
 
@@ -74,7 +74,7 @@ def is_made(work: Work) -> bool:
 
 
 @contextlib.contextmanager
-def begun(work: Work) -> Iterator[None]:
+def begun(work: Work) -> Generator[None]:
     """Holds the folder of the work, beside other processes that do the same work. What was begun with other settings is
     thrown away.
 
