@@ -6,7 +6,7 @@ STEPS ?=
 # on Linux, memory in huge pages: a tenth of the time of a step on a CPU goes with asking for it page by page (docs/performance.md)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-all finetune clean
+.PHONY: demo test test-all lint finetune clean
 
 .venv/.demo: setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -54,6 +54,16 @@ test: .venv/.test
 # everything
 test-all: .venv/.test-all
 	$(PYTEST) $(TESTS)
+
+# format, style and types of the code; `make lint && .venv/bin/pre-commit install` has git check them at each commit
+.venv/.dev: .venv/.demo
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tests/type_check.py
 
 clean:
 	rm -rf .venv runs/demo data/records/.sample data/records/sample_*
