@@ -45,14 +45,14 @@ FAST := not slow and not parity and not process and not tpu_compiler and not bro
 # torch, transformers and other originals to compare with, the compiler for TPUs, tensorflow-datasets, the web page
 .venv/.test-all: .venv/.test
 	$(PIP) --editable '.[test,full]'
-	touch $@
+	touch $@ .venv/.dev
 
 # what a contributor needs at each change
 test: .venv/.test
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
 # everything
-test-all: .venv/.test-all
+test-all: .venv/.test-all lint
 	$(PYTEST) $(TESTS)
 
 # format, style and types of the code; `make lint && .venv/bin/pre-commit install` has git check them at each commit
