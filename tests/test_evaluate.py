@@ -98,6 +98,7 @@ def test_a_refiner_has_keys_of_its_own(predictor, tiny_config, tmp_path, monkeyp
     assert found["matting.sad"] != found["matting.refined_sad"] and "refined_sad" in table(found)
 
 
+@pytest.mark.slow
 def test_views_change_regions_and_semantic_maps_and_nothing_else(predictor, tiny_config, tmp_path):
     plain = evaluate(predictor, every_task(tiny_config), str(tmp_path))
     tiny_config.eval.update(scales=(1.0, 1.25), flip=True)
@@ -160,6 +161,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config, sample_root, tmp_path):
     save_weights(str(tmp_path), Weights(tiny_config, predictor.params, predictor.frozen), {})
     options = ["--datasets=sample_mattes/val", f"--config.data.root={sample_root}", "--config.eval.limit=2"]

@@ -44,6 +44,7 @@ def exported(checkpoint, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_script_without_the_package_says_what_the_predictor_says(predictor, exported, tmp_path):
     """The image fills the canvas' width, so that nothing is resized: docs/serve.py resizes without OpenCV."""
     image = np.random.default_rng(0).integers(0, 256, (50, 64, 3), np.uint8)

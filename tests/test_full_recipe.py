@@ -1,12 +1,14 @@
 """The recipe at full size, traced and not compiled: R50, 1024 x 1024, 400 queries, 9 layers, 100 targets."""
 
 import jax
+import pytest
 from tiny import recipe
 
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.train_step import TrainStep
 
 
+@pytest.mark.slow
 def test_the_full_step_traces_with_the_originals_sizes():
     config = recipe("full")
     step = TrainStep(config, make_mesh((8, 1, 1)))

@@ -88,6 +88,8 @@ def masks(outputs, stage: int):
     return np.einsum("bqd,bhwd->bqhw", outputs.matching.mask_embed[stage], outputs.mask_features)
 
 
+@pytest.mark.parity
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["maskdino_tiny_s0", "maskdino_tiny_s0_bitmask", "maskdino_tiny_s0_mask2box", "maskdino_h256_s0"]
 )
@@ -147,6 +149,8 @@ def loss_recording(fixtures):
     return arrays, draws, gradients, about
 
 
+@pytest.mark.parity
+@pytest.mark.slow
 def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording):
     arrays, draws, _, about = loss_recording
     _, _, _, out = converted(fixtures, "maskdino_tiny_s0")
@@ -185,6 +189,8 @@ def recorded_losses(outputs, arrays, about) -> dict:
     return found
 
 
+@pytest.mark.parity
+@pytest.mark.slow
 def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_recording):
     arrays, _, gradients, about = loss_recording
     params, features, run, _ = converted(fixtures, "maskdino_tiny_s0")
@@ -217,6 +223,8 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
         close(ours[key], value, told=key)
 
 
+@pytest.mark.parity
+@pytest.mark.slow
 def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):
     """What MQ-Former adds starts as the identity: the conditional queries of a converted Mask DINO are exactly its
     own.

@@ -46,6 +46,7 @@ def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
     np.testing.assert_allclose(alone.boxes, beside.boxes, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_several_devices_share_the_images_of_a_batch(predictor, image):
     devices = jax.devices()[:4]
     several = Predictor(predictor.config, predictor.params, predictor.frozen, predictor.tokenizer, devices)
@@ -105,6 +106,7 @@ def test_templates_are_averaged_as_directions(predictor):
     np.testing.assert_allclose(unit(found), unit(sum(unit(e) for e in each)), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
     """What a converted Mask DINO is: a table of classes, plain dot products, conditional queries."""
     config = get_config()
@@ -180,6 +182,7 @@ def test_a_mattes_task_wants_a_refiner_and_gives_it_soft_masks(predictor, image,
     np.testing.assert_array_equal(found.alphas > 0.25, found.masks)
 
 
+@pytest.mark.slow
 def test_a_model_with_a_long_list_of_parts_is_the_same_after_its_checkpoint(tmp_path, image):
     """EfficientNet has 16 blocks; in a checkpoint's tree "10" comes before "2"."""
     config = get_config()

@@ -36,6 +36,7 @@ def trained(sample_root, tmp_path_factory):
     return workdir, refine(recipe(sample_root), workdir)
 
 
+@pytest.mark.slow
 def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, sample_root):
     refiner, source = Refiner.load(trained[0]), ShardSource(sample_root, "sample_scenes", "val")
     mattes = [matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i)]
@@ -47,6 +48,7 @@ def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, samp
         )
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_written_and_shown(trained):
     workdir, results = trained
     assert json.load(open(f"{workdir}/refine_eval.json")) == results and set(results["sample_mattes/val"]) == {"rough"}
@@ -54,6 +56,7 @@ def test_what_was_measured_is_written_and_shown(trained):
     assert os.path.getsize(f"{workdir}/pictures/refine_sample_mattes_val_rough.jpg") > 1000
 
 
+@pytest.mark.slow
 def test_the_loss_of_every_line_is_told_and_falls(trained):
     lines = [json.loads(line) for line in open(f"{trained[0]}/refine_metrics.jsonl")]
     totals = [line["total"] for line in lines]
@@ -93,6 +96,7 @@ def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(samp
         refiner(np.zeros((8, 9, 3), np.uint8), np.zeros((1, 9, 8)))
 
 
+@pytest.mark.slow
 def test_what_lies_far_from_the_mask_is_neither_read_nor_written(trained, sample_root):
     record = Record.from_bytes(ShardSource(sample_root, "sample_mattes", "val")[0])
     (matte,) = mattes_of(record, 0)
@@ -126,6 +130,7 @@ def test_the_models_own_masks_guide_where_there_is_a_model(sample_root, tmp_path
     assert Refiner.load(str(tmp_path / "model")) is not None
 
 
+@pytest.mark.slow
 def test_a_save_that_is_cut_short_leaves_the_refiner_before_it(trained, monkeypatch):
     workdir, _ = trained
     folder, before = os.path.join(workdir, FOLDER), Refiner.load(workdir)
@@ -165,6 +170,7 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(sample_root, tmp_path,
     assert "\n" not in str(error.value) and not os.listdir(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_refiner_is_not_trained_over_another(trained, sample_root):
     with pytest.raises(FileExistsError, match="a refiner is there already"):
         refine(recipe(sample_root), trained[0])

@@ -72,6 +72,18 @@ def counted():
     jax.monitoring.unregister_event_listener(hits)
 
 
+def test_a_small_run_trains_resumes_and_evaluates(tiny_run, tmp_path):
+    """The whole path, for the fast tests; those below look closer, at a model that has everything."""
+    config = tiny_run
+    config.steps = 2
+    assert train(config, str(tmp_path)) == {} and list(losses(tmp_path)) == [1, 2]
+    config.steps, config.eval.sets = 3, (dict(name="sample_scenes", split="val", tasks=("panoptic", "referring")),)
+    results = train(config, str(tmp_path))
+    assert list(losses(tmp_path)) == [1, 2, 3] and {"panoptic.pq", "referring.miou"} <= set(results)
+    assert (tmp_path / "eval.json").exists() and Checkpoints(str(tmp_path)).latest() == 3
+
+
+@pytest.mark.slow
 def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
     config, workdir, results = whole_run
     found = losses(workdir)
@@ -87,6 +99,7 @@ def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
     assert {"sample_scenes_val.png", "sample_mattes_val.png", "checkpoints", "config.json"} <= set(os.listdir(workdir))
 
 
+@pytest.mark.slow
 def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run):
     config, workdir, _ = whole_run
     state, _ = final_state(config, workdir)
@@ -100,6 +113,7 @@ def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run)
     np.testing.assert_allclose(loaded.masks.logits, trained.masks.logits, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkeypatch):
     config, whole, _ = whole_run
 
@@ -191,6 +205,7 @@ def broken_at_step_3(monkeypatch):
     monkeypatch.setattr(Loader, "stream", broken)
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole_run, tmp_path, broken_at_step_3):
     config, whole, _ = whole_run
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.* images \S+; .*not_finite_3") as error:
@@ -219,6 +234,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole
     assert mended["finite"]
 
 
+@pytest.mark.slow
 def test_or_the_step_is_skipped(whole_run, tmp_path, broken_at_step_3, caplog):
     config, _, _ = whole_run
     config = config.copy_and_resolve_references()
@@ -232,6 +248,7 @@ def test_or_the_step_is_skipped(whole_run, tmp_path, broken_at_step_3, caplog):
     assert (tmp_path / "not_finite_3" / "0.npz").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size, accumulate", [(6, 1), (8, 4)])
 def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size, accumulate):
     config = whole_run[0].copy_and_resolve_references()
@@ -240,6 +257,7 @@ def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size
         TrainStep(config, make_mesh(config.mesh))
 
 
+@pytest.mark.slow
 def test_parameters_are_spread_over_the_mesh_as_the_rules_say(whole_run):
     config, _, _ = whole_run
     layout = TrainStep(config, make_mesh(config.mesh)).layout
@@ -249,6 +267,7 @@ def test_parameters_are_spread_over_the_mesh_as_the_rules_say(whole_run):
     assert specs["params/heads/norm/scale"] == P()
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused_in_one_line(whole_run, tmp_path):
     config, workdir, _ = whole_run
     other = config.copy_and_resolve_references()
@@ -258,6 +277,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(whole_run, tmp_pat
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_other_data_than_the_checkpoints_is_refused(whole_run):
     config, workdir, _ = whole_run
     other = config.copy_and_resolve_references()

@@ -36,6 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", layouts.NAMES)
 def test_every_public_layout_is_recognised_and_finds_its_place(name):
     """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes
@@ -87,6 +88,7 @@ def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_p
         Predictor.from_checkpoint(str(tmp_path / "ours"))
 
 
+@pytest.mark.slow
 def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
     config = get_config()
     params, frozen = jax.jit(lambda: build_model(config)[1:])()
@@ -146,6 +148,7 @@ def test_an_output_that_has_a_checkpoint_is_left_alone(resnet_file, tmp_path):
         convert(resnet_file, str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_tensors_come_back_from_every_family_bit_for_bit():
     """In float32; the largest models by their shapes only (benchmarks/conversion.py converts those)."""
     for name in ("torchvision_resnet50", "hf_resnet50", "swin_t", "hf_swin_t", "minilm", "efficientnet_lite0"):

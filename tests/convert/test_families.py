@@ -29,6 +29,7 @@ def planned(shapes: dict[str, tuple[int, ...]]) -> Plan | str:
         return str(e)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", layouts.NAMES)
 def test_a_damaged_checkpoint_is_planned_or_refused_in_one_line(name):
     """Keys of the first layers, where sizes are read, and some of the others."""

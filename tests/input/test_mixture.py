@@ -141,6 +141,7 @@ def streams(root, *wanted):
     return json.loads(done.stdout)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_hosts_and_workers_change_nothing_and_a_run_goes_on_anywhere(sample_root, whole_stream, workers):
     """A run on one host, taken up at step 3 by the second host of two, or at step 4 by any host of four."""
@@ -228,6 +229,7 @@ def test_colours_are_jittered_and_no_two_data_sets_alike():
     assert seen[0][:8] != seen[1][:8]
 
 
+@pytest.mark.process
 def test_worker_processes_report_what_they_could_not_use(sample_root, tmp_path):
     root = tmp_path / "records"
     shutil.copytree(sample_root, root)

@@ -88,6 +88,7 @@ def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_bat
     assert found.matching.class_logits.any() and found.matching.boxes.any()
 
 
+@pytest.mark.slow
 def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(outputs, tiny_batch):
     weights = Weights(points=64, projection=1.0)
     masked = tiny_batch.replace(has_mask=np.ones_like(tiny_batch.has_mask))

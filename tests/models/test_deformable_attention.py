@@ -219,6 +219,7 @@ def test_bfloat16_stays_close_to_float32():
     np.testing.assert_allclose(outputs[1].astype(np.float32), outputs[0], atol=0.05)
 
 
+@pytest.mark.slow
 def test_heads_spread_over_devices_meet_in_the_output_projection_alone():
     """Along a tensor axis each device samples for its own heads: weights may be gathered, of the activations only the
     output is summed.

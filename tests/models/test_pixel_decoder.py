@@ -94,6 +94,7 @@ def test_a_token_is_valid_if_its_cell_touches_the_image(split):
     assert valid[1].all() and np.isfinite(memory).all() and mask_features.shape == (2, 16, 24, 12)
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient(split):
     graph, state = split
     features = random_features(32, 64)

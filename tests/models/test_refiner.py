@@ -39,6 +39,7 @@ def test_there_is_an_alpha_at_every_stride_of_any_encoder(name, coarsest):
     }
 
 
+@pytest.mark.slow
 def test_with_corrections_under_way_every_parameter_learns(inputs):
     graph, params = nnx.split(build(make))
     rng = np.random.default_rng(1)

@@ -31,6 +31,7 @@ def random_torch_resnet(stride_in_1x1: bool):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("stride_in_1x1", [False, True])
 def test_values_and_gradients_are_those_of_torch(stride_in_1x1):

@@ -71,6 +71,7 @@ def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
     return load(blank(lambda rngs: Swin(size, window, rngs=rngs, **kwargs)), plan, tensors), plan
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_values_and_all_gradients_are_those_of_torch():
     # there is something to pad at the patches, windows and merges
@@ -136,6 +137,7 @@ def test_bfloat16_stays_near_float32():
     assert jnp.abs(y - run(*nnx.split(exact), x.astype(jnp.float32))).mean() < 0.01
 
 
+@pytest.mark.slow
 def test_drop_path_differs_by_key_and_by_sample():
     model = filled(lambda rngs: Swin(Size(32, (2, 2, 2, 2)), window=3, drop_path=0.5, rngs=rngs))
     image = np.repeat(np.random.default_rng(0).normal(size=(1, 32, 48, 3)).astype(np.float32), 8, 0)

@@ -79,6 +79,7 @@ def along(things, axis, sign):
     return sign * np.array([(t.x, t.y)[axis] for t in things])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, least_things, least_each",
     [pytest.param("sample_scenes", 0.9, 2.2, id="masks"), pytest.param("sample_boxes", 0.75, 1.3, id="boxes")],

@@ -35,6 +35,7 @@ def test_names_follow_the_paper():
     )
 
 
+@pytest.mark.slow
 def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
     pytest.importorskip("better_profanity")
     done = run("captions", "--data=toy", f"--root={root}", "--teacher=attributes")
@@ -108,6 +109,7 @@ def test_shares():
             parse_share(wrong)
 
 
+@pytest.mark.slow
 def test_reports_of_shards_add_up_to_that_of_the_split(root):
     pytest.importorskip("better_profanity")
     run("captions", "--data=toy", f"--root={root}", "--teacher=attributes", "--out=again_syn")

@@ -40,6 +40,7 @@ def pictures(count: int) -> list[Picture]:
     return [Picture(r, INFO, r.decode_image(), (0, 1), np.stack([usable_box(r, i) for i in (0, 1)])) for r in made]
 
 
+@pytest.mark.slow
 def test_a_box_gets_the_same_mask_whatever_boxes_of_these_classes_are_asked_beside_it(teacher):
     some = pictures(3)
     together = teacher(some, [p.boxes for p in some])
@@ -96,6 +97,7 @@ def test_a_model_that_never_restored_masks_is_no_teacher(tmp_path):
         make_teacher(f"ours:{tmp_path}", MASK_TEACHERS)
 
 
+@pytest.mark.slow
 def test_the_picker_says_which_box_the_best_answer_overlaps(checkpoint):
     picker = make_teacher(f"ours:{checkpoint}", PICKERS, "pick")
     predictor, some = Predictor.from_checkpoint(checkpoint), pictures(2)

@@ -104,6 +104,7 @@ def _until_killed(root: str, calls: int, reached) -> None:
     synthesize(work_of(root), Masks(Stuck(), Quality()))
 
 
+@pytest.mark.process
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_set(root):
     context = multiprocessing.get_context("spawn")
     synthesize(work_of(root, out="whole"), Masks(Ellipses(), Quality()))
