@@ -69,7 +69,7 @@ class ConvNet(nnx.Module):
 
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
-    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    ) -> dict[int, Float[Array, "b _h _w _c"]]:
         """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride:
         feature}.
         """

@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         x_pos: Float[Array, "b q d"],
         y: Float[Array, "b k d"],
         y_pos: Float[Array, "b k d"],
-        mask: Bool[Array, "b q k"] | None = None,
+        mask: Bool[Array, "#b q k"] | None = None,
     ) -> Float[Array, "b q d"]:
         split = lambda t: t.reshape(*t.shape[:2], self.heads, -1)
         attended = jax.nn.dot_product_attention(
@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
         self,
         content: Float[Array, "b q d"],
         anchors: Float[Array, "b q 4"],
-        mask: Bool[Array, "b q q"],
+        mask: Bool[Array, "#b q q"],
         split: tuple[int, int],
         memory: Float[Array, "b s d"],
         shapes: tuple[tuple[int, int], ...],

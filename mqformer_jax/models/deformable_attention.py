@@ -84,8 +84,8 @@ def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Ar
 
 @jax.checkpoint
 def _sample(
-    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
-) -> Float[Array, "b q heads*dh"]:
+    rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+) -> Float[Array, "b q heads*c//4"]:
     """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each
     query and head.
 
@@ -98,8 +98,8 @@ def _sample(
 
 
 def _sample_in_lanes(
-    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
-) -> Float[Array, "b q heads*dh"]:
+    rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+) -> Float[Array, "b q heads*c//4"]:
     """The same for TPU, where what is picked, the bulk of the traffic, shall be written once and read once; slow on
     CPU.
 
@@ -115,8 +115,8 @@ def _sample_in_lanes(
 
 @jax.custom_vjp
 def _weigh_rows(
-    rows: Float[Array, "b r 4*dh"], index: Int[Array, "b n heads q"], corners: Float[Array, "b n heads 4 q"]
-) -> Float[Array, "b q heads*dh"]:
+    rows: Float[Array, "b r c"], index: Int[Array, "b n heads q"], corners: Float[Array, "b n heads 4 q"]
+) -> Float[Array, "b q heads*c//4"]:
     return _weigh_forward(rows, index, corners)[0]
 
 
@@ -184,13 +184,13 @@ class MSDeformAttn(nnx.Module):
     def __call__(
         self,
         query: Float[Array, "b q c"],
-        reference: Float[Array, "b q levels 2|4"],
+        reference: Float[Array, "b q levels d"],
         memory: Float[Array, "b s c"],
         shapes: Shapes,
         valid: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b q c"]:
-        """reference: x, y or cx, cy, w, h as fractions of each map; offsets count in pixels of the map around a point,
-        and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not `valid` count as
+        """reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map; offsets count in pixels of the map
+        around a point, and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not `valid` count as
         zero.
         """
         value = self.value_proj(memory)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Bool, Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from mqformer_jax.arrays import Array
@@ -104,7 +104,7 @@ class MQFormer(nnx.Module):
 
     def __call__(
         self,
-        image: Float[Array, "b h w 3"],
+        image: UInt8[Array, "b h w 3"] | Float[Array, "b h w 3"],
         size: Int[Array, "b 2"],
         text: Float[Array, "b p e"],
         prompt_valid: Bool[Array, "b p"],

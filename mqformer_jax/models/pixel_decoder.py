@@ -20,7 +20,7 @@ from mqformer_jax.models import layers
 from mqformer_jax.models.deformable_attention import MSDeformAttn, Shapes
 
 Tokens = Float[Array, "b s c"]
-Features = dict[int, Float[Array, "b h w c"]]
+Features = dict[int, Float[Array, "b _h _w _c"]]  # {stride: feature}
 
 
 class ConvNorm(nnx.Module):
@@ -155,7 +155,7 @@ class PixelDecoder(nnx.Module):
         finest = memory[:, : shapes[0][0] * shapes[0][1]].reshape(-1, *shapes[0], width)
         return memory, shapes, valid, self.mask_features(finest, features, self.mask_stride)
 
-    def _levels(self, features: Features) -> list[Float[Array, "b h w c"]]:
+    def _levels(self, features: Features) -> list[Float[Array, "b _h _w c"]]:
         """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest
         feature.
         """

@@ -73,7 +73,7 @@ class MattingRefiner(nnx.Module):
 
     def __call__(
         self, image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"]
-    ) -> dict[int, Float[Array, "b h2 w2"]]:
+    ) -> dict[int, Float[Array, "b _h _w"]]:
         """image: 0 to 255, sides that are multiples of the coarsest stride. guidance: a hard or soft mask, 0 to 1.
 
         Returns the alpha, 0 to 1, at each stride of the decoder; the one at stride 1 is the answer, the others are
@@ -163,7 +163,7 @@ def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
     return x
 
 
-def _pyramid(x: Float[Array, "b h w c"], strides: tuple[int, ...]) -> dict[int, Float[Array, "b h2 w2 c"]]:
+def _pyramid(x: Float[Array, "b h w c"], strides: tuple[int, ...]) -> dict[int, Float[Array, "b _h _w c"]]:
     found = {1: x}
     for stride in sorted(strides)[1:]:
         found[stride] = x = halve(x)

@@ -92,7 +92,7 @@ class ResNet(nnx.Module):
 
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
-    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    ) -> dict[int, Float[Array, "b _h _w _c"]]:
         """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))

@@ -16,8 +16,9 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-# of one block in training: its rate, and each image's key for each of its two branches
+# of one block in training: its rate, and each image's key for each of its two branches; and of n blocks
 Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]
+Drops = tuple[Float[Array, " n"], Key[Array, "n 2 b"]]
 
 normal = nnx.initializers.normal(0.02)
 
@@ -160,7 +161,7 @@ class Swin(nnx.Module):
 
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
-    ) -> dict[int, Float[Array, "b h2 w2 c"]]:
+    ) -> dict[int, Float[Array, "b _h _w _c"]]:
         """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
         image; None in evaluation.
         """
@@ -173,7 +174,7 @@ class Swin(nnx.Module):
             features[stride] = self.norms[k](x)
         return features
 
-    def drops(self, stage: int, keys: Key[Array, " b"] | None) -> tuple[Drop, Drop] | None:
+    def drops(self, stage: int, keys: Key[Array, " b"] | None) -> tuple[Drops, Drops] | None:
         """Rates and keys of a stage's plain and shifted blocks, a row a pair; None where nothing is dropped."""
         if keys is None or self.drop_path == 0:
             return None

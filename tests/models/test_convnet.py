@@ -26,7 +26,7 @@ def test_every_width_past_the_first_is_a_stride(widths, channels):
 
 
 def test_space_to_depth_keeps_each_patch_together():
-    patches = _space_to_depth(np.arange(32).reshape(1, 4, 4, 2))
+    patches = _space_to_depth(np.arange(32.0).reshape(1, 4, 4, 2))
     assert patches[0, 0, 1].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
