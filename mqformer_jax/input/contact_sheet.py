@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mqformer_jax.arrays import Number
 from mqformer_jax.input.batch import PAD
 
 PANEL = 340  # pixels of the words beside a picture
@@ -61,7 +62,7 @@ class Shown:
 # ---------------------------------------------------------------- the picture
 
 
-def colour(target: int) -> Rgb:
+def colour(target: int | np.integer) -> Rgb:
     """Golden-ratio steps around the hues, in three lightnesses: neighbours in number are far apart."""
     r, g, b = colorsys.hls_to_rgb((0.92 + 0.618034 * target) % 1, (0.5, 0.62, 0.42)[target % 3], 0.95)
     return round(255 * r), round(255 * g), round(255 * b)
@@ -113,7 +114,7 @@ def _resize_mask(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[n
     return (soft > 0) & (soft >= min(0.5, 0.5 * soft.max()))  # a mask thinner than a pixel of the sheet is still seen
 
 
-def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: Rgb, dash: int = 6) -> None:
+def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, "4"], ink: Rgb, dash: int = 6) -> None:
     """The box in dashes of `ink` on white: one of the two stands out from any picture."""
     x0, y0, x1, y1 = box
     for (ax, ay), (bx, by) in itertools.pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
@@ -124,7 +125,9 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Sequence[float], ink: Rgb, dash: int
             draw.line([(ax + s * (bx - ax), ay + s * (by - ay)), (ax + e * (bx - ax), ay + e * (by - ay))], ink, 2)
 
 
-def _anchor(mask: Bool[np.ndarray, "h w"], has_mask: bool, box: Sequence[float]) -> tuple[float, float]:
+def _anchor(
+    mask: Bool[np.ndarray, "h w"], has_mask: bool | np.bool_, box: Float[np.ndarray, "4"]
+) -> tuple[Number, Number]:
     """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would
     hide.
     """
@@ -139,10 +142,10 @@ def _anchor(mask: Bool[np.ndarray, "h w"], has_mask: bool, box: Sequence[float])
 
 
 def _number(
-    draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[float, float]], order: Sequence[int], size: tuple[int, int]
+    draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[Number, Number]], order: Sequence[int], size: tuple[int, int]
 ) -> None:
     """Each target's number at its anchor, or beside it where another stands there already."""
-    taken: list[tuple[float, float]] = []
+    taken: list[tuple[Number, Number]] = []
     for i in order:
         w, h = _badge_size(str(i + 1))
         places = [
@@ -155,11 +158,11 @@ def _number(
         _badge(draw, x, y, str(i + 1), colour(i))
 
 
-def _badge_size(text: str) -> tuple[float, float]:
+def _badge_size(text: str) -> tuple[Number, Number]:
     return SMALL.getlength(text) + 7, 14
 
 
-def _badge(draw: ImageDraw.ImageDraw, x: float, y: float, text: str, fill: Rgb) -> None:
+def _badge(draw: ImageDraw.ImageDraw, x: Number, y: Number, text: str, fill: Rgb) -> None:
     """A number on its target's colour, centred at x, y."""
     w, h = _badge_size(text)
     ink = "black" if np.dot(fill, (0.299, 0.587, 0.114)) > 140 else "white"

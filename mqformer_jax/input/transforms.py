@@ -8,7 +8,7 @@ import dataclasses
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Num, UInt8
 
 from mqformer_jax.input.batch import PAD
 from mqformer_jax.input.example import Example, Target
@@ -75,7 +75,7 @@ def colour_jitter(example: Example, rng: np.random.Generator, strength: float) -
     return dataclasses.replace(example, image=cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8)))
 
 
-def resize_image(image: UInt8[np.ndarray, "h w 3"], size: tuple[int, int]) -> UInt8[np.ndarray, "H W 3"]:
+def resize_image(image: Num[np.ndarray, "h w *c"], size: tuple[int, int]) -> Num[np.ndarray, "H W *c"]:
     """Bilinear; averaged over areas where it shrinks to less than half, since bilinear skips pixels there."""
     if image.shape[:2] == size:
         return image

@@ -190,8 +190,8 @@ class MSDeformAttn(nnx.Module):
         valid: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b q c"]:
         """reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map; offsets count in pixels of the map
-        around a point, and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not `valid` count as
-        zero.
+        around a point, and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not
+        `valid` count as zero.
         """
         value = self.value_proj(memory)
         if valid is not None:

@@ -80,7 +80,9 @@ def test_semantic_unites_the_segments_of_a_class():
 
 
 def test_detection_drops_masks_and_boxes_only_labels_have_none():
-    rec = record(segment(1, 2, 5, 6, class_id=CAT, box=(1, 2, 5.5, 6)), Segment(class_id=DOG, box=(2.5, 3, 9, 8)))
+    rec = record(
+        segment(1, 2, 5, 6, class_id=CAT, box=(1.0, 2.0, 5.5, 6.0)), Segment(class_id=DOG, box=(2.5, 3.0, 9.0, 8.0))
+    )
     for task, has_mask in (("detection", False), ("instance", True)):
         example = to_example(rec, INFO, (task,), "toy/a")
         cat, dog = example.targets
@@ -93,7 +95,7 @@ def test_crowds_are_ignored_and_make_their_class_unsure():
     rec = record(
         segment(0, 0, 4, 4, class_id=CAT),
         segment(8, 0, 12, 4, class_id=CAT, crowd=True),
-        Segment(class_id=DOG, box=(2.5, 6, 5, 8), crowd=True),
+        Segment(class_id=DOG, box=(2.5, 6.0, 5.0, 8.0), crowd=True),
         ignore=encode_rle(area(0, 10, 16, 12)),
     )
     example = to_example(rec, INFO, ("panoptic",), "toy/a")
@@ -186,7 +188,7 @@ def test_a_frequent_class_is_asked_for_more_readily():
 
 def test_what_is_there_but_cannot_be_drawn_is_not_taught_absent():
     glass = cv2.imencode(".png", np.full((H, W), 100, np.uint8))[1].tobytes()
-    empty = Segment(class_id=CAT, mask=encode_rle(np.zeros((H, W), bool)), box=(1, 1, 5, 5), texts=("the cat",))
+    empty = Segment(class_id=CAT, mask=encode_rle(np.zeros((H, W), bool)), box=(1.0, 1.0, 5.0, 5.0), texts=("the cat",))
     example = to_example(
         record(Segment(alpha=glass, foreground=True), empty), INFO, ("foreground", "instance", "referring"), "k"
     )
