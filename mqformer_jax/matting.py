@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import has_checkpoint, load_weights
@@ -57,7 +57,7 @@ class Refiner:
         return cls(weights.config, graph, *filled(tuple(trees), named((weights.params, weights.frozen))))
 
     def __call__(
-        self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"]
+        self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"]
     ) -> Float[np.ndarray, "n h w"]:
         """The alpha, 0 to 1, of each mask (0 to 1, soft or hard) of an RGB image of any size.
 

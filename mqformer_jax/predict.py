@@ -40,6 +40,7 @@ from mqformer_jax.parallel.mesh import BATCH, make_mesh, over_images, replicated
 from mqformer_jax.parallel.rules import filled, named
 from mqformer_jax.segments import (
     CanvasMasks,
+    Masks,
     Segments,
     instance_segments,
     panoptic_segments,
@@ -69,7 +70,7 @@ class Answer:
 
     class_probs: Float[np.ndarray, "q p"]
     boxes: Float[np.ndarray, "q 4"]
-    masks: CanvasMasks
+    masks: Masks
 
 
 class IncompleteModel(ValueError):
@@ -173,7 +174,7 @@ class Predictor:
     def ask(
         self,
         images: Sequence[np.ndarray],
-        prompts: Sequence[Float[Array, "p e"]],
+        prompts: Sequence[Float[Array, "_p e"]],
         batch: int | None = None,
         canvas: tuple[int, int] | None = None,
     ) -> list[Answer]:

@@ -4,7 +4,7 @@ The rules are Mask DINO's inference. They read, for Q queries and the P prompts 
 
     class_probs   [Q, P]      0 to 1, the sigmoid already taken
     boxes         [Q, 4]      x0, y0, x1, y1 in pixels of the image
-    mask_logits   [Q, h, w]   at the image's resolution, or a `CanvasMasks`, which restores only the queries in use
+    mask_logits   [Q, h, w]   at the image's resolution, or `LazyMasks`, which restore only the queries in use
 """
 
 from __future__ import annotations
@@ -58,8 +58,14 @@ class Segments:
         )
 
 
+class LazyMasks:
+    """Mask logits [q, h, w] of an image that are made where they are indexed with query ids."""
+
+    shape: tuple[int, int, int]
+
+
 @dataclasses.dataclass(frozen=True)
-class CanvasMasks:
+class CanvasMasks(LazyMasks):
     """Mask logits as the network gives them. Indexing with query ids restores those, and only those, to the image.
 
     logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`.
@@ -74,7 +80,7 @@ class CanvasMasks:
     def shape(self) -> tuple[int, int, int]:
         return len(self.logits), *self.output
 
-    def __getitem__(self, queries: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k h0 w0"]:
+    def __getitem__(self, queries: Int[np.ndarray, " k"] | list[int | np.integer]) -> Float[np.ndarray, "k h0 w0"]:
         return restore(self.logits[queries], self.canvas, self.valid, self.output)
 
     def band(self, queries: Int[np.ndarray, " k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
@@ -96,7 +102,7 @@ class CanvasMasks:
         return out
 
 
-Masks = np.ndarray | CanvasMasks
+Masks = Float[np.ndarray, "q h w"] | LazyMasks
 BAND = 1 << 27  # numbers that are held at once where every pixel has one for each prompt
 
 

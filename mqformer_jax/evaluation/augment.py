@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from mqformer_jax.input.example import Prompt
 from mqformer_jax.input.prompts import mirror
 from mqformer_jax.models.mqformer import query_counts
-from mqformer_jax.segments import CanvasMasks, soft_mask
+from mqformer_jax.segments import CanvasMasks, LazyMasks, soft_mask
 
 if TYPE_CHECKING:
     from mqformer_jax.predict import Answer
@@ -53,7 +53,7 @@ def mirrored_texts(texts: Sequence[str]) -> list[str] | None:
     return None if None in prompts else [prompt.texts[0] for prompt in prompts]
 
 
-class ViewMasks:
+class ViewMasks(LazyMasks):
     """Mask logits of all views' queries, one view after the other, as those of one network, mirrored back.
 
     The mean over views of a sum over queries is the sum over all of them, so `segments.semantic_map` needs to know no
@@ -78,8 +78,8 @@ class ViewMasks:
 
 def joined(
     answers: Sequence[Answer], flipped: Sequence[bool]
-) -> tuple[Float[np.ndarray, "v*q p"], ViewMasks | CanvasMasks]:
-    """Class probabilities and masks of all views of an image, for `segments.semantic_map`."""
+) -> tuple[Float[np.ndarray, "q p"], ViewMasks | CanvasMasks]:
+    """Class probabilities and masks of an image by the queries of all views, for `segments.semantic_map`."""
     if len(answers) == 1 and not flipped[0]:
         return answers[0].class_probs, answers[0].masks
     return np.concatenate([a.class_probs for a in answers]), ViewMasks([a.masks for a in answers], flipped)

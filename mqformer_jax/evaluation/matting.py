@@ -20,7 +20,7 @@ def compare(
     mattes: Iterable[Matte],
     guide: Callable[[Matte], Mask | None],
     pictures: int,
-) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "h w 3"]]]:
+) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "_h _w 3"]]]:
     """{"mask", "refined": `AlphaEvaluator.result`} of a `Refiner` on masks that `guide` makes (None: leave this one
     out), and a sheet's rows.
 
@@ -48,7 +48,7 @@ def _sized(row: np.ndarray) -> np.ndarray:
     return cv2.resize(row, (round(row.shape[1] * ROW / row.shape[0]), ROW), interpolation=cv2.INTER_AREA)
 
 
-def save_sheet(path: str, rows: list[UInt8[np.ndarray, "h w 3"]]) -> None:
+def save_sheet(path: str, rows: list[UInt8[np.ndarray, "_h _w 3"]]) -> None:
     """Rows below each other as one picture, the narrower ones filled up on the right."""
     width = max(row.shape[1] for row in rows)
     sheet = np.concatenate(
