@@ -46,6 +46,7 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
 _CALLED = re.compile(
     r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
+Bytes = float | int | np.integer  # half of one is a number of four bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Instruction:
     root: bool
 
     @property
-    def bytes(self) -> float:
+    def bytes(self) -> Bytes:
         return shape_bytes(self.shape)
 
     @property
@@ -154,7 +155,7 @@ class Program:
             count,
         )
 
-    def traffic(self, once: bool = False) -> float:
+    def traffic(self, once: bool = False) -> Bytes:
         """Bytes that instructions read and write, each operand and result whole but for slices of it; loops by their
         length.
 
@@ -162,7 +163,7 @@ class Program:
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
 
-    def _moved(self, run: Run) -> float:
+    def _moved(self, run: Run) -> Bytes:
         i = run.instruction
         if i.kind in FREE or i.kind.endswith("-done") or i.collective:
             return 0
@@ -178,7 +179,7 @@ class Program:
         return {name: computation for computation in self.computations.values() for name in computation}
 
 
-def _slices(fused: dict[str, Instruction]) -> Iterator[float]:
+def _slices(fused: dict[str, Instruction]) -> Iterator[Bytes]:
     """What a fusion reads of each parameter, and what it writes."""
     for parameter in (i for i in fused.values() if i.kind == "parameter"):
         users = [(i, k) for i in fused.values() for k, name in enumerate(i.operands) if name == parameter.name]
@@ -191,7 +192,7 @@ def _slices(fused: dict[str, Instruction]) -> Iterator[float]:
         yield _written(out, fused)
 
 
-def _part(user: Instruction, position: int, whole: float) -> float:
+def _part(user: Instruction, position: int, whole: Bytes) -> Bytes:
     """How much of operand `position`, of `whole` bytes, an instruction reads."""
     if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
         return user.bytes
@@ -200,7 +201,7 @@ def _part(user: Instruction, position: int, whole: float) -> float:
     return whole
 
 
-def _written(i: Instruction, siblings: dict[str, Instruction]) -> float:
+def _written(i: Instruction, siblings: dict[str, Instruction]) -> Bytes:
     if i.kind == "dynamic-update-slice" and i.operands[1] in siblings:
         return siblings[i.operands[1]].bytes
     return i.bytes
@@ -229,7 +230,7 @@ def _closing(text: str) -> int:
     raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def shape_bytes(shape: str) -> float:
+def shape_bytes(shape: str) -> Bytes:
     """Bytes of a shape as XLA prints it, tuples included; layouts' padding is not counted."""
     found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
     return sum(
@@ -274,7 +275,7 @@ def flops(jaxpr: Any) -> float:
 def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
     """The largest results of a jaxpr, one of each shape: bytes, shape, which operation made them."""
 
-    def made(jaxpr: Any) -> Iterator[tuple[float, str, str]]:
+    def made(jaxpr: Any) -> Iterator[tuple[Bytes, str, str]]:
         for eqn in jaxpr.eqns:
             for out in eqn.outvars:
                 if hasattr(out.aval, "dtype"):
@@ -289,7 +290,7 @@ def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
     return _largest(made(jaxpr), count)
 
 
-def _largest(made: Iterator[tuple[float, str, str]], count: int) -> list[dict[str, Any]]:
+def _largest(made: Iterator[tuple[Bytes, str, str]], count: int) -> list[dict[str, Any]]:
     by_shape = {}
     for size, shape, source in sorted(made, key=lambda item: -item[0]):
         by_shape.setdefault(shape, {"bytes": float(size), "shape": shape, "source": source})
