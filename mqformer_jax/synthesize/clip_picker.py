@@ -32,7 +32,7 @@ class ClipPicker:
 
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
-    ) -> list[list[Float[np.ndarray, "c n"]]]:
+    ) -> list[list[Float[np.ndarray, "_c _n"]]]:
         """Of each picture, for each of its n boxes, the cosines of its c captions with each of the n boxes.
 
         Captions beyond CLIP's context (77 tokens) are cut. Every crop is encoded once, and so is every text, however

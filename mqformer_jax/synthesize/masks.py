@@ -99,7 +99,7 @@ def stability(masks: Bool[np.ndarray, "k h w"]) -> float:
     return float(((first & others).sum((1, 2)) / np.maximum(union, 1)).mean()) if len(others) else 1.0
 
 
-def box_iou(a: Float[np.ndarray, "*n 4"], b: Float[np.ndarray, "*n 4"]) -> Float[np.ndarray, "*n"]:
+def box_iou(a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]) -> Float[np.ndarray, "*n"] | np.floating:
     """IoU of x0, y0, x1, y1 boxes that broadcast together."""
     area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), -1)
     common = area(np.concatenate([np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])], -1))

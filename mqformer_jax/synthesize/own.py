@@ -57,7 +57,7 @@ class OwnMasks:
 
         self._forward = jax.jit(forward)
 
-    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "k 4"]]) -> list[Drawn]:
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[Drawn]:
         """See `MaskTeacher`."""
         asked = [[_claim(p, i) for i in p.segments] for p in pictures]
         texts = [list(dict.fromkeys(claims)) for claims in asked]
@@ -94,7 +94,7 @@ class OwnPicker:
 
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
-    ) -> list[list[Float[np.ndarray, "c n"]]]:
+    ) -> list[list[Float[np.ndarray, "_c _n"]]]:
         """See `Picker`: the IoU of the answer's box with each of the boxes, 0 where it is below OVERLAP."""
         found = []
         for picture, boxes in zip(pictures, captions):

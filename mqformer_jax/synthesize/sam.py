@@ -77,7 +77,7 @@ class Sam:
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "k 4"]]) -> list[Drawn]:
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[Drawn]:
         """One mask, as logits, for each box (x0, y0, x1, y1 in pixels) of each picture."""
         drawn = [_nothing(picture.image.shape[:2]) for picture in pictures]
         asked = [i for i, wanted in enumerate(boxes) if len(wanted)]

@@ -59,7 +59,7 @@ class MaskTeacher(Protocol):
 
     name: str
 
-    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "k 4"]]) -> list[Drawn]:
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[Drawn]:
         """The masks in `boxes`, k of each picture: those of the picture, or copies of them that were moved a little.
 
         Box j of a picture's k belongs to segment `segments[j % n]` of its n.
@@ -89,7 +89,7 @@ class Picker(Protocol):
 
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
-    ) -> list[list[Float[np.ndarray, "c n"]]]:
+    ) -> list[list[Float[np.ndarray, "_c _n"]]]:
         """Of each picture, for each of its n boxes, how well its c captions fit each of the n boxes: the largest is
         what a caption means.
         """

@@ -16,11 +16,13 @@ pytestmark = pytest.mark.parity
 
 from PIL import Image  # noqa: E402
 
+from mqformer_jax.input.record import DatasetInfo, Record  # noqa: E402
 from mqformer_jax.synthesize import clip_picker  # noqa: E402
 from mqformer_jax.synthesize.clip_picker import ClipPicker  # noqa: E402
 from mqformer_jax.synthesize.teachers import PICKERS, Picture, make_teacher  # noqa: E402
 
 SIDE, CONTEXT = 32, 12
+RECORD, INFO = Record("unread", b"", 60, 90), DatasetInfo("unread", (), {})
 LONG = "the small ox and one ear"  # a letter is a token here, and two are the start and the end
 
 
@@ -72,7 +74,7 @@ def picker(folder) -> ClipPicker:
 
 def picture(boxes: list[list[float]], seed: int = 0) -> Picture:
     image = np.random.default_rng(seed).integers(0, 256, (60, 90, 3), np.uint8)
-    return Picture(None, None, image, tuple(range(len(boxes))), np.array(boxes, np.float64).reshape(-1, 4))
+    return Picture(RECORD, INFO, image, tuple(range(len(boxes))), np.array(boxes, np.float64).reshape(-1, 4))
 
 
 PICTURES = [

@@ -56,7 +56,7 @@ def test_each_test_refuses_what_it_is_there_for_and_the_mask_is_kept_to_be_looke
     assert verdict(good, rectangle(10, 10, 20, 40)).reason == "changes when the box moves"
     assert verdict(good, score=0.4).reason == "the teacher doubts it"
     frame = good & ~rectangle(11, 11, 39, 38)
-    assert verdict(frame, area=0.2, clean=0).reason == "fills its box too little"
+    assert verdict(frame, area=0.2, clean=0.0).reason == "fills its box too little"
     assert verdict(np.zeros_like(good)).reason == verdict(rectangle(50, 0, 60, 5)).reason == "nothing drawn in the box"
     refused = verdict(good, score=0.4)
     assert (decode_rle(refused.mask, 48, 64) == good).all() and refused.score == 0.4
@@ -111,7 +111,7 @@ def test_small_holes_and_islands_go_as_scipy_counts_them(seed):
     least = share * mask.sum()
     expected = ~without_small(~without_small(mask, least), least)
     np.testing.assert_array_equal(found, expected)
-    assert (found != mask).any() and (cleaned(mask, 0) == mask).all() and not cleaned(np.zeros_like(mask), 0.5).any()
+    assert (found != mask).any() and (cleaned(mask, 0.0) == mask).all() and not cleaned(np.zeros_like(mask), 0.5).any()
 
 
 def test_box_iou_of_known_boxes():
@@ -122,8 +122,8 @@ def test_box_iou_of_known_boxes():
 def test_crowds_and_what_has_a_mask_are_not_asked_about():
     made = record(
         0,
-        Segment(0, box=(0, 0, 9, 9), crowd=True),
-        Segment(1, box=(0, 0, 9, 9), mask=b"1"),
-        Segment(1, box=(0, 0, 9, 9)),
+        Segment(0, box=(0.0, 0.0, 9.0, 9.0), crowd=True),
+        Segment(1, box=(0.0, 0.0, 9.0, 9.0), mask=b"1"),
+        Segment(1, box=(0.0, 0.0, 9.0, 9.0)),
     )
     assert Masks(Ellipses(), Quality()).wanted(made, INFO) == [2]

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.parity
 
 from PIL import Image  # noqa: E402
 
+from mqformer_jax.input.record import DatasetInfo, Record  # noqa: E402
 from mqformer_jax.synthesize import hugging_face, region_captions  # noqa: E402
 from mqformer_jax.synthesize.hugging_face import crop, mark  # noqa: E402
 from mqformer_jax.synthesize.region_captions import CAPTIONS, Blip, Blip2, Florence2  # noqa: E402
@@ -29,6 +30,7 @@ KINDS = {"blip": Blip, "blip2": Blip2, "florence2": Florence2}
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
 VISION = SMALL | dict(image_size=32, patch_size=8)
 TOKENS = 8  # enough, and quick
+RECORD, INFO = Record("unread", b"", 60, 90), DatasetInfo("unread", (), {})
 
 
 def tokenizer(words: list[str], locations: int = 0, **special: str):
@@ -140,7 +142,7 @@ def picture(boxes: list[list[float]], seed: int = 0) -> Picture:
     """Blobs of colour, which a small model can tell apart."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
     image = np.asarray(Image.fromarray(small).resize((90, 60), Image.NEAREST))
-    return Picture(None, None, image, tuple(range(len(boxes))), np.array(boxes, np.float64).reshape(-1, 4))
+    return Picture(RECORD, INFO, image, tuple(range(len(boxes))), np.array(boxes, np.float64).reshape(-1, 4))
 
 
 PICTURES = [

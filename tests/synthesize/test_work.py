@@ -180,7 +180,7 @@ def test_other_settings_begin_anew_and_the_same_do_nothing(root):
 def test_what_cannot_be_asked_is_counted_named_and_kept(root, tmp_path):
     outside, empty = Segment(0, box=(100.0, 0.0, 120.0, 10.0)), Segment(1, box=(5.0, 5.0, 5.0, 9.0))
     partly = Segment(0, box=(-10.0, -10.0, 30.0, 30.0))
-    crowd, masked = Segment(0, box=(0, 0, 9, 9), crowd=True), Segment(2, mask=encode_rle(np.ones((H, W), bool)))
+    crowd, masked = Segment(0, box=(0.0, 0.0, 9.0, 9.0), crowd=True), Segment(2, mask=encode_rle(np.ones((H, W), bool)))
     rows = [
         record(0, outside, empty, partly, crowd, masked),
         record(1, Segment(0, box=(1.0, 1.0, 20.0, 20.0)), image=b"no image"),
