@@ -44,9 +44,9 @@ def make(job, log, act=None, greeting=""):
     if int(job.key) == 5:
         problems.add("image: nobody likes it", job.key)
         return plan.Built(None, collections.Counter(), problems)
-    cats = [Segment(0, (greeting,), (0, 0, 1, 1))] * 2 if int(job.key) % 2 == 0 else []
-    dogs = [Segment(2, box=(0, 0, 1, 1), crowd=True)] if int(job.key) % 3 == 0 else []
-    hidden = [Segment(1, box=(0, 0, 1, 1), foreground=True)]
+    cats = [Segment(0, (greeting,), (0.0, 0.0, 1.0, 1.0))] * 2 if int(job.key) % 2 == 0 else []
+    dogs = [Segment(2, box=(0.0, 0.0, 1.0, 1.0), crowd=True)] if int(job.key) % 3 == 0 else []
+    hidden = [Segment(1, box=(0.0, 0.0, 1.0, 1.0), foreground=True)]
     image = pathlib.Path(job.image).read_bytes()
     return plan.Built.of(Record(job.key, image, 1, 1, tuple(cats + dogs + hidden), origin=job.origin), problems)
 
