@@ -18,6 +18,7 @@ from absl import logging
 from flax import nnx
 from ml_collections import ConfigDict
 
+from mqformer_jax.arrays import Array
 from mqformer_jax.convert.report import Report
 from mqformer_jax.parallel.rules import path_name
 
@@ -182,7 +183,7 @@ def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
 
 
 def apply(
-    plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct]
+    plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct | Array]
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are
     returned.
@@ -288,7 +289,7 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def fill(module: nnx.Module, values: Mapping[str, np.ndarray], part: str) -> nnx.Module:
+def fill(module: nnx.Module, values: Mapping[str, Array], part: str) -> nnx.Module:
     """A module (or its shapes: `nnx.eval_shape`) with all variables taken from `values`, whose paths begin with
     `part`.
     """

@@ -60,9 +60,9 @@ class _Random(Mapping[str, np.ndarray]):
         generator = np.random.default_rng([self.seed, zlib.crc32(key.encode())])
         if key.endswith("running_var"):
             return (0.5 + generator.random(shape, np.float32)).astype(dtype)
-        value = np.asarray(generator.standard_normal(shape, np.float32)) * np.float32(self.std)
+        value = np.asarray(generator.standard_normal(shape, np.float32) * np.float32(self.std))
         scale = len(shape) == 1 and key.endswith("weight")
-        return (value + 1 if scale else value).astype(dtype)
+        return np.asarray(value + 1 if scale else value, dtype)
 
     def __contains__(self, key: object) -> bool:
         return key in self.layout or key in self.same

@@ -177,7 +177,7 @@ def test_tensors_of_other_dimensions_are_reported(key, shape):
     wrong = {
         key: np.zeros(shape, np.float32),
         "filter": np.zeros((2, 2, 3), np.float32),
-        "turned": np.float32(1).reshape(()),
+        "turned": np.ones((), np.float32),
     }
     _, report = apply(plan, tensors | wrong, ours)
     for name in wrong:
