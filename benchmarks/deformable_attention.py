@@ -8,9 +8,9 @@
 Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with
 four gathers, one a corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four
 packed pixels but no care for the layout, which is what CPU and GPU run. `accessed`: the compiler's "bytes accessed"; it
-counts a tile of eight rows for each row that is
-gathered. `operands`: each instruction's operands and results, whole. `cycles`: the compiler's estimate, without
-gathers, scatters and sorts, for which it gives none (no form has a loop). `temporary`: memory it sets aside.
+counts a tile of eight rows for each row that is gathered. `operands`: each instruction's operands and results, whole.
+`cycles`: the compiler's estimate, without gathers, scatters and sorts, for which it gives none (no form has a loop).
+`temporary`: memory it sets aside.
 """
 
 from __future__ import annotations

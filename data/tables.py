@@ -51,9 +51,8 @@ def table(
     """Rows of an image become one record, rows of the same mask or box one segment with all their expressions.
 
     `masks`: the folder below which masks lie, else the table's own. `classes`: a class list, else all that the table
-        names.
-    `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of its
-    rows, so a row that gives an image alone says that it shows nothing.
+    names. `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of
+    its rows, so a row that gives an image alone says that it shows nothing.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):

@@ -36,9 +36,8 @@ class TfdsSet:
 
     name: what configs call the set. splits: ours to the builder's. needs: packages without which the builder cannot
     make the set, though a set that is made is read without them. vocabulary: the builder's features to classes, and a
-    map from its class ids
-    to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels` of its job are the
-        example.
+    map from its class ids to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels`
+    of its job are the example.
     image: the feature that is the image.
     """
 

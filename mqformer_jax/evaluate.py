@@ -61,10 +61,9 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
     `folder`.
 
     Of several processes each does its share of the images, and the first one writes. Keys are task.metric
-    ("panoptic.pq"), in percent
-    (mattes: see `AlphaEvaluator`); from the second set of a task on with "name/split/" in front. eval_details.json
-    holds, for each set and task, the figures of each class and the images with the worst. save_predictions: each set's
-    answers go to predictions/NAME_SPLIT, as benchmarks take them (`Submission`).
+    ("panoptic.pq"), in percent (mattes: see `AlphaEvaluator`); from the second set of a task on with "name/split/" in
+    front. eval_details.json holds, for each set and task, the figures of each class and the images with the worst.
+    save_predictions: each set's answers go to predictions/NAME_SPLIT, as benchmarks take them (`Submission`).
     """
     results: dict[str, float] = {}
     details: dict[str, Any] = {}

@@ -9,9 +9,10 @@ The rules are Mask DINO's inference. They read, for Q queries and the P prompts 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -58,10 +59,17 @@ class Segments:
         )
 
 
-class LazyMasks:
-    """Mask logits [q, h, w] of an image that are made where they are indexed with query ids."""
+class LazyMasks(abc.ABC):
+    """Mask logits [q, h, w] of an image that are computed when they are indexed with query ids."""
 
-    shape: tuple[int, int, int]
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """q, h, w."""
+
+    @abc.abstractmethod
+    def __getitem__(self, index: Any, /) -> np.ndarray:
+        """The masks of some queries."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,7 @@ class CanvasMasks(LazyMasks):
     output: tuple[int, int]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
+    def shape(self) -> tuple[int, ...]:
         return len(self.logits), *self.output
 
     def __getitem__(self, queries: Int[np.ndarray, " k"] | list[int | np.integer]) -> Float[np.ndarray, "k h0 w0"]:

@@ -48,10 +48,9 @@ def convert(
     source: a file or folder; None for families that install as packages, and for "lite", which is two of them in one
         folder.
     classes: names of the rows of a closed-set checkpoint. settings: {path in the config: value} for what a file does
-        not hold.
-    strict: nothing is written unless every tensor found its place and every place its tensor. tell: is given each
-    source ("FILE: FAMILY") and its report, before anything is refused or written. Raises ValueError or OSError in one
-        line.
+    not hold. strict: nothing is written unless every tensor found its place and every place its tensor. tell: is given
+    each source ("FILE: FAMILY") and its report, before anything is refused or written. Raises ValueError or OSError in
+    one line.
     """
     check_output(output)
     paths = {name: source or _packaged(name) for name in (LITE if family == "lite" else (family,))}

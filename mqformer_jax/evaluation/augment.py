@@ -63,7 +63,10 @@ class ViewMasks(LazyMasks):
     def __init__(self, masks: Sequence[CanvasMasks], flipped: Sequence[bool]):
         self.masks, self.flipped = masks, flipped
         self.starts = np.cumsum([0, *(m.shape[0] for m in masks)])
-        self.shape = (int(self.starts[-1]), *masks[0].shape[1:])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return int(self.starts[-1]), *self.masks[0].shape[1:]
 
     def __getitem__(self, index: np.ndarray | tuple[np.ndarray, slice]) -> Float[np.ndarray, "k r w"]:
         """Some queries, and of their masks some rows or all."""
@@ -90,9 +93,8 @@ def mean_regions(answers: Sequence[Answer], flipped: Sequence[bool]) -> Answer:
     and box.
 
     Views weigh as much as those queries score: of two that see different objects, the surer one should not lose all it
-    sees (on the
-    sample's expressions, mirrored: mIoU 59.9, with equal weights 56.3, without the mirrored view 59.0). The score is
-        the plain mean.
+    sees (on the sample's expressions, mirrored: mIoU 59.9, with equal weights 56.3, without the mirrored view 59.0).
+    The score is the plain mean.
     """
     if len(answers) == 1 and not flipped[0]:
         return answers[0]

@@ -1,9 +1,9 @@
 """One Hungarian matching over both kinds of query at every stage, and one loss over what it pairs (paper sec. 3.3).
 
 What a loss may assume is explicit in the Batch: a (query, prompt) pair is taught where the query was matched to a
-target that the prompt names, where all that the prompt names in this
-image is labelled, or where the target is known to be none of it (`Batch.negative`); nothing else is. A target without a
-mask has no mask cost and no mask loss. Pixels where nothing is known count nowhere.
+target that the prompt names, where all that the prompt names in this image is labelled, or where the target is known to
+be none of it (`Batch.negative`); nothing else is. A target without a mask has no mask cost and no mask loss. Pixels
+where nothing is known count nowhere.
 """
 
 from __future__ import annotations

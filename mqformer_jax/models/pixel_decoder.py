@@ -84,8 +84,7 @@ class PixelDecoder(nnx.Module):
 
     channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double
     the one before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth,
-    ffn: of the
-    encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: see `scan_layers`.
+    ffn: of the encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: see `scan_layers`.
     """
 
     def __init__(

@@ -2,8 +2,7 @@
 
 A pixel takes the terms of the nearest prototype in CIELAB. The prototypes are colours of the XKCD colour survey
 (https://xkcd.com/color/rgb, public domain), where 200,000 people named what they saw on their screens. Colours between
-two terms
-(teal, maroon, cream) carry both: such a pixel may count as either and proves neither.
+two terms (teal, maroon, cream) carry both: such a pixel may count as either and proves neither.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ class Quality:
 
     score: the least estimate of the teacher. stability: the least mean IoU with the masks of `copies` boxes, the sides
     of which were moved by up to `jitter` of the box. agreement: the least IoU of the mask's tight box with the given
-    one. area: the least share of
-    the box that the mask fills. clean: holes and islands below this share of the mask are filled and left out.
+    one. area: the least share of the box that the mask fills. clean: holes and islands below this share of the mask are
+    filled and left out.
     """
 
     score: float = 0.5
