@@ -383,6 +383,6 @@ def _get(config: ConfigDict, path: str):
     return config
 
 
-def _require(ok: bool, field: str, value: object, mend: str) -> None:
+def _require(ok: object, field: str, value: object, mend: str) -> None:
     if not ok:
         raise ValueError(f"config.{field} = {value!r}: {mend}.")

@@ -81,7 +81,7 @@ class Metrics:
             self.board.add_scalar(name, value, step)
 
 
-def _forget_after(path: str, step: int) -> dict[str, float]:
+def _forget_after(path: str, step: int) -> dict[str, int | float]:
     """Drop the lines of steps that will be done again, and a line that was cut short; the last value of everything
     else.
     """

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from mqformer_jax.arrays import Number
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.segments import Segments, ground_truth_segments
 
@@ -19,7 +20,8 @@ SMALL = 384  # an image whose longer side has fewer pixels is enlarged, or no la
 GAP = 10
 GOLDEN = 0.618034
 INK = (32, 33, 36)
-Rect = tuple[float, float, float, float]
+Ids = Sequence[int] | Int[np.ndarray, "_"]
+Rect = tuple[Number, Number, Number, Number]
 
 
 def overlay(
@@ -28,7 +30,7 @@ def overlay(
     opacity: float = 0.55,
     boxes: bool = False,
     labels: bool = True,
-    among: Sequence[int] | None = None,
+    among: Ids | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """The segments in colour over the image, with contours and a label each (its prompt, and its score in percent).
 
@@ -73,7 +75,7 @@ def label_of(segments: Segments, index: int) -> str:
     return text if segments.query_ids[index] < 0 else f"{text} {100 * segments.scores[index]:.0f}"
 
 
-def colors(prompt_ids: Sequence[int], among: Sequence[int]) -> Float[np.ndarray, "n 3"]:
+def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
     """RGB, 0 to 255, one a segment: a hue for each prompt, shifted for its second, third ... segment.
 
     Hues go in golden-ratio steps through the sorted `among`, which keeps up to some twenty prompts apart.
@@ -232,7 +234,7 @@ def _draw_labels(
     canvas[...] = np.asarray(page)
 
 
-def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: float, h: float) -> list[tuple[float, float]]:
+def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: Number, h: Number) -> list[tuple[Number, Number]]:
     """Left upper corners for a label of w x h pixels, best first."""
     if not mask.any():  # only a box is known; nothing at all where that is empty too
         return [(box[0], box[1] - h), (box[0], box[1])] if box[2] > box[0] else []
@@ -272,7 +274,7 @@ def _to_height(image: np.ndarray, height: int) -> np.ndarray:
     return cv2.resize(image, (round(image.shape[1] * scale), height), interpolation=cv2.INTER_CUBIC)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: Number) -> list[str]:
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -282,7 +284,7 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     return lines
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+def _shorten(text: str, font: ImageFont.FreeTypeFont, width: Number) -> str:
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -13,11 +13,11 @@ from tiny import get_config
 
 from mqformer_jax import demo
 from mqformer_jax.input.record import decode_rle
-from mqformer_jax.predict import TASKS
+from mqformer_jax.predict import TASKS, Predictor
 from mqformer_jax.segments import Segments
 
 
-class Stripes:
+class Stripes(Predictor):
     """Stands for a Predictor: each prompt owns a stripe of the image, the last prompt nothing; remembers what it was
     asked.
     """

@@ -6,6 +6,7 @@ import json
 import os
 
 import jax
+import jaxtyping
 import numpy as np
 import pytest
 from tiny import get_config
@@ -84,7 +85,7 @@ def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, t
     )
 
 
-def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(sample_root):
+def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(sample_root, monkeypatch):
     config = recipe(sample_root)
     refiner = Refiner(config, *build_refiner(config))
     for h, w in ((70, 50), (64, 64), (300, 20), (1, 1)):
@@ -92,6 +93,7 @@ def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(samp
         mask[0, : (h + 1) // 2] = 1
         alphas = refiner(np.zeros((h, w, 3), np.uint8), mask)
         assert alphas.shape == (2, h, w) and np.abs(alphas[0] - mask[0]).mean() < 0.05 and not alphas[1].any()
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the annotation would refuse them before
     with pytest.raises(ValueError, match="image's size"):
         refiner(np.zeros((8, 9, 3), np.uint8), np.zeros((1, 9, 8)))
 
@@ -141,7 +143,7 @@ def test_a_save_that_is_cut_short_leaves_the_refiner_before_it(trained, monkeypa
 
     monkeypatch.setattr(refining, "save_weights", fail)
     with pytest.raises(OSError, match="no space"):
-        refining._replace(folder, None, {})
+        refining._replace(folder, Weights(get_config(), {}, {}), {})
     after = Refiner.load(workdir)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params)))
     assert Refiner.load(f"{workdir}/{FOLDER}.new") is None

@@ -16,7 +16,7 @@ GREY = np.full((96, 96, 3), 128, np.uint8)
 
 def segments(*masks: np.ndarray, prompts: tuple[int, ...], query: int = 0) -> Segments:
     n = len(masks)
-    boxes = np.array([[10, 10, 60, 50]] * n, float)
+    boxes = np.array([[10, 10, 60, 50]] * n, float).reshape(n, 4)
     stack = np.stack(masks) if n else np.zeros((0, 96, 96), bool)
     return Segments(["cat", "dog", "sky"], stack, boxes, np.full(n, 0.876), np.array(prompts, int), np.full(n, query))
 

@@ -183,14 +183,14 @@ class Piece:
     image: Image.Image | None = None
 
     @functools.cached_property
-    def width(self) -> float:
+    def width(self) -> Number:
         if self.image or self.text in (REGION, INSTANCES):
             return self.image.width if self.image else 15
         return _badge_size(self.text)[0] if self.fill else FONT.getlength(self.text)
 
 
 Item = list[Piece]
-Placed = tuple[float, float, Piece]  # left, top of its line
+Placed = tuple[Number, Number, Piece]  # left, top of its line
 
 
 def prompt_items(asked: Sequence[Asked]) -> tuple[list[Item], list[Item]]:
@@ -237,8 +237,8 @@ def _count(number: int, what: str) -> str:
 
 
 def flow(
-    items: Sequence[Item], width: float, own_line: bool = True, gap: float = 12, line: float = LINE
-) -> tuple[list[Placed], float]:
+    items: Sequence[Item], width: Number, own_line: bool = True, gap: Number = 12, line: Number = LINE
+) -> tuple[list[Placed], Number]:
     """Where the pieces go, and the height of all. own_line: every item begins a line, not only one that found no room
     behind another.
     """
@@ -257,7 +257,7 @@ def flow(
     return placed, y + line
 
 
-def fitted(owning: list[Item], rest: list[Item], room: float, most: float) -> tuple[list[Placed], float]:
+def fitted(owning: list[Item], rest: list[Item], room: Number, most: Number) -> tuple[list[Placed], Number]:
     """A line for each prompt within `room`; else one after the other; what would go past `most` is only counted."""
     placed, height = flow(owning + rest, PANEL)
     if height <= room:
@@ -271,7 +271,7 @@ def fitted(owning: list[Item], rest: list[Item], room: float, most: float) -> tu
     return above + [(x, y + height, piece) for x, y, piece in below], height + tail
 
 
-def write(page: Image.Image, placed: Iterable[Placed], left: float, top: float) -> None:
+def write(page: Image.Image, placed: Iterable[Placed], left: Number, top: Number) -> None:
     draw = ImageDraw.Draw(page)
     for x, y, piece in placed:
         x, middle = left + x, top + y + LINE / 2
