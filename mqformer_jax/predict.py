@@ -144,7 +144,7 @@ class Predictor:
         return predictor
 
     def embed(
-        self, texts: Sequence[str], regions: Sequence[bool] | Bool[np.ndarray, "p"], templates: Sequence[str] = ("{}",)
+        self, texts: Sequence[str], regions: Sequence[bool] | Bool[np.ndarray, " p"], templates: Sequence[str] = ("{}",)
     ) -> Float[Array, "p e"]:
         """Prompts as vectors; each text is encoded once in the predictor's life.
 
@@ -215,7 +215,7 @@ class Predictor:
         image: np.ndarray | Sequence[np.ndarray],
         prompts: Sequence[str],
         task: str = "panoptic",
-        regions: Sequence[bool] | Bool[np.ndarray, "p"] | None = None,
+        regions: Sequence[bool] | Bool[np.ndarray, " p"] | None = None,
         queries: str = "all",
         score: float | None = None,
     ) -> Segments | list[Segments]:

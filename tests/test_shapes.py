@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import pathlib
 import typing
 
@@ -46,7 +47,7 @@ def test_attention_refuses_another_rank_and_other_points(locations, weights):
 
 def test_a_batch_is_what_its_fields_say(tiny_batch):
     """They are not checked where one is made: transformations make ones that hold something else."""
-    kinds = {name: typing.get_args(hint) for name, hint in typing.get_type_hints(Batch).items()}
+    kinds = {name: typing.get_args(hint) for name, hint in inspect.get_annotations(Batch, eval_str=True).items()}
 
     def wrong(batch: Batch) -> list[str]:
         with jaxtyped("context"):

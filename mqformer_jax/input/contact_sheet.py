@@ -114,7 +114,7 @@ def _resize_mask(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[n
     return (soft > 0) & (soft >= min(0.5, 0.5 * soft.max()))  # a mask thinner than a pixel of the sheet is still seen
 
 
-def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, 4], ink: Rgb, dash: int = 6) -> None:
+def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, " 4"], ink: Rgb, dash: int = 6) -> None:
     """The box in dashes of `ink` on white: one of the two stands out from any picture."""
     x0, y0, x1, y1 = box
     for (ax, ay), (bx, by) in itertools.pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
@@ -126,7 +126,7 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, 4], ink: Rgb, dash
 
 
 def _anchor(
-    mask: Bool[np.ndarray, "h w"], has_mask: bool | np.bool_, box: Float[np.ndarray, 4]
+    mask: Bool[np.ndarray, "h w"], has_mask: bool | np.bool_, box: Float[np.ndarray, " 4"]
 ) -> tuple[Number, Number]:
     """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would
     hide.
