@@ -229,7 +229,7 @@ def apply(
     return complete, report
 
 
-def invert(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
+def invert(plan: Plan, values: Mapping[str, Array], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
     """Ours back to theirs, exactly: the tensors whose leaves are all in `values`, in float32.
 
     shapes: of the checkpoint that the plan was made of. Then `values` must be what its layout can hold: leaves of the
@@ -252,7 +252,7 @@ def invert(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes | None =
     return tensors
 
 
-def _inverted(value: np.ndarray, entry: Entry) -> np.ndarray:
+def _inverted(value: Array, entry: Entry) -> Array:
     try:
         return LAYOUTS[entry.layout][1](value[_place(entry)])
     except (IndexError, ValueError) as e:
@@ -261,7 +261,7 @@ def _inverted(value: np.ndarray, entry: Entry) -> np.ndarray:
         ) from e
 
 
-def _check_expressible(plan: Plan, values: Mapping[str, np.ndarray], shapes: Shapes) -> None:
+def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) -> None:
     """That the leaves have the shapes that tensors of these shapes fill, and the constants their values."""
     for path, constant in plan.constants.items():
         if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
