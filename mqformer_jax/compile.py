@@ -27,6 +27,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mqformer_jax import command_line
 from mqformer_jax import config as recipes
+from mqformer_jax.arrays import Number
 from mqformer_jax.parallel import hlo
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.train_step import TrainStep
@@ -45,11 +46,11 @@ class Chip:
 
 # cloud.google.com/tpu/docs/v4 to tpu7x, November 2026
 CHIPS = {
-    "v4": Chip(275, 1228, 300),
-    "v5e": Chip(197, 819, 200),
-    "v5p": Chip(459, 2765, 600),
-    "v6e": Chip(918, 1640, 448),
-    "tpu7x": Chip(1153, 3690, 600),
+    "v4": Chip(275.0, 1228.0, 300.0),
+    "v5e": Chip(197.0, 819.0, 200.0),
+    "v5p": Chip(459.0, 2765.0, 600.0),
+    "v6e": Chip(918.0, 1640.0, 448.0),
+    "tpu7x": Chip(1153.0, 3690.0, 600.0),
 }
 GB = 1e9
 # what to change where a step does not fit, gentlest first: each is compiled with those before it
@@ -116,7 +117,7 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     image a part.
     """
     config = config.copy_and_resolve_references()
-    mesh = [n if n != -1 else -devices // int(_product(config.mesh)) for n in config.mesh]
+    mesh = [n if n != -1 else -devices // _product(config.mesh) for n in config.mesh]
     images = mesh[0] * mesh[1] * config.accumulate
     if config.batch_size % images == 0:
         return config, ""
@@ -130,7 +131,7 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     )
 
 
-def _product(values: Any) -> float:
+def _product(values: Any) -> int:
     total = 1
     for value in values:
         total *= value
@@ -188,9 +189,9 @@ def _needed(message: str) -> float | None:
     return _size(next(filter(None, found.groups()))) if found else None
 
 
-def collectives(program: hlo.Program) -> dict[str, dict[str, float]]:
+def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
     """By kind: instructions run a step, bytes of their results, and bytes that each device sends (ring algorithms)."""
-    found: dict[str, dict[str, float]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
+    found: dict[str, dict[str, Number]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
     for run, group in program.collectives():
         kind, size = run.instruction.collective, run.instruction.bytes * run.times
         if run.instruction.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):

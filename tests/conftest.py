@@ -129,6 +129,29 @@ def tiny_config(sample_root):
     return config
 
 
+@pytest.fixture(scope="session")
+def tiny_weights():
+    """The parameters and constants of a fresh model of the tiny recipe."""
+    from tiny import get_config
+
+    from mqformer_jax.train_step import build_model
+
+    config = get_config()
+    return jax.device_get(jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_weights, tmp_path_factory) -> str:
+    """A folder with these weights, for tests that only read it."""
+    from tiny import get_config
+
+    from mqformer_jax.checkpoint import Weights, save_weights
+
+    folder = str(tmp_path_factory.mktemp("tiny_checkpoint"))
+    save_weights(folder, Weights(get_config("train"), *tiny_weights), {})
+    return folder
+
+
 @pytest.fixture
 def tiny_run(sample_root):
     """A fresh recipe for tests that train a little and do not care what model: its step compiles fastest."""

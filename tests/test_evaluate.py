@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 
-import jax
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -18,14 +17,12 @@ from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.predict import Predictor
-from mqformer_jax.train_step import build_model
 
 
 @pytest.fixture(scope="module")
-def predictor():
+def predictor(tiny_weights):
     config = get_config()
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
-    return Predictor(config, params, frozen, make_tokenizer(config.model.text))
+    return Predictor(config, *tiny_weights, make_tokenizer(config.model.text))
 
 
 def test_a_damaged_record_is_named_counted_and_left_out(predictor, tiny_config, sample_root, tmp_path, caplog):

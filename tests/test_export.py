@@ -1,5 +1,6 @@
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -8,12 +9,9 @@ import jax.export
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import get_config
 
 from mqformer_jax import export as exporting
-from mqformer_jax.checkpoint import Weights, save_weights
 from mqformer_jax.predict import Predictor
-from mqformer_jax.train_step import build_model
 
 SERVE = pathlib.Path(__file__).parent.parent / "docs" / "serve.py"
 # A None in sys.modules is a package that cannot be imported.
@@ -23,11 +21,9 @@ TEXTS = ["sky", "the red star", "ball"]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    config = get_config()
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_weights(str(folder), Weights(config, params, frozen), {})
+def checkpoint(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    shutil.copytree(tiny_checkpoint, folder)
     (folder / "tokenizer.json").write_text("{}")
     return folder
 

@@ -11,10 +11,9 @@ from mqformer_jax.train_step import build_model
 
 
 @pytest.fixture(scope="module")
-def predictor():
+def predictor(tiny_weights):
     config = get_config()
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
-    return Predictor(config, params, frozen, make_tokenizer(config.model.text))
+    return Predictor(config, *tiny_weights, make_tokenizer(config.model.text))
 
 
 @pytest.fixture(scope="module")

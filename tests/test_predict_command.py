@@ -5,18 +5,14 @@ import subprocess
 import sys
 
 import cv2
-import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import get_config
 
-from mqformer_jax.checkpoint import Weights, save_weights
 from mqformer_jax.input.record import decode_rle
 from mqformer_jax.predict import answer_files, literal, output_stems, parse_prompts
 from mqformer_jax.result_files import cutout, save
 from mqformer_jax.segments import Segments
-from mqformer_jax.train_step import build_model
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +103,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_p
     assert "bad.png: not an image" in capsys.readouterr().out
 
 
-def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tmp_path, image):
-    config = get_config()
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
-    save_weights(str(tmp_path / "run"), Weights(config, params, frozen), {})
+def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tiny_checkpoint, tmp_path, image):
     Image.fromarray(image).save(tmp_path / "photo.png")
 
     def run(*options):
@@ -118,7 +111,7 @@ def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tmp_path
             sys.executable,
             "-m",
             "mqformer_jax.predict",
-            f"--checkpoint={tmp_path}/run",
+            f"--checkpoint={tiny_checkpoint}",
             f"--out={tmp_path}/out",
             *options,
         ]

@@ -8,13 +8,12 @@ from mqformer_jax.models.mqformer import MQFormer
 from mqformer_jax.parallel.mesh import make_mesh, whole
 from mqformer_jax.text_cache import TextCache
 from mqformer_jax.train import train
-from mqformer_jax.train_step import TrainStep, build_model
+from mqformer_jax.train_step import TrainStep
 
 
 @pytest.fixture(scope="module")
-def tiny():
-    config = get_config()
-    return config, *jax.jit(lambda: build_model(config)[1:])()
+def tiny(tiny_weights):
+    return get_config(), *tiny_weights
 
 
 def test_cached_vectors_are_the_encoders(tiny, tiny_batch):

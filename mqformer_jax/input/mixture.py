@@ -20,6 +20,7 @@ from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resize_crop
+from mqformer_jax.interrupts import deaf_children
 
 MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
 FEW = 1000  # records before which the share of unusable ones is taken of so many
@@ -147,7 +148,7 @@ class Loader:
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
         if data.workers:
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        return map(self._checked, iter(stream))
+        return map(self._checked, _deaf(iter(stream)))
 
     @property
     def bad(self) -> dict[str, int]:
@@ -266,6 +267,14 @@ class RowMaker:
         example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale))
         example = random_flip(example, rng, data.flip)
         return colour_jitter(example, rng, data.jitter) if data.jitter else example
+
+
+def _deaf(stream: Iterator[Any]) -> Iterator[Any]:
+    """The same; Ctrl-C is not for the worker processes, which the first element starts."""
+    with deaf_children():
+        first = next(stream)
+    yield first
+    yield from stream
 
 
 def _collate(items: Sequence[tuple[Row, Note]], room: Room) -> tuple[Batch, list[Note]]:

@@ -20,8 +20,8 @@ INFO = DatasetInfo("toy", (ClassInfo(("ball",)), ClassInfo(("star",))), {})
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return saved(str(tmp_path_factory.mktemp("run")), tiny.get_config("train"))
+def checkpoint(tiny_checkpoint):
+    return tiny_checkpoint
 
 
 def saved(folder: str, config) -> str:
