@@ -137,7 +137,7 @@ def tiny_weights():
     from mqformer_jax.train_step import build_model
 
     config = get_config()
-    return jax.device_get(jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0)))
+    return jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

@@ -15,16 +15,17 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 COMMANDS = ["main", "evaluate", "predict", "demo", "export", "convert", "compile", "refine", "synthesize", "input.show"]
 
 
-def start(*arguments: str, **options) -> subprocess.Popen:
-    command, buffered = [sys.executable, *arguments], os.environ | {"PYTHONUNBUFFERED": ""}
+def start(*arguments: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
+    """A Python program, with its output on pipes and in a buffer. before: a command that executes it."""
+    command, buffered = [*before, sys.executable, *arguments], os.environ | {"PYTHONUNBUFFERED": ""}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env=buffered, **options)
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=REPOSITORY, env=buffered)
 
 
-def program(body: str, **options) -> subprocess.Popen:
+def program(body: str, before: tuple[str, ...] = ()) -> subprocess.Popen:
     """A program that can be interrupted, once it has printed "ready"."""
     head = 'from mqformer_jax.interrupts import *\nexit_on_ctrl_c("program: stopped.")\n'
-    process = start("-c", head + textwrap.dedent(body), **options)
+    process = start("-c", head + textwrap.dedent(body), before=before)
     said = process.stdout.readline()
     if said != "ready\n":
         process.kill()
@@ -139,10 +140,8 @@ def test_children_that_are_deaf_leave_it_to_their_parent():
 
 def test_a_program_that_was_started_deaf_stays_deaf():
     """As nohup starts it, or a script in its background."""
-    process = program(
-        "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('done')",
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
-    )
+    body = "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('done')"
+    process = program(body, before=("sh", "-c", 'trap "" INT; exec "$@"', "sh"))
     assert interrupt(process) == (0, "done\n", "")
 
 

@@ -112,6 +112,6 @@ def test_the_picker_says_which_box_the_best_answer_overlaps(checkpoint):
 
 
 def test_a_mark_names_the_folder_and_the_step(checkpoint, teacher):
-    assert re.fullmatch(r"ours:run\d*, step 0", teacher.name)
+    assert re.fullmatch(r"ours:tiny_checkpoint\d*, step 0", teacher.name)
     with pytest.raises(FileNotFoundError, match="no checkpoint there"):
         make_teacher("ours:nowhere", MASK_TEACHERS)
