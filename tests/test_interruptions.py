@@ -24,7 +24,7 @@ RESUME = "Run the same command to resume"
 @pytest.mark.slow
 def test_killed_stopped_and_interrupted_a_run_ends_where_an_undisturbed_run_ends(sample_root, tmp_path):
     workdir = tmp_path / "disturbed"
-    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         run = Run(workdir, sample_root, 1, 1, FOREVER)
         run.until_it_trains()
         run.processes[0].send_signal(number)
