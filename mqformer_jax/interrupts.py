@@ -76,6 +76,9 @@ def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
 @contextlib.contextmanager
 def deaf_children() -> Generator[None]:
     """Processes that are started inside this context never receive Ctrl-C: `exit_now` of this process ends them."""
+    from multiprocessing.resource_tracker import ensure_running
+
+    ensure_running()  # the first time, it unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

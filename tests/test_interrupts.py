@@ -133,7 +133,9 @@ def test_children_that_are_deaf_leave_it_to_their_parent():
     child.wait()
     """
     process = program(body)
-    child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout
+    child = subprocess.run(
+        ["pgrep", "-P", str(process.pid), "-f", "heard nothing"], capture_output=True, text=True
+    ).stdout
     os.kill(int(child), signal.SIGINT)
     assert ended(process) == (0, "heard nothing\n", "")
 

@@ -146,9 +146,12 @@ class Loader:
         ][start_step:]
         ahead = max(2, data.threads // max(1, data.workers))  # batches, in each process
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
-        if data.workers:
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        return map(self._checked, _deaf(iter(stream)))
+        if not data.workers:
+            return map(self._checked, iter(stream))
+        stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
+        with deaf_children():  # it makes the threads that start the workers
+            iterator = iter(stream)
+        return map(self._checked, _deaf(iterator))
 
     @property
     def bad(self) -> dict[str, int]:
@@ -270,11 +273,11 @@ class RowMaker:
 
 
 def _deaf(stream: Iterator[Any]) -> Iterator[Any]:
-    """The same; Ctrl-C is not for the worker processes, which the first element starts."""
-    with deaf_children():
-        first = next(stream)
-    yield first
-    yield from stream
+    """The same endless stream, whose first elements start worker processes: Ctrl-C is not for them."""
+    while True:
+        with deaf_children():
+            item = next(stream)
+        yield item
 
 
 def _collate(items: Sequence[tuple[Row, Note]], room: Room) -> tuple[Batch, list[Note]]:
