@@ -1,6 +1,4 @@
-"""Checkpoints: state, data position and config, whole or not at all. The only file that imports Orbax (but for a
-barrier).
-"""
+"""Checkpoints: state, data position and config, whole or not at all. Only `distributed.barrier` imports Orbax, too."""
 
 from __future__ import annotations
 

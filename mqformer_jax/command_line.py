@@ -31,9 +31,8 @@ def _in_one_line(main: Callable[[], None], program: str) -> None:
     except Exception as e:
         if not _is_one_of_several():
             raise
-        if not isinstance(
-            e, RuntimeError
-        ):  # JAX's, where a collective operation lost a partner; anything else is nobody's mistake but ours
+        # JAX raises RuntimeError where a collective operation lost a partner. Anything else is our own mistake.
+        if not isinstance(e, RuntimeError):
             traceback.print_exc()
         message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
     if not _is_one_of_several():

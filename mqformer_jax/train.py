@@ -61,15 +61,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         batches = loader.batches(step, jax.process_index(), jax.process_count())
         if config.optimizer.text == 0:
             batches = map(TextCache(config.model, whole(state.params["text_encoder"], train_step.mesh)), batches)
-        bar = tqdm(
-            total=config.steps,
-            initial=step,
-            desc="train",
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            disable=not is_first(),
-        )
+        looks = dict(desc="train", unit="step", dynamic_ncols=True, smoothing=0.05)
+        bar = tqdm(total=config.steps, initial=step, disable=not is_first(), **looks)
         stops, before = False, None
         # On CPUs, two steps under way on several devices can wait for each other for ever.
         one_at_a_time = jax.default_backend() == "cpu"
@@ -99,9 +92,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                         metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
                 bar.update()
         if any(loader.bad.values()):
-            print(
-                "records that could not be used, left out: " + ", ".join(f"{k} {v}" for k, v in loader.bad.items() if v)
-            )
+            bad = ", ".join(f"{name} {count}" for name, count in loader.bad.items() if count)
+            print(f"records that could not be used, left out: {bad}")
 
         # -- what came of it ------------------------------------------------------------------------------------------
         results = None
