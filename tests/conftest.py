@@ -23,6 +23,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# Tracing makes millions of objects that stay; looking through them for cycles was a quarter of its time.
+gc.set_threshold(100_000, 50, 100)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

@@ -166,29 +166,20 @@ def one_layer_each(root: str):
     return config
 
 
-@pytest.fixture(scope="module")
-def alone(sample_root, tiny_batch):
-    """The first step of `one_layer_each` on one device."""
-    return first_step(one_layer_each(sample_root), (1, 1, 1), tiny_batch)
-
-
 SUMS = ("total", "gradient_norm", "class", "mask", "box")
 
 
 @pytest.mark.slow
-def test_heads_and_channels_split_over_devices_change_nothing(alone, sample_root, tiny_batch):
-    found = first_step(one_layer_each(sample_root), (2, 2, 2), tiny_batch)
-    np.testing.assert_allclose([found[name] for name in SUMS], [alone[name] for name in SUMS], rtol=1e-4)
-
-
-@pytest.mark.slow
-def test_parts_of_a_batch_one_after_the_other_are_the_batch(alone, sample_root, tiny_batch):
-    """Losses are divided by what the whole batch holds, so that its parts add up to it, whatever each holds."""
+def test_three_axes_of_devices_and_accumulated_parts_give_the_same_step(sample_root, tiny_batch):
+    """Heads and channels split over devices, and a batch in four parts one after the other: two programs that have no
+    axis in common. Losses are divided by what the whole batch holds, so its parts add up to it, whatever each holds.
+    """
     config = one_layer_each(sample_root)
+    split = first_step(config, (1, 4, 2), tiny_batch)
     config.accumulate = 4
-    found = first_step(config, (1, 2, 1), tiny_batch)
-    np.testing.assert_allclose([found[name] for name in SUMS], [alone[name] for name in SUMS], rtol=1e-4)
-    assert found["per_image"].shape == (8,) and found["taken"][:, 1].sum() == tiny_batch.num_targets.sum()
+    parts = first_step(config, (2, 1, 1), tiny_batch)
+    np.testing.assert_allclose([split[name] for name in SUMS], [parts[name] for name in SUMS], rtol=1e-4)
+    assert parts["per_image"].shape == (8,) and parts["taken"][:, 1].sum() == tiny_batch.num_targets.sum()
 
 
 @pytest.fixture
