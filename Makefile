@@ -15,7 +15,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	touch $@
 
 data/records/.sample: data/sample.py data/sample_render.py | .venv/.demo
-	$(BIN)/python data/prepare.py sample --out data/records
+	$(BIN)/mqformer prepare sample --out data/records
 	touch $@
 
 # train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
@@ -26,9 +26,9 @@ demo: .venv/.demo data/records/.sample
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
-	$(if $(FROM),,test -d pretrained/lite || $(BIN)/python -m mqformer_jax.convert --from lite --output pretrained/lite)
-	$(BIN)/python data/prepare.py instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON)
-	$(if $(VAL),$(BIN)/python data/prepare.py instances --name $(NAME) --split val --images $(IMAGES) --json $(VAL))
+	$(if $(FROM),,test -d pretrained/lite || $(BIN)/mqformer convert --from lite --output pretrained/lite)
+	$(BIN)/mqformer prepare instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON)
+	$(if $(VAL),$(BIN)/mqformer prepare instances --name $(NAME) --split val --images $(IMAGES) --json $(VAL))
 	$(BIN)/python -m mqformer_jax.main --config=configs/finetune.py:$(NAME)$(if $(FROM),$(COMMA)$(FROM)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
 COMMA := ,
 

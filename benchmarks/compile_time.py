@@ -14,17 +14,15 @@ import resource
 import sys
 import time
 
+import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
+from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.training.step import TrainStep, abstract_batch
+
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [REPOSITORY]
-
-import jax  # noqa: E402
-
-from mqformer_jax.parallel.mesh import make_mesh  # noqa: E402
-from mqformer_jax.train_step import TrainStep, abstract_batch  # noqa: E402
 
 _RUN = flags.DEFINE_bool("run", False, "Run two steps, too.")
 _CONFIG = config_flags.DEFINE_config_file("config", os.path.join(REPOSITORY, "configs", "coco_ref.py"), "A recipe.")

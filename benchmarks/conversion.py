@@ -36,7 +36,7 @@ def measure(name: str, folder: str) -> str:
     theirs, ours = os.path.join(folder, "theirs.safetensors"), os.path.join(folder, "ours")
     # a child's peak memory counts what its parent held when it began, so this process must not hold the weights before
     subprocess.run([sys.executable, __file__, "--write", name, theirs], check=True)
-    command = [sys.executable, "-m", "mqformer_jax.convert", "--input", theirs, "--output", ours]
+    command = [sys.executable, "-m", "mqformer_jax", "convert", "--input", theirs, "--output", ours]
     started = time.perf_counter()
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     child = subprocess.Popen(

@@ -18,20 +18,18 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import time
 from collections.abc import Callable
 from unittest import mock
 
-sys.path[:0] = [os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from mqformer_jax.models import deformable_attention  # noqa: E402
-from mqformer_jax.parallel.hlo import Program  # noqa: E402
+from mqformer_jax.models import deformable_attention
+from mqformer_jax.tools.hlo import Program
 
 HEADS, DH, POINTS = 8, 32, 4
 Shapes = list[tuple[int, int]]

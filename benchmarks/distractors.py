@@ -9,20 +9,14 @@ others. With one distractor a guess among the two is right half of the time.
 
 from __future__ import annotations
 
-import os
-import sys
-
 import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "data"))
-
-import sample  # noqa: E402
-
-from mqformer_jax.input.record import Record  # noqa: E402
-from mqformer_jax.input.sources import ShardSource  # noqa: E402
-from mqformer_jax.predict import Predictor  # noqa: E402
+from mqformer_jax.inference.predictor import Predictor
+from mqformer_jax.input.record import Record
+from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.prepare.sample import scenes
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "A workdir of the sample recipe.")
 _ROOT = flags.DEFINE_string("root", "data/records", "Where the sample was prepared.")
@@ -33,11 +27,11 @@ def main(_: list[str]) -> None:
     right = {"colour": [], "shape": []}
     for i in tqdm(range(len(source)), unit="scene"):
         record = Record.from_bytes(source[i])
-        things = sample.scene_graph(int(record.key), record.width).things
+        things = scenes.scene_graph(int(record.key), record.width).things
         segments = record.segments[: len(things)]  # things come first, in the graph's order
         truth = [record.decode_mask(s.mask) for s in segments]
         asked = [
-            (text, k) for k, s in enumerate(segments) for text in s.texts if sample.expression_kind(text) != "class"
+            (text, k) for k, s in enumerate(segments) for text in s.texts if scenes.expression_kind(text) != "class"
         ]
         if not asked:
             continue

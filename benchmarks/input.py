@@ -4,7 +4,7 @@ decoding.
     pip install -e '.[test,parity]'
     python benchmarks/input.py --source=FOLDER [--quality=99]
 
-FOLDER is laid out as `python data/prepare.py small` wants it; its panoptic and referring training sets are mixed as
+FOLDER is laid out as `mqformer prepare small` wants it; its panoptic and referring training sets are mixed as
 configs/coco_ref.py mixes them, on a 1024 x 1024 canvas. The peers (benchmarks/torch_input.py) read the same images in
 the same proportions from the original json, PNG and JPEG files; decoding is OpenCV's, of JPEGs in memory, and nothing
 else. Each measurement is a process of its own, on one core or on all; those to be compared take turns, and a ratio is
@@ -32,18 +32,14 @@ from typing import Any
 import cv2
 import numpy as np
 from absl import flags, logging
+from mqformer_jax.configs import coco_ref
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "data"), os.path.join(REPOSITORY, "configs")]
-
-import coco_ref  # noqa: E402
-import small  # noqa: E402
-from shards import write_split  # noqa: E402
-
-from mqformer_jax.input.mixture import make_loader  # noqa: E402
-from mqformer_jax.input.record import Record  # noqa: E402
-from mqformer_jax.input.sources import ShardSource  # noqa: E402
-from mqformer_jax.models.tokenizer import make_tokenizer  # noqa: E402
+from mqformer_jax.input.mixture import make_loader
+from mqformer_jax.input.record import Record
+from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.models.tokenizer import make_tokenizer
+from mqformer_jax.prepare.datasets import small
+from mqformer_jax.prepare.shards import write_split
 
 SETS = (
     dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),

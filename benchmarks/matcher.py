@@ -13,25 +13,19 @@ it is slow, and its time is scaled to the rest.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
 from scipy.optimize import linear_sum_assignment
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [REPOSITORY]
-
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-
-from mqformer_jax.losses import costs  # noqa: E402
-from mqformer_jax.losses.criterion import Weights  # noqa: E402
-from mqformer_jax.losses.matcher import match  # noqa: E402
+from mqformer_jax.losses import costs
+from mqformer_jax.losses.criterion import Weights
+from mqformer_jax.losses.matcher import match
 
 _IMAGES = flags.DEFINE_integer("images", 16, "Images.")
 _LAYERS = flags.DEFINE_integer("layers", 10, "Problems an image.")

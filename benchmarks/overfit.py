@@ -3,7 +3,7 @@ agree.
 
     python benchmarks/overfit.py --source=FOLDER --workdir=runs/overfit
 
-FOLDER is laid out as `python data/prepare.py small` wants it. Panoptic segments and expressions are two data sets of
+FOLDER is laid out as `mqformer prepare small` wants it. Panoptic segments and expressions are two data sets of
 the same four images, as they are in COCO and RefCOCO; all 133 classes are asked. Every figure is on the training
 images.
 """
@@ -11,20 +11,15 @@ images.
 from __future__ import annotations
 
 import os
-import sys
 
 from absl import app, flags, logging
+from mqformer_jax.configs import coco_ref
 
-REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "data"), os.path.join(REPOSITORY, "configs")]
-
-import coco  # noqa: E402
-import coco_ref  # noqa: E402
-from shards import write_split  # noqa: E402
-
-from mqformer_jax import config as recipes  # noqa: E402
-from mqformer_jax.evaluate import table  # noqa: E402
-from mqformer_jax.train import train  # noqa: E402
+from mqformer_jax import config as recipes
+from mqformer_jax.evaluation.evaluate import table
+from mqformer_jax.prepare.formats import coco
+from mqformer_jax.prepare.shards import write_split
+from mqformer_jax.train import train
 
 _SOURCE = flags.DEFINE_string("source", None, "Folder of small real data.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/overfit", "Where records, checkpoints and pictures go.")

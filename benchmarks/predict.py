@@ -31,8 +31,6 @@ from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "configs")]
-
 _SIZE = flags.DEFINE_integer("size", 512, "Side of what the network sees.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Warm runs of which the median counts.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images at once.")
@@ -116,12 +114,12 @@ def theirs() -> Callable[[list[np.ndarray]], object]:
 
 
 def ours(row: str) -> Callable[[list[np.ndarray]], object]:
-    import coco_ref
     import jax
+    from mqformer_jax.configs import coco_ref
 
+    from mqformer_jax.inference.predictor import Predictor
+    from mqformer_jax.models.build import build_model
     from mqformer_jax.models.tokenizer import make_tokenizer
-    from mqformer_jax.predict import Predictor
-    from mqformer_jax.train_step import build_model
 
     jax.config.update("jax_platforms", "cpu")
     if row == "checkpoint":

@@ -4,7 +4,7 @@ learned.
     pip install -e '.[teachers]'
     python benchmarks/synthesize.py --images=4
 
-Images of 640 x 480 with 12 boxes each, masks with two moved copies of each box, as `python -m mqformer_jax.synthesize`
+Images of 640 x 480 with 12 boxes each, masks with two moved copies of each box, as `mqformer synthesize`
 asks. FLOPs are counted by torch. "quality control" is what the host does beside the teacher. Days are those of 1.7 M
 images (Objects365), here, and as an estimate on a
 GPU: the larger of the teacher's FLOPs at 40 % of an A100's 312 TFLOP/s (bfloat16) and quality control on 8 cores.

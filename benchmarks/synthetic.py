@@ -24,8 +24,8 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from mqformer_jax.input.record import DatasetInfo, Record, Segment
-from mqformer_jax.input.shards import Built, Problems, write_shard
 from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.prepare.shard_writer import Built, Problems, write_shard
 from mqformer_jax.train import train
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -84,7 +84,7 @@ def silent(info: DatasetInfo, record: Record) -> Record:
 
 
 def synthesize(*options: str) -> None:
-    subprocess.run([sys.executable, "-m", "mqformer_jax.synthesize", *options], check=True, cwd=HOME)
+    subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *options], check=True, cwd=HOME)
 
 
 def against_truth(root: str, name: str) -> dict[str, float]:

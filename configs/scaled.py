@@ -1,9 +1,9 @@
 """The paper's second lever: the mixture of configs/coco_ref.py, scaled by synthetic masks and captions on box-annotated
 sets.
 
-    python data/prepare.py public coco_2017_panoptic coco_2017 lvis_v1 ade20k_panoptic refcoco refcocoplus refcocog
-    visual_genome objects365_v2 python -m mqformer_jax.synthesize captions --data=coco_2017
-    --teacher=florence2:FOLDER                # coco_2017_syn python -m mqformer_jax.synthesize masks
+    mqformer prepare public coco_2017_panoptic coco_2017 lvis_v1 ade20k_panoptic refcoco refcocoplus refcocog
+    visual_genome objects365_v2 mqformer synthesize captions --data=coco_2017
+    --teacher=florence2:FOLDER                # coco_2017_syn mqformer synthesize masks
     --data=objects365_v2       --teacher=sam2:FOLDER                     # objects365_v2_syn_m python -m
     mqformer_jax.synthesize captions --data=objects365_v2_syn_m --teacher=florence2:FOLDER --pick=clip:FOLDER python -m
     mqformer_jax.synthesize masks    --data=visual_genome       --teacher=sam2:FOLDER                     #
@@ -13,16 +13,12 @@ Model, optimiser and schedule are those of configs/coco_ref.py. Sampling ratios 
 below a score of 0.8 stay boxes. Not yet run at full size.
 """
 
-import os
-import runpy
-
 from ml_collections import ConfigDict
-
-COCO_REF = os.path.join(os.path.dirname(os.path.abspath(__file__)), "coco_ref.py")
+from mqformer_jax.configs import coco_ref
 
 
 def get_config() -> ConfigDict:
-    config = runpy.run_path(COCO_REF)["full"]()
+    config = coco_ref.full()
     config.data.mixture = (
         *config.data.mixture,
         dict(name="lvis_v1", split="train", tasks=("instance",)),

@@ -1,11 +1,22 @@
 """MQ-Former in JAX: one text-prompted model for every segmentation task."""
 
 import sys
+from typing import Any
 
 __version__ = "0.2.0"
+__all__ = ["Predictor", "__version__"]
 
-if "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1].startswith(f"{__name__}."):
-    # a command, not an import: Ctrl-C ends it while jax is still loading, too
+if "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1].startswith(__name__):
+    # a command, not an import: Ctrl-C must end it while JAX is still loading, too
     from mqformer_jax.interrupts import exit_on_ctrl_c
 
     exit_on_ctrl_c(f"{__name__}: stopped.")
+
+
+def __getattr__(name: str) -> Any:
+    """Import `Predictor` on first use: importing the package does not load JAX."""
+    if name == "Predictor":
+        from mqformer_jax.inference.predictor import Predictor
+
+        return Predictor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

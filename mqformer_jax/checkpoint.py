@@ -239,8 +239,7 @@ def _opened(path: str) -> Generator[Any]:
     folder = os.path.join(os.path.abspath(path), "checkpoints")
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"{path}: no checkpoint there; "
-            "give a workdir of mqformer_jax.main or a folder that mqformer_jax.convert wrote."
+            f"{path}: no checkpoint there; give the workdir of a training, or a folder that `mqformer convert` wrote."
         )
     with ocp.training.Checkpointer(folder) as orbax:
         if orbax.latest is None:

@@ -8,17 +8,18 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mqformer_jax import checkpoint, command_line, evaluate
-from mqformer_jax.initialize import bring_tokenizer, initialize
+from mqformer_jax import checkpoint, cli
+from mqformer_jax.evaluation import evaluate
+from mqformer_jax.inference.predictor import Predictor
+from mqformer_jax.inference.text_cache import TextCache
 from mqformer_jax.input.mixture import make_loader
-from mqformer_jax.metrics import Metrics
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
-from mqformer_jax.not_finite import NotFinite
 from mqformer_jax.parallel.distributed import Preemption, barrier, connect, is_first
 from mqformer_jax.parallel.mesh import make_mesh, whole
-from mqformer_jax.predict import Predictor
-from mqformer_jax.text_cache import TextCache
-from mqformer_jax.train_step import TrainState, TrainStep
+from mqformer_jax.training.metrics import Metrics
+from mqformer_jax.training.nan_guard import NotFinite
+from mqformer_jax.training.step import TrainState, TrainStep
+from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
@@ -28,7 +29,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     the run that was not (bit for bit on CPU). Returns None if it saved and stopped early (SIGTERM or Ctrl-C).
     """
     os.makedirs(workdir, exist_ok=True)
-    command_line.keep_compiled()
+    cli.keep_compiled()
 
     # -- data, model, state -------------------------------------------------------------------------------------------
     fresh = not checkpoint.has_checkpoint(workdir)

@@ -88,22 +88,9 @@ def published():
 def sample_root(tmp_path_factory) -> str:
     """The embedded sample, a few scenes of it, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("records")
-    script = REPOSITORY / "data" / "prepare.py"
-    command = [
-        sys.executable,
-        str(script),
-        "sample",
-        "--out",
-        str(root),
-        "--train",
-        "32",
-        "--val",
-        "4",
-        "--size",
-        "64",
-        "--workers",
-        "1",
-    ]
+    options = {"out": root, "train": 32, "val": 4, "size": 64, "workers": 1}
+    command = [sys.executable, "-m", "mqformer_jax", "prepare", "sample"]
+    command += [f"--{name}={value}" for name, value in options.items()]
     subprocess.run(command, check=True, capture_output=True)
     return str(root)
 
@@ -112,9 +99,8 @@ def sample_root(tmp_path_factory) -> str:
 def small_root(real_data, tmp_path_factory) -> str:
     """Every family of the real data, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("small")
-    script = REPOSITORY / "data" / "prepare.py"
     subprocess.run(
-        [sys.executable, str(script), "small", "--source", str(real_data), "--out", str(root)],
+        [sys.executable, "-m", "mqformer_jax", "prepare", "small", "--source", str(real_data), "--out", str(root)],
         check=True,
         capture_output=True,
     )
@@ -136,7 +122,7 @@ def tiny_weights():
     """The parameters and constants of a fresh model of the tiny recipe."""
     from tiny import get_config
 
-    from mqformer_jax.train_step import build_model
+    from mqformer_jax.models.build import build_model
 
     config = get_config()
     return jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0))

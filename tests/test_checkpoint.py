@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mqformer_jax.checkpoint import Checkpoints, Weights, config_from_json, load_weights, save_weights
 from mqformer_jax.config import base
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.train_step import TrainState
+from mqformer_jax.training.step import TrainState
 
 SPEC = P(None, ("fsdp", "tensor"))
 

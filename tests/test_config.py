@@ -75,7 +75,7 @@ def test_an_unknown_field_is_named():
 def test_data_that_is_not_prepared_names_the_command(tmp_path):
     config = recipe("sample")
     config.data.root = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="python data/prepare.py sample"):
+    with pytest.raises(FileNotFoundError, match="mqformer prepare sample"):
         train(config, str(tmp_path / "run"))
 
 

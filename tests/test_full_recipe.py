@@ -5,7 +5,7 @@ import pytest
 from tiny import recipe
 
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.train_step import TrainStep
+from mqformer_jax.training.step import TrainStep
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """What a user reads when something is wrong with the command: one line, no traceback."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
+from absl import flags
 
-from mqformer_jax import main
-from mqformer_jax.command_line import parse_flags
+from mqformer_jax import cli
+from mqformer_jax.__main__ import COMMANDS
+from mqformer_jax.__main__ import main as mqformer
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 RECIPE = f"--config={REPOSITORY}/configs/coco_ref.py:sample"
@@ -14,12 +17,15 @@ RECIPE = f"--config={REPOSITORY}/configs/coco_ref.py:sample"
 
 @pytest.fixture
 def parse(monkeypatch):
-    """Parses a command line; ml_collections finds its overrides in `sys.argv`."""
+    """Parses a command line of `train`; ml_collections finds its overrides in `sys.argv`."""
 
     def run(*arguments):
-        argv = ["main", "--workdir=unused", *arguments]
+        values = flags.FlagValues()
+        cli.define_recipe(values)
+        argv = ["train", *cli.find_recipe(arguments)]
         monkeypatch.setattr(sys, "argv", argv)
-        return parse_flags(argv, "mqformer_jax")
+        cli.parse_flags(argv, "mqformer train", values)
+        return values.config
 
     return run
 
@@ -27,11 +33,12 @@ def parse(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ([RECIPE, "--config.model.nope=1"], ["--config.model.nope=1", "config.py"]),
+        ([RECIPE, "--config.zzqq=1"], ["--config.zzqq=1", "config.py"]),
+        ([RECIPE, "--config.model.widht=3"], ["--config.model.widht=3", "did you mean 'model.width'"]),
         ([RECIPE, "--config.steps=many"], ["config.steps", "many"]),
         ([RECIPE, "--confg=1"], ["confg", "Did you mean"]),
         ([f"--config={REPOSITORY}/configs/coco_ref.py:huge"], ["huge", "full, sample, small"]),
-        (["--config=configs/none.py"], ["configs/none.py"]),
+        (["--config=configs/none.py"], ["configs/none.py", "coco_ref, finetune"]),
     ],
 )
 def test_a_wrong_command_is_one_line(arguments, words, parse):
@@ -41,7 +48,31 @@ def test_a_wrong_command_is_one_line(arguments, words, parse):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_any_field_can_be_overridden(parse):
-    parse(RECIPE, "--config.model.queries=learnable", "--config.data.canvas=(64, 64)")
-    config = main._CONFIG.value
-    assert config.model.queries == "learnable" and tuple(config.data.canvas) == (64, 64)
+def test_any_field_of_a_recipe_can_be_overridden(parse):
+    for recipe in (RECIPE, "--config=coco_ref:sample"):  # a path, or the name of an installed recipe
+        config = parse(recipe, "--config.model.queries=learnable", "--config.data.canvas=(64, 64)")
+        assert config.model.queries == "learnable" and tuple(config.data.canvas) == (64, 64)
+        assert config.steps == 1300
+
+
+def test_help_names_every_command_fits_a_screen_and_loads_no_jax(capsys):
+    code = "import sys; from mqformer_jax.__main__ import main; main(['--help']); assert 'jax' not in sys.modules"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert len(said.splitlines()) <= 24 and all(f"\n  {name} " in said for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_of_a_command_shows_an_example_and_its_own_options(command):
+    done = subprocess.run([sys.executable, "-m", "mqformer_jax", command, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"mqformer {command} " in done.stdout, done.stderr
+    assert "--" in done.stdout and not {"alsologtostderr", "showprefixforinfo"} & set(done.stdout.split())
+
+
+def test_an_unknown_command_names_the_closest_one():
+    with pytest.raises(SystemExit, match="unknown command 'predcit'; did you mean 'predict'"):
+        mqformer(["predcit"])
+
+
+def test_the_public_api_is_imported_on_first_use():
+    code = "import sys, mqformer_jax; assert 'jax' not in sys.modules; from mqformer_jax import Predictor"
+    subprocess.run([sys.executable, "-c", code], check=True)

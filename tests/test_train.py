@@ -12,15 +12,15 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mqformer_jax.checkpoint import Checkpoints, load_weights
+from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.input.mixture import Loader
-from mqformer_jax.metrics import Metrics
 from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.parallel.rules import path_name
-from mqformer_jax.predict import Predictor
 from mqformer_jax.train import train
-from mqformer_jax.train_step import TrainStep
+from mqformer_jax.training.metrics import Metrics
+from mqformer_jax.training.step import TrainStep
 
 
 def lines_of(workdir) -> list[dict[str, float]]:

@@ -1,6 +1,6 @@
 """The sample recipe with everything in it and every number small: what tests train."""
 
-import importlib.util
+import importlib
 import pathlib
 
 from ml_collections import ConfigDict
@@ -15,11 +15,8 @@ COMPILATION = "--xla_backend_optimization_level=0"
 
 
 def recipe(variant: str, name: str = "coco_ref") -> ConfigDict:
-    """A variant of configs/NAME.py, which is a file of its own and not of a package."""
-    path = REPOSITORY / "configs" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    """Return a variant of configs/NAME.py."""
+    module = importlib.import_module(f"mqformer_jax.configs.{name}")
     return module.get_config(variant) if variant else module.get_config()
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects into ours, and back:  python -m mqformer_jax.convert --help"""
+"""Checkpoints of other projects into ours, and back:  mqformer convert --help"""

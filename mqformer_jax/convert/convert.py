@@ -21,9 +21,8 @@ from mqformer_jax.convert.fetch import fetch, member
 from mqformer_jax.convert.files import read
 from mqformer_jax.convert.report import Report
 from mqformer_jax.convert.rules import Plan, apply, leaves
-from mqformer_jax.initialize import TOKENIZER
-from mqformer_jax.models.tokenizer import clip_tokenizer_json, make_tokenizer
-from mqformer_jax.train_step import build_model
+from mqformer_jax.models.build import build_model
+from mqformer_jax.models.tokenizer import TOKENIZER, clip_tokenizer_json, make_tokenizer
 
 # families whose weights install as packages: the package and the end of the file's name in it
 PACKAGES = {

@@ -13,7 +13,7 @@ from mqformer_jax.checkpoint import Weights, config_from_json, config_to_json, l
 from mqformer_jax.convert.convert import abstract, check_output, nest, plan_of, save
 from mqformer_jax.convert.files import read, write_safetensors
 from mqformer_jax.convert.rules import invert, leaves
-from mqformer_jax.initialize import TOKENIZER
+from mqformer_jax.models.tokenizer import TOKENIZER
 
 HEADER = "mqformer_jax"  # the entry of a file's header that makes it ours: JSON of config and tokenizer
 

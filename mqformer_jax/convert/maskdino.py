@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from mqformer_jax.config import base
-from mqformer_jax.convert.class_names import class_names
 from mqformer_jax.convert.mask2former import ORIGINAL, POINTS, backbone_entries, pixel_decoder_entries
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linear, norm, packed, shape_of
+from mqformer_jax.input.coco_classes import class_names
 
 PIXEL, PREDICTOR = ORIGINAL.pixel, ORIGINAL.predictor
 QUERIES = 300  # a number that two-stage checkpoints do not hold

@@ -1,6 +1,6 @@
 """The original and the converted model side by side, stage by stage:
 
-    python -m mqformer_jax.convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
+    mqformer convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
 
 With --converted it is what `convert` wrote that stands beside the original, else a conversion made on the spot.
 
@@ -276,7 +276,7 @@ ORIGINALS: dict[str, Callable[[str, Tensors, np.ndarray], Stages]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m mqformer_jax.convert.verify",
+        prog="mqformer convert.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

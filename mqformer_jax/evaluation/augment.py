@@ -20,7 +20,7 @@ from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.segments import CanvasMasks, LazyMasks, soft_mask
 
 if TYPE_CHECKING:
-    from mqformer_jax.predict import Answer
+    from mqformer_jax.inference.predictor import Answer
 
 View = tuple[tuple[int, int], bool]  # canvas (height, width) in pixels, and whether the image is mirrored
 

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from mqformer_jax.evaluation.alpha import AlphaEvaluator
-from mqformer_jax.input.mattes import Matte
+from mqformer_jax.matting.data import Matte
 
 Mask = Float[np.ndarray, "h w"]
 ROW = 200  # height of a picture sheet's row, pixels

@@ -11,11 +11,11 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int
 
+from mqformer_jax.input.coco_classes import THING_IDS
 from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
 from mqformer_jax.segments import Segments
 
 # COCO left some of its first 90 ids, and of those of stuff, without a class.
-COCO_THINGS = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]
 COCO_STUFF = [
     92,
     93,
@@ -119,7 +119,7 @@ class Submission:
 
 def class_ids(info: DatasetInfo) -> list[int]:
     """The ids that a benchmark gives to the classes."""
-    own = {80: COCO_THINGS, 133: COCO_THINGS + COCO_STUFF} if info.name.startswith("coco") else {}
+    own = {80: THING_IDS, 133: THING_IDS + COCO_STUFF} if info.name.startswith("coco") else {}
     return own.get(len(info.classes), list(range(1, len(info.classes) + 1)))
 
 

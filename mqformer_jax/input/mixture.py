@@ -14,7 +14,7 @@ from absl import logging
 
 from mqformer_jax.input.batch import Batch, Room, Row, collate, to_row
 from mqformer_jax.input.example import Example
-from mqformer_jax.input.leaks import Part, guard
+from mqformer_jax.input.holdout import Part, guard
 from mqformer_jax.input.prompts import choose_prompts
 from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource

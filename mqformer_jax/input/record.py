@@ -55,7 +55,7 @@ class DatasetInfo:
     and nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody
     marked. `splits` maps a split to its number of records, `class_images` to the number of images that show each class,
     `expressions` to the number of expressions. `made_from`: the set that a teacher added to
-    (`mqformer_jax.synthesize`), or "".
+    (`mqformer synthesize`), or "".
     """
 
     name: str
@@ -114,7 +114,7 @@ class Segment:
     crowd: a region of many objects that nobody separated: never a target, never punished.
     foreground: this is the salient foreground of the image, not a member of a class.
 
-    What a teacher added (`mqformer_jax.synthesize`) is marked by its name and version: mask_by, captions_by; "" where
+    What a teacher added (`mqformer synthesize`) is marked by its name and version: mask_by, captions_by; "" where
     people did it.
     mask_score: what the teacher thought of its mask, 0 to 1. captions: its expressions, best first, each with a score
         of 0 to 1.

@@ -51,7 +51,7 @@ class ShardSource:
 
 def _checked(folder: str, split: str, expected: int) -> Sequence[str]:
     """The shards of a split, all there and whole."""
-    again = "prepare the split again with data/prepare.py"
+    again = "prepare the split again with `mqformer prepare`"
     found = {
         name
         for name in os.listdir(folder)
@@ -89,7 +89,7 @@ def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
     command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
     command = f"sample --out {root}" if name.startswith("sample_") else command
     if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
-        mend = "make it with `python -m mqformer_jax.synthesize` (see docs/synthetic.md)"
+        mend = "make it with `mqformer synthesize` (see docs/synthetic.md)"
     else:
-        mend = f"run `python data/prepare.py {command}` (see data/README.md)"
+        mend = f"run `mqformer prepare {command}` (see data/README.md)"
     return f"data set '{name}' split '{split}' is not in {root}: {mend}"

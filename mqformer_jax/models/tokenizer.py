@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+TOKENIZER = "tokenizer.json"  # file beside a checkpoint
 CLIP_MERGES = 49152 - 256 - 2  # of the longer list that OpenAI published
 CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 # Byte-level BPE writes a byte as one visible character: itself if it is one, else a letter from U+0100 on. In the order
@@ -207,7 +208,7 @@ def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
     if folder is None or not os.path.isfile(path):
         raise FileNotFoundError(
             f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which is not there: "
-            "convert the text encoder first (python -m mqformer_jax.convert); its folder holds tokenizer.json."
+            "convert the text encoder first (mqformer convert); its folder holds tokenizer.json."
         )
     tokenizer = {"clip": ClipTokenizer, "wordpiece": WordPieceTokenizer}[text.tokenizer](path, text.context)
     if tokenizer.vocab_size > text.vocab_size:

@@ -1,3 +1,3 @@
-"""Masks and captions for sets that have boxes only (paper sec. 3.4): `python -m mqformer_jax.synthesize
+"""Masks and captions for sets that have boxes only (paper sec. 3.4): `mqformer synthesize
 masks|captions`.
 """

@@ -19,9 +19,9 @@ from jaxtyping import Float
 
 from mqformer_jax.arrays import Array
 from mqformer_jax.checkpoint import latest_step
+from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.queries import Noised
-from mqformer_jax.predict import Predictor
 from mqformer_jax.segments import CanvasMasks
 from mqformer_jax.synthesize.masks import box_iou
 from mqformer_jax.synthesize.teachers import Drawn, Picture

@@ -17,9 +17,9 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mqformer_jax.input.record import DatasetInfo, Record, decode_rle
-from mqformer_jax.input.shards import write_text
+from mqformer_jax.prepare.shard_writer import write_text
 from mqformer_jax.synthesize.verdicts import Verdict, usable_box
-from mqformer_jax.visualize import sheet
+from mqformer_jax.visualization.overlays import sheet
 
 SHOWN = 24  # boxes of either kind on the contact sheet
 COLUMNS, SIDE = 6, 260  # of the sheet; pixels of one of its pictures

@@ -21,8 +21,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from mqformer_jax.input.record import BadRecord, DatasetInfo, Record
-from mqformer_jax.input.shards import Built, Contents, Problems, write_shard
 from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.prepare.shard_writer import Built, Contents, Problems, write_shard
 from mqformer_jax.synthesize.makers import Maker
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.teachers import Picture

@@ -22,8 +22,8 @@ from collections.abc import Generator
 from tqdm import tqdm
 
 from mqformer_jax.input.record import DatasetInfo
-from mqformer_jax.input.shards import Contents, go_live, locked, moves, prepared, remove, take_back, write_text
 from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.prepare.shard_writer import Contents, go_live, locked, moves, prepared, remove, take_back, write_text
 from mqformer_jax.synthesize.makers import Maker
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.shard import make_shard
@@ -138,7 +138,7 @@ def finish(work: Work, maker: Maker) -> Tally | None:
             total.update(contents)
             tally.update(Tally.load(f"{path}.tally.json"))
         if not total.records:
-            raise ValueError(f"nothing of {work.data} {work.split} can be read; prepare it again with data/prepare.py")
+            raise ValueError(f"nothing of {work.data} {work.split} can be read; prepare it again")
         tally.save(_tally_path(work))
         go_live(
             work.folder,

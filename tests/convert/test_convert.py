@@ -13,15 +13,15 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.checkpoint import Weights, load_weights, save_weights
-from mqformer_jax.convert.__main__ import _names, main
-from mqformer_jax.convert.__main__ import arguments as command_line
+from mqformer_jax.convert.cli import _names, main
+from mqformer_jax.convert.cli import arguments as command_line
 from mqformer_jax.convert.convert import _configure, convert
 from mqformer_jax.convert.export import export, is_ours, restore
 from mqformer_jax.convert.families import FAMILIES, find_family
 from mqformer_jax.convert.files import read, write_safetensors
 from mqformer_jax.convert.rules import apply, invert, leaves
-from mqformer_jax.predict import Predictor
-from mqformer_jax.train_step import build_model
+from mqformer_jax.inference.predictor import Predictor
+from mqformer_jax.models.build import build_model
 
 # our decoder is another: parts of it stay missing
 WARM_STARTS = (
@@ -32,7 +32,7 @@ WARM_STARTS = (
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mqformer_jax.convert", *arguments]
+    command = [sys.executable, "-m", "mqformer_jax", "convert", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"})
 
 
@@ -198,9 +198,8 @@ def test_classes_and_settings_reach_the_config():
 )
 def test_options_that_make_no_sense_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["convert", *arguments])
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
-        main(command_line())
+        main(command_line().parse_args(arguments))
     said = capsys.readouterr().err.strip().splitlines()
     assert words in (said[-1] if said else str(error.value))
 

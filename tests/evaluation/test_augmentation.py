@@ -7,7 +7,7 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.evaluation.augment import joined, mean_regions, mirrored_image, mirrored_texts, views_of
-from mqformer_jax.predict import Answer
+from mqformer_jax.inference.predictor import Answer
 from mqformer_jax.segments import CanvasMasks, region_segments, semantic_map, soft_mask
 
 OUTPUT = (20, 28)

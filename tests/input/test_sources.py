@@ -64,16 +64,16 @@ def test_grain_reads_it(root):
 
 
 def test_missing_set_names_the_command(root):
-    assert f"`python data/prepare.py public coco_2017_panoptic --out {root}`" in _complaint(
+    assert f"`mqformer prepare public coco_2017_panoptic --out {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "coco_2017_panoptic", "train")
     )
-    assert f"`python data/prepare.py sample --out {root}`" in _complaint(
+    assert f"`mqformer prepare sample --out {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "sample_scenes", "train")
     )
 
 
 def test_missing_split_names_the_command_that_made_the_others(root):
-    assert "prepare.py semantic --name toy --split val" in _complaint(
+    assert "mqformer prepare semantic --name toy --split val" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "toy", "val")
     )
 

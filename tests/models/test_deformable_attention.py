@@ -18,9 +18,9 @@ from originals import assert_agrees
 from mqformer_jax.config import RULES
 from mqformer_jax.models import deformable_attention
 from mqformer_jax.models.deformable_attention import MSDeformAttn, ms_deform_attn
-from mqformer_jax.parallel import hlo
 from mqformer_jax.parallel.mesh import BATCH, IMAGES, batch_sharding, gather_slices, make_mesh, over_images
 from mqformer_jax.parallel.rules import shardings
+from mqformer_jax.tools import hlo
 
 SHAPES = ((5, 7), (3, 4), (1, 2))
 

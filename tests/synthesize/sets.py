@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment
-from mqformer_jax.input.shards import Built, Problems, write_shard
+from mqformer_jax.prepare.shard_writer import Built, Problems, write_shard
 from mqformer_jax.segments import CanvasMasks
 from mqformer_jax.synthesize.teachers import Caption, Drawn
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import pathlib
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -14,20 +12,17 @@ import pytest
 from mqformer_jax.input.example import Prompt
 from mqformer_jax.input.prompts import mirror
 from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
+from mqformer_jax.prepare.formats import coco
+from mqformer_jax.prepare.sample import scenes
 from mqformer_jax.synthesize.attributes import MOST, Attributes
 from mqformer_jax.synthesize.teachers import CAPTIONERS, Picture, make_teacher
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "data"))
-
-import coco  # noqa: E402
-import sample  # noqa: E402
-
 SCENES = 150
 SAMPLE = {
-    "sample_scenes": DatasetInfo("sample_scenes", sample.CLASSES, {}),
-    "sample_boxes": DatasetInfo("sample_boxes", sample.CLASSES[:5], {}),
+    "sample_scenes": DatasetInfo("sample_scenes", scenes.CLASSES, {}),
+    "sample_boxes": DatasetInfo("sample_boxes", scenes.CLASSES[:5], {}),
 }
-PLACES = {"left": (0, -1), "right": (0, 1), "upper": (1, -1), "lower": (1, 1), **sample.EXTREMES}
+PLACES = {"left": (0, -1), "right": (0, 1), "upper": (1, -1), "lower": (1, 1), **scenes.EXTREMES}
 captioner = Attributes("")
 
 
@@ -54,8 +49,8 @@ def read(text, things):
     if relation:
         (certain, possible), (anchor, others) = read(relation[1], things), read(relation[3], things)
         assert anchor == others and len(anchor) == 1, text
-        ahead = along(things, *sample.RELATIONS[relation[2]]) - along(things, *sample.RELATIONS[relation[2]])[anchor[0]]
-        return [i for i in certain if ahead[i] > 0.08], [i for i in possible if ahead[i] > sample.DENIED]
+        ahead = along(things, *scenes.RELATIONS[relation[2]]) - along(things, *scenes.RELATIONS[relation[2]])[anchor[0]]
+        return [i for i in certain if ahead[i] > 0.08], [i for i in possible if ahead[i] > scenes.DENIED]
     *marks, noun = text.removeprefix("the ").split()
     same = certain = possible = [i for i, t in enumerate(things) if t.shape == noun]
     for mark in reversed(marks):
@@ -87,9 +82,9 @@ def along(things, axis, sign):
 def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_things, least_each):
     things = captioned = count = 0
     for seed in range(SCENES):
-        drawn = sample.scene_graph(seed).things
+        drawn = scenes.scene_graph(seed).things
         for thing, texts in enumerate(
-            texts_of(sample.render(name, seed), SAMPLE[name], asked=tuple(range(len(drawn))))
+            texts_of(scenes.render(name, seed), SAMPLE[name], asked=tuple(range(len(drawn))))
         ):
             things, captioned, count = things + 1, captioned + bool(texts), count + len(texts)
             for text in texts:
@@ -100,7 +95,7 @@ def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_th
 
 def test_every_way_of_naming_occurs():
     texts = [
-        t for seed in range(60) for of_one in texts_of(sample.scene(seed), SAMPLE["sample_scenes"]) for t in of_one
+        t for seed in range(60) for of_one in texts_of(scenes.scene(seed), SAMPLE["sample_scenes"]) for t in of_one
     ]
     words = collections.Counter(word for text in texts for word in text.split())
     assert {
@@ -113,14 +108,14 @@ def test_every_way_of_naming_occurs():
         "small",
         "above",
         "below",
-        *sample.COLOURS,
+        *scenes.COLOURS,
     } <= set(words)
     assert any(len(text.split()) == 2 for text in texts)
 
 
 def test_captions_are_few_distinct_and_the_same_again():
     for seed in range(20):
-        record = sample.scene(seed)
+        record = scenes.scene(seed)
         found = captions_of(record, SAMPLE["sample_scenes"])
         assert found == captions_of(Record.from_bytes(record.to_bytes()), SAMPLE["sample_scenes"])
         for captions in found:
@@ -143,7 +138,7 @@ def flipped(record):
 @pytest.mark.parametrize("name", SAMPLE)
 def test_the_mirrored_image_has_the_mirrored_captions(name):
     for seed in range(40):
-        record = sample.render(name, seed)
+        record = scenes.render(name, seed)
         image = record.decode_image()
         plain, turned = (
             texts_of(record, SAMPLE[name]),

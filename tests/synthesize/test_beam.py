@@ -11,7 +11,7 @@ from mqformer_jax.input.sources import ShardSource
 
 def command(root, *more: str) -> subprocess.CompletedProcess:
     args = ("captions", "--data=toy", f"--root={root}", "--teacher=attributes", *more)
-    return subprocess.run([sys.executable, "-m", "mqformer_jax.synthesize", *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *args], capture_output=True, text=True)
 
 
 def test_the_direct_runner_makes_the_same_set(tmp_path):

@@ -1,4 +1,4 @@
-"""python -m mqformer_jax.synthesize: names, mistakes in one line, the report and its pictures."""
+"""mqformer synthesize: names, mistakes in one line, the report and its pictures."""
 
 import json
 import subprocess
@@ -11,13 +11,13 @@ from sets import two_boxes, write_set
 
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
-from mqformer_jax.synthesize.__main__ import default_name, parse_share
+from mqformer_jax.synthesize.cli import default_name, parse_share
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.teachers import CAPTIONERS, MASK_TEACHERS, make_teacher
 
 
 def run(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "mqformer_jax.synthesize", *args], capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *args], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
     [
         (
             ("--data=toy", "--teacher=attributes"),
-            "say what is to be made: python -m mqformer_jax.synthesize masks|captions",
+            "say what is to be made: mqformer synthesize masks|captions",
         ),
         (
             ("masks", "--data=toy", "--teacher=attributes"),

@@ -9,12 +9,12 @@ import tiny
 from sets import two_boxes
 
 from mqformer_jax.checkpoint import Weights, save_weights
+from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Segment
-from mqformer_jax.predict import Predictor
+from mqformer_jax.models.build import build_model
 from mqformer_jax.synthesize import own
 from mqformer_jax.synthesize.teachers import MASK_TEACHERS, PICKERS, Picture, make_teacher
 from mqformer_jax.synthesize.verdicts import usable_box
-from mqformer_jax.train_step import build_model
 
 INFO = DatasetInfo("toy", (ClassInfo(("ball",)), ClassInfo(("star",))), {})
 

@@ -134,7 +134,7 @@ def test_a_kill_while_shards_move_to_their_place_leaves_no_half_set(root, monkey
     with pytest.raises(KeyboardInterrupt):
         synthesize(work_of(root), Masks(Ellipses(), Quality()))
     monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(FileNotFoundError, match="python -m mqformer_jax.synthesize"):
+    with pytest.raises(FileNotFoundError, match="mqformer synthesize"):
         records_of(root)
     teacher = Ellipses()
     synthesize(work_of(root), Masks(teacher, Quality()))

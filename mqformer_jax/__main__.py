@@ -1,0 +1,67 @@
+"""The command line: `mqformer <command>`, or `python -m mqformer_jax <command>`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "train": ("mqformer_jax.main", "train a recipe; run it again to resume"),
+    "evaluate": ("mqformer_jax.evaluation.evaluate", "measure a checkpoint on the data sets of a recipe"),
+    "predict": ("mqformer_jax.inference.predict", "segment images by text prompts"),
+    "app": ("mqformer_jax.inference.app", "segment images in a web page"),
+    "prepare": ("mqformer_jax.prepare.cli", "convert annotated images to the training format"),
+    "convert": ("mqformer_jax.convert.cli", "convert checkpoints of other projects, or ours to safetensors"),
+    "synthesize": ("mqformer_jax.synthesize.cli", "generate masks or captions for boxes"),
+    "train-matting": ("mqformer_jax.train_matting", "train the refiner that turns masks into mattes"),
+    "export": ("mqformer_jax.inference.export", "write a checkpoint as a program that runs without this package"),
+    "compile": (
+        "mqformer_jax.tools.compile_for_tpu",
+        "compile a recipe for absent TPUs, and say what fits",
+    ),
+    "show": ("mqformer_jax.tools.show_batch", "draw what training reads from the data sets of a recipe"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that `argv` (default: `sys.argv[1:]`) names. Imports only the modules of that command."""
+    name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(usage())
+        return
+    if name == "--version":
+        import mqformer_jax
+
+        print(mqformer_jax.__version__)
+        return
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"commands are {', '.join(COMMANDS)}."
+        sys.exit(f"mqformer: unknown command {name!r}; {hint}")
+    from mqformer_jax.interrupts import exit_on_ctrl_c
+
+    exit_on_ctrl_c(f"mqformer {name}: stopped.")  # until the command has one of its own
+    importlib.import_module(COMMANDS[name][0]).run(rest)
+
+
+def usage() -> str:
+    """Return the help text."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: mqformer <command> [options]",
+            "",
+            "MQ-Former: one text-prompted model for every segmentation task.",
+            "",
+            *lines,
+            "",
+            "`mqformer <command> --help` shows the options of a command.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,318 @@
+"""A page in the browser that answers prompts about an image:  mqformer app --checkpoint=runs/demo
+
+It needs the package gradio (pip install -e '.[demo]') and nothing from the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import html
+import io
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+
+from mqformer_jax import cli
+from mqformer_jax.image_io import read_image
+from mqformer_jax.inference import save_results
+from mqformer_jax.inference.predict import read_prompts
+from mqformer_jax.inference.predictor import Predictor
+from mqformer_jax.interrupts import removed_on_exit
+from mqformer_jax.models.mqformer import query_counts
+from mqformer_jax.segments import Segments
+from mqformer_jax.visualization.overlays import colors, overlay
+
+HINTS = {  # Markdown: two stars in one of them would make italics
+    "panoptic": (
+        "Every pixel to at most one segment. "
+        "A star behind a prompt makes it one region (sky*); the others are found one by one."
+    ),
+    "instance": "Each object for itself, best first; they may overlap.",
+    "semantic": "Every pixel to the prompt that fits it best.",
+    "referring": "One region for each phrase, such as “the red star on the left”.",
+    "foreground": "What stands out, as one region. No prompts are needed.",
+    "matting": "One region for each prompt, with soft edges; without prompts, what stands out.",
+}
+QUERIES = ("all", "learnable", "conditional")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One segment in the legend. color: "#rrggbb". share: of the image's area, 0 to 1."""
+
+    prompt: str
+    color: str
+    score: float
+    share: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the page shows. archive: a zip of a mask a segment, segments.json (COCO's run-length codes) and the
+    overlay.
+    """
+
+    overlay: UInt8[np.ndarray, "H W 3"]
+    rows: list[Row]
+    archive: bytes
+
+
+def answer(
+    predictor: Predictor,
+    image: UInt8[np.ndarray, "h w 3"] | None,
+    text: str,
+    task: str,
+    queries: str = "all",
+    least: float = 0.0,
+) -> Reply:
+    """What the model finds in an image for prompts as a user writes them (`read_prompts`).
+
+    least: the score that an instance must have. Raises ValueError in one line that the user can act on.
+    """
+    if image is None:
+        raise ValueError("Drop an image first.")
+    texts, regions = read_prompts(text)
+    if task == "foreground" or (task == "matting" and not texts):
+        texts, regions = ["foreground"], [True]
+    if not texts:
+        raise ValueError("Name at least one thing to look for, such as: ball; star; sky*")
+    if task == "instance" and all(regions):
+        raise ValueError("“instance” looks for single objects: take the * off at least one prompt.")
+    asked: dict[str, Any] = dict(task=task, queries=queries, score=least if task == "instance" else None)
+    found = in_order(predictor(image, texts, regions=regions if task in ("panoptic", "instance") else None, **asked))
+    picture, rows = overlay(image, found), legend(found)
+    return Reply(picture, rows, archive(found, picture, {"task": task, "queries": queries}))
+
+
+def in_order(found: Segments) -> Segments:
+    """By prompt as they were written, then by score; what was not found (an empty mask) is left out."""
+    order = np.lexsort((-found.scores, found.prompt_ids))
+    order = order[found.masks[order].any((1, 2))]
+    alphas = None if found.alphas is None else found.alphas[order]
+    rows = (
+        found.masks[order],
+        found.boxes[order],
+        found.scores[order],
+        found.prompt_ids[order],
+        found.query_ids[order],
+    )
+    return Segments(found.texts, *rows, alphas=alphas)
+
+
+def legend(found: Segments) -> list[Row]:
+    """A row a segment, in the overlay's colours."""
+    shades = colors(found.prompt_ids, range(len(found.texts)))
+    cover = found.masks if found.alphas is None else found.alphas
+    return [
+        Row(found.texts[prompt], "#" + "".join(f"{round(c):02x}" for c in shade), float(score), float(mask.mean()))
+        for prompt, shade, score, mask in zip(found.prompt_ids, shades, found.scores, cover)
+    ]
+
+
+def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], asked: dict[str, str]) -> bytes:
+    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as
+    `predict` writes it).
+    """
+    said: dict[str, Any] = asked | save_results.to_json(found, asked["task"], "", found.masks.shape[1:])
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("overlay.png", _png(picture[..., ::-1]))
+        for entry, cover in zip(said["segments"], found.masks if found.alphas is None else found.alphas):
+            words = re.sub(r"[^\w-]+", "_", entry["text"])[:40]
+            entry["file"] = f"masks/{entry['id']:02d}_{words}.png"
+            out.writestr(entry["file"], _png(np.rint(255 * cover.astype(np.float32)).astype(np.uint8)))
+        out.writestr("segments.json", json.dumps(said, indent=1, ensure_ascii=False))
+    return buffer.getvalue()
+
+
+def _png(image: np.ndarray) -> bytes:
+    return cv2.imencode(".png", image)[1].tobytes()
+
+
+def legend_html(rows: Sequence[Row]) -> str:
+    """The rows as a table: colour, prompt, score as a bar, share of the image."""
+    if not rows:
+        return '<p class="none">Nothing of that was found.</p>'
+    head = "<tr><th></th><th>prompt</th><th>score</th><th>area</th></tr>"
+    line = (
+        '<tr><td><i class="swatch" style="background:{r.color}"></i></td><td>{name}</td><td><span class="bar">'
+        '<i style="width:{r.score:.0%};background:{r.color}"></i></span>{score:.0f}</td><td>{r.share:.1%}</td></tr>'
+    )
+    body = "".join(line.format(r=r, name=html.escape(r.prompt), score=100 * r.score) for r in rows)
+    return f'<table class="legend">{head}{body}</table>'
+
+
+CSS = """
+.gradio-container {max-width: 1180px !important; margin: auto; padding-top: 14px !important}
+#title h1 {font-size: 1.7rem; font-weight: 650; margin: 0; letter-spacing: -0.01em}
+#title p {margin: 2px 0 4px; color: var(--body-text-color-subdued)}
+#photo img, #shown img {width: 100%; height: 100%; object-fit: contain}
+#legend table {width: 100%; border: 0; border-collapse: collapse; margin: 0; font-variant-numeric: tabular-nums}
+#legend th {text-align: left; font-weight: 500; font-size: 0.8rem; color: var(--body-text-color-subdued)}
+#legend tr {border: 0; background: none}
+#legend th, #legend td {padding: 6px 8px; border: 0; border-bottom: 1px solid var(--border-color-primary)}
+#legend th:first-child, #legend td:first-child {width: 22px; padding-right: 0}
+#legend th:last-child, #legend td:last-child {text-align: right; width: 72px}
+#legend td:nth-child(3) {width: 200px; white-space: nowrap}
+#legend .swatch {display: inline-block; width: 14px; height: 14px; border-radius: 4px; vertical-align: -2px}
+#legend .bar {display: inline-block; width: 120px; height: 6px; margin-right: 10px; border-radius: 3px;
+  vertical-align: 2px; background: var(--border-color-primary); overflow: hidden}
+#legend .bar i {display: block; height: 100%}
+#legend .none {color: var(--body-text-color-subdued); text-align: center; padding: 18px}
+"""
+# titles as plain words instead of the theme's coloured tags
+PLAIN = dict(
+    block_title_background_fill="transparent",
+    block_title_padding="0",
+    block_title_text_color="*body_text_color",
+    block_title_text_weight="600",
+    block_title_text_size="*text_sm",
+    block_label_background_fill="*background_fill_primary",
+    block_label_text_color="*body_text_color_subdued",
+    block_border_width="1px",
+    block_shadow="none",
+    button_primary_shadow="none",
+    checkbox_label_shadow="none",
+    checkbox_label_border_width="1px",
+)
+
+
+def tasks_of(predictor: Predictor) -> list[str]:
+    """Matting where the checkpoint has a refiner, and all else."""
+    return [task for task in HINTS if task != "matting" or getattr(predictor, "refiner", None)]
+
+
+def page(predictor: Predictor, name: str, folder: str) -> Any:
+    """The page as Gradio's Blocks. name: what the model is called. folder: where archives for download lie."""
+    gr = _gradio()
+    tasks = tasks_of(predictor)
+    learnable, conditional = query_counts(predictor.config.model)
+
+    def respond(path: str | None, *asked: Any):
+        try:
+            reply = answer(predictor, None if path is None else read_image(path), *asked)
+        except ValueError as e:  # what the user can mend; what was shown stays
+            gr.Warning(html.escape(str(e).replace(f"{os.path.dirname(path or '')}{os.sep}", "")), title="Not yet")
+            return gr.skip()
+        zipped = os.path.join(tempfile.mkdtemp(dir=folder), "segments.zip")
+        with open(zipped, "wb") as file:
+            file.write(reply.archive)
+        return reply.overlay, legend_html(reply.rows), gr.update(value=zipped, interactive=True)
+
+    with gr.Blocks(title="MQ-Former", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
+        intro = (
+            "Say what to look for; see where it is. "
+            f"Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
+        )
+        gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p>", elem_id="title")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=340):
+                photo = gr.Image(
+                    label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="photo"
+                )
+                photo.preprocess = lambda given: given and given.path  # `read_image` says what is wrong in a line
+                prompts = gr.Textbox(
+                    label="Prompts, parted by ;", placeholder="ball; star; sky*; grass*", lines=2, elem_id="prompts"
+                )
+                task = gr.Radio(tasks, value=tasks[0], label="Task", info=HINTS[tasks[0]], elem_id="task")
+                kinds = gr.Radio(
+                    QUERIES,
+                    value="all",
+                    label="Queries that may answer",
+                    visible=bool(learnable and conditional),
+                    elem_id="queries",
+                )
+                start = float(predictor.config.eval.keep)
+                least = gr.Slider(
+                    0, 1, value=start, step=0.01, label="Least score of an instance", visible=False, elem_id="least"
+                )
+                button = gr.Button("Segment", variant="primary", elem_id="segment")
+            with gr.Column(scale=6, min_width=340):
+                shown = gr.Image(
+                    label="Segments",
+                    format="png",
+                    buttons=["fullscreen"],
+                    interactive=False,
+                    height=430,
+                    elem_id="shown",
+                )
+                table = gr.HTML('<p class="none">Segments and their scores appear here.</p>', elem_id="legend")
+                download = gr.DownloadButton("Download masks", interactive=False, elem_id="download")
+        explain = lambda t: (gr.update(info=HINTS[t]), gr.update(visible=t == "instance"))
+        task.input(explain, task, [task, least], show_progress="hidden")
+        gr.on(
+            [button.click, prompts.submit, kinds.input, least.release], respond,
+            [photo, prompts, task, kinds, least], [shown, table, download],
+            show_progress_on=[shown], concurrency_limit=1,
+        )  # fmt: skip
+    return blocks
+
+
+def _gradio() -> ModuleType:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        import gradio
+    except ModuleNotFoundError:
+        raise ValueError("the page needs the package gradio: pip install 'mqformer_jax[demo]'.") from None
+    return gradio
+
+
+def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool = False, wait: bool = True) -> Any:
+    """Serves the page at http://127.0.0.1:PORT; with `share`, also at a public address that Gradio lends."""
+    gr = _gradio()
+    theme = gr.themes.Soft(
+        primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
+    ).set(**PLAIN)
+    blocks = page(predictor, name, folder)
+    options = dict(theme=theme, css=CSS, footer_links=[], quiet=True, max_file_size="64mb")
+    try:
+        blocks.launch(server_port=port, share=share, prevent_thread_lock=True, **options)
+    except OSError as e:
+        raise OSError(f"--port={port}: the page cannot be served there; name another ({str(e).split('.')[0]}).") from e
+    print(
+        f"{name}: {blocks.share_url or blocks.local_url} "
+        "(Ctrl-C ends it; the first question of each task takes longer)",
+        flush=True,
+    )
+    if wait:
+        blocks.block_thread()
+    return blocks
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mqformer app", description="A page in the browser that answers prompts.")
+    parser.add_argument("--checkpoint", required=True, help="workdir of a training, or a converted model")
+    parser.add_argument("--port", type=int, default=7860, help="of the page on this machine (default 7860)")
+    parser.add_argument(
+        "--share",
+        nargs="?",
+        const="true",
+        default="false",
+        choices=["true", "false"],
+        help="also lend it a public address",
+    )
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    _gradio()  # a missing package should not wait for the model
+    cli.keep_compiled()
+    predictor = Predictor.from_checkpoint(args.checkpoint)
+    with tempfile.TemporaryDirectory(prefix="mqformer_demo_") as folder, removed_on_exit(folder):
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go with it when the page ends
+        launch(predictor, args.checkpoint, folder, args.port, args.share == "true")
+
+
+def run(argv: Sequence[str]) -> None:
+    cli.run_parsed(arguments(), main, "stopped.", argv, status=0)

@@ -1,0 +1,127 @@
+"""Segment images by text prompts. Writes an overlay, a JSON file and masks for each image.
+
+    mqformer predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --out=found
+
+A prompt with a star owns one region ("sky"). One without may have several instances ("car").
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import os
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from mqformer_jax import cli, image_io
+from mqformer_jax import config as recipes
+from mqformer_jax.inference import save_results
+from mqformer_jax.inference.predictor import TASKS, Predictor
+from mqformer_jax.segments import Segments
+
+
+def read_prompts(text: str) -> tuple[list[str], list[bool]]:
+    """Prompts parted by ";" or lines, each once, and whether a star behind it says "one region"."""
+    written = [" ".join(part.split()) for part in re.split("[;\n]", text)]
+    prompts: dict[str, bool] = {}
+    for part in written:
+        if name := part.rstrip("* "):
+            prompts[name] = prompts.get(name, False) or part.endswith("*")
+    return list(prompts), list(prompts.values())
+
+
+def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
+    """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so
+    itself.
+    """
+    if text is None and task in ("foreground", "matting"):
+        text = "foreground"
+    if text is not None and text.startswith("@"):
+        with open(text[1:], encoding="utf-8") as f:
+            text = f.read()
+    prompts, regions = read_prompts(text or "")
+    if not prompts:
+        raise ValueError('--prompts: name at least one thing to look for, e.g. --prompts="sky*; road*; car".')
+    return prompts, regions if task in ("panoptic", "instance") else None
+
+
+def main(argv: list[str]) -> None:
+    given = flags.FLAGS
+    prompts, regions = parse_prompts(given.prompts, given.task)
+    paths = image_io.find_images([*given.image, *argv])  # what a shell made of a pattern comes without a flag
+    cli.keep_compiled()
+    predictor = Predictor.from_checkpoint(given.checkpoint)
+    for option in given.set:
+        field, _, value = option.partition("=")
+        recipes.set_field(predictor.config, field, literal(value), "--set ")
+    score = 0.3 if given.score is None and given.task == "instance" else given.score
+    ask = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
+    bad = answer_files(ask, paths, given.task, given.out, given.masks)
+    if bad == len(paths):
+        raise ValueError("none of the images could be read.")
+    print(f"{given.out}: {len(paths) - bad} images answered" + (f", {bad} could not be read" if bad else ""))
+
+
+def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool) -> int:
+    """Each image's answer into files of `out`; returns how many could not be read, each of which is named."""
+    os.makedirs(out, exist_ok=True)
+    bad = 0
+    bar = tqdm(zip(paths, output_stems(paths, out)), desc="predict", unit="image", total=len(paths), dynamic_ncols=True)
+    for path, stem in bar:
+        try:
+            image = image_io.read_image(path)
+        except ValueError as e:
+            bad += 1
+            tqdm.write(f"left out: {e}")
+            continue
+        segments = ask(image)
+        save_results.save(stem, image, segments, task, path, masks)
+        there = np.flatnonzero(segments.masks.any((1, 2)))
+        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {100 * segments.scores[i]:.0f}" for i in there)
+        tqdm.write(f"{path}: {found or 'nothing found'}")
+    return bad
+
+
+def output_stems(paths: Sequence[str], out: str) -> list[str]:
+    """Where each image's results go: its own name, with a number behind where another has taken it."""
+    taken: set[str] = set()
+    stems = []
+    for path in paths:
+        name = base = "stdin" if path == image_io.STDIN else os.path.splitext(os.path.basename(path))[0]
+        for number in itertools.count(2):
+            if name not in taken:
+                break
+            name = f"{base}_{number}"
+        taken.add(name)
+        stems.append(os.path.join(out, name))
+    return stems
+
+
+def literal(text: str) -> object:
+    """A number, tuple, True ... where it reads as one, else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def run(argv: Sequence[str]) -> None:
+    flags.DEFINE_string("checkpoint", None, "Workdir of a training, or a converted model.")
+    flags.DEFINE_multi_string(
+        "image", None, "File, folder, pattern, or - (standard input: an image, or a path a line). May be repeated."
+    )
+    flags.DEFINE_string(
+        "prompts", None, 'What to look for, separated by ";". A star marks one region: "sky*; car". @FILE: one a line.'
+    )
+    flags.DEFINE_enum("task", "panoptic", TASKS, "What to answer.")
+    flags.DEFINE_string("out", "predictions", "Folder for pictures, JSON and masks.")
+    flags.DEFINE_float("score", None, "Lowest score of a segment, 0 to 1. Default: the recipe's; 0.3 for instances.")
+    flags.DEFINE_enum("queries", "all", ("all", "learnable", "conditional"), "Use only the answers of these queries.")
+    flags.DEFINE_bool("masks", False, "Also write each mask or matte as a PNG.")
+    flags.DEFINE_multi_string("set", [], "Change a field of the recipe, e.g. eval.overlap=0.5. May be repeated.")
+    flags.mark_flags_as_required(["checkpoint", "image"])
+    cli.run(main, "predict", __doc__, "stopped; files that were written are complete.", argv)

@@ -1,0 +1,311 @@
+"""Predictor: segments an image by text prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool, Float
+from ml_collections import ConfigDict
+
+from mqformer_jax.arrays import Array
+from mqformer_jax.checkpoint import load_weights
+from mqformer_jax.input.transforms import fit_image
+from mqformer_jax.matting.refiner import Refiner
+from mqformer_jax.models.build import build_model
+from mqformer_jax.models.heads import normalize
+from mqformer_jax.models.mqformer import query_counts
+from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
+from mqformer_jax.parallel.mesh import BATCH, make_mesh, over_images, replicated
+from mqformer_jax.parallel.rules import filled, named
+from mqformer_jax.segments import (
+    CanvasMasks,
+    Masks,
+    Segments,
+    instance_segments,
+    panoptic_segments,
+    region_segments,
+    semantic_segments,
+    soft_mask,
+)
+
+TASKS = ("panoptic", "instance", "semantic", "referring", "foreground", "matting")
+ENCODED_AT_ONCE = 256  # texts
+KNOWN = 100_000  # texts whose vectors are kept
+
+
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class Question:
+    """What is asked of a batch of images: p prompts each, embedded; `valid` marks the real ones."""
+
+    text: Float[Array, "b p e"]
+    valid: Bool[Array, "b p"]
+
+
+@flax.struct.dataclass
+class Answer:
+    """What the network says of one image, on the host: what every rule of `segments` reads."""
+
+    class_probs: Float[np.ndarray, "q p"]
+    boxes: Float[np.ndarray, "q 4"]
+    masks: Masks
+
+
+class IncompleteModel(ValueError):
+    """Weights that are only a part of the model their config describes."""
+
+
+class Predictor:
+    """A trained model behind one call.
+
+    >>> predictor = Predictor.from_checkpoint("runs/demo")
+    >>> predictor(image, ["sky", "the red star"], regions=[True, True], task="referring")
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        params: Any,
+        frozen: Any,
+        tokenizer: Tokenizer,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """devices: of this host, which share the images of a batch, the whole model on each; default: where `params`
+        are.
+        """
+        self.config, self.tokenizer = config, tokenizer
+        self.canvas = tuple(config.data.canvas)
+        self.refiner: Refiner | None = None
+        self._known: dict[str, np.ndarray] = {}
+        holder = {}
+
+        def graph(key):
+            holder["graph"], *trees = build_model(config, key)
+            return trees
+
+        shapes, given = jax.eval_shape(graph, jax.random.key(0)), named(params) | named(frozen)
+        if missing := sorted({name for tree in shapes for name in named(tree)} - given.keys()):
+            raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
+        self.params, self.frozen = (filled(tree, given) for tree in shapes)
+        self.shares = len(devices or [None])
+        self.model = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
+        self._encode = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
+        self._embed = jax.jit(lambda p, f, vectors, region: self.model(p, f).embed_text(vectors, region))
+
+        def forward(params, frozen, image, size, question):
+            outputs = self.model(params, frozen)(image, size, question.text, question.valid)
+            last = jax.tree.map(lambda x: x[-1], outputs.matching)
+            features = outputs.mask_features.astype(last.mask_embed.dtype)
+            masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, features, preferred_element_type=jnp.float32)
+            return jax.nn.sigmoid(last.class_logits), last.boxes, masks
+
+        if self.shares > 1:
+            mesh = make_mesh((-1, 1, 1), devices)
+            self.params, self.frozen = jax.device_put((self.params, self.frozen), replicated(mesh))
+            forward = over_images(forward, mesh, (P(), P(), BATCH, BATCH, BATCH), BATCH)
+        self._forward = jax.jit(forward)
+
+    @classmethod
+    def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
+        """`path`: the workdir of a training, or a converted model. The config is
+        its own.
+        """
+        weights = load_weights(path)
+        tokenizer = make_tokenizer(weights.config.model.text, path)
+        try:
+            predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
+        except IncompleteModel as e:
+            raise ValueError(
+                f"{path} is not a whole model ({e}): start a training from it with config.init_from."
+            ) from e
+        predictor.refiner = Refiner.load(path)
+        return predictor
+
+    def embed(
+        self, texts: Sequence[str], regions: Sequence[bool] | Bool[np.ndarray, " p"], templates: Sequence[str] = ("{}",)
+    ) -> Float[Array, "p e"]:
+        """Prompts as vectors; each text is encoded once in the predictor's life.
+
+        templates: wordings around each text ("a photo of a {}."), whose directions are averaged (CLIP, OpenSeeD).
+        """
+        if not texts:
+            raise ValueError("no prompts: give at least one text to look for.")
+        vectors = [self._vectors([template.format(text) for text in texts]) for template in templates]
+        vectors = average(vectors) if len(vectors) > 1 else vectors[0]
+        padding = bucket(len(texts)) - len(texts)
+        padded = np.pad(vectors, ((0, padding), (0, 0))), np.pad(np.asarray(regions, bool), (0, padding))
+        return self._embed(self.params, self.frozen, *padded)[: len(texts)]
+
+    def _vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "p e"]:
+        """What the text encoder says, from memory where it has said it; some at a time, which bounds memory and
+        lengths.
+        """
+        if len(self._known) > KNOWN:
+            self._known.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        for start in range(0, len(new), ENCODED_AT_ONCE):
+            some = new[start : start + ENCODED_AT_ONCE]
+            tokens = np.pad(self.tokenizer(some), ((0, bucket(len(some)) - len(some)), (0, 0)))
+            self._known.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
+        return np.stack([self._known[text] for text in texts])
+
+    def ask(
+        self,
+        images: Sequence[np.ndarray],
+        prompts: Sequence[Float[Array, "_p e"]],
+        batch: int | None = None,
+        canvas: tuple[int, int] | None = None,
+    ) -> list[Answer]:
+        """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
+
+        Images are padded to `batch` (default: their number) and prompts to a `bucket`, so that few shapes are compiled.
+        canvas: height, width that images are fitted into, the recipe's unless given.
+        """
+        count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
+        batch += -batch % self.shares
+        fitted = [fit_image(image, canvas) for image in images]
+        length = bucket(max(len(p) for p in prompts))
+        text = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)
+        valid = np.zeros((batch, length), bool)
+        for i, p in enumerate(prompts):
+            text[i, : len(p)], valid[i, : len(p)] = p, True
+        pixels = np.zeros((batch, *canvas, 3), np.uint8)
+        sizes = np.full((batch, 2), canvas, np.int32)
+        for i, (padded, size) in enumerate(fitted):
+            pixels[i], sizes[i] = padded, size
+        probs, boxes, masks = jax.device_get(
+            self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid))
+        )
+        answers = []
+        for i in range(count):
+            output = images[i].shape[:2]
+            answers.append(
+                Answer(
+                    np.asarray(probs[i, :, : len(prompts[i])], np.float32),
+                    _to_pixels(boxes[i], canvas, fitted[i][1], output),
+                    CanvasMasks(masks[i], canvas, fitted[i][1], output),
+                )
+            )
+        return answers
+
+    def __call__(
+        self,
+        image: np.ndarray | Sequence[np.ndarray],
+        prompts: Sequence[str],
+        task: str = "panoptic",
+        regions: Sequence[bool] | Bool[np.ndarray, " p"] | None = None,
+        queries: str = "all",
+        score: float | None = None,
+    ) -> Segments | list[Segments]:
+        """Segments of a uint8 RGB image for the prompts; of a list of images, which are batched, a list.
+
+        task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt),
+            "referring" or "foreground" (one region a prompt), "matting" (the same with `alphas`, where the checkpoint
+            has a refiner).
+        regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
+            panoptic and instance, all otherwise.
+        queries: whose answers count: "all", "learnable" or "conditional" ones.
+        score: the least score of a segment, instead of the recipe's `eval.keep` (panoptic) or `eval.absent` (one region
+            a prompt), and of none (instance).
+        """
+        images = [image] if isinstance(image, np.ndarray) else list(image)
+        for i in images:
+            if not isinstance(i, np.ndarray) or i.dtype != np.uint8 or i.ndim != 3 or i.shape[2] != 3 or not i.size:
+                raise ValueError(f"the image is {_what(i)}: give uint8 RGB of shape (height, width, 3).")
+        if regions is not None and len(regions) != len(prompts):
+            raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give one True or False a prompt.")
+        if task not in TASKS:
+            raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
+        if task == "matting" and self.refiner is None:
+            raise ValueError("task 'matting': this checkpoint has no refiner; train one with `mqformer train-matting`.")
+        regions = (
+            np.full(len(prompts), task not in ("panoptic", "instance"))
+            if regions is None
+            else np.asarray(regions, bool)
+        )
+        classes = task in ("panoptic", "instance", "semantic")
+        embedded = self.embed(prompts, regions, self.config.data.templates if classes else ("{}",))
+        answering, thresholds = self._kind(queries), with_score(self.config.eval, score)
+        if queries != "all":
+            # the silent ones score nothing
+            thresholds = ConfigDict({**thresholds, "least": max(0.0, thresholds.least)})
+        found = []
+        for start in range(0, len(images), self.config.eval.batch_size):
+            some = images[start : start + self.config.eval.batch_size]
+            batch = min(1 << (len(some) - 1).bit_length(), self.config.eval.batch_size)
+            for one, answer in zip(some, self.ask(some, [embedded] * len(some), batch)):
+                answer = dataclasses.replace(answer, class_probs=np.where(answering, answer.class_probs, 0))
+                segments = answer_segments(answer, list(prompts), regions, task, thresholds)
+                if task == "matting":
+                    guides = np.stack([soft_mask(answer.class_probs, answer.masks, p) for p in range(len(prompts))])
+                    there = segments.masks.any((1, 2))[:, None, None]
+                    segments.alphas = self.refiner(one, guides) * there
+                found.append(segments)
+        return found[0] if isinstance(image, np.ndarray) else found
+
+    def _kind(self, queries: str) -> Bool[np.ndarray, "q 1"]:
+        """Which queries are of a kind; learnable ones come first."""
+        learnable, conditional = query_counts(self.config.model)
+        counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
+        if queries not in counts:
+            raise ValueError(f"queries {queries!r} is not one of {', '.join(counts)}.")
+        asked = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
+        if not asked.any():
+            raise ValueError(
+                f"queries {queries!r}: this model has none of them "
+                f"(config.model.queries = {self.config.model.queries!r})."
+            )
+        return asked[:, None]
+
+
+def bucket(count: int) -> int:
+    """The next length that is compiled for: steps of 8, of an eighth of the power of two above from 64 on."""
+    step = max(8, 1 << max((count - 1).bit_length() - 3, 0))
+    return -(-count // step) * step
+
+
+def with_score(thresholds: ConfigDict, score: float | None) -> ConfigDict:
+    """`config.eval` with another least score for every task."""
+    if score is None:
+        return thresholds
+    return ConfigDict({**thresholds, "keep": score, "absent": score, "least": score})
+
+
+def _what(image: object) -> str:
+    return f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+
+
+def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
+    """The mean direction of several wordings' vectors, as long as they are in the mean."""
+    length = sum(jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors) / len(vectors)
+    return normalize(sum(normalize(v) for v in vectors)) * length
+
+
+def answer_segments(
+    answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict
+) -> Segments:
+    """The rule of a task with the thresholds of a config (`config.eval`): the one way from answers to segments."""
+    if task == "panoptic":
+        return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
+    if task == "instance":
+        options = dict(top=thresholds.top, least=thresholds.least)
+        return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, **options)
+    if task == "semantic":
+        return semantic_segments(texts, answer.class_probs, answer.masks)
+    return region_segments(texts, answer.class_probs, answer.boxes, answer.masks, thresholds.absent)
+
+
+def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[np.ndarray, "q 4"]:
+    """cx, cy, w, h as fractions of the canvas to x0, y0, x1, y1 in pixels of the user's image, cut at its borders."""
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    xyxy = np.concatenate([centre - half, centre + half], 1) * np.tile(canvas[::-1], 2)
+    xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)
+    return np.clip(xyxy, 0, np.tile(output[::-1], 2)).astype(np.float32)

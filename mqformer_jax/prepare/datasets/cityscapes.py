@@ -1,0 +1,58 @@
+"""Cityscapes' fine annotations: `gtFine/<split>/<city>/*_gtFine_instanceIds.png`, 16 bit.
+
+A value from 1000 on is label * 1000 + number of the thing; a smaller one is the label itself, and of a thing class it
+marks a group that nobody separated. So reads them cityscapesScripts' createPanopticImgs, with labels outside of the
+evaluation ignored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from mqformer_jax.input.record import ClassInfo, Record
+from mqformer_jax.prepare.formats.images import Image, read_index, same_size
+from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
+from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
+
+# Label ids of the 19 classes of the evaluation (cityscapesScripts, helpers/labels.py); the other labels from 0 to 33
+# are ignored.
+STUFF = {
+    7: "road",
+    8: "sidewalk",
+    11: "building",
+    12: "wall",
+    13: "fence",
+    17: "pole",
+    19: "traffic light",
+    20: "traffic sign",
+}
+STUFF |= {21: "vegetation", 22: "terrain", 23: "sky"}
+THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+LABELS = [*STUFF, *THINGS]
+CLASSES = (
+    *(ClassInfo((name,), thing=False) for name in STUFF.values()),
+    *(ClassInfo((name,)) for name in THINGS.values()),
+)
+LAST_LABEL = 33
+
+
+def panoptic(images: str, labels: str) -> Plan:
+    """`images`: leftImg8bit/train. `labels`: gtFine/train. The records serve panoptic, instance and semantic tasks."""
+    jobs, problems = paired(images, labels, image_end="_leftImg8bit", map_end="_gtFine_instanceIds")
+    return Plan("cityscapes", CLASSES, jobs, builder(_record), True, problems)
+
+
+def _record(job: Job, image: Image, problems: Problems) -> Record:
+    ids = same_size(read_index(job.labels[0]), image)
+    return panoptic_record(job.key, image, _pieces(ids, job.key, problems), CLASSES)
+
+
+def _pieces(ids: np.ndarray, key: str, problems: Problems) -> Iterator[Piece]:
+    for value in np.unique(ids).tolist():
+        label = value // 1000 if value >= 1000 else value
+        if label > LAST_LABEL:
+            problems.add(f"segment: mask value {value} has no class", key)
+        elif label in LABELS:
+            yield Piece(LABELS.index(label), ids == value, crowd=label in THINGS and value < 1000)

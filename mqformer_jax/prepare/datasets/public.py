@@ -1,0 +1,75 @@
+"""Public data sets by name, read from the layouts in which their websites unpack.
+
+    mqformer prepare public NAME ... --root=FOLDER
+
+`--list` shows names, splits and layouts (`catalog.SETS`); data/README.md has a card for each.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+from collections.abc import Iterable, Iterator, Sequence
+
+from mqformer_jax.prepare.datasets.catalog import SETS
+from mqformer_jax.prepare.plan import Plan
+
+
+def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, str, Plan]]:
+    """(name, split, plan) of the named sets ("seginw_*" means all that match), one after the other; all splits if none
+    is named.
+
+    Raises ValueError for an unknown name and FileNotFoundError for the first file that is not there, before any plan is
+    made.
+    """
+    wanted = [(name, split) for name in _expand(names) for split in _chosen(name, splits)]
+    for name, split in wanted:
+        missing = [path for path in SETS[name].splits[split].files() if not os.path.exists(os.path.join(root, path))]
+        if missing:
+            raise FileNotFoundError(_mend(name, split, os.path.join(root, missing[0])))
+    return ((name, split, SETS[name].splits[split].plan(root)) for name, split in wanted)
+
+
+def table(root: str) -> str:
+    """All sets, what they teach, and where their files are expected; a split whose files are all there has a +."""
+    lines = [f"Expected below {root} (+ all there):"]
+    for name, entry in SETS.items():
+        lines += ["", f"{name}: {entry.teaches}", f"    {entry.url}: {entry.get}; licence: {entry.licence}"]
+        for split, source in entry.splits.items():
+            there = all(os.path.exists(os.path.join(root, path)) for path in source.files())
+            lines.append(f"  {'+' if there else ' '} {split:6} {'  '.join(source.files())}")
+    return "\n".join(lines)
+
+
+def _expand(names: Sequence[str]) -> list[str]:
+    if not names:
+        raise ValueError("name a data set; --list shows all")
+    found: dict[str, None] = {}
+    for pattern in names:
+        matching = fnmatch.filter(SETS, pattern)
+        if not matching:
+            near = difflib.get_close_matches(pattern, SETS, n=1)
+            raise ValueError(
+                f"no data set {pattern!r}; " + (f"did you mean {near[0]}?" if near else "--list shows all")
+            )
+        found.update(dict.fromkeys(matching))
+    return list(found)
+
+
+def _chosen(name: str, splits: Sequence[str]) -> Iterable[str]:
+    known = SETS[name].splits
+    for split in splits:
+        if split not in known:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(known)}")
+    return splits or known
+
+
+def _mend(name: str, split: str, path: str) -> str:
+    entry = SETS[name]
+    only = (
+        f", or leave the split out with --split {' '.join(s for s in entry.splits if s != split)}"
+        if len(entry.splits) > 1
+        else ""
+    )
+    return f"{path}: no such file or folder, which {name} {split} needs; from {entry.url} unpack {entry.get}{only}"

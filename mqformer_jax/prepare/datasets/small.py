@@ -1,0 +1,78 @@
+"""All families of one small folder of real data at once, with no image both trained and evaluated on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from mqformer_jax.prepare.formats import coco, folders
+from mqformer_jax.prepare.plan import Job, Plan
+
+REFERRING_VAL = 4  # of images that only the expressions use, those whose id is a multiple of this are val
+
+
+def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
+    """(name, split, plan) of every set in a folder that is laid out as data/README.md says.
+
+    The COCO sets share images. `refcoco` val takes its images that another set evaluates on, and a quarter of those
+    that no other set trains on; then every train split loses the images of every val split.
+    """
+
+    def at(*parts: str) -> str:
+        return os.path.join(source, *parts)
+
+    images = at("coco", "images")
+    panoptic = {
+        split: coco.panoptic(at("coco", "panoptic", f"{split}.json"), images, at("coco", "panoptic", split))
+        for split in _SPLITS
+    }
+    boxes = {split: at("coco", f"instances_{split}.json") for split in _SPLITS}
+    instances = {split: coco.instances(path, images) for split, path in boxes.items()}
+    lvis = coco.instances(at("coco", "lvis.json"), images)
+    foreground = coco.foreground(at("coco", "foreground.json"), images, list(boxes.values()))
+    referring = coco.referring(at("coco", "referring.json"), images)
+
+    held_out = _ids(panoptic["val"], instances["val"])
+    trained = _ids(panoptic["train"], instances["train"], lvis, foreground)
+    held_out |= {i for i in _ids(referring) - trained if i % REFERRING_VAL == 0}
+
+    yield "coco_2017_panoptic", "train", panoptic["train"].without(held_out)
+    yield "coco_2017_panoptic", "val", panoptic["val"]
+    yield "coco_2017", "train", instances["train"].without(held_out)
+    yield "coco_2017", "val", instances["val"]
+    yield "lvis_v0.5", "train", lvis.without(held_out)
+    yield "foreground", "train", foreground.without(held_out)
+    yield "refcoco", "train", referring.only(lambda job: job.id not in held_out)
+    yield "refcoco", "val", referring.only(lambda job: job.id in held_out)
+    for split in _SPLITS:
+        yield (
+            "camvid",
+            split,
+            folders.semantic(at("camvid", split), at("camvid", f"{split}annot"), at("camvid", "classes.json")),
+        )
+    ade = (at("ade20k", "images"), at("ade20k", "annotations"), at("ade20k", "objectInfo150.txt"))
+    yield "ade20k_sem_seg", "train", folders.semantic(*ade)
+    yield from _split("balloon", coco.instances(at("balloon", "instances.json"), at("balloon", "images")), every=5)
+    yield from _split(
+        "mattes", folders.mattes(at("matting", "images"), at("matting", "alpha"), at("matting", "trimap")), every=6
+    )
+    for name in ("raccoon", "kangaroo"):
+        yield name, "train", coco.instances(at("boxonly", f"{name}.json"), at("boxonly", name))
+
+
+_SPLITS = ("train", "val")
+
+
+def _ids(*plans: Plan) -> set[int]:
+    return {job.id for plan in plans for job in plan.jobs}
+
+
+def _split(name: str, plan: Plan, every: int) -> Iterator[tuple[str, str, Plan]]:
+    """Every so many-th image (in the order of names) is val, the others are train."""
+    val = {job.key for job in sorted(plan.jobs, key=_key)[every - 1 :: every]}
+    yield name, "train", plan.only(lambda job: job.key not in val)
+    yield name, "val", plan.only(lambda job: job.key in val)
+
+
+def _key(job: Job) -> str:
+    return job.key

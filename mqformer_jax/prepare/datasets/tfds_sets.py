@@ -1,0 +1,288 @@
+"""Sets of tensorflow-datasets (TFDS): its builder downloads and reads them, and what it reads becomes the records of
+the other families.
+
+TFDS makes a set with TensorFlow and reads it without, where its files are ArrayRecord files: it may be made on another
+machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mqformer_jax.input.coco_classes import THING_IDS, class_names
+from mqformer_jax.input.record import ClassInfo, Record, encode_rle
+from mqformer_jax.prepare.datasets import cityscapes
+from mqformer_jax.prepare.formats.coco import vocabulary
+from mqformer_jax.prepare.formats.coco_records import Labels, instances_record, referring_record
+from mqformer_jax.prepare.formats.images import Image, same_size
+from mqformer_jax.prepare.formats.label_maps import Piece, panoptic_record
+from mqformer_jax.prepare.plan import Built, Job, Plan, Problems, build, coco_origin
+
+Example = Mapping[str, Any]
+Vocabulary = tuple[tuple[ClassInfo, ...], dict[int, int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSet:
+    """A builder that we know.
+
+    name: what configs call the set. splits: ours to the builder's. needs: packages without which the builder cannot
+    make the set, though a set that is made is read without them. vocabulary: the builder's features to classes, and a
+    map from its class ids to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels`
+    of its job are the example.
+    image: the feature that is the image.
+    """
+
+    name: str
+    splits: Mapping[str, str]
+    needs: tuple[str, ...]
+    vocabulary: Callable[[Mapping[str, Any]], Vocabulary]
+    key: Callable[[Example], str]
+    record: Callable[..., Record]
+    exhaustive: bool = False
+    image: str = "image"
+
+
+def plans(
+    builder: str, split: str, name: str | None = None, data_dir: str | None = None
+) -> Iterator[tuple[str, str, Plan]]:
+    """(name, split, plan) of one split of "lvis", "voc/2012", ...; it is downloaded and made first where `data_dir`
+    does not have it.
+
+    Raises ValueError, in one line, for whatever the builder raises, too.
+    """
+    full = _full_name(builder)
+    known = SETS[full]
+    if split not in known.splits:
+        raise ValueError(f"{full} has no split {split!r} with labels; it has {', '.join(known.splits)}")
+    made = _made(full, data_dir)
+    theirs = known.splits[split]
+    classes, class_of = known.vocabulary(made.info.features)
+    # A job names a file that is written anew when the set is made again, so that shards of another set are not gone on
+    # with.
+    info = os.path.join(made.data_dir, "dataset_info.json")
+    jobs = [Job(f"{full} {theirs} {i}", i, "", (info, i)) for i in range(made.info.splits[theirs].num_examples)]
+    make = functools.partial(_build, full, str(made.data_dir), theirs, class_of)
+    yield name or known.name, split, Plan(f"tfds {full}", classes, jobs, make, known.exhaustive)
+
+
+# ---- Builders ------------------------------------------------------------------------------------------------------
+
+
+def _full_name(builder: str) -> str:
+    """ "voc/2007" of "voc": a builder's first configuration is its default."""
+    full = next((known for known in SETS if known == builder or known.startswith(f"{builder}/")), None)
+    if full is None and builder.split("/")[0] in _INSTEAD:
+        raise ValueError(f"{builder}: {_INSTEAD[builder.split('/')[0]]}")
+    if full is None:
+        raise ValueError(f"no builder {builder!r}; known are {', '.join(SETS)}")
+    return full
+
+
+def _made(full: str, data_dir: str | None) -> Any:
+    """TFDS's builder of a set that is there as ArrayRecord files, made now if need be. Raises ValueError."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise ValueError("tensorflow-datasets is not installed: pip install -e '.[tfds]'") from None
+    builder = tfds.builder(full, data_dir=data_dir)
+    if not builder.data_path.exists():
+        missing = [
+            package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None
+        ]
+        if missing:
+            there = f"or run this where they are, and copy {builder.data_path} here"
+            raise ValueError(
+                f"{full}: to make this set its builder needs {', '.join(missing)}: "
+                f"pip install {' '.join(missing)}, {there}"
+            )
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as e:  # of any kind: no network, an archive to be got by hand, a checksum, a full disk
+            page = f"https://www.tensorflow.org/datasets/catalog/{builder.name}"
+            what = str(e).strip().split("\n")[0] or type(e).__name__
+            raise ValueError(f"{full}: {what} ({page} tells what the builder needs)") from e
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        mend = "delete this folder, and it is made anew from its downloads"
+        raise ValueError(
+            f"{builder.data_dir}: its files are no ArrayRecord files, which alone are read without TensorFlow; {mend}"
+        )
+    return builder
+
+
+@functools.lru_cache(maxsize=1)
+def _examples(folder: str, split: str, image: str) -> Sequence[Example]:
+    """The examples of a split that is there, with the bytes of their image files."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder, file_format="array_record")
+    return builder.as_data_source(split, decoders={image: tfds.decode.SkipDecoding()})
+
+
+def _build(full: str, folder: str, split: str, class_of: dict[int, int], job: Job) -> Built:
+    known = SETS[full]
+    example = _examples(folder, split, known.image)[job.id]
+    key = known.key(example)
+    with tempfile.NamedTemporaryFile() as file:  # images are read and checked as files
+        file.write(example[known.image])
+        file.flush()
+        make_record = functools.partial(known.record, class_of=class_of, split=split)
+        return build(make_record, Job(key, job.id, file.name, example, coco_origin(key)))
+
+
+# ---- Examples to records, in a worker process ----------------------------------------------------------------------
+
+
+def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
+    """Masks are as the builder drew them: with corners rounded down to pixels, and the outline's pixels included."""
+    objects = job.labels["objects"]
+    rows = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
+    items = [
+        {"id": int(number), "category_id": int(label), "bbox": _xywh(box, image), "segmentation": _rle(mask)}
+        for number, label, box, mask in rows
+    ]
+    lists = (
+        tuple(int(label) for label in job.labels[field])
+        for field in ("neg_category_ids", "not_exhaustive_category_ids")
+    )
+    return instances_record(_with(job, items, *lists), image, problems, class_of, federated=True)
+
+
+def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
+    """The builder keeps expressions as they were typed (`raw`), not as REFER cleaned them (`sent`: lower case, no full
+    stop).
+    """
+    objects = job.labels["objects"]
+    rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
+    items = [
+        {
+            "ref_id": f"of annotation {number}",
+            "ann_id": int(number),
+            "category_id": int(label),
+            "bbox": _xywh(box, image),
+            "segmentation": _rle(mask),
+            "sentences": [text.decode() for text in texts],
+        }
+        for number, label, box, mask, texts in rows
+    ]
+    return referring_record(_with(job, items), image, problems, class_of, every=split != "train")
+
+
+def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
+    """What VOC marks as difficult is a crowd: its evaluation neither asks for it nor punishes it."""
+    objects = job.labels["objects"]
+    items = []
+    for number, (label, box, difficult) in enumerate(zip(objects["label"], objects["bbox"], objects["is_difficult"])):
+        x, y, width, height = _xywh(box, image)
+        bbox = x - 1, y - 1, width + 1, height + 1  # VOC counts pixels from 1 and includes the last
+        items.append({"id": number, "category_id": int(label), "bbox": bbox, "iscrowd": int(difficult)})
+    return instances_record(_with(job, items), image, problems, class_of, federated=False)
+
+
+def _cityscapes(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
+    """The labels that the evaluation leaves out are ignored."""
+    labels = same_size(job.labels["segmentation_label"][..., 0], image)
+    pieces = [Piece(class_of[label], labels == label) for label in np.unique(labels).tolist() if label in class_of]
+    return panoptic_record(job.key, image, pieces, CITYSCAPES)
+
+
+def _with(job: Job, items: list[dict[str, Any]], absent: tuple[int, ...] = (), partial: tuple[int, ...] = ()) -> Job:
+    """The job of COCO annotations, for which `coco_records` has the functions."""
+    return dataclasses.replace(job, labels=Labels(items, None, None, absent, partial))
+
+
+def _xywh(box: Any, image: Image) -> tuple[float, ...]:
+    """COCO's x, y, width, height in pixels of a box ymin, xmin, ymax, xmax from 0 to 1, a float32 that is good for
+    1/1000 pixel.
+    """
+    y0, x0, y1, x1 = (float(v) * size for v, size in zip(box, (image.height, image.width) * 2))
+    return tuple(round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0))
+
+
+def _rle(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's code of a mask [h, w, channels] as TFDS decodes it."""
+    return {"size": list(mask.shape[:2]), "counts": encode_rle(mask[..., 0] > 0)}
+
+
+# ---- The builders that we know -------------------------------------------------------------------------------------
+
+
+def _named(features: Any) -> Vocabulary:
+    """The names that the builder gives its labels."""
+    spaced = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv/monitor"}  # VOC's
+    names = enumerate(features["objects"]["label"].names)
+    return vocabulary([{"id": i, "name": spaced.get(name, name)} for i, name in names], "the builder's labels")
+
+
+def _coco_ids(features: Any) -> Vocabulary:
+    """COCO's 80 classes: `ref_coco` gives their ids and no names."""
+    return vocabulary([{"id": i, "name": name} for i, name in zip(THING_IDS, class_names(80), strict=True)], "COCO")
+
+
+def _cityscapes_labels(features: Any) -> Vocabulary:
+    return CITYSCAPES, {label: i for i, label in enumerate(cityscapes.LABELS)}
+
+
+def _splits(*ours: str) -> dict[str, str]:
+    return {split: "validation" if split == "val" else split for split in ours}
+
+
+def _refer(name: str, *splits: str) -> TfdsSet:
+    def key(example: Example) -> str:
+        return f"COCO_train2014_{example['image/id']:012d}.jpg"
+
+    return TfdsSet(name, _splits(*splits), ("tensorflow", "pycocotools"), _coco_ids, key, _ref_coco)
+
+
+def _pascal(name: str, *splits: str) -> TfdsSet:
+    def key(example: Example) -> str:
+        return example["image/filename"].decode()
+
+    return TfdsSet(name, _splits(*splits), ("tensorflow",), _named, key, _voc, exhaustive=True)
+
+
+CITYSCAPES = tuple(dataclasses.replace(info, thing=False) for info in cityscapes.CLASSES)
+SETS: dict[str, TfdsSet] = {
+    "lvis": TfdsSet(
+        "lvis_v1",
+        _splits("train", "val", "minival"),
+        ("tensorflow", "apache_beam"),
+        _named,
+        lambda example: f"{example['image/id']:012d}.jpg",
+        _lvis,
+    ),
+    "ref_coco/refcoco_unc": _refer("refcoco", "train", "val", "testA", "testB"),
+    "ref_coco/refcoco_google": _refer("refcoco_google", "train", "val", "test"),
+    "ref_coco/refcocoplus_unc": _refer("refcocoplus", "train", "val", "testA", "testB"),
+    "ref_coco/refcocog_google": _refer("refcocog_google", "train", "val"),
+    "ref_coco/refcocog_umd": _refer("refcocog", "train", "val", "test"),
+    "voc/2007": _pascal("voc_2007", "train", "val", "test"),
+    "voc/2012": _pascal("voc_2012", "train", "val"),
+    "cityscapes/semantic_segmentation": TfdsSet(
+        "cityscapes_fine_sem_seg",
+        _splits("train", "val"),
+        ("tensorflow",),
+        _cityscapes_labels,
+        lambda example: example["image_id"].decode(),
+        _cityscapes,
+        exhaustive=True,
+        image="image_left",
+    ),
+}
+_INSTEAD = {
+    "coco": (
+        "its builder loads with TensorFlow alone and has no masks of instances; "
+        "use mqformer prepare public coco_2017 or coco_2017_panoptic"
+    ),
+    "scene_parse150": (
+        "its builder has neither the maps nor the names of the 150 classes; use mqformer prepare public ade20k_panoptic"
+    ),
+}

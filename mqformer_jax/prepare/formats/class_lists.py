@@ -1,0 +1,119 @@
+"""Class lists: which mask value, or colour, is which class, in the formats that data sets come with."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mqformer_jax.prepare.formats.label_maps import distinct
+
+NUMBERED = re.compile(r"\s*\d+[\s:,]")
+
+
+def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, ...]], list[int], int]:
+    """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first
+    class.
+
+    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
+    synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask
+    value and whose last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a
+    line. Commas part synonyms; one that two classes have is left out. `offset` replaces the list's own.
+    """
+    entries, ignore, own_offset = _read_list(path)
+    offset = own_offset if offset is None else offset
+    names = [name for name, _ in entries]
+    first = [name[0] for name in names if name]
+    twice = [name for name in first if first.count(name) > 1]
+    if not names or len(first) < len(names) or twice:
+        raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "a class without a name"))
+    if ignore is None:  # the list does not say: 255, where that is no class
+        ignore = [] if offset <= 255 < offset + len(names) else [255]
+    return distinct(names), ignore, offset
+
+
+def read_colours(path: str) -> dict[int, int]:
+    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in
+    the list.
+    """
+    colours = [colour for _, colour in _read_list(path)[0]]
+    found = {colour: i for i, colour in enumerate(colours) if colour is not None}
+    if len(found) < len(colours) - colours.count(None):
+        raise ValueError(f"{path}: two classes have one colour")
+    return found
+
+
+def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int] | None, int]:
+    """A class list's words and colours, and the rest of `read_classes`, None where it says nothing of ignored
+    values.
+    """
+    text = read_text(path)
+    lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(path, text)
+    try:
+        named = [line if isinstance(line, dict) else {"name": line} for line in lines]
+        return [(_synonyms(line["name"]), _colour(line)) for line in named], ignore, offset
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(
+            f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}'
+        ) from None
+
+
+def _json_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, int]:
+    try:
+        fields = json.loads(text)
+    except ValueError as e:
+        raise ValueError(f"{path}: not JSON: {e}") from None
+    fields = {"classes": fields} if isinstance(fields, list) else fields
+    if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
+        raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
+    ignore = [fields["ignore_index"]] if "ignore_index" in fields else None
+    return fields["classes"], ignore, fields.get("index_offset", 0)
+
+
+def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, int]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    coloured = [re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line) for line in lines]
+    if lines and all(coloured):
+        classes = [{"name": found[4], "color": found.groups()[:3]} for found in coloured]
+        return classes, [i for i, c in enumerate(classes) if c["name"].strip().lower() == "void"], 0
+    rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
+    values = [int(row[0]) for row in rows[1:] if row[0].isdecimal() and len(row) > 1]
+    if values and not rows[0][0].isdecimal() and values == list(range(values[0], values[0] + len(rows) - 1)):
+        # a table with a head: the mask value comes first, the name last
+        return (
+            [row[-1] for row in rows[1:]],
+            None,
+            values[0],
+        )
+    for line in lines:
+        nameless = any(not re.search(r"[^\W\d_]", name) for name in _synonyms(line))
+        if nameless or "#" in line or "::" in line or NUMBERED.match(line):
+            formats = "json, one name a line, 'R G B name' a line, or a table with a head, like objectInfo150.txt"
+            raise ValueError(f"{path}: line {line.strip()!r} is no class name; read are {formats}")
+    return lines, None, 0
+
+
+def _colour(line: dict[str, Any]) -> int | None:
+    if "color" not in line and "colour" not in line:
+        return None
+    red, green, blue = (int(v) for v in line.get("color", line.get("colour")))
+    if not all(0 <= v <= 255 for v in (red, green, blue)):
+        raise ValueError("no colour")
+    return red << 16 | green << 8 | blue
+
+
+def _synonyms(words: str | Sequence[str]) -> tuple[str, ...]:
+    line = words if isinstance(words, str) else ",".join(words)
+    return tuple(word.strip().replace("_", " ") for word in line.replace(";", ",").split(",") if word.strip())
+
+
+def read_text(path: str) -> str:
+    """A text file, with or without a byte order mark. Raises FileNotFoundError or ValueError, in one line."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read()
+    except OSError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a text file in UTF-8") from None

@@ -1,0 +1,429 @@
+"""Data sets that come as COCO json: panoptic, instances (with LVIS and boxes alone), referring expressions,
+foreground.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import json
+import os
+import pickle
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from mqformer_jax.input.record import ClassInfo
+from mqformer_jax.prepare.formats.coco_records import (
+    Labels,
+    flag,
+    foreground_union,
+    instances_record,
+    panoptic_record,
+    referring_record,
+)
+from mqformer_jax.prepare.formats.images import Unusable
+from mqformer_jax.prepare.formats.label_maps import distinct
+from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
+
+# Fields that no record needs are dropped while a json is read. One of boxes then takes 3.3 times its size on disk at
+# the peak, not 3.9 (a synthetic 0.2 GB measured); Objects365's has 5 GB. Annotations are handed on to the jobs, never
+# copied.
+_UNUSED = frozenset(
+    ("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url")
+)
+_UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_object_ids", "attributes"}
+
+# Names that their data sets misspell or run together (Objects365, LVIS), as they should be asked for.
+_MENDED = {
+    "Moniter/TV": ("Monitor", "TV"),
+    "Bakset": ("Basket",),
+    "Ballon": ("Balloon",),
+    "Dinning Table": ("Dining Table",),
+    "Cutting/chopping Board": ("Cutting Board", "Chopping Board"),
+    "Billards": ("Billiards",),
+    "Extention Cord": ("Extension Cord",),
+    "Hotair ballon": ("Hot air balloon",),
+    "Hamimelon": ("Hami melon",),
+    "Mushroon": ("Mushroom",),
+    "Tape Measur/ Ruler": ("Tape Measure", "Ruler"),
+    "Campel": ("Camel",),
+    "Buttefly": ("Butterfly",),
+    "Noddles": ("Noodles",),
+    "Table Teniis paddle": ("Table Tennis paddle",),
+    "monitor_(computer_equipment) computer_monitor": ("monitor (computer equipment)", "computer monitor"),
+}
+
+# "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
+_OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
+
+# ---- Plans: the json, once ----------------------------------------------------------------------------------------
+
+
+def panoptic(json_path: str, images: str, masks: str) -> Plan:
+    """COCO panoptic: a json and a folder of PNGs whose pixels are segment ids. Pixels of id 0 are ignored."""
+    data = load_json(json_path, "images", "annotations", "categories")
+    need_folders(images, masks)
+    if not all("isthing" in c for c in data["categories"]):
+        raise ValueError(f"{json_path}: field 'isthing' is missing from a category; is it a panoptic json?")
+    classes, class_of = vocabulary(data["categories"], json_path)
+    problems = Problems()
+    entries = _entries(data["images"], problems)
+    of_image = _by_image(data["annotations"], entries, json_path, problems)
+    segments = [s for a in data["annotations"] for s in a.get("segments_info") or () if isinstance(s, dict)]
+    _need_known(json_path, "category_id", segments, class_of)
+    jobs = []
+    for entry in entries:
+        annotation, *more = of_image.get(entry["id"], [None])
+        if annotation is None:
+            problems.add("image: no annotation", _name(entry))
+            continue
+        if more:
+            problems.add("image: annotated twice in the json, of which the first counts", _name(entry))
+        png = os.path.join(masks, annotation.get("file_name") or os.path.splitext(_name(entry))[0] + ".png")
+        jobs.append(_job(entry, images, (png, annotation.get("segments_info") or ())))
+    _one_file_each(jobs, json_path, problems)
+    return Plan("panoptic", classes, jobs, builder(panoptic_record, class_of=class_of, classes=classes), True, problems)
+
+
+def instances(json_path: str, images: str) -> Plan:
+    """COCO instances: polygons, run-length codes, or boxes alone. A json with `neg_category_ids` is federated (LVIS).
+
+    Objects365's `iscrowd` boxes are crowds; its fake and mirrored objects are objects. Roboflow's exports (SeginW) are
+    read as
+    they are: see `_without_root`.
+    """
+    data = load_json(json_path, "images", "annotations", "categories")
+    need_folders(images)
+    problems = Problems()
+    classes, class_of = vocabulary(_without_root(data["categories"], data["annotations"], problems), json_path)
+    entries = _entries(data["images"], problems)
+    of_image = _by_image(data["annotations"], entries, json_path, problems)
+    _need_known(json_path, "category_id", data["annotations"], class_of)
+    federated = any("neg_category_ids" in entry for entry in entries)
+    for entry in entries:
+        if of_image and entry["id"] not in of_image and not federated:  # perhaps nobody got to it
+            problems.add("note: image without annotations; all classes count as absent", _name(entry))
+    jobs = [_job(entry, images, of_image.get(entry["id"], [])) for entry in entries]
+    _one_file_each(jobs, json_path, problems)
+    return Plan(
+        "instances",
+        classes,
+        jobs,
+        builder(instances_record, class_of=class_of, federated=federated),
+        not federated,
+        problems,
+    )
+
+
+def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
+    """Expressions: `refs` of {image_id, sentences, and bbox, segmentation or ann_id, or no_target}; `refs_split` keeps
+    one split.
+
+    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the json
+    does not. A `refs_split` other than train is there to evaluate on and keeps every expression: see
+    `referring_record`.
+    """
+    data = load_json(json_path, "refs")
+    need_folders(images)
+    shapes, entries, categories = _instance_index(instance_files)
+    classes, class_of = vocabulary(data.get("categories", categories), json_path)
+    every = refs_split not in (None, "train")
+    problems = Problems()
+    of_image = collections.defaultdict(list)
+    for number, ref in enumerate(_of_split(data["refs"], refs_split, json_path)):
+        known, image_id = {k: v for k, v in ref.items() if v is not None}, ref.get("image_id")
+        annotation = shapes.get(ref.get("ann_id"), {})
+        if annotation and annotation.get("image_id") != image_id:
+            problems.add(
+                "expression: its annotation is of another image", f"image_id {image_id} ref {ref.get('ref_id', number)}"
+            )
+            continue
+        of_image[image_id].append({**annotation, **known})
+    listed = {e["id"]: e for e in _entries(data.get("images", list(entries.values())), problems)}
+    if not listed:
+        raise ValueError(
+            f"{json_path}: it lists no images; give --instances, the json that does (RefCOCO's instances.json)"
+        )
+    for image_id in of_image.keys() - listed.keys():
+        problems.add("expression: its image is not in the json", f"image_id {image_id}")
+    jobs = [_job(entry, images, of_image[i]) for i, entry in listed.items() if i in of_image]
+    _one_file_each(jobs, json_path, problems)
+    return Plan("referring", classes, jobs, builder(referring_record, class_of=class_of, every=every), False, problems)
+
+
+def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
+    """Foregrounds that are unions of annotations: `items` of {image_id, ann_ids}, shapes from `instance_files`."""
+    data = load_json(json_path, "items")
+    need_folders(images)
+    shapes, entries, _ = _instance_index(instance_files)
+    jobs, problems = [], Problems()
+    entries = {e["id"]: e for e in _entries(list(entries.values()), problems)}
+    for item in data["items"]:
+        image_id, wanted = item.get("image_id"), item.get("ann_ids") or ()
+        if image_id not in entries or not wanted or not all(i in shapes for i in wanted):
+            problems.add("image: its annotations are not in --instances", f"image_id {image_id}")
+            continue
+        if any(shapes[i].get("image_id") != image_id for i in wanted):
+            problems.add("image: its annotations are of another image", f"image_id {image_id}")
+            continue
+        jobs.append(_job(entries[image_id], images, [shapes[i] for i in wanted]))
+    _one_file_each(jobs, json_path, problems)
+    return Plan("foreground", (), jobs, builder(foreground_union), False, problems)
+
+
+_ID, _TEXT, _LIST = (int, float, str), str, list
+_TYPES: dict[str, dict[str, Any]] = {
+    "images": {
+        "id": _ID,
+        "file_name": _TEXT,
+        "coco_url": _TEXT,
+        "neg_category_ids": _LIST,
+        "not_exhaustive_category_ids": _LIST,
+    },
+    "annotations": {"id": _ID, "image_id": _ID, "category_id": _ID, "file_name": _TEXT, "segments_info": _LIST},
+    "categories": {"synonyms": (list, str)},
+    "refs": {"image_id": _ID, "ann_id": _ID, "category_id": _ID},
+    "items": {"image_id": _ID, "ann_ids": _LIST},
+}
+
+
+def image_ids(json_path: str) -> set[int]:
+    """Ids of all images that an annotation file lists."""
+    return {entry.get("id") for entry in load_json(json_path, "images")["images"]}
+
+
+def load_json(path: str, *fields: str) -> dict[str, Any]:
+    """A json object (or RefCOCO's pickled refs) that holds these lists of objects. Raises as `read_json` does."""
+    data = {"refs": read_json(path)} if path.endswith(".p") else read_json(path)
+    more = [field for field in ("images", "categories") if isinstance(data, dict) and field in data]
+    for field in dict.fromkeys((*fields, *more)):
+        items = data.get(field) if isinstance(data, dict) else None
+        if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(
+                f"{path}: field '{field}' is missing or no list of objects; is it the right annotation file?"
+            )
+        for name, types in _TYPES[field].items():
+            wrong = [
+                value for value in (item.get(name) for item in items) if not (value is None or isinstance(value, types))
+            ][:1]
+            if wrong:
+                raise ValueError(f"{path}: field '{name}' of one of '{field}' cannot be {wrong[0]!r}")
+    return data
+
+
+def read_json(path: str) -> Any:
+    """What a json file or a pickle (.p) of plain values holds. Raises FileNotFoundError or ValueError where it cannot
+    be read, one line.
+    """
+    pickled = path.endswith(".p")
+    try:
+        if pickled:
+            with open(path, "rb") as f:
+                return _PlainUnpickler(f, encoding="latin1").load()
+        with open(path, encoding="utf-8-sig") as f:  # as text: of a binary file, json.load holds the bytes as well
+            return json.load(f, object_pairs_hook=_needed)
+    except OSError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except (ValueError, EOFError, pickle.UnpicklingError, IndexError, KeyError, AttributeError, TypeError) as e:
+        raise ValueError(f"{path}: not {'a pickle of plain values' if pickled else 'JSON'}: {e}") from None
+
+
+def _needed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {field: value for field, value in pairs if field not in _UNUSED}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, strings and numbers, as RefCOCO's `refs(*).p` hold; nothing that could run code."""
+
+    def find_class(self, module: str, name: str) -> None:
+        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which expressions do not need")
+
+
+def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
+    """Classes sorted by category id, and the map from category id to class index.
+
+    Texts are the name, or the names that a slash parts ("Cabinet/shelf"), and `synonyms`; one that another class has
+    too is left out. A qualifier in brackets stays ("bow (weapon)"): without it, LVIS would have classes of one name.
+    Stuff names lose "-merged", "-other", "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get is
+    not changed at all.
+    """
+    if any(
+        not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip()
+        for c in categories
+    ):
+        raise ValueError(f"{path}: a category without 'id' (a number) or 'name' (text)")
+    for category_id, count in collections.Counter(c["id"] for c in categories).items():
+        if count > 1:
+            raise ValueError(f"{path}: category id {category_id} occurs {count} times; ids must differ")
+    try:
+        categories = [
+            {**c, "isthing": flag({"isthing": 1, **c}, "isthing")} for c in sorted(categories, key=lambda c: c["id"])
+        ]
+    except Unusable as e:
+        raise ValueError(f"{path}: a category whose {e}") from None
+    words = [_words(c) for c in categories]
+    counts = collections.Counter(w[0] for w in words)
+    names = [w[0] if counts[w[0]] == 1 else _spaced(c["name"].replace("-", " ")) for c, w in zip(categories, words)]
+    for name, count in collections.Counter(names).items():
+        if count > 1:
+            raise ValueError(f"{path}: category name {name!r} occurs {count} times; names must differ")
+    synonyms = [_synonyms(c, path) for c in categories]
+    texts = distinct(
+        [tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)]
+    )
+    classes = tuple(ClassInfo(tuple(t), c["isthing"]) for c, t in zip(categories, texts))
+    return classes, {c["id"]: i for i, c in enumerate(categories)}
+
+
+def _synonyms(category: Mapping[str, Any], path: str) -> list[str]:
+    synonyms = category.get("synonyms") or []
+    synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
+    if not all(isinstance(s, str) for s in synonyms):
+        raise ValueError(f"{path}: field 'synonyms' of category {category['name']!r} holds what is no text")
+    return [_spaced(s) for s in synonyms if s.strip() and s != category["name"]]
+
+
+def _words(category: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a category's name says: one name, or several that a slash parts."""
+    name = category["name"]
+    if name in _MENDED:
+        return _MENDED[name]
+    name = _spaced(name if category["isthing"] else re.sub("(-merged|-other|-stuff)+$", "", name).replace("-", " "))
+    return (name,) if "(" in name else tuple(_OR.split(name))
+
+
+def _spaced(name: str) -> str:
+    return " ".join(str(name).replace("_", " ").split())
+
+
+def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
+    """The categories without the row that Roboflow adds for the project itself: the super-category of all others, in
+    none itself.
+
+    It has no annotation, so as a class it would be taught absent everywhere. One that has annotations is a class, and
+    so is one that is in a super-category of its name (SeginW's Hand-Segmentation; its files come without the project's
+    row).
+    """
+    above = collections.Counter(c.get("supercategory") for c in categories)
+    for root in categories:
+        is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
+        if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
+            problems.add(
+                "note: category without annotations, the super-category of all others, is no class",
+                str(root.get("name")),
+            )
+            return [c for c in categories if c is not root]
+    return categories
+
+
+def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
+    """The refs of one split. Raises ValueError where there is none such, or where train would be mixed with what is
+    evaluated on.
+    """
+    splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
+    if split is None and "train" in splits and len(splits) > 1:
+        raise ValueError(f"{path}: holds the splits {', '.join(splits)}; say which with --refs-split")
+    if split is not None and split not in splits:
+        raise ValueError(f"{path}: no ref is of split {split!r}; its splits are {', '.join(splits) or 'not named'}")
+    return refs if split is None else [ref for ref in refs if ref.get("split") == split]
+
+
+def need_folders(*folders: str) -> None:
+    for folder in folders:
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"{folder}: no such folder")
+
+
+def _entries(entries: list[dict], problems: Problems) -> list[dict]:
+    """The images that can be told apart; an id that comes twice counts once."""
+    known: dict[Any, dict] = {}
+    for entry in entries:
+        if "id" not in entry or not _name(entry):
+            problems.add("image: no 'id' or 'file_name' in the json", str(entry.get("id", _name(entry))))
+        elif entry["id"] in known:
+            problems.add("image: listed twice in the json", _name(entry))
+        else:
+            known[entry["id"]] = entry
+    return list(known.values())
+
+
+def _name(entry: Mapping[str, Any]) -> str:
+    """File name of an image; LVIS gives a URL only, whose last two parts are COCO's folder and file."""
+    return entry.get("file_name") or "/".join((entry.get("coco_url") or "").split("/")[-2:])
+
+
+def _job(entry: dict, folder: str, items: Any) -> Job:
+    name = _name(entry)
+    parent, file = os.path.split(name)
+    federated = (tuple(entry.get(k) or ()) for k in ("neg_category_ids", "not_exhaustive_category_ids"))
+    labels = Labels(items, entry.get("height"), entry.get("width"), *federated)
+    return Job(name, entry["id"], os.path.join(_below(folder, parent), file), labels, coco_origin(name))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _below(folder: str, parent: str) -> str:
+    """The folder below `folder` that an image's own path ends with, asked once a folder and not once an image.
+
+    Objects365's json says images/v1/patch8 where its archives unpack to patch8, LVIS's says train2017 for what may be
+    `folder`.
+    """
+    parts = parent.split("/")
+    ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
+    return next(filter(os.path.isdir, ends), folder)
+
+
+def _by_image(annotations: list[dict], entries: list[dict], path: str, problems: Problems) -> dict[Any, list[dict]]:
+    """Annotations by the id of their image; those of images that are not listed are counted, image by image."""
+    listed = {entry["id"] for entry in entries}
+    _need_known(path, "image_id", annotations, listed)
+    of_image = collections.defaultdict(list)
+    for annotation in annotations:
+        of_image[annotation.get("image_id")].append(annotation)
+    for image_id in of_image.keys() - listed:
+        problems.add("segment: its image is not in the json", f"image_id {image_id}")
+    return of_image
+
+
+def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
+    """Raises ValueError where no annotation would find its image or class ("0" is not 0): all would be taught absent
+    everywhere.
+    """
+    if annotations and not any(annotation.get(field) in known for annotation in annotations):
+        there = f"known are {', '.join(map(repr, list(known)[:3]))}" if known else "none is known"
+        raise ValueError(
+            f"{path}: no annotation has a '{field}' that is known; one has {annotations[0].get(field)!r}, {there}"
+        )
+
+
+def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
+    """Raises ValueError where `_below` found one file for two images; a file name that comes twice is the json's own,
+    and noted.
+    """
+    keys: dict[str, str] = {}
+    for job in jobs:
+        other = keys.setdefault(job.image, job.key)
+        if other != job.key:
+            raise ValueError(
+                f"{path}: {job.image} would be the file of two images, {other} and {job.key}; "
+                "give the folder above theirs"
+            )
+    for key, count in collections.Counter(job.key for job in jobs).items():
+        if count > 1:
+            problems.add("note: file of several images of the json", key)
+
+
+def _instance_index(paths: Sequence[str]) -> tuple[dict[int, dict], dict[int, dict], list[dict]]:
+    """Annotations and images of instance files, by id, and the categories of the first. Raises where an id means two
+    annotations.
+    """
+    files = [load_json(path, "images", "annotations", "categories") for path in paths]
+    shapes: dict[Any, dict] = {}
+    for path, data in zip(paths, files):
+        for annotation in data["annotations"]:
+            if annotation.get("id") is not None and shapes.setdefault(annotation["id"], annotation) != annotation:
+                raise ValueError(
+                    f"{path}: annotation id {annotation['id']} occurs twice in --instances, for different annotations"
+                )
+    entries = {e.get("id"): e for data in files for e in data["images"]}
+    return shapes, entries, files[0]["categories"] if files else []

@@ -1,0 +1,264 @@
+"""Anyone's own data: a csv or jsonl, each row one image and one thing that is said about it."""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import json
+import math
+import os
+import posixpath
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
+from mqformer_jax.prepare.formats.class_lists import read_classes
+from mqformer_jax.prepare.formats.folders import read_mask
+from mqformer_jax.prepare.formats.images import Image, Unusable
+from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
+
+COLUMNS = ("image", "mask", "bbox", "class", "expression", "no_target")
+_YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
+
+
+class Row(NamedTuple):
+    """One thing said of an image. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: it is not
+    there.
+
+    wrong: why the row cannot be used, or "".
+    """
+
+    where: str
+    image: str
+    mask: str
+    bbox: tuple[float, ...]
+    name: str
+    texts: tuple[str, ...]
+    absent: bool
+    wrong: str
+
+
+def table(
+    path: str,
+    images: str,
+    masks: str | None = None,
+    classes: str | None = None,
+    stuff: Sequence[str] = (),
+    exhaustive: bool = False,
+) -> Plan:
+    """Rows of an image become one record, rows of the same mask or box one segment with all their expressions.
+
+    `masks`: the folder below which masks lie, else the table's own. `classes`: a class list, else all that the table
+    names. `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of
+    its rows, so a row that gives an image alone says that it shows nothing.
+    """
+    masks = masks or os.path.dirname(path) or "."
+    for folder in (images, masks):
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"{folder}: no such folder")
+    rows = [_row(where, fields, masks) for where, fields in _read(path)]
+    names = read_classes(classes)[0] if classes else [(name,) for name in sorted({row.name for row in rows} - {""})]
+    unknown = sorted({*stuff} - {name[0] for name in names})
+    if unknown:
+        raise ValueError(
+            f"--stuff {unknown[0]!r} is no class; they are {', '.join(name[0] for name in names) or 'none'}"
+        )
+    class_of = {word: i for i, name in enumerate(names) for word in name[1:]} | {
+        name[0]: i for i, name in enumerate(names)
+    }
+    problems = Problems()
+    of_image = collections.defaultdict(list)
+    for row in rows:
+        if not row.image:
+            problems.add("row: no image", row.where)
+        elif (
+            row.name and row.name not in class_of and exhaustive
+        ):  # dropped, what it should have been called would be taught absent
+            raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}")
+        elif row.name and row.name not in class_of:
+            problems.add(f"row: class {row.name!r} is not in --classes", row.where)
+        else:
+            of_image[row.image].append(row)
+    jobs = [
+        Job(name, name, os.path.join(images, name), tuple(said), coco_origin(name)) for name, said in of_image.items()
+    ]
+    infos = tuple(ClassInfo(name, thing=name[0] not in stuff) for name in names)
+    return Plan("table", infos, jobs, builder(_record, class_of=class_of, exhaustive=exhaustive), exhaustive, problems)
+
+
+# ---- Rows ----------------------------------------------------------------------------------------------------------
+
+
+def _read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """ "file:line" and fields of every row; `expression` is a list. Raises ValueError where they are no such table."""
+    kinds = {".csv": _read_csv, ".jsonl": _read_jsonl}
+    kind = os.path.splitext(path)[1].lower()
+    if kind not in kinds:
+        raise ValueError(f"{path}: a table is a .csv with a header, or a .jsonl with one object a line")
+    try:
+        yield from kinds[kind](path)
+    except OSError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+
+
+def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        reader = csv.DictReader(f, skipinitialspace=True)
+        try:
+            _check_columns(f"{path}:1", reader.fieldnames or ())
+            for fields in reader:
+                where = f"{path}:{reader.line_num}"
+                if None in fields:
+                    raise ValueError(
+                        f"{where}: more fields than the header has; put a field with a comma into double quotes"
+                    )
+                yield where, fields | {"expression": (fields.get("expression") or "").split(";")}
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{path}:{reader.line_num + 1}: not csv in UTF-8: {e}") from None
+
+
+def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line) if line.strip() else None
+            except ValueError as e:
+                raise ValueError(f"{where}: not JSON: {e}") from None
+            if isinstance(fields, dict):
+                _check_columns(where, fields)
+                said = fields.get("expression")
+                yield where, fields | {"expression": said if isinstance(said, list) else [said]}
+            elif line.strip():
+                raise ValueError(
+                    f'{where}: no object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}'
+                )
+
+
+def _check_columns(where: str, names: Collection[str]) -> None:
+    for name in names:
+        if name not in COLUMNS:
+            raise ValueError(f"{where}: unknown column {name!r}; columns are {', '.join(COLUMNS)}")
+    if "image" not in names:
+        raise ValueError(f"{where}: column 'image' is missing; columns are {', '.join(COLUMNS)}")
+
+
+def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
+    image, mask = (_within(where, column, str(fields.get(column) or "").strip()) for column in ("image", "mask"))
+    bbox, no_target = _bbox(fields.get("bbox")), _words(fields.get("no_target")).lower()
+    name = _words(fields.get("class")).replace("_", " ").strip()
+    texts = tuple(dict.fromkeys(text for text in map(_words, fields["expression"]) if text))
+    absent, shaped = no_target in _YES, bool(mask or bbox)
+    wrong = ""
+    if bbox is None:
+        wrong = "bbox is not x, y, width, height"
+    elif no_target not in _YES | _NO:
+        wrong = "no_target is neither true nor false"
+    elif absent and shaped:
+        wrong = "no_target, and yet a mask or bbox"
+    elif (absent or shaped) and not (name or texts):
+        wrong = "neither class nor expression"
+    elif (name or texts) and not (absent or shaped):
+        wrong = "neither mask nor bbox, nor no_target"
+    return Row(where, image, mask and os.path.join(masks, mask), bbox or (), name, texts, absent, wrong)
+
+
+def _within(where: str, column: str, path: str) -> str:
+    """One spelling for each file, so that its rows come together."""
+    path = posixpath.normpath(path) if path else ""
+    if path.startswith(("/", "../")):
+        raise ValueError(f"{where}: {column} {path!r} is not within --{column}s")
+    return path
+
+
+def _words(text: Any) -> str:
+    return " ".join(str(text).split()) if text is not None else ""
+
+
+def _bbox(value: Any) -> tuple[float, ...] | None:
+    """Four numbers, () where none are given, None for anything else."""
+    parts = value.replace(",", " ").split() if isinstance(value, str) else value or ()
+    try:
+        numbers = tuple(float(v) for v in parts)
+    except (TypeError, ValueError):
+        return None
+    return numbers if not numbers or (len(numbers) == 4 and all(map(math.isfinite, numbers))) else None
+
+
+# ---- Records, in a worker process ----------------------------------------------------------------------------------
+
+
+def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int], exhaustive: bool) -> Record:
+    """A class of which a row was dropped, or that nobody says is labelled throughout, counts as labelled in part."""
+    found: dict[Any, Segment] = {}
+    absent_texts: list[str] = []
+    absent, partial = set(), set()
+    for row in job.labels:
+        class_id = class_of.get(row.name)
+        try:
+            if row.wrong:
+                raise Unusable(row.wrong)
+            if row.texts and row.absent:
+                absent_texts += row.texts
+            elif row.absent:
+                absent.add(class_id)
+            elif row.mask or row.bbox:
+                key = row.mask, row.bbox
+                found[key] = _joined(found.get(key) or _shape(row, image, problems), class_id, row.texts)
+            elif not exhaustive:
+                raise Unusable("neither class nor expression")
+        except Unusable as e:
+            problems.add(f"row: {e}", row.where)
+            partial.add(class_id)
+    segments, absent_texts = _settled(job.key, list(found.values()), absent_texts, problems)
+    owned = {s.class_id for s in segments}
+    absent -= owned | partial
+    if not (segments or absent_texts or absent or exhaustive):
+        raise Unusable("image has no usable row")
+    partial = (partial if exhaustive else partial | owned) - {None}
+    known = {"absent_classes": tuple(sorted(absent)), "partial_classes": tuple(sorted(partial))}
+    return Record(job.key, image.data, image.height, image.width, segments, absent_texts=absent_texts, **known)
+
+
+def _joined(segment: Segment, class_id: int | None, texts: tuple[str, ...]) -> Segment:
+    if None not in (segment.class_id, class_id) and segment.class_id != class_id:
+        raise Unusable("its mask or bbox has another class already")
+    return dataclasses.replace(
+        segment, class_id=segment.class_id if class_id is None else class_id, texts=segment.texts + texts
+    )
+
+
+def _settled(
+    key: str, found: list[Segment], absent: list[str], problems: Problems
+) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+    """An expression of two segments is no target of either; one that is also said to name nothing stays present."""
+    uses = collections.Counter(text for segment in found for text in set(segment.texts))
+    for text in sorted(uses):
+        if uses[text] > 1:
+            problems.add("expression: names two objects", f"{key} {text!r}")
+        elif text in absent:
+            problems.add("expression: both present and absent", f"{key} {text!r}")
+    own = [
+        dataclasses.replace(s, texts=tuple(dict.fromkeys(text for text in s.texts if uses[text] == 1))) for s in found
+    ]
+    segments = tuple(s for s in own if s.texts or s.class_id is not None)
+    return segments, tuple(text for text in dict.fromkeys(absent) if text not in uses)
+
+
+def _shape(row: Row, image: Image, problems: Problems) -> Segment:
+    """The segment of a row without its words; the box of a mask is its own. Raises Unusable."""
+    if row.mask:
+        mask = read_mask(row.mask, image)
+        if not mask.any():
+            raise Unusable("mask is empty")
+        return Segment(box=box_of(mask), mask=encode_rle(mask))
+    x, y, width, height = row.bbox
+    box = max(x, 0.0), max(y, 0.0), min(x + width, float(image.width)), min(y + height, float(image.height))
+    if width <= 0 or height <= 0:
+        raise Unusable("box without area")
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise Unusable("box outside its image")
+    if min(x, y) < -1 or x + width > image.width + 1 or y + height > image.height + 1:
+        problems.add("note: box clipped to its image (a bbox is x, y, width, height)", row.where)
+    return Segment(box=box)

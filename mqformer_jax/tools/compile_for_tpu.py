@@ -1,0 +1,320 @@
+"""Compile the train step of a recipe for TPUs that are not there, and report memory, traffic and a speed estimate.
+
+    mqformer compile --config=coco_ref --topology=v5e:16x16
+
+Needs the TPU compiler (`pip install 'mqformer_jax[tpu]'`, Linux) and no TPU. Supports topologies of v4, v5e, v5p, v6e
+and tpu7x. If the step does not fit, the report names the largest buffers and a change of the recipe that makes it fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import jax
+from absl import flags
+from jax.experimental import topologies
+from ml_collections import ConfigDict
+
+from mqformer_jax import cli
+from mqformer_jax import config as recipes
+from mqformer_jax.arrays import Number
+from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.tools import hlo
+from mqformer_jax.training.step import TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one device (of tpu7x: half a chip): bfloat16 TFLOP/s, GB/s of memory, GB/s to all its
+    neighbours together.
+    """
+
+    teraflops: float
+    memory: float
+    network: float
+
+
+# cloud.google.com/tpu/docs/v4 to tpu7x, November 2026
+CHIPS = {
+    "v4": Chip(275.0, 1228.0, 300.0),
+    "v5e": Chip(197.0, 819.0, 200.0),
+    "v5p": Chip(459.0, 2765.0, 600.0),
+    "v6e": Chip(918.0, 1640.0, 448.0),
+    "tpu7x": Chip(1153.0, 3690.0, 600.0),
+}
+GB = 1e9
+# what to change where a step does not fit, gentlest first: each is compiled with those before it
+REMEDIES = (
+    ('config.model.remat="dots"', lambda c: c.model.remat == "none", lambda c: c.model.update(remat="dots")),
+    ('config.model.remat="layers"', lambda c: c.model.remat != "layers", lambda c: c.model.update(remat="layers")),
+    ("config.accumulate={accumulate}", lambda c: True, lambda c: c.update(accumulate=c.accumulate * 2)),
+    ("config.mesh={mesh}", lambda c: tuple(c.mesh) == (-1, 1, 1), lambda c: c.update(mesh=(1, -1, 1))),
+    ("config.batch_size={batch_size}", lambda c: c.batch_size > 1, lambda c: c.update(batch_size=c.batch_size // 2)),
+)
+
+
+def get_topology(name: str) -> list[jax.Device]:
+    """The devices of a slice such as "v5e:4x4", which are known only to the compiler. Raises ValueError in one line."""
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ValueError(f"--topology={name}: give one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16 or v4:4x4x8.")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
+    # both its cores are one device, as JAX runs it
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    if set(shape.split("x")) == {"1"}:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        with _quiet():
+            return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
+    except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as e:
+        if "libtpu" in str(e) or "tpu plugin" in str(e).lower():
+            raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]' (Linux, x86-64).") from e
+        raise ValueError(f"--topology={name}: {str(e).splitlines()[0]}") from e
+
+
+@contextlib.contextmanager
+def _quiet() -> Generator[None]:
+    """libtpu tells at length, past Python's streams, that it found no TPU."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+def memory_of(device: jax.Device) -> float:
+    """Bytes that the compiler may use on a device: what it says when it is asked for too much."""
+    everything = jax.ShapeDtypeStruct((1 << 40,), "uint8", sharding=jax.sharding.SingleDeviceSharding(device))
+    try:
+        jax.jit(lambda x: x + 1).lower(everything).compile()
+    except jax.errors.JaxRuntimeError as e:
+        return _size(re.search(r"available HBM \(([\d.]+\w)\)", str(e)).group(1))
+    raise AssertionError("a terabyte fitted")
+
+
+def _size(text: str) -> float:
+    """ "15.75G" in bytes."""
+    return float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1)
+
+
+def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
+    """The config with a batch that its mesh on so many devices can share, and a note where that is another: then one
+    image a part.
+    """
+    config = config.copy_and_resolve_references()
+    mesh = [n if n != -1 else -devices // _product(config.mesh) for n in config.mesh]
+    images = mesh[0] * mesh[1] * config.accumulate
+    if config.batch_size % images == 0:
+        return config, ""
+    was, config.batch_size = config.batch_size, images
+    return (
+        config,
+        (
+            f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: "
+            f"compiled for {images}"
+        ),
+    )
+
+
+def _product(values: Any) -> int:
+    total = 1
+    for value in values:
+        total *= value
+    return total
+
+
+def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dict[str, Any]:
+    """Compile the train step of a config for the devices; what there is to know of it.
+
+    `needed` and `available` are bytes a device; the compiler refuses much too much by itself, so that `needed` is what
+    it says. `largest` are the largest arrays of the program (where it was refused: of what was traced, before anything
+    is fused).
+    """
+    chip, config, note = CHIPS[topology.partition(":")[0]], *adapted(config, len(devices))
+    mesh = make_mesh(config.mesh, devices)
+    started = time.perf_counter()
+    step = TrainStep(config, mesh)
+    traced = step.compiled.trace(*step.arguments)
+    lowered = traced.lower()
+    lowering = time.perf_counter() - started
+    report: dict[str, Any] = {
+        "topology": topology,
+        "devices": len(devices),
+        "hosts": len({d.process_index for d in devices}),
+    }
+    report |= {"backbone": config.model.backbone.name, "canvas": list(config.data.canvas), "dtype": config.model.dtype}
+    report |= {
+        "images": config.batch_size,
+        "mesh": dict(mesh.shape),
+        "accumulate": config.accumulate,
+        "remat": config.model.remat,
+    }
+    report |= {"note": note, "available": memory_of(devices[0]), "flops": hlo.flops(traced.jaxpr.jaxpr)}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        refused = {"fits": False, "needed": _needed(str(e)), "largest": hlo.largest_traced(traced.jaxpr.jaxpr)}
+        return report | refused | {"seconds": {"lower": lowering, "compile": time.perf_counter() - started - lowering}}
+    report["seconds"] = {"lower": lowering, "compile": time.perf_counter() - started - lowering}
+    memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
+    kinds = {"arguments": "argument", "temporaries": "temp", "output": "output", "program": "generated_code"}
+    report["memory"] = {name: getattr(memory, f"{kind}_size_in_bytes") for name, kind in kinds.items()}
+    report["memory"]["output"] -= memory.alias_size_in_bytes  # the new state takes the place of the old one
+    report["needed"] = sum(report["memory"].values())
+    report |= {"fits": report["needed"] <= report["available"], "largest": program.largest()}
+    report |= {"bytes_accessed": program.traffic(), "collectives": collectives(program)}
+    return report | {"estimate": estimate(report, chip)}
+
+
+def _needed(message: str) -> float | None:
+    """Bytes, of the compiler's message that memory ran out."""
+    found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of|temporaries \(([\d.]+[KMGT])\)", message)
+    return _size(next(filter(None, found.groups()))) if found else None
+
+
+def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
+    """By kind: instructions run a step, bytes of their results, and bytes that each device sends (ring algorithms)."""
+    found: dict[str, dict[str, Number]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
+    for run, group in program.collectives():
+        kind, size = run.instruction.collective, run.instruction.bytes * run.times
+        if run.instruction.kind.endswith("-start") and kind in ("all-gather", "collective-permute"):
+            size /= 1 + 1 / group if kind == "all-gather" else 2  # its shape is (operand, result)
+        share = {"all-reduce": 2 * (group - 1) / group, "reduce-scatter": group - 1, "collective-permute": 1}.get(
+            kind, (group - 1) / group
+        )
+        entry = found[kind]
+        entry["count"] += run.times
+        entry["bytes"] += size
+        entry["sent"] += size * share
+        entry["in_loops"] += bool(run.loops)
+    return dict(found)
+
+
+def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
+    """A roofline: arithmetic at the chip's peak and memory at its bandwidth, whichever is slower, and then the network
+    at its.
+
+    An upper bound of what can be reached. Gathers do not reach the memory's bandwidth, and float32 matmuls not the
+    peak.
+    """
+    seconds = {
+        "compute": report["flops"] / (chip.teraflops * 1e12),
+        "memory": report["bytes_accessed"] / (chip.memory * GB),
+        "network": sum(entry["sent"] for entry in report["collectives"].values()) / (chip.network * GB),
+    }
+    seconds["step"] = max(seconds["compute"], seconds["memory"]) + seconds["network"]
+    return seconds | {"images_per_second": report["images"] / seconds["step"]}
+
+
+def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Changes that might make a step fit, one on top of the other, each compiled; ends with the first that does."""
+    config, changes = adapted(config, len(devices))[0], []
+    for words, applies, change in REMEDIES:
+        if not applies(config):
+            continue
+        images = config.batch_size
+        change(config)
+        config = adapted(config, len(devices))[0]
+        if config.batch_size > images:  # halves of a part that is one image
+            config.update(accumulate=1, batch_size=images)
+            continue
+        changes.append(words.format(**{k: config[k] for k in ("accumulate", "mesh", "batch_size")}))
+        report = measure(config, topology, devices)
+        yield " ".join(f"--{change}" for change in changes), report
+        if report["fits"]:
+            return
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report in lines of a name and a value."""
+    gb = lambda value: f"{value / GB:.2f} GB"
+    rows = {
+        "topology": f"{report['topology']}: {report['devices']} devices, {report['hosts']} hosts",
+        "step": (
+            f"{report['backbone']}, {' x '.join(map(str, report['canvas']))}, {report['images']} images, "
+            f"{report['dtype']}, remat {report['remat']}, accumulate {report['accumulate']}"
+        ),
+        "mesh": " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items()),
+    }
+    rows |= {"note": report["note"]} if report["note"] else {}
+    kinds = (
+        ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "refused by the compiler"
+    )
+    rows["memory a device"] = (
+        f"{gb(report['needed']) if report['needed'] else 'more'} of {gb(report['available'])}: {kinds}"
+    )
+    if report["fits"]:
+        rows["fits"] = f"true, {gb(report['available'] - report['needed'])} to spare"
+    else:
+        rows["fits"] = "false"
+        rows |= {
+            f"largest {k + 1}": f"{gb(b['bytes'])} {b['shape']} {b['source']}" for k, b in enumerate(report["largest"])
+        }
+    if "estimate" in report:
+        seconds = report["estimate"]
+        rows["FLOPs a device"] = f"{report['flops'] / 1e12:.2f} TFLOP"
+        rows["bytes accessed"] = gb(report["bytes_accessed"])
+        for kind, entry in report["collectives"].items():
+            rows[kind] = (
+                f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, "
+                f"{entry['in_loops']} in loops"
+            )
+        parts = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
+        rows["roofline"] = (
+            f"{1e3 * seconds['step']:.1f} ms a step, {seconds['images_per_second']:.0f} images/s at most ({parts})"
+        )
+        rows["assumes"] = "published peaks; compute and memory overlap, the network does not; rings"
+    rows["seconds"] = (
+        f"{report['seconds']['lower']:.0f} to trace and lower, {report['seconds']['compile']:.0f} to compile"
+    )
+    width = max(map(len, rows))
+    return "\n".join(f"{name + ':':{width + 1}} {value}" for name, value in rows.items())
+
+
+def main(argv: list[str]) -> None:
+    cli.no_arguments(argv)
+    jax.config.update("jax_platforms", "cpu")  # of this machine, where the constants of the program are made
+    jax.config.update("jax_enable_compilation_cache", False)  # what is measured is the compilation
+    given = flags.FLAGS
+    config, topology = given.config, given.topology
+    recipes.check(config)
+    devices = get_topology(topology)
+    report = measure(config, topology, devices)
+    print(table(report), flush=True)
+    if not report["fits"] and given.advise:
+        for change, tried in advice(config, topology, devices):
+            print(
+                f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True
+            )
+            report.setdefault("tried", []).append({"change": change, "fits": tried["fits"], "needed": tried["needed"]})
+    path = given.out or f"{report['backbone']}_{topology.replace(':', '_')}.json"
+    with open(path, "w") as f:
+        json.dump(report, f, indent=1)
+    print(path)
+
+
+def run(argv: Sequence[str]) -> None:
+    cli.define_recipe()
+    flags.DEFINE_string("topology", None, "Kind and shape of the slice, e.g. v5e:16x16, v4:4x4x8, v5e:1x1.")
+    flags.DEFINE_string(
+        "out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory."
+    )
+    flags.DEFINE_bool("advise", True, "Where it does not fit, compile again with less and say what fits.")
+    flags.mark_flags_as_required(["config", "topology"])
+    cli.run(main, "compile", __doc__, "stopped.", argv)

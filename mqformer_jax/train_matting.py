@@ -1,0 +1,245 @@
+"""Train the matting refiner of a recipe (`config.matting`) and measure it against the masks it is given:
+
+mqformer train-matting --config=configs/lite.py:small --checkpoint=runs/lite --workdir=runs/lite
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from flax import nnx
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mqformer_jax import cli
+from mqformer_jax import config as recipes
+from mqformer_jax.checkpoint import Weights, has_checkpoint, save_weights
+from mqformer_jax.evaluation.evaluate import save_json
+from mqformer_jax.evaluation.matting import compare, save_sheet
+from mqformer_jax.inference.predictor import Predictor
+from mqformer_jax.input.record import Record
+from mqformer_jax.input.sources import ShardSource
+from mqformer_jax.matting.data import Matte, make_batches, mattes_of, open_mattes, rough_mask
+from mqformer_jax.matting.losses import matting_loss
+from mqformer_jax.matting.refiner import FOLDER, Refiner, build_refiner
+from mqformer_jax.parallel.mesh import batch_sharding, make_mesh, replicated
+from mqformer_jax.segments import soft_mask
+from mqformer_jax.training.optimizer import make_optimizer
+from mqformer_jax.training.warm_start import initialize
+
+# of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
+OwnMasks = dict[int, np.ndarray]
+OWN_SIDE = 256
+SLACK = 0.02  # how far the outlines that are measured lie from the true ones, in the image's larger side
+
+
+def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> dict[str, Any]:
+    """Train `config.matting` on this host's devices; the refiner lies in WORKDIR/refiner. Returns what was measured on
+    `matting.sets`.
+
+    Batches depend on the seed and the step alone. checkpoint: a workdir whose model's own masks take part as guidance.
+    """
+    matting, target = config.matting, os.path.join(workdir, FOLDER)
+    if has_checkpoint(target):
+        raise FileExistsError(f"{target}: a refiner is there already: move it away, or use another --workdir.")
+
+    # -- data, model, state -------------------------------------------------------------------------------------------
+    sources = open_mattes(config.data.root, matting.mixture, "mixture")
+    held_out = open_mattes(config.data.root, matting.sets, "sets") if matting.sets else []
+    predictor = Predictor.from_checkpoint(checkpoint) if checkpoint else None
+    step = RefineStep(config)
+    state, frozen, report = step.init()
+    own = [own_masks(predictor, source) for source in sources]
+    os.makedirs(workdir, exist_ok=True)
+    count = sum(x.size for x in jax.tree.leaves(state[0]))
+    devices = f"{step.mesh.size} {jax.default_backend()} device(s)"
+    about = f"{count:,} parameters on {devices}, {matting.steps} steps; the first step compiles"
+    print("\n".join([*report, f"{workdir}: {about}"]), flush=True)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+    pending = []
+    with (
+        open(os.path.join(workdir, "refine_metrics.jsonl"), "w") as log,
+        tqdm(total=matting.steps, desc="refine", unit="step") as bar,
+    ):
+        for done, batch in enumerate(make_batches(config, sources, own), 1):
+            state, terms = step(state, frozen, batch)
+            # read at once: on a CPU, two steps under way on several devices can wait for each other for ever
+            pending.append(_finite(jax.device_get(terms), done))
+            saves = done % config.checkpoint_every == 0 or done == matting.steps
+            if saves or done % config.log_every == 0:
+                means = {k: float(np.mean([before[k] for before in pending])) for k in terms}
+                log.write(json.dumps({"step": done, **means}) + "\n")
+                log.flush()
+                bar.set_postfix_str(f"loss {means['total']:.4f}")
+                pending = []
+            if saves:
+                _replace(target, Weights(config, state[0], frozen), {"step": done})
+            bar.update()
+
+    # -- what came of it ----------------------------------------------------------------------------------------------
+    refiner = Refiner.load(workdir)
+    results = {f"{s.name}/{s.split}": measure(refiner, s, predictor, workdir, config.eval.pictures) for s in held_out}
+    save_json(os.path.join(workdir, "refine_eval.json"), results)
+    return results
+
+
+class RefineStep:
+    """The compiled step of the refiner: a batch's images over as many of this host's devices as can share them, the
+    weights on each.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config, matting = config, config.matting
+        self.graph, self.params, self.frozen = build_refiner(config)
+        optimizer = config.optimizer.copy_and_resolve_references()
+        warmup = max(1, matting.steps // 20)
+        optimizer.update(
+            learning_rate=matting.learning_rate, schedule="cosine", warmup=warmup, clip=1.0, backbone=matting.encoder
+        )
+        self.optimizer = make_optimizer(optimizer, matting.steps, self.params)
+        devices = jax.local_devices()
+        self.mesh = make_mesh((-1, 1, 1), devices[: math.gcd(len(devices), matting.batch_size)])
+        everywhere, split = replicated(self.mesh), batch_sharding(self.mesh)
+        self._step = jax.jit(
+            self._update, in_shardings=(everywhere, everywhere, split), out_shardings=everywhere, donate_argnums=0
+        )
+
+    def init(self) -> tuple[tuple[Any, Any], Any, list[str]]:
+        """The first state, the constants, and what the checkpoints of `config.matting.init_from` gave to the image
+        encoder, in lines.
+        """
+        everywhere, report = replicated(self.mesh), []
+        params, frozen = jax.device_put((self.params, self.frozen), everywhere)
+        if self.config.matting.init_from:
+            start = self.config.copy_and_resolve_references()
+            start.model.backbone = start.matting.backbone
+            start.update(init_from=start.matting.init_from, init_skip=("^(?!backbone/)",))
+            params, frozen, report = initialize(params, frozen, start)
+        return jax.device_put((params, self.optimizer.init(params)), everywhere), frozen, report
+
+    def __call__(
+        self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]
+    ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
+        """state: parameters and those of the optimiser; donated. Returns the next ones, and the terms of the loss."""
+        return self._step(state, frozen, batch)
+
+    def _update(self, state: tuple[Any, Any], frozen: Any, batch: dict[str, jax.Array]):
+        params, opt_state = state
+
+        def loss_fn(params):
+            alphas = nnx.merge(self.graph, params, frozen)(batch["image"].astype(jnp.float32), batch["guidance"])
+            terms = matting_loss(alphas, batch["alpha"], batch["weight"])
+            total = sum(terms.values())
+            return total, {"total": total, **terms}
+
+        gradients, terms = jax.grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = self.optimizer.update(gradients, opt_state, params)
+        return (optax.apply_updates(params, updates), opt_state), terms
+
+
+def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
+    """What the model itself takes for the foreground of each image that has a matte of it; nothing without a model."""
+    if predictor is None:
+        return {}
+    prompt, found = predictor.embed(["foreground"], [True]), {}
+    for i in tqdm(range(len(source)), desc=f"masks of {source.name}", unit="image"):
+        for matte in mattes_of(Record.from_bytes(source[i]), i):
+            if matte.foreground:
+                mask = _own_mask(predictor, prompt, matte)
+                share = min(1.0, OWN_SIDE / max(mask.shape))
+                found[i] = np.round(
+                    cv2.resize(mask, None, fx=share, fy=share, interpolation=cv2.INTER_AREA) * 255
+                ).astype(np.uint8)
+    return found
+
+
+def _own_mask(predictor: Predictor, prompt: jax.Array, matte: Matte) -> np.ndarray:
+    answer = predictor.ask([matte.image], [prompt])[0]
+    return soft_mask(answer.class_probs, answer.masks, 0)
+
+
+def measure(
+    refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, pictures: int
+) -> dict[str, Any]:
+    """SAD and MSE before and after refinement, of rough masks (the matte at a half, its outline SLACK too far out or
+    in, in turn) and of the model's own foregrounds; and a sheet of each in WORKDIR/pictures."""
+
+    def rough(matte: Matte) -> np.ndarray:
+        grow = round(SLACK * max(matte.alpha.shape))
+        return rough_mask(matte.alpha, 0.5, -grow if matte.index % 2 else grow)
+
+    guides = {"rough": rough}
+    if predictor is not None:
+        prompt = predictor.embed(["foreground"], [True])
+        guides["own"] = lambda matte: _own_mask(predictor, prompt, matte) if matte.foreground else None
+    results = {}
+    for name, guide in guides.items():
+        mattes = (matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i))
+        results[name], rows = compare(refiner, mattes, guide, pictures)
+        if rows:
+            os.makedirs(os.path.join(workdir, "pictures"), exist_ok=True)
+            save_sheet(os.path.join(workdir, "pictures", f"refine_{source.name}_{source.split}_{name}.jpg"), rows)
+    return results
+
+
+def _finite(terms: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
+    if not np.isfinite(terms["total"]):
+        raise FloatingPointError(f"step {step}: the loss is {terms['total']}: lower config.matting.learning_rate.")
+    return terms
+
+
+def _replace(folder: str, weights: Weights, about: dict) -> None:
+    """Weights in a folder in place of those that were there, which stay until the new ones are whole."""
+    new, old = f"{folder}.new", f"{folder}.old"
+    if os.path.exists(old) and not os.path.exists(folder):  # a kill between the two renames below
+        os.rename(old, folder)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_weights(new, weights, about)
+    if os.path.exists(folder):
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def table(results: dict[str, Any]) -> str:
+    """A line a data set and kind of mask: SAD (thousands of pixels), MSE (thousandths) and Grad (thousands), before ->
+    after.
+    """
+    line = "{:>24}  {:5} masks"
+    line += "".join(
+        f"  {name.upper()} {{mask[{name}]:.2f}} -> {{refined[{name}]:.2f}}" for name in ("sad", "mse", "grad")
+    )
+    return "\n".join(
+        line.format(name, kind, **r) for name, kinds in results.items() for kind, r in kinds.items() if r["mask"]
+    )
+
+
+def main(argv: list[str]) -> None:
+    cli.no_arguments(argv)
+    given = flags.FLAGS
+    recipes.check(given.config)
+    print(table(refine(given.config, given.workdir, given.checkpoint)))
+    print(f"\n{given.workdir}: {FOLDER}, refine_eval.json, refine_metrics.jsonl, pictures")
+
+
+def run(argv: Sequence[str]) -> None:
+    cli.define_recipe()
+    flags.DEFINE_string(
+        "workdir", None, f"Where the refiner goes, in a folder '{FOLDER}': the workdir of a model, or another."
+    )
+    flags.DEFINE_string("checkpoint", None, "A trained model, whose own masks the refiner shall learn to mend.")
+    flags.mark_flags_as_required(["config", "workdir"])
+    cli.run(main, "train-matting", __doc__, "stopped; what it last saved is there.", argv)

@@ -1,0 +1,87 @@
+"""A loss or gradient that is NaN or infinite: what is kept of it, so that it can be looked at and computed again."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from mqformer_jax.checkpoint import Weights, save_weights
+from mqformer_jax.input.mixture import Loader
+from mqformer_jax.parallel.mesh import whole
+from mqformer_jax.training.step import TrainState
+
+IN_A_ROW = 20  # steps skipped one after the other, after which it is no accident
+KEPT = 5  # batches kept of a run that skips
+
+
+class NotFinite:
+    """Watches the metrics of steps. Where one is not finite, the run stops, or goes on without it
+    (`config.not_finite`).
+    """
+
+    def __init__(self, config: ConfigDict, workdir: str, loader: Loader):
+        self.config, self.workdir, self.loader = config, workdir, loader
+        self.skipped = self.in_a_row = 0
+        self.checked = -1
+
+    def check(self, step: int, measured: dict[str, Any], state: TrainState) -> None:
+        """step: its number, counted from 0, as the data is. state: after it (with "stop" that is before it, too).
+
+        Waits for the step. Raises FloatingPointError in one line, with all that is needed to do it again in
+        WORKDIR/not_finite_STEP: the batch, what its images are, and the weights.
+        """
+        if step <= self.checked:
+            return
+        self.checked = step
+        if bool(measured["finite"]):
+            self.in_a_row = 0
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        stops = self.config.not_finite == "stop" or self.in_a_row > IN_A_ROW
+        folder = os.path.join(self.workdir, f"not_finite_{step}")
+        images = self._keep_batch(step, folder, measured) if stops or self.skipped <= KEPT else "its batch is not kept"
+        loss, norm = float(measured["total"]), float(measured["gradient_norm"])
+        what = f"step {step}: the loss is {loss}, the gradient's norm {norm}; {images}"
+        if not stops:
+            logging.warning("%s; the step is skipped (%d so far)", what, self.skipped)
+            return
+        weights = Weights(
+            self.config, *(jax.tree.map(np.asarray, whole(tree, _mesh(state))) for tree in (state.params, state.frozen))
+        )
+        save_weights(folder, weights, {"step": step})
+        raise FloatingPointError(
+            f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, "
+            "or set config.not_finite='skip'."
+        )
+
+    def _keep_batch(self, step: int, folder: str, measured: dict[str, Any]) -> str:
+        """This host's rows of a step's batch, drawn again from the stream, as HOST.npz and HOST.json; in words, which
+        images it holds.
+        """
+        host, hosts = jax.process_index(), jax.process_count()
+        batch, notes = next(self.loader.stream(step, host, hosts))
+        os.makedirs(folder, exist_ok=True)
+        np.savez_compressed(
+            os.path.join(folder, f"{host}.npz"), **{name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        )
+        rows: list[dict[str, Any]] = [
+            {"data": self.loader.names[s], "image": note.key, "prompts": note.texts}
+            for s, note in zip(batch.source, notes)
+        ]
+        losses = np.asarray(measured["per_image"], np.float64)[len(rows) * host : len(rows) * (host + 1)]
+        for row, loss in zip(rows, losses):
+            row["loss"] = float(loss) if np.isfinite(loss) else str(loss)
+        with open(os.path.join(folder, f"{host}.json"), "w") as f:
+            json.dump({"step": step, "rows": rows}, f, indent=1)
+        broken = [row for row in rows if isinstance(row["loss"], str)] or rows
+        return f"images {', '.join(row['image'] for row in broken[:4])}{' ...' if len(broken) > 4 else ''}"
+
+
+def _mesh(state: TrainState) -> jax.sharding.Mesh:
+    return state.step.sharding.mesh

@@ -1,0 +1,126 @@
+"""`mqformer predict`, from files to files."""
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from mqformer_jax.inference.predict import answer_files, literal, output_stems, parse_prompts
+from mqformer_jax.inference.save_results import cutout, save
+from mqformer_jax.input.record import decode_rle
+from mqformer_jax.segments import Segments
+
+
+@pytest.fixture(scope="module")
+def image():
+    return np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+
+
+@pytest.fixture
+def segments():
+    masks = np.zeros((2, 40, 60), bool)
+    masks[0, :10], masks[1, 20:, 30:] = True, True
+    panoptic = (masks * np.array([1, 2])[:, None, None]).sum(0).astype(np.int32)
+    boxes = np.array([[0, 0, 60, 10], [30, 20, 60, 40]], np.float32)
+    return Segments(
+        ["sky", "a/b"], masks, boxes, np.array([0.9, 0.4], np.float32), np.array([0, 1]), np.array([3, 0]), panoptic
+    )
+
+
+def test_prompts_are_parted_by_semicolons_and_a_star_marks_a_region(tmp_path):
+    assert parse_prompts(" sky* ; the red car;;", "panoptic") == (["sky", "the red car"], [True, False])
+    assert parse_prompts("sky*; car", "semantic") == (["sky", "car"], None)
+    assert parse_prompts(None, "foreground") == (["foreground"], None)
+    (tmp_path / "names.txt").write_text("sky*\ncar\n")
+    assert parse_prompts(f"@{tmp_path}/names.txt", "panoptic") == (["sky", "car"], [True, False])
+    for nothing in (None, "", " ; *;"):
+        with pytest.raises(ValueError, match="--prompts"):
+            parse_prompts(nothing, "panoptic")
+
+
+def test_images_of_one_name_do_not_overwrite_each_other():
+    assert output_stems(["a/x.jpg", "b/x.png", "b/x_2.png", "-"], "out") == [
+        "out/x",
+        "out/x_2",
+        "out/x_2_2",
+        "out/stdin",
+    ]
+
+
+def test_settings_are_numbers_where_they_read_as_such():
+    assert [literal(t) for t in ("0.5", "(1, 2)", "True", "instance")] == [0.5, (1, 2), True, "instance"]
+
+
+def test_files_hold_what_the_segments_say(tmp_path, image, segments):
+    written = save(str(tmp_path / "x"), image, segments, "panoptic", "photos/x.jpg", masks=True)
+    answer = json.loads((tmp_path / "x.json").read_text())
+    assert answer["prompts"] == ["sky", "a/b"] and [s["text"] for s in answer["segments"]] == ["sky", "a/b"]
+    second = answer["segments"][1]
+    assert second["bbox"] == [30, 20, 30, 20] and second["area"] == 600
+    np.testing.assert_array_equal(decode_rle(second["segmentation"]["counts"].encode(), 40, 60), segments.masks[1])
+    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "x_panoptic.png")), segments.panoptic)
+    np.testing.assert_array_equal(cv2.imread(str(tmp_path / "x_masks/002_a_b.png"), 0) > 0, segments.masks[1])
+    assert len(written) == 5 and not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_cutout_is_as_opaque_as_the_matte_or_the_mask(image, segments):
+    np.testing.assert_array_equal(cutout(image, segments)[..., 3], 255 * segments.masks.any(0))
+    segments.alphas = segments.masks * np.float32(0.4)
+    assert set(np.unique(cutout(image, segments)[..., 3])) == {0, 102}
+    np.testing.assert_array_equal(cutout(image, segments)[..., :3], image)
+
+
+def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
+    photo = np.zeros((30, 5000, 3), np.uint8)
+    found = Segments(
+        ["sky"],
+        np.ones((1, 30, 5000), bool),
+        np.array([[0, 0, 5000, 30.0]]),
+        np.ones(1),
+        np.zeros(1, int),
+        np.zeros(1, int),
+    )
+    save(str(tmp_path / "x"), photo, found, "instance", "x.jpg")
+    assert Image.open(tmp_path / "x_overlay.png").size == (2048, 12)
+    assert json.loads((tmp_path / "x.json").read_text())["segments"][0]["area"] == 150_000
+
+
+def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_path, image, segments, capsys):
+    Image.fromarray(image).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    bad = answer_files(
+        lambda _: segments,
+        [str(tmp_path / n) for n in ("bad.png", "good.png")],
+        "panoptic",
+        str(tmp_path / "out"),
+        False,
+    )
+    assert bad == 1 and (tmp_path / "out/good.json").exists() and not (tmp_path / "out/bad.json").exists()
+    assert "bad.png: not an image" in capsys.readouterr().out
+
+
+def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tiny_checkpoint, tmp_path, image):
+    Image.fromarray(image).save(tmp_path / "photo.png")
+
+    def run(*options):
+        command = [
+            sys.executable,
+            "-m",
+            "mqformer_jax",
+            "predict",
+            f"--checkpoint={tiny_checkpoint}",
+            f"--out={tmp_path}/out",
+            *options,
+        ]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    photo = f"--image={tmp_path}/photo.png"
+    done = run(photo, "--prompts=the red star; sky", "--task=referring", "--set", "eval.absent=0.0")
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"photo.json", "photo_overlay.png", "photo_cutout.png"}
+    wrong = run(photo, "--prompts=sky", "--task=matting")
+    assert wrong.returncode == 1 and "no refiner" in wrong.stderr and "Traceback" not in wrong.stderr

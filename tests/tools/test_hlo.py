@@ -1,0 +1,125 @@
+"""Reading a compiled program: the loops it has, what runs in them and how often, what it moves and sends."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mqformer_jax.parallel.mesh import make_mesh
+from mqformer_jax.tools import hlo
+
+N = 64
+
+
+def compiled(fn, *arguments, **options) -> hlo.Program:
+    return hlo.Program(jax.jit(fn, **options).lower(*arguments).compile().as_text())
+
+
+def scan(x, w):
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def abstract(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_a_scan_runs_its_body_as_often_as_it_is_long():
+    runs = [
+        run
+        for run in compiled(scan, abstract(N, N), abstract(7, N, N)).runs()
+        if "tanh" in run.instruction.source and not run.fused
+    ]
+    assert runs and all(run.times == 7 and run.known and len(run.loops) == 1 for run in runs)
+
+
+def test_a_search_has_no_known_length():
+    search = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x * 1.5 + 1, x), abstract(N))
+    inside = [run for run in search.runs() if run.loops]
+    assert inside and not any(run.known for run in inside)
+
+
+def test_matmuls_are_counted_through_scans_gradients_and_recomputation():
+    count = lambda fn, *arguments: hlo.flops(jax.make_jaxpr(fn)(*arguments).jaxpr) / (2 * N**3)
+    x, w = abstract(N, N), abstract(7, N, N)
+    assert count(scan, x, w) == 7
+    loss = lambda x, w: scan(x, w).sum()
+    assert count(jax.grad(loss, (0, 1)), x, w) == 21
+    again = lambda x, w: jax.lax.scan(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None)), x, w)[0].sum()
+    assert count(jax.grad(again, (0, 1)), x, w) == 28
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_and_its_gradients_are_three_times_its_forward(stride):
+    conv = lambda x, k: jax.lax.conv_general_dilated(
+        x, k, (stride,) * 2, [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    x, k = abstract(2, 16, 16, 8), abstract(3, 3, 8, 12)
+    forward = hlo.flops(jax.make_jaxpr(conv)(x, k).jaxpr)
+    assert forward == 2 * 2 * (16 // stride) ** 2 * 12 * 9 * 8
+    both = hlo.flops(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum() * 2.0, (0, 1)))(x, k).jaxpr)
+    assert both == pytest.approx(3 * forward, rel=0.01)
+
+
+def test_traffic_is_xlas_where_nothing_loops():
+    def net(x, w, v):
+        return (jax.nn.relu(x @ w) @ v).sum(), jnp.sort(x, 0)
+
+    arguments = abstract(N, N), abstract(N, 2 * N), abstract(2 * N, N)
+    lowered = jax.jit(net).lower(*arguments).compile()
+    ours, theirs = hlo.Program(lowered.as_text()).traffic(), lowered.cost_analysis()["bytes accessed"]
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+def test_a_slice_of_a_stack_counts_as_the_slice():
+    moved = compiled(scan, abstract(N, N), abstract(7, N, N)).traffic() / (4 * N * N)
+    assert 7 * 3 < moved < 7 * 10  # the whole stack in every round would be 7 * 7 more
+
+
+def test_the_largest_arrays_are_named():
+    traced = hlo.largest_traced(jax.make_jaxpr(scan)(abstract(N, N), abstract(7, N, N)).jaxpr)
+    assert traced[0]["bytes"] == 4 * N * N and traced[0]["shape"] == f"float32[{N},{N}]"
+    found = compiled(lambda x: jnp.sort(x @ x.T, 0).sum(), abstract(4 * N, N)).largest(1)
+    assert found[0]["bytes"] == 4 * (4 * N) ** 2 and found[0]["shape"] == f"f32[{4 * N},{4 * N}]"
+
+
+def test_collectives_are_found_with_their_bytes_and_groups():
+    mesh = make_mesh((2, 4, 1))
+    rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    program = compiled(lambda x: x.sum(0), rows, out_shardings=NamedSharding(mesh, P()))
+    ((run, group),) = program.collectives()
+    assert (run.instruction.collective, run.instruction.bytes, group, run.loops) == ("all-reduce", 4 * N, 8, ())
+
+
+def test_a_collective_in_a_loop_is_known_as_one():
+    mesh = make_mesh((8, 1, 1))
+    rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    # its condition asks all devices
+    search = lambda x: jax.lax.while_loop(lambda x: x.sum() < 1e6, lambda x: x * 2 + 1, x)
+    assert any(run.loops and not run.known for run, _ in compiled(search, rows).collectives())
+
+
+@pytest.mark.parametrize(
+    "shape, size",
+    [
+        ("f32[2,3]{1,0:T(8,128)}", 24),
+        ("(bf16[4], /*index=1*/pred[])", 9),
+        ("f8e4m3fn[10]", 10),
+        ("u8[]", 1),
+        ("token[]", 0),
+    ],
+)
+def test_bytes_of_a_shape(shape, size):
+    assert hlo.shape_bytes(shape) == size
+
+
+def test_groups_are_read_in_each_way_that_xla_writes_them():
+    texts = {
+        "replica_groups={{0,1},{2,3}}": 2,
+        "replica_groups=[2,4]<=[8]": 4,
+        "replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0','axis_1'}": 8,
+        "replica_groups=mesh['a'=4,'b'=2] {'b'}": 2,
+        "replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={1}": 4,
+        "channel_id=1": 1,
+    }
+    assert [hlo._group(text) for text in texts] == list(texts.values())

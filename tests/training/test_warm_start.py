@@ -1,0 +1,174 @@
+"""A run starts from converted weights: several checkpoints, each by the parts it has."""
+
+import jax
+import numpy as np
+import pytest
+from tiny import get_config
+
+from mqformer_jax.checkpoint import Weights, load_weights, save_weights
+from mqformer_jax.convert.rules import leaves
+from mqformer_jax.models.build import build_model
+from mqformer_jax.models.swin import resize_table
+from mqformer_jax.train import train
+from mqformer_jax.training.warm_start import bring_tokenizer, initialize
+
+
+def model(seed: int, **changes):
+    config = get_config()
+    config.model.update(**changes)
+    return config, *jax.jit(lambda: build_model(config, seed)[1:])()
+
+
+@pytest.fixture(scope="module")
+def built():
+    return model(0)
+
+
+@pytest.fixture
+def fresh(built):
+    return get_config(), *built[1:]
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Another seed's weights in two folders: backbone and text encoder, and the rest."""
+    config, params, frozen = model(1)
+    folders = [str(tmp_path_factory.mktemp(name)) for name in ("parts", "rest")]
+    encoders = {name: params[name] for name in ("backbone", "text_encoder")}
+    save_weights(folders[0], Weights(config, encoders, {}), {})
+    save_weights(
+        folders[1], Weights(config, {name: tree for name, tree in params.items() if name not in encoders}, frozen), {}
+    )
+    return params, folders
+
+
+def test_several_checkpoints_make_one_model(fresh, other):
+    config, params, frozen = fresh
+    wanted, folders = other
+    config.init_from = tuple(folders)
+    found, _, lines = initialize(params, frozen, config)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    assert not any(line.startswith("fresh") for line in lines)
+
+
+def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
+    config, params, frozen = fresh
+    wanted, folders = other
+    config.init_from, config.init_skip = tuple(folders[:1]), ("^backbone/stem",)
+    found, _, lines = initialize(params, frozen, config)
+    np.testing.assert_array_equal(found["text_encoder"]["tokens"], wanted["text_encoder"]["tokens"])
+    jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])
+    jax.tree.map(np.testing.assert_array_equal, found["backbone"]["stem"], params["backbone"]["stem"])
+    assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("fresh")
+
+
+def test_the_grain_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
+    config, params, frozen = fresh
+    wanted, folders = other
+    save_weights(str(tmp_path), Weights(get_config(), {"heads": wanted["heads"]}, {}), {})
+    for folder, zero in ((str(tmp_path), True), (folders[0], False)):
+        config.init_from = (folder,)
+        assert (not np.any(initialize(params, frozen, config)[0]["grain"])) == zero
+
+
+def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
+    config, params, frozen = fresh
+    theirs = get_config()
+    theirs.model.backbone.name, theirs.model.text.embed_dim = "resnet50", 99
+    changed = {
+        "backbone": {"stem": {"kernel": np.ones(3)}},
+        "noised": {"kernel": np.ones((99, 32))},
+        "learnable": {"content": np.ones((6, 32))},
+    }
+    save_weights(str(tmp_path), Weights(theirs, changed, {}), {})
+    config.init_from = (str(tmp_path),)
+    found, _, lines = initialize(params, frozen, config)
+    assert (np.array(found["learnable"]["content"]) == 1).all()
+    jax.tree.map(np.testing.assert_array_equal, found["noised"], params["noised"])
+    assert "resnet50" in lines[0] and "text encoder" in lines[0] and lines[0].startswith(f"{tmp_path}: 1 of 3")
+
+
+def test_another_shape_is_one_line_with_its_mend(fresh, tmp_path):
+    config, params, frozen = fresh
+    save_weights(str(tmp_path), Weights(get_config(), {"learnable": {"content": np.ones((7, 32))}}, {}), {})
+    config.init_from = (str(tmp_path),)
+    with pytest.raises(ValueError, match=r"learnable/content is \(7, 32\).*\(6, 32\).*init_skip"):
+        initialize(params, frozen, config)
+
+
+def test_text_positions_are_cut_to_the_context(fresh, tmp_path):
+    config, params, frozen = fresh
+    table = np.random.default_rng(0).normal(size=(77, 16)).astype(np.float32)
+    save_weights(str(tmp_path), Weights(get_config(), {"text_encoder": {"positions": table}}, {}), {})
+    config.init_from = (str(tmp_path),)
+    np.testing.assert_array_equal(initialize(params, frozen, config)[0]["text_encoder"]["positions"], table[:12])
+
+
+def test_swin_tables_are_resized_to_another_window(tmp_path):
+    """Window 12 pre-trained weights serve a window of 7."""
+    config = get_config()
+    table = np.random.default_rng(0).normal(size=(1, 23 * 23, 3)).astype(np.float32)
+    tree = {"backbone": {"stages": {"0": {"plain": {"position_bias": table}}}}}
+    save_weights(str(tmp_path), Weights(config, tree, {}), {})
+    config.init_from = (str(tmp_path),)
+    start = {"backbone": {"stages": {"0": {"plain": {"position_bias": jax.numpy.zeros((1, 169, 3))}}}}}
+    found, _, _ = initialize(start, {}, config)
+    np.testing.assert_array_equal(leaves(found)["backbone/stages/0/plain/position_bias"], resize_table(table, 7))
+
+
+def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
+    """They fit by their shapes: another tokenizer, another order of levels, other classes in the rows of a table."""
+    config, params, frozen = fresh
+    theirs = get_config()
+    theirs.model.update(coarse_first=False)
+    theirs.model.text.tokenizer = "clip"
+    for name, field in (("text_encoder", "text.tokenizer"), ("decoder", "coarse_first")):
+        folder = str(tmp_path / name)
+        save_weights(folder, Weights(theirs, {name: params[name]}, {}), {})
+        config.init_from = (folder,)
+        with pytest.raises(ValueError, match=f"config.model.{field} to that.*init_skip") as error:
+            initialize(params, frozen, config)
+        assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
+    config, params, frozen = fresh
+    save_weights(str(tmp_path), Weights(get_config(), {"elsewhere": np.ones(3)}, {}), {})
+    config.init_from = (str(tmp_path),)
+    with pytest.raises(ValueError, match="nothing of it fits"):
+        initialize(params, frozen, config)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_them_and_goes_on_without_them(tiny_run, tmp_path):
+    """The first step of the warm-up moves no weight by 0.001. A resumed run needs its own checkpoint alone."""
+    config = tiny_run
+    wanted, frozen = jax.jit(lambda: build_model(config, 1)[1:])()
+    fresh = leaves(jax.jit(lambda: build_model(config, 0)[1:])()[0])
+    save_weights(str(tmp_path / "other"), Weights(config, wanted, frozen), {})
+    config.init_from, config.steps = (str(tmp_path / "other"),), 1
+    train(config, str(tmp_path / "run"))
+    trained = leaves(load_weights(str(tmp_path / "run")).params)
+    for path, value in leaves(wanted).items():
+        np.testing.assert_allclose(trained[path], value, atol=1e-3, err_msg=path)
+    random = [path for path, value in leaves(wanted).items() if not np.array_equal(value, fresh[path])]
+    assert len(random) > 20 and all(np.abs(trained[path] - fresh[path]).max() > 0.01 for path in random)
+    config.init_from, config.steps = ("deleted since",), 2
+    train(config, str(tmp_path / "run"))
+
+
+def test_a_run_keeps_the_tokenizer_of_the_text_encoder_it_starts_from(tmp_path):
+    config = get_config()
+    config.model.text.tokenizer = "clip"
+    for name, kind in (("a", "clip"), ("b", "wordpiece"), ("c", "words")):
+        theirs = get_config()
+        theirs.model.text.tokenizer = kind
+        save_weights(str(tmp_path / name), Weights(theirs, {"grain": np.ones(1)}, {}), {})
+        (tmp_path / name / "tokenizer.json").write_text(name)
+    config.init_from = tuple(str(tmp_path / name) for name in "abc")
+    (tmp_path / "run").mkdir()
+    bring_tokenizer(config, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "a"
+    config.init_from = ("nowhere",)
+    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint"):
+        bring_tokenizer(config, str(tmp_path / "run"))
