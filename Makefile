@@ -3,10 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 STEPS ?=
-# on Linux, memory in huge pages: a tenth of the time of a step on a CPU goes with asking for it page by page (docs/performance.md)
+# on Linux, memory in huge pages: a tenth of the time of a step on a CPU goes with asking for it page by page (docs/benchmarks.md)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-all lint finetune clean
+.PHONY: demo test test-all lint docs finetune clean
 
 .venv/.demo: setup.cfg
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -14,22 +14,23 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 	$(PIP) --editable .
 	touch $@
 
-data/records/.sample: data/sample.py data/sample_render.py | .venv/.demo
-	$(BIN)/mqformer prepare sample --out data/records
+data/records/.sample: mqformer_jax/prepare/cli.py $(wildcard mqformer_jax/prepare/sample/*.py) | .venv/.demo
+	$(BIN)/mqformer prepare sample --output data/records
 	touch $@
 
 # train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
 demo: .venv/.demo data/records/.sample
 	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
 
-# one's own COCO json to a table and pictures: make finetune NAME=balloon IMAGES=photos JSON=train.json VAL=val.json [FROM=runs/other]
+# your own COCO json to a table and pictures: make finetune NAME=balloon IMAGES=photos JSON=annotations.json
+# [VAL=val.json: else a fifth of the images is held out] [FROM=runs/other: the checkpoint to start from]
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
-	$(if $(FROM),,test -d pretrained/lite || $(BIN)/mqformer convert --from lite --output pretrained/lite)
-	$(BIN)/mqformer prepare instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON)
+	$(if $(FROM),,test -d pretrained/lite/checkpoints/0 || $(BIN)/mqformer convert --from lite --output pretrained/lite)
+	$(BIN)/mqformer prepare instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON) $(if $(VAL),,--val_fraction 0.2)
 	$(if $(VAL),$(BIN)/mqformer prepare instances --name $(NAME) --split val --images $(IMAGES) --json $(VAL))
-	$(BIN)/python -m mqformer_jax.main --config=configs/finetune.py:$(NAME)$(if $(FROM),$(COMMA)$(FROM)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
+	$(BIN)/mqformer train --config=finetune:$(NAME)$(if $(FROM),$(COMMA)$(FROM)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
 COMMA := ,
 
 # ---- Tests (CONTRIBUTING.md) ----
@@ -65,5 +66,10 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/python tests/type_check.py
 
+# the documentation as a site in site/; `.venv/bin/mkdocs serve` shows it while you write
+docs: .venv/.demo
+	$(PIP) --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv runs/demo data/records/.sample data/records/sample_*
+	rm -rf .venv site runs/demo data/records/.sample data/records/sample_*

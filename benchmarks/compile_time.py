@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.training.step import TrainStep, abstract_batch
+from mqformer_jax.training.step import TrainStep
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -68,7 +68,7 @@ def run(compiled, step: TrainStep, config) -> None:
     """Two steps of made-up data; the second is timed."""
     zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
     state = jax.tree.map(zeros, step.abstract)
-    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_batch(config))
+    batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.arguments[1])
     batch = batch.replace(
         size=np.full_like(batch.size, config.data.canvas),
         prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,

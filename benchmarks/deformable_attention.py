@@ -1,9 +1,8 @@
 """Deformable attention against its peers: one layer, three levels (strides 8, 16, 32), every token a query, 8 heads of
 32, 4 points.
 
-    python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]   # seconds on this CPU, float32
-    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]     # what the TPU compiler says;
-    no TPU needed
+    python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]  # seconds on this CPU, float32
+    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]   # TPU compiler's report, no TPU
 
 Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with
 four gathers, one a corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four
@@ -123,12 +122,12 @@ def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
 def random_inputs(shapes: Shapes) -> list[np.ndarray]:
     """Points a few pixels around each token, as the encoder's are."""
     rng = np.random.default_rng(0)
-    centres = [
+    centers = [
         np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes
     ]
-    centres = np.concatenate(centres)[None, :, None, None, None]
-    samples = (1, centres.shape[1], HEADS, len(shapes), POINTS)
-    locations = centres + 3 * rng.normal(size=(*samples, 2)) / np.array([(w, h) for h, w in shapes])[:, None]
+    centers = np.concatenate(centers)[None, :, None, None, None]
+    samples = (1, centers.shape[1], HEADS, len(shapes), POINTS)
+    locations = centers + 3 * rng.normal(size=(*samples, 2)) / np.array([(w, h) for h, w in shapes])[:, None]
     value, gradient = rng.normal(size=(1, samples[1], HEADS, DH)), rng.normal(size=(1, samples[1], HEADS * DH))
     return [
         np.asarray(x, np.float32)

@@ -3,7 +3,7 @@
     python benchmarks/distractors.py --checkpoint=runs/demo
 
 Over the held-out scenes of the embedded sample: among expressions that need more than a shape, and whose object stands
-in its scene with others of the same colour (or shape), how often the answer overlaps the object more than any of those
+in its scene with others of the same color (or shape), how often the answer overlaps the object more than any of those
 others. With one distractor a guess among the two is right half of the time.
 """
 
@@ -24,7 +24,7 @@ _ROOT = flags.DEFINE_string("root", "data/records", "Where the sample was prepar
 
 def main(_: list[str]) -> None:
     predictor, source = Predictor.from_checkpoint(_CHECKPOINT.value), ShardSource(_ROOT.value, "sample_scenes", "val")
-    right = {"colour": [], "shape": []}
+    right = {"color": [], "shape": []}
     for i in tqdm(range(len(source)), unit="scene"):
         record = Record.from_bytes(source[i])
         things = scenes.scene_graph(int(record.key), record.width).things

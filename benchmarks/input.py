@@ -10,7 +10,7 @@ the same proportions from the original json, PNG and JPEG files; decoding is Ope
 else. Each measurement is a process of its own, on one core or on all; those to be compared take turns, and a ratio is
 the median of the turns' ratios.
 Aims, a core: 1.5 times torch, half of decoding. Then what goes to the device, and the loader's memory over
-    --memory-batches. Linux only.
+    --memory_batches. Linux only.
 """
 
 from __future__ import annotations
@@ -99,14 +99,16 @@ def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = Fa
     kinds = (torch_input.Panoptic, torch_input.Referring)
     datasets = [kind(os.path.join(setting.source, "coco"), n, *how) for kind, n in zip(kinds, names)]
     return iter(
-        torch_input.loader(datasets, mixed([*map(len, names)], config.data.alpha, seed), setting.batch_size, workers)
+        torch_input.loader(
+            datasets, mixed([*map(len, names)], config.data.size_exponent, seed), setting.batch_size, workers
+        )
     )
 
 
 def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
     """No image is kept: the next takes its memory, which is there already."""
     files = [[np.frombuffer(record.image, np.uint8) for record in setting.records(i)] for i in range(len(SETS))]
-    order = mixed([*map(len, files)], setting.recipe(seed).data.alpha, seed)
+    order = mixed([*map(len, files)], setting.recipe(seed).data.size_exponent, seed)
     while True:
         yield [
             cv2.imdecode(files[i][j], cv2.IMREAD_COLOR_RGB).shape
@@ -283,9 +285,9 @@ def main() -> None:
         "--quality", type=int, help="write the JPEGs anew with this quality first (COCO's own have 163 KB on average)"
     )
     parser.add_argument("--canvas", type=int, default=1024)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20, help="of one measurement (default: %(default)s)")
-    parser.add_argument("--warm-up", type=float, default=10, help="seconds before it (default: %(default)s)")
+    parser.add_argument("--warm_up", type=float, default=10, help="seconds before it (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--workers",
@@ -294,7 +296,7 @@ def main() -> None:
         help="where all cores are used (default: %(default)s)",
     )
     parser.add_argument(
-        "--memory-batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)"
+        "--memory_batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)"
     )
     args = parser.parse_args()
     if args.alone:

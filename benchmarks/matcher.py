@@ -24,7 +24,7 @@ from absl import app, flags
 from scipy.optimize import linear_sum_assignment
 
 from mqformer_jax.losses import costs
-from mqformer_jax.losses.criterion import Weights
+from mqformer_jax.losses.costs import LossWeights
 from mqformer_jax.losses.matcher import match
 
 _IMAGES = flags.DEFINE_integer("images", 16, "Images.")
@@ -157,15 +157,15 @@ def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
             "box": jnp.abs(boxes[:, None] - guess[None]).sum(-1),
             "giou": -costs.giou(costs.corners(boxes)[:, None], costs.corners(guess)[None]),
         }
-        return Weights().total(terms)
+        return LossWeights().total(terms)
 
     return jax.lax.map(layer, jax.random.split(keys[3], _LAYERS.value))
 
 
 def random_boxes(key: jax.Array, n: int) -> jax.Array:
     """n boxes, cx, cy, w, h in 0..1, small ones more often."""
-    centre, side = jax.random.uniform(key, (2, n, 2))
-    return jnp.concatenate([centre, 0.02 + 0.6 * side**2], -1)
+    center, side = jax.random.uniform(key, (2, n, 2))
+    return jnp.concatenate([center, 0.02 + 0.6 * side**2], -1)
 
 
 def inside(boxes: jax.Array, points: jax.Array) -> jax.Array:

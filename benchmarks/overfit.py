@@ -51,7 +51,7 @@ def main(_: list[str]) -> None:
     config.steps = _STEPS.value
     config.batch_size = 4
     config.checkpoint_every = _STEPS.value
-    config.data.update(root=root, canvas=(256, 256), scale=(1.0, 1.0), flip=0.0)
+    config.data.update(root=root, canvas=(256, 256), scale_range=(1.0, 1.0), flip=0.0)
     config.data.mixture = (
         dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",), weight=0.6),
         dict(name="refcoco", split="train", tasks=("referring",), weight=0.4),

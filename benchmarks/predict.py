@@ -1,17 +1,17 @@
 """Warm latency, memory and start of a prediction, beside Hugging Face's Mask2Former (PyTorch) on the same machine.
 
     pip install -e '.[parity]'
-    python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe]
-    [--checkpoint=runs/demo]
+    python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe] \\
+        [--checkpoint=runs/demo]
 
 From a uint8 image of 480 x 640 to its panoptic segments at that size: preparing the pixels, the network, the rules. All
-models have random weights (but that of --checkpoint) and 133 classes; the keep threshold is set so that the same number
-of queries compete for pixels. Each row runs in a process of its own, whose largest resident memory is its memory; so
-torch's and XLA's do not disturb each other.
+models have random weights (but that of --checkpoint) and 133 classes; the object mask threshold is set so that the same
+number of queries compete for pixels. Each row runs in a process of its own, whose largest resident memory is its
+memory; so torch's and XLA's do not disturb each other.
 
 - "Mask2Former": R50, 6 encoder and 9 decoder layers, 100 queries, three levels; `post_process_panoptic_segmentation`.
 - "ours, like for like": configs/coco_ref.py in those numbers, 25 learnable and 75 conditional queries; prompts are
-remembered, as in use.
+  remembered, as in use.
 - "ours, the recipe": configs/coco_ref.py as it is: 100 + 300 queries, four levels.
 - "the checkpoint": whatever --checkpoint is, at its own canvas.
 """
@@ -134,7 +134,7 @@ def ours(row: str) -> Callable[[list[np.ndarray]], object]:
         config.data.templates = ("{}",)
         if row == "like":
             config.model.update(num_learnable=25, num_conditional=75, strides=(8, 16, 32), encoder_ffn=1024)
-        params, frozen = jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0))
+        params, frozen = jax.jit(lambda key: build_model(config.model, key)[1:])(jax.random.key(0))
         predictor = Predictor(config, params, frozen, make_tokenizer(config.model.text))
     prompts = [f"class {i}" for i in range(CLASSES)]
     regions = [i >= 80 for i in range(CLASSES)]
@@ -144,7 +144,7 @@ def ours(row: str) -> Callable[[list[np.ndarray]], object]:
 
     # the score that as many queries pass as theirs
     embedded = predictor.embed(prompts, regions)
-    answer = predictor.ask([np.zeros((480, 640, 3), np.uint8)], [embedded])[0]
+    answer = predictor.predict_raw([np.zeros((480, 640, 3), np.uint8)], [embedded])[0]
     threshold = float(np.sort(answer.class_probs.max(1))[-min(KEPT, len(answer.class_probs))])
     return predict
 

@@ -1,13 +1,12 @@
-"""How long do teachers take an image? At full size, with random weights: speed does not depend on what they have
-learned.
+"""Measure the time that teachers take per image, at full size with random weights.
 
     pip install -e '.[teachers]'
     python benchmarks/synthesize.py --images=4
 
-Images of 640 x 480 with 12 boxes each, masks with two moved copies of each box, as `mqformer synthesize`
-asks. FLOPs are counted by torch. "quality control" is what the host does beside the teacher. Days are those of 1.7 M
-images (Objects365), here, and as an estimate on a
-GPU: the larger of the teacher's FLOPs at 40 % of an A100's 312 TFLOP/s (bfloat16) and quality control on 8 cores.
+Images have 640 x 480 pixels and 12 boxes, each with two jittered copies, as in `mqformer synthesize`. Speed does not
+depend on the weights. torch counts the FLOPs. "Quality control" is the work of the host beside the teacher. Days are
+for 1.7 M images (Objects365): measured on this machine, and estimated for a GPU as the larger of the teacher's FLOPs at
+40 % of an A100's 312 TFLOP/s (bfloat16) and the quality control on 8 cores.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment
 from mqformer_jax.synthesize import sam
-from mqformer_jax.synthesize.attributes import Attributes
 from mqformer_jax.synthesize.captions import Captions
 from mqformer_jax.synthesize.masks import Masks, Quality
+from mqformer_jax.synthesize.rule_captioner import RuleCaptioner
 from mqformer_jax.synthesize.teachers import Picture
 
-_IMAGES = flags.DEFINE_integer("images", 4, "Images that are timed, after one that is not.")
-_BOXES = flags.DEFINE_integer("boxes", 12, "Boxes of each.")
-_ONLY = flags.DEFINE_list("only", [], "Teachers to time; default: all.")
+_IMAGES = flags.DEFINE_integer("images", 4, "Number of timed images, after one for warm-up.")
+_BOXES = flags.DEFINE_integer("boxes", 12, "Boxes per image.")
+_ONLY = flags.DEFINE_list("only", [], "Teachers to time. (default: all)")
 SIZE = 480, 640
 OBJECTS365, GPU, CORES = 1.7e6, 0.4 * 312e12, 8
 INFO = DatasetInfo("random", tuple(ClassInfo((name,)) for name in ("cat", "dog", "car", "person")), {})
@@ -97,7 +96,7 @@ def sam2_large() -> sam.Sam2:
 
 
 TEACHERS: dict[str, Callable] = {
-    "attributes": lambda: Attributes(""),
+    "rules": lambda: RuleCaptioner(""),
     "sam2 hiera-tiny": sam2_tiny,
     "sam2 hiera-large": sam2_large,
     "sam vit-b": sam_vit_b,
@@ -106,7 +105,7 @@ TEACHERS: dict[str, Callable] = {
 
 
 class Timed:
-    """A teacher, and the seconds that went there."""
+    """A teacher that counts the seconds spent in it."""
 
     def __init__(self, teacher: object):
         self.teacher, self.name, self.seconds = teacher, teacher.name, 0.0
@@ -123,9 +122,9 @@ def main(_: list[str]) -> None:
     columns = (
         "teacher",
         "parameters, M",
-        "s an image",
+        "s per image",
         "of that quality control, s",
-        "GFLOP an image",
+        "GFLOP per image",
         "days here",
         "days on a GPU (estimate)",
     )
@@ -133,16 +132,16 @@ def main(_: list[str]) -> None:
     for name in _ONLY.value or TEACHERS:
         teacher = TEACHERS[name]()
         timed = Timed(teacher)
-        maker = Masks(timed, Quality()) if name != "attributes" else Captions(teacher)
-        maker([picture(0, _BOXES.value)])
+        annotator = Masks(timed, Quality()) if name != "rules" else Captions(teacher)
+        annotator([picture(0, _BOXES.value)])
         timed.seconds, started = 0.0, time.perf_counter()
         for seed in range(1, _IMAGES.value + 1):
-            maker([picture(seed, _BOXES.value)])
+            annotator([picture(seed, _BOXES.value)])
         seconds, asked = ((t / _IMAGES.value) for t in (time.perf_counter() - started, timed.seconds))
         row = [name, "–", f"{seconds:.2f}", "–", "–", f"{OBJECTS365 * seconds / 86400:,.0f}", "–"]
-        if name != "attributes":
+        if name != "rules":
             with FlopCounterMode(display=False) as counter:
-                maker([picture(0, _BOXES.value)])
+                annotator([picture(0, _BOXES.value)])
             count, host = counter.get_total_flops(), seconds - asked
             row[1] = f"{sum(p.numel() for p in teacher.model.parameters()) / 1e6:.0f}"
             row[3], row[4] = f"{host:.3f}", f"{count / 1e9:,.0f}"

@@ -1,12 +1,12 @@
-"""Does it help? Synthetic masks and captions on the embedded sample, where the truth is exact.
+"""Measure the benefit of synthetic masks and captions on the built-in sample, whose labels are exact.
 
     python benchmarks/synthetic.py --work=runs/synthetic
 
-A teacher is trained on a few scenes with masks. 4,000 other scenes lose all but the boxes of their things; the teacher
-gives the boxes masks again, which are compared with the truth. Then the same model is trained, with the same seed and
-steps, on those scenes with boxes alone, boxes and the projection loss, synthetic masks, true masks; and on scenes with
-no expressions, with those of our own captioner, with the true ones. Each is measured on the same held-out scenes. Goes
-on where it was stopped.
+A teacher is trained on a few scenes with masks. Of 4,000 other scenes only the boxes are kept, and the teacher predicts
+their masks, which are compared with the true ones. Then the same model is trained on these scenes with the same seed
+and steps: with boxes alone, boxes and the projection loss, synthetic masks, and true masks; and on scenes without
+expressions, with those of the rule captioner, and with the true ones. All are evaluated on the same held-out scenes.
+Run it again to resume.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from mqformer_jax.prepare.shard_writer import Built, Problems, write_shard
 from mqformer_jax.train import train
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_WORK = flags.DEFINE_string("work", "runs/synthetic", "Where all of it goes.")
-_STEPS = flags.DEFINE_integer("steps", 1000, "Of each training.")
-_SCENES = flags.DEFINE_integer("scenes", 4000, "That lose their masks.")
-_TAUGHT = flags.DEFINE_integer("taught", 500, "Scenes with masks that the teacher learns from.")
+_WORK = flags.DEFINE_string("work", "runs/synthetic", "Folder of the results.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Steps of each training run.")
+_SCENES = flags.DEFINE_integer("scenes", 4000, "Number of scenes that keep only their boxes.")
+_TAUGHT = flags.DEFINE_integer("taught", 500, "Number of scenes with masks that train the teacher.")
 SHARDS = 8
 
 
@@ -42,19 +42,19 @@ def recipe(root: str, mixture: tuple[dict, ...], tasks: tuple[str, ...], steps: 
     spec.loader.exec_module(module)
     config = module.get_config("sample")
     config.steps, config.data.root, config.data.mixture = steps, root, mixture
-    config.eval.update(sets=(dict(name="sample_scenes", split="val", tasks=tasks),), pictures=0)
+    config.eval.update(sets=(dict(name="sample_scenes", split="val", tasks=tasks),), num_visualizations=0)
     return config
 
 
 def prepare(root: str, *options: str) -> None:
     if not os.path.exists(os.path.join(root, "sample_mattes", "dataset.json")):
         subprocess.run(
-            [sys.executable, os.path.join(HOME, "data", "prepare.py"), "sample", "--out", root, *options], check=True
+            [sys.executable, os.path.join(HOME, "data", "prepare.py"), "sample", "--output", root, *options], check=True
         )
 
 
 def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]) -> None:
-    """sample_scenes/train with its records changed, as a set of another name."""
+    """Write sample_scenes/train with changed records as a data set of another name."""
     source, folder = ShardSource(root, "sample_scenes", "train"), os.path.join(root, name)
     if os.path.exists(os.path.join(folder, "dataset.json")):
         return
@@ -72,13 +72,13 @@ def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]
 
 
 def boxes_only(info: DatasetInfo, record: Record) -> Record:
-    """Every segment but things goes, and of things all but their boxes."""
-    things = (s for s in record.segments if s.class_id is not None and info.classes[s.class_id].thing)
+    """Keep only the boxes of objects."""
+    things = (s for s in record.segments if s.class_id is not None and not info.classes[s.class_id].is_region)
     return dataclasses.replace(record, segments=tuple(Segment(s.class_id, box=s.box) for s in things), absent_texts=())
 
 
 def silent(info: DatasetInfo, record: Record) -> Record:
-    """Without expressions and foreground."""
+    """Remove expressions and foregrounds."""
     segments = tuple(dataclasses.replace(s, texts=()) for s in record.segments if not s.foreground)
     return dataclasses.replace(record, segments=segments, absent_texts=())
 
@@ -88,14 +88,15 @@ def synthesize(*options: str) -> None:
 
 
 def against_truth(root: str, name: str) -> dict[str, float]:
-    """Mean IoU of a set's synthetic masks with those of sample_scenes, over the taken and (0 for the others) over all
-    boxes.
+    """Return the mean IoU of synthetic masks with those of sample_scenes, over the accepted ones and over all boxes.
+
+    Rejected masks count as 0.
     """
     truth, made = ShardSource(root, "sample_scenes", "train"), ShardSource(root, name, "train")
     found, asked = [], 0
     for i in range(len(made)):
         true, record = Record.from_bytes(truth[i]), Record.from_bytes(made[i])
-        things = [s for s in true.segments if s.class_id is not None and truth.info.classes[s.class_id].thing]
+        things = [s for s in true.segments if s.class_id is not None and not truth.info.classes[s.class_id].is_region]
         assert record.key == true.key and [s.box for s in record.segments] == [s.box for s in things]
         asked += len(things)
         for segment, thing in zip(record.segments, things):
@@ -103,14 +104,14 @@ def against_truth(root: str, name: str) -> dict[str, float]:
                 a, b = true.decode_mask(segment.mask), true.decode_mask(thing.mask)
                 found.append((a & b).sum() / (a | b).sum())
     return {
-        "taken": len(found) / asked,
-        "iou of the taken": float(np.mean(found)),
+        "accepted": len(found) / asked,
+        "iou of accepted": float(np.mean(found)),
         "iou of all": float(np.sum(found) / asked),
     }
 
 
 def run(work: str, name: str, config: ConfigDict) -> dict[str, float]:
-    """Trains, or goes on, or reads what an earlier call found."""
+    """Train or resume a run, or read its result if it is complete."""
     folder = os.path.join(work, name)
     path = os.path.join(folder, "eval.json")
     if not os.path.exists(path):
@@ -129,11 +130,11 @@ def main(_: list[str]) -> None:
     derive(root, "silent", silent)
 
     teacher = recipe(taught, (dict(name="sample_scenes", split="train", tasks=("panoptic",)),), ("instance",), steps)
-    teacher.denoising.slots = 24
+    teacher.denoising.num_queries = 24
     results = {"teacher": run(work, "teacher", teacher)}
     synthesize("masks", "--data=boxes", f"--root={root}", f"--teacher=ours:{os.path.join(work, 'teacher')}")
     results["masks against truth"] = against_truth(root, "boxes_syn_m")
-    synthesize("captions", "--data=silent", f"--root={root}", "--teacher=attributes")
+    synthesize("captions", "--data=silent", f"--root={root}", "--teacher=rules")
 
     def arm(name: str, data: str, tasks: tuple[str, ...], measured: str, **loss: float) -> None:
         config = recipe(root, (dict(name=data, split="train", tasks=tasks),), (measured,), steps)

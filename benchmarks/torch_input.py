@@ -82,7 +82,7 @@ class Panoptic(Images):
         image, rgb, segments = self._read(self._paths[index]), self._read(self._pngs[index]), self._segments[index]
         if np.random.random() < self._data["flip"]:
             image, rgb = image[:, ::-1], rgb[:, ::-1]
-        scale = np.random.uniform(*self._data["scale"])
+        scale = np.random.uniform(*self._data["scale_range"])
         if self._tuned:
             (top, left, height, width), size = _window(image, self._canvas, scale)
             image, rgb = image[top : top + height, left : left + width], rgb[top : top + height, left : left + width]

@@ -43,7 +43,7 @@ from mqformer_jax.configs import coco_ref  # noqa: E402
 
 from mqformer_jax.input.batch import Batch  # noqa: E402
 from mqformer_jax.parallel.mesh import make_mesh  # noqa: E402
-from mqformer_jax.training.step import TrainStep, abstract_batch  # noqa: E402
+from mqformer_jax.training.step import TrainStep  # noqa: E402
 
 _SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
@@ -117,8 +117,8 @@ def recipe() -> ConfigDict:
 def like_for_like() -> ConfigDict:
     config = recipe()
     config.model.update(num_learnable=25, num_conditional=75, strides=(8, 16, 32), encoder_ffn=1024, remat="none")
-    config.denoising.slots = 0
-    config.optimizer.text = 0.0
+    config.denoising.num_queries = 0
+    config.optimizer.text_lr_mult = 0.0
     config.data.update(max_targets=_TARGETS.value, max_prompts=CLASSES)
     return config
 
@@ -129,7 +129,7 @@ class Ours:
     def __init__(self, config: ConfigDict):
         self.step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
         self.state = self.step.init()
-        self.batch = self.step.put(made_up(abstract_batch(config)))
+        self.batch = self.step.put(made_up(self.step.arguments[1]))
 
     def __call__(self) -> float:
         self.state, metrics = self.step(self.state, self.batch)
@@ -267,8 +267,8 @@ def sources(hlo: str) -> dict[str, str]:
             frame = int(caller) - nobody
         ours = [file.split("mqformer_jax/")[-1] for file in path if "mqformer_jax/" in file]
         inner = [file for file in ours if file not in ("train_step.py", "models/mqformer.py", "parallel/mesh.py")]
-        optimiser = "the step itself (optimiser)" if path else "elsewhere"
-        return (f"{inner[-1]}: {inner[0]}" if inner else optimiser) + (", backward" if "transpose(" in name else "")
+        optimizer = "the step itself (optimizer)" if path else "elsewhere"
+        return (f"{inner[-1]}: {inner[0]}" if inner else optimizer) + (", backward" if "transpose(" in name else "")
 
     pattern = r'^\s*(?:ROOT )?%?([\w.-]+) = .*metadata=\{.*?op_name="([^"]*)".*?stack_frame_id=(\d+)'
     return {op: told(int(frame), name) for op, name, frame in re.findall(pattern, hlo, re.M)}

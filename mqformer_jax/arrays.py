@@ -1,9 +1,9 @@
-"""The types of arrays and numbers in annotations."""
+"""Type aliases of arrays and numbers for annotations."""
 
 from __future__ import annotations
 
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray  # a function of JAX arrays takes NumPy's as well
-Number = int | float | np.integer | np.floating  # what a NumPy array holds is no `float` and no `int`
+Array = jax.Array | np.ndarray  # functions of JAX arrays also accept NumPy arrays
+Number = int | float | np.integer | np.floating  # most scalars of NumPy are neither `float` nor `int`

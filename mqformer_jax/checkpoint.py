@@ -1,4 +1,7 @@
-"""Checkpoints: state, data position and config, whole or not at all. Only `distributed.barrier` imports Orbax, too."""
+"""Save and restore checkpoints of the training state, the data position and the config.
+
+Writes are atomic. Apart from `distributed.barrier`, only this module imports Orbax.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from mqformer_jax.parallel.rules import path_name
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. Saving happens behind the step; a save cut short is never seen as a checkpoint."""
+    """The checkpoints of a workdir. Saves run in the background; an interrupted save never appears as a checkpoint."""
 
     def __init__(self, workdir: str, keep: int = 2):
         self.workdir, self.keep = os.path.abspath(workdir), keep
@@ -38,16 +41,14 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
-        """Start saving; waits for an earlier save, not for this one. Raises OSError in one line where the earlier one
-        failed.
-        """
+        """Start a save in the background after the previous one ends. Raises OSError if the previous one failed."""
         self.wait()
         metadata = {"config": config_to_json(config), "data": data}
         with self._told_in_one_line(step):
             self._saving = step, self._orbax.save_async(step, state, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
-        """Returns when nothing is being saved. Raises OSError in one line where that failed (a full disk)."""
+        """Wait for the running save. Raises OSError if it failed, e.g. because the disk is full."""
         if self._saving is not None:
             (step, saving), self._saving = self._saving, None
             with self._told_in_one_line(step):
@@ -59,16 +60,15 @@ class Checkpoints:
             yield
         except Exception as e:
             raise OSError(
-                f"{self.folder}: the checkpoint of step {step} could not be written ({_first_line(e)}): "
-                "make room or mend the folder; the same command goes on from the checkpoint before it."
+                f"{self.folder}: the checkpoint of step {step} could not be written ({_first_line(e)}). "
+                "Free disk space or fix the folder, then run the same command to resume from the previous checkpoint."
             ) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict]:
-        """The newest checkpoint that can be read, laid out as `abstract` says (any mesh), and the data position saved
-        with it.
+        """Return the newest readable checkpoint, with the shapes and shardings of `abstract`, and its data position.
 
-        Newer ones that are damaged (a truncated file) are named and set aside in the workdir. Raises ValueError, in one
-        line, where a checkpoint is of another model, or none can be read.
+        Newer checkpoints that are damaged, e.g. truncated, are logged and moved to the workdir. Raises ValueError if a
+        checkpoint belongs to another model or none can be read.
         """
         damaged: list[tuple[int, str]] = []
         for found in reversed(self._orbax.checkpoints):
@@ -81,16 +81,16 @@ class Checkpoints:
             damaged.append((found.step, problem))
         tried = "; ".join(f"step {step}: {problem}" for step, problem in damaged)
         raise ValueError(
-            f"{self.folder}: no checkpoint can be read ({tried}): "
-            "bring back a copy, or start again with another --workdir."
+            f"{self.folder}: no checkpoint can be read ({tried}). "
+            "Restore a backup, or start again with another --workdir."
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
-        """A checkpoint and its data position, or what is wrong with its files."""
+        """Return a checkpoint and its data position, or a description of the damage to its files."""
         try:
             metadata = self._orbax.metadata(step)
             if metadata.metadata is None:
-                raise FileNotFoundError("the list of its arrays")
+                raise FileNotFoundError("the list of arrays is missing")
             difference = _difference(metadata.metadata, abstract)
             data = metadata.custom_metadata["data"]
         except Exception as e:  # Orbax raises what its parsers raise
@@ -98,8 +98,8 @@ class Checkpoints:
             return None, f"its metadata cannot be read ({_first_line(e)})"
         if difference:
             raise ValueError(
-                f"{self.folder}/{step} does not fit this config ({difference}): "
-                "use another --workdir or the config it was made with."
+                f"{self.folder}/{step} does not fit this config ({difference}). "
+                "Use another --workdir, or the config that the checkpoint was saved with."
             )
         try:
             return (self._orbax.load(step, abstract), data), None
@@ -116,19 +116,19 @@ class Checkpoints:
                 aside = os.path.join(self.workdir, f"damaged_{step}_{time.time_ns()}")
                 os.rename(os.path.join(self.folder, str(step)), aside)
                 logging.warning(
-                    "the checkpoint of step %d is damaged (%s): it lies in %s now, the one before it is used",
+                    "the checkpoint of step %d is damaged (%s); moved it to %s, using the previous one",
                     step,
                     problem,
                     aside,
                 )
-        barrier("damaged checkpoints are set aside")
+        barrier("damaged checkpoints moved")
         self._open()
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """However a run ends, a save under way is finished."""
+        """Finish the running save, also after an error."""
         try:
             if error[0] is None:
                 self.wait()
@@ -137,7 +137,7 @@ class Checkpoints:
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
-    """The first array whose shape is another in two trees, in words."""
+    """Return a description of the first array whose shape differs between two trees, or None."""
     a, b = (
         {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (theirs, ours)
@@ -149,8 +149,9 @@ def _difference(theirs: Any, ours: Any) -> str | None:
 
 
 def _raise_interrupt(e: BaseException | None) -> None:
-    """Raise KeyboardInterrupt if one caused `e`: the files are then healthy. Orbax reports what its callbacks raise as
-    errors of its own.
+    """Raise KeyboardInterrupt if one caused `e`, because the files are then intact.
+
+    Orbax wraps the exceptions of its callbacks in its own errors.
     """
     seen: list[BaseException] = []
     while e is not None and e not in seen:
@@ -167,8 +168,9 @@ def _first_line(e: Exception) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A checkpoint's config, and its parameters and frozen constants as nested dicts (of a converted one maybe a part
-    only).
+    """A checkpoint's config, and its parameters and frozen constants as nested dicts.
+
+    A converted checkpoint may contain only a part of the model.
     """
 
     config: ConfigDict
@@ -177,7 +179,7 @@ class Weights:
 
 
 def has_checkpoint(folder: str) -> bool:
-    """Whether a workdir, or what `convert` wrote, holds a finished checkpoint."""
+    """Return whether a workdir, or a folder written by `convert`, contains a finished checkpoint."""
     folder = os.path.join(os.path.abspath(folder), "checkpoints")
     if not os.path.isdir(folder):
         return False
@@ -186,20 +188,19 @@ def has_checkpoint(folder: str) -> bool:
 
 
 def latest_step(path: str) -> int:
-    """The step of the checkpoint that `load_weights` reads. Raises FileNotFoundError in one line."""
+    """Return the step of the checkpoint that `load_weights` reads. Raises FileNotFoundError."""
     with _opened(path) as orbax:
         return orbax.latest.step
 
 
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
-    """Writes weights alone, as a run's checkpoint at step 0, which `load_weights` reads. about: where they come from
-    (JSON).
+    """Write weights as a checkpoint of step 0, to be read by `load_weights`. about: origin of the weights (JSON).
 
-    What a save that was cut short left there is cleaned up. Raises FileExistsError where the folder has a checkpoint.
+    Removes the remains of an interrupted save. Raises FileExistsError if the folder contains a checkpoint.
     """
     if has_checkpoint(folder):
-        raise FileExistsError(f"{folder}: a checkpoint is there already.")
-    barrier("nobody looks any more")
+        raise FileExistsError(f"{folder} already contains a checkpoint.")
+    barrier("looked for a checkpoint")
     with ocp.training.Checkpointer(
         os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True
     ) as orbax:
@@ -208,9 +209,9 @@ def save_weights(folder: str, weights: Weights, about: dict) -> None:
 
 
 def load_weights(path: str) -> Weights:
-    """The newest checkpoint of a workdir of `main`, or what `convert` wrote, on the host's first device.
+    """Load the newest checkpoint of a workdir, or of a folder written by `convert`, to the host's first device.
 
-    Raises FileNotFoundError, or ValueError where its files are damaged, in one line.
+    Raises FileNotFoundError if there is none, and ValueError if its files are damaged.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
@@ -227,23 +228,23 @@ def load_weights(path: str) -> Weights:
         except Exception as e:  # Orbax raises what its parsers raise
             _raise_interrupt(e)
             raise ValueError(
-                f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}): "
-                "move it away, and an older one is used."
+                f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}). "
+                "Move it away to use an older one."
             ) from e
     return Weights(config, state["params"], state["frozen"])
 
 
 @contextlib.contextmanager
 def _opened(path: str) -> Generator[Any]:
-    """Orbax's view of a folder that has a finished checkpoint."""
+    """Yield Orbax's checkpointer of a folder. Raises FileNotFoundError if there is no finished checkpoint."""
     folder = os.path.join(os.path.abspath(path), "checkpoints")
     if not os.path.isdir(folder):
         raise FileNotFoundError(
-            f"{path}: no checkpoint there; give the workdir of a training, or a folder that `mqformer convert` wrote."
+            f"{path}: no checkpoint found. Give the workdir of a run, or a folder written by `mqformer convert`."
         )
     with ocp.training.Checkpointer(folder) as orbax:
         if orbax.latest is None:
-            raise FileNotFoundError(f"{folder}: no finished checkpoint there.")
+            raise FileNotFoundError(f"{folder}: no finished checkpoint found.")
         yield orbax
 
 
@@ -252,17 +253,18 @@ def config_to_json(config: ConfigDict) -> str:
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """The config of a checkpoint; fields that did not exist when it was made have their defaults, which are what they
-    then were.
+    """Return the config of a checkpoint. Fields that are newer than the checkpoint get their defaults.
+
+    The default of a new field must keep the behavior of older versions.
     """
     config, values = base(), json.loads(text)
-    if isinstance(values["model"]["remat"], bool):  # as it was in version 0.1
+    if isinstance(values["model"]["remat"], bool):  # a bool in version 0.1
         values["model"]["remat"] = "layers" if values["model"]["remat"] else "none"
     config.update(values)
     return config
 
 
 def load_config(path: str) -> ConfigDict:
-    """The config of the newest checkpoint of a folder, without its weights. Raises FileNotFoundError in one line."""
+    """Return the config of a folder's newest checkpoint without loading the weights. Raises FileNotFoundError."""
     with _opened(path) as orbax:
         return config_from_json(orbax.metadata(orbax.latest.step).custom_metadata["config"])

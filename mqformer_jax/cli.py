@@ -1,4 +1,4 @@
-"""Shared helpers of the commands: parsing, help, verbosity, and one line for each mistake of a user."""
+"""Shared helpers of the commands: parsing, help, verbosity and one-line error messages."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from mqformer_jax.interrupts import exit_now, exit_on_ctrl_c
 HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 
 
-def run(main: Callable[[list[str]], None], command: str, doc: str, interrupted: str, argv: Sequence[str]) -> None:
+def run(main: Callable[[list[str]], int | None], command: str, doc: str, interrupted: str, argv: Sequence[str]) -> None:
     """Run a command whose options are absl flags, with or without a --config.
 
-    main: takes the arguments that are no flags. doc: what --help prints above the options. interrupted: what Ctrl-C
-    prints. argv: the arguments, without the program.
+    main: takes the arguments that are not flags and may return an exit status. doc: text that --help prints above the
+    options. interrupted: text that Ctrl-C prints. argv: the arguments, without the program.
     """
     program = f"mqformer {command}"
     start(program, interrupted)
-    sys.argv = [program, *find_recipe(argv)]  # ml_collections looks for --config.FIELD there
+    sys.argv = [program, *find_recipe(argv)]  # ml_collections looks for --config.FIELD in sys.argv
 
     def parse(given: list[str]) -> list[str]:
         if any(argument in HELP for argument in given):
@@ -51,7 +51,7 @@ def run_parsed(
     argv: Sequence[str],
     status: int = 130,
 ) -> None:
-    """The same for a command whose options are argparse's. status: the exit status after Ctrl-C."""
+    """Run a command whose options are defined with argparse. status: the exit status after Ctrl-C."""
     start(parser.prog, interrupted, status)
     arguments = parser.parse_args(argv)
     sys.exit(in_one_line(lambda: main(arguments), parser.prog))
@@ -60,14 +60,14 @@ def run_parsed(
 def start(program: str, interrupted: str, status: int = 130) -> None:
     """Set up the process of a command: Ctrl-C and the garbage collector."""
     exit_on_ctrl_c(f"{program}: {interrupted}", status)
-    # Tracing makes many objects that stay; looking for garbage among them took a quarter of its time.
+    # Tracing creates many long-lived objects. With the default thresholds, a quarter of its time is garbage collection.
     gc.set_threshold(100_000, 50, 100)
 
 
 def in_one_line(main: Callable[[], int | None], program: str) -> int | None:
-    """Run `main`; end in one line for what a user can mend, or what another process of a run caused.
+    """Run `main`. Exit with a one-line message for errors that the user can fix or that another process caused.
 
-    With --verbosity=1, raise it instead.
+    With --verbosity=1, raise them instead.
     """
     try:
         return main()
@@ -78,24 +78,24 @@ def in_one_line(main: Callable[[], int | None], program: str) -> int | None:
     except Exception as e:
         if not _is_one_of_several():
             raise
-        # JAX raises RuntimeError where a collective operation lost a partner. Anything else is our own mistake.
+        # JAX raises RuntimeError if a collective operation loses a process. Anything else is a bug.
         if not isinstance(e, RuntimeError):
             traceback.print_exc()
         message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
     if not _is_one_of_several():
         sys.exit(message)
-    # an orderly end would wait for the other processes, and they for this one
-    ends = "this process ends, and the others with it. Run the same command to resume from the last checkpoint."
+    # A normal exit would wait for the other processes, which wait for this one.
+    ends = "all processes of the run stop. Run the same command to resume from the last checkpoint."
     exit_now(1, f"{message}\n{program}: {ends}")
 
 
 def _is_one_of_several() -> bool:
-    jax = sys.modules.get("jax")  # not loaded for this: a wrong flag should not wait for it
+    jax = sys.modules.get("jax")  # not imported here: a wrong flag is reported without this delay
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs in a cache on disk, unless JAX_COMPILATION_CACHE_DIR names another."""
+    """Cache compiled programs in ~/.cache/mqformer_jax, unless JAX_COMPILATION_CACHE_DIR names another folder."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -107,12 +107,19 @@ def keep_compiled() -> None:
 
 def define_recipe(values: flags.FlagValues = flags.FLAGS) -> None:
     """Define --config, the recipe."""
-    text = "Recipe: a file, or the name of an installed one; a variant after ':'. E.g. coco_ref:sample."
+    text = "Recipe: a file or the name of an installed recipe, with an optional variant, e.g. coco_ref:sample."
     config_flags.DEFINE_config_file("config", None, text, lock_config=True, flag_values=values)
 
 
+def require_fractions(*names: str, values: flags.FlagValues = flags.FLAGS) -> None:
+    """Reject values of these float flags that are outside 0 to 1, or nan."""
+    for name in names:
+        is_fraction = lambda value: value is None or 0 <= value <= 1
+        flags.register_validator(name, is_fraction, "give a number from 0 to 1.", flag_values=values)
+
+
 def no_arguments(rest: Sequence[str]) -> None:
-    """Raise ValueError if there are arguments that are no flags."""
+    """Raise ValueError if there are arguments that are not flags."""
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}: every option begins with --; see --help.")
 
@@ -143,11 +150,11 @@ def _recipe_path(value: str) -> str:
 
 
 def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parse absl flags; end in one line at a wrong flag, field or recipe. Returns what is no flag."""
+    """Parse absl flags and return the remaining arguments. Exit with one line for a wrong flag, field or recipe."""
     try:
         rest = values(argv)
         if "config" in values:
-            values.config.keys()  # a recipe that failed to load says so here
+            values.config.keys()  # raises an error if the recipe failed to load
         return rest
     except (AttributeError, KeyError) as e:
         sys.exit(f"{program}: {_unknown_field(argv, values, e)}")
@@ -157,7 +164,7 @@ def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.
 
 
 def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Exception) -> str:
-    """One line about a field that the recipe does not have."""
+    """Return the message about a field that the recipe does not have."""
     for argument in argv:
         option = argument.partition("=")[0]
         if not option.startswith("--config."):
@@ -172,7 +179,7 @@ def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Excepti
 
 
 def _recipe(argv: Sequence[str]) -> ConfigDict:
-    """The config that --config names, without the changes of other flags."""
+    """Return the config that --config names, without the changes of other flags."""
     options = [argument.partition("=") for argument in argv]
     given = [value if equals else argv[i + 1] for i, (name, equals, value) in enumerate(options) if name == "--config"]
     path, colon, variant = given[-1].partition(":")
@@ -196,8 +203,10 @@ def help_text(program: str, doc: str, values: flags.FlagValues = flags.FLAGS) ->
         for flag in group:
             if flag.name.startswith("config_"):
                 continue
-            default = "" if flag.default in (None, [], False) else f" (default: {flag.default_as_str})"
-            text = flag.help.removesuffix("repeat this option to specify a list of values").rstrip("; ")
+            unset = flag.default in (None, []) or flag.default is False
+            value = "" if unset else flag.default_as_str.strip("'")
+            default = f" (default: {value})" if value else ""
+            text = flag.help.removesuffix("repeat this option to specify a list of values").rstrip("; \n")
             lines += _option(f"--{flag.name}" + ("" if flag.boolean else "="), f"{text}{default}")
             if flag.name == "config":
                 lines += _option("--config.FIELD=", "Change a field of the recipe, e.g. --config.steps=100.")
@@ -206,7 +215,7 @@ def help_text(program: str, doc: str, values: flags.FlagValues = flags.FLAGS) ->
 
 
 def _option(name: str, text: str) -> list[str]:
-    wrapped = textwrap.wrap(" ".join(text.split()), 76)
+    wrapped = textwrap.wrap(" ".join(text.split()), 76, break_on_hyphens=False)
     first = f"  {name:<20} "
     indent = " " * 23
     if len(first) > len(indent):

@@ -1,4 +1,4 @@
-"""Image files as people have them: any format and mode, turned by EXIF, in folders, by patterns, from a pipe."""
+"""Find and read image files: any format and mode, EXIF rotation, folders, glob patterns, standard input."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-MAX_PIXELS = 400_000_000  # a photo of 20,000 x 20,000; what claims more is damaged or a bomb
+RESULTS = ("_overlay.png", "_panoptic.png", "_cutout.png")  # files that `mqformer predict` writes beside STEM.json
+MAX_PIXELS = 400_000_000  # 20,000 x 20,000; larger files are damaged or decompression bombs
 STDIN = "-"
 
 
 def find_images(given: Sequence[str]) -> list[str]:
-    """The image files that paths, folders, patterns and "-" (standard input: an image, or a path a line) name, each
-    once, in order.
+    """Return the image files that paths, folders, patterns and "-" name, in order and without duplicates.
 
-    Raises ValueError in one line for a path that is not there, a folder without images and a pattern that fits nothing.
+    "-" is standard input, which holds an image or one path per line. Raises ValueError for a missing path, a folder
+    without images and a pattern without matches.
     """
     found: list[str] = []
     for name in given:
@@ -30,16 +31,27 @@ def find_images(given: Sequence[str]) -> list[str]:
             found += _piped()
         elif os.path.isdir(name):
             inside = sorted(
-                os.path.join(d, f) for d, _, files in os.walk(name) for f in files if f.lower().endswith(ENDINGS)
+                os.path.join(d, f)
+                for d, _, files in os.walk(name)
+                for f in files
+                if f.lower().endswith(ENDINGS) and not _is_result(d, f)
             )
-            found += inside or _nothing(name, f"the folder holds no image ({', '.join(ENDINGS)})")
+            found += inside or _nothing(name, f"the folder contains no images ({', '.join(ENDINGS)})")
         elif os.path.exists(name):
             found.append(name)
         elif glob.has_magic(name):
-            found += sorted(glob.glob(name, recursive=True)) or _nothing(name, "nothing fits this pattern")
+            found += sorted(glob.glob(name, recursive=True)) or _nothing(name, "no file matches this pattern")
         else:
-            _nothing(name, "there is no such file or folder")
+            _nothing(name, "no such file or folder")
     return list(dict.fromkeys(found))
+
+
+def _is_result(folder: str, file: str) -> bool:
+    """Return whether `mqformer predict` wrote this file, that is, whether it wrote a JSON file beside it."""
+    stems = [os.path.join(folder, file.removesuffix(end)) for end in RESULTS if file.endswith(end)]
+    if folder.endswith("_masks"):
+        stems.append(folder.removesuffix("_masks"))
+    return any(os.path.exists(f"{stem}.json") for stem in stems)
 
 
 def _nothing(name: str, why: str) -> list[str]:
@@ -47,7 +59,7 @@ def _nothing(name: str, why: str) -> list[str]:
 
 
 def _piped() -> list[str]:
-    """ "-" itself where standard input is an image, else the paths on its lines."""
+    """Return ["-"] if standard input is an image, else the paths on its lines."""
     _keep_stdin()
     try:
         return [line.strip() for line in _stdin.decode().splitlines() if line.strip()] or _nothing(
@@ -61,18 +73,19 @@ _stdin = b""
 
 
 def _keep_stdin() -> None:
-    global _stdin  # it can be read once only, and is looked at twice
+    global _stdin  # can be read only once, but is needed twice
     _stdin = _stdin or sys.stdin.buffer.read()
 
 
 def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture as it is meant to be seen, RGB: turned as EXIF says, grey and palettes spread, transparency over
-    white, 16 bits cut to 8, of an animation the first frame. Raises ValueError in one line for what is no image, or is
-    cut short.
+    """Return an image as RGB pixels, as it should be displayed.
+
+    Applies EXIF rotation, expands gray and palette images, blends transparency with white, reduces 16 bits to 8, and
+    takes the first frame of an animation. Raises ValueError if the file is truncated or not an image.
     """
     file = io.BytesIO(_stdin) if path == STDIN else path
     name = "standard input" if path == STDIN else path
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses twice as much
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above this and fails above twice this
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -82,7 +95,7 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
         raise ValueError(f"{name}: not an image that Pillow can read.") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels.") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow's many ways to say that a file is damaged
+    except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow's errors for damaged files
         raise ValueError(
             f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__})."
         ) from None

@@ -1,10 +1,9 @@
-"""Ctrl-C ends a command at once, with one line, wherever it is.
+"""End a command at once on Ctrl-C, with a one-line message.
 
-Python's way is an exception in whatever code happens to run. That does not fit a program that spends its time in
-compiled code: the exception waits until a compilation is over, a callback of the garbage collector swallows it, and a
-library that catches it reports a damaged file. Here a thread of its own receives the signal and ends the process. This
-is safe at any moment, since every file is written under a temporary name first, as it must be for a process that can be
-killed.
+By default, Python raises an exception in whatever code is running. This does not suit a program that spends its time in
+compiled code: the exception waits until a compilation ends, a callback of the garbage collector swallows it, or a
+library catches it and reports a damaged file. Here, a separate thread receives the signal and ends the process. This is
+safe at any moment because every file is first written under a temporary name.
 """
 
 from __future__ import annotations
@@ -18,7 +17,10 @@ import sys
 import threading
 from collections.abc import Callable, Generator
 
-STATUS = 130  # what shells report for a program that Ctrl-C ended
+STATUS = 130  # what shells report after Ctrl-C
+# Exit status of a training run that received SIGTERM: its checkpoint is saved, and the same command resumes it. The
+# value is EX_TEMPFAIL of sysexits.h, "try again". launch_tpu.sh reads it.
+PREEMPTED = 75
 
 _socket: socket.socket | None = None  # Python writes the number of each signal to its other end
 _writer: socket.socket | None = None
@@ -30,11 +32,11 @@ _was_postponed = _exits_on_sigterm = False
 
 
 def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
-    """Let Ctrl-C print `message` and end this process with `status` from now on. A later call changes both.
+    """Make Ctrl-C print `message` and end this process with `status`. A later call changes both.
 
-    Call it from the main thread of a command, before slow imports. A library or a notebook keeps Python's
-    KeyboardInterrupt. A process that was started with SIGINT ignored (by nohup, or in the background of a script) goes
-    on ignoring it, as is the custom.
+    Call it from the main thread of a command, before slow imports. Libraries and notebooks keep Python's
+    KeyboardInterrupt. By convention, a process that was started with SIGINT ignored (by nohup, or in the background of
+    a script) continues to ignore it.
     """
     global _socket, _writer, _message, _status
     _message, _status = message, status
@@ -42,7 +44,7 @@ def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
         return
     _socket, _writer = socket.socketpair()
     _writer.setblocking(False)
-    # Python's resource tracker cleans up after this process, and would report it in two lines.
+    # Python's resource tracker cleans up after this process; suppress its warning about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGINT, lambda *_: None)  # signals that have no Python handler are not written to the socket
@@ -59,13 +61,13 @@ def exit_now(status: int, message: str) -> None:
 
 
 def before_exit(step: Callable[[], None]) -> None:
-    """Call `step`, which must be quick, before `exit_now` ends the process."""
+    """Register a quick function that `exit_now` calls before it ends the process."""
     _before_exit.append(step)
 
 
 @contextlib.contextmanager
 def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
-    """Remove a temporary file or folder if the process ends inside this context by `exit_now`."""
+    """Remove a temporary file or folder if `exit_now` ends the process inside this context."""
     _temporary.add(os.fspath(path))
     try:
         yield
@@ -75,10 +77,10 @@ def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
 
 @contextlib.contextmanager
 def deaf_children() -> Generator[None]:
-    """Processes that are started inside this context never receive Ctrl-C: `exit_now` of this process ends them."""
+    """Block Ctrl-C in the processes started inside this context; `exit_now` of this process kills them."""
     from multiprocessing.resource_tracker import ensure_running
 
-    ensure_running()  # the first time, it unblocks SIGINT
+    ensure_running()  # its first call unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -88,7 +90,7 @@ def deaf_children() -> Generator[None]:
 
 @contextlib.contextmanager
 def postponed(ask: Callable[[], bool]) -> Generator[None]:
-    """Inside this context, Ctrl-C does not end the process if `ask()` returns True: the caller then stops by itself."""
+    """Ignore Ctrl-C inside this context if `ask()` returns True: the caller then stops by itself."""
     global _postpone
     _postpone = ask
     try:
@@ -99,7 +101,7 @@ def postponed(ask: Callable[[], bool]) -> Generator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Generator[None]:
-    """Inside this context, SIGTERM ends a command at once with status 0, if Python has a handler for SIGTERM."""
+    """Exit with status PREEMPTED on SIGTERM inside this context. Requires a Python handler of SIGTERM."""
     global _exits_on_sigterm
     _exits_on_sigterm = True
     try:
@@ -109,7 +111,7 @@ def exit_on_sigterm() -> Generator[None]:
 
 
 def was_postponed() -> bool:
-    """Whether a Ctrl-C was postponed: the caller stops by itself."""
+    """Return whether a Ctrl-C was postponed, so that the caller must stop by itself."""
     return _was_postponed
 
 
@@ -122,11 +124,11 @@ def _watch(numbers: socket.socket) -> None:
                     exit_now(_status, _message)
                 _was_postponed = True
             if number == signal.SIGTERM and _exits_on_sigterm:
-                exit_now(0, "Received SIGTERM. Run the same command to resume.")
+                exit_now(PREEMPTED, "Received SIGTERM. Run the same command to resume.")
 
 
 def _flush_stdout() -> None:
-    """Flush in a thread: whoever holds the lock of stdout may be blocked, and must not block the exit."""
+    """Flush stdout in a thread: a blocked thread may hold its lock, which must not block the exit."""
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(1)

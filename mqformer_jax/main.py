@@ -3,28 +3,42 @@
     mqformer train --config=coco_ref:sample --workdir=runs/demo
 
 `python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo` is the same.
+
+    mqformer train --config=coco_ref --workdir=runs/pod --check_only --num_devices=16
+
+checks the flags for a pod on any machine, without data or devices. The exit status is 0 when the run is finished, 75
+after SIGTERM with a saved checkpoint, 130 after Ctrl-C and 1 after an error.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from mqformer_jax import cli, interrupts
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
+    """Train, or only check the flags. Return the exit status."""
     cli.no_arguments(argv)
     given = flags.FLAGS
     # after the flags are read: a wrong flag should not wait for JAX
     from mqformer_jax import config as recipes
-    from mqformer_jax.parallel import distributed
 
     recipes.check(given.config)
+    if given.check_only:
+        print(check_devices(given.config, given.num_devices))
+        return 0
+    if given.num_devices is not None:
+        raise ValueError("--num_devices needs --check_only: training uses all devices that it finds.")
+    from mqformer_jax.parallel import distributed
+
     distributed.initialize()
-    from mqformer_jax.evaluation.evaluate import table
+    from mqformer_jax.evaluation.evaluate import explain, table
     from mqformer_jax.train import train
 
     results = train(given.config, given.workdir)
@@ -32,17 +46,69 @@ def main(argv: list[str]) -> None:
         interrupts.exit_now(
             interrupts.STATUS, f"{given.workdir}: stopped; checkpoint saved. Run the same command to resume."
         )
-    if distributed.is_first() and results is None:
-        print(f"{given.workdir}: received SIGTERM; checkpoint saved. Run the same command to resume.")
-    elif distributed.is_first():
+    if results is None:
+        if distributed.is_first():
+            print(f"{given.workdir}: received SIGTERM; checkpoint saved. Run the same command to resume.")
+        return interrupts.PREEMPTED
+    if distributed.is_first():
         print(table(results))
+        print("\n".join(["", *explain(results)]))
         print(f"\n{given.workdir}: eval.json, pictures, metrics.jsonl, checkpoints")
+        print("\n".join(next_commands(given.config, given.workdir)))
+    return 0
+
+
+def next_commands(config: ConfigDict, workdir: str) -> list[str]:
+    """Return lines that tell a user what to try with the trained model."""
+    from mqformer_jax.input.record import DatasetInfo
+
+    sets = [entry["name"] for entry in (*config.eval.sets, *config.data.mixture)]
+    infos = [DatasetInfo.load(os.path.join(config.data.root, name)) for name in dict.fromkeys(sets)]
+    classes = next((info.classes for info in infos if info.classes), ())
+    prompts = "; ".join(c.name + "*" * c.is_region for c in classes[:8]) or "the person on the left"
+    images = os.path.join(config.data.root, "sample_images")
+    images = images if sets[0].startswith("sample_") and os.path.isdir(images) else "photo.jpg"
+    task = "panoptic" if any(c.is_region for c in classes) else "instance" if classes else "referring"
+    return [
+        "",
+        *([config.about] if config.about else []),
+        "Try:",
+        f'  mqformer predict --checkpoint={workdir} --image={images} --task={task} --prompts="{prompts}"',
+        f"  mqformer app --checkpoint={workdir}    # a web page; pip install 'mqformer_jax[demo]'",
+        f"  mqformer export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
+    ]
+
+
+def check_devices(config: ConfigDict, num_devices: int | None) -> str:
+    """Return one line on how a valid recipe runs on `num_devices`. Raise ValueError if they cannot share its batch."""
+    paths = ", ".join([config.data.root, *config.init_from])
+    if num_devices is None:
+        return f"The flags are valid. The run reads {paths}."
+    from mqformer_jax.parallel.mesh import check_batch_size, mesh_shape
+
+    data, fsdp, _ = mesh_shape(config.mesh, num_devices)
+    check_batch_size(config, data * fsdp)
+    images = config.batch_size // (data * fsdp)
+    return f"The flags are valid for {num_devices} devices, {images} image(s) each per step. The run reads {paths}."
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    cli.define_recipe(values)
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder for checkpoints, metrics and pictures. A run found there is resumed.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("check_only", False, "Check the flags and exit, without reading data.", flag_values=values)
+    text = "With --check_only: the devices that share the batch, e.g. 16 for v5litepod-16."
+    flags.DEFINE_integer("num_devices", None, text, lower_bound=1, flag_values=values)
+    flags.mark_flags_as_required(["config", "workdir"], values)
 
 
 def run(argv: Sequence[str]) -> None:
-    cli.define_recipe()
-    flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures. A run found there is resumed.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    define_flags(flags.FLAGS)
     interrupted = "stopped. Run the same command to resume from the last checkpoint."
     cli.run(main, "train", __doc__, interrupted, argv)
 

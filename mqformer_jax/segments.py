@@ -120,7 +120,7 @@ def restore(
     """Masks of the padded canvas brought back to the image: up to the canvas, cropped to the image in it, resized.
 
     canvas, valid, output: (height, width) in pixels of the padded input, of the image on it, of the image the user
-    gave. Bilinear with pixel centres at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
+    gave. Bilinear with pixel centers at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
     """
     out = np.empty((len(mask_logits), *output), np.float32)
     for low, full in zip(np.asarray(mask_logits, np.float32), out):
@@ -134,20 +134,21 @@ def panoptic_segments(
     texts: Sequence[str],
     class_probs: Float[np.ndarray, "q p"],
     mask_logits: Masks,
-    region: Bool[np.ndarray, " p"],
-    keep: float = 0.25,
-    overlap: float = 0.8,
+    is_region: Bool[np.ndarray, " p"],
+    object_mask_threshold: float = 0.25,
+    overlap_threshold: float = 0.8,
     temperature: float | None = None,
 ) -> Segments:
     """Every pixel to at most one segment (Mask DINO, `panoptic_inference`).
 
-    Queries whose best prompt scores above `keep` compete for pixels with score x mask probability. A query that wins
-    less than `overlap` of its own mask is dropped; `region` prompts merge their queries into one segment. `temperature`
-    replaces the competing scores by softmax(class_probs / temperature) over the prompts: Mask DINO's 0.06 for COCO's
-    long list of classes, but None (plain scores) for lists of a few prompts, where a softmax says nothing.
+    Queries whose best prompt scores above `object_mask_threshold` compete for pixels with score x mask probability. A
+    query that wins less than `overlap_threshold` of its own mask is dropped; `is_region` prompts merge their queries
+    into one segment. `temperature` replaces the competing scores by softmax(class_probs / temperature) over the
+    prompts: Mask DINO's 0.06 for COCO's long list of classes, but None (plain scores) for lists of a few prompts, where
+    a softmax says nothing.
     """
     _, h, w = mask_logits.shape
-    queries = np.flatnonzero(class_probs.max(1, initial=0) > keep)
+    queries = np.flatnonzero(class_probs.max(1, initial=0) > object_mask_threshold)
     if not len(queries):
         return _segments(
             texts,
@@ -167,14 +168,14 @@ def panoptic_segments(
     region_segment: dict[int, int] = {}
     for k, label in enumerate(labels):
         mask = (winner == k) & own
-        if visible[k] / max(own_area[k], 1) < overlap or not mask.any():
+        if visible[k] / max(own_area[k], 1) < overlap_threshold or not mask.any():
             continue
         if label in region_segment:
             panoptic[mask] = region_segment[label]
             continue
         found.append(k)
         panoptic[mask] = len(found)
-        if region[label]:
+        if is_region[label]:
             region_segment[label] = len(found)
     masks = panoptic == np.arange(1, len(found) + 1, dtype=np.int32)[:, None, None]
     scores = class_probs[queries[found], labels[found]]
@@ -209,21 +210,23 @@ def instance_segments(
     boxes: Float[np.ndarray, "q 4"],
     mask_logits: Masks,
     wanted: Bool[np.ndarray, " p"] | None = None,
-    top: int = 100,
+    max_detections: int = 100,
     rate_masks: bool = True,
-    least: float = -1.0,
+    score_threshold: float = -1.0,
 ) -> Segments:
-    """The `top` best (query, prompt) pairs, best first; segments may overlap (Mask DINO, `instance_inference`).
+    """Return the `max_detections` best (query, prompt) pairs, best first; segments may overlap.
+
+    Source: Mask DINO, `instance_inference`.
 
     A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
     DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken;
-    those that score no more than `least` are left out.
+    those that score no more than `score_threshold` are left out.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
-    count = min(top, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
+    count = min(max_detections, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
     flat = candidates.ravel()
     best = np.argpartition(-flat, count - 1)[:count] if count else np.zeros(0, int)
-    best = best[flat[best] > least]  # masks only lower a score, and are dear
+    best = best[flat[best] > score_threshold]  # masks only lower a score, and are dear
     queries, prompts = np.divmod(best, class_probs.shape[1])
     used, row = np.unique(queries, return_inverse=True)
     masks, scores, inside = (
@@ -238,7 +241,7 @@ def instance_segments(
             inside[i] = _sigmoid(logits)[masks[i]].sum() / (np.count_nonzero(masks[i]) + 1e-6)
     scores = scores * inside[row]
     order = np.argsort(-scores, kind="stable")
-    order = order[scores[order] > least]
+    order = order[scores[order] > score_threshold]
     return Segments(
         list(texts),
         masks[row[order]],
@@ -250,15 +253,19 @@ def instance_segments(
 
 
 def semantic_map(
-    class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, keep: float = 0.0, temperature: float | None = None
+    class_probs: Float[np.ndarray, "q p"],
+    mask_logits: Masks,
+    object_mask_threshold: float = 0.0,
+    temperature: float | None = None,
 ) -> Int[np.ndarray, "h w"]:
     """The best prompt of each pixel: argmax over prompts of the sum over queries of score x mask probability.
 
-    `keep` leaves out queries whose best prompt scores less, for speed; `temperature` as in `panoptic_segments`.
+    `object_mask_threshold` leaves out queries whose best prompt scores less, for speed; `temperature` is that of
+    `panoptic_segments`.
     Source: MaskFormer's semantic inference, as in Mask DINO, `semantic_inference`.
     """
     _, h, w = mask_logits.shape
-    queries = np.flatnonzero(class_probs.max(1) >= keep)
+    queries = np.flatnonzero(class_probs.max(1) >= object_mask_threshold)
     weights = _sharpen(class_probs, temperature).astype(np.float32)[queries]
     labels = np.empty((h, w), np.int64)
     rows = max(1, BAND // (w * max(64, weights.shape[1])))
@@ -290,15 +297,16 @@ def region_segments(
     class_probs: Float[np.ndarray, "q p"],
     boxes: Float[np.ndarray, "q 4"],
     mask_logits: Masks,
-    threshold: float = 0.0,
+    no_target_threshold: float = 0.0,
 ) -> Segments:
     """One segment a prompt, in the prompts' order: the mask and box of its best query (referring, foreground).
 
-    A prompt whose best score is below `threshold` has no target here: an empty mask and a zero box, its score kept.
+    A prompt whose best score is below `no_target_threshold` has no target: its mask is empty and its box zero; it keeps
+    its score.
     """
     queries = class_probs.argmax(0)
     scores = class_probs.max(0)
-    there = scores >= threshold
+    there = scores >= no_target_threshold
     used, row = np.unique(queries, return_inverse=True)
     masks = np.zeros((len(texts), *mask_logits.shape[1:]), bool)
     for i, query in enumerate(used):
@@ -313,7 +321,7 @@ def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt:
 
 
 def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
-    """The labelled masks of a record as Segments whose prompts are the classes of `info`, crowds left out.
+    """The labeled masks of a record as Segments whose prompts are the classes of `info`, crowds left out.
 
     Classes that are not things own one segment, the union of theirs. Where masks overlap, a `panoptic` pixel is the
     smaller one's.
@@ -324,7 +332,7 @@ def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
         if segment.class_id is None or segment.mask is None or segment.crowd:
             continue
         mask = record.decode_mask(segment.mask)
-        if not info.classes[segment.class_id].thing and segment.class_id in labels:
+        if info.classes[segment.class_id].is_region and segment.class_id in labels:
             masks[labels.index(segment.class_id)] |= mask
         else:
             masks.append(mask)

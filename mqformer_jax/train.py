@@ -6,18 +6,19 @@ import os
 
 import jax
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mqformer_jax import checkpoint, cli
 from mqformer_jax.evaluation import evaluate
+from mqformer_jax.files import write_json
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.inference.text_cache import TextCache
 from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
 from mqformer_jax.parallel.distributed import Preemption, barrier, connect, is_first
-from mqformer_jax.parallel.mesh import make_mesh, whole
+from mqformer_jax.parallel.mesh import gather_to_host, make_mesh
 from mqformer_jax.training.metrics import Metrics
 from mqformer_jax.training.nan_guard import NotFinite
+from mqformer_jax.training.progress import Progress
 from mqformer_jax.training.step import TrainState, TrainStep
 from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 
@@ -54,23 +55,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             step = int(state.step)
             loader.check_state(data)
         if is_first():
-            evaluate.save_json(os.path.join(workdir, "config.json"), config.to_dict())
+            write_json(os.path.join(workdir, "config.json"), config.to_dict())
             print("\n".join([*loader.report, f"{workdir}: {describe(state, config)}"]), flush=True)
         metrics, not_finite = Metrics(workdir, config, loader.names, step), NotFinite(config, workdir, loader)
 
         # -- steps ----------------------------------------------------------------------------------------------------
         batches = loader.batches(step, jax.process_index(), jax.process_count())
-        if config.optimizer.text == 0:
-            batches = map(TextCache(config.model, whole(state.params["text_encoder"], train_step.mesh)), batches)
-        looks = dict(desc="train", unit="step", dynamic_ncols=True, smoothing=0.05)
-        bar = tqdm(total=config.steps, initial=step, disable=not is_first(), **looks)
+        if config.optimizer.text_lr_mult == 0:
+            batches = map(
+                TextCache(config.model, gather_to_host(state.params["text_encoder"], train_step.mesh)), batches
+            )
         stops, before = False, None
         # On CPUs, two steps under way on several devices can wait for each other for ever.
         one_at_a_time = jax.default_backend() == "cpu"
-        with bar:
+        with Progress(config.steps, step, is_first()) as progress:
             while step < config.steps and not stops:
                 alive = before["alive"] if before and config.not_finite == "stop" else None
-                state, measured = train_step(state, train_step.put(next(batches)), alive)
+                batch = train_step.put(next(batches))
+                with progress.compiling(step):
+                    state, measured = train_step(state, batch, alive)
                 if before:  # the step before this one, so that the device always has one to work on
                     not_finite.check(step - 1, before, state)
                 before = measured
@@ -84,14 +87,14 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 if saves:  # nothing that is not finite is ever saved
                     not_finite.check(step - 1, measured, state)
                 if saves or step % config.log_every == 0:  # what is counted goes on from a checkpoint's line
-                    bar.set_postfix_str(metrics.write(step))
+                    progress.bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
                 if evaluates and not stops:
                     checkpoints.wait()
                     with preemption.exit_on_signals():
                         metrics.write_evaluation(step, _evaluate(config, state, tokenizer, workdir))
-                bar.update()
+                progress.update(step, measured)
         if any(loader.bad.values()):
             bad = ", ".join(f"{name} {count}" for name, count in loader.bad.items() if count)
             print(f"records that could not be used, left out: {bad}")
@@ -112,7 +115,10 @@ def describe(state: TrainState, config: ConfigDict) -> str:
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
-    return f"{count:,} parameters on {devices}, steps {int(state.step)} to {config.steps}; the first step compiles"
+    step = int(state.step)
+    if step >= config.steps:
+        return f"{count:,} parameters on {devices}; all {config.steps} steps are done: evaluating"
+    return f"{count:,} parameters on {devices}, steps {step} to {config.steps}"
 
 
 def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:
@@ -120,5 +126,7 @@ def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workd
     params, frozen = state.params, state.frozen
     if jax.process_count() > 1:
         mesh = state.step.sharding.mesh
-        params, frozen = jax.device_put((whole(params, mesh), whole(frozen, mesh)), jax.local_devices()[0])
+        params, frozen = jax.device_put(
+            (gather_to_host(params, mesh), gather_to_host(frozen, mesh)), jax.local_devices()[0]
+        )
     return evaluate.evaluate(Predictor(config, params, frozen, tokenizer, jax.local_devices()), config, workdir)

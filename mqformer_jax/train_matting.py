@@ -1,6 +1,6 @@
-"""Train the matting refiner of a recipe (`config.matting`) and measure it against the masks it is given:
+"""Train the matting refiner of a recipe (`config.matting`), then compare it with the masks that it refines.
 
-mqformer train-matting --config=configs/lite.py:small --checkpoint=runs/lite --workdir=runs/lite
+mqformer train-matting --config=lite:small --checkpoint=runs/lite_small --workdir=runs/lite_small
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from tqdm import tqdm
 from mqformer_jax import cli
 from mqformer_jax import config as recipes
 from mqformer_jax.checkpoint import Weights, has_checkpoint, save_weights
-from mqformer_jax.evaluation.evaluate import save_json
-from mqformer_jax.evaluation.matting import compare, save_sheet
+from mqformer_jax.evaluation.matting import compare, save_grid
+from mqformer_jax.files import write_json
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
@@ -90,8 +90,9 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
 
     # -- what came of it ----------------------------------------------------------------------------------------------
     refiner = Refiner.load(workdir)
-    results = {f"{s.name}/{s.split}": measure(refiner, s, predictor, workdir, config.eval.pictures) for s in held_out}
-    save_json(os.path.join(workdir, "refine_eval.json"), results)
+    shown = config.eval.num_visualizations
+    results = {f"{s.name}/{s.split}": measure(refiner, s, predictor, workdir, shown) for s in held_out}
+    write_json(os.path.join(workdir, "refine_eval.json"), results)
     return results
 
 
@@ -106,7 +107,11 @@ class RefineStep:
         optimizer = config.optimizer.copy_and_resolve_references()
         warmup = max(1, matting.steps // 20)
         optimizer.update(
-            learning_rate=matting.learning_rate, schedule="cosine", warmup=warmup, clip=1.0, backbone=matting.encoder
+            learning_rate=matting.learning_rate,
+            schedule="cosine",
+            warmup=warmup,
+            clip_norm=1.0,
+            backbone_lr_mult=matting.encoder,
         )
         self.optimizer = make_optimizer(optimizer, matting.steps, self.params)
         devices = jax.local_devices()
@@ -132,7 +137,7 @@ class RefineStep:
     def __call__(
         self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]
     ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
-        """state: parameters and those of the optimiser; donated. Returns the next ones, and the terms of the loss."""
+        """state: parameters and those of the optimizer; donated. Returns the next ones, and the terms of the loss."""
         return self._step(state, frozen, batch)
 
     def _update(self, state: tuple[Any, Any], frozen: Any, batch: dict[str, jax.Array]):
@@ -166,15 +171,15 @@ def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
 
 
 def _own_mask(predictor: Predictor, prompt: jax.Array, matte: Matte) -> np.ndarray:
-    answer = predictor.ask([matte.image], [prompt])[0]
+    answer = predictor.predict_raw([matte.image], [prompt])[0]
     return soft_mask(answer.class_probs, answer.masks, 0)
 
 
 def measure(
-    refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, pictures: int
+    refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, num_visualizations: int
 ) -> dict[str, Any]:
     """SAD and MSE before and after refinement, of rough masks (the matte at a half, its outline SLACK too far out or
-    in, in turn) and of the model's own foregrounds; and a sheet of each in WORKDIR/pictures."""
+    in, in turn) and of the model's own foregrounds; and a grid of each in WORKDIR/pictures."""
 
     def rough(matte: Matte) -> np.ndarray:
         grow = round(SLACK * max(matte.alpha.shape))
@@ -187,10 +192,10 @@ def measure(
     results = {}
     for name, guide in guides.items():
         mattes = (matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i))
-        results[name], rows = compare(refiner, mattes, guide, pictures)
+        results[name], rows = compare(refiner, mattes, guide, num_visualizations)
         if rows:
             os.makedirs(os.path.join(workdir, "pictures"), exist_ok=True)
-            save_sheet(os.path.join(workdir, "pictures", f"refine_{source.name}_{source.split}_{name}.jpg"), rows)
+            save_grid(os.path.join(workdir, "pictures", f"refine_{source.name}_{source.split}_{name}.jpg"), rows)
     return results
 
 
@@ -235,11 +240,24 @@ def main(argv: list[str]) -> None:
     print(f"\n{given.workdir}: {FOLDER}, refine_eval.json, refine_metrics.jsonl, pictures")
 
 
-def run(argv: Sequence[str]) -> None:
-    cli.define_recipe()
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    cli.define_recipe(values)
     flags.DEFINE_string(
-        "workdir", None, f"Where the refiner goes, in a folder '{FOLDER}': the workdir of a model, or another."
+        "workdir",
+        None,
+        f"Folder in which to write the folder '{FOLDER}', e.g. the workdir of a model. Required.",
+        flag_values=values,
     )
-    flags.DEFINE_string("checkpoint", None, "A trained model, whose own masks the refiner shall learn to mend.")
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Workdir of a trained model whose masks the refiner learns to correct, e.g. runs/lite. (default: none)",
+        flag_values=values,
+    )
+    flags.mark_flags_as_required(["config", "workdir"], values)
+
+
+def run(argv: Sequence[str]) -> None:
+    define_flags(flags.FLAGS)
     cli.run(main, "train-matting", __doc__, "stopped; what it last saved is there.", argv)

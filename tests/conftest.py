@@ -100,7 +100,7 @@ def small_root(real_data, tmp_path_factory) -> str:
     """Every family of the real data, prepared as a user prepares it."""
     root = tmp_path_factory.mktemp("small")
     subprocess.run(
-        [sys.executable, "-m", "mqformer_jax", "prepare", "small", "--source", str(real_data), "--out", str(root)],
+        [sys.executable, "-m", "mqformer_jax", "prepare", "small", "--source", str(real_data), "--output", str(root)],
         check=True,
         capture_output=True,
     )
@@ -125,7 +125,7 @@ def tiny_weights():
     from mqformer_jax.models.build import build_model
 
     config = get_config()
-    return jax.jit(lambda key: build_model(config, key)[1:])(jax.random.key(0))
+    return jax.jit(lambda key: build_model(config.model, key)[1:])(jax.random.key(0))
 
 
 @pytest.fixture(scope="session")

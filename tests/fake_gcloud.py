@@ -14,7 +14,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-SCRIPT = Path(__file__).parents[1] / "launch_tpu.sh"
+from mqformer_jax.interrupts import PREEMPTED
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = REPOSITORY / "launch_tpu.sh"
+WORKER = Path("mqformer_jax/tools/tpu_worker.sh")  # what it sends to the workers
 FLAGS = (
     "--config=configs/coco_ref.py:small",
     "--config.data.canvas=(512, 512)",
@@ -93,9 +97,9 @@ TOOLS = {
     "images/program": r"""
 [ "$1 $2" = "-m mqformer_jax.main" ] || exit 99
 printf '%s\0' "${@:3}" >> "bucket/flags of $(hostname)"
-trap 'echo "checkpoint saved. Run the same command to resume."; exit 0' TERM
+trap 'echo "checkpoint saved. Run the same command to resume."; exit PREEMPTED' TERM
 . "$CLOUD/training"
-""",
+""".replace("PREEMPTED", str(PREEMPTED)),
 }
 # Trainings: one that waits for the test; and the start of one whose rest is the fate of worker 0's first run.
 GOES_ON = "touch ~/started; while [ ! -e $CLOUD/enough ]; do sleep 0.02; done; echo done"
@@ -115,6 +119,8 @@ def make_place(place: Path) -> Path:
         (place / "tools" / name).chmod(0o755)
     (place / "checkout").mkdir()
     shutil.copy(SCRIPT, place / "checkout")
+    (place / "checkout" / WORKER).parent.mkdir(parents=True)
+    shutil.copy(REPOSITORY / WORKER, place / "checkout" / WORKER)
     for name in ("setup.cfg", "pyproject.toml", "kept.py", "removed.py", "ignored"):
         (place / "checkout" / name).write_text(name)
     (place / "checkout" / ".gitignore").write_text("ignored\n")
@@ -171,6 +177,10 @@ class Cloud:
         result = self.launch(command, *args, **env)
         assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
+
+    def start(self, *args: str) -> str:
+        """Start a run and leave it in the background: `all` without the log."""
+        return "".join(self.ok(command, *args) for command in ("create", "sync", "install", "run"))
 
     def calls(self) -> list[str]:
         """What gcloud was called for since this was last asked."""

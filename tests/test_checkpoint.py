@@ -89,7 +89,7 @@ def test_where_none_can_be_read_all_stay_and_one_line_says_so(workdir):
     for path in files(pathlib.Path(workdir, "checkpoints")):
         path.write_bytes(b"")
     with pytest.raises(
-        ValueError, match="no checkpoint can be read.*step 3.*step 2.*step 1.*bring back a copy"
+        ValueError, match="no checkpoint can be read.*step 3.*step 2.*step 1.*Restore a backup"
     ) as error:
         restore(workdir)
     assert "\n" not in str(error.value) and len(os.listdir(os.path.join(workdir, "checkpoints"))) == 3
@@ -139,7 +139,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True)
     (line,) = done.stdout.splitlines()
-    assert "checkpoint of step 2 could not be written" in line and "make room" in line
+    assert "checkpoint of step 2 could not be written" in line and "Free disk space" in line
     with Checkpoints(str(tmp_path)) as checkpoints:
         assert checkpoints.latest() == 1
 

@@ -11,7 +11,7 @@ from mqformer_jax.input.record import ClassInfo, DatasetInfo
 def prepared(tmp_path, monkeypatch):
     """Data sets `things`, `regions` and `phrases` under data/records of the working directory."""
     monkeypatch.chdir(tmp_path)
-    sets = {"things": (ClassInfo(("cat",)),), "regions": (ClassInfo(("sky",), False),), "phrases": ()}
+    sets = {"things": (ClassInfo(("cat",)),), "regions": (ClassInfo(("sky",), True),), "phrases": ()}
     for name, classes in sets.items():
         folder = tmp_path / "data/records" / name
         folder.mkdir(parents=True)

@@ -47,7 +47,7 @@ def test_what_is_transparent_is_white(tmp_path):
 
 
 def test_an_animation_is_its_first_frame(tmp_path):
-    frames = [Image.new("RGB", (5, 4), colour) for colour in ("blue", "red")]
+    frames = [Image.new("RGB", (5, 4), color) for color in ("blue", "red")]
     read = read_image(saved(tmp_path, "a.gif", frames[0], save_all=True, append_images=frames[1:]))
     assert (read == (0, 0, 255)).all()
 
@@ -78,7 +78,7 @@ def test_folders_patterns_and_files_are_found_once_each(tmp_path):
     assert find_images([str(tmp_path)]) == [a, b]
     assert find_images([a, str(tmp_path / "*.png"), str(tmp_path / "**" / "*.jpg")]) == [a, b]
     (tmp_path / "none").mkdir()
-    for wrong, why in (("gone.jpg", "no such file"), ("*.webp", "nothing fits"), ("none", "holds no image")):
+    for wrong, why in (("gone.jpg", "no such file"), ("*.webp", "no file matches"), ("none", "contains no images")):
         with pytest.raises(ValueError, match=why):
             find_images([str(tmp_path / wrong)])
 

@@ -15,6 +15,7 @@ import pytest
 from runs import Run, environment, losses
 
 from mqformer_jax.checkpoint import load_weights
+from mqformer_jax.interrupts import PREEMPTED
 
 FOREVER = "--config.steps=100000"
 RESUME = "Run the same command to resume"
@@ -43,7 +44,9 @@ def test_killed_stopped_and_interrupted_a_run_ends_where_an_undisturbed_run_ends
         run.until_it_trains()
         run.processes[0].send_signal(number)
         (status,) = run.end()
-        assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 0, signal.SIGINT: 130}[number], run.said()
+        assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: PREEMPTED, signal.SIGINT: 130}[number], (
+            run.said()
+        )
         assert "Traceback" not in run.said()
         if number != signal.SIGKILL:
             assert f"checkpoint saved. {RESUME}" in run.said().splitlines()[-1]
@@ -101,7 +104,7 @@ def test_two_processes_lose_one_and_resume_and_end_as_one(sample_root, undisturb
     pair = Run(workdir, sample_root, 2, 2, FOREVER, "--config.mesh=(2,2,1)")
     pair.until_it_trains()
     pair.processes[1].send_signal(signal.SIGTERM)  # one of them is told, both hear of it
-    assert pair.end() == [0, 0], pair.said()
+    assert pair.end() == [PREEMPTED, PREEMPTED], pair.said()
     assert f"checkpoint saved. {RESUME}" in pair.said(0) and "saved" not in pair.said(1)
 
     steps = f"--config.steps={max(losses(workdir)) + 3}"
@@ -152,7 +155,8 @@ def test_a_process_may_come_to_a_collective_later_than_gloo_would_wait(tmp_path)
 
 
 @pytest.mark.parametrize(
-    "lines, names", [("JAX_NUM_PROCESSES=2", "go together"), ("JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2", "from 0 on")]
+    "lines, names",
+    [("JAX_NUM_PROCESSES=2", "together with"), ("JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2", "counted from 0")],
 )
 def test_half_an_environment_is_one_line(lines, names):
     from mqformer_jax.parallel.distributed import settings

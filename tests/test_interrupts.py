@@ -13,6 +13,7 @@ import time
 import pytest
 
 from mqformer_jax.__main__ import COMMANDS
+from mqformer_jax.interrupts import PREEMPTED
 
 REPOSITORY = pathlib.Path(__file__).parent.parent
 ENTRANCES = [["mqformer_jax.main"], *(["mqformer_jax", command] for command in COMMANDS)]
@@ -125,6 +126,19 @@ def test_a_program_may_postpone_it_once():
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline() == "saving\n"
     assert interrupt(process) == (130, "", "\nprogram: stopped.\n")
+
+
+def test_sigterm_ends_a_program_with_a_status_of_its_own():
+    body = """
+    import signal, time
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    with exit_on_sigterm():
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    process = program(body)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (PREEMPTED, "", "\nReceived SIGTERM. Run the same command to resume.\n")
 
 
 def test_children_that_are_deaf_leave_it_to_their_parent():

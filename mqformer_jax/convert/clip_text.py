@@ -1,4 +1,4 @@
-"""The text tower of CLIP, as OpenAI and as Hugging Face name it. The image tower is left out."""
+"""The text encoder of CLIP, with the names of OpenAI or Hugging Face. The image encoder is left out."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from ml_collections import ConfigDict
 from mqformer_jax import config as recipe
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linear, norm, packing, shape_of
 
-HEAD_WIDTH = 64  # of every CLIP; weights do not show it
+HEAD_WIDTH = 64  # of every CLIP model; the weights do not determine it
 IGNORED = {
-    r"^logit_scale$": "it belongs to the heads, which learn their own",
-    r"^(visual|vision_model|visual_projection)\.": "the image tower",
-    r"position_ids$": "row numbers",
+    r"^logit_scale$": "the heads learn their own",
+    r"^(visual|vision_model|visual_projection)\.": "the image encoder",
+    r"position_ids$": "position indices",
     r"^(input_resolution|context_length|vocab_size)$": "a size",
 }
 OURS = "text_encoder"
 
 
 def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list[Entry]:
-    """OpenAI's names, and OpenSeeD's: tables and last norm after `root`, layers after `blocks`. projection: [width,
-    embed_dim].
+    """Return the entries for the names of OpenAI and OpenSeeD.
+
+    root: prefix of embeddings and last norm. blocks: prefix of the layers. projection: name of [width, embed_dim].
     """
     ours = f"{OURS}/blocks"
     entries = [
         Entry(f"{OURS}/tokens", f"{root}token_embedding.weight"),
         Entry(f"{OURS}/positions", f"{root}positional_embedding"),
-        Entry(f"{OURS}/projection/kernel", projection),  # stands on the right of a product, as ours does
+        Entry(f"{OURS}/projection/kernel", projection),  # multiplies from the right, as ours
         *norm(f"{OURS}/norm", f"{root}ln_final"),
     ]
     for i in range(layers):
@@ -39,7 +40,7 @@ def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list
 
 
 def set_sizes(text: ConfigDict, shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int) -> None:
-    """Makes the config's text encoder a CLIP of the sizes of these tables."""
+    """Set the config of the text encoder to a CLIP model with the sizes of these tensors."""
     vocab_size, width = shape_of(shapes, tokens, 2)
     text.update(
         name="clip",
@@ -88,7 +89,7 @@ def _hugging_face(shapes: Shapes) -> Plan:
 FAMILIES = (
     Family(
         "clip_text",
-        "OpenAI's CLIP (ViT-B/32, ViT-B/16, ViT-L/14 and others), its text tower",
+        "text encoder of OpenAI's CLIP (ViT-B/32, ViT-B/16, ViT-L/14 and others)",
         lambda shapes: {"token_embedding.weight", "positional_embedding", "ln_final.weight"} <= shapes.keys(),
         _openai,
     ),

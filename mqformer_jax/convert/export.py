@@ -1,4 +1,4 @@
-"""Our checkpoints to safetensors and back."""
+"""Export our checkpoints to safetensors, and restore them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mqformer_jax.convert.files import read, write_safetensors
 from mqformer_jax.convert.rules import invert, leaves
 from mqformer_jax.models.tokenizer import TOKENIZER
 
-HEADER = "mqformer_jax"  # the entry of a file's header that makes it ours: JSON of config and tokenizer
+HEADER = "mqformer_jax"  # header entry that marks an exported file: JSON of config and tokenizer
 
 
 def export(source: str, output: str, like: str | None = None) -> int:
-    """Our checkpoint folder `source` as a safetensors file; returns the number of tensors.
+    """Write our checkpoint folder `source` to a safetensors file and return the number of tensors.
 
-    like: a checkpoint of the family in whose names and layout to write. Without it the names are our paths, the header
-    holds config and tokenizer, and `restore` reads the file back. Raises ValueError or OSError in one line.
+    like: a checkpoint whose names and layout to use. Without it, the names are our paths, the header holds config and
+    tokenizer, and `restore` can read the file. Raises ValueError or OSError.
     """
     weights = load_weights(source)
     values = {
@@ -32,7 +32,7 @@ def export(source: str, output: str, like: str | None = None) -> int:
         _, plan, theirs = plan_of(like, None)
         tensors = invert(plan, values, {key: tuple(value.shape) for key, value in theirs.items()})
         if absent := {entry.theirs for entry in plan.entries} - set(tensors):
-            raise ValueError(f"{source}: it has not what {like} has ({len(absent)} tensors, {sorted(absent)[0]}, ...).")
+            raise ValueError(f"{source} lacks {len(absent)} tensors of {like} ({sorted(absent)[0]}, ...).")
         write_safetensors(output, tensors)
         return len(tensors)
     beside = pathlib.Path(source, TOKENIZER)
@@ -44,13 +44,14 @@ def export(source: str, output: str, like: str | None = None) -> int:
 
 
 def is_ours(path: str) -> bool:
-    """Whether `export` wrote this file in our own names."""
+    """Return whether `export` wrote this file with our names."""
     return _header(path) is not None
 
 
 def restore(source: str, output: str) -> int:
-    """A safetensors file that `export` wrote, back to a checkpoint folder; returns the number of tensors. Raises
-    ValueError, OSError.
+    """Write a checkpoint folder from a file that `export` wrote with our names. Return the number of tensors.
+
+    Raises ValueError or OSError.
     """
     check_output(output)
     header, tensors = _header(source), read(source)
@@ -59,7 +60,7 @@ def restore(source: str, output: str) -> int:
     for path, value in tensors.items():
         place = (shapes[0] | shapes[1]).get(path)
         if place is None or place.shape != value.shape:
-            raise ValueError(f"{source}: {path} {value.shape} is no part of the model that its header describes.")
+            raise ValueError(f"{source}: {path} {value.shape} is not a part of the model that its header describes.")
     params, frozen = ({path: value for path, value in tensors.items() if path in part} for part in shapes)
     about = {"converted": [{"family": "mqformer", "file": os.path.basename(source)}]}
     save(output, Weights(config, nest(params), nest(frozen)), about, header["tokenizer"])

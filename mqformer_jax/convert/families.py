@@ -1,11 +1,11 @@
-"""All kinds of checkpoint that can be converted, and which of them a file is."""
+"""All families of checkpoints that can be converted, and how to recognize them."""
 
 from __future__ import annotations
 
 from mqformer_jax.convert import clip_text, efficientnet, mask2former, maskdino, minilm, openseed, resnet, swin
 from mqformer_jax.convert.rules import Family, Shapes
 
-# whole models first: their files hold backbones, too
+# complete models first, since their files also contain backbones
 _ALL = (
     maskdino.FAMILY,
     *openseed.FAMILIES,
@@ -20,15 +20,13 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
-    """The family called `name`, or the one that the names look like. Raises ValueError in one line that names the
-    file.
-    """
-    likely = [family.name for family in FAMILIES.values() if family.recognises(shapes)]
+    """Return the family `name`, or the one that the tensor names belong to. Raises ValueError."""
+    likely = [family.name for family in FAMILIES.values() if family.recognizes(shapes)]
     if name is not None and name not in FAMILIES:
         raise ValueError(f"--from {name}: families are {', '.join(FAMILIES)}.")
     if name is not None and name not in likely:
         hint = f"it looks like {likely[0]}" if likely else f"it begins with {', '.join(list(shapes)[:3])}"
-        raise ValueError(f"{source} is no {FAMILIES[name].originals} ({hint}).")
+        raise ValueError(f"{source} is not a checkpoint of {FAMILIES[name].originals} ({hint}).")
     if not likely:
         raise ValueError(
             f"{source}: no known family has its {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "

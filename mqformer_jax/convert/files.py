@@ -1,6 +1,4 @@
-"""The tensors of a checkpoint file by name, whatever its format, without torch and without running anything in the
-file.
-"""
+"""Read the tensors of a checkpoint file of any format, without torch and without running code from the file."""
 
 from __future__ import annotations
 
@@ -19,9 +17,9 @@ import safetensors.numpy
 
 from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
 from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
-from mqformer_jax.interrupts import removed_on_exit
+from mqformer_jax.files import atomic_write
 
-# Hugging Face's names
+# file names of Hugging Face
 FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -31,24 +29,24 @@ FOLDER = (
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
-# where trainers put the weights, the first that is there; a name that is no certain sign must stand alone
+# keys under which trainers store weights, the best first; those not in CERTAIN need to be without other weights
 CERTAIN = ("model", "state_dict", "model_state_dict")
 WRAPPERS = (*CERTAIN, "module", "net", "network", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema")
-BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # what they put beside them
-PREFIXES = ("module.", "_orig_mod.")  # of torch's data-parallel and compiled modules
-DEEPEST, MOST = 32, 1_000_000  # a pickle of a few bytes can describe a tree without end
+BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # keys of other training state
+PREFIXES = ("module.", "_orig_mod.")  # added by torch's data-parallel and compiled modules
+DEEPEST, MOST = 32, 1_000_000  # limits, since a few bytes of pickle can describe an endless tree
 
 MEND = "give a safetensors file, a torch checkpoint, a detectron2 .pkl, a numpy .npz or a Hugging Face folder."
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Tensors by name of a checkpoint: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy,
-    or a Hugging Face folder or shard index. The format is told by the content, not by the name.
+    """Read the tensors of a checkpoint by name.
 
-    Weights inside a training checkpoint are unwrapped ("model", "state_dict", ...), nested names joined with dots, and
-    the prefixes of torch's wrappers taken off. Shapes and types are the file's (bfloat16 is ml_dtypes'). Arrays may be
-    read-only views of the file, read when they are used: leave it in place until then. Raises FileNotFoundError or
-    ValueError in one line that names the file and the mend.
+    Formats, recognized by content: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy, and
+    Hugging Face folders and shard indices. Weights inside a training checkpoint are unwrapped ("model", "state_dict",
+    ...), nested names are joined with dots, and the prefixes of torch's wrappers are removed. Shapes and types are
+    those of the file (bfloat16 is ml_dtypes'). Arrays may be read-only views of the file: leave it in place while they
+    are used. Raises FileNotFoundError or ValueError.
     """
     if os.path.isdir(path):
         path = _in_folder(path)
@@ -60,33 +58,28 @@ def read(path: str) -> dict[str, np.ndarray]:
         tensors |= _read_file(os.path.join(os.path.dirname(path), file))
     if absent := sorted(set(shards) - set(tensors)):
         raise ValueError(
-            f"{path}: the shards lack {len(absent)} tensors that it names ({absent[0]}, ...): "
-            "download all of one version."
+            f"{path}: the shards lack {len(absent)} tensors of this index ({absent[0]}, ...): "
+            "download all files of one version."
         )
     return tensors
 
 
 def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file; one cut short never bears the name `path`. metadata: texts for the header."""
+    """Write a safetensors file atomically. metadata: texts for the header. Raises OSError."""
     whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.tmp"
     if os.path.isdir(path):
         raise IsADirectoryError(f"{path} is a folder: name the file to write.")
     try:
-        with removed_on_exit(temporary):
+        with atomic_write(path) as temporary:
             safetensors.numpy.save_file(whole, temporary, metadata=dict(metadata or {}))
-            os.chmod(temporary, 0o666 & ~_umask())  # the package makes files that only their owner can read
-            os.replace(temporary, path)
+            os.chmod(temporary, 0o666 & ~_umask())  # the package creates files that only the owner can read
     except safetensors.SafetensorError as e:
-        raise OSError(f"{path}: it could not be written ({e}).") from e
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+        raise OSError(f"{path}: could not be written ({e}).") from e
 
 
 def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
+    """Return the process's umask, which can only be read by setting it."""
     value = os.umask(0o022)
     os.umask(value)
     return value
@@ -100,13 +93,13 @@ def _read_file(path: str) -> dict[str, np.ndarray]:
             return _named(_parse(file, buffer))
         except Unreadable as e:
             wrong = str(e)
-        except Exception as e:  # a damaged pickle can end in any error
-            wrong = f"cut short or damaged ({type(e).__name__} {str(e)[:200]}): download or copy it again."
-    raise ValueError(f"{path}: {' '.join(wrong.split())}")  # a name in the file may hold a line break
+        except Exception as e:  # a damaged pickle can raise any error
+            wrong = f"truncated or damaged ({type(e).__name__} {str(e)[:200]}): download or copy it again."
+    raise ValueError(f"{path}: {' '.join(wrong.split())}")  # names in the file may contain line breaks
 
 
 def _parse(file: Any, buffer: mmap.mmap) -> Any:
-    """A tree of the file's tensors, by its first bytes."""
+    """Return a tree of the file's tensors. The first bytes determine the format."""
     start = buffer[:512]
     if start[:4] == b"PK\x03\x04":
         return _read_zip(file, buffer)
@@ -122,9 +115,9 @@ def _parse(file: Any, buffer: mmap.mmap) -> Any:
         raise Unreadable("a web page, not weights: the download was refused or redirected; download the file itself.")
     if start[257:262] == b"ustar":
         raise Unreadable(
-            "a tar archive (torch before 0.1.10 wrote such): unpack it, or load it with torch and save it again."
+            "a tar archive (from torch before 0.1.10): unpack it, or load it with torch and save it again."
         )
-    raise Unreadable(f"no format that is known here: {MEND}")
+    raise Unreadable(f"unknown format: {MEND}")
 
 
 def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
@@ -133,7 +126,7 @@ def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS:
-            raise Unreadable(f"{name} is of type {entry['dtype']}, which is not read: save it as F32 or BF16.")
+            raise Unreadable(f"{name} has the unsupported type {entry['dtype']}: save it as F32 or BF16.")
         begin, end = entry["data_offsets"]
         tensors[name] = np.ndarray(entry["shape"], DTYPES[SAFETENSORS[entry["dtype"]]], buffer, 8 + length + begin)
         if begin < 0 or tensors[name].nbytes != end - begin:
@@ -142,12 +135,12 @@ def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
 
 
 def _read_npy(data: Any) -> np.ndarray:
-    """An array of numpy's file format as a view of its bytes."""
+    """Return an array in numpy's file format as a view of its bytes."""
     head = io.BytesIO(data[: 1 << 16])
     version = np.lib.format.read_magic(head)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
     shape, fortran, dtype = read_header(head)
-    if dtype == np.dtype("V2"):  # numpy knows no bfloat16 and writes its bytes as such
+    if dtype == np.dtype("V2"):  # numpy writes bfloat16 as this type
         dtype = DTYPES["bfloat16"]
     if dtype.hasobject or dtype.names:
         raise Unreadable(
@@ -157,7 +150,7 @@ def _read_npy(data: Any) -> np.ndarray:
 
 
 def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
-    """numpy's .npz, torch.save's archive since 1.6, or TorchScript's."""
+    """Read numpy's .npz, or an archive of torch.save (since 1.6) or TorchScript."""
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if names and all(name.endswith(".npy") for name in names):
@@ -166,13 +159,13 @@ def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
         if len(inside) == 1:
             return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
     raise Unreadable(
-        f"a zip of something else (it holds {', '.join(names[:3]) or 'nothing'}): "
+        f"a zip archive of something else (it contains {', '.join(names[:3]) or 'nothing'}): "
         "unpack it and give the checkpoint inside."
     )
 
 
 def _header_length(start: bytes) -> int | None:
-    """Bytes of a safetensors header, told by a file's first nine bytes; None: another format."""
+    """Return the length of a safetensors header from the first nine bytes, or None for another format."""
     length = int.from_bytes(start[:8], "little")
     return length if start[8:9] == b"{" and length < 1 << 32 else None
 
@@ -192,9 +185,7 @@ def _in_folder(path: str) -> str:
 
 
 def _shards(path: str) -> dict[str, str] | None:
-    """{tensor: file} where the file is a Hugging Face index, whose shards lie in its own folder; None: it is no
-    JSON.
-    """
+    """Return {tensor: file} of a Hugging Face index, whose shards lie in its folder, or None if it is not JSON."""
     _check_there(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -206,12 +197,12 @@ def _shards(path: str) -> dict[str, str] | None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             named_well = False
     if not named_well:
-        raise ValueError(f"{path}: a JSON text that is no index of shards: {MEND}")
+        raise ValueError(f"{path}: a JSON file that is not an index of shards: {MEND}")
     return shards
 
 
 def _named(tree: Any) -> dict[str, np.ndarray]:
-    """The weights in a tree by name."""
+    """Return the weights in a tree by name."""
     if isinstance(tree, (Tensor, Array)):
         raise Unreadable("one tensor without a name: save a dictionary of tensors (a state_dict).")
     tensors = {}
@@ -228,7 +219,7 @@ def _named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _unwrapped(tree: Any) -> Any:
-    """The weights' own part of a training checkpoint: one whose top holds no weights."""
+    """Return the weights' part of a training checkpoint, or `tree` if its top level holds weights."""
     for _ in range(DEEPEST):
         if isinstance(tree, Module) or not isinstance(tree, dict):
             break
@@ -251,7 +242,7 @@ def _unwrapped(tree: Any) -> Any:
 
 
 def _holds_weights(tree: Any) -> bool:
-    """Any tensor but lone numbers, as a best score is."""
+    """Return whether the tree has a tensor that is not a scalar, such as a best score."""
     return any(len(leaf.shape) for _, leaf in _leaves(tree))
 
 
@@ -260,7 +251,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Tensors of nested dictionaries and lists, names joined with dots, in the file's order."""
+    """Yield the tensors of nested dictionaries and lists in the file's order, with names joined by dots."""
     left, seen = [("", tree, 0)], 0
     while left:
         name, node, depth = left.pop()
@@ -274,5 +265,5 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             ]
             seen += len(inner)
             if depth > DEEPEST or seen > MOST:
-                raise Unreadable("its parts are nested without end: save a plain state_dict.")
+                raise Unreadable("its parts are nested too deeply: save a plain state_dict.")
             left += [(f"{name}.{key}" if depth else str(key), value, depth + 1) for key, value in reversed(inner)]

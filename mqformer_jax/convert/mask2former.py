@@ -1,7 +1,8 @@
 """Mask2Former (Cheng et al., CVPR 2022), original and Hugging Face's, as a warm start for MQ-Former.
 
-Backbone and pixel decoder convert exactly. Of the decoder, what has a counterpart: each layer's self-attention, FFN and
-norms, the mask head, the queries' content. Its masked cross-attention and its classes, learned without text, have none.
+Backbone and pixel decoder convert exactly. Of the decoder, these parts convert: self-attention, FFN and norms of each
+layer, the mask head, and the content of the queries. The masked cross-attention and the classes, which are learned
+without text, have no counterpart.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from mqformer_jax.convert.rules import (
 )
 
 STRIDES, MASK_STRIDE = (8, 16, 32), 4
-POINTS = 4  # a level, in every released config
+POINTS = 4  # per level, in every released config
 LEVELS = len(STRIDES)
-LICENCE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
-NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has the deformable one", "classes learned without text"
+LICENSE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
+NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has deformable attention", "classes learned without text"
 IGNORED = {
     r"(transformer_cross_attention_layers\.\d+\.multihead_attn|layers\.\d+\.cross_attn)\.": NO_CROSS,
     r"(predictor|transformer_module)\.(level_embed|input_proj|input_projections)\.": NO_CROSS,
@@ -66,8 +67,10 @@ DECODER_LAYER = {  # {}: the layer's number
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """How one of the two originals names what the tables above do not say. column: of the tables. projection, lateral,
-    merge: a convolution and its GroupNorm."""
+    """Names of one of the two originals that are not in the tables above. column: its column in these tables.
+
+    projection, lateral, merge: a convolution and its GroupNorm.
+    """
 
     column: int
     backbone: str
@@ -122,8 +125,11 @@ HUGGING_FACE = Names(
 def pixel_decoder_entries(
     names: Names, heads: int, layers: int, levels: int = LEVELS, coarse_first: bool = True
 ) -> list[Entry]:
-    """Mask2Former's, and by the original's names Mask DINO's and OpenSeeD's. Ours counts levels fine to coarse: where
-    theirs has the coarse ones first, projections, embeddings and each head's offsets turn round."""
+    """Return the entries of the pixel decoder of Mask2Former, Mask DINO (with ORIGINAL's names) or OpenSeeD (same).
+
+    Our levels run from fine to coarse. coarse_first: theirs run from coarse to fine, so projections, embeddings and
+    each head's offsets are reversed.
+    """
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
     entries = [Entry(f"{ours}/level_embed", pixel + names.level_embed, order=turned(1, 1))]
@@ -145,7 +151,7 @@ def pixel_decoder_entries(
 
 
 def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
-    """What the masked-attention decoder shares with ours."""
+    """Return the entries of the parts that the masked-attention decoder shares with ours."""
     ours, theirs = "decoder/layers", names.predictor
     entries = [Entry("learnable/content", theirs + names.queries), *norm("heads/norm", theirs + names.decoder_norm)]
     for i in range(3):
@@ -170,13 +176,11 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Sets the backbone's fields of `config`; returns its entries. Raises ValueError, one line, where there is none, or
-    of another kind.
-    """
+    """Set the backbone's fields of `config` and return its entries. Raises ValueError if missing or unsupported."""
     ours, keys = config.model.backbone, [key for key in shapes if key.startswith(prefix)]
     has = lambda part: any(part in key for key in keys)
     if not keys:
-        raise ValueError(f"{prefix}* is missing: these are the names of the backbone; give the whole file.")
+        raise ValueError(f"{prefix}* is missing: these are the names of the backbone; give the complete file.")
     if has("relative_position_bias_table"):
         size, ours.window = swin.sizes_of(shapes, prefix)
         ours.name = f"swin_{size}"
@@ -193,9 +197,7 @@ def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[En
 
 
 def _plan(shapes: Shapes, names: Names) -> Plan:
-    """Sizes are read off the tables and matrices; heads off the attention weights, since a level always has four
-    points.
-    """
+    """Return the plan. Tensor shapes determine sizes, and the number of heads, since a level has four points."""
     pixel, predictor, column = names.pixel, names.predictor, names.column
     sides = lambda key: shape_of(shapes, key, 2)
     queries, width = sides(predictor + names.queries)
@@ -208,7 +210,7 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
     config.model.update(
         width=width,
         heads=heads,
-        points=POINTS,
+        num_sampling_points=POINTS,
         encoder_ffn=sides(encoder + ENCODER_LAYER["ffn/layers/0"][column] + ".weight")[0],
         ffn=sides(f"{ffn}.weight")[0],
         strides=STRIDES,
@@ -230,13 +232,13 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
 
 
 def _original(shapes: Shapes) -> Names:
-    """The original's names; its first checkpoints say static_query for query_feat."""
+    """Return the original's names. Its first checkpoints have static_query instead of query_feat."""
     old = f"{ORIGINAL.predictor}static_query.weight" in shapes
     return dataclasses.replace(ORIGINAL, queries="static_query.weight") if old else ORIGINAL
 
 
 def _hugging_face(shapes: Shapes) -> Names:
-    """Hugging Face's names, after "model." where the model has its class head."""
+    """Return Hugging Face's names, with the prefix "model." if the model has its class head."""
     root = "model." if f"model.{HUGGING_FACE.pixel}{HUGGING_FACE.level_embed}" in shapes else ""
     places = {name: root + getattr(HUGGING_FACE, name) for name in ("backbone", "pixel", "predictor")}
     return dataclasses.replace(HUGGING_FACE, **places)
@@ -248,7 +250,7 @@ FAMILIES = (
         "Mask2Former's model zoo (ResNet-50 and -101, Swin-T/S/B/L), as a warm start",
         lambda shapes: "sem_seg_head.predictor.transformer_cross_attention_layers.0.norm.weight" in shapes,
         lambda shapes: _plan(shapes, _original(shapes)),
-        LICENCE,
+        LICENSE,
     ),
     Family(
         "hf_mask2former",
@@ -258,6 +260,6 @@ FAMILIES = (
             and any("decoder.layers.0.cross_attn.in_proj_weight" in key for key in shapes)
         ),
         lambda shapes: _plan(shapes, _hugging_face(shapes)),
-        LICENCE,
+        LICENSE,
     ),
 )

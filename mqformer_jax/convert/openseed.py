@@ -1,13 +1,11 @@
-"""OpenSeeD (Zhang et al., ICCV 2023): Mask DINO whose classes are texts, and the ancestor of MQ-Former's two kinds of
-queries.
+"""OpenSeeD (Zhang et al., ICCV 2023): Mask DINO with texts as classes, and with the two kinds of queries of MQ-Former.
 
-Two decoders bear its names. The plain one has conditional queries only. The decoupled one has learned queries as well,
-which
-`query_feat` shows: all see each other in self-attention, and what divides them is a rule of training (learned queries
-are matched with stuff, conditional ones with things), kept here by `model.queries = "decoupled"`.
+There are two decoders. The plain one has only conditional queries. The decoupled one, recognized by `query_feat`, also
+has learned queries. All of them see each other in self-attention, but training matches learned queries with stuff and
+conditional ones with things (`model.queries = "decoupled"`).
 
-What differs from the original: the query order (learned first, which permutes the predictions), and that learned
-queries are not cut from the decoder's gradient.
+Differences from the original: learned queries come first, which permutes the predictions, and they are not detached
+from the decoder's gradient.
 """
 
 from __future__ import annotations
@@ -29,19 +27,20 @@ TOWER = f"{LANGUAGE}lang_encoder."
 IGNORED = {
     r"(^|\.)criterion\w*\.empty_weight$": "a constant of the loss",
     r"\.relative_position_index$": "computed from the window",
-    # only of a text encoder by itself
-    r"\.lang_encoder\.logit_scale$": "it belongs to the heads, which learn their own",
+    # only in the text encoder alone
+    r"\.lang_encoder\.logit_scale$": "the heads learn their own",
 }
 
 
 def head_entries(learned: bool) -> list[Entry]:
-    """Classes and queries, where they are not Mask DINO's. `class_embed` and `lang_mapper` stand on the right of a
-    product, as ours.
+    """Return the entries of classes and queries that differ from Mask DINO's.
+
+    `class_embed` and `lang_mapper` multiply from the right, as ours.
     """
     entries = [
         Entry("heads/class_embed/kernel", f"{PREDICTOR}class_embed"),
         Entry("heads/logit_scale", f"{LANGUAGE}logit_scale"),
-        Entry("noised/kernel", f"{PREDICTOR}lang_mapper"),
+        Entry("denoising_embedding/kernel", f"{PREDICTOR}lang_mapper"),
     ]
     if learned:
         entries.append(Entry("learnable/content", f"{PREDICTOR}query_feat.weight"))
@@ -50,7 +49,7 @@ def head_entries(learned: bool) -> list[Entry]:
 
 
 def _model_plan(shapes: Shapes) -> Plan:
-    """The whole model of names without a prefix."""
+    """Return the plan of the complete model, for names without a prefix."""
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
@@ -58,14 +57,14 @@ def _model_plan(shapes: Shapes) -> Plan:
     learned = shape_of(shapes, content, 2)[0] if content in shapes else 0
     model.update(
         strides=strides(shapes, levels),
-        grain=False,
+        region_embedding=False,
         score="cosine",
         queries="decoupled" if learned else "conditional",
         num_learnable=learned,
         num_conditional=QUERIES,
         interaction="joint",
     )
-    config.denoising.flip = 0.0  # noised copies always claim their own class
+    config.denoising.label_noise = 0.0  # denoising queries keep the labels of their targets
     config.data.templates = PHOTO_TEMPLATES
     entries = [
         *backbone_entries(config, shapes, "backbone."),
@@ -75,17 +74,18 @@ def _model_plan(shapes: Shapes) -> Plan:
         *head_entries(learned > 0),
         *_text_entries(model.text, shapes),
     ]
-    return Plan(config, "", entries, {"heads/logit_bias": np.zeros(()), "noised/bias": np.zeros(model.width)}, IGNORED)
+    zeros = {"heads/logit_bias": np.zeros(()), "denoising_embedding/bias": np.zeros(model.width)}
+    return Plan(config, "", entries, zeros, IGNORED)
 
 
 def _text_plan(shapes: Shapes) -> Plan:
-    """The text encoder by itself, of names without a prefix."""
+    """Return the plan of the text encoder alone, for names without a prefix."""
     config = base()
     return Plan(config, "text_encoder", _text_entries(config.model.text, shapes), ignored=IGNORED)
 
 
 def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
-    """The text encoder's entries; its sizes go into the config's `text`."""
+    """Return the entries of the text encoder, and set its sizes in `text`."""
     layers, projection = count(shapes, f"{TOWER}resblocks.{{}}."), f"{LANGUAGE}lang_proj"
     embed_dim = shape_of(shapes, projection, 2)[1]
     set_sizes(text, shapes, f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", layers, embed_dim)
@@ -94,22 +94,22 @@ def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
 
 
 def _family(name: str, originals: str, whole: bool) -> Family:
-    def recognises(shapes: Shapes) -> bool:
+    def recognizes(shapes: Shapes) -> bool:
         root = prefix_of(shapes, f"{LANGUAGE}lang_proj")
         return root is not None and (f"{root}{PREDICTOR}lang_mapper" in shapes) == whole
 
     def plan(shapes: Shapes) -> Plan:
-        root = prefix_of(shapes, f"{LANGUAGE}lang_proj") or ""  # training writes "model." before all names
+        root = prefix_of(shapes, f"{LANGUAGE}lang_proj") or ""  # training adds "model." to all names
         bare = {key.removeprefix(root): shape for key, shape in shapes.items()}
         found = _model_plan(bare) if whole else _text_plan(bare)
         return dataclasses.replace(
             found, entries=[dataclasses.replace(entry, theirs=root + entry.theirs) for entry in found.entries]
         )
 
-    return Family(name, originals, recognises, plan)
+    return Family(name, originals, recognizes, plan)
 
 
 FAMILIES = (
     _family("openseed", "OpenSeeD with Swin, plain and decoupled", whole=True),
-    _family("openseed_text", "OpenSeeD's text encoder by itself", whole=False),
+    _family("openseed_text", "OpenSeeD's text encoder alone", whole=False),
 )

@@ -1,4 +1,4 @@
-"""What became of every tensor of a conversion, by name."""
+"""The report of a conversion, which lists every tensor by name."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import dataclasses
 
 @dataclasses.dataclass
 class Report:
-    """loaded: taken as they are; reshaped: transposed, split, packed or stacked. missing: leaves of ours that nothing
-    filled.
-    unused: tensors of theirs that nothing read. mismatched: shapes that do not fit, or aliases that are not equal.
-    ignored: tensors known to have no counterpart, with the reason.
+    """Names of tensors by the result of the conversion.
+
+    loaded: copied unchanged. reshaped: transposed, split, packed or stacked. missing: our parameters that no tensor
+    filled. unused: their tensors that nothing read. mismatched: shapes that do not fit, or aliases that differ.
+    ignored: tensors without a counterpart, with the reason.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -22,11 +23,11 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Every leaf of ours was filled, every tensor of theirs read or known."""
+        """Whether every parameter of ours is filled and every tensor of theirs is used or ignored."""
         return not (self.missing or self.unused or self.mismatched)
 
     def table(self, longest: int = 0) -> str:
-        """A block a kind: its count and its names; of what went well at most `longest` (0: all)."""
+        """Return the count and the names of each kind. longest: most names per kind without problems (0: all)."""
         blocks = []
         for field in dataclasses.fields(self):
             names = getattr(self, field.name)

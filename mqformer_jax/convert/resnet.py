@@ -1,7 +1,7 @@
-"""ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2: three ways to name the same tensors.
+"""ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2: three naming schemes for the same tensors.
 
-Weights do not say where a stage's stride sits; all three put it into the 3x3 (`stride_in_1x1=False`). Only Microsoft's
-first weights, which detectron2 offers as "MSRA/R-50.pkl", have it in the 1x1.
+Weights do not show which convolution has a stage's stride. It is the 3x3 one in all three (`stride_in_1x1=False`), and
+the 1x1 one only in Microsoft's first weights, detectron2's "MSRA/R-50.pkl".
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mqformer_jax import config as recipe
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, batch_norm, conv, is_model, prefix_of
 from mqformer_jax.models.resnet import BLOCKS
 
-# the last convolution of every bottleneck: {} for its stage and its number
+# the last convolution of every bottleneck; {} are stage and block
 TORCHVISION = "layer{}.{}.conv3.weight"
 HUGGING_FACE = "encoder.stages.{}.layers.{}.layer.2.convolution.weight"
 DETECTRON2 = "res{}.{}.conv3.weight"
@@ -25,9 +25,7 @@ IGNORED = {
 
 
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The backbone at path `ours` from keys that follow `theirs` ("", "backbone."), as torchvision and timm name
-    them.
-    """
+    """Return the entries of the backbone at path `ours` for torchvision and timm. theirs: prefix ("", "backbone.")."""
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}layer{stage + 1}.{block}."
@@ -39,9 +37,7 @@ def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The same of Hugging Face's `ResNetModel` and `ResNetBackbone`; `theirs`: what their names start with ("",
-    "resnet.").
-    """
+    """Return the entries for Hugging Face's `ResNetModel` and `ResNetBackbone`. theirs: prefix ("", "resnet.")."""
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         inner = "shortcut" if name == "shortcut" else f"layer.{int(name[-1]) - 1}"
@@ -53,7 +49,7 @@ def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """The same of detectron2's ResNet, and so of Mask2Former's and Mask DINO's backbones (`theirs` = "backbone.")."""
+    """Return the entries for detectron2's ResNet, also in Mask2Former and Mask DINO (prefix `theirs` = "backbone.")."""
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}res{stage + 2}.{block}.{name}"
@@ -63,8 +59,9 @@ def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def depth_of(shapes: Shapes, bottleneck: str) -> int:
-    """50 or 101, by the blocks of each stage. bottleneck: a key that every block has, with {} for its stage and its
-    number.
+    """Return 50 or 101, from the number of blocks per stage. Raises ValueError for other depths.
+
+    bottleneck: a name that every block has, with {} for stage and block.
     """
     pattern = re.compile(re.escape(bottleneck).replace(r"\{\}", r"(\d+)"))
     found = [(int(match[1]), int(match[2])) for key in shapes if (match := pattern.fullmatch(key))]
@@ -75,7 +72,7 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
         if blocks == expected:
             return depth
     known = " and ".join(f"ResNet-{depth} {expected}" for depth, expected in BLOCKS.items())
-    seen = f"{blocks} bottlenecks a stage" if blocks else "no bottlenecks, as those of 18 and 34 layers are made,"
+    seen = f"{blocks} bottlenecks per stage" if blocks else "no bottlenecks, e.g. ResNet-18 or -34,"
     raise ValueError(
         f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); "
         f"only {known} can."
@@ -85,7 +82,7 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
 def _entries(
     ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Entry]:
-    """part(stage, block, name): keys of a convolution and of its BatchNorm; name is conv1, conv2, conv3 or shortcut."""
+    """Return all entries. part(stage, block, name): names of a convolution (conv1 to conv3, shortcut) and its norm."""
     entries = _conv_norm(f"{ours}/stem", stem)
     for stage, blocks in enumerate(BLOCKS[depth]):
         for name in ("conv1", "conv2", "conv3", "shortcut"):
@@ -103,9 +100,9 @@ def _conv_norm(ours: str, theirs: tuple[str, str], index: int | None = None) -> 
 def _family(
     name: str, originals: str, make: Callable[[str, str, int], list[Entry]], bottleneck: str, keys: tuple[str, ...]
 ) -> Family:
-    """keys: what shows such a backbone, after any prefix; the first ends no other key."""
+    """Return a family. keys: names that identify it, after any prefix. No other name ends in the first one."""
 
-    def recognises(shapes: Shapes) -> bool:
+    def recognizes(shapes: Shapes) -> bool:
         return (not is_model(shapes) and prefix_of(shapes, *keys) is not None) or (
             name == "d2_resnet" and MSRA <= shapes.keys()
         )
@@ -114,7 +111,7 @@ def _family(
         if MSRA <= shapes.keys():
             raise ValueError(
                 "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; "
-                "take detectron2's torchvision/R-50.pkl or R-101.pkl."
+                "use detectron2's torchvision/R-50.pkl or R-101.pkl."
             )
         prefix = prefix_of(shapes, *keys) or ""
         depth = depth_of(shapes, prefix + bottleneck)
@@ -122,7 +119,7 @@ def _family(
         config.model.backbone.update(name=f"resnet{depth}", stride_in_1x1=False)
         return Plan(config, "backbone", make("backbone", prefix, depth), ignored=IGNORED)
 
-    return Family(name, originals, recognises, plan)
+    return Family(name, originals, recognizes, plan)
 
 
 FAMILIES = (

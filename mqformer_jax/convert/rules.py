@@ -1,7 +1,7 @@
-"""How a foreign checkpoint's tensors become ours: a list of entries, each one tensor (or a slice of it) and its layout.
+"""Convert the tensors of another project's checkpoint to ours, by a list of entries: one tensor (or slice) each.
 
-A family (one file each) looks at the names and shapes of a checkpoint and returns a `Plan`; everything else reads the
-plan: `apply` brings tensors in, `invert` takes them back out, exactly.
+A family (one file each) reads the names and shapes of a checkpoint and returns a `Plan`. With it, `apply` converts
+tensors to ours, and `invert` converts them back exactly. "ours" are names in our model, "theirs" in the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs and where it goes.
+    """One tensor of theirs and its place in our model.
 
-    ours: path of our leaf ("backbone/stem/conv/kernel"). theirs: key. layout: of LAYOUTS.
-    index: which row of our leaf, where ours stacks layers of one shape. take: rows [start, stop) of theirs, where
-    theirs packs several along the first axis (q, k, v). into: columns [start, stop) of ours' last axis, where ours
-    packs. order: a permutation of theirs' first axis, by which ours reads it (levels counted from the other end:
-    `reversed_levels`). Two entries with one place in ours are aliases: the checkpoint must hold equal values there.
+    ours: path of our parameter ("backbone/stem/conv/kernel"). theirs: name of their tensor. layout: key of LAYOUTS.
+    index: row of our parameter, if it stacks layers of one shape. take: rows [start, stop) of their tensor, if it packs
+    several along the first axis (q, k, v). into: columns [start, stop) of our last axis, if our parameter packs
+    several. order: permutation of their first axis (e.g. for levels in reverse order: `reversed_levels`).
+    Two entries with the same place are aliases, whose values must be equal.
     """
 
     ours: str
@@ -56,12 +56,11 @@ class Entry:
 
 @dataclasses.dataclass
 class Plan:
-    """What a family makes of a checkpoint.
+    """How to convert one checkpoint.
 
-    config: a whole recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters that
-    it fills: "backbone", "text_encoder", or "" for the whole model. constants: leaves of ours that no tensor of theirs
-        is read for.
-    ignored: {regex of their keys: why they have no counterpart}.
+    config: a complete recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters
+    that it fills: "backbone", "text_encoder", or "" for the whole model. constants: values of our parameters that have
+    no counterpart. ignored: {regex of their names: why they have no counterpart}.
     """
 
     config: ConfigDict
@@ -73,76 +72,71 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A kind of checkpoint. recognises: do these names look like it? plan: names and shapes to a Plan; raises
-    ValueError in one line.
+    """A kind of checkpoint.
 
-    originals: whose checkpoints, for --help. licence: what a user must know about the weights, or "".
+    recognizes: returns whether tensor names belong to it. plan: returns the Plan for shapes by name; raises ValueError.
+    originals: description for --help. license: notice about the weights, or "".
     """
 
     name: str
     originals: str
-    recognises: Callable[[Shapes], bool]
+    recognizes: Callable[[Shapes], bool]
     plan: Callable[[Shapes], Plan]
-    licence: str = ""
+    license: str = ""
 
 
 def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that sizes are read from. Raises ValueError, one line, where it is missing or of other
-    dimensions.
-    """
+    """Return the shape of a tensor. Raises ValueError if it is missing or has another number of dimensions."""
     shape = shapes.get(key)
     if shape is None or len(shape) != ndim:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}"
-        raise ValueError(
-            f"{key} {found}: a tensor of {ndim} dimension{'s' * (ndim > 1)} belongs there; is the file whole?"
-        )
+        raise ValueError(f"{key} {found}: it should have {ndim} dimension{'s' * (ndim > 1)}; is the file complete?")
     return tuple(shape)
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """How many layers there are: numbers from 0 on with which `pattern` ({} for the number) starts a key.
+    """Return the number of layers. pattern: prefix of a layer's names, with {} for its number, counted from 0.
 
-    Raises ValueError, one line, where there is none or one in between is missing.
+    Raises ValueError if there is no layer or one is missing.
     """
     layer = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     found = {int(match[1]) for key in shapes if (match := layer.match(key))}
     absent = next(i for i in range(len(found) + 1) if i not in found)
     if absent < max(len(found), 1):
         raise ValueError(
-            f"{pattern.replace('{}', str(absent))}* is missing: there must be layers from 0 on; is the file whole?"
+            f"{pattern.replace('{}', str(absent))}* is missing: layers are numbered from 0 on; is the file complete?"
         )
     return len(found)
 
 
 def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
-    """What stands before `name` in the first key that ends in it ("", "model.", "backbone."), if the others are there,
-    too.
+    """Return the prefix of `name` in the first key that ends in it ("", "model."), or None.
+
+    None, too, if a name of `others` does not exist with this prefix.
     """
     prefix = next((key.removesuffix(name) for key in shapes if key == name or key.endswith(f".{name}")), None)
     return prefix if prefix is not None and all(prefix + other in shapes for other in others) else None
 
 
 def is_model(shapes: Shapes) -> bool:
-    """Is this a whole model, whose backbone is not all there is? Those have families of their own (the last is
-    CLIP's).
-    """
+    """Return whether this is a complete model and not a backbone. Such models (e.g. CLIP) have their own families."""
     return any(part in key for key in shapes for part in ("sem_seg_head.", "pixel_level_module.", "visual."))
 
 
 def linear(ours: str, theirs: str, index: int | None = None, bias: bool = True) -> list[Entry]:
-    """A dense layer: ours/kernel and ours/bias of theirs.weight and theirs.bias."""
+    """Return the entries of a dense layer: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
     kernel = [Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", index)]
     return kernel + [Entry(f"{ours}/bias", f"{theirs}.bias", "same", index)] * bias
 
 
 def conv(ours: str, theirs: str, index: int | None = None, bias: bool = False) -> list[Entry]:
-    """A convolution: ours/kernel, and ours/bias, of theirs.weight and theirs.bias."""
+    """Return the entries of a convolution: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
     kernel = [Entry(f"{ours}/kernel", f"{theirs}.weight", "conv", index)]
     return kernel + [Entry(f"{ours}/bias", f"{theirs}.bias", "same", index)] * bias
 
 
 def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """LayerNorm or GroupNorm: ours/scale and ours/bias."""
+    """Return the entries of a LayerNorm or GroupNorm: ours/scale and ours/bias."""
     return [
         Entry(f"{ours}/scale", f"{theirs}.weight", "same", index),
         Entry(f"{ours}/bias", f"{theirs}.bias", "same", index),
@@ -150,13 +144,13 @@ def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
 
 
 def batch_norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """Frozen BatchNorm: ours/scale, bias, mean, var."""
+    """Return the entries of a frozen BatchNorm: ours/scale, bias, mean, var."""
     names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
     return [Entry(f"{ours}/{mine}", f"{theirs}.{name}", "same", index) for mine, name in names.items()]
 
 
 def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = None) -> list[Entry]:
-    """torch's in_proj_weight and in_proj_bias ([q; k; v] along the first axis) to our three dense layers."""
+    """Return the entries that split torch's in_proj_weight and in_proj_bias, [q; k; v], into three dense layers."""
     entries = []
     for k, name in enumerate(ours):
         rows = (k * width, (k + 1) * width)
@@ -166,7 +160,7 @@ def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = Non
 
 
 def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = None) -> list[Entry]:
-    """Their separate q, k, v dense layers to our packed one."""
+    """Return the entries that pack separate q, k, v dense layers into one."""
     entries = []
     for k, name in enumerate(theirs):
         columns = (k * width, (k + 1) * width)
@@ -176,26 +170,24 @@ def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = No
 
 
 def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
-    """The `order` of rows [heads x levels x rest] whose levels run the other way (Mask2Former counts from the
-    coarsest).
-    """
+    """Return the `order` that reverses the levels of rows [heads x levels x rest] (Mask2Former: coarsest first)."""
     return np.arange(heads * levels * rest).reshape(heads, levels, rest)[:, ::-1].ravel()
 
 
 def apply(
     plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct | Array]
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Theirs to ours. `ours`: the leaves of the plan's part by path (`leaves`). Only leaves that were filled whole are
-    returned.
+    """Convert their tensors. Return the parameters that were completely filled, by path, and a report.
 
-    Tensors that hold NaN or infinity are taken as they are, and named in a warning.
+    ours: shapes of the parameters in the plan's part, by path (`leaves`). Tensors with NaN or infinity are converted
+    with a warning.
     """
     report, values, filled = Report(), {}, {}
     read, odd = set(), {}
     for entry in plan.entries:
         read.add(entry.theirs)
         if entry.theirs not in tensors or entry.ours not in ours:
-            continue  # named below, as missing or unused
+            continue  # reported below as missing or unused
         if entry.ours not in values:
             values[entry.ours] = np.zeros(ours[entry.ours].shape, np.float32)
             filled[entry.ours] = np.zeros(ours[entry.ours].shape, bool)
@@ -204,7 +196,7 @@ def apply(
         try:
             piece = LAYOUTS[entry.layout][0](_rows(tensor, entry)).astype(np.float32)
             target, done = values[entry.ours][place], filled[entry.ours][place]
-        except (IndexError, ValueError):  # dimensions that the layout or the leaf has not
+        except (IndexError, ValueError):  # wrong number of dimensions
             report.mismatched.append(told)
             continue
         if not np.isfinite(piece).all():
@@ -212,7 +204,7 @@ def apply(
         if target.shape != piece.shape:
             report.mismatched.append(told)
         elif done.size and done.all() and not np.array_equal(target, piece, equal_nan=True):
-            report.mismatched.append(f"{told}: another tensor that should be the same is not")
+            report.mismatched.append(f"{told}: differs from another tensor that should be equal")
         else:
             values[entry.ours][place], filled[entry.ours][place] = piece, True
             plain = entry.layout == "same" and place == (...,) and entry.take is None and entry.order is None
@@ -230,11 +222,10 @@ def apply(
 
 
 def invert(plan: Plan, values: Mapping[str, Array], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
-    """Ours back to theirs, exactly: the tensors whose leaves are all in `values`, in float32.
+    """Convert our parameters back exactly. Return the tensors whose parameters are all in `values`, in float32.
 
-    shapes: of the checkpoint that the plan was made of. Then `values` must be what its layout can hold: leaves of the
-    shapes that the plan fills, constants unchanged. Raises ValueError, one line that names the leaf, where they are
-    not.
+    shapes: those of the plan's checkpoint, to check that its layout can hold `values`. Raises ValueError if parameters
+    have other shapes than the plan fills, or if constants changed.
     """
     if shapes is not None:
         _check_expressible(plan, values, shapes)
@@ -257,15 +248,15 @@ def _inverted(value: Array, entry: Entry) -> Array:
         return LAYOUTS[entry.layout][1](value[_place(entry)])
     except (IndexError, ValueError) as e:
         raise ValueError(
-            f"{entry.ours} {value.shape} has no {_name(entry)} that {entry.theirs} could be: it is of another model."
+            f"{entry.ours} {value.shape} has no {_name(entry)} for {entry.theirs}: it belongs to another model."
         ) from e
 
 
 def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) -> None:
-    """That the leaves have the shapes that tensors of these shapes fill, and the constants their values."""
+    """Raise ValueError unless parameters have the shapes that the plan fills, and constants are unchanged."""
     for path, constant in plan.constants.items():
         if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
-            raise ValueError(f"{path} was trained away from what the original's layout can express.")
+            raise ValueError(f"{path} has changed in training, which the original's layout cannot express.")
     layers, columns = {}, {}
     for entry in plan.entries:
         layers[entry.ours] = max(layers.get(entry.ours, 0), 0 if entry.index is None else entry.index + 1)
@@ -279,20 +270,18 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
         shape = shape if entry.into is None else (*shape[:-1], columns[entry.ours])
         if values[entry.ours].shape != shape:
             raise ValueError(
-                f"{entry.ours} is {values[entry.ours].shape}, "
-                f"the layout of {entry.theirs} makes it {shape}: another model."
+                f"{entry.ours} has shape {values[entry.ours].shape}, "
+                f"but {entry.theirs} needs {shape}: it belongs to another model."
             )
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """A pytree's leaves by path, as entries name them."""
+    """Return the leaves of a pytree by path, as used in entries."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def fill(module: nnx.Module, values: Mapping[str, Array], part: str) -> nnx.Module:
-    """A module (or its shapes: `nnx.eval_shape`) with all variables taken from `values`, whose paths begin with
-    `part`.
-    """
+    """Return `module` (or its shapes: `nnx.eval_shape`) with all variables from `values`, at paths below `part`."""
     graph, state = nnx.split(module)
     pure = nnx.to_pure_dict(state)
     named = [f"{part}/{path}" if part else path for path in leaves(pure)]

@@ -1,6 +1,4 @@
-"""Swin Transformers: Microsoft's names (its detection code's and timm's too) and Hugging Face's, in memory and on
-disk.
-"""
+"""Swin Transformers with the names of Microsoft (also detection code and timm) or Hugging Face (memory and disk)."""
 
 from __future__ import annotations
 
@@ -27,10 +25,10 @@ from mqformer_jax.models.swin import SIZES, Size
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Where a kind of checkpoint keeps the parts of a Swin. block, merge and norm are patterns of a stage's (and
-    block's) number.
+    """The names of the parts of a Swin in one kind of checkpoint.
 
-    qkv: one packed layer, or three. norm: of an output feature. The other names stand inside a block.
+    block, merge, norm: patterns with {} for the stage (and block). norm: of an output feature. qkv: one packed layer,
+    or three. The names from norm1 on are inside a block.
     """
 
     embed: str
@@ -48,7 +46,7 @@ class Names:
 
     @property
     def first_table(self) -> str:
-        """The key by which this kind is known."""
+        """The name that identifies this kind of checkpoint."""
         return self.block.format(0, 0) + self.table
 
 
@@ -94,33 +92,30 @@ IGNORED = {
     r"relative_position_index$": "computed from the window",
     r"attn_mask$": "computed from the image's size",
     r"(^|\.)(norm|layernorm)\.(weight|bias)$": (
-        "the classifier's norm; features have norms of their own, at the start scale 1 and bias 0"
+        "the classifier's norm; features have their own norms, initially with scale 1 and bias 0"
     ),
     r"(^|\.)(head|classifier)\.": "the classifier",
-    r"embeddings\.mask_token$": "of masked image modelling",
+    r"embeddings\.mask_token$": "only for masked image modeling",
 }
 
 
 def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
-    """Size ("t", "s", "b" or "l") and window of the Swin named from `prefix` on; ValueError where there is none, or of
-    another size.
-    """
+    """Return size ("t", "s", "b" or "l") and window of the Swin at `prefix`. Raises ValueError for other sizes."""
     _, root = _kind(shapes, prefix)
     size, window = _size(shapes, prefix)
     name = next((name for name, known in SIZES.items() if known == size), None)
     if name is None:
         known = "; ".join(f"{name}: {size.width}, {size.depths}" for name, size in SIZES.items())
         raise ValueError(
-            f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; convertible are {known}."
+            f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; supported are {known}."
         )
     return name, window
 
 
 def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
-    """The entries of our "backbone" from the Swin whose names start with `prefix` ("", "backbone.",
-    "model.pixel_level_module.encoder.").
+    """Return the entries of our "backbone" for the Swin at `prefix` ("", "model.pixel_level_module.encoder.").
 
-    Of either kind, which the names tell. Output norms are among them where the checkpoint has them (`absent_norms`).
+    The kind of checkpoint is recognized by its names. Output norms are included if it has them (see `absent_norms`).
     """
     names, root = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
@@ -141,7 +136,7 @@ def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
 
 
 def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
-    """Constants for the output norms that a checkpoint lacks, as a classifier's does: scale 1, bias 0."""
+    """Return constants (scale 1, bias 0) for the output norms that a checkpoint, e.g. of a classifier, lacks."""
     names, _ = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
     absent = [stage for stage in range(4) if _norm(names, prefix, stage) + ".weight" not in shapes]
@@ -151,7 +146,7 @@ def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[Entry]:
-    """One block, row `pair` of our stack."""
+    """Return the entries of one block, row `pair` of our stack."""
     qkv = [theirs + name for name in names.qkv]
     found = linear(f"{ours}/qkv", qkv[0], pair) if len(qkv) == 1 else packing(f"{ours}/qkv", qkv, width, pair)
     for name in ("out", "fc1", "fc2"):
@@ -162,24 +157,23 @@ def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[
 
 
 def _norm(names: Names, prefix: str, stage: int) -> str:
-    """An output norm; Hugging Face counts from 1, and keeps them outside of "swin."."""
+    """Return the name of an output norm. Hugging Face counts from 1 and keeps them outside of "swin."."""
     return prefix + names.norm.format(stage + (names is not MICROSOFT))
 
 
 def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
-    """Whose names these are, and what stands before them: the prefix, or the prefix and "swin."."""
+    """Return the kind of names, and their prefix with "swin." if they have it. Raises ValueError."""
     for names in (MICROSOFT, HUGGING_FACE, HUGGING_FACE_ON_DISK):
         for root in (prefix, f"{prefix}swin."):
             if root + names.first_table in shapes:
                 return names, root
     raise ValueError(
-        f"{prefix}{MICROSOFT.first_table} is missing: this is no Swin checkpoint, or a part of one; "
-        "give the whole file."
+        f"{prefix}{MICROSOFT.first_table} is missing: this is not a complete Swin checkpoint; give the complete file."
     )
 
 
 def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
-    """Width, depths and window, read from the shapes of the position tables."""
+    """Return width, depths and window from the shapes of the position tables. Raises ValueError."""
     names, root = _kind(shapes, prefix)
     table = lambda stage, block: root + names.block.format(stage, block) + names.table
     depths = []
@@ -197,14 +191,14 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
 
 
 def _prefix(shapes: Shapes, family: str) -> str | None:
-    """What stands before the names of a family's Swin, "swin." not counted; None where there is none."""
+    """Return the prefix of a family's Swin without "swin.", or None if there is no such Swin."""
     found = (prefix_of(shapes, names.first_table) for names in KINDS[family])
     root = next((root for root in found if root is not None), None)
     return root[: -len("swin.")] if root is not None and f".{root}".endswith(".swin.") else root
 
 
 def _family(name: str, originals: str) -> Family:
-    def recognises(shapes: Shapes) -> bool:
+    def recognizes(shapes: Shapes) -> bool:
         return not is_model(shapes) and _prefix(shapes, name) is not None
 
     def plan(shapes: Shapes) -> Plan:
@@ -214,7 +208,7 @@ def _family(name: str, originals: str) -> Family:
         config.model.backbone.name, config.model.backbone.window = f"swin_{size}", window
         return Plan(config, "backbone", entries(shapes, prefix), absent_norms(shapes, prefix), IGNORED)
 
-    return Family(name, originals, recognises, plan)
+    return Family(name, originals, recognizes, plan)
 
 
 FAMILIES = (

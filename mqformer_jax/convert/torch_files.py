@@ -1,6 +1,4 @@
-"""torch's checkpoint files: the zip archives, the stream before them, and plain pickles. Tensors are views of the
-mapped file.
-"""
+"""Read torch's checkpoint files: zip archives, the older stream format and plain pickles, as views of the file."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ import numpy as np
 
 from mqformer_jax.convert.torch_pickle import Module, Unpickler, Unreadable
 
-MAGIC = 0x1950A86A20F9469CFC6C  # torch.save before 1.6 begins with this number, pickled
-LARGEST_UNPACKED = 1 << 26  # bytes that a compressed member may claim whatever its size in the file
+MAGIC = 0x1950A86A20F9469CFC6C  # files of torch.save before 1.6 begin with this number, pickled
+LARGEST_UNPACKED = 1 << 26  # unpacked bytes that are allowed for a compressed member of any size
 
 
 def read_pickle(buffer: mmap.mmap) -> Any:
-    """The object of a plain pickle, or of torch.save before 1.6; tensors are `Tensor` and `Array`."""
+    """Return the object of a plain pickle, or of torch.save before 1.6. Tensors are `Tensor` and `Array`."""
     buffer.seek(0)
     tree = Unpickler(buffer).load()
     if tree != MAGIC:
@@ -43,8 +41,9 @@ def read_pickle(buffer: mmap.mmap) -> Any:
 
 
 def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> Any:
-    """The object of torch.save since 1.6, or the module of torch.jit.save; tensors are `Tensor` and `Array`. prefix:
-    its folder.
+    """Return the object of torch.save since 1.6, or the module of torch.jit.save. prefix: its folder.
+
+    Tensors are `Tensor` and `Array`.
     """
     names = set(archive.namelist())
     unpickler = Unpickler(io.BytesIO(member(archive, buffer, f"{prefix}data.pkl")))
@@ -66,7 +65,7 @@ def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> An
 
 
 def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind: str) -> set[str] | None:
-    """Names of the parameters and buffers of a TorchScript class, as its source lists them; None: it does not."""
+    """Return the parameters and buffers that the source of a TorchScript class lists, or None if it does not."""
     folder, _, name = kind.rpartition(".")
     try:
         source = bytes(member(archive, buffer, f"{prefix}code/{folder.replace('.', '/')}.py")).decode()
@@ -81,24 +80,23 @@ def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind:
 
 
 def _drop_attributes(module: Module, state: set[str] | None) -> None:
-    """What a TorchScript module holds beside its submodules, parameters and buffers is no part of its state_dict."""
+    """Remove attributes that are not in the state_dict, i.e. not submodules, parameters or buffers."""
     for name in [name for name, value in module.items() if not isinstance(value, Module)]:
         if state is not None and name not in state:
             del module[name]
 
 
 def member(archive: zipfile.ZipFile, buffer: mmap.mmap, name: str) -> Any:
-    """A file's bytes inside a zip: a view of the archive's own where it is stored as it is."""
+    """Return the bytes of a file in a zip archive, as a view of the archive if it is not compressed."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         if info.file_size > max(LARGEST_UNPACKED, 100 * info.compress_size):
             raise Unreadable(
-                f"{name} in it unpacks to {info.file_size} bytes from {info.compress_size}: "
-                "save it without compression."
+                f"{name} unpacks from {info.compress_size} to {info.file_size} bytes: save it without compression."
             )
         return archive.read(info)
     start, name_length, extra_length = struct.unpack_from("<4s22xHH", buffer, info.header_offset)
     begin = info.header_offset + 30 + name_length + extra_length
     if start != b"PK\x03\x04" or begin + info.file_size > len(buffer):
-        raise EOFError(f"{name} is not whole")
+        raise EOFError(f"{name} is truncated")
     return memoryview(buffer)[begin : begin + info.file_size]

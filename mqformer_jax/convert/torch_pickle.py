@@ -1,7 +1,7 @@
-"""The pickles in checkpoints, read without torch and without running anything that they name.
+"""Read the pickles in checkpoints without torch and without running anything that they name.
 
-A pickle is a program that may call any function by name. Here the names it may use are the table `KNOWN`, and what they
-stand for only remembers its arguments; every other name ends the reading.
+A pickle is a program that may call any function by name. Here, only the names in the table `KNOWN` are allowed, and
+their replacements only store their arguments. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LARGEST_REPEATED = 1 << 26  # elements of a view that repeats its storage (stride 0): a few bytes may claim any size
+LARGEST_REPEATED = 1 << 26  # most elements of a view with stride 0, which may claim any size
 
 
 class Unreadable(ValueError):
-    """A file that cannot be read: what is wrong and the mend, in one line without the file's name."""
+    """A file that cannot be read. The message says what is wrong and what to do, without the file's name."""
 
 
 _NUMPY = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128"
@@ -30,7 +30,7 @@ STORAGES = dict(
 
 
 class Storage:
-    """A run of elements that tensors are views of; `raw` is filled in once the file says where the bytes are."""
+    """Elements that tensors are views of. `raw` is set when the position of the bytes is known."""
 
     def __init__(self, dtype: np.dtype, key: str, count: int):
         self.dtype, self.key, self.count = dtype, key, count
@@ -38,7 +38,7 @@ class Storage:
 
 
 class Tensor:
-    """What torch's functions that rebuild a tensor are called with; sizes, strides and offset in elements."""
+    """The arguments of torch's functions that rebuild a tensor. Sizes, strides and offset are in elements."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, dtype: np.dtype | None = None):
         self.storage, self.offset, self.shape, self.strides, self.dtype = (
@@ -50,7 +50,7 @@ class Tensor:
         )
 
     def array(self) -> np.ndarray:
-        """A view of the storage; numpy checks that it lies inside."""
+        """Return a view of the storage. numpy checks that it lies inside."""
         dtype = self.dtype or self.storage.dtype
         strides = [stride * dtype.itemsize for stride in self.strides]
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
@@ -63,7 +63,7 @@ class Tensor:
 
 
 class Array:
-    """A numpy array in a pickle, before numpy sees it."""
+    """A numpy array in a pickle, before it is created."""
 
     def __init__(self, raw: Any = b"", dtype: Any = None, shape: tuple = (), order: str = "C"):
         self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
@@ -78,7 +78,7 @@ class Array:
 
 
 class ArrayType:
-    """A numpy dtype in a pickle: a letter and a size, and the byte order as its state."""
+    """A numpy dtype in a pickle: a letter and a size, with the byte order as its state."""
 
     def __init__(self, code: str, *flags: Any):
         self.code, self.byte_order = code, "="
@@ -88,12 +88,12 @@ class ArrayType:
 
     def numpy(self) -> np.dtype:
         if not re.fullmatch(r"[fiubc]\d+", self.code):
-            raise Unreadable(f"an array of numpy type '{self.code}', which is no number: save the weights alone.")
+            raise Unreadable(f"an array of numpy type '{self.code}', which is not a number: save only the weights.")
         return np.dtype(self.code).newbyteorder(self.byte_order)
 
 
 class Ordered(dict):
-    """collections.OrderedDict, without the attributes that torch hangs on it."""
+    """collections.OrderedDict, without the attributes that torch adds."""
 
     def __setstate__(self, state: Any) -> None:
         pass
@@ -109,7 +109,7 @@ class Module(dict):
 
 
 class Inert:
-    """Something that training leaves in a checkpoint and that holds no weights: takes all, keeps nothing."""
+    """An object without weights that training leaves in a checkpoint. It accepts any call and stores nothing."""
 
     def __init__(self, *args: Any):
         pass
@@ -128,7 +128,7 @@ def _rebuild(
 ) -> Tensor:
     if bits:
         raise Unreadable(
-            "a tensor with its sign or conjugate still pending: save it with .resolve_neg().resolve_conj()."
+            "a tensor whose negation or conjugation is pending: save it with .resolve_neg().resolve_conj()."
         )
     return Tensor(storage, offset, shape, strides)
 
@@ -192,7 +192,7 @@ for _name in (*DTYPES, *OLD_NAMES):
 
 
 class Unpickler(pickle._Unpickler):
-    """Python's own unpickler in Python: the one in C makes room for whatever memo index a file claims."""
+    """The unpickler in pure Python: the one in C allocates memory for any memo index that a file claims."""
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -209,7 +209,7 @@ class Unpickler(pickle._Unpickler):
         except KeyError:
             raise Unreadable(
                 f"refused to run {module}.{name}: weights need no code; "
-                "if you trust the file, load it with the program that made it and save the weights alone."
+                "if you trust the file, load it with the program that made it and save only the weights."
             ) from None
 
     def persistent_load(self, saved: tuple) -> Storage:
@@ -217,23 +217,23 @@ class Unpickler(pickle._Unpickler):
         storage = self.storages.setdefault(key, Storage(dtype, key, count))
         if kind != "storage" or any(view) or not isinstance(dtype, np.dtype) or storage.dtype != dtype:
             raise Unreadable(
-                "an object of torch that is no plain tensor: load the file with torch and save the state_dict alone."
+                "a torch object that is not a plain tensor: load the file with torch and save only the state_dict."
             )
         return storage
 
     def load_build(self) -> None:
-        """As the original, but never sets attributes by name: a pickle could otherwise change the classes above."""
+        """Do as the original, but never set attributes by name, which could change the classes above."""
         state, built = self.stack.pop(), self.stack[-1]
         if not isinstance(built, (Array, ArrayType, Ordered, Module, Inert)):
             raise Unreadable(
-                f"gives a {type(built).__name__} attributes: load the file with torch and save the state_dict alone."
+                f"sets attributes of a {type(built).__name__}: load the file with torch and save only the state_dict."
             )
         built.__setstate__(state)
         if isinstance(built, Module):
             self.modules.append(built)
 
     def load_global(self) -> None:
-        """As the original, but a name cut short is no other name."""
+        """Do as the original, but reject a truncated name."""
         module, name = self.readline(), self.readline()
         if not name.endswith(b"\n"):
             raise EOFError("it ends inside a name")

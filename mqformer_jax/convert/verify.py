@@ -1,13 +1,13 @@
-"""The original and the converted model side by side, stage by stage:
+"""Compare a converted model with its original, stage by stage.
 
-    mqformer convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
+    python -m mqformer_jax.convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
 
-With --converted it is what `convert` wrote that stands beside the original, else a conversion made on the spot.
+--converted is a folder that `mqformer convert` wrote. Without it, the original is converted in memory.
 
 Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its
-config.json), timm (for ResNets), clip-anytorch, efficientnet_lite_pytorch. Mask DINO's, Mask2Former's, OpenSeeD's and
-the detection Swin's own code is in no release (timm's Swin shifts its windows before it pads them, which is another
-function); tests/test_maskdino.py holds ours to numbers recorded from Mask DINO's.
+config.json), timm (for ResNets), clip-anytorch, efficientnet_lite_pytorch. The original code of Mask DINO, Mask2Former,
+OpenSeeD and the detection Swin is not in a package (timm's Swin computes another function: it shifts windows before it
+pads them). tests/test_maskdino.py compares ours with numbers recorded from Mask DINO's code.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from mqformer_jax.models.pixel_decoder import PixelDecoder
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 Stages = dict[str, np.ndarray]
-# of these paths and shapes, those that there are
+# returns the existing ones of these paths and shapes
 Leaves = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]]
-SIDES = 256, 320  # of the image that both are shown
+SIDES = 256, 320  # height and width of the test image
 
 
 def verify(
     path: str, family: str | None = None, image: np.ndarray | None = None, converted: str | None = None
 ) -> list[tuple[str, float, float]]:
-    """For each stage: its name, the largest absolute difference, and the largest value of the original.
+    """Return for each stage its name, the largest absolute difference, and the largest value of the original.
 
-    image: RGB uint8 of any size; noise where None. converted: the folder that `convert` wrote of `path`; where None it
-    is converted anew. Raises ValueError or OSError, one line, also for a family whose original cannot be had.
+    image: RGB uint8 of any size (default: noise). converted: the folder that `convert` wrote for `path` (default:
+    convert in memory). Raises ValueError or OSError, also for a family without available original code.
     """
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
         raise ValueError(
-            f"{path}: the original of {name} is in no package; "
+            f"{path}: the original code of {name} is not in a package; "
             f"families that can be verified are {', '.join(ORIGINALS)}."
         )
     if converted is None:
@@ -95,11 +95,21 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
     return fill(module, found, part)
 
 
+def _compiled(module: nnx.Module, call: Callable[..., Any], x: Any) -> Any:
+    """Compile `call(module, x)` with the weights as arguments, and run it.
+
+    As constants, the zeros of a fresh layer would meet a fault of XLA:CPU (jaxlib 0.10.2 to 0.12.0): where it fuses a
+    product by a uniform constant with a reduction, the result is sometimes NaN.
+    """
+    graph, state = nnx.split(module)
+    return jax.jit(lambda state, x: call(nnx.merge(graph, state), x))(state, x)
+
+
 def _image_stages(
     values: Leaves, config: ConfigDict, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"], whole: bool
 ) -> Stages:
-    """Features of the backbone, and of a whole model what the pixel decoder makes of them."""
-    features = jax.jit(lambda x: backbone(x))(pixels)
+    """Return the features of the backbone and, for a complete model, the outputs of the pixel decoder."""
+    features = _compiled(backbone, lambda backbone, x: backbone(x), pixels)
     stages = {f"stride {stride}": np.asarray(value) for stride, value in features.items()}
     if whole:
         c = config
@@ -107,7 +117,7 @@ def _image_stages(
             backbone.channels,
             c.width,
             c.heads,
-            c.points,
+            c.num_sampling_points,
             c.encoder_layers,
             c.encoder_ffn,
             c.strides,
@@ -116,16 +126,16 @@ def _image_stages(
             rngs=rngs,
         )
         decoder = _module(values, "pixel_decoder", make)
-        memory, shapes, _, masks = jax.jit(lambda f: decoder(f, np.array([SIDES]), SIDES))(features)
-        cuts = np.cumsum([int(h) * int(w) for h, w in shapes])[:-1]
-        for stride, (h, w), level in zip(c.strides, shapes, np.split(np.asarray(memory), cuts, 1)):
-            stages[f"memory at stride {stride}"] = level.reshape(1, int(h), int(w), -1)
+        memory, masks = _compiled(decoder, lambda decoder, f: decoder(f, np.array([SIDES]), SIDES), features)
+        cuts = np.cumsum([h * w for h, w in memory.shapes])[:-1]
+        for stride, shape, level in zip(c.strides, memory.shapes, np.split(np.asarray(memory.tokens), cuts, 1)):
+            stages[f"memory at stride {stride}"] = level.reshape(1, *shape, -1)
         stages["mask features"] = np.asarray(masks)
     return stages
 
 
 def _tokens(text: ConfigDict, rng: np.random.Generator) -> Int[np.ndarray, "4 l"]:
-    """Four texts of different lengths; CLIP's end token, the highest id, ends each, zeros follow."""
+    """Return four random texts of different lengths. Each ends with CLIP's end token, the highest id, then zeros."""
     length = min(text.context, 16)
     tokens = rng.integers(1, text.vocab_size - 2, (4, length))
     for row, end in enumerate((3, 5, length - 2, length - 1)):
@@ -139,7 +149,7 @@ def _torch():
 
 
 def _package(module: str, name: str | None = None):
-    """name: that pip knows it by, where it is another."""
+    """Import a module. name: its name for pip, if different. Raises ValueError."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -156,9 +166,7 @@ def _nchw(pixels: np.ndarray):
 
 
 def _weights(tensors: Tensors, known: str = "") -> dict:
-    """torch's, in float32; names from where that of `known` starts, a key of the original's (with "model." before it,
-    say).
-    """
+    """Return torch tensors in float32. known: an original name; the prefix that it has here is removed from all."""
     prefix = known and prefix_of({key: () for key in tensors}, known)
     return {
         key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32))
@@ -168,24 +176,24 @@ def _weights(tensors: Tensors, known: str = "") -> dict:
 
 
 def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
-    """unused: the beginnings of names that play no part in the stages."""
+    """Load weights into a module. unused: prefixes of names that do not affect the stages. Raises ValueError."""
     kept = {key: value for key, value in weights.items() if not key.startswith(unused)}
     absent = [key for key in module.load_state_dict(kept, strict=False).missing_keys if not key.startswith(unused)]
     if absent := [key for key in absent if not key.endswith("num_batches_tracked")]:
-        raise ValueError(f"{len(absent)} tensors of the original are missing ({absent[0]}, ...): give the whole file.")
+        raise ValueError(f"{len(absent)} original tensors are missing ({absent[0]}, ...): give the complete file.")
 
 
 def _from_folder(path: str, model: str, **settings: Any):
-    """A model of transformers, from its own folder alone."""
+    """Return a model of transformers from a local folder. Raises ValueError."""
     if not os.path.isfile(os.path.join(path, "config.json")):
-        raise ValueError(f"{path}: transformers makes the original of a folder; give the folder with its config.json.")
+        raise ValueError(f"{path}: transformers loads models from folders; give the folder with its config.json.")
     transformers = _package("transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         return getattr(transformers, model).from_pretrained(path, local_files_only=True, **settings).eval()
     except (OSError, RuntimeError, ValueError) as e:
-        raise ValueError(f"{path}: transformers cannot make a {model} of it: {str(e).strip().splitlines()[0]}") from e
+        raise ValueError(f"{path}: transformers cannot load it as a {model}: {str(e).strip().splitlines()[0]}") from e
 
 
 def _backbone_folder(model: str) -> Callable[[str, Tensors, np.ndarray], Stages]:
@@ -226,14 +234,14 @@ def _lite0(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
 
 def _clip(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     if not any(key.startswith("visual.") for key in tensors):
-        raise ValueError(f"{path}: OpenAI's code makes both towers, and this file has the text tower alone.")
+        raise ValueError(f"{path}: OpenAI's code needs both encoders, but this file has only the text encoder.")
     weights = {
         key: value
         for key, value in _weights(tensors).items()
         if key not in ("input_resolution", "context_length", "vocab_size")
     }
     model = _package("clip.model", "clip-anytorch").build_model(dict(weights)).float()
-    model.load_state_dict(weights)  # once more: it was made in half precision
+    model.load_state_dict(weights)  # again, since the model was made in half precision
     rest = len(tensors["positional_embedding"]) - tokens.shape[1]
     return {"text": model.encode_text(_torch().tensor(np.pad(tokens, ((0, 0), (0, rest))))).numpy()}
 
@@ -274,24 +282,29 @@ ORIGINALS: dict[str, Callable[[str, Tensors, np.ndarray], Stages]] = {
 }
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="mqformer convert.verify",
+        prog="python -m mqformer_jax.convert.verify",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--input", required=True, help="the original checkpoint")
-    parser.add_argument("--from", dest="family", help="its family; guessed if left out")
+    parser.add_argument("--from", dest="family", help="its family (default: guessed)")
     parser.add_argument(
-        "--converted", metavar="FOLDER", help="what convert wrote of it (default: it is converted anew)"
+        "--converted", metavar="FOLDER", help="folder that convert wrote for it (default: convert in memory)"
     )
-    parser.add_argument("--image", help="a photo for both to look at (default: noise)")
-    args = parser.parse_args()
+    parser.add_argument("--image", help="test image (default: noise)")
+    return parser
+
+
+def main() -> None:
+    args = arguments().parse_args()
     image = None
     if args.image:
         image = cv2.imread(args.image)
         if image is None:
-            raise ValueError(f"--image {args.image}: no image could be read there.")
+            raise ValueError(f"--image {args.image}: not a readable image.")
         image = image[..., ::-1]
     rows = verify(args.input, args.family, image, args.converted)
     print(f"{'stage':24} {'largest difference':>20} {'largest value':>15}")

@@ -109,7 +109,7 @@ def _gradient(alpha: Mask) -> Mask:
 def _connectivity(prediction: Mask, target: Mask) -> Mask:
     """By how much the two differ in how far each pixel rises above the level up to which it is connected.
 
-    That level is the last threshold before the pixel leaves the largest piece (4 neighbours) of what both have at or
+    That level is the last threshold before the pixel leaves the largest piece (4 neighbors) of what both have at or
     above it.
     """
     level = np.full(prediction.shape, -1.0)

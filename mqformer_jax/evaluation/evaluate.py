@@ -1,11 +1,14 @@
-"""One checkpoint x the evaluators of a config -> one table, one eval.json, one sheet of pictures. And its command line:
+"""Evaluate a checkpoint on the data sets of a recipe.
 
-mqformer evaluate --config=configs/coco_ref.py:sample --checkpoint=runs/demo --save_predictions
+    mqformer evaluate --config=coco_ref:sample --checkpoint=runs/demo --save_predictions
+
+Prints a table and writes eval.json, eval_details.json and a grid of pictures for each data set.
 """
 
 from __future__ import annotations
 
-import json
+import importlib
+import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -19,46 +22,24 @@ from tqdm import tqdm
 
 from mqformer_jax import cli
 from mqformer_jax import config as recipes
-from mqformer_jax.evaluation.alpha import AlphaEvaluator
 from mqformer_jax.evaluation.augment import joined, mean_regions, mirrored_image, mirrored_texts, views_of
-from mqformer_jax.evaluation.foreground import ForegroundEvaluator
-from mqformer_jax.evaluation.instance import FEDERATED_TOP, InstanceEvaluator
-from mqformer_jax.evaluation.panoptic import PanopticEvaluator
-from mqformer_jax.evaluation.referring import ReferringEvaluator
-from mqformer_jax.evaluation.semantic import SemanticEvaluator
+from mqformer_jax.evaluation.instance import FEDERATED_MAX_DETECTIONS
 from mqformer_jax.evaluation.submission import Submission
-from mqformer_jax.inference.predictor import Answer, Predictor, answer_segments
-from mqformer_jax.input.record import BadRecord, Record
+from mqformer_jax.files import write_json
+from mqformer_jax.inference.predictor import Predictor, RawPredictions, postprocess
+from mqformer_jax.input.record import BadRecord, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.parallel import distributed
 from mqformer_jax.parallel.distributed import gather, is_first
 from mqformer_jax.segments import Segments, semantic_map, soft_mask
+from mqformer_jax.tasks import TASKS
 from mqformer_jax.visualization import overlays
 from mqformer_jax.visualization.overlays import Shown
 
-CLASS_TASKS = ("panoptic", "instance", "semantic")
-SOFT_TASKS = ("foreground", "matting")  # both score the soft mask of the prompt "foreground"
-HEADLINES = {
-    "panoptic": ("pq", "pq_things", "pq_stuff", "learnable_share_things", "learnable_share_stuff"),
-    "instance": (
-        "mask_ap",
-        "mask_ap50",
-        "mask_ar_100",
-        "mask_ar_300",
-        "box_ap",
-        "box_ap50",
-        "box_ar_100",
-        "box_ar_300",
-    ),
-    "semantic": ("miou", "pixel_accuracy"),
-    "foreground": ("mae", "mse", "max_f", "s_measure", "mean_e"),
-    "matting": tuple(f"{kind}{name}" for kind in ("", "refined_") for name in ("sad", "mse", "grad", "conn")),
-}
-
 
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predictions: bool = False) -> dict[str, float]:
-    """Evaluate the sets of `config.eval`; writes eval.json, eval_details.json and one picture sheet a set into
+    """Evaluate the sets of `config.eval`; writes eval.json, eval_details.json and one picture grid a set into
     `folder`.
 
     Of several processes each does its share of the images, and the first one writes. Keys are task.metric
@@ -87,7 +68,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
                 task: evaluator.details() for task, evaluator in evaluators.items()
             }
         if evaluation.shown and is_first():
-            overlays.prediction_sheet(
+            overlays.prediction_grid(
                 evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png")
             )
     if len(in_the_wild) > 1:  # X-Decoder's two figures for Segmentation in the Wild
@@ -96,13 +77,13 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
             float(np.median(in_the_wild)),
         )
     if is_first():
-        save_json(os.path.join(folder, "eval.json"), results)
-        save_json(os.path.join(folder, "eval_details.json"), details)
+        write_json(os.path.join(folder, "eval.json"), results)
+        write_json(os.path.join(folder, "eval_details.json"), details)
     return results
 
 
 class SetEvaluation:
-    """The tasks of one data set, evaluated in one pass over its images. predictions: the folder for the answers, or
+    """The tasks of one data set, evaluated in one pass over its images. predictions: the folder for the predictions, or
     None.
     """
 
@@ -115,36 +96,29 @@ class SetEvaluation:
         predictions: str | None = None,
     ):
         self.predictor, self.options, self.source, self.tasks, info = predictor, options, source, tasks, source.info
-        if set(tasks) & set(CLASS_TASKS) and not info.classes:
+        if any(TASKS[task].by_class for task in tasks) and not info.classes:
             raise ValueError(f"config.eval.sets ({source.name}): {tasks} need classes, and this data set has none.")
-        if "instance" in tasks and not info.exhaustive and options.top < FEDERATED_TOP:
-            self.options = ConfigDict({**options, "top": FEDERATED_TOP})
+        if "instance" in tasks and not info.exhaustive and options.max_detections < FEDERATED_MAX_DETECTIONS:
+            self.options = ConfigDict({**options, "max_detections": FEDERATED_MAX_DETECTIONS})
         self.names = [c.name for c in info.classes]
-        self.region = np.array([not c.thing for c in info.classes], bool)
+        self.is_region = np.array([c.is_region for c in info.classes], bool)
         templates = predictor.config.data.templates
         self.classes = (
-            predictor.embed([c.texts[0] for c in info.classes], self.region, templates) if self.names else None
+            predictor.embed([c.texts[0] for c in info.classes], self.is_region, templates) if self.names else None
         )
         self.views = views_of(predictor.config, options.scales, options.flip)
         self.plain = (predictor.canvas, False)
         self.submission = Submission(predictions, info) if predictions else None
         self.shown: list[Shown] = []
-        make = {
-            "panoptic": lambda: PanopticEvaluator(info, query_counts(predictor.config.model)[0]),
-            "instance": lambda: InstanceEvaluator(info),
-            "semantic": lambda: SemanticEvaluator(info),
-            "referring": ReferringEvaluator,
-            "foreground": ForegroundEvaluator,
-            "matting": AlphaEvaluator,
-        }
+        learnable = query_counts(predictor.config.model)[0]
         # Any: what an evaluator is given depends on its task
-        self.evaluators: dict[str, Any] = {task: make[task]() for task in tasks}
+        self.evaluators: dict[str, Any] = {task: make_evaluator(task, info, learnable) for task in tasks}
 
     def run(self) -> dict[str, Any]:
         """The evaluators of the tasks, with all processes' images. One that cannot be read is named, counted and left
         out.
         """
-        count, bad, waiting = min(len(self.source), self.options.limit or len(self.source)), 0, []
+        count, bad, waiting = min(len(self.source), self.options.max_images or len(self.source)), 0, []
         mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
         name = f"evaluate {self.source.name} {self.source.split}"
         for i in tqdm(mine.tolist(), desc=name, unit="image", dynamic_ncols=True, disable=not is_first()):
@@ -178,23 +152,23 @@ class SetEvaluation:
         return first
 
     def _update(self, items: list[Shown]) -> None:
-        if set(self.tasks) & set(CLASS_TASKS):
+        if any(TASKS[task].by_class for task in self.tasks):
             self._update_classes(items)
         if "referring" in self.tasks:
             asking = [item for item in items if _expressions(item.record)]
             texts = [[text for text, _ in _expressions(item.record)] for item in asking]
-            for item, asked, answer in zip(asking, texts, self._ask_regions([i.image for i in asking], texts)):
-                self._update_referring(item, asked, answer)
-        if set(self.tasks) & set(SOFT_TASKS):
-            for item, answer in zip(items, self._ask_regions([i.image for i in items], [["foreground"]] * len(items))):
-                self._update_soft(item, answer)
-        self.shown += items[: max(0, self.options.pictures - len(self.shown))]
+            for item, asked, raw in zip(asking, texts, self._predict_regions([i.image for i in asking], texts)):
+                self._update_referring(item, asked, raw)
+        if any(not TASKS[task].needs_prompts for task in self.tasks):
+            for item, raw in zip(items, self._predict_regions([i.image for i in items], [["foreground"]] * len(items))):
+                self._update_soft(item, raw)
+        self.shown += items[: max(0, self.options.num_visualizations - len(self.shown))]
 
-    def _ask_regions(self, images: list[np.ndarray], texts: list[list[str]]) -> list[Answer]:
+    def _predict_regions(self, images: list[np.ndarray], texts: list[list[str]]) -> list[RawPredictions]:
         """One answer an image, of all views; of a mirrored one only where its texts can be said of the mirrored
         image.
         """
-        answers: list[list[Answer]] = [[] for _ in images]
+        raws: list[list[RawPredictions]] = [[] for _ in images]
         flips: list[list[bool]] = [[] for _ in images]
         for canvas, flip in self.views:
             asked = [(i, mirrored_texts(texts[i]) if flip else texts[i]) for i in range(len(images))]
@@ -205,37 +179,35 @@ class SetEvaluation:
             cuts = np.cumsum([len(words) for _, words in asked])[:-1]
             embedded = np.split(np.asarray(self.predictor.embed(flat, [True] * len(flat))), cuts)
             seen = [mirrored_image(images[i]) if flip else images[i] for i, _ in asked]
-            for (i, _), answer in zip(asked, self.predictor.ask(seen, embedded, self.options.batch_size, canvas)):
-                answers[i].append(answer)
+            for (i, _), raw in zip(asked, self.predictor.predict_raw(seen, embedded, self.options.batch_size, canvas)):
+                raws[i].append(raw)
                 flips[i].append(flip)
-        return [mean_regions(a, f) for a, f in zip(answers, flips)]
+        return [mean_regions(a, f) for a, f in zip(raws, flips)]
 
     def _update_classes(self, items: list[Shown]) -> None:
         """Only semantic maps are made of all views."""
-        answers = {}
+        raws = {}
         for canvas, flip in dict.fromkeys([self.plain, *(self.views if "semantic" in self.tasks else [])]):
             images = [mirrored_image(item.image) if flip else item.image for item in items]
-            answers[canvas, flip] = self.predictor.ask(
+            raws[canvas, flip] = self.predictor.predict_raw(
                 images, [self.classes] * len(items), self.options.batch_size, canvas
             )
         for i, item in enumerate(items):
-            plain = answers[self.plain][i]
+            plain = raws[self.plain][i]
             if "panoptic" in self.tasks:
-                item.panoptic = self._answered("panoptic", item, plain)
+                item.panoptic = self._postprocess("panoptic", item, plain)
             if "instance" in self.tasks:
-                found = self._answered("instance", item, plain)
+                found = self._postprocess("instance", item, plain)
                 if item.panoptic is None:
                     item.panoptic = found.above(0.3)
             if "semantic" in self.tasks:
-                labels = semantic_map(
-                    *joined([answers[view][i] for view in self.views], [flip for _, flip in self.views])
-                )
+                labels = semantic_map(*joined([raws[view][i] for view in self.views], [flip for _, flip in self.views]))
                 self._done("semantic", item.record, labels)
-                if item.panoptic is None and len(self.shown) < self.options.pictures:
-                    item.panoptic = answer_segments(plain, self.names, self.region, "semantic", self.options)
+                if item.panoptic is None and len(self.shown) < self.options.num_visualizations:
+                    item.panoptic = postprocess(plain, self.names, self.is_region, "semantic", self.options)
 
-    def _answered(self, task: str, item: Shown, answer: Answer) -> Segments:
-        segments = answer_segments(answer, self.names, self.region, task, self.options)
+    def _postprocess(self, task: str, item: Shown, raw: RawPredictions) -> Segments:
+        segments = postprocess(raw, self.names, self.is_region, task, self.options)
         self._done(task, item.record, segments)
         return segments
 
@@ -245,17 +217,18 @@ class SetEvaluation:
         if self.submission:
             getattr(self.submission, task)(record, answered)
 
-    def _update_referring(self, item: Shown, texts: list[str], answer: Answer) -> None:
-        item.regions = answer_segments(answer, texts, np.full(len(texts), True), "referring", self.options)
+    def _update_referring(self, item: Shown, texts: list[str], raw: RawPredictions) -> None:
+        item.regions = postprocess(raw, texts, np.full(len(texts), True), "referring", self.options)
         for (text, mask), predicted in zip(_expressions(item.record), item.regions.masks):
             target = None if mask is None else item.record.decode_mask(mask)
-            self.evaluators["referring"].update(predicted, target, _kind(text, self.options.kinds), item.record.key)
+            group = _expression_group(text, self.options.expression_groups)
+            self.evaluators["referring"].update(predicted, target, group, item.record.key)
         if self.submission:
             self.submission.referring(item.record, item.regions)
 
-    def _update_soft(self, item: Shown, answer: Answer) -> None:
+    def _update_soft(self, item: Shown, raw: RawPredictions) -> None:
         """The soft mask of the foreground as a saliency map and as a matte; where there is a refiner, its matte too."""
-        record, soft = item.record, soft_mask(answer.class_probs, answer.masks, 0)
+        record, soft = item.record, soft_mask(raw.class_probs, raw.masks, 0)
         truth, matte, refiner = _foreground(record), _matte(record), getattr(self.predictor, "refiner", None)
         if "foreground" in self.tasks and truth is not None:
             self.evaluators["foreground"].update(soft, truth, record.key)
@@ -269,7 +242,7 @@ class SetEvaluation:
             if self.submission:
                 self.submission.soft("matting", record, refined)
         if item.regions is None and truth is not None:
-            item.regions = answer_segments(answer, ["foreground"], np.array([True]), "foreground", self.options)
+            item.regions = postprocess(raw, ["foreground"], np.array([True]), "foreground", self.options)
 
 
 def _read(source: ShardSource, index: int) -> Shown:
@@ -291,8 +264,8 @@ def _expressions(record: Record) -> list[tuple[str, bytes | None]]:
     return named + [(text, None) for text in record.absent_texts]
 
 
-def _kind(text: str, kinds: Sequence[tuple[str, str]]) -> str | None:
-    return next((name for name, pattern in kinds if re.search(pattern, text)), None)
+def _expression_group(text: str, groups: Sequence[tuple[str, str]]) -> str | None:
+    return next((name for name, pattern in groups if re.search(pattern, text)), None)
 
 
 def _foreground(record: Record) -> np.ndarray | None:
@@ -315,21 +288,35 @@ def _matte(record: Record) -> tuple[np.ndarray, np.ndarray | None] | None:
     return None
 
 
+def make_evaluator(task: str, info: DatasetInfo, learnable: int) -> Any:
+    """Return the evaluator of a task. learnable: the number of learnable queries, whose share PQ reports."""
+    module, _, name = TASKS[task].evaluator.partition(":")
+    kind = getattr(importlib.import_module(module), name)
+    given = {"info": info, "learnable": learnable}
+    return kind(**{key: given[key] for key in inspect.signature(kind).parameters if key in given})
+
+
+def explain(results: dict[str, float]) -> list[str]:
+    """Return a line for each metric of the printed table that says what it means."""
+    shown: dict[str, str] = {}
+    for key in results:
+        task, metric = key.split(".", 1)
+        metric = metric.split("/")[0]
+        if text := TASKS[task.rsplit("/", 1)[-1]].metrics.get(metric):
+            shown.setdefault(metric, text)
+    width = max(map(len, shown), default=0)
+    return [f"  {metric:{width}}  {text}" for metric, text in shown.items()]
+
+
 def table(results: dict[str, float]) -> str:
     """The headline of each task, a line each; eval.json has the rest."""
     tasks: dict[str, list[str]] = {}
     for key, value in results.items():
         task, metric = key.split(".", 1)
         name = task.rsplit("/", 1)[-1]
-        if metric in HEADLINES.get(name, (metric,)):
+        if metric.split("/")[0] in TASKS[name].metrics:
             tasks.setdefault(task, []).append(f"{metric} {value:.{2 if name == 'matting' else 1}f}")
     return "\n".join(f"{task:>24}  " + "  ".join(metrics) for task, metrics in tasks.items())
-
-
-def save_json(path: str, values: dict) -> None:
-    with open(path + ".tmp", "w") as f:
-        json.dump(values, f, indent=1)
-    os.replace(path + ".tmp", path)
 
 
 # --- the command line
@@ -349,7 +336,7 @@ def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     cli.no_arguments(argv)
-    config, out = given.config, given.out or os.path.join(given.checkpoint, "eval")
+    config, out = given.config, given.output or os.path.join(given.checkpoint, "eval")
     recipes.check(config)
     config.eval.sets = named(config.eval.sets, given.datasets)
     if not config.eval.sets:
@@ -364,13 +351,33 @@ def main(argv: list[str]) -> None:
         print(f"\n{out}: eval.json, eval_details.json, pictures" + (", predictions" if given.save_predictions else ""))
 
 
-def run(argv: Sequence[str]) -> None:
-    cli.define_recipe()
-    flags.DEFINE_string("checkpoint", None, "Workdir of a training, or a converted model.")
-    flags.DEFINE_list(
-        "datasets", [], "Which of the recipe's eval.sets: NAME/SPLIT,NAME/SPLIT; all of them unless given."
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    cli.define_recipe(values)
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Workdir of a training run or folder of a converted model, e.g. runs/demo. Required.",
+        flag_values=values,
     )
-    flags.DEFINE_string("out", None, "The folder for results; CHECKPOINT/eval unless given.")
-    flags.DEFINE_bool("save_predictions", False, "Write the answers too, in the formats that benchmarks take.")
-    flags.mark_flags_as_required(["config", "checkpoint"])
+    flags.DEFINE_list(
+        "datasets",
+        [],
+        "Data sets of the recipe's eval.sets to evaluate, e.g. refcoco/val,lvis/val. (default: all)",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "output", None, "Folder for the results, e.g. results/demo. (default: CHECKPOINT/eval)", flag_values=values
+    )
+    flags.DEFINE_bool(
+        "save_predictions",
+        False,
+        "Also write the predictions in the formats of the benchmarks. (default: false)",
+        flag_values=values,
+    )
+    flags.mark_flags_as_required(["config", "checkpoint"], values)
+
+
+def run(argv: Sequence[str]) -> None:
+    define_flags(flags.FLAGS)
     cli.run(main, "evaluate", __doc__, "stopped; there is no eval.json of it.", argv)

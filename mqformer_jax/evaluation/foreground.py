@@ -62,14 +62,14 @@ class ForegroundEvaluator:
 
 def s_measure(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
     """How alike the structure is: half that of object and background, half that of the four parts around the object's
-    centre.
+    center.
     """
     share = float(target.mean())
     if share in (0.0, 1.0):
         return float(prediction.mean()) if share else 1 - float(prediction.mean())
     of_object = share * _object_score(prediction[target]) + (1 - share) * _object_score(1 - prediction[~target])
     h, w = target.shape
-    # the part above and left has the centre, as in the authors' Matlab
+    # the part above and left has the center, as in the authors' Matlab
     y, x = (int(c) + 1 for c in np.argwhere(target).mean(0).round())
     of_parts = 0.0
     for rows in (slice(0, y), slice(y, h)):

@@ -8,17 +8,19 @@ from mqformer_jax.evaluation import shifted, worst
 from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
 from mqformer_jax.segments import Segments
 
-FEDERATED_TOP = 300  # segments an image, where COCO takes 100: Gupta et al., "LVIS", CVPR 2019
+FEDERATED_MAX_DETECTIONS = 300  # segments an image, where COCO takes 100: Gupta et al., "LVIS", CVPR 2019
 _PRECISIONS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
 _COCO = _PRECISIONS | {"AR1": "ar_1", "AR10": "ar_10", "AR100": "ar_100", "ARs": "ar_s", "ARm": "ar_m", "ARl": "ar_l"}
 _LVIS = _PRECISIONS | {"APr": "ap_r", "APc": "ap_c", "APf": "ap_f"}
-_LVIS |= {f"AR{size}@{FEDERATED_TOP}": f"ar_{size or FEDERATED_TOP}" for size in ("", "s", "m", "l")}
+_LVIS |= {
+    f"AR{size}@{FEDERATED_MAX_DETECTIONS}": f"ar_{size or FEDERATED_MAX_DETECTIONS}" for size in ("", "s", "m", "l")
+}
 
 
 class InstanceEvaluator:
     """AP and AR over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
 
-    Images with a labelled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS),
+    Images with a labeled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS),
     its
     federated protocol applies: a prediction of a class that nobody checked in the image counts for nothing.
     """
@@ -43,7 +45,7 @@ class InstanceEvaluator:
             image["neg_category_ids"] = [i + 1 for i in record.absent_classes]
             image["not_exhaustive_category_ids"] = [i + 1 for i in record.partial_classes]
         self.images.append(image)
-        things = [s for s in record.segments if s.class_id is not None and self.info.classes[s.class_id].thing]
+        things = [s for s in record.segments if s.class_id is not None and not self.info.classes[s.class_id].is_region]
         if all(s.mask is not None for s in things):
             self.with_masks.append(image_id)
         for s in things:
@@ -62,7 +64,7 @@ class InstanceEvaluator:
             rle = {} if mask is None else {"segmentation": {"size": list(mask.shape), "counts": s.mask}}
             self.truth.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, **rle})
         for mask, box, score, label in zip(segments.masks, segments.boxes, segments.scores, segments.prompt_ids):
-            if self.info.classes[label].thing:
+            if not self.info.classes[label].is_region:
                 x0, y0, x1, y1 = map(float, box)
                 fields = {"image_id": image_id, "category_id": int(label) + 1, "score": float(score)}
                 rle = {"size": list(mask.shape), "counts": encode_rle(mask)}
@@ -131,4 +133,6 @@ class InstanceEvaluator:
         frequency = [{"frequency": "r" if n <= 10 else "c" if n <= 100 else "f"} for n in shown] or [{}] * len(
             self.info.classes
         )
-        return [{"id": i + 1, "name": c.name, **frequency[i]} for i, c in enumerate(self.info.classes) if c.thing]
+        return [
+            {"id": i + 1, "name": c.name, **frequency[i]} for i, c in enumerate(self.info.classes) if not c.is_region
+        ]

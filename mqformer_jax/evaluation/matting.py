@@ -12,17 +12,17 @@ from mqformer_jax.evaluation.alpha import AlphaEvaluator
 from mqformer_jax.matting.data import Matte
 
 Mask = Float[np.ndarray, "h w"]
-ROW = 200  # height of a picture sheet's row, pixels
+ROW = 200  # height of a picture grid's row, pixels
 
 
 def compare(
     refine: Callable[[np.ndarray, np.ndarray], np.ndarray],
     mattes: Iterable[Matte],
     guide: Callable[[Matte], Mask | None],
-    pictures: int,
+    num_visualizations: int,
 ) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "_h _w 3"]]]:
     """{"mask", "refined": `AlphaEvaluator.result`} of a `Refiner` on masks that `guide` makes (None: leave this one
-    out), and a sheet's rows.
+    out), and a grid's rows.
 
     A row shows the image, the mask, the refined alpha and the true one.
     """
@@ -34,24 +34,24 @@ def compare(
         refined = refine(matte.image, mask[None])[0]
         evaluators["mask"].update(mask, matte.alpha, matte.trimap)
         evaluators["refined"].update(refined, matte.alpha, matte.trimap)
-        if len(rows) < pictures:
+        if len(rows) < num_visualizations:
             rows.append(_row(matte.image, mask, refined, matte.alpha))
     return {name: evaluator.result() for name, evaluator in evaluators.items()}, rows
 
 
 def _row(image: UInt8[np.ndarray, "h w 3"], *alphas: Mask) -> UInt8[np.ndarray, "h2 w2 3"]:
-    grey = [np.repeat(np.round(alpha * 255).astype(np.uint8)[..., None], 3, 2) for alpha in alphas]
-    return _sized(np.concatenate([image, *grey], 1))
+    gray = [np.repeat(np.round(alpha * 255).astype(np.uint8)[..., None], 3, 2) for alpha in alphas]
+    return _sized(np.concatenate([image, *gray], 1))
 
 
 def _sized(row: np.ndarray) -> np.ndarray:
     return cv2.resize(row, (round(row.shape[1] * ROW / row.shape[0]), ROW), interpolation=cv2.INTER_AREA)
 
 
-def save_sheet(path: str, rows: list[UInt8[np.ndarray, "_h _w 3"]]) -> None:
+def save_grid(path: str, rows: list[UInt8[np.ndarray, "_h _w 3"]]) -> None:
     """Rows below each other as one picture, the narrower ones filled up on the right."""
     width = max(row.shape[1] for row in rows)
-    sheet = np.concatenate(
+    grid = np.concatenate(
         [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]
     )
-    cv2.imwrite(path, cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))
+    cv2.imwrite(path, cv2.cvtColor(grid, cv2.COLOR_RGB2BGR))

@@ -18,7 +18,7 @@ from mqformer_jax.segments import Segments, ground_truth_segments
 class PanopticEvaluator:
     """PQ over the classes of one data set; prompt i of the evaluated `Segments` is class i of `info`.
 
-    Pixels under no labelled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction
+    Pixels under no labeled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction
     that lies mostly on void or on a crowd of its own class is no false positive.
     learnable: how many of the model's queries are learnable (they come first), to say which kind found what; None: it
         is not said.
@@ -41,15 +41,15 @@ class PanopticEvaluator:
             )
         image = {"id": len(self.images) + 1, "height": record.height, "width": record.width, "file_name": record.key}
         self.images.append(image)
-        labelled = ground_truth_segments(record, self.info)
+        labeled = ground_truth_segments(record, self.info)
         known = (
             np.ones((record.height, record.width), bool)
             if record.ignore is None
             else ~record.decode_mask(record.ignore)
         )
-        self._add(self.truth, labelled, known)
+        self._add(self.truth, labeled, known)
         self._add(self.found, segments, np.ones_like(known))
-        taken = (labelled.panoptic > 0) | ~known  # a pixel has one owner, as in a panoptic PNG
+        taken = (labeled.panoptic > 0) | ~known  # a pixel has one owner, as in a panoptic PNG
         for segment in record.segments:
             if segment.crowd and segment.class_id is not None and segment.mask is not None:
                 mask = record.decode_mask(segment.mask) & ~taken
@@ -57,10 +57,10 @@ class PanopticEvaluator:
                 self._append(self.truth, segment.class_id, mask, crowd=True)
         if self.learnable is not None:
             for k in np.flatnonzero(
-                _matched(np.where(known, labelled.panoptic, 0), labelled.prompt_ids, segments, ~(taken & known))
+                _matched(np.where(known, labeled.panoptic, 0), labeled.prompt_ids, segments, ~(taken & known))
             ):
-                thing = int(self.info.classes[segments.prompt_ids[k]].thing)
-                self.taken[thing] += 1, segments.query_ids[k] < self.learnable
+                is_region = int(self.info.classes[segments.prompt_ids[k]].is_region)
+                self.taken[is_region] += 1, segments.query_ids[k] < self.learnable
 
     def merge(self, other: PanopticEvaluator) -> None:
         """Adds what another process saw, as images that come after one's own."""
@@ -79,12 +79,12 @@ class PanopticEvaluator:
         """
         results = self._evaluate(self.images, self.truth, self.found)
         groups = {"": "All"}
-        if len({c.thing for c in self.info.classes}) == 2:
+        if len({c.is_region for c in self.info.classes}) == 2:
             groups |= {"_things": "Things", "_stuff": "Stuff"}
         quality = {
             f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")
         }
-        kinds = zip(("stuff", "things"), self.taken.tolist())
+        kinds = zip(("things", "stuff"), self.taken.tolist())
         return quality | {
             f"learnable_share_{kind}": 100.0 * learnable / found for kind, (found, learnable) in kinds if found
         }
@@ -104,7 +104,9 @@ class PanopticEvaluator:
         return {"classes": classes, "worst_images": worst("pq", scores)}
 
     def _evaluate(self, images: list[dict], truth: list[dict], found: list[dict]) -> dict:
-        categories = [{"id": i + 1, "name": c.name, "isthing": int(c.thing)} for i, c in enumerate(self.info.classes)]
+        categories = [
+            {"id": i + 1, "name": c.name, "isthing": int(not c.is_region)} for i, c in enumerate(self.info.classes)
+        ]
         dataset = lambda annotations: {"images": images, "categories": categories, "annotations": annotations}
         evaluation = PanopticEval(dataset(truth), dataset(found))
         evaluation.evaluate()

@@ -51,7 +51,7 @@ class Submission:
     """Files of one data set in `folder`. Images are written as they come, lists (of all processes, merged) by `save`.
 
         segm.json, bbox.json         COCO results of the things
-        panoptic.json, panoptic/     COCO panoptic: colours are segment ids (R + 256 G + 65536 B)
+        panoptic.json, panoptic/     COCO panoptic: colors are segment ids (R + 256 G + 65536 B)
         semantic/                    the class of each pixel, 8 or 16 bits
         referring.json               image_id, text, score, and the mask as run-length code, empty where nothing is
         named foreground/, matting/        probability or alpha, 8 bits
@@ -100,7 +100,9 @@ class Submission:
 
     def save(self) -> None:
         os.makedirs(self.folder, exist_ok=True)
-        categories = [{"id": i, "name": c.name, "isthing": int(c.thing)} for i, c in zip(self.ids, self.info.classes)]
+        categories = [
+            {"id": i, "name": c.name, "isthing": int(not c.is_region)} for i, c in zip(self.ids, self.info.classes)
+        ]
         panoptic = self.lists.get("panoptic")
         files = {
             **self.lists,

@@ -1,6 +1,9 @@
-"""A page in the browser that answers prompts about an image:  mqformer app --checkpoint=runs/demo
+"""Segment images by text prompts in a web page.
 
-It needs the package gradio (pip install -e '.[demo]') and nothing from the network.
+    pip install -e '.[demo]'
+    mqformer app --checkpoint=runs/demo
+
+Needs the package gradio, and no network.
 """
 
 from __future__ import annotations
@@ -30,19 +33,9 @@ from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.interrupts import removed_on_exit
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.segments import Segments
+from mqformer_jax.tasks import ANSWERED, FOREGROUND, TASKS
 from mqformer_jax.visualization.overlays import colors, overlay
 
-HINTS = {  # Markdown: two stars in one of them would make italics
-    "panoptic": (
-        "Every pixel to at most one segment. "
-        "A star behind a prompt makes it one region (sky*); the others are found one by one."
-    ),
-    "instance": "Each object for itself, best first; they may overlap.",
-    "semantic": "Every pixel to the prompt that fits it best.",
-    "referring": "One region for each phrase, such as “the red star on the left”.",
-    "foreground": "What stands out, as one region. No prompts are needed.",
-    "matting": "One region for each prompt, with soft edges; without prompts, what stands out.",
-}
 QUERIES = ("all", "learnable", "conditional")
 
 
@@ -73,23 +66,23 @@ def answer(
     text: str,
     task: str,
     queries: str = "all",
-    least: float = 0.0,
+    score_threshold: float = 0.0,
 ) -> Reply:
     """What the model finds in an image for prompts as a user writes them (`read_prompts`).
 
-    least: the score that an instance must have. Raises ValueError in one line that the user can act on.
+    score_threshold: the lowest score of an instance. Raises ValueError in one line that the user can act on.
     """
     if image is None:
         raise ValueError("Drop an image first.")
     texts, regions = read_prompts(text)
-    if task == "foreground" or (task == "matting" and not texts):
-        texts, regions = ["foreground"], [True]
+    if task == "foreground" or (not TASKS[task].needs_prompts and not texts):
+        texts, regions = [FOREGROUND], [True]
     if not texts:
         raise ValueError("Name at least one thing to look for, such as: ball; star; sky*")
     if task == "instance" and all(regions):
         raise ValueError("“instance” looks for single objects: take the * off at least one prompt.")
-    asked: dict[str, Any] = dict(task=task, queries=queries, score=least if task == "instance" else None)
-    found = in_order(predictor(image, texts, regions=regions if task in ("panoptic", "instance") else None, **asked))
+    asked: dict[str, Any] = dict(task=task, queries=queries, score=score_threshold if task == "instance" else None)
+    found = in_order(predictor(image, texts, regions=regions if TASKS[task].chooses_regions else None, **asked))
     picture, rows = overlay(image, found), legend(found)
     return Reply(picture, rows, archive(found, picture, {"task": task, "queries": queries}))
 
@@ -110,7 +103,7 @@ def in_order(found: Segments) -> Segments:
 
 
 def legend(found: Segments) -> list[Row]:
-    """A row a segment, in the overlay's colours."""
+    """A row a segment, in the overlay's colors."""
     shades = colors(found.prompt_ids, range(len(found.texts)))
     cover = found.masks if found.alphas is None else found.alphas
     return [
@@ -140,15 +133,15 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def legend_html(rows: Sequence[Row]) -> str:
-    """The rows as a table: colour, prompt, score as a bar, share of the image."""
+    """The rows as a table: color, prompt, score as a bar, share of the image."""
     if not rows:
         return '<p class="none">Nothing of that was found.</p>'
     head = "<tr><th></th><th>prompt</th><th>score</th><th>area</th></tr>"
     line = (
         '<tr><td><i class="swatch" style="background:{r.color}"></i></td><td>{name}</td><td><span class="bar">'
-        '<i style="width:{r.score:.0%};background:{r.color}"></i></span>{score:.0f}</td><td>{r.share:.1%}</td></tr>'
+        '<i style="width:{r.score:.0%};background:{r.color}"></i></span>{r.score:.2f}</td><td>{r.share:.1%}</td></tr>'
     )
-    body = "".join(line.format(r=r, name=html.escape(r.prompt), score=100 * r.score) for r in rows)
+    body = "".join(line.format(r=r, name=html.escape(r.prompt)) for r in rows)
     return f'<table class="legend">{head}{body}</table>'
 
 
@@ -170,7 +163,7 @@ CSS = """
 #legend .bar i {display: block; height: 100%}
 #legend .none {color: var(--body-text-color-subdued); text-align: center; padding: 18px}
 """
-# titles as plain words instead of the theme's coloured tags
+# titles as plain words instead of the theme's colored tags
 PLAIN = dict(
     block_title_background_fill="transparent",
     block_title_padding="0",
@@ -187,9 +180,14 @@ PLAIN = dict(
 )
 
 
+def _hint(task: str) -> str:
+    """What a task does, as Markdown, in which a star would start italics."""
+    return TASKS[task].help.replace("*", "\\*")
+
+
 def tasks_of(predictor: Predictor) -> list[str]:
     """Matting where the checkpoint has a refiner, and all else."""
-    return [task for task in HINTS if task != "matting" or getattr(predictor, "refiner", None)]
+    return [task for task in ANSWERED if task != "matting" or getattr(predictor, "refiner", None)]
 
 
 def page(predictor: Predictor, name: str, folder: str) -> Any:
@@ -224,7 +222,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                 prompts = gr.Textbox(
                     label="Prompts, parted by ;", placeholder="ball; star; sky*; grass*", lines=2, elem_id="prompts"
                 )
-                task = gr.Radio(tasks, value=tasks[0], label="Task", info=HINTS[tasks[0]], elem_id="task")
+                task = gr.Radio(tasks, value=tasks[0], label="Task", info=_hint(tasks[0]), elem_id="task")
                 kinds = gr.Radio(
                     QUERIES,
                     value="all",
@@ -232,9 +230,15 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                     visible=bool(learnable and conditional),
                     elem_id="queries",
                 )
-                start = float(predictor.config.eval.keep)
-                least = gr.Slider(
-                    0, 1, value=start, step=0.01, label="Least score of an instance", visible=False, elem_id="least"
+                start = float(predictor.config.eval.object_mask_threshold)
+                score_threshold = gr.Slider(
+                    0,
+                    1,
+                    value=start,
+                    step=0.01,
+                    label="Lowest score of an instance",
+                    visible=False,
+                    elem_id="score_threshold",
                 )
                 button = gr.Button("Segment", variant="primary", elem_id="segment")
             with gr.Column(scale=6, min_width=340):
@@ -248,11 +252,11 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                 )
                 table = gr.HTML('<p class="none">Segments and their scores appear here.</p>', elem_id="legend")
                 download = gr.DownloadButton("Download masks", interactive=False, elem_id="download")
-        explain = lambda t: (gr.update(info=HINTS[t]), gr.update(visible=t == "instance"))
-        task.input(explain, task, [task, least], show_progress="hidden")
+        explain = lambda t: (gr.update(info=_hint(t)), gr.update(visible=t == "instance"))
+        task.input(explain, task, [task, score_threshold], show_progress="hidden")
         gr.on(
-            [button.click, prompts.submit, kinds.input, least.release], respond,
-            [photo, prompts, task, kinds, least], [shown, table, download],
+            [button.click, prompts.submit, kinds.input, score_threshold.release], respond,
+            [photo, prompts, task, kinds, score_threshold], [shown, table, download],
             show_progress_on=[shown], concurrency_limit=1,
         )  # fmt: skip
     return blocks
@@ -291,16 +295,24 @@ def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool 
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mqformer app", description="A page in the browser that answers prompts.")
-    parser.add_argument("--checkpoint", required=True, help="workdir of a training, or a converted model")
-    parser.add_argument("--port", type=int, default=7860, help="of the page on this machine (default 7860)")
+    parser = argparse.ArgumentParser(
+        prog="mqformer app", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="Workdir of a training run or folder of a converted model, e.g. runs/demo. Required.",
+    )
+    parser.add_argument(
+        "--port", type=int, default=7860, help="Port of the page on this machine, e.g. 8080. (default: %(default)s)"
+    )
     parser.add_argument(
         "--share",
         nargs="?",
         const="true",
         default="false",
         choices=["true", "false"],
-        help="also lend it a public address",
+        help="Also serve the page at a public address. (default: %(default)s)",
     )
     return parser
 

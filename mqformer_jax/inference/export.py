@@ -1,9 +1,10 @@
-"""A checkpoint as two functions that run without this package:  mqformer export --checkpoint=runs/demo
---out=exported/demo
+"""Export a checkpoint as two functions that run without this package.
 
-The folder holds `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs at once (`jax.export`), their weights, the
-tokenizer's file where there is one, and export.json, which says what goes in and what comes out. docs/serve.py runs it
-without this package.
+    mqformer export --checkpoint=runs/demo --output=exported/demo
+
+The folder holds the functions `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs (`jax.export`), their
+weights, the tokenizer's file if there is one, and export.json, which describes inputs and outputs. docs/serve.py runs
+them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from ml_collections import ConfigDict
 import mqformer_jax
 from mqformer_jax import cli
 from mqformer_jax.convert.files import write_safetensors
-from mqformer_jax.inference.predictor import Predictor, Question
+from mqformer_jax.inference.predictor import Predictor, PromptBatch
 from mqformer_jax.input.batch import PAD
 from mqformer_jax.interrupts import removed_on_exit
 from mqformer_jax.models.mqformer import query_counts
@@ -36,23 +37,23 @@ from mqformer_jax.parallel import rules
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.safetensors"
-OUTPUTS = {"encode": ("text",), "segment": ("class_probs", "boxes", "masks")}
+OUTPUTS = {"encode": ("prompt_embeddings",), "segment": ("class_probs", "boxes", "masks")}
 PLACE = (
-    "Resized by min(canvas height / height, canvas width / width), bilinear with pixel centres at halves "
+    "Resized by min(canvas height / height, canvas width / width), bilinear with pixel centers at halves "
     "(averaged over areas where it shrinks to less than half), into the canvas' upper left corner; "
     "the rest is filled with `pad`. `size` is its height and width there. "
     "Bytes go in as they are: mean and standard deviation are inside."
 )
 MEANING = {
-    "text": "prompts as vectors; `region` says which of them own one region rather than several segments",
+    "prompt_embeddings": "prompts as vectors; `is_region`: those that own one region, not several segments",
     "class_probs": "0 to 1, of every query for every prompt; learnable queries come first",
     "boxes": "cx, cy, w, h as fractions of the canvas",
     "masks": "logits on the canvas: above 0 is inside",
 }
 
 
-def export(source: str, out: str, prompts: int = 32, batch: int = 1) -> int:
-    """Writes the checkpoint `source` as the folder `out`, whole or not at all; returns its bytes.
+def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
+    """Writes the checkpoint `source` as the folder `output`, whole or not at all; returns its bytes.
 
     prompts, batch: the shapes that the functions take; fewer are padded and marked. Raises ValueError or OSError in one
         line.
@@ -63,11 +64,11 @@ def export(source: str, out: str, prompts: int = 32, batch: int = 1) -> int:
         raise ValueError("an export is written with the package flatbuffers: pip install 'mqformer_jax[export]'.")
     predictor = Predictor.from_checkpoint(source)
     tokenizer = pathlib.Path(source, TOKENIZER)
-    with _whole_folder(out) as folder:
+    with _whole_folder(output) as folder:
         exported = dict(_exported(predictor, prompts, batch))
         for name, (function, _) in exported.items():
             (folder / f"{name}.stablehlo").write_bytes(function.serialize())
-        write_safetensors(str(folder / WEIGHTS), {name: np.asarray(x) for name, x in named(predictor).items()})
+        write_safetensors(str(folder / WEIGHTS), {name: np.asarray(x) for name, x in _named_weights(predictor).items()})
         if tokenizer.exists():
             shutil.copyfile(tokenizer, folder / TOKENIZER)
         about = describe(predictor.config, exported, tokenizer.exists())
@@ -75,9 +76,9 @@ def export(source: str, out: str, prompts: int = 32, batch: int = 1) -> int:
         return sum(file.stat().st_size for file in folder.iterdir())
 
 
-def named(predictor: Predictor) -> dict[str, jax.Array]:
+def _named_weights(predictor: Predictor) -> dict[str, jax.Array]:
     """Parameters and frozen constants by their paths: the first argument of both functions."""
-    return rules.named(predictor.params) | rules.named(predictor.frozen)
+    return rules.flatten_paths(predictor.params) | rules.flatten_paths(predictor.frozen)
 
 
 def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
@@ -87,15 +88,15 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
         for tree in (predictor.params, predictor.frozen):
             yield rules.filled(tree, weights)
 
-    def encode(weights, tokens, region):
+    def encode(weights, tokens, is_region):
         params, frozen = trees(weights)
         return (
-            predictor._embed(params, frozen, predictor._encode(params, frozen, tokens), region).astype(jnp.float32),
+            predictor._embed(params, frozen, predictor._encode(params, frozen, tokens), is_region).astype(jnp.float32),
         )
 
-    def segment(weights, image, size, text, valid):
-        answer = predictor._forward(*trees(weights), image, size, Question(text, valid))
-        return tuple(x.astype(jnp.float32) for x in answer)
+    def segment(weights, image, size, prompt_embeddings, valid):
+        raw = predictor._forward(*trees(weights), image, size, PromptBatch(prompt_embeddings, valid))
+        return tuple(x.astype(jnp.float32) for x in raw)
 
     return {"encode": encode, "segment": segment}
 
@@ -104,11 +105,11 @@ def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, 
     """What each function takes after the weights."""
     text, struct = config.model.text, jax.ShapeDtypeStruct
     return {
-        "encode": {"tokens": struct((prompts, text.context), jnp.int32), "region": struct((prompts,), bool)},
+        "encode": {"tokens": struct((prompts, text.context), jnp.int32), "is_region": struct((prompts,), bool)},
         "segment": {
             "image": struct((batch, *config.data.canvas, 3), jnp.uint8),
             "size": struct((batch, 2), jnp.int32),
-            "text": struct((batch, prompts, text.embed_dim), jnp.float32),
+            "prompt_embeddings": struct((batch, prompts, text.embed_dim), jnp.float32),
             "valid": struct((batch, prompts), bool),
         },
     }
@@ -116,7 +117,7 @@ def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, 
 
 def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[str, tuple[jax.export.Exported, dict]]]:
     """(name, (the exported function, its inputs))."""
-    weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in named(predictor).items()}
+    weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_weights(predictor).items()}
     takes = inputs(predictor.config, prompts, batch)
     for name, function in functions(predictor).items():
         yield (
@@ -137,7 +138,8 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
             "outputs": gives,
         }
     learnable, conditional = query_counts(config.model)
-    thresholds = {name: config.eval[name] for name in ("keep", "overlap", "top", "absent")}
+    names = ("object_mask_threshold", "overlap_threshold", "max_detections", "no_target_threshold")
+    thresholds = {name: config.eval[name] for name in names}
     return {
         "made_by": f"mqformer_jax {mqformer_jax.__version__}, jax {jax.__version__}",
         "platforms": list(PLATFORMS),
@@ -156,37 +158,41 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
 
 
 @contextmanager
-def _whole_folder(out: str) -> Generator[pathlib.Path]:
-    """A folder that gets the name `out` once all of it is written, and is gone if that fails."""
-    if os.path.lexists(out):
-        raise FileExistsError(f"--out={out}: it is there already; remove it, or name another folder.")
-    folder = pathlib.Path(f"{os.path.abspath(out)}.{os.getpid()}.tmp")
+def _whole_folder(output: str) -> Generator[pathlib.Path]:
+    """A folder that gets the name `output` once all of it is written, and is gone if that fails."""
+    if os.path.lexists(output):
+        raise FileExistsError(f"--output={output}: it is there already; remove it, or name another folder.")
+    folder = pathlib.Path(f"{os.path.abspath(output)}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
         with removed_on_exit(folder):
             yield folder
-        folder.rename(os.path.abspath(out))
+        folder.rename(os.path.abspath(output))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mqformer export", description=__doc__.split("\n")[0].split(":")[0] + ".")
+    parser = argparse.ArgumentParser(
+        prog="mqformer export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="workdir of a training, or a converted model",
+        help="Workdir of a training run or folder of a converted model, e.g. runs/demo. Required.",
     )
-    parser.add_argument("--out", required=True, help="the folder to write")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts a question; fewer are padded (default 32)")
-    parser.add_argument("--batch", type=int, default=1, help="images a question (default 1)")
+    parser.add_argument("--output", required=True, help="Folder to write, e.g. exported/demo. Required.")
+    parser.add_argument(
+        "--prompts", type=int, default=32, help="Number of prompts per call; fewer are padded. (default: %(default)s)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="Number of images per call. (default: %(default)s)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    size = export(args.checkpoint, args.out, args.prompts, args.batch)
+    size = export(args.checkpoint, args.output, args.prompts, args.batch)
     print(
-        f"{args.out}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, "
+        f"{args.output}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, "
         "docs/serve.py how to run it."
     )
 

@@ -1,6 +1,6 @@
 """Segment images by text prompts. Writes an overlay, a JSON file and masks for each image.
 
-    mqformer predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --out=found
+    mqformer predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --output=found
 
 A prompt with a star owns one region ("sky"). One without may have several instances ("car").
 """
@@ -20,8 +20,9 @@ from tqdm import tqdm
 from mqformer_jax import cli, image_io
 from mqformer_jax import config as recipes
 from mqformer_jax.inference import save_results
-from mqformer_jax.inference.predictor import TASKS, Predictor
+from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.segments import Segments
+from mqformer_jax.tasks import ANSWERED, FOREGROUND, TASKS
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
@@ -38,15 +39,15 @@ def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | 
     """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so
     itself.
     """
-    if text is None and task in ("foreground", "matting"):
-        text = "foreground"
+    if text is None and not TASKS[task].needs_prompts:
+        text = FOREGROUND
     if text is not None and text.startswith("@"):
         with open(text[1:], encoding="utf-8") as f:
             text = f.read()
     prompts, regions = read_prompts(text or "")
     if not prompts:
         raise ValueError('--prompts: name at least one thing to look for, e.g. --prompts="sky*; road*; car".')
-    return prompts, regions if task in ("panoptic", "instance") else None
+    return prompts, regions if TASKS[task].chooses_regions else None
 
 
 def main(argv: list[str]) -> None:
@@ -58,12 +59,12 @@ def main(argv: list[str]) -> None:
     for option in given.set:
         field, _, value = option.partition("=")
         recipes.set_field(predictor.config, field, literal(value), "--set ")
-    score = 0.3 if given.score is None and given.task == "instance" else given.score
+    score = TASKS[given.task].score if given.score is None else given.score
     ask = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
-    bad = answer_files(ask, paths, given.task, given.out, given.masks)
+    bad = answer_files(ask, paths, given.task, given.output, given.masks)
     if bad == len(paths):
         raise ValueError("none of the images could be read.")
-    print(f"{given.out}: {len(paths) - bad} images answered" + (f", {bad} could not be read" if bad else ""))
+    print(f"{given.output}: {len(paths) - bad} images answered" + (f", {bad} could not be read" if bad else ""))
 
 
 def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool) -> int:
@@ -81,7 +82,7 @@ def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], ta
         segments = ask(image)
         save_results.save(stem, image, segments, task, path, masks)
         there = np.flatnonzero(segments.masks.any((1, 2)))
-        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {100 * segments.scores[i]:.0f}" for i in there)
+        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {segments.scores[i]:.2f}" for i in there)
         tqdm.write(f"{path}: {found or 'nothing found'}")
     return bad
 
@@ -109,19 +110,56 @@ def literal(text: str) -> object:
         return text
 
 
-def run(argv: Sequence[str]) -> None:
-    flags.DEFINE_string("checkpoint", None, "Workdir of a training, or a converted model.")
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_string(
+        "checkpoint",
+        None,
+        "Workdir of a training run or folder of a converted model, e.g. runs/demo. Required.",
+        flag_values=values,
+    )
     flags.DEFINE_multi_string(
-        "image", None, "File, folder, pattern, or - (standard input: an image, or a path a line). May be repeated."
+        "image",
+        None,
+        "Image file, folder, pattern, or - for standard input (one image, or one path per line), "
+        'e.g. "photos/*.jpg". Required; may be repeated.',
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "prompts", None, 'What to look for, separated by ";". A star marks one region: "sky*; car". @FILE: one a line.'
+        "prompts",
+        None,
+        'Prompts separated by ";", or @FILE with one prompt per line; a star marks a prompt that owns one region, '
+        'e.g. "sky*; car".',
+        flag_values=values,
     )
-    flags.DEFINE_enum("task", "panoptic", TASKS, "What to answer.")
-    flags.DEFINE_string("out", "predictions", "Folder for pictures, JSON and masks.")
-    flags.DEFINE_float("score", None, "Lowest score of a segment, 0 to 1. Default: the recipe's; 0.3 for instances.")
-    flags.DEFINE_enum("queries", "all", ("all", "learnable", "conditional"), "Use only the answers of these queries.")
-    flags.DEFINE_bool("masks", False, "Also write each mask or matte as a PNG.")
-    flags.DEFINE_multi_string("set", [], "Change a field of the recipe, e.g. eval.overlap=0.5. May be repeated.")
-    flags.mark_flags_as_required(["checkpoint", "image"])
+    flags.DEFINE_enum("task", "panoptic", ANSWERED, "Segmentation task, e.g. referring.", flag_values=values)
+    flags.DEFINE_string("output", "predictions", "Folder for the results, e.g. found.", flag_values=values)
+    flags.DEFINE_float(
+        "score",
+        None,
+        "Lowest score of a segment, 0 to 1, e.g. 0.5. (default: 0.3 for instance, else the recipe's)",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "queries",
+        "all",
+        ("all", "learnable", "conditional"),
+        "Queries that may answer, e.g. learnable.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "masks", False, "Also write each mask or matte as a PNG file. (default: false)", flag_values=values
+    )
+    flags.DEFINE_multi_string(
+        "set",
+        [],
+        "Change a field of the recipe, e.g. eval.overlap_threshold=0.5. May be repeated. (default: none)",
+        flag_values=values,
+    )
+    flags.mark_flags_as_required(["checkpoint", "image"], values)
+    cli.require_fractions("score", values=values)
+
+
+def run(argv: Sequence[str]) -> None:
+    define_flags(flags.FLAGS)
     cli.run(main, "predict", __doc__, "stopped; files that were written are complete.", argv)

@@ -19,12 +19,12 @@ from mqformer_jax.arrays import Array
 from mqformer_jax.checkpoint import load_weights
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.matting.refiner import Refiner
-from mqformer_jax.models.build import build_model
+from mqformer_jax.models.build import abstract_model
 from mqformer_jax.models.heads import normalize
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
-from mqformer_jax.parallel.mesh import BATCH, make_mesh, over_images, replicated
-from mqformer_jax.parallel.rules import filled, named
+from mqformer_jax.parallel.mesh import BATCH, make_mesh, replicated, shard_map_batch
+from mqformer_jax.parallel.rules import filled, flatten_paths
 from mqformer_jax.segments import (
     CanvasMasks,
     Masks,
@@ -35,24 +35,24 @@ from mqformer_jax.segments import (
     semantic_segments,
     soft_mask,
 )
+from mqformer_jax.tasks import ANSWERED, TASKS
 
-TASKS = ("panoptic", "instance", "semantic", "referring", "foreground", "matting")
 ENCODED_AT_ONCE = 256  # texts
 KNOWN = 100_000  # texts whose vectors are kept
 
 
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
-class Question:
-    """What is asked of a batch of images: p prompts each, embedded; `valid` marks the real ones."""
+class PromptBatch:
+    """The embedded prompts of a batch of images, p an image; `valid` is false for padding."""
 
-    text: Float[Array, "b p e"]
+    prompt_embeddings: Float[Array, "b p e"]
     valid: Bool[Array, "b p"]
 
 
 @flax.struct.dataclass
-class Answer:
-    """What the network says of one image, on the host: what every rule of `segments` reads."""
+class RawPredictions:
+    """The predictions of the network for one image, on the host, before postprocessing."""
 
     class_probs: Float[np.ndarray, "q p"]
     boxes: Float[np.ndarray, "q 4"]
@@ -66,8 +66,8 @@ class IncompleteModel(ValueError):
 class Predictor:
     """A trained model behind one call.
 
-    >>> predictor = Predictor.from_checkpoint("runs/demo")
-    >>> predictor(image, ["sky", "the red star"], regions=[True, True], task="referring")
+    predictor = Predictor.from_checkpoint("runs/demo")
+    segments = predictor(image, ["sky", "the red star"], task="referring")
     """
 
     def __init__(
@@ -85,23 +85,18 @@ class Predictor:
         self.canvas = tuple(config.data.canvas)
         self.refiner: Refiner | None = None
         self._known: dict[str, np.ndarray] = {}
-        holder = {}
-
-        def graph(key):
-            holder["graph"], *trees = build_model(config, key)
-            return trees
-
-        shapes, given = jax.eval_shape(graph, jax.random.key(0)), named(params) | named(frozen)
-        if missing := sorted({name for tree in shapes for name in named(tree)} - given.keys()):
+        graph, *shapes = abstract_model(config.model)
+        given = flatten_paths(params) | flatten_paths(frozen)
+        if missing := sorted({name for tree in shapes for name in flatten_paths(tree)} - given.keys()):
             raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
         self.shares = len(devices or [None])
-        self.model = lambda params, frozen: nnx.merge(holder["graph"], params, frozen)
+        self.model = lambda params, frozen: nnx.merge(graph, params, frozen)
         self._encode = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
-        self._embed = jax.jit(lambda p, f, vectors, region: self.model(p, f).embed_text(vectors, region))
+        self._embed = jax.jit(lambda p, f, vectors, is_region: self.model(p, f).embed_text(vectors, is_region))
 
-        def forward(params, frozen, image, size, question):
-            outputs = self.model(params, frozen)(image, size, question.text, question.valid)
+        def forward(params, frozen, image, size, prompts):
+            outputs = self.model(params, frozen)(image, size, prompts.prompt_embeddings, prompts.valid)
             last = jax.tree.map(lambda x: x[-1], outputs.matching)
             features = outputs.mask_features.astype(last.mask_embed.dtype)
             masks = jnp.einsum("bqd,bhwd->bqhw", last.mask_embed, features, preferred_element_type=jnp.float32)
@@ -110,7 +105,7 @@ class Predictor:
         if self.shares > 1:
             mesh = make_mesh((-1, 1, 1), devices)
             self.params, self.frozen = jax.device_put((self.params, self.frozen), replicated(mesh))
-            forward = over_images(forward, mesh, (P(), P(), BATCH, BATCH, BATCH), BATCH)
+            forward = shard_map_batch(forward, mesh, (P(), P(), BATCH, BATCH, BATCH), BATCH)
         self._forward = jax.jit(forward)
 
     @classmethod
@@ -140,7 +135,7 @@ class Predictor:
             raise ValueError("no prompts: give at least one text to look for.")
         vectors = [self._vectors([template.format(text) for text in texts]) for template in templates]
         vectors = average(vectors) if len(vectors) > 1 else vectors[0]
-        padding = bucket(len(texts)) - len(texts)
+        padding = padded_length(len(texts)) - len(texts)
         padded = np.pad(vectors, ((0, padding), (0, 0))), np.pad(np.asarray(regions, bool), (0, padding))
         return self._embed(self.params, self.frozen, *padded)[: len(texts)]
 
@@ -153,48 +148,49 @@ class Predictor:
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         for start in range(0, len(new), ENCODED_AT_ONCE):
             some = new[start : start + ENCODED_AT_ONCE]
-            tokens = np.pad(self.tokenizer(some), ((0, bucket(len(some)) - len(some)), (0, 0)))
+            tokens = np.pad(self.tokenizer(some), ((0, padded_length(len(some)) - len(some)), (0, 0)))
             self._known.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
         return np.stack([self._known[text] for text in texts])
 
-    def ask(
+    def predict_raw(
         self,
         images: Sequence[np.ndarray],
         prompts: Sequence[Float[Array, "_p e"]],
         batch: int | None = None,
         canvas: tuple[int, int] | None = None,
-    ) -> list[Answer]:
-        """The network's answers for uint8 RGB images of any sizes, each with its own embedded prompts.
+    ) -> list[RawPredictions]:
+        """Return the network's predictions for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        Images are padded to `batch` (default: their number) and prompts to a `bucket`, so that few shapes are compiled.
+        Images are padded to `batch` (default: their number) and prompts to `padded_length`, so that few shapes are
+        compiled.
         canvas: height, width that images are fitted into, the recipe's unless given.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
         batch += -batch % self.shares
         fitted = [fit_image(image, canvas) for image in images]
-        length = bucket(max(len(p) for p in prompts))
-        text = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)
+        length = padded_length(max(len(p) for p in prompts))
+        embeddings = np.zeros((batch, length, prompts[0].shape[-1]), np.float32)
         valid = np.zeros((batch, length), bool)
         for i, p in enumerate(prompts):
-            text[i, : len(p)], valid[i, : len(p)] = p, True
+            embeddings[i, : len(p)], valid[i, : len(p)] = p, True
         pixels = np.zeros((batch, *canvas, 3), np.uint8)
         sizes = np.full((batch, 2), canvas, np.int32)
         for i, (padded, size) in enumerate(fitted):
             pixels[i], sizes[i] = padded, size
         probs, boxes, masks = jax.device_get(
-            self._forward(self.params, self.frozen, pixels, sizes, Question(text, valid))
+            self._forward(self.params, self.frozen, pixels, sizes, PromptBatch(embeddings, valid))
         )
-        answers = []
+        found = []
         for i in range(count):
             output = images[i].shape[:2]
-            answers.append(
-                Answer(
+            found.append(
+                RawPredictions(
                     np.asarray(probs[i, :, : len(prompts[i])], np.float32),
                     _to_pixels(boxes[i], canvas, fitted[i][1], output),
                     CanvasMasks(masks[i], canvas, fitted[i][1], output),
                 )
             )
-        return answers
+        return found
 
     def __call__(
         self,
@@ -212,9 +208,9 @@ class Predictor:
             has a refiner).
         regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
             panoptic and instance, all otherwise.
-        queries: whose answers count: "all", "learnable" or "conditional" ones.
-        score: the least score of a segment, instead of the recipe's `eval.keep` (panoptic) or `eval.absent` (one region
-            a prompt), and of none (instance).
+        queries: whose predictions count: "all", "learnable" or "conditional" ones.
+        score: the lowest score of a segment. Replaces the recipe's `eval.object_mask_threshold` (panoptic),
+            `eval.score_threshold` (instance) and `eval.no_target_threshold` (one region a prompt).
         """
         images = [image] if isinstance(image, np.ndarray) else list(image)
         for i in images:
@@ -222,30 +218,28 @@ class Predictor:
                 raise ValueError(f"the image is {_what(i)}: give uint8 RGB of shape (height, width, 3).")
         if regions is not None and len(regions) != len(prompts):
             raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give one True or False a prompt.")
-        if task not in TASKS:
-            raise ValueError(f"task {task!r} is not one of {', '.join(TASKS)}.")
+        if task not in ANSWERED:
+            raise ValueError(f"task {task!r} is not one of {', '.join(ANSWERED)}.")
         if task == "matting" and self.refiner is None:
             raise ValueError("task 'matting': this checkpoint has no refiner; train one with `mqformer train-matting`.")
         regions = (
-            np.full(len(prompts), task not in ("panoptic", "instance"))
-            if regions is None
-            else np.asarray(regions, bool)
+            np.full(len(prompts), not TASKS[task].chooses_regions) if regions is None else np.asarray(regions, bool)
         )
-        classes = task in ("panoptic", "instance", "semantic")
-        embedded = self.embed(prompts, regions, self.config.data.templates if classes else ("{}",))
-        answering, thresholds = self._kind(queries), with_score(self.config.eval, score)
+        templates = self.config.data.templates if TASKS[task].by_class else ("{}",)
+        embedded = self.embed(prompts, regions, templates)
+        selected, thresholds = self._kind(queries), with_score(self.config.eval, score)
         if queries != "all":
             # the silent ones score nothing
-            thresholds = ConfigDict({**thresholds, "least": max(0.0, thresholds.least)})
+            thresholds = ConfigDict({**thresholds, "score_threshold": max(0.0, thresholds.score_threshold)})
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
             some = images[start : start + self.config.eval.batch_size]
             batch = min(1 << (len(some) - 1).bit_length(), self.config.eval.batch_size)
-            for one, answer in zip(some, self.ask(some, [embedded] * len(some), batch)):
-                answer = dataclasses.replace(answer, class_probs=np.where(answering, answer.class_probs, 0))
-                segments = answer_segments(answer, list(prompts), regions, task, thresholds)
+            for one, raw in zip(some, self.predict_raw(some, [embedded] * len(some), batch)):
+                raw = dataclasses.replace(raw, class_probs=np.where(selected, raw.class_probs, 0))
+                segments = postprocess(raw, list(prompts), regions, task, thresholds)
                 if task == "matting":
-                    guides = np.stack([soft_mask(answer.class_probs, answer.masks, p) for p in range(len(prompts))])
+                    guides = np.stack([soft_mask(raw.class_probs, raw.masks, p) for p in range(len(prompts))])
                     there = segments.masks.any((1, 2))[:, None, None]
                     segments.alphas = self.refiner(one, guides) * there
                 found.append(segments)
@@ -257,26 +251,27 @@ class Predictor:
         counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
         if queries not in counts:
             raise ValueError(f"queries {queries!r} is not one of {', '.join(counts)}.")
-        asked = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
-        if not asked.any():
+        selected = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
+        if not selected.any():
             raise ValueError(
                 f"queries {queries!r}: this model has none of them "
                 f"(config.model.queries = {self.config.model.queries!r})."
             )
-        return asked[:, None]
+        return selected[:, None]
 
 
-def bucket(count: int) -> int:
-    """The next length that is compiled for: steps of 8, of an eighth of the power of two above from 64 on."""
+def padded_length(count: int) -> int:
+    """Return the next length to compile for: a multiple of 8; from 64 on, of an eighth of the next power of two."""
     step = max(8, 1 << max((count - 1).bit_length() - 3, 0))
     return -(-count // step) * step
 
 
 def with_score(thresholds: ConfigDict, score: float | None) -> ConfigDict:
-    """`config.eval` with another least score for every task."""
+    """Return `config.eval` with one lowest score for all tasks."""
     if score is None:
         return thresholds
-    return ConfigDict({**thresholds, "keep": score, "absent": score, "least": score})
+    names = ("object_mask_threshold", "no_target_threshold", "score_threshold")
+    return ConfigDict({**thresholds, **dict.fromkeys(names, score)})
 
 
 def _what(image: object) -> str:
@@ -289,23 +284,25 @@ def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
     return normalize(sum(normalize(v) for v in vectors)) * length
 
 
-def answer_segments(
-    answer: Answer, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict
+def postprocess(
+    raw: RawPredictions, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict
 ) -> Segments:
-    """The rule of a task with the thresholds of a config (`config.eval`): the one way from answers to segments."""
-    if task == "panoptic":
-        return panoptic_segments(texts, answer.class_probs, answer.masks, regions, thresholds.keep, thresholds.overlap)
-    if task == "instance":
-        options = dict(top=thresholds.top, least=thresholds.least)
-        return instance_segments(texts, answer.class_probs, answer.boxes, answer.masks, ~regions, **options)
-    if task == "semantic":
-        return semantic_segments(texts, answer.class_probs, answer.masks)
-    return region_segments(texts, answer.class_probs, answer.boxes, answer.masks, thresholds.absent)
+    """Turn raw predictions into the segments of a task, with the thresholds of `config.eval`."""
+    kind = TASKS[task].segments
+    if kind == "panoptic":
+        limits = thresholds.object_mask_threshold, thresholds.overlap_threshold
+        return panoptic_segments(texts, raw.class_probs, raw.masks, regions, *limits)
+    if kind == "instance":
+        options = dict(max_detections=thresholds.max_detections, score_threshold=thresholds.score_threshold)
+        return instance_segments(texts, raw.class_probs, raw.boxes, raw.masks, ~regions, **options)
+    if kind == "semantic":
+        return semantic_segments(texts, raw.class_probs, raw.masks)
+    return region_segments(texts, raw.class_probs, raw.boxes, raw.masks, thresholds.no_target_threshold)
 
 
 def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[np.ndarray, "q 4"]:
     """cx, cy, w, h as fractions of the canvas to x0, y0, x1, y1 in pixels of the user's image, cut at its borders."""
-    centre, half = boxes[:, :2], boxes[:, 2:] / 2
-    xyxy = np.concatenate([centre - half, centre + half], 1) * np.tile(canvas[::-1], 2)
+    center, half = boxes[:, :2], boxes[:, 2:] / 2
+    xyxy = np.concatenate([center - half, center + half], 1) * np.tile(canvas[::-1], 2)
     xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)
     return np.clip(xyxy, 0, np.tile(output[::-1], 2)).astype(np.float32)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import colorsys
 import dataclasses
-import json
 import os
 import re
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from mqformer_jax.files import atomic_write, write_json
 from mqformer_jax.input.record import encode_rle
 from mqformer_jax.segments import Segments
+from mqformer_jax.tasks import TASKS
 from mqformer_jax.visualization.overlays import overlay
 
 LARGEST = 2048  # pixels of an overlay's longer side: it is to be looked at, the masks keep the image's size
-REGIONS = ("referring", "foreground", "matting")  # tasks whose answer can be cut out
 
 
 def save(
@@ -28,12 +29,12 @@ def save(
 
     Returns the paths. A file is there whole or not at all.
     """
-    written = [_write(f"{stem}.json", json.dumps(to_json(segments, task, source, image.shape[:2]), indent=1).encode())]
+    written = [f"{stem}.json"]
+    write_json(written[0], to_json(segments, task, source, image.shape[:2]))
     written.append(_png(f"{stem}_overlay.png", overlay(*_shrunk(image, segments))))
     if segments.panoptic is not None:
-        kind = np.uint8 if len(segments) < 256 else np.uint16
-        written.append(_png(f"{stem}_panoptic.png", segments.panoptic.astype(kind)))
-    if task in REGIONS:
+        written.append(_png(f"{stem}_panoptic.png", panoptic_image(segments.panoptic, len(segments))))
+    if TASKS[task].soft:
         written.append(_png(f"{stem}_cutout.png", cutout(image, segments)))
     if masks:
         os.makedirs(f"{stem}_masks", exist_ok=True)
@@ -98,15 +99,22 @@ def _shrunk(image: np.ndarray, segments: Segments) -> tuple[np.ndarray, Segments
     )
 
 
-def _png(path: str, pixels: np.ndarray) -> str:
-    with open(path + ".tmp", "wb") as f:
-        Image.fromarray(pixels).save(f, format="PNG", compress_level=3)
-    os.replace(path + ".tmp", path)
-    return path
+def panoptic_image(ids: Int[np.ndarray, "h w"], count: int) -> Image.Image:
+    """Return a PNG image whose pixel values are segment ids: 0 is no segment, which is black.
+
+    Up to 255 segments the image has a palette, so that viewers show colors. More need 16 bits, which have no palette.
+    """
+    if count > 255:
+        return Image.fromarray(ids.astype(np.uint16))
+    image = Image.fromarray(ids.astype(np.uint8), mode="P")
+    # Steps of the golden angle around the color circle keep neighboring ids apart.
+    colors = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, 0.95) for i in range(count)]
+    image.putpalette([0, 0, 0, *(round(255 * channel) for color in colors for channel in color)])
+    return image
 
 
-def _write(path: str, data: bytes) -> str:
-    with open(path + ".tmp", "wb") as f:
-        f.write(data)
-    os.replace(path + ".tmp", path)
+def _png(path: str, pixels: np.ndarray | Image.Image) -> str:
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", compress_level=3)
     return path

@@ -19,7 +19,9 @@ MOST = 1 << 19  # texts kept: 1 GB of 512 numbers each; more than RefCOCO, RefCO
 
 
 class TextCache:
-    """Replaces a Batch's token ids by their vectors, so that the step never runs the encoder (`optimizer.text = 0`).
+    """Replaces a Batch's token ids by their vectors, so that the step never runs the encoder.
+
+    Used when the text encoder is frozen (`optimizer.text_lr_mult = 0`).
 
     params: the text encoder's, whole on this host. Each host caches the texts of its own batches.
     """

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.example import Example, Target
 
-PAD = 128  # grey of the padding right and below the image
+PAD = 128  # gray of the padding right and below the image
 SAME = 0.5  # the share of the smaller box from which two targets may be one object under two names
 
 
@@ -28,7 +28,7 @@ class Batch:
 
     image: 0 to 255, padded right and below. size: height and width of the valid part, pixels.
     tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
-    prompt_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
+    is_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
     positive: which prompts name which target. negative: which do not, of the prompts that are not exhaustive; about a
         pair that is neither nothing is known.
     has_mask: the target's mask is known. masks: all masks of an image one after another, each only in a window around
@@ -43,7 +43,7 @@ class Batch:
     size: Int[Array, "b 2"]
     tokens: Int[Array, "b p l"] | Float[Array, "b p e"]
     prompt_valid: Bool[Array, "b p"]
-    prompt_region: Bool[Array, "b p"]
+    is_region: Bool[Array, "b p"]
     prompt_exhaustive: Bool[Array, "b p"]
     num_targets: Int[Array, " b"]
     boxes: Float[Array, "b n 4"]
@@ -57,8 +57,8 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
-    """What a row of a Batch has room for: the canvas (height, width), prompts, targets, and bytes of masks."""
+class BatchSpec:
+    """The fixed sizes of a Batch: the canvas (height, width), prompts, targets, and bytes of masks."""
 
     canvas: tuple[int, int]
     prompts: int
@@ -66,14 +66,14 @@ class Room:
     mask_bytes: int
 
     @classmethod
-    def of(cls, data: Any) -> Room:
-        """That of `config.data`."""
+    def of(cls, data: Any) -> BatchSpec:
+        """Return the sizes that `config.data` asks for."""
         height, width = data.canvas
         return cls((height, width), data.max_prompts, data.max_targets, int(data.mask_canvases * height * (width // 8)))
 
 
 @dataclasses.dataclass
-class Row:
+class PackedExample:
     """One example ready for a Batch, still without padding: p prompts, n targets, an image of h x w.
 
     bits: each target's mask in its window, None where only the box is known. windows: without the first byte.
@@ -81,7 +81,7 @@ class Row:
 
     image: UInt8[np.ndarray, "h w 3"]
     tokens: Int[np.ndarray, "p l"]
-    region: Bool[np.ndarray, " p"]
+    is_region: Bool[np.ndarray, " p"]
     exhaustive: Bool[np.ndarray, " p"]
     boxes: Float[np.ndarray, "n 4"]
     positive: Bool[np.ndarray, "n p"]
@@ -92,20 +92,20 @@ class Row:
     source: int
 
 
-def to_row(
+def pack_example(
     example: Example,
     texts: Sequence[str],
     indices: Int[np.ndarray, " p"],
     tokenizer: Callable[[Sequence[str]], Int[np.ndarray, "n l"]],
-    room: Room,
+    spec: BatchSpec,
     source: int,
     rng: np.random.Generator,
-) -> Row:
-    """One example, no larger than the canvas, as a row.
+) -> PackedExample:
+    """Return one example, no larger than the canvas, as a row of a Batch.
 
     texts, indices: what `choose_prompts` gave. Targets that no chosen prompt names are left out. If there are more
     targets than fit (rows, or bytes of masks), a random subset stays, and the prompts of the others are no longer
-    exhaustively labelled.
+    exhaustively labeled.
     """
     column = {int(old): new for new, old in enumerate(indices)}
     prompts = [example.prompts[i] for i in indices]
@@ -115,17 +115,17 @@ def to_row(
     for i, target in enumerate(asked):
         named[i, [column[p] for p in target.prompts if p in column]] = True
     packed = [_pack(t) for t in asked]
-    kept = _fitting([0 if bits is None else bits.size for bits, _ in packed], room, rng)
+    kept = _fitting([0 if bits is None else bits.size for bits, _ in packed], spec, rng)
     lost = np.ones(len(asked), bool)
     lost[kept] = False
     exhaustive &= ~named[lost].any(0)
     corners = np.array([t.box for t in asked], np.float32).reshape(-1, 4)
-    return Row(
+    return PackedExample(
         image=example.image,
         tokens=tokenizer(list(texts) or [""])[: len(texts)],
-        region=np.array([p.region for p in prompts], bool),
+        is_region=np.array([p.is_region for p in prompts], bool),
         exhaustive=exhaustive,
-        boxes=_fractions(corners[kept], room.canvas),
+        boxes=_fractions(corners[kept], spec.canvas),
         positive=named[kept],
         negative=_known_negatives(named, corners, exhaustive)[kept],
         bits=[packed[i][0] for i in kept],
@@ -135,9 +135,9 @@ def to_row(
     )
 
 
-def collate(rows: Sequence[Row], room: Room) -> Batch:
-    """Rows as a Batch: the one place where padding is made."""
-    b, (height, width) = len(rows), room.canvas
+def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
+    """Return the examples as a Batch, each padded to the sizes of `spec`."""
+    b, (height, width) = len(examples), spec.canvas
 
     def zeros(dtype: type, *shape: int) -> np.ndarray:
         return np.zeros((b, *shape), dtype)
@@ -145,33 +145,37 @@ def collate(rows: Sequence[Row], room: Room) -> Batch:
     batch = Batch(
         image=np.empty((b, height, width, 3), np.uint8),
         size=zeros(np.int32, 2),
-        tokens=zeros(np.int32, room.prompts, rows[0].tokens.shape[1]),
-        prompt_valid=zeros(bool, room.prompts),
-        prompt_region=zeros(bool, room.prompts),
-        prompt_exhaustive=zeros(bool, room.prompts),
+        tokens=zeros(np.int32, spec.prompts, examples[0].tokens.shape[1]),
+        prompt_valid=zeros(bool, spec.prompts),
+        is_region=zeros(bool, spec.prompts),
+        prompt_exhaustive=zeros(bool, spec.prompts),
         num_targets=zeros(np.int32),
-        boxes=zeros(np.float32, room.targets, 4),
-        positive=zeros(bool, room.targets, room.prompts),
-        negative=zeros(bool, room.targets, room.prompts),
-        has_mask=zeros(bool, room.targets),
-        masks=zeros(np.uint8, room.mask_bytes),
-        windows=zeros(np.int32, room.targets, 5),
+        boxes=zeros(np.float32, spec.targets, 4),
+        positive=zeros(bool, spec.targets, spec.prompts),
+        negative=zeros(bool, spec.targets, spec.prompts),
+        has_mask=zeros(bool, spec.targets),
+        masks=zeros(np.uint8, spec.mask_bytes),
+        windows=zeros(np.int32, spec.targets, 5),
         ignore=zeros(np.uint8, height, width // 8),
         source=zeros(np.int32),
     )
-    for i, row in enumerate(rows):
-        (h, w), p, n = row.image.shape[:2], len(row.tokens), len(row.bits)
+    for i, example in enumerate(examples):
+        (h, w), p, n = example.image.shape[:2], len(example.tokens), len(example.bits)
         image = batch.image[i]
-        image[:h, :w], image[:h, w:], image[h:] = row.image, PAD, PAD
+        image[:h, :w], image[:h, w:], image[h:] = example.image, PAD, PAD
         batch.size[i] = h, w
-        batch.tokens[i, :p], batch.prompt_valid[i, :p] = row.tokens, True
-        batch.prompt_region[i, :p], batch.prompt_exhaustive[i, :p] = row.region, row.exhaustive
-        batch.num_targets[i], batch.source[i] = n, row.source
-        batch.boxes[i, :n], batch.positive[i, :n, :p], batch.negative[i, :n, :p] = row.boxes, row.positive, row.negative
-        if row.ignore is not None:
-            batch.ignore[i, :h, : row.ignore.shape[1]] = row.ignore
+        batch.tokens[i, :p], batch.prompt_valid[i, :p] = example.tokens, True
+        batch.is_region[i, :p], batch.prompt_exhaustive[i, :p] = example.is_region, example.exhaustive
+        batch.num_targets[i], batch.source[i] = n, example.source
+        batch.boxes[i, :n], batch.positive[i, :n, :p], batch.negative[i, :n, :p] = (
+            example.boxes,
+            example.positive,
+            example.negative,
+        )
+        if example.ignore is not None:
+            batch.ignore[i, :h, : example.ignore.shape[1]] = example.ignore
         start = 0
-        for j, (bits, window) in enumerate(zip(row.bits, row.windows)):
+        for j, (bits, window) in enumerate(zip(example.bits, example.windows)):
             batch.windows[i, j] = start, *window
             if bits is not None:
                 batch.has_mask[i, j] = True
@@ -203,15 +207,15 @@ def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, 
     return bits, (top, left // 8, *bits.shape)
 
 
-def _fitting(sizes: Sequence[int], room: Room, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+def _fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
     """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random
     order.
     """
-    if len(sizes) <= room.targets and sum(sizes) <= room.mask_bytes:
+    if len(sizes) <= spec.targets and sum(sizes) <= spec.mask_bytes:
         return np.arange(len(sizes))
-    kept, free = [], room.mask_bytes
+    kept, free = [], spec.mask_bytes
     for i in rng.permutation(len(sizes)):
-        if len(kept) < room.targets and sizes[i] <= free:
+        if len(kept) < spec.targets and sizes[i] <= free:
             kept.append(i)
             free -= sizes[i]
     return np.sort(np.array(kept, np.int64))

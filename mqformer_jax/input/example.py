@@ -12,15 +12,15 @@ class Prompt:
     """One text the model is asked for.
 
     texts: words for the same thing (synonyms, several captions); training draws one each time the image is seen.
-    region: True if the text owns exactly one region (semantic, referring, foreground), False if it may own several
-        segments (instances). The model is told (`prompt_region` in the Batch).
-    exhaustive: all that this text names in the image is labelled, so whatever is not matched to it may be taught
+    is_region: True if the text owns exactly one region (semantic, referring, foreground), False if it may own several
+        segments (instances). The model is told (`is_region` in the Batch).
+    exhaustive: all that this text names in the image is labeled, so whatever is not matched to it may be taught
         "absent". Where it is False, a query that matched nothing is left in peace about this text.
     weight: how readily the prompt is drawn as a negative where not all of them can be asked (`choose_prompts`).
     """
 
     texts: tuple[str, ...]
-    region: bool
+    is_region: bool
     exhaustive: bool = True
     weight: float = 1.0
 
@@ -46,7 +46,7 @@ class Example:
     """One image and all that is asked of it.
 
     key: "dataset/image", for messages. image: uint8 [h, w, 3] RGB.
-    ignore: bool [h, w], pixels where nothing is known (unlabelled, crowd): no loss is taken there.
+    ignore: bool [h, w], pixels where nothing is known (unlabeled, crowd): no loss is taken there.
     """
 
     key: str

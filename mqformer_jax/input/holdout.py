@@ -31,11 +31,10 @@ class Part:
         return self._source[self.indices[index]]
 
 
-def guard(
+def exclude_eval_images(
     sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping[str, Any]]
 ) -> tuple[list[ShardSource | Part], list[str]]:
-    """The training sources without the images that others evaluate on, and lines that say what was left out or cannot
-    be known.
+    """Return the training sources without the images of evaluation sets, and lines for the log on what was left out.
 
     Held out are the sets of `config.eval.sets`, and every split of expressions under `root` that is not called train:
     who trains today will evaluate on RefCOCO tomorrow. A split that is trained on is not held out. Raises

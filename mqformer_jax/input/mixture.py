@@ -12,14 +12,14 @@ import grain
 import numpy as np
 from absl import logging
 
-from mqformer_jax.input.batch import Batch, Room, Row, collate, to_row
+from mqformer_jax.input.batch import Batch, BatchSpec, PackedExample, collate, pack_example
 from mqformer_jax.input.example import Example
-from mqformer_jax.input.holdout import Part, guard
+from mqformer_jax.input.holdout import Part, exclude_eval_images
 from mqformer_jax.input.prompts import choose_prompts
 from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.tasks import needs_whole_image, to_example
-from mqformer_jax.input.transforms import colour_jitter, fit, random_flip, resize_crop
+from mqformer_jax.input.transforms import color_jitter, fit, random_flip, resize_crop
 from mqformer_jax.interrupts import deaf_children
 
 MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
@@ -64,7 +64,7 @@ def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -
     sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
     if not data.leak_guard:
         return Loader(sources, config, tokenizer)
-    sources, report = guard(sources, data.root, config.eval.sets)
+    sources, report = exclude_eval_images(sources, data.root, config.eval.sets)
     return Loader(sources, config, tokenizer, report)
 
 
@@ -73,9 +73,9 @@ class Loader:
 
     The rows of the global batch at a step depend on the seed and the step alone: not on the number of hosts, workers or
     threads, nor on where a run was stopped. Data sets are interleaved by their weights (`weight`, or
-    size^`data.alpha`), each shuffled anew every epoch and augmented anew every time. The rows of a global batch are
-    shuffled before the hosts share them out; a host would otherwise meet the same data set at every step wherever the
-    mixture's period divides its share.
+    size^`data.size_exponent`), each shuffled anew every epoch and augmented anew every time. The rows of a global batch
+    are shuffled before the hosts share them out; a host would otherwise meet the same data set at every step wherever
+    the mixture's period divides its share.
 
     names: of the sources, each its own. report: what they are, and what was left out of them, in words.
     """
@@ -95,22 +95,22 @@ class Loader:
         self._sizes = [len(s) for s in sources]
         if 0 in self._sizes or not sources:
             raise ValueError(f"data.mixture: {self.names[self._sizes.index(0)] if sources else 'it'} is empty.")
-        self._weights = [_weight(e, size, data.alpha) for e, size in zip(data.mixture, self._sizes)]
+        self._weights = [_weight(e, size, data.size_exponent) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
         self._read = [0] * len(sources)
-        self._room = Room.of(data)
+        self._spec = BatchSpec.of(data)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
         self.report = [
             f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)
         ] + [*report]
         for source in sources:
             _warn_of_twins(source, tokenizer)
-        makers = [
-            RowMaker(
+        transforms = [
+            RecordTransform(
                 s,
                 i,
                 tuple(entry["tasks"]),
-                (entry.get("least_mask", 0.0), entry.get("least_caption", 0.0)),
+                (entry.get("min_mask_score", 0.0), entry.get("min_caption_score", 0.0)),
                 data,
                 tokenizer,
             )
@@ -118,9 +118,9 @@ class Loader:
         ]
         streams = [
             WindowShuffle(grain.MapDataset.range(size).repeat(), size, (config.seed, i)).random_map(
-                maker, seed=_seed(config.seed, i)
+                transform, seed=_seed(config.seed, i)
             )
-            for i, (size, maker) in enumerate(zip(self._sizes, makers))
+            for i, (size, transform) in enumerate(zip(self._sizes, transforms))
         ]
         mixed = grain.MapDataset.mix(streams, weights=self._weights)
         # Grain computes lengths in floats: sys.maxsize would round up past what len() may return, 2^53 is exact and
@@ -135,13 +135,13 @@ class Loader:
         """`batches`, each with a note for every row.
 
         An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more
-        than `data.max_bad` of what this host has read of a data set is unusable (one record always may be, and so much
-        of the first FEW records).
+        than `data.max_corrupt_fraction` of the records that this host has read of a data set are unusable. One unusable
+        record is always allowed, and the fraction is taken of at least FEW records.
         """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
             raise ValueError(f"batch_size: {size} cannot be shared by {num_hosts} hosts.")
-        batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, room=self._room))[
+        batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, spec=self._spec))[
             host::num_hosts
         ][start_step:]
         ahead = max(2, data.threads // max(1, data.workers))  # batches, in each process
@@ -170,10 +170,10 @@ class Loader:
                 if number not in bad:
                     bad.add(number)
                     logging.warning("%s: record %d is left out: %s", name, number, what)
-            most, seen = self._config.data.max_bad, min(size, max(self._read[source], FEW))
-            if len(bad) > max(1, most * seen):
+            limit, seen = self._config.data.max_corrupt_fraction, min(size, max(self._read[source], FEW))
+            if len(bad) > max(1, limit * seen):
                 raise ValueError(
-                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_bad is {most}; "
+                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_corrupt_fraction is {limit}; "
                     "prepare the data set again."
                 )
         return item
@@ -229,27 +229,27 @@ class WindowShuffle(grain.MapDataset):
 
 
 @dataclasses.dataclass(frozen=True)
-class RowMaker:
+class RecordTransform:
     """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
 
-    number: the data set's place in the mixture. least: scores of masks and captions that a teacher added, below which
+    number: the data set's place in the mixture. min_scores: of masks and captions that a teacher added, below which
         they are left out. data: `config.data`.
     """
 
     source: Source
     number: int
     tasks: tuple[str, ...]
-    least: tuple[float, float]
+    min_scores: tuple[float, float]
     data: Any
     tokenizer: Callable[[Sequence[str]], np.ndarray]
 
-    def __call__(self, index: int, rng: np.random.Generator) -> tuple[Row, Note]:
+    def __call__(self, index: int, rng: np.random.Generator) -> tuple[PackedExample, Note]:
         bad = []
         for i in range(index, index + MAX_IN_A_ROW):
             i %= len(self.source)
             try:
-                row, key, texts = self._row(i, rng)
-                return row, Note(key, tuple(texts), tuple(bad))
+                packed, key, texts = self._example(i, rng)
+                return packed, Note(key, tuple(texts), tuple(bad))
             except (BadRecord, cv2.error) as e:
                 bad.append((self.source.indices[i] if isinstance(self.source, Part) else i, str(e)))
         raise ValueError(
@@ -257,19 +257,19 @@ class RowMaker:
             f"prepare the data set again. The last one: {bad[-1][1]}"
         )
 
-    def _row(self, index: int, rng: np.random.Generator) -> tuple[Row, str, list[str]]:
-        record, data = Record.from_bytes(self.source[index]).trusting(*self.least), self.data
+    def _example(self, index: int, rng: np.random.Generator) -> tuple[PackedExample, str, list[str]]:
+        record, data = Record.from_bytes(self.source[index]).trusting(*self.min_scores), self.data
         key = f"{self.source.name}/{record.key}"
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
         example = self._augment(example, needs_whole_image(record, self.tasks), rng)
         texts, indices = choose_prompts(example, data.max_prompts, rng)
-        return to_row(example, texts, indices, self.tokenizer, Room.of(data), self.number, rng), key, texts
+        return pack_example(example, texts, indices, self.tokenizer, BatchSpec.of(data), self.number, rng), key, texts
 
     def _augment(self, example: Example, whole: bool, rng: np.random.Generator) -> Example:
         data, canvas = self.data, tuple(self.data.canvas)
-        example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale))
+        example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale_range))
         example = random_flip(example, rng, data.flip)
-        return colour_jitter(example, rng, data.jitter) if data.jitter else example
+        return color_jitter(example, rng, data.color_jitter) if data.color_jitter else example
 
 
 def _deaf(stream: Iterator[Any]) -> Iterator[Any]:
@@ -280,9 +280,9 @@ def _deaf(stream: Iterator[Any]) -> Iterator[Any]:
         yield item
 
 
-def _collate(items: Sequence[tuple[Row, Note]], room: Room) -> tuple[Batch, list[Note]]:
-    rows, notes = zip(*items)
-    return collate(rows, room), list(notes)
+def _collate(items: Sequence[tuple[PackedExample, Note]], spec: BatchSpec) -> tuple[Batch, list[Note]]:
+    examples, notes = zip(*items)
+    return collate(examples, spec), list(notes)
 
 
 def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
@@ -313,9 +313,9 @@ def _seed(*entropy: int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
-def _weight(entry: Any, size: int, alpha: float) -> float:
+def _weight(entry: Any, size: int, size_exponent: float) -> float:
     weight = entry.get("weight")
-    weight = float(size**alpha if weight is None else weight)
+    weight = float(size**size_exponent if weight is None else weight)
     if not weight > 0:
         raise ValueError(f"data.mixture: {entry['name']} has weight {weight}; it must be positive.")
     return weight

@@ -28,7 +28,7 @@ _SIDE_WORD = re.compile(
     re.IGNORECASE,
 )
 # Words whose mirror image is not known: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt",
-# sides that are misspelt, and "right" that is no side.
+# sides that are misspelled, and "right" that is no side.
 _UNKNOWN = re.compile(
     r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy"
     r"|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right|right "
@@ -58,11 +58,11 @@ def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> t
     draws = rng.random(len(indices))
     choices = [example.prompts[i].texts for i in indices]
     texts = [texts[int(u * len(texts))] for texts, u in zip(choices, draws)]
-    said = {(text, example.prompts[i].region) for text, i in zip(texts, indices) if i in owned}
+    said = {(text, example.prompts[i].is_region) for text, i in zip(texts, indices) if i in owned}
     kept = [
         k
         for k, (text, i) in enumerate(zip(texts, indices))
-        if i in owned or (text, example.prompts[i].region) not in said
+        if i in owned or (text, example.prompts[i].is_region) not in said
     ]
     return [texts[k] for k in kept], indices[np.array(kept, np.int64)]
 

@@ -22,6 +22,9 @@ import cv2
 import msgpack
 import numpy as np
 from hotcoco import mask as rle_codec
+from jaxtyping import Float
+
+from mqformer_jax.files import write_json
 
 FORMAT = 1
 
@@ -34,12 +37,12 @@ class BadRecord(ValueError):
 class ClassInfo:
     """One class of a data set's vocabulary.
 
-    `texts` are the words it may be prompted with (synonyms; the first is its display name). A `thing` may own several
-    segments of one image; anything else owns one region.
+    `texts` are the words it may be prompted with (synonyms; the first is its display name). With `is_region`, the class
+    owns one region of an image (stuff); without it, the class may own several segments (instances).
     """
 
     texts: tuple[str, ...]
-    thing: bool = True
+    is_region: bool = False
 
     @property
     def name(self) -> str:
@@ -50,7 +53,7 @@ class ClassInfo:
 class DatasetInfo:
     """What holds for a whole prepared data set.
 
-    `exhaustive`: every class is labelled wherever it occurs, so a class without a segment is absent. Federated sets
+    `exhaustive`: every class is labeled wherever it occurs, so a class without a segment is absent. Federated sets
     (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment
     and nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody
     marked. `splits` maps a split to its number of records, `class_images` to the number of images that show each class,
@@ -77,10 +80,7 @@ class DatasetInfo:
         return tuple(np.sqrt(np.maximum(counts, 1)).tolist())
 
     def save(self, folder: str) -> None:
-        path = os.path.join(folder, "dataset.json")
-        with open(path + ".tmp", "w") as f:
-            json.dump({"format": FORMAT, **dataclasses.asdict(self)}, f, indent=1)
-        os.replace(path + ".tmp", path)
+        write_json(os.path.join(folder, "dataset.json"), {"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def load(cls, folder: str) -> DatasetInfo:
@@ -96,7 +96,7 @@ class DatasetInfo:
     def _of(cls, fields: dict) -> DatasetInfo:
         if fields.pop("format") != FORMAT:
             raise ValueError("another record format")
-        fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["thing"]) for c in fields["classes"])
+        fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["is_region"]) for c in fields["classes"])
         fields["class_images"] = {split: tuple(counts) for split, counts in fields.get("class_images", {}).items()}
         return cls(**fields)
 
@@ -108,9 +108,9 @@ class Segment:
     class_id: index into `DatasetInfo.classes`, or None where only words name it (a referred object, a foreground).
     texts: expressions that refer to this segment and to no other of the image.
     box: x0, y0, x1, y1 in pixels (continuous; the right and lower edges are outside), or None.
-    mask: COCO compressed run-length code of the image's size, or None where only a box is labelled.
-    alpha: 8-bit grey PNG of the image's size (0 to 255), or None. A matte.
-    trimap: 8-bit grey PNG, 0 outside, 255 inside, between them unknown, or None. Where the matte is measured.
+    mask: COCO compressed run-length code of the image's size, or None where only a box is labeled.
+    alpha: 8-bit gray PNG of the image's size (0 to 255), or None. A matte.
+    trimap: 8-bit gray PNG, 0 outside, 255 inside, between them unknown, or None. Where the matte is measured.
     crowd: a region of many objects that nobody separated: never a target, never punished.
     foreground: this is the salient foreground of the image, not a member of a class.
 
@@ -153,9 +153,9 @@ class Record:
 
     key: the image's name in its data set, for messages and evaluation.
     image: bytes of a JPEG or PNG file. height, width: its size in pixels (after EXIF rotation).
-    ignore: run-length code of pixels that nobody labelled, or None. absent_texts: expressions that name nothing here.
+    ignore: run-length code of pixels that nobody labeled, or None. absent_texts: expressions that name nothing here.
     absent_classes, partial_classes: for sets that are not exhaustive, classes checked to be absent, and classes of
-    which some segments are labelled and others may not be.
+    which some segments are labeled and others may not be.
     origin: whose picture it is, where several data sets label the same pictures ("coco/391895"), or "". What one set
     evaluates on leaves the others by it.
     """
@@ -248,6 +248,13 @@ def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
     """The tight box x0, y0, x1, y1 (pixels; right and lower edge outside) of bool [h, w], None where it is empty."""
     left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     return (float(left), float(top), float(left + width), float(top + height)) if width else None
+
+
+def box_iou(a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]) -> Float[np.ndarray, "*n"] | np.floating:
+    """Return the IoU of boxes x0, y0, x1, y1 that broadcast together; 0 for two boxes without area."""
+    area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), -1)
+    common = area(np.concatenate([np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])], -1))
+    return common / (area(a) + area(b) - common + 1e-9)
 
 
 def _tuples(fields: dict) -> dict:

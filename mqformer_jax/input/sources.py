@@ -86,10 +86,10 @@ def _count(path: str) -> int:
 
 def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
     """kind: the subcommand that prepared the other splits."""
-    command = f"{kind} --name {name} --split {split} --out {root} …" if kind else f"public {name} --out {root}"
-    command = f"sample --out {root}" if name.startswith("sample_") else command
+    command = f"{kind} --name {name} --split {split} --output {root} …" if kind else f"public {name} --output {root}"
+    command = f"sample --output {root}" if name.startswith("sample_") else command
     if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
-        mend = "make it with `mqformer synthesize` (see docs/synthetic.md)"
+        mend = "make it with `mqformer synthesize` (see docs/data.md)"
     else:
         mend = f"run `mqformer prepare {command}` (see data/README.md)"
     return f"data set '{name}' split '{split}' is not in {root}: {mend}"

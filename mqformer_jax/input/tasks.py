@@ -1,4 +1,4 @@
-"""From a Record (what is labelled) to an Example (what is asked): one function for all six tasks, alone or together."""
+"""From a Record (what is labeled) to an Example (what is asked): one function for all six tasks, alone or together."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 import cv2
 import numpy as np
 
-from mqformer_jax.config import TASKS
 from mqformer_jax.input.example import Example, Prompt, Target
 from mqformer_jax.input.record import BadRecord, DatasetInfo, Record, Segment, box_of
+from mqformer_jax.tasks import TRAINED
 
-FOREGROUND = Prompt(("foreground",), region=True)
+FOREGROUND = Prompt(("foreground",), is_region=True)
 
 # A question: a prompt, the groups of segments it names (each group becomes one target), and whether masks are wanted.
 Question = tuple[Prompt, list[tuple[int, ...]], bool]
@@ -32,12 +32,12 @@ def to_example(
 
     Classes without a segment are asked too, as true negatives, where the data set (`info.exhaustive`) or the record
     (`absent_classes`) vouches for it. Our choice (unpublished): a class with a crowd is never called exhaustively
-    labelled, since the members of the crowd are not. `templates` wrap class names, never expressions.
+    labeled, since the members of the crowd are not. `templates` wrap class names, never expressions.
 
     Raises BadRecord where the record contradicts itself, ValueError for a task that does not exist.
     """
-    if unknown := sorted(set(tasks) - set(TASKS)):
-        raise ValueError(f"{info.name}: no task is called {unknown[0]!r}; tasks are {', '.join(TASKS)}.")
+    if unknown := sorted(set(tasks) - set(TRAINED)):
+        raise ValueError(f"{info.name}: no task is called {unknown[0]!r}; tasks are {', '.join(TRAINED)}.")
     prompts: list[Prompt] = []
     groups: dict[tuple[int, ...], list[int]] = {}
     masked: set[tuple[int, ...]] = set()
@@ -66,15 +66,15 @@ def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
 def _questions(
     record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]
 ) -> Iterator[Question]:
-    labelled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
+    labeled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
     yield from _class_questions(record, info, tasks, templates)
     if "referring" in tasks:
-        for i, segment in labelled:
+        for i, segment in labeled:
             if segment.expressions:
-                yield Prompt(segment.expressions, region=True, exhaustive=info.unique_texts), [(i,)], True
+                yield Prompt(segment.expressions, is_region=True, exhaustive=info.unique_texts), [(i,)], True
         for text in record.absent_texts:
-            yield Prompt((text,), region=True), [], True
-    salient = tuple(i for i, s in labelled if s.foreground)
+            yield Prompt((text,), is_region=True), [], True
+    salient = tuple(i for i, s in labeled if s.foreground)
     if "foreground" in tasks and salient:
         yield FOREGROUND, [salient], True
 
@@ -103,7 +103,7 @@ def _class_questions(
         if not ids and not exhaustive:
             continue  # such a prompt teaches nothing
         for prompt, with_mask in _class_prompts(info, c, tuple(tasks), templates, exhaustive):
-            groups: list[tuple[int, ...]] = [tuple(ids)] if prompt.region and ids else [(i,) for i in ids]
+            groups: list[tuple[int, ...]] = [tuple(ids)] if prompt.is_region and ids else [(i,) for i in ids]
             yield prompt, groups, with_mask
 
 
@@ -112,14 +112,14 @@ def _class_prompts(
     info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
 ) -> tuple[tuple[Prompt, bool], ...]:
     """How a class is asked, and whether with masks: at most once as instances and once as a region."""
-    thing = info.classes[c].thing
+    is_region = info.classes[c].is_region
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
     prompts = []
-    if thing and ("panoptic" in tasks or "instance" in tasks or "detection" in tasks):
+    if not is_region and ("panoptic" in tasks or "instance" in tasks or "detection" in tasks):
         prompts.append(
             (Prompt(texts, False, exhaustive, info.class_weights[c]), "panoptic" in tasks or "instance" in tasks)
         )
-    if "semantic" in tasks or (not thing and "panoptic" in tasks):
+    if "semantic" in tasks or (is_region and "panoptic" in tasks):
         prompts.append((Prompt(texts, True, exhaustive, info.class_weights[c]), True))
     return tuple(prompts)
 
@@ -163,7 +163,7 @@ def _union(parts: list[Window]) -> Window:
 
 
 def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
-    """The box of segment i: the labelled one, else the mask's; None where the mask is empty."""
+    """The box of segment i: the labeled one, else the mask's; None where the mask is empty."""
     segment = record.segments[i]
     if segment.box is not None:
         return segment.box
@@ -175,7 +175,7 @@ def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
 
 
 def _ignored(record: Record) -> np.ndarray:
-    """bool [h, w]: unlabelled pixels and crowds (their box where they have no mask)."""
+    """bool [h, w]: unlabeled pixels and crowds (their box where they have no mask)."""
     ignore = (
         np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
     )

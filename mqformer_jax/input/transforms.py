@@ -1,4 +1,4 @@
-"""One image and all its labels, moved together: crop, resize, mirror, colours. Everything random comes from the `rng`
+"""One image and all its labels, moved together: crop, resize, mirror, colors. Everything random comes from the `rng`
 given.
 """
 
@@ -18,16 +18,16 @@ MIN_AREA = 4.0  # pixels; what is smaller cannot be learned from
 
 
 def resize_crop(
-    example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
+    example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale_range: tuple[float, float]
 ) -> Example:
     """Large-scale jitter: resize by a random share of what fills the canvas, cut out a random window where that is
     larger.
 
     As in Mask DINO (0.1 to 2.0 of 1024), but cut first and resize after, so that no pixel is made to be thrown away.
-    canvas: height, width. The result may be smaller than the canvas; `to_row` pads it.
+    canvas: height, width. The result may be smaller than the canvas; `pack_example` pads it.
     """
     h, w = example.image.shape[:2]
-    ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale)
+    ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale_range)
     ch, cw = (min(side, max(1, round(room / ratio))) for side, room in zip((h, w), canvas))
     y, x = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1))
     return _place(example, (y, x, ch, cw), _scaled(ch, cw, ratio, canvas))
@@ -65,13 +65,13 @@ def random_flip(example: Example, rng: np.random.Generator, probability: float) 
     )
 
 
-def colour_jitter(example: Example, rng: np.random.Generator, strength: float) -> Example:
+def color_jitter(example: Example, rng: np.random.Generator, strength: float) -> Example:
     """Brightness, contrast and saturation, each by a factor of 1 - strength to 1 + strength."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
-    grey = cv2.cvtColor(example.image, cv2.COLOR_RGB2GRAY)
+    gray = cv2.cvtColor(example.image, cv2.COLOR_RGB2GRAY)
     levels = np.arange(256, dtype=np.float32)
-    table = brightness * (contrast * levels + (1 - contrast) * float(grey.mean()))
-    image = cv2.addWeighted(example.image, saturation, cv2.cvtColor(grey, cv2.COLOR_GRAY2RGB), 1 - saturation, 0)
+    table = brightness * (contrast * levels + (1 - contrast) * float(gray.mean()))
+    image = cv2.addWeighted(example.image, saturation, cv2.cvtColor(gray, cv2.COLOR_GRAY2RGB), 1 - saturation, 0)
     return dataclasses.replace(example, image=cv2.LUT(image, np.clip(np.rint(table), 0, 255).astype(np.uint8)))
 
 
@@ -95,7 +95,7 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
     """The window (top, left, height, width) of the image, resized to `size`.
 
     A prompt whose targets all left the window is absent from it. One whose last target is there, but too small to be
-    kept, is no longer exhaustively labelled.
+    kept, is no longer exhaustively labeled.
     """
     y, x, h, w = window
     cut = np.s_[y : y + h, x : x + w]
@@ -147,7 +147,7 @@ def _move_mask(
 
 
 def _nearest(start: int, length: int, size: int) -> np.ndarray:
-    """The nearest pixel of start to start + length for each of `size` pixels, by their centres."""
+    """The nearest pixel of start to start + length for each of `size` pixels, by their centers."""
     return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
 
 

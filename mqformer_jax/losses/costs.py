@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float
@@ -9,6 +11,29 @@ from jaxtyping import Float
 from mqformer_jax.arrays import Array
 
 ALPHA, GAMMA = 0.25, 2.0  # RetinaNet's, and Mask DINO's
+
+
+@dataclasses.dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms, in costs and losses alike; the defaults are Mask DINO's.
+
+    projection: of a loss for targets without a mask (`projection_loss`). num_points: at which masks are compared.
+    denoising_masks: whether denoising queries learn masks too (Mask DINO's "seg"), or only classes and boxes
+    ("standard").
+    """
+
+    class_: float = 4.0
+    mask: float = 5.0
+    dice: float = 5.0
+    box: float = 5.0
+    giou: float = 2.0
+    projection: float = 0.0
+    num_points: int = 12544
+    denoising_masks: bool = True
+
+    def total(self, terms: dict[str, Array]) -> Array:
+        """Return the weighted sum of terms by their names."""
+        return sum(value * getattr(self, "class_" if name == "class" else name) for name, value in terms.items())
 
 
 def focal(logits: Float[Array, " ..."], labels: Float[Array, " ..."]) -> Float[Array, " ..."]:
@@ -31,12 +56,12 @@ def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Fl
 
 def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
     """cx, cy, w, h to x0, y0, x1, y1."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
-    return jnp.concatenate([centre - half, centre + half], -1)
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return jnp.concatenate([center - half, center + half], -1)
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " ..."]:
-    """Generalised IoU of x0, y0, x1, y1 boxes that broadcast together; 1e-6 on both denominators (Mask DINO)."""
+    """Generalized IoU of x0, y0, x1, y1 boxes that broadcast together; 1e-6 on both denominators (Mask DINO)."""
     area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
     between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
     inter = between(jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:]))

@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Int
 
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch
-from mqformer_jax.models.queries import Noised
+from mqformer_jax.models.queries import DenoisingQueries
+
+
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class DenoisingTargets:
+    """Denoising queries, and the index of the target that each must restore."""
+
+    queries: DenoisingQueries
+    target: Int[Array, "b d"]
 
 
 def noise_targets(
-    key: Array, batch: Batch, slots: int, flip: float = 0.2, jitter: float = 0.4
-) -> tuple[Noised, Int[Array, "b d"]]:
-    """Fill `slots` queries an image with noised copies of its targets; also the target each slot copies.
+    key: Array, batch: Batch, num_queries: int, label_noise: float = 0.2, box_noise: float = 0.4
+) -> DenoisingTargets:
+    """Return `num_queries` denoising queries an image: noised copies of its targets.
 
-    As many whole groups of all targets as fit (at least one, cut where the targets outnumber the slots); the count is
-    an image's own where Mask DINO takes the batch's largest. A copy claims one of its target's prompts, with chance
-    `flip` any other prompt of the image instead; its centre moves by up to `jitter` half sizes, its size by `jitter` of
-    itself.
+    They are as many whole groups of all targets as fit: at least one group, cut off where there are more targets than
+    queries. Each image has its own number of groups; Mask DINO uses that of the image with the most targets. A copy
+    claims one of its target's prompts or, with probability `label_noise`, any prompt of the image. Its center moves by
+    up to `box_noise` half sizes, its size changes by up to `box_noise` of itself.
     """
     label_key, other_key, flip_key, box_key = jax.random.split(key, 4)
     count = batch.num_targets[:, None]
-    slot = jnp.arange(slots)[None]
+    slot = jnp.arange(num_queries)[None]
     target = slot % jnp.maximum(count, 1)
-    groups = jnp.maximum(slots // jnp.maximum(count, 1), 1)
-    valid = slot < jnp.minimum(groups * count, slots)
+    groups = jnp.maximum(num_queries // jnp.maximum(count, 1), 1)
+    valid = slot < jnp.minimum(groups * count, num_queries)
 
     own = jnp.take_along_axis(batch.positive, target[..., None], 1)
     draw = lambda k, allowed: jnp.argmax(jnp.where(allowed, jax.random.uniform(k, own.shape), -1.0), -1)
     other = draw(other_key, jnp.broadcast_to(batch.prompt_valid[:, None], own.shape))
-    prompt = jnp.where(jax.random.uniform(flip_key, target.shape) < flip, other, draw(label_key, own))
+    prompt = jnp.where(jax.random.uniform(flip_key, target.shape) < label_noise, other, draw(label_key, own))
 
     boxes = jnp.take_along_axis(batch.boxes, target[..., None], 1)
     reach = jnp.concatenate([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
-    boxes = jnp.clip(boxes + jax.random.uniform(box_key, boxes.shape, minval=-1.0) * reach * jitter, 0, 1)
-    return Noised(prompt, boxes, slot // jnp.maximum(count, 1), valid), target
+    boxes = jnp.clip(boxes + jax.random.uniform(box_key, boxes.shape, minval=-1.0) * reach * box_noise, 0, 1)
+    queries = DenoisingQueries(prompt, boxes, slot // jnp.maximum(count, 1), valid)
+    return DenoisingTargets(queries, target)

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 
 from mqformer_jax.arrays import Array
 
-UNUSABLE = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
+INVALID_COST = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
 
 
 def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[Array, " n"]:
@@ -106,7 +106,7 @@ def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], A
 
 
 def _finite(cost: Float[Array, " q"]) -> Float[Array, " q"]:
-    return jnp.where(jnp.isnan(cost), UNUSABLE, jnp.clip(cost, -UNUSABLE, UNUSABLE))
+    return jnp.where(jnp.isnan(cost), INVALID_COST, jnp.clip(cost, -INVALID_COST, INVALID_COST))
 
 
 def _or_else(values: Array, index: Int[Array, ""], otherwise: Array | float) -> Array:

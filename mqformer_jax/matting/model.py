@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 from mqformer_jax.models.backbone import make_backbone
-from mqformer_jax.models.convnet import ConvNorm
+from mqformer_jax.models.convnet import ConvLayerNorm
 
-WINDOWS = (17, 41)  # pixels of stride 4: how far the colours of object and ground are gathered from
-SEEN = 4 + len(WINDOWS)  # image, guidance, what the colours say
+WINDOWS = (17, 41)  # pixels of stride 4: how far the colors of object and ground are gathered from
+SEEN = 4 + len(WINDOWS)  # image, guidance, what the colors say
 
 
 class Level(nnx.Module):
@@ -29,8 +29,8 @@ class Level(nnx.Module):
         self.lateral = layers.Conv(feature, width, rngs=rngs, dtype=dtype) if feature else None
         # else it would drown the guidance
         self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None
-        self.join = ConvNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
-        self.block = ConvNorm(width, width, rngs=rngs, dtype=dtype)
+        self.join = ConvLayerNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
+        self.block = ConvLayerNorm(width, width, rngs=rngs, dtype=dtype)
         self.head = layers.Conv(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)
 
     def __call__(
@@ -49,7 +49,7 @@ class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
     A U-shaped network over one of our image encoders, which never sees the mask and so may come from any pre-training.
-    Every level of the decoder, down to single pixels, sees the image, the guidance and what the colours say (`unmixed`)
+    Every level of the decoder, down to single pixels, sees the image, the guidance and what the colors say (`unmixed`)
     at its stride, and adds its correction to those of the coarser ones. All corrections start at zero: an untrained
     refiner returns its guidance. They count near the guidance's outline alone; elsewhere it is believed, which a few
     matting images can teach no better.
@@ -89,33 +89,33 @@ class MattingRefiner(nnx.Module):
             above = None if x is None else double(x)
             x, change = level(above, features.get(stride), seen[stride].astype(self.dtype))
             correction = change if above is None else double(correction) + change
-            mask, colours = seen[stride][..., 3], seen[stride][..., 4:]
-            by_colour = ((colours - mask[..., None]) * self.blend[...]).sum(-1)
-            alphas[stride] = _clip(mask + gates[stride][..., 0] * (by_colour + correction[..., 0]))
+            mask, colors = seen[stride][..., 3], seen[stride][..., 4:]
+            by_color = ((colors - mask[..., None]) * self.blend[...]).sum(-1)
+            alphas[stride] = _clip(mask + gates[stride][..., 0] * (by_color + correction[..., 0]))
         return alphas
 
 
 def unmixed(
     image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
 ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
-    """Where the guidance is in doubt (0 to 1), and the alpha there by colour alone, one for each of `WINDOWS`;
+    """Where the guidance is in doubt (0 to 1), and the alpha there by color alone, one for each of `WINDOWS`;
     elsewhere the guidance.
 
-    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colours are known to be the object's or the
-    ground's; a pixel in doubt lies somewhere on the line between the means of those around it (the colour line of
+    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colors are known to be the object's or the
+    ground's; a pixel in doubt lies somewhere on the line between the means of those around it (the color line of
     sampling-based matting).
     """
     small = halve(halve(jnp.concatenate([image, (guidance > 0.5).astype(image.dtype)[..., None]], -1)))
-    colour, inside = small[..., :3], small[..., 3:]
+    color, inside = small[..., :3], small[..., 3:]
     known = 1.0 - _largest(1.0 - inside, reach), 1.0 - _largest(inside, reach)  # the object, the ground
     known = [(k > 0.999).astype(image.dtype) for k in known]
     near = 1.0 - known[0] - known[1]
-    everywhere = [(k * colour).sum((1, 2), keepdims=True) / (k.sum((1, 2), keepdims=True) + 1e-6) for k in known]
-    said, means = [], [jnp.broadcast_to(mean, colour.shape) for mean in everywhere]
+    everywhere = [(k * color).sum((1, 2), keepdims=True) / (k.sum((1, 2), keepdims=True) + 1e-6) for k in known]
+    said, means = [], [jnp.broadcast_to(mean, color.shape) for mean in everywhere]
     for window in WINDOWS[::-1]:  # where the smaller has nothing known, what the larger has
         counts = [_summed(k, window) for k in known]
         means = [
-            jnp.where(n > 0.5, _summed(k * colour, window) / jnp.maximum(n, 0.5), m)
+            jnp.where(n > 0.5, _summed(k * color, window) / jnp.maximum(n, 0.5), m)
             for n, k, m in zip(counts, known, means)
         ]
         over, under = (double(double(m)) for m in means)
@@ -151,7 +151,7 @@ def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Bilinear with pixel centres at halves. As sums of shifted copies: `jax.image.resize` is slow on a CPU."""
+    """Bilinear with pixel centers at halves. As sums of shifted copies: `jax.image.resize` is slow on a CPU."""
     for axis in (1, 2):
         first, last = (
             jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis]))

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from mqformer_jax.checkpoint import has_checkpoint, load_weights
 from mqformer_jax.matting.data import cut, fitted, window_around
 from mqformer_jax.matting.model import MattingRefiner
-from mqformer_jax.parallel.rules import filled, named
+from mqformer_jax.parallel.rules import filled, flatten_paths
 
 FOLDER = "refiner"  # of a workdir
 
@@ -54,7 +54,7 @@ class Refiner:
             return None
         weights = load_weights(path)
         graph, *trees = build_refiner(weights.config, shapes=True)
-        return cls(weights.config, graph, *filled(tuple(trees), named((weights.params, weights.frozen))))
+        return cls(weights.config, graph, *filled(tuple(trees), flatten_paths((weights.params, weights.frozen))))
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"]

@@ -1,1 +1,1 @@
-"""The network, as the paper's figure has it. Knows nothing of data sets, tasks or optimisers."""
+"""The network, as the paper's figure has it. Knows nothing of data sets, tasks or optimizers."""

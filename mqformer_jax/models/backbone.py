@@ -30,7 +30,7 @@ class Backbone(Protocol):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalised. keys: of the randomness of training (drop path), one an image; None in evaluation. Returns
+        """image: normalized. keys: of the randomness of training (drop path), one an image; None in evaluation. Returns
         {stride: feature}.
         """
         ...

@@ -35,7 +35,7 @@ class BertBlock(nnx.Module):
 
 
 class BertTextEncoder(nnx.Module):
-    """Token ids to one vector a text of `width`, not normalised.
+    """Token ids to one vector a text of `width`, not normalized.
 
     The sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: the longest prompt; positions: rows
     of the position table, all kept so that a checkpoint comes back whole. norm_eps: of the LayerNorms.

@@ -1,9 +1,11 @@
-"""A model from a config, as plain pytrees."""
+"""Build a model from a config, as plain pytrees."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 from flax import nnx
 from ml_collections import ConfigDict
 
@@ -12,6 +14,14 @@ from mqformer_jax.models.mqformer import MQFormer
 
 
 def build_model(config: ConfigDict, seed: Array | int = 0) -> tuple[nnx.GraphDef, Any, Any]:
-    """The model as (graph, trained parameters, frozen constants); plain pytrees from here on."""
-    graph, params, frozen = nnx.split(MQFormer(config.model, rngs=nnx.Rngs(seed)), nnx.Param, ...)
+    """Return a fresh model as (graph, trained parameters, frozen constants); both trees are nested dicts.
+
+    config: `config.model`.
+    """
+    graph, params, frozen = nnx.split(MQFormer(config, rngs=nnx.Rngs(seed)), nnx.Param, ...)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
+
+
+def abstract_model(config: ConfigDict) -> tuple[nnx.GraphDef, Any, Any]:
+    """Return `build_model`'s graph and the shapes of its arrays, without computing them."""
+    return jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))

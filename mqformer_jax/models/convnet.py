@@ -14,24 +14,16 @@ from jaxtyping import Float, Key
 from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
-
-class ConvNorm(nnx.Module):
-    """A 3x3 convolution and a LayerNorm over each pixel's channels, which no batch size or padding disturbs."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv = layers.Conv(inputs, outputs, 3, stride, use_bias=False, rngs=rngs, dtype=dtype)
-        self.norm = layers.layer_norm(outputs, rngs=rngs, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        return self.norm(self.conv(x))
+# A 3x3 convolution and a LayerNorm over each pixel's channels, which does not depend on batch size or padding.
+ConvLayerNorm = functools.partial(layers.ConvNorm, size=3, norm=layers.layer_norm)
 
 
 class Stage(nnx.Module):
     """Half the resolution, then residual blocks of one convolution each."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        make = functools.partial(ConvNorm, rngs=rngs, dtype=dtype)
-        self.down = make(inputs, outputs, 2)
+        make = functools.partial(ConvLayerNorm, rngs=rngs, dtype=dtype)
+        self.down = make(inputs, outputs, stride=2)
         self.blocks = nnx.List(make(outputs, outputs) for _ in range(blocks))
 
     def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
@@ -60,7 +52,7 @@ class ConvNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         self.widths = tuple(widths)
-        self.stem = ConvNorm(12, widths[0], rngs=rngs, dtype=dtype)
+        self.stem = ConvLayerNorm(12, widths[0], rngs=rngs, dtype=dtype)
         self.stages = nnx.List(Stage(i, o, blocks, rngs=rngs, dtype=dtype) for i, o in zip(widths[:-1], widths[1:]))
 
     @property
@@ -70,7 +62,7 @@ class ConvNet(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalised by the caller; sides that are multiples of the coarsest stride. Returns {stride:
+        """image: normalized by the caller; sides that are multiples of the coarsest stride. Returns {stride:
         feature}.
         """
         x = jax.nn.relu(self.stem(_space_to_depth(image)))

@@ -14,6 +14,8 @@ from mqformer_jax.arrays import Array
 from mqformer_jax.models.deformable_attention import MSDeformAttn
 from mqformer_jax.models.heads import Heads, inverse_sigmoid
 from mqformer_jax.models.layers import MLP, layer_norm, linear, scan_layers, stack
+from mqformer_jax.models.pixel_decoder import Memory
+from mqformer_jax.models.queries import Queries
 
 
 class Attention(nnx.Module):
@@ -76,20 +78,37 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, ffn: int, levels: int, points: int, exchange: bool, *, rngs: nnx.Rngs, dtype: Any
+        self,
+        width: int,
+        heads: int,
+        ffn: int,
+        levels: int,
+        num_sampling_points: int,
+        exchange: bool,
+        *,
+        rngs: nnx.Rngs,
+        dtype: Any,
     ):
         norm = lambda: layer_norm(width, rngs=rngs, dtype=dtype)
         self.self_attention = Attention(width, heads, rngs=rngs, dtype=dtype)
         self.exchange = Exchange(width, heads, rngs=rngs, dtype=dtype) if exchange else None
-        self.cross_attention = MSDeformAttn(width, heads, levels, points, rngs=rngs, dtype=dtype)
+        self.cross_attention = MSDeformAttn(width, heads, levels, num_sampling_points, rngs=rngs, dtype=dtype)
         self.ffn = MLP(width, ffn, width, 2, rngs=rngs, dtype=dtype)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
 
-    def __call__(self, x, pos, reference, mask, learnable, conditional, memory, shapes, valid) -> Float[Array, "b q d"]:
+    def __call__(
+        self,
+        x: Float[Array, "b q d"],
+        pos: Float[Array, "b q d"],
+        reference: Float[Array, "b q levels 4"],
+        mask: Bool[Array, "#b q q"],
+        counts: tuple[int, int],
+        memory: Memory,
+    ) -> Float[Array, "b q d"]:
         x = self.norm2(x + self.self_attention(x, pos, x, pos, mask))
         if self.exchange is not None:
-            x = self.exchange(x, pos, learnable, conditional)
-        x = self.norm1(x + self.cross_attention(x + pos, reference, memory, shapes, valid))
+            x = self.exchange(x, pos, *counts)
+        x = self.norm1(x + self.cross_attention(x + pos, reference, memory.tokens, memory.shapes, memory.valid))
         return self.norm3(x + self.ffn(x))
 
 
@@ -97,49 +116,49 @@ class Decoder(nnx.Module):
     """`layers` decoder layers, scanned; anchors are refined after each (Mask DINO's order of operations)."""
 
     def __init__(
-        self, width: int, heads: int, ffn: int, layers: int, levels: int, points: int, exchange: bool, *,
+        self, width: int, heads: int, ffn: int, layers: int, levels: int, num_sampling_points: int, exchange: bool, *,
         rngs: nnx.Rngs, dtype: Any = jnp.float32, remat: str = "none",
     ):  # fmt: skip
         self.anchor_pos = MLP(2 * width, width, width, 2, rngs=rngs, dtype=dtype)
         self.layers = stack(
-            lambda r: DecoderLayer(width, heads, ffn, levels, points, exchange, rngs=r, dtype=dtype), layers, rngs
+            lambda r: DecoderLayer(width, heads, ffn, levels, num_sampling_points, exchange, rngs=r, dtype=dtype),
+            layers,
+            rngs,
         )
         self.width, self.dtype, self.remat = width, dtype, remat
 
     def __call__(
         self,
-        content: Float[Array, "b q d"],
-        anchors: Float[Array, "b q 4"],
+        queries: Queries,
         mask: Bool[Array, "#b q q"],
-        split: tuple[int, int],
-        memory: Float[Array, "b s d"],
-        shapes: tuple[tuple[int, int], ...],
-        valid: Bool[Array, "b s"],
+        counts: tuple[int, int],
+        memory: Memory,
         heads: Heads,
     ) -> tuple[Float[Array, "l b q d"], Float[Array, "l b q 4"]]:
-        """Normed queries and boxes (cx, cy, w, h in 0..1) after each layer.
+        """Return normed content and boxes (cx, cy, w, h as fractions of the canvas) after each layer.
 
-        Boxes are fractions of the canvas; `anchors` are before the sigmoid, `split` counts learnable and conditional
-        queries. References are cut from the gradient between layers, but the box predicted from one is not ("look
-        forward twice"); the refinement reads un-normed queries, the predicted box normed ones.
+        mask: which query may attend to which. counts: of learnable and conditional queries.
+
+        References carry no gradient from layer to layer, but the box predicted from one does ("look forward twice").
+        The refinement reads un-normed queries, the predicted box normed ones.
         """
 
         def layer_step(layer: DecoderLayer, carry, _):
             x, reference = carry
             pos = self.anchor_pos(anchor_embedding(reference, self.width).astype(self.dtype))
-            at_levels = jnp.broadcast_to(reference[:, :, None], (*reference.shape[:2], len(shapes), 4))
-            x = layer(x, pos, at_levels, mask, *split, memory, shapes, valid)
+            at_levels = jnp.broadcast_to(reference[:, :, None], (*reference.shape[:2], len(memory.shapes), 4))
+            x = layer(x, pos, at_levels, mask, counts, memory)
             refined = jax.nn.sigmoid(heads.box(x).astype(jnp.float32) + inverse_sigmoid(reference))
             return (x, jax.lax.stop_gradient(refined)), (x, refined)
 
-        first = jax.nn.sigmoid(anchors)
-        _, (queries, references) = scan_layers(
-            self.layers, layer_step, (content.astype(self.dtype), first), remat=self.remat
+        first = jax.nn.sigmoid(queries.anchors)
+        _, (contents, references) = scan_layers(
+            self.layers, layer_step, (queries.content.astype(self.dtype), first), remat=self.remat
         )
-        queries = heads.norm(queries)
+        contents = heads.norm(contents)
         before = jnp.concatenate([first[None], references[:-1]])
-        boxes = jax.nn.sigmoid(heads.box(queries).astype(jnp.float32) + inverse_sigmoid(before))
-        return queries, boxes
+        boxes = jax.nn.sigmoid(heads.box(contents).astype(jnp.float32) + inverse_sigmoid(before))
+        return contents, boxes
 
 
 def anchor_embedding(boxes: Float[Array, "b q 4"], width: int) -> Float[Array, "b q e"]:

@@ -160,20 +160,27 @@ def _fold(lanes: int) -> Float[np.ndarray, "lanes dh"]:
 
 
 class MSDeformAttn(nnx.Module):
-    """Each query looks at `points` learned places around its reference, in each of `levels` maps.
+    """Each query looks at `num_sampling_points` learned places around its reference, in each of `levels` maps.
 
     Offsets and weights are computed in float32 whatever `dtype`, as Mask DINO does under mixed precision. At the start
-    every query looks along `heads` directions, 1 to `points` pixels out, with equal weights.
+    every query looks along `heads` directions, 1 to `num_sampling_points` pixels out, with equal weights.
     """
 
     def __init__(
-        self, width: int, heads: int, levels: int, points: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
+        self,
+        width: int,
+        heads: int,
+        levels: int,
+        num_sampling_points: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
     ):
         if width % heads:
             raise ValueError(f"MSDeformAttn: width {width} is not a multiple of heads {heads}.")
-        self.heads, self.levels, self.points = heads, levels, points
-        zeros, samples = nnx.initializers.zeros, heads * levels * points
-        star = jnp.asarray(_star(heads, levels, points))
+        self.heads, self.levels, self.num_sampling_points = heads, levels, num_sampling_points
+        zeros, samples = nnx.initializers.zeros, heads * levels * num_sampling_points
+        star = jnp.asarray(_star(heads, levels, num_sampling_points))
         self.sampling_offsets = layers.linear(
             width, 2 * samples, kernel_init=zeros, bias_init=lambda *_: star, rngs=rngs
         )
@@ -190,13 +197,13 @@ class MSDeformAttn(nnx.Module):
         valid: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b q c"]:
         """reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map; offsets count in pixels of the map
-        around a point, and in half-sizes of the box over `points` around a box. memory: the maps' tokens; those not
-        `valid` count as zero.
+        around a point, and in half-sizes of the box over `num_sampling_points` around a box. memory: the maps' tokens;
+        those not `valid` count as zero.
         """
         value = self.value_proj(memory)
         if valid is not None:
             value = jnp.where(valid[..., None], value, 0)
-        split = (*query.shape[:2], self.heads, self.levels, self.points)
+        split = (*query.shape[:2], self.heads, self.levels, self.num_sampling_points)
         offsets = self.sampling_offsets(query).reshape(*split, 2)
         weights = self.attention_weights(query).reshape(*split[:3], -1)
         weights = jax.nn.softmax(weights).reshape(split)
@@ -204,7 +211,7 @@ class MSDeformAttn(nnx.Module):
         if reference.shape[-1] == 2:
             locations = reference + offsets / np.array(shapes, np.float32)[:, None, ::-1]
         else:
-            locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
+            locations = reference[..., :2] + offsets / self.num_sampling_points * reference[..., 2:] * 0.5
         value = value.reshape(*value.shape[:2], self.heads, -1)
         sample = over_heads(
             lambda value, locations, weights: ms_deform_attn(value, shapes, locations, weights), self.heads
@@ -212,10 +219,10 @@ class MSDeformAttn(nnx.Module):
         return self.output_proj(sample(value, locations, weights))
 
 
-def _star(heads: int, levels: int, points: int) -> np.ndarray:
+def _star(heads: int, levels: int, num_sampling_points: int) -> np.ndarray:
     """Initial offsets: head i points in direction 2 pi i / heads, scaled to the unit square; point k lies k + 1 out."""
     angle = np.arange(heads) * (2 * math.pi / heads)
     direction = np.stack([np.cos(angle), np.sin(angle)], -1)
     direction /= np.abs(direction).max(-1, keepdims=True)
-    grid = direction[:, None, None] * np.arange(1, points + 1)[:, None]
-    return np.broadcast_to(grid, (heads, levels, points, 2)).astype(np.float32).reshape(-1)
+    grid = direction[:, None, None] * np.arange(1, num_sampling_points + 1)[:, None]
+    return np.broadcast_to(grid, (heads, levels, num_sampling_points, 2)).astype(np.float32).reshape(-1)

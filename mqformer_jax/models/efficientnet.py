@@ -184,7 +184,7 @@ class EfficientNetLite0(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalised by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
+        """image: normalized by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
         x = jax.nn.relu6(self.stem(image))
         features, wanted = {}, {2: 4, 4: 8, 10: 16, 15: 32}
         for k, block in enumerate(self.blocks):

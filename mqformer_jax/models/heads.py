@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -13,8 +14,16 @@ from jaxtyping import Bool, Float
 from mqformer_jax.arrays import Array
 from mqformer_jax.models.layers import MLP, layer_norm
 
-ABSENT = -30.0  # the class logit of a prompt that is padding
+PADDING_LOGIT = -30.0  # the class logit of a prompt that is padding
 FOCAL_PRIOR = -4.0  # every score starts near 2 %, so that the first steps are not spent on unlearning 50 %
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """The embedded prompts of a batch of images; `valid` is false for padding."""
+
+    embeddings: Float[Array, "b p e"]
+    valid: Bool[Array, "b p"]
 
 
 class Heads(nnx.Module):
@@ -40,25 +49,23 @@ class Heads(nnx.Module):
         self.logit_scale = nnx.Param(jnp.float32(math.log(1 / 0.07))) if cosine else None
         self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
-    def scores(
-        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
-    ) -> Float[Array, "*s b q p"]:
-        """Class logits in float32; -inf would poison gradients, so absent prompts get a large negative number."""
-        query = self.class_embed(queries)
+    def scores(self, queries: Float[Array, "*s b q d"], prompts: Prompts) -> Float[Array, "*s b q p"]:
+        """Return class logits in float32. Padding gets a large negative number: -inf would give NaN gradients."""
+        query, text = self.class_embed(queries), prompts.embeddings
         if self.cosine:
             query, text = normalize(query), normalize(text)
         logits = jnp.einsum("...bqe,bpe->...bqp", query, text.astype(query.dtype), preferred_element_type=jnp.float32)
         if self.cosine:
             # CLIP's clip
             logits = logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]
-        return jnp.where(valid[:, None], logits, ABSENT)
+        return jnp.where(prompts.valid[:, None], logits, PADDING_LOGIT)
 
     def __call__(
-        self, queries: Float[Array, "*s b q d"], text: Float[Array, "b p e"], valid: Bool[Array, "b p"]
+        self, queries: Float[Array, "*s b q d"], prompts: Prompts
     ) -> tuple[Float[Array, "*s b q p"], Float[Array, "*s b q m"]]:
-        """Class logits and mask embeddings of queries that are not normalised yet."""
+        """Return class logits and mask embeddings of queries that are not normalized yet."""
         queries = self.norm(queries)
-        return self.scores(queries, text, valid), self.mask_embed(queries)
+        return self.scores(queries, prompts), self.mask_embed(queries)
 
 
 def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:

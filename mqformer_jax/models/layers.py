@@ -32,7 +32,7 @@ def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.
 
 
 def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.LayerNorm:
-    """LayerNorm over the last axis with torch's eps; over NHWC it normalises each pixel's channels."""
+    """LayerNorm over the last axis with torch's eps; over NHWC it normalizes each pixel's channels."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, dtype=dtype)
 
 
@@ -117,6 +117,36 @@ class FrozenBatchNorm(nnx.Module):
         scale = self.scale[...] * jax.lax.rsqrt(self.var[...] + self.eps)
         shift = self.bias[...] - self.mean[...] * scale
         return (x * scale + shift).astype(self.dtype)
+
+
+def frozen_batch_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> FrozenBatchNorm:
+    """Return a FrozenBatchNorm by the same call as the other norms; it draws no random numbers."""
+    return FrozenBatchNorm(width, dtype=dtype)
+
+
+class ConvNorm(nnx.Module):
+    """A convolution and the norm that `norm` makes: `group_norm`, `layer_norm` or `frozen_batch_norm`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        size: int,
+        stride: int = 1,
+        *,
+        norm: Callable[..., nnx.Module],
+        use_bias: bool = False,
+        kernel_init: nnx.Initializer = xavier,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        self.conv = Conv(
+            inputs, outputs, size, stride, use_bias=use_bias, kernel_init=kernel_init, rngs=rngs, dtype=dtype
+        )
+        self.norm = norm(outputs, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+        return self.norm(self.conv(x))
 
 
 class MLP(nnx.Module):

@@ -7,7 +7,9 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import no_type_check
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,32 +25,38 @@ Tokens = Float[Array, "b s c"]
 Features = dict[int, Float[Array, "b _h _w _c"]]  # {stride: feature}
 
 
-class ConvNorm(nnx.Module):
-    """A convolution and GroupNorm."""
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class Memory:
+    """The encoded image: tokens of several levels, each level row by row.
 
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        size: int = 1,
-        stride: int = 1,
-        *,
-        use_bias: bool,
-        rngs: nnx.Rngs,
-        dtype: DTypeLike,
-    ):
-        self.conv = layers.Conv(inputs, outputs, size, stride, use_bias=use_bias, rngs=rngs, dtype=dtype)
-        self.norm = layers.group_norm(outputs, rngs=rngs, dtype=dtype)
+    shapes: height and width of each level. valid: tokens whose cell touches the valid part of the image; the others are
+    not attended to.
+    """
 
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        return self.norm(self.conv(x))
+    tokens: Tokens
+    shapes: tuple[tuple[int, int], ...] = flax.struct.field(pytree_node=False)
+    valid: Bool[Array, "b s"]
+
+
+ConvGroupNorm = functools.partial(layers.ConvNorm, norm=layers.group_norm)
 
 
 class EncoderLayer(nnx.Module):
     """Deformable self-attention over the tokens of all levels, then an MLP; post-norm."""
 
-    def __init__(self, width: int, heads: int, levels: int, points: int, ffn: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.attention = MSDeformAttn(width, heads, levels, points, rngs=rngs, dtype=dtype)
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        levels: int,
+        num_sampling_points: int,
+        ffn: int,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike,
+    ):
+        self.attention = MSDeformAttn(width, heads, levels, num_sampling_points, rngs=rngs, dtype=dtype)
         self.norm1 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
         self.ffn = layers.MLP(width, ffn, width, 2, rngs=rngs, dtype=dtype)
         self.norm2 = layers.layer_norm(width, rngs=rngs, dtype=dtype)
@@ -70,8 +78,8 @@ class MaskFeatures(nnx.Module):
     feature there (also where the memory has that stride already, as Mask DINO's five levels do)."""
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        make = functools.partial(ConvNorm, use_bias=False, rngs=rngs, dtype=dtype)
-        self.lateral, self.merge = make(lateral, width), make(width, width, 3)
+        make = functools.partial(ConvGroupNorm, use_bias=False, rngs=rngs, dtype=dtype)
+        self.lateral, self.merge = make(lateral, width, 1), make(width, width, 3)
         self.project = layers.Conv(width, mask_dim, rngs=rngs, dtype=dtype)
 
     def __call__(self, finest: Float[Array, "b h w c"], features: Features, stride: int) -> Float[Array, "b h2 w2 d"]:
@@ -83,8 +91,9 @@ class PixelDecoder(nnx.Module):
     """Backbone features to memory (tokens of several strides) and mask features.
 
     channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double
-    the one before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads, points, depth,
-    ffn: of the encoder layers. mask_stride: of the mask features; a feature the backbone has. remat: see `scan_layers`.
+    the one before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads,
+    num_sampling_points, depth, ffn: of the encoder layers. mask_stride: of the mask features; a feature the backbone
+    has. remat: see `scan_layers`.
     """
 
     def __init__(
@@ -92,7 +101,7 @@ class PixelDecoder(nnx.Module):
         channels: dict[int, int],
         width: int,
         heads: int,
-        points: int,
+        num_sampling_points: int,
         depth: int,
         ffn: int,
         strides: Sequence[int] = (8, 16, 32, 64),
@@ -114,20 +123,22 @@ class PixelDecoder(nnx.Module):
                 f"and the first and the mask stride among those of the backbone, {tuple(channels)}."
             )
         self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
-        make = functools.partial(ConvNorm, use_bias=True, rngs=rngs, dtype=dtype)
+        make = functools.partial(ConvGroupNorm, use_bias=True, rngs=rngs, dtype=dtype)
         inputs = [channels.get(s, channels[self.coarsest] if s == 2 * self.coarsest else width) for s in strides]
         self.input_proj = nnx.List(
-            make(i, width) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs)
+            make(i, width, 1) if s in channels else make(i, width, 3, 2) for s, i in zip(strides, inputs)
         )
         self.level_embed = nnx.Param(jax.random.normal(rngs.params(), (len(strides), width)))
         self.layers = layers.stack(
-            lambda keys: EncoderLayer(width, heads, len(strides), points, ffn, rngs=keys, dtype=dtype), depth, rngs
+            lambda keys: EncoderLayer(width, heads, len(strides), num_sampling_points, ffn, rngs=keys, dtype=dtype),
+            depth,
+            rngs,
         )
         self.mask_features = MaskFeatures(width, channels[mask_stride], mask_dim, rngs=rngs, dtype=dtype)
 
     def __call__(
         self, features: Features, size: Int[Array, "b 2"], canvas: tuple[int, int]
-    ) -> tuple[Tokens, tuple[tuple[int, int], ...], Bool[Array, "b s"], Float[Array, "b h w d"]]:
+    ) -> tuple[Memory, Float[Array, "b h w d"]]:
         """features: {stride: feature}. size: height and width of each image's valid part, in pixels of its canvas (H,
         W).
 
@@ -147,12 +158,12 @@ class PixelDecoder(nnx.Module):
         width = x.shape[-1]
         position = flat([g.sine(width) + self.level_embed[k] for k, g in enumerate(grids)]).astype(x.dtype)
         ratios = jnp.stack([count / np.array(hw) for count, hw in zip(counts, shapes)], 1)[:, :, ::-1]
-        reference = flat([g.centre for g in grids])[:, :, None] * ratios[:, None]
+        reference = flat([g.center for g in grids])[:, :, None] * ratios[:, None]
 
         step = lambda layer, x, _: (layer(x, position, reference, shapes, valid), None)
-        memory, _ = layers.scan_layers(self.layers, step, x, remat=self.remat)
-        finest = memory[:, : shapes[0][0] * shapes[0][1]].reshape(-1, *shapes[0], width)
-        return memory, shapes, valid, self.mask_features(finest, features, self.mask_stride)
+        tokens, _ = layers.scan_layers(self.layers, step, x, remat=self.remat)
+        finest = tokens[:, : shapes[0][0] * shapes[0][1]].reshape(-1, *shapes[0], width)
+        return Memory(tokens, shapes, valid), self.mask_features(finest, features, self.mask_stride)
 
     def _levels(self, features: Features) -> list[Float[Array, "b _h _w c"]]:
         """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest
@@ -175,8 +186,8 @@ class _Grid:
         self.valid = (self.rows < self.height)[:, :, None] & (self.columns < self.width)[:, None, :]
 
     @property
-    def centre(self) -> Float[Array, "b h w 2"]:
-        """x, y of each cell's centre; 0 to 1 is the valid part."""
+    def center(self) -> Float[Array, "b h w 2"]:
+        """x, y of each cell's center; 0 to 1 is the valid part."""
         y, x = (self.rows + 0.5) / self.height, (self.columns + 0.5) / self.width
         return self._pair(x[:, None, :, None], y[:, :, None, None])
 

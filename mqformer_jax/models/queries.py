@@ -12,15 +12,31 @@ from flax import nnx
 from jaxtyping import Bool, Float, Int
 
 from mqformer_jax.arrays import Array
-from mqformer_jax.models.heads import Heads, inverse_sigmoid
+from mqformer_jax.models.heads import Heads, Prompts, inverse_sigmoid
 from mqformer_jax.models.layers import layer_norm
+from mqformer_jax.models.pixel_decoder import Memory
 
 OUTSIDE = 1e4  # the logit of a proposal that is no proposal (padding, or off the image): its sigmoid is 1 in float32
 
 
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
-class Noised:
+class Queries:
+    """q object queries. anchors: cx, cy, w, h as fractions of the canvas, before the sigmoid."""
+
+    content: Float[Array, "b q d"]
+    anchors: Float[Array, "b q 4"]
+
+
+def concatenate(*parts: Queries) -> Queries:
+    """Return the queries of all parts, in float32."""
+    content = jnp.concatenate([part.content.astype(jnp.float32) for part in parts], 1)
+    return Queries(content, jnp.concatenate([part.anchors for part in parts], 1))
+
+
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class DenoisingQueries:
     """Noised copies of targets, to be restored (made by `losses.denoising`).
 
     prompt: which prompt the copy claims to be. boxes: cx, cy, w, h in 0..1. group: copies see their own group only.
@@ -49,10 +65,12 @@ class LearnableQueries(nnx.Module):
             inverse_sigmoid(jnp.concatenate([jnp.asarray(grid, jnp.float32), jnp.full((n, 2), 0.5)], -1))
         )
 
-    def __call__(self, batch: int) -> tuple[Float[Array, "b n d"], Float[Array, "b n 4"]]:
-        """Content and anchors (before the sigmoid) for a batch."""
+    def __call__(self, batch: int) -> Queries:
+        """Return the queries for a batch of images."""
         content, anchors = self.content[...], self.anchors[...]
-        return jnp.broadcast_to(content, (batch, *content.shape)), jnp.broadcast_to(anchors, (batch, *anchors.shape))
+        return Queries(
+            jnp.broadcast_to(content, (batch, *content.shape)), jnp.broadcast_to(anchors, (batch, *anchors.shape))
+        )
 
 
 class ConditionalQueries(nnx.Module):
@@ -67,56 +85,33 @@ class ConditionalQueries(nnx.Module):
         self.norm = layer_norm(width, rngs=rngs)
         self.content = nnx.Param(jax.random.normal(rngs.params(), (k, width))) if learned else None
 
-    def __call__(
-        self,
-        memory: Float[Array, "b s d"],
-        shapes: tuple[tuple[int, int], ...],
-        valid: Bool[Array, "b s"],
-        heads: Heads,
-        text: Float[Array, "b p e"],
-        prompt_valid: Bool[Array, "b p"],
-    ) -> tuple[Float[Array, "b k d"], Float[Array, "b k 4"]]:
-        """The best k tokens and their boxes (before the sigmoid); both still carry gradients.
+    def __call__(self, memory: Memory, heads: Heads, prompts: Prompts) -> Queries:
+        """Return the proposals: the best k tokens and their boxes, which still carry gradients.
 
-        `shapes` and tokens are in the decoder's order.
+        memory: its levels in the decoder's order.
         """
-        proposals = grid_proposals(shapes)
-        inside = (jnp.all((proposals > 0.01) & (proposals < 0.99), -1) & valid)[..., None]
-        tokens = self.norm(self.proj(jnp.where(inside, memory, 0)))
-        boxes = heads.box(tokens).astype(jnp.float32) + jnp.where(inside, inverse_sigmoid(proposals), OUTSIDE)
-        best = jnp.max(heads.scores(tokens, text, prompt_valid), -1)
+        grid = grid_proposals(memory.shapes)
+        inside = (jnp.all((grid > 0.01) & (grid < 0.99), -1) & memory.valid)[..., None]
+        tokens = self.norm(self.proj(jnp.where(inside, memory.tokens, 0)))
+        boxes = heads.box(tokens).astype(jnp.float32) + jnp.where(inside, inverse_sigmoid(grid), OUTSIDE)
+        best = jnp.max(heads.scores(tokens, prompts), -1)
         _, index = jax.lax.top_k(jax.lax.stop_gradient(best), self.k)
-        return jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
-
-    def start(self, tokens: Float[Array, "b k d"]) -> Float[Array, "b k d"]:
-        """What the decoder starts from: the tokens, cut from the gradient (they learn from their own loss), or the
-        parameter.
-        """
-        return (
-            jax.lax.stop_gradient(tokens) if self.content is None else jnp.broadcast_to(self.content[...], tokens.shape)
+        return Queries(
+            jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
         )
 
+    def initial_content(self, proposals: Queries) -> Float[Array, "b k d"]:
+        """Return the content that the decoder starts from: the proposals' without gradients, or the parameter.
 
-def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*n 4"]:
-    """The box around each mask: cx, cy, w, h as fractions of the map.
-
-    Mask DINO has two ways (INITIALIZE_BOX_TYPE): "mask2box" ends at the last pixel (`inclusive`) and puts an empty mask
-    at 1 without extent, "bitmask" ends after it and puts an empty mask at 0.
-    """
-
-    def side(hit: Bool[Array, "*n m"]) -> tuple[Array, Array]:
-        m = hit.shape[-1]
-        first, last = jnp.argmax(hit, -1), m - 1 - jnp.argmax(hit[..., ::-1], -1)
-        low, high = first / m, (last + (0 if inclusive else 1)) / m
-        empty, nowhere = ~hit.any(-1), 1.0 if inclusive else 0.0
-        return jnp.where(empty, nowhere, (low + high) / 2), jnp.where(empty, 0.0, high - low)
-
-    (cx, w), (cy, h) = side(masks.any(-2)), side(masks.any(-1))
-    return jnp.stack([cx, cy, w, h], -1)
+        The proposals learn from a loss of their own.
+        """
+        if self.content is None:
+            return jax.lax.stop_gradient(proposals.content)
+        return jnp.broadcast_to(self.content[...], proposals.content.shape)
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
-    """One box a token: its cell's centre and 0.05 * 2^level, all as fractions of the canvas, levels counted in the
+    """One box a token: its cell's center and 0.05 * 2^level, all as fractions of the canvas, levels counted in the
     order given.
 
     Mask DINO counts the coarsest level first, so stride 64 has the smallest proposals: a quirk its checkpoints need.

@@ -16,17 +16,7 @@ from mqformer_jax.models import layers
 BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 
 
-class ConvNorm(nnx.Module):
-    """A convolution without bias and its frozen BatchNorm."""
-
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, *, rngs: nnx.Rngs, dtype: DTypeLike):
-        self.conv = layers.Conv(
-            inputs, outputs, size, stride, use_bias=False, kernel_init=layers.he_fan_out, rngs=rngs, dtype=dtype
-        )
-        self.norm = layers.FrozenBatchNorm(outputs, dtype=dtype)
-
-    def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-        return self.norm(self.conv(x))
+ConvBatchNorm = functools.partial(layers.ConvNorm, norm=layers.frozen_batch_norm, kernel_init=layers.he_fan_out)
 
 
 class Bottleneck(nnx.Module):
@@ -35,7 +25,7 @@ class Bottleneck(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, stride: int = 1, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike
     ):
-        make = functools.partial(ConvNorm, rngs=rngs, dtype=dtype)
+        make = functools.partial(ConvBatchNorm, rngs=rngs, dtype=dtype)
         middle = outputs // 4
         self.conv1 = make(inputs, middle, 1, stride if stride_in_1x1 else 1)
         self.conv2 = make(middle, middle, 3, 1 if stride_in_1x1 else stride)
@@ -83,7 +73,7 @@ class ResNet(nnx.Module):
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         if depth not in BLOCKS:
             raise ValueError(f"ResNet depth {depth}: it must be one of {sorted(BLOCKS)}.")
-        self.stem = ConvNorm(3, 64, 7, 2, rngs=rngs, dtype=dtype)
+        self.stem = ConvBatchNorm(3, 64, 7, 2, rngs=rngs, dtype=dtype)
         widths = [64, *self.channels.values()]
         self.stages = nnx.List(
             Stage(i, o, n, 1 if k == 0 else 2, stride_in_1x1=stride_in_1x1, rngs=rngs, dtype=dtype)
@@ -93,7 +83,7 @@ class ResNet(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalised by the caller; sides that are multiples of 32. Returns {stride: feature}."""
+        """image: normalized by the caller; sides that are multiples of 32. Returns {stride: feature}."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         features = {}

@@ -98,7 +98,7 @@ class Block(nnx.Module):
 
     def attend(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """The windows cover the image padded with zeros right and below; shifted ones wrap around, and what was no
-        neighbour is masked.
+        neighbor is masked.
         """
         height, width = x.shape[1:3]
         x = jnp.roll(pad(x, self.window), (-self.shift, -self.shift), (1, 2))
@@ -107,7 +107,7 @@ class Block(nnx.Module):
         scores = jnp.einsum("...qhd,...khd->...hqk", q * HEAD_WIDTH**-0.5, k, preferred_element_type=jnp.float32)
         scores += unfold_bias(self.position_bias[...], self.window)
         if self.shift:
-            scores += jnp.where(neighbours(*x.shape[1:3], self.window, self.shift), 0.0, -100.0)
+            scores += jnp.where(neighbors(*x.shape[1:3], self.window, self.shift), 0.0, -100.0)
         weights = jax.nn.softmax(scores).astype(v.dtype)
         mixed = jnp.einsum("...hqk,...khd->...qhd", weights, v).reshape(windows.shape)
         y = jnp.roll(from_windows(self.out(mixed), self.window), (self.shift, self.shift), (1, 2))
@@ -162,7 +162,7 @@ class Swin(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalised by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
+        """image: normalized by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
         image; None in evaluation.
         """
         x, features = self.embed(image), {}
@@ -220,7 +220,7 @@ def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Arra
     return grid.transpose(4, 0, 2, 1, 3).reshape(-1, window**2, window**2)
 
 
-def neighbours(height: int, width: int, window: int, shift: int) -> Array:
+def neighbors(height: int, width: int, window: int, shift: int) -> Array:
     """Whether query and key of a shifted window lay side by side before the shift: bool [rows, columns, 1, t, t].
 
     Made of two small masks, so that no large constant enters the program.

@@ -1,4 +1,4 @@
-"""Prompts to vectors, behind one interface: token ids [*n, l] in, vectors [*n, embed_dim] out, not normalised.
+"""Prompts to vectors, behind one interface: token ids [*n, l] in, vectors [*n, embed_dim] out, not normalized.
 
 CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end-of-text token; MiniLM (bert.py); and
 a table for the closed set of classes of a converted checkpoint that has no text encoder.
@@ -54,7 +54,7 @@ class TextBlock(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-    """Token ids to one vector a text, not normalised.
+    """Token ids to one vector a text, not normalized.
 
     The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512. norm_eps: of
     its LayerNorms; OpenSeeD's has 1e-12.

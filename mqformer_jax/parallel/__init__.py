@@ -1,1 +1,1 @@
-"""The device mesh and the rules that lay parameters out on it."""
+"""The device mesh, parameter sharding and runs of several processes."""

@@ -1,4 +1,4 @@
-"""Many processes as one run: who starts it, what they tell each other, and how it ends when one of them is gone."""
+"""Runs of several processes: start, communication, preemption and crashes."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from jax.sharding import PartitionSpec as P
 
 from mqformer_jax import interrupts
 
-HEARTBEAT = 60  # seconds without a sign of life after which a process counts as gone, and the others end
-# Seconds that processes wait for each other: one may compile while the others find the program in their cache.
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead and the others exit
+# Seconds that processes wait for each other: one may compile while the others load the program from a cache.
 BARRIER = 3600
-_barriers = itertools.count()  # barriers need names that were not used before
+_barriers = itertools.count()  # each barrier needs a new name
 
 
 def initialize() -> None:
-    """Joins the other processes where the environment speaks of any; before anything touches a device.
+    """Connect to the other processes of the run, if any. Call this before using a device.
 
-    That is: JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, set by hand or by a
-    launcher; SLURM or Open MPI with several tasks; a TPU VM. Raises ValueError in one line where the three variables do
-    not agree.
+    A run has several processes on a TPU VM, under SLURM or Open MPI with several tasks, or if JAX_COORDINATOR_ADDRESS
+    (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Raises ValueError if these variables are inconsistent.
     """
     if jax.distributed.is_initialized() or not is_asked_for(os.environ):
         return
     watch_for_crash(
-        "mqformer_jax: a process died unexpectedly: it was killed, or it lost another process of the run, whose log "
-        "says more. Run the same command to resume from the last checkpoint."
+        "mqformer_jax: a process died unexpectedly. It was killed, or it lost another process of the run; see the log "
+        "of that process. Run the same command to resume from the last checkpoint."
     )
     jax.distributed.initialize(
         **settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
@@ -48,7 +47,7 @@ def initialize() -> None:
 
 
 def is_asked_for(environment: Mapping[str, str]) -> bool:
-    """Whether the environment speaks of several processes, or this is a TPU VM (whose metadata tells of the others)."""
+    """Return whether the environment defines several processes, or this is a TPU VM, whose metadata lists them."""
     several = lambda name: environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
     if "JAX_COORDINATOR_ADDRESS" in environment or several("SLURM_NTASKS") or several("OMPI_COMM_WORLD_SIZE"):
         return True
@@ -58,7 +57,7 @@ def is_asked_for(environment: Mapping[str, str]) -> bool:
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """What JAX is told; empty where it finds everything out by itself."""
+    """Return the arguments of `jax.distributed.initialize`; empty if JAX detects them itself. Raises ValueError."""
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {argument: environment[name] for argument, name in names.items() if name in environment}
     if not given:
@@ -69,36 +68,34 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
         or int(given["process_id"]) >= int(given["num_processes"])
     ):
         raise ValueError(
-            "JAX_NUM_PROCESSES and JAX_PROCESS_ID go together with JAX_COORDINATOR_ADDRESS: "
-            "the number of processes, and this one's, from 0 on."
+            "set JAX_NUM_PROCESSES and JAX_PROCESS_ID together with JAX_COORDINATOR_ADDRESS: "
+            "the number of processes and the index of this one, counted from 0."
         )
     return {argument: int(value) for argument, value in given.items()}
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes what is written once."""
+    """Return whether this is the process that prints messages and writes shared files."""
     return jax.process_index() == 0
 
 
 def barrier(name: str, timeout: int = BARRIER) -> None:
-    """Wait, at most `timeout` seconds, until every process has called this.
+    """Wait at most `timeout` seconds until every process has called this.
 
-    The coordination service counts the processes: unlike a collective of devices, it has no limit of its own on how
-    long one may wait.
+    This uses the coordination service because collectives of devices have time limits of their own.
     """
     if jax.process_count() == 1:
         return
-    from orbax.checkpoint.multihost import get_barrier_sync_fn  # its import takes a second, which one process can save
+    from orbax.checkpoint.multihost import get_barrier_sync_fn  # slow import that a single process does not need
 
     get_barrier_sync_fn()(key=f"mqformer_jax {next(_barriers)}: {name}", timeout_ms=1000 * timeout)
 
 
 def connect(mesh: Mesh) -> None:
-    """Open the connections of all collectives over axes of `mesh`, at a moment when every process is here.
+    """Open the connections of all collectives over axes of `mesh` while every process is ready.
 
-    On CPUs, Gloo opens the connections of a group of devices at the first collective of the group, and a process then
-    fails if another comes more than 30 seconds later. That happens whenever one process compiles longer than another.
-    TPUs and GPUs have no such limit.
+    On CPUs, Gloo connects a group of devices at the first collective of the group, and a process fails if another one
+    arrives more than 30 seconds later, e.g. because it compiles longer. TPUs and GPUs have no such limit.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -111,12 +108,13 @@ def connect(mesh: Mesh) -> None:
     compiled = jax.jit(sums).lower(zero).compile()
     barrier("connect")
     jax.block_until_ready(compiled(zero))
-    gather(None)  # this one uses a mesh of its own, of all processes
+    gather(None)  # uses its own mesh of all processes
 
 
 def gather(value: Any) -> list[Any]:
-    """`value` of every process, in their order, on every process. Pickled: it comes from no one but this run's own
-    processes.
+    """Return the `value` of every process, in order, on every process.
+
+    Values are pickled, which is safe because only processes of this run send them.
     """
     if jax.process_count() == 1:
         return [value]
@@ -130,16 +128,16 @@ def gather(value: Any) -> list[Any]:
 
 
 class Preemption:
-    """Whether this run should save and stop: SIGTERM (clouds send it before they take a machine) or Ctrl-C came.
+    """Save and stop the run after SIGTERM, which clouds send before they take a machine away, or Ctrl-C.
 
-    A SIGTERM to one process of several stops all of them at the same step. Ctrl-C saves if this process is alone and
-    has trained a step since it started. The second Ctrl-C stops without saving.
+    A SIGTERM to one of several processes stops all of them at the same step. Ctrl-C saves if the run is a single
+    process that has trained a step since it started. A second Ctrl-C stops without saving.
     """
 
     def __init__(self):
         self._stops = False
-        self._unsaved = False  # whether there may be steps that no checkpoint has
-        self._alone = jax.process_count() == 1  # of several, JAX's coordination service takes SIGTERM
+        self._unsaved = False  # whether some steps may be in no checkpoint
+        self._alone = jax.process_count() == 1  # else JAX's coordination service handles SIGTERM
 
     def __enter__(self) -> Preemption:
         self._stack = contextlib.ExitStack()
@@ -159,25 +157,26 @@ class Preemption:
         if self._stops or not self._unsaved:
             return False
         self._stops = True
-        os.write(2, b"\nstopping: this step is being saved; Ctrl-C again stops without saving\n")
+        os.write(2, b"\nstopping after saving this step; press Ctrl-C again to stop without saving\n")
         return True
 
     @contextlib.contextmanager
     def exit_on_signals(self) -> Generator[None]:
-        """Let SIGTERM and Ctrl-C end a process that is alone at once, for work that can be repeated.
+        """Let SIGTERM and Ctrl-C end a single process at once inside this context, for work that can be repeated.
 
-        Every step must be saved before. Several processes end after the context.
+        Save all steps before. A run of several processes ends after the context.
         """
         if self._stops and interrupts.was_postponed():
             interrupts.exit_now(interrupts.STATUS, "stopped; checkpoint saved. Run the same command to resume.")
         if self._stops:
-            sys.exit(0)
+            print("Received SIGTERM; checkpoint saved. Run the same command to resume.", flush=True)
+            sys.exit(interrupts.PREEMPTED)
         self._unsaved = False
         with interrupts.exit_on_sigterm() if self._alone else contextlib.nullcontext():
             yield
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run should end after this step. Every process must call this at every step."""
+        """Return whether the run should end after this step. Every process must call this at every step."""
         self._unsaved = True
         return self._stops if self._alone else multihost_utils.reached_preemption_sync_point(step)
 
@@ -187,10 +186,9 @@ _WATCH = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
 
 
 def watch_for_crash(message: str) -> None:
-    """Have `message` printed if this process dies without one: killed, or aborted by JAX because another process is
-    gone.
+    """Print `message` if this process is killed, or aborted by JAX because another process died.
 
-    A child waits for the end of a pipe that only this process holds.
+    A child process prints it when a pipe that only this process holds is closed.
     """
     global _watch
     _watch = subprocess.Popen([sys.executable, "-c", _WATCH, message], stdin=subprocess.PIPE, start_new_session=True)

@@ -1,7 +1,8 @@
-"""The device mesh: data x fsdp x tensor, each 1 where unused."""
+"""The device mesh with the axes data, fsdp and tensor. An unused axis has size 1."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,26 +10,44 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 
 from mqformer_jax.arrays import Array
 
 AXES = ("data", "fsdp", "tensor")
-IMAGES = ("data", "fsdp")  # images are split over both; parameters over fsdp and tensor
+IMAGES = ("data", "fsdp")  # images are split over these axes, parameters over fsdp and tensor
 BATCH = P(IMAGES)
 
 
+def mesh_shape(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
+    """Return the sizes (data, fsdp, tensor) of a mesh. One entry of `shape` may be -1: all remaining devices.
+
+    Raises ValueError if they do not fit.
+    """
+    fixed = math.prod(n for n in shape if n != -1)
+    if fixed < 1 or list(shape).count(-1) > 1 or num_devices % fixed or (-1 not in shape and fixed != num_devices):
+        raise ValueError(f"config.mesh = {tuple(shape)} (data, fsdp, tensor) does not fit {num_devices} devices.")
+    return tuple(num_devices // fixed if n == -1 else n for n in shape)
+
+
+def check_batch_size(config: ConfigDict, shares: int) -> None:
+    """Raise ValueError if `shares` devices (data x fsdp) cannot split a batch into equal parts."""
+    if config.batch_size % (shares * config.grad_accum_steps):
+        raise ValueError(
+            f"config.batch_size = {config.batch_size} must be divisible by the {shares} devices that split a batch "
+            f"(config.mesh: data x fsdp) times config.grad_accum_steps = {config.grad_accum_steps}."
+        )
+
+
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices; one entry of `shape` (data, fsdp, tensor) may be -1: what is left."""
+    """Return a mesh of all devices. One entry of `shape` (data, fsdp, tensor) may be -1: all remaining devices."""
     devices = list(devices if devices is not None else jax.devices())
-    fixed = int(np.prod([n for n in shape if n != -1]))
-    if list(shape).count(-1) > 1 or len(devices) % fixed or (-1 not in shape and fixed != len(devices)):
-        raise ValueError(f"config.mesh = {tuple(shape)} (data, fsdp, tensor) does not fit {len(devices)} devices.")
-    full = tuple(len(devices) // fixed if n == -1 else n for n in shape)
+    full = mesh_shape(shape, len(devices))
     mesh = jax.make_mesh(full, AXES, devices=devices, axis_types=(AxisType.Auto,) * 3)
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, full[2])):
         raise ValueError(
-            f"config.mesh = {tuple(shape)}: the devices along tensor share their images, and must be one host's, "
-            "which reads them."
+            f"config.mesh = {tuple(shape)}: the devices along the tensor axis share their images, "
+            "so they must belong to one host."
         )
     return mesh
 
@@ -41,27 +60,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """Arrays laid out in any way on the mesh, gathered so that each host has all of them as numpy arrays."""
+def gather_to_host(tree: Any, mesh: Mesh) -> Any:
+    """Return the arrays of `tree`, sharded over the mesh in any way, as full numpy arrays on every host."""
     gathered = jax.jit(lambda t: t, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), gathered)
 
 
-def over_images(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
-    """`fn` on every device's own images alone: what must be summed over devices, it sums itself (over IMAGES).
+def shard_map_batch(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
+    """Return `fn` mapped over the devices: each device calls it with its own images.
 
-    So nothing in it can meet the other devices by accident: not a gather, not a sort, not the condition of a search
-    loop, which the partitioner would make an all-reduce over the pod in every iteration. The specs speak of IMAGES;
-    what lies on the tensor axis is left to the partitioner.
+    `fn` must do the sums over devices (over IMAGES) itself. Nothing else in it communicates: no gather, no sort, and no
+    condition of a search loop, which the partitioner would turn into an all-reduce over the pod in every iteration. The
+    specs name the axes of IMAGES; the tensor axis is left to the partitioner.
     """
     return jax.shard_map(fn, mesh=mesh, axis_names=set(IMAGES), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def over_heads(fn: Callable, heads: int) -> Callable:
-    """`fn` of arrays [b, n, heads, ...] (and to [b, n, heads * d]) on every device's own heads, where the mesh around
-    has a tensor axis.
+    """Return `fn` split by heads over the tensor axis of the current mesh, or `fn` itself without such an axis.
 
-    For what the partitioner would not split by heads, such as one gather for all of them.
+    `fn` takes arrays [b, n, heads, ...] and returns [b, n, heads * d]. This is for operations that the partitioner does
+    not split by heads, such as one gather for all heads.
     """
     tensor = jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
     if tensor == 1 or heads % tensor:
@@ -72,10 +91,10 @@ def over_heads(fn: Callable, heads: int) -> Callable:
 
 
 def gather_slices(params: Any, specs: Any) -> Any:
-    """Whole parameters on every device, of those that live in slices along fsdp; before anything else happens, and
-    once.
+    """Return full parameters on every device, gathered along fsdp once, before anything else happens.
 
-    Without the barrier, XLA for TPU moves a gather into the loop over layers that reads it, and repeats it there.
+    Without the barrier, XLA for TPU moves a gather into the loop over layers that reads it and repeats it in each
+    iteration.
     """
 
     def gather(param: Array, spec: P) -> Array:
@@ -85,8 +104,9 @@ def gather_slices(params: Any, specs: Any) -> Any:
 
 
 def sum_over_images(gradient: Array, spec: P) -> Array:
-    """A parameter's gradient over the images of all devices; of one that lives in slices (fsdp), each device keeps its
-    own slice.
+    """Return a parameter's gradient summed over the images of all devices.
+
+    If the parameter is sharded along fsdp, each device keeps its own slice.
     """
     if "fsdp" not in spec:
         return jax.lax.psum(gradient, IMAGES)

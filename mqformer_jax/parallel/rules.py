@@ -1,4 +1,4 @@
-"""Where parameters live: a short list of (regex over the parameter's path, PartitionSpec), first match wins."""
+"""Sharding rules: a list of (regex over the parameter's path, PartitionSpec), of which the first match applies."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ Rules = Sequence[tuple[str, tuple[str | None, ...]]]
 
 
 def path_name(path: tuple) -> str:
-    """A key path of `jax.tree_util` as "decoder/layers/ffn/0/kernel"."""
+    """Return a key path of `jax.tree_util` as text, such as "decoder/layers/ffn/0/kernel"."""
     return "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path)
 
 
-def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their paths."""
+def flatten_paths(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their paths, such as "decoder/layers/ffn/0/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """`tree` with the leaves of these paths. A checkpoint's own tree will not do: there a list's entry 10 comes before
-    its entry 2.
+    """Return a tree with the structure of `tree` and `leaves` by path.
+
+    The structure of a checkpoint cannot be used: it sorts entry 10 of a list before entry 2.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 
 
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
-    """A NamedSharding for each leaf of `tree` (arrays or their shapes).
+    """Return a NamedSharding for each leaf of `tree` (arrays or their shapes).
 
-    A rule's axes name the trailing dimensions of a leaf (scanned layers have one more in front); an axis that does not
-    divide its dimension is dropped, so that one list serves every model size.
+    The axes of a rule apply to the trailing dimensions of a leaf (scanned layers have one more in front). An axis that
+    does not divide its dimension is dropped, so that one list serves every model size.
     """
 
     def spec(path, leaf):

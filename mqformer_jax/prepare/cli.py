@@ -1,8 +1,10 @@
-"""Turns annotated images into ArrayRecord shards: `mqformer prepare sample --out data/records` (see
-data/README.md).
+"""Convert annotated images to ArrayRecord shards.
 
-Every subcommand prepares one split of one data set (`public`, `small` and `sample` several) into `<out>/<name>/`. What
-cannot be used is dropped, counted and named in the table at the end; an interrupted preparation goes on where it was.
+    mqformer prepare sample --output data/records
+
+Each subcommand writes one split of one data set to OUTPUT/NAME; `public`, `small` and `sample` write several. The
+report at the end counts and names the images and annotations that were dropped. Run an interrupted command again to
+resume it. docs/data.md describes the formats.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from mqformer_jax.prepare.shards import worker_pool, write_split
 
 NamedPlan = tuple[str, str, Plan]
 Kinds = argparse._SubParsersAction
+SAMPLE_IMAGES = 8
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line: one subcommand for each kind of annotation."""
+    """Return the parser, which has one subcommand for each kind of annotation."""
     top = argparse.ArgumentParser(
         prog="mqformer prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -51,134 +54,183 @@ def _kind(
 ) -> argparse.ArgumentParser:
     command = kinds.add_parser(name, help=text, description=text)
     command.set_defaults(plan=plan)
-    command.add_argument("--out", default="data/records", help="folder of prepared data sets (default: %(default)s)")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
+    command.add_argument(
+        "--output", default="data/records", help="Folder of prepared data sets. (default: %(default)s)"
+    )
+    command.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="Number of processes. (default: %(default)s)"
+    )
     return command
 
 
 def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
-    """A subcommand for one split of one set."""
-    command = _kind(kinds, name, text, lambda args: iter([(args.name, args.split, plan(args))]))
-    command.add_argument("--name", type=_name, required=True, help="name of the data set, as configs call it")
-    command.add_argument("--split", type=_name, required=True, help="train, val, ...")
-    command.add_argument("--images", required=True, help="folder of images")
+    """Add a subcommand that prepares one split of one data set."""
+    command = _kind(kinds, name, text, lambda args: _splits(args, plan(args)))
+    command.add_argument("--name", type=_name, required=True, help="Name of the data set in recipes, e.g. balloon.")
+    command.add_argument("--split", type=_name, required=True, help="Name of the split, e.g. train.")
+    command.add_argument("--images", required=True, help="Folder of images, e.g. photos.")
+    command.add_argument(
+        "--val_fraction",
+        type=_fraction,
+        default=0.0,
+        help="Also write a split 'val' with this fraction of the images, chosen by name, e.g. 0.1. (default: 0)",
+    )
     return command
 
 
-def _add_whole_sets(kinds: Kinds) -> None:
-    """What is known by name."""
-    p = _kind(kinds, "sample", "the embedded sample, drawn by this code", sample_plans)
-    p.add_argument("--train", type=int, default=4000)
-    p.add_argument("--val", type=int, default=128)
-    p.add_argument("--size", type=int, default=96, help="side of the pictures in pixels")
-    p.add_argument("--seed", type=int, default=0)
+def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
+    """Yield the split of the command line and, with --val_fraction, a split "val" held out from it."""
+    if not args.val_fraction:
+        yield args.name, args.split, plan
+        return
+    if args.split == "val":
+        raise ValueError("--val_fraction creates the split 'val' from another split; give --split=train")
+    val = plan.held_out(args.val_fraction)
+    yield args.name, args.split, plan.only(lambda job: job.key not in val)
+    yield args.name, "val", plan.only(lambda job: job.key in val)
 
-    p = _kind(kinds, "public", "public data sets by name, from the layouts in which their websites unpack", _public)
-    p.add_argument("names", nargs="*", metavar="NAME", help="such as coco_2017_panoptic refcoco 'seginw_*'")
+
+def _fraction(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to below 1, e.g. 0.2")
+    return value
+
+
+def _add_whole_sets(kinds: Kinds) -> None:
+    """Add the subcommands of known data sets."""
+    p = _kind(kinds, "sample", "the built-in synthetic sample data set", sample_plans)
+    p.add_argument("--train", type=int, default=4000, help="Number of training images. (default: %(default)s)")
+    p.add_argument("--val", type=int, default=128, help="Number of validation images. (default: %(default)s)")
+    p.add_argument("--size", type=int, default=96, help="Side of the images in pixels. (default: %(default)s)")
+    p.add_argument("--seed", type=int, default=0, help="Random seed. (default: %(default)s)")
+
+    p = _kind(kinds, "public", "public data sets by name, as downloaded and unpacked from their websites", _public)
+    p.add_argument("names", nargs="*", metavar="NAME", help="Names of data sets, e.g. refcoco 'seginw_*'.")
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     p.add_argument(
         "--root",
         default=root,
-        help="folder of the downloads (default: $DETECTRON2_DATASETS or datasets; now %(default)s)",
+        help="Folder of the downloads. (default: $DETECTRON2_DATASETS or datasets, here %(default)s)",
     )
-    p.add_argument("--split", nargs="+", default=[], help="only these splits (default: all)")
-    p.add_argument("--list", action="store_true", help="show all names, and what is expected where")
+    p.add_argument("--split", nargs="+", default=[], help="Splits to prepare, e.g. val. (default: all)")
+    p.add_argument("--list", action="store_true", help="List all data sets and the files they need, then exit.")
 
     p = _kind(
         kinds,
         "tfds",
-        "a builder of tensorflow-datasets",
+        "a data set of TensorFlow Datasets",
         lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir),
     )
-    p.add_argument("builder", help=", ".join(tfds_sets.SETS))
-    p.add_argument("--split", type=_name, required=True, help="train, val, ...")
+    p.add_argument("builder", help=f"Name of the builder: {', '.join(tfds_sets.SETS)}.")
+    p.add_argument("--split", type=_name, required=True, help="Name of the split, e.g. train.")
     p.add_argument(
         "--name",
         type=_name,
-        help="name of the data set, as configs call it (default: the builder's own, as `public` calls it)",
+        help="Name of the data set in recipes, e.g. lvis. (default: the name that `public` uses)",
     )
-    p.add_argument("--data-dir", help="where tensorflow-datasets keeps its sets (default: ~/tensorflow_datasets)")
+    p.add_argument("--data_dir", help="Folder of TensorFlow Datasets. (default: ~/tensorflow_datasets)")
 
-    p = _kind(kinds, "small", "all families of one small folder at once", lambda args: small.plans(args.source))
-    p.add_argument("--source", required=True, help="folder laid out as data/README.md says")
+    p = _kind(kinds, "small", "all data sets of one folder of small examples", lambda args: small.plans(args.source))
+    p.add_argument("--source", required=True, help="Folder in the layout of data/README.md.")
 
 
 def _add_formats(kinds: Kinds) -> None:
-    """What anyone's own data may come in."""
+    """Add the subcommands of general formats."""
     p = _one(
         kinds,
         "panoptic",
-        "COCO panoptic: json and PNGs",
+        "COCO panoptic: JSON and PNG files",
         lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)),
     )
     _coco_options(p)
-    p.add_argument("--masks", required=True, help="folder of the panoptic PNGs")
+    p.add_argument("--masks", required=True, help="Folder of panoptic PNG files, e.g. panoptic_val2017.")
 
     p = _one(
         kinds,
         "instances",
-        "COCO or LVIS instances, or boxes alone: json",
+        "COCO or LVIS instances, or boxes only: JSON",
         lambda a: coco.instances(a.json, a.images).without(_excluded(a)),
     )
     _coco_options(p)
 
-    p = _one(kinds, "referring", "referring expressions: json", _referring)
+    p = _one(kinds, "referring", "referring expressions: JSON", _referring)
     _coco_options(p)
-    p.add_argument("--instances", nargs="+", default=[], help="COCO instances json that gives the shapes of ann_ids")
-    p.add_argument("--refs-split", help="only the refs whose field 'split' is this (unc: train, val, testA, testB)")
-
-    p = _one(kinds, "semantic", "index PNGs: one class a value", _semantic)
-    p.add_argument("--masks", required=True, help="folder of index PNGs named like the images")
-    p.add_argument("--classes", required=True, help="json, objectInfo150.txt, or text with one class a line")
     p.add_argument(
-        "--ignore-index",
+        "--instances",
+        nargs="+",
+        default=[],
+        help="COCO instances JSON files with the masks of the ann_ids, e.g. instances.json.",
+    )
+    p.add_argument("--refs_split", help="Keep only the refs whose field 'split' has this value, e.g. testA.")
+
+    p = _one(kinds, "semantic", "index PNG files: one class per value", _semantic)
+    p.add_argument("--masks", required=True, help="Folder of index PNG files named like the images, e.g. labels.")
+    p.add_argument(
+        "--classes", required=True, help="Class list: JSON, objectInfo150.txt, or text with one class per line."
+    )
+    p.add_argument(
+        "--ignore_index",
         type=int,
         nargs="+",
-        help="mask values that mean unlabelled (default: the class file's, or 255)",
+        help="Mask values of unlabeled pixels, e.g. 0. (default: those of the class list, else 255)",
     )
-    p.add_argument("--index-offset", type=int, help="mask value of the first class (default: the class file's, or 0)")
+    p.add_argument(
+        "--index_offset",
+        type=int,
+        help="Mask value of the first class, e.g. 1. (default: that of the class list, else 0)",
+    )
     _folder_options(p)
 
-    p = _one(kinds, "foreground", "salient foregrounds: json of annotation ids, or folder of masks", _foreground)
+    p = _one(kinds, "foreground", "salient foregrounds: JSON of annotation ids, or a folder of masks", _foreground)
     source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--masks", help="folder of black and white masks named like the images")
-    source.add_argument("--json", help="json with items of {image_id, ann_ids}")
+    source.add_argument("--masks", help="Folder of black and white masks named like the images, e.g. masks.")
+    source.add_argument("--json", help="JSON file with a list of {image_id, ann_ids}, e.g. salient.json.")
     p.add_argument(
-        "--instances", nargs="+", default=[], help="with --json: COCO instances json that holds the annotations"
+        "--instances",
+        nargs="+",
+        default=[],
+        help="With --json: COCO instances JSON files with the annotations, e.g. instances.json.",
     )
     p.add_argument(
         "--exclude",
         nargs="+",
         default=[],
-        help="with --json: json files whose images (by id) must not be in this split",
+        help="With --json: JSON files whose images (by id) to leave out, e.g. val.json.",
     )
     _folder_options(p)
 
-    p = _one(kinds, "mattes", "alpha mattes: folder of images and folder of mattes", _mattes)
+    p = _one(kinds, "mattes", "alpha mattes: a folder of images and a folder of mattes", _mattes)
     p.add_argument(
         "--alphas",
         required=True,
-        help="folder of 8-bit mattes, or of cut-outs with an alpha channel, named like the images",
+        help="Folder of 8-bit mattes, or cutouts with an alpha channel, named like the images, e.g. alpha.",
     )
-    p.add_argument("--trimaps", help="folder of trimaps named like the images (0 outside, 255 inside, else unknown)")
+    p.add_argument(
+        "--trimaps", help="Folder of trimaps named like the images: 0 outside, 255 inside, other values unknown."
+    )
     _folder_options(p)
 
-    p = _one(kinds, "table", "your own data: csv or jsonl, a row for each image and what is said of it", _table)
+    p = _one(kinds, "table", "your own data: a CSV or JSONL table", _table)
     p.add_argument(
-        "--table", required=True, help=f".csv with a header, or .jsonl; columns: {', '.join(tables.COLUMNS)}"
+        "--table", required=True, help=f"CSV file with a header, or JSONL file; columns: {', '.join(tables.COLUMNS)}."
     )
-    p.add_argument("--masks", help="folder that the masks' paths start from (default: the table's)")
+    p.add_argument("--masks", help="Folder that the paths of masks are relative to. (default: the folder of the table)")
     p.add_argument(
-        "--classes", help="class list, where several splits must agree on it (default: the classes of the table)"
+        "--classes", help="Class list shared by several splits, e.g. classes.txt. (default: the classes of the table)"
     )
-    p.add_argument("--stuff", nargs="+", default=[], help="classes that own one region, not several objects")
-    p.add_argument("--exhaustive", action="store_true", help="an image shows no class but those of its rows")
+    p.add_argument("--stuff", nargs="+", default=[], help="Classes that own one region, e.g. sky. (default: none)")
+    p.add_argument(
+        "--exhaustive", action="store_true", help="Images show only the classes of their rows. (default: false)"
+    )
 
 
 def _add_layouts(kinds: Kinds) -> None:
-    """What single public sets come in."""
-    p = _one(kinds, "cityscapes", "Cityscapes: instanceIds PNGs", lambda a: cityscapes.panoptic(a.images, a.labels))
-    p.add_argument("--labels", required=True, help="gtFine/train")
+    """Add the subcommands of the formats of single public data sets."""
+    p = _one(
+        kinds, "cityscapes", "Cityscapes: instanceIds PNG files", lambda a: cityscapes.panoptic(a.images, a.labels)
+    )
+    p.add_argument("--labels", required=True, help="Folder gtFine/train.")
 
     p = _one(
         kinds,
@@ -186,22 +238,22 @@ def _add_layouts(kinds: Kinds) -> None:
         "ADE20K's 150 classes with instances",
         lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes),
     )
-    p.add_argument("--semantic", required=True, help="annotations/training")
-    p.add_argument("--instances", required=True, help="annotations_instance/training")
-    p.add_argument("--classes", required=True, help="objectInfo150.txt")
+    p.add_argument("--semantic", required=True, help="Folder annotations/training.")
+    p.add_argument("--instances", required=True, help="Folder annotations_instance/training.")
+    p.add_argument("--classes", required=True, help="File objectInfo150.txt.")
 
-    p = _one(kinds, "bdd100k", "BDD100K panoptic: bit masks", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
-    p.add_argument("--bitmasks", required=True, help="labels/pan_seg/bitmasks/train")
+    p = _one(kinds, "bdd100k", "BDD100K panoptic: bitmasks", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
+    p.add_argument("--bitmasks", required=True, help="Folder labels/pan_seg/bitmasks/train.")
 
-    p = _one(kinds, "pascal-context", "PASCAL-Context: .mat files", _pascal_context)
-    p.add_argument("--labels", required=True, help="folder trainval of .mat files")
-    p.add_argument("--names", required=True, help="labels.txt, the names of the 459 labels")
-    p.add_argument("--classes", help="59_labels.txt (default: all of --names)")
-    p.add_argument("--list", help="VOC2010/ImageSets/Main/val.txt (default: every .mat)")
+    p = _one(kinds, "pascal_context", "PASCAL-Context: .mat files", _pascal_context)
+    p.add_argument("--labels", required=True, help="Folder trainval of .mat files.")
+    p.add_argument("--names", required=True, help="File labels.txt with the names of the 459 labels.")
+    p.add_argument("--classes", help="File 59_labels.txt. (default: all labels of --names)")
+    p.add_argument("--list", help="File VOC2010/ImageSets/Main/val.txt. (default: all .mat files)")
 
     p = _kind(
         kinds,
-        "visual-genome",
+        "visual_genome",
         "Visual Genome: objects and region descriptions",
         lambda a: iter([(a.name, "train", _visual_genome(a))]),
     )
@@ -209,40 +261,46 @@ def _add_layouts(kinds: Kinds) -> None:
         "--name",
         type=_name,
         default="visual_genome",
-        help="name of the data set, as configs call it (default: %(default)s)",
+        help="Name of the data set in recipes. (default: %(default)s)",
     )
-    p.add_argument("--images", nargs="+", required=True, help="folders VG_100K and VG_100K_2")
-    p.add_argument("--image-data", required=True, help="image_data.json")
-    p.add_argument("--objects", help="objects.json: boxes of classes")
-    p.add_argument("--regions", help="region_descriptions.json: boxes with expressions")
-    p.add_argument("--alias", help="object_alias.txt: spellings of one class")
-    p.add_argument("--min-images", type=int, default=50, help="images that must show a class (default: %(default)s)")
+    p.add_argument("--images", nargs="+", required=True, help="Folders VG_100K and VG_100K_2.")
+    p.add_argument("--image_data", required=True, help="File image_data.json.")
+    p.add_argument("--objects", help="File objects.json with the boxes of classes.")
+    p.add_argument("--regions", help="File region_descriptions.json with the boxes of expressions.")
+    p.add_argument("--alias", help="File object_alias.txt with spellings of each class.")
     p.add_argument(
-        "--exclude", nargs="+", default=[], help="json files whose images (by COCO id) must not be in this split"
+        "--min_images", type=int, default=50, help="Number of images that must show a class. (default: %(default)s)"
+    )
+    p.add_argument(
+        "--exclude", nargs="+", default=[], help="JSON files whose images (by COCO id) to leave out, e.g. val.json."
     )
 
 
 def _name(text: str) -> str:
-    """Of a set or a split: a part of the names of its files."""
+    """Check the name of a data set or split, which becomes a part of file names."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no name: letters, digits, '_', '.', '+' and '-', a letter or digit first"
+            f"{text!r} is not a valid name: use letters, digits, '_', '.', '+' and '-', starting with a letter or digit"
         )
     return text
 
 
 def _coco_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", required=True, help="annotation file")
+    command.add_argument("--json", required=True, help="Annotation file, e.g. instances.json.")
     command.add_argument(
-        "--exclude", nargs="+", default=[], help="json files whose images (by id) must not be in this split"
+        "--exclude", nargs="+", default=[], help="JSON files whose images (by id) to leave out, e.g. val.json."
     )
 
 
 def _folder_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--list", help="text file that names the images of this split, one a line (default: all of --images)"
+        "--list", help="Text file with one image name per line, e.g. val.txt. (default: all images of --images)"
     )
-    command.add_argument("--mask-suffix", default="", help="what a mask's name has after its image's, say _L")
+    command.add_argument(
+        "--mask_suffix",
+        default="",
+        help="Suffix of a mask's name after the name of its image, e.g. _L. (default: none)",
+    )
 
 
 def _excluded(args: argparse.Namespace) -> set[int]:
@@ -272,10 +330,10 @@ def _pascal_context(args: argparse.Namespace) -> Plan:
 def _foreground(args: argparse.Namespace) -> Plan:
     if args.masks:
         if args.exclude or args.instances:
-            raise ValueError("--exclude and --instances go with --json")
+            raise ValueError("--exclude and --instances require --json")
         return folders.foreground(args.images, args.masks, args.list, args.mask_suffix)
     if args.list or args.mask_suffix:
-        raise ValueError("--list and --mask-suffix go with --masks")
+        raise ValueError("--list and --mask_suffix require --masks")
     return coco.foreground(args.json, args.images, args.instances).without(_excluded(args))
 
 
@@ -295,11 +353,21 @@ def _table(args: argparse.Namespace) -> Plan:
 
 
 def sample_plans(args: argparse.Namespace) -> Iterator[NamedPlan]:
-    """The sets of `scenes.datasets`, split by split."""
-    for dataset in scenes.datasets(args.seed, args.train, args.val, args.size):
+    """Yield the splits of `scenes.datasets`. Write some held-out scenes to OUTPUT/sample_images."""
+    datasets = scenes.datasets(args.seed, args.train, args.val, args.size)
+    _write_sample_images(os.path.join(args.output, "sample_images"), datasets[0])
+    for dataset in datasets:
         render = functools.partial(_render, dataset.name, dataset.size)
         for split, seeds in dataset.seeds.items():
             yield dataset.name, split, Plan("sample", dataset.classes, list(seeds), render)
+
+
+def _write_sample_images(folder: str, dataset: scenes.SampleSet) -> None:
+    """Write the first images of the split "val" as 1.png, 2.png, ..., for trying out a trained model."""
+    os.makedirs(folder, exist_ok=True)
+    for i, seed in enumerate(dataset.seeds["val"][:SAMPLE_IMAGES], 1):
+        with open(os.path.join(folder, f"{i}.png"), "wb") as f:
+            f.write(scenes.render(dataset.name, seed, dataset.size).image)
 
 
 def _render(name: str, size: int, seed: int) -> Built:
@@ -307,14 +375,14 @@ def _render(name: str, size: int, seed: int) -> Built:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prepare what the command line asks for. Return 0, or 1 after one line on stderr that says what is wrong."""
+    """Run the command. Return 0, or 1 after printing an error to stderr."""
     args, failed = parser().parse_args(argv), False
     try:
         with worker_pool(args.workers) as pool:
             for name, split, plan in args.plan(args):
                 try:
-                    print(write_split(args.out, name, split, plan, pool), flush=True)
-                except ValueError as e:  # the other splits can do without this one
+                    print(write_split(args.output, name, split, plan, pool), flush=True)
+                except ValueError as e:  # go on with the other splits
                     print(f"mqformer prepare: {e}", file=sys.stderr)
                     failed = True
     except (ValueError, OSError) as e:

@@ -1,10 +1,11 @@
-"""What is to be prepared: jobs (one image each), the plan of a split, and what came of it."""
+"""Jobs (one image each), the plan of a split, and the report about its preparation."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
 import functools
+import hashlib
 import os
 import re
 from collections.abc import Callable, Set
@@ -14,17 +15,16 @@ from mqformer_jax.input.record import ClassInfo, Record
 from mqformer_jax.prepare.formats.images import Image, Unusable, read_image
 from mqformer_jax.prepare.shard_writer import Built, Problems
 
-HELD_OUT = "image: held out for evaluation by another set"
+HELD_OUT = "image: held out for evaluation by another data set"
 
 
 @dataclasses.dataclass
 class Job:
-    """One image to be made a record. id: what other annotation files call it. labels: whatever its family needs.
+    """One image to be turned into a record. id: the image's id in other annotation files. labels: input of `Plan.make`.
 
-    Paths of files belong in `labels` itself or in tuples of it, where a preparation that goes on looks whether they
-    changed.
-    It must pickle alike on every run: no sets of strings.
-    origin: see `Record`; `coco_origin` knows COCO's pictures by their file names.
+    Put paths of files into `labels` directly or in tuples: a resumed preparation checks whether these files changed.
+    `labels` must pickle identically in every run, so it must not contain sets of strings.
+    origin: see `Record`. `coco_origin` recognizes COCO's images by their file names.
     """
 
     key: str
@@ -35,14 +35,14 @@ class Job:
 
 
 def coco_origin(name: str) -> str:
-    """ "coco/391895" for the file name of a picture of COCO, 2014's or 2017's; "" for any other."""
+    """Return "coco/391895" for the file name of a COCO image (2014 or 2017), and "" for any other file name."""
     found = re.fullmatch(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", os.path.basename(name))
     return f"coco/{int(found[1])}" if found else ""
 
 
 @dataclasses.dataclass
 class Plan:
-    """A split that is ready to be prepared. kind: the subcommand. make: job to Built, in another process.
+    """A split that is ready to be prepared. kind: the subcommand. make: turns a job into `Built` in a worker process.
 
     exhaustive, unique_texts: see `DatasetInfo`.
     """
@@ -56,13 +56,20 @@ class Plan:
     unique_texts: bool = True
 
     def only(self, keep: Callable[[Job], bool]) -> Plan:
-        """The plan for the images that belong to this split, where one file lists several."""
+        """Return a plan with only the jobs for which `keep` is true."""
         problems = Problems()
         problems.update(self.problems)
         return dataclasses.replace(self, jobs=[job for job in self.jobs if keep(job)], problems=problems)
 
+    def held_out(self, fraction: float) -> set[str]:
+        """Return the keys of a fraction of the images, at least one and not all. It depends only on the names."""
+        keys = sorted({job.key for job in self.jobs}, key=lambda key: hashlib.sha256(key.encode()).digest())
+        if len(keys) < 2:
+            raise ValueError("--val_fraction needs at least two images")
+        return set(keys[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
+
     def without(self, held_out: Set[int | str]) -> Plan:
-        """The plan without images that another set evaluates on; each is counted as dropped."""
+        """Return a plan without the images that another data set evaluates on. Each is counted as dropped."""
         plan = self.only(lambda job: job.id not in held_out)
         for job in self.jobs:
             if job.id in held_out:
@@ -91,7 +98,7 @@ class Report:
         return "\n".join(lines + [f"  {reason}" for reason in self.reasons()])
 
     def reasons(self) -> list[str]:
-        """What was dropped, most frequent first, with the first few names."""
+        """Return the reasons for dropped items, most frequent first, with the first few names."""
         shown = []
         for reason, count in self.problems.counts.most_common():
             names = self.problems.examples[reason]
@@ -100,7 +107,7 @@ class Report:
 
 
 def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Built:
-    """Reads a job's image and makes its record; whatever makes the whole image unusable is counted, not raised."""
+    """Read a job's image and make its record. Errors that make the image unusable are counted, not raised."""
     problems = Problems()
     try:
         record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
@@ -113,7 +120,7 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
         IndexError,
         AttributeError,
         RecursionError,
-    ) as e:  # a json can hold anything anywhere
+    ) as e:  # a JSON file can contain anything
         problems.add(
             "image: its annotation is malformed",
             f"{job.key}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",
@@ -124,5 +131,5 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
 
 
 def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:
-    """`build` for one family of records; `context` is passed on as keywords. Goes to worker processes."""
+    """Return `build` for one kind of record, as a function that can be pickled. context: keywords of `make_record`."""
     return functools.partial(build, functools.partial(make_record, **context))

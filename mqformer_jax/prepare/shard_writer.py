@@ -1,7 +1,6 @@
-"""Writing shards: one whole or not at all, and a split that readers see when all of its shards are there.
+"""Write shards atomically, and show a split to readers only when all of its shards are finished.
 
-Beside a shard that is being made lies its `Contents` as JSON, which is written last; `<split>.report.json` holds those
-of the whole split.
+After a shard, its `Contents` are written beside it as JSON. `<split>.report.json` holds those of the whole split.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from collections.abc import Generator, Iterable, Sequence, Set
 
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from mqformer_jax.files import replace_file, write_text
 from mqformer_jax.input.record import DatasetInfo, Record, origins_path, shard_paths
 
 
 @dataclasses.dataclass
 class Problems:
-    """What was dropped: how often for each reason, and the first few names."""
+    """Dropped items: the count and the first few names for each reason."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -40,9 +40,9 @@ class Problems:
 
 @dataclasses.dataclass
 class Built:
-    """One job done: the record's bytes (None where the image was dropped), its segments by kind, what was wrong.
+    """The result of a job: the record's bytes (None if the image was dropped), its segments by kind, its problems.
 
-    classes: those that the image shows. origin: see `Record`.
+    classes: indices of the classes that the image shows. origin: see `Record`.
     """
 
     record: bytes | None
@@ -58,7 +58,7 @@ class Built:
 
 
 def count_segments(record: Record) -> collections.Counter[str]:
-    """Segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
+    """Count the segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
     counts: collections.Counter[str] = collections.Counter()
     for s in record.segments:
         shape = "matte" if s.alpha else "mask" if s.mask else "box only"
@@ -72,11 +72,11 @@ def count_segments(record: Record) -> collections.Counter[str]:
 
 @dataclasses.dataclass
 class Contents:
-    """What shards hold. That of a finished shard lies beside it as JSON, which is written last.
+    """Statistics of shards. Those of a finished shard are written beside it as JSON, after the shard.
 
-    shards: of a split, how many hold records; there is no file of one that does not. bytes: size of the files.
-        class_images: how many
-    images show each class. origins: of the records, in their order. fingerprint: that of a whole split's plan.
+    shards: number of shards that hold records; other shards have no file. bytes: size of the files.
+    class_images: number of images that show each class. origins: those of the records, in order.
+    fingerprint: fingerprint of the plan, only for a whole split.
     """
 
     shards: int = 0
@@ -119,7 +119,7 @@ class Contents:
 
 
 def write_shard(made: Iterable[Built], path: str) -> Contents:
-    """Writes records as they are made into `path`.array_record, then `path`.json. Raises OSError in one line."""
+    """Write records to `path`.array_record as they are made, then `path`.json. Raises OSError."""
     contents, temporary = Contents(), f"{path}.{os.getpid()}.tmp"
     try:
         writer = ArrayRecordWriter(temporary, "group_size:1")
@@ -137,7 +137,7 @@ def write_shard(made: Iterable[Built], path: str) -> Contents:
             raise OSError(f"{path}: {written} of {contents.records} records were written; is the disk full?")
         if contents.records:
             contents.bytes = os.path.getsize(temporary)
-            _put(temporary, f"{path}.array_record")
+            replace_file(temporary, f"{path}.array_record")
         contents.save(f"{path}.json")
     finally:
         if os.path.exists(temporary):
@@ -147,32 +147,18 @@ def write_shard(made: Iterable[Built], path: str) -> Contents:
 
 @contextlib.contextmanager
 def _write_errors(path: str) -> Generator[None]:
-    """ArrayRecord's errors are RuntimeErrors of several sentences; the first says what the matter is."""
+    """Turn ArrayRecord's RuntimeErrors into OSErrors with the first clause of their messages."""
     try:
         yield
     except RuntimeError as e:
         raise OSError(f"{path}: {str(e).split(';')[0]}") from None
 
 
-def write_text(path: str, text: str) -> None:
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        f.write(text)
-    _put(path + ".tmp", path)
-
-
-def _put(temporary: str, path: str) -> None:
-    """Renames a file that is whole, on the disk too: a machine may be taken away at any time."""
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
 @contextlib.contextmanager
 def locked(folder: str, busy: str = "", shared: bool = False) -> Generator[None]:
-    """Holds a folder against other processes; waits for it, or raises ValueError(busy). Not where the file system has
-    no locks.
+    """Lock a folder against other processes. Waits for the lock or, if `busy` is given, raises ValueError(busy).
 
-    shared: beside others that hold it so.
+    Does nothing on file systems without locks. shared: several processes may hold a shared lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -195,8 +181,8 @@ def report_path(folder: str, split: str) -> str:
 def go_live(
     folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str
 ) -> None:
-    """Moves the shards to where readers look for them. `info`: what `dataset.json` says of the other splits."""
-    # From here to the last line the split is in no dataset.json, so no reader takes old and new shards for one.
+    """Move the shards to where readers look for them. info: `dataset.json` without this split."""
+    # Until the last line, dataset.json does not list the split, so that no reader mixes old and new shards.
     info.save(folder)
     remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
     remove(folder, re.escape(os.path.basename(origins_path(folder, split))))
@@ -216,7 +202,7 @@ def go_live(
 
 
 def prepared(folder: str, split: str, key: str) -> Contents | None:
-    """What the split holds, where it is whole and was made of the very same."""
+    """Return the contents of the split if it is complete and has the fingerprint `key`, else None."""
     try:
         contents = Contents.load(report_path(folder, split))
         shards = shard_paths(folder, split, contents.shards)
@@ -228,18 +214,18 @@ def prepared(folder: str, split: str, key: str) -> Contents | None:
 
 
 def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Contents]) -> list[tuple[str, str]]:
-    """Where each shard that holds records lies while it is partial, and where readers look for it."""
+    """Return (temporary path, final path) of each shard that holds records."""
     made = [f"{path}.array_record" for path, shard in zip(paths, shards) if shard.records]
     return list(zip(made, shard_paths(folder, split, len(made))))
 
 
 def take_back(folder: str, split: str, paths: Sequence[str]) -> None:
-    """Moves shards back that a preparation had moved when it was killed, before it could enter the split."""
+    """Move shards back if a preparation was killed after moving them, before it listed the split in `dataset.json`."""
     entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
     if entered or not all(os.path.exists(f"{path}.json") for path in paths):
         return
     for made, live in moves(folder, split, paths, [Contents.load(f"{path}.json") for path in paths]):
-        if not os.path.exists(made) and os.path.exists(live):  # old shards are all gone before the first is moved
+        if not os.path.exists(made) and os.path.exists(live):  # old shards are removed before the first move
             os.replace(live, made)
 
 

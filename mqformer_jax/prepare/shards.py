@@ -1,8 +1,7 @@
-"""Writing a prepared split: jobs to records to ArrayRecord shards, a shard a worker; whole or not at all, and gone on
-with.
+"""Prepare a split: workers turn jobs into records and write ArrayRecord shards. Atomic and resumable.
 
-Shards are made in `<name>/<split>.partial`, which keeps the finished ones for as long as the plan stays the same, and
-are moved out of it when all are there. `<split>.report.json` says what became of the plan.
+Shards are made in `<name>/<split>.partial`, which keeps finished ones as long as the plan stays the same. When all are
+finished, they are moved to `<name>`. `<split>.report.json` holds the result.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from typing import Any
 import cv2
 from tqdm import tqdm
 
+from mqformer_jax.files import write_text
 from mqformer_jax.input import record
 from mqformer_jax.input.record import FORMAT, DatasetInfo
 from mqformer_jax.interrupts import deaf_children
@@ -42,16 +42,15 @@ from mqformer_jax.prepare.shard_writer import (
     remove,
     take_back,
     write_shard,
-    write_text,
 )
 
-# A shard holds about so much of image files and so many images at most. A set that is smaller is cut further, down to
-# FEW_IMAGES a shard and into no more than SMALL_SHARDS, so that all cores have work.
+# Largest size of a shard: bytes of its image files (about), and number of images. A smaller data set is split further,
+# into up to SMALL_SHARDS shards of about FEW_IMAGES images, so that all cores have work.
 SHARD_BYTES = 128 << 20
 SHARD_IMAGES = 2048
 FEW_IMAGES = 32
 SMALL_SHARDS = 16
-COMMANDS = ("cli.py", "public.py", "catalog.py")  # what they say to the others is in the plan
+COMMANDS = ("cli.py", "public.py", "catalog.py")  # not in the fingerprint: the plan holds their effect
 
 
 # ---- Worker processes ---------------------------------------------------------------------------------------------
@@ -59,22 +58,20 @@ COMMANDS = ("cli.py", "public.py", "catalog.py")  # what they say to the others 
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Processes that start when there is work for them and end with this one, however it ends; None where 1 is
-    wanted.
-    """
+    """Yield a pool of processes that start on demand and always end with this process; None for one worker."""
     if workers <= 1:
         yield None
         return
-    # Spawned on every system alike: forking a process that has threads (OpenCV, hotcoco) may hang.
+    # Spawn on every system: forking a process that has threads (OpenCV, hotcoco) may hang.
     context = multiprocessing.get_context("spawn")
     theirs, ours = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _start_worker, (theirs,))
     try:
         yield pool
     except BaseException:
-        # first: its thread keeps the lock for this while it buries workers
+        # before the workers end: the pool's thread holds this lock while it cleans up after them
         pool.shutdown(wait=False, cancel_futures=True)
-        ours.close()  # a shard may take minutes that nobody waits for any more
+        ours.close()  # ends the workers, which may need minutes to finish their shards
         raise
     pool.shutdown()
     ours.close()
@@ -86,7 +83,7 @@ def _start_worker(parent: Connection) -> None:
 
 
 def _end_with(parent: Connection) -> None:
-    """Ends this process when the other end of the pipe is closed, by the parent or by its death."""
+    """End this process when the parent closes the other end of the pipe or dies."""
     parent.poll(None)
     os._exit(1)
 
@@ -95,15 +92,14 @@ def _end_with(parent: Connection) -> None:
 
 
 def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolExecutor | None = None) -> Report:
-    """Prepares one split into `<out>/<name>` and enters it in `dataset.json`; without a `worker_pool`, in this process.
+    """Write one split to `<out>/<name>` and list it in `dataset.json`. pool: None works in this process.
 
-    An exception, a kill or a full disk on the way leaves the split as it was before, or not there, and the next call
-    goes on with the shards that were finished. Raises ValueError where the set holds other classes already or no image
-    is left.
+    After an exception, a kill or a full disk, the split is unchanged or missing, and the next call resumes from the
+    finished shards. Raises ValueError if the data set already has other classes or if no image is usable.
     """
     folder, title = os.path.join(out, name), f"{name} {split}"
     os.makedirs(folder, exist_ok=True)
-    _entry(folder, name, split, plan)  # before the work, so that a clash costs nothing
+    _entry(folder, name, split, plan)  # fails early
     stats = [[_stat(path) for path in _files(job)] for job in plan.jobs]
     runs = partition(plan.jobs, [files[0][0] if files else 0 for files in stats])
     key = fingerprint(plan, runs, stats)
@@ -111,15 +107,15 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     os.makedirs(partial, exist_ok=True)
     with locked(partial, f"{title} is being prepared by another process, in {partial}"):
         if (before := prepared(folder, split, key)) is not None:
-            print(f"{title}: these files are prepared already, nothing was done", file=sys.stderr)
-            shutil.rmtree(partial)  # also what a preparation left that was killed at its last step
+            print(f"{title}: already prepared from these files, nothing to do", file=sys.stderr)
+            shutil.rmtree(partial)  # may be left by a preparation that was killed at its last step
             return _report(name, split, plan, before)
         _open_partial(partial, key, title)
         paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
         take_back(folder, split, paths)
         todo = {path: jobs for path, jobs in zip(paths, runs) if not _finished(path)}
         if len(todo) < len(paths):
-            print(f"{title}: {len(paths) - len(todo)} of {len(paths)} shards were finished, going on", file=sys.stderr)
+            print(f"{title}: resuming, {len(paths) - len(todo)} of {len(paths)} shards are finished", file=sys.stderr)
         done = len(plan.jobs) - sum(map(len, todo.values()))
         with tqdm(desc=title, total=len(plan.jobs), initial=done, leave=False, disable=None) as bar:
             for images in _make_shards(plan.make, todo, pool):
@@ -128,19 +124,19 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
         for shard in shards:
             total.update(shard)
         if total.records:
-            with locked(folder):  # another split of the set may come to its end at the same time
+            with locked(folder):  # another split of the data set may finish at the same time
                 go_live(
                     folder, split, moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key
                 )
         shutil.rmtree(partial)
     report = _report(name, split, plan, total)
     if not report.kept:
-        raise ValueError(f"nothing of {title} can be used: {'; '.join(report.reasons()) or 'it lists no image'}")
+        raise ValueError(f"{title} has no usable images: {'; '.join(report.reasons()) or 'it lists none'}")
     return report
 
 
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
-    """The set's `dataset.json`, or a new one, without the split. Raises ValueError where it disagrees with the plan."""
+    """Return `dataset.json`, or a new one, without the split. Raises ValueError if it disagrees with the plan."""
     new = DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
     if not os.path.exists(os.path.join(folder, "dataset.json")):
         return new
@@ -154,36 +150,36 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
         plan.unique_texts,
     ):
         others = ", ".join(sorted(info.splits))
-        what = "classes" if info.classes != plan.classes else "rules of what is labelled"
+        what = "classes" if info.classes != plan.classes else "labeling rules"
         raise ValueError(
-            f"{folder}/dataset.json: its splits ({others}) have other {what} than {split}; give another --name"
+            f"{folder}/dataset.json: its splits ({others}) and {split} differ in their {what}; give another --name"
         )
     return info if info.splits else new
 
 
 def _open_partial(partial: str, key: str, title: str) -> None:
-    """What the folder holds that was made for the very same is kept, what was made for others is thrown away."""
+    """Keep the contents of the folder if they were made for the same fingerprint, else remove them."""
     note = os.path.join(partial, "fingerprint")
     if os.path.exists(note) and pathlib.Path(note).read_text() == key:
         remove(partial, r".*\.tmp")
         return
     if os.listdir(partial):
-        print(f"{title}: {partial} was begun with other files, options or code; starting anew", file=sys.stderr)
+        print(f"{title}: {partial} was made with other files, options or code; starting over", file=sys.stderr)
         remove(partial, r".*")
     write_text(note, key)
 
 
 def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Jobs to the runs that become shards, about equal by the bytes of their images. Workers have no say in it."""
+    """Split jobs into runs, one per shard, with about equal bytes of images. Independent of the number of workers."""
     small = min(SMALL_SHARDS, math.ceil(len(jobs) / FEW_IMAGES))
     count = max(small, math.ceil(sum(sizes) / SHARD_BYTES), math.ceil(len(jobs) / SHARD_IMAGES))
-    ends = list(itertools.accumulate(size + (1 << 14) for size in sizes))  # an image costs something whatever its size
+    ends = list(itertools.accumulate(size + (1 << 14) for size in sizes))  # plus a constant cost per image
     numbered = zip(jobs, [0, *ends])
     return [[job for job, _ in run] for _, run in itertools.groupby(numbered, lambda pair: pair[1] * count // ends[-1])]
 
 
 def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
-    """Hash of everything that affects the shards' contents: jobs, their files, the code that makes records."""
+    """Return a hash of everything that affects the shards' contents: jobs, their files, the code that makes records."""
     digest = hashlib.sha256()
     code = [path for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")) if path.name not in COMMANDS]
     for path in (*code, pathlib.Path(record.__file__)):
@@ -194,7 +190,7 @@ def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
 
 
 def _files(job: Any) -> list[str]:
-    """The image of a job, then all that its labels may name as files. The sample's jobs are seeds."""
+    """Return the image of a job and the paths in its labels; nothing for the sample, whose jobs are seeds."""
     return [job.image, *_paths(job.labels)] if isinstance(job, Job) else []
 
 
@@ -207,7 +203,7 @@ def _paths(labels: Any) -> Iterator[str]:
 
 
 def _stat(path: str) -> tuple[int, int]:
-    """Size in bytes and time of the last change of a file, in ns; zeros where there is none."""
+    """Return the size of a file in bytes and its modification time in ns, or zeros if it does not exist."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -224,13 +220,13 @@ def _finished(path: str) -> bool:
 
 
 def _make_shard(make: Callable[[Any], Built], jobs: Sequence[Any], path: str) -> int:
-    """The number of its jobs."""
+    """Write a shard and return the number of its jobs."""
     write_shard(map(make, jobs), path)
     return len(jobs)
 
 
 def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolExecutor | None) -> Iterator[int]:
-    """Makes the shards in any order; the number of jobs of each when it is finished."""
+    """Make the shards in any order. Yield the number of jobs of each finished shard."""
     if pool is None:
         yield from (_make_shard(make, jobs, path) for path, jobs in todo.items())
         return
@@ -240,8 +236,8 @@ def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolEx
         for done in as_completed(shards):
             yield done.result()
     except BrokenProcessPool:
-        mend = "if memory ran out, give fewer --workers. Finished shards are kept, and the same command goes on"
-        raise OSError(f"a worker process died; {mend}") from None
+        mend = "If memory ran out, give fewer --workers. Run the same command to resume from the finished shards."
+        raise OSError(f"a worker process died. {mend}") from None
 
 
 def _report(name: str, split: str, plan: Plan, total: Contents) -> Report:

@@ -1,3 +1,1 @@
-"""Masks and captions for sets that have boxes only (paper sec. 3.4): `mqformer synthesize
-masks|captions`.
-"""
+"""Generate masks and captions for data sets that have boxes only (paper sec. 3.4): `mqformer synthesize`."""

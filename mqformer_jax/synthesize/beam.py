@@ -1,4 +1,4 @@
-"""The same work as an Apache Beam pipeline, for clusters (`pip install -e '.[beam]'`): a shard is an element."""
+"""Run a job as an Apache Beam pipeline with one element per shard (`pip install 'mqformer_jax[beam]'`)."""
 
 from __future__ import annotations
 
@@ -10,31 +10,32 @@ try:
     import apache_beam as beam
     from apache_beam.options.pipeline_options import PipelineOptions
 except ImportError as e:
-    raise ValueError(f"--beam: {e.name} is not installed: pip install -e '.[beam]'.") from e
+    raise ValueError(f"--beam: {e.name} is not installed: pip install 'mqformer_jax[beam]'.") from e
 
-from mqformer_jax.synthesize.makers import Maker, make_maker
+from mqformer_jax.synthesize.annotators import Annotator, make_annotator
+from mqformer_jax.synthesize.job import Job, finish, open_job
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.shard import make_shard
-from mqformer_jax.synthesize.work import Work, begun, finish
 
 
-def _make(work: Work, asked: tuple[Any, ...], shard: int) -> int:
-    """In a worker. A teacher is loaded once a process."""
-    make_shard(work.source, shard, work.path(shard), _maker(asked), work.batch)
+def _make(job: Job, options: tuple[Any, ...], shard: int) -> int:
+    """Make one shard in a worker. Each process loads the teacher once."""
+    make_shard(job.source, shard, job.path(shard), _annotator(options), job.batch)
     return shard
 
 
 @functools.cache
-def _maker(asked: tuple[Any, ...]) -> Maker:
-    return make_maker(*asked)
+def _annotator(options: tuple[Any, ...]) -> Annotator:
+    return make_annotator(*options)
 
 
-def run_pipeline(work: Work, asked: tuple[Any, ...], options: Sequence[str]) -> Tally | None:
-    """Makes all shards in the pipeline's workers, then the set here. asked: of `make_maker`. options: Beam's own flags.
+def run_pipeline(job: Job, options: tuple[Any, ...], beam_options: Sequence[str]) -> Tally | None:
+    """Make all shards in the workers of a pipeline, then complete the data set in this process.
 
-    The folder of records must be one that the workers see too.
+    options: the arguments of `make_annotator`. beam_options: Beam's own flags. The workers must have access to the
+    folder of records.
     """
-    with begun(work), beam.Pipeline(options=PipelineOptions(list(options))) as pipeline:
-        shards = pipeline | "shards" >> beam.Create(range(len(work.source.paths)))
-        shards | "spread" >> beam.Reshuffle() | "make" >> beam.Map(functools.partial(_make, work, asked))
-    return finish(work, _maker(asked))
+    with open_job(job), beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:
+        shards = pipeline | "shards" >> beam.Create(range(len(job.source.paths)))
+        shards | "spread" >> beam.Reshuffle() | "make" >> beam.Map(functools.partial(_make, job, options))
+    return finish(job, _annotator(options))

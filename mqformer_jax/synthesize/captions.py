@@ -1,6 +1,4 @@
-"""Words for boxes: a captioner says them, and what is no good expression, or means another box, is not taken (paper
-sec. 3.4).
-"""
+"""Caption boxes with a captioner, and drop malformed or ambiguous captions (paper sec. 3.4)."""
 
 from __future__ import annotations
 
@@ -11,100 +9,105 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from mqformer_jax.input.record import DatasetInfo, Record
-from mqformer_jax.synthesize import words
-from mqformer_jax.synthesize.masks import box_iou
-from mqformer_jax.synthesize.teachers import Caption, Captioner, Picker, Picture
-from mqformer_jax.synthesize.verdicts import Verdict
+from mqformer_jax.input.record import DatasetInfo, Record, box_iou
+from mqformer_jax.synthesize import caption_filter
+from mqformer_jax.synthesize.annotations import Annotation
+from mqformer_jax.synthesize.teachers import Caption, Captioner, CaptionScorer, Picture
 
-MOST = 5  # captions a box (paper); training draws one of them each time it sees the box
-SAME = 0.5  # IoU from which two boxes may be one object
+MAX_CAPTIONS = 5  # per box (paper); training draws one of them each time it reads the box
+SAME_OBJECT_IOU = 0.5  # boxes with at least this IoU may be the same object
 
 
 class Captions:
-    """Asks a captioner for words for the boxes of things; see `makers.Maker`."""
+    """Caption the boxes of objects, an `annotators.Annotator`."""
 
     kind = "captions"
 
-    def __init__(self, captioner: Captioner, picker: Picker | None = None):
-        """picker: takes part where captions are to be tried: one that fits another box better is not taken."""
-        self.name = captioner.name + (f", picked by {picker.name}" if picker else "")
+    def __init__(self, captioner: Captioner, verifier: CaptionScorer | None = None):
+        """Make the annotator. verifier: captions that it finds to fit another box better are dropped."""
+        self.name = captioner.name + (f", verified by {verifier.name}" if verifier else "")
         self.settings, self.unique = f"captions by {self.name}", captioner.unique
-        self._captioner, self._picker = captioner, picker
+        self._captioner, self._verifier = captioner, verifier
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """Single things, and what only expressions name. Stuff and foregrounds have no single object to tell from
-        others.
-        """
-        single = lambda s: s.class_id is None or info.classes[s.class_id].thing
-        return [i for i, s in enumerate(record.segments) if single(s) and not (s.crowd or s.foreground)]
-
-    def __call__(self, pictures: Sequence[Picture]) -> list[list[Verdict]]:
-        refused = [[collections.Counter() for _ in p.boxes] for p in pictures]
-        said = []
-        for picture, boxes, why in zip(pictures, self._captioner(pictures), refused):
-            said.append(_told_apart(picture, [_readable(captions, w) for captions, w in zip(boxes, why)], why))
-        if self._picker is not None:
-            said = self._picked(pictures, said, refused)
+        """Return the segments that are single objects or have only expressions; not regions, crowds or foregrounds."""
         return [
-            [_verdict(segment, captions[:MOST], w) for segment, captions, w in zip(p.segments, boxes, why)]
-            for p, boxes, why in zip(pictures, said, refused)
+            i
+            for i, s in enumerate(record.segments)
+            if (s.class_id is None or not info.classes[s.class_id].is_region) and not (s.crowd or s.foreground)
         ]
 
-    def _picked(
-        self, pictures: Sequence[Picture], said: list[list[list[Caption]]], refused: list[list[collections.Counter]]
-    ) -> list[list[list[Caption]]]:
-        """The captions that fit their own box best of all boxes of the image."""
-        fits = self._picker(pictures, [[[c.text for c in captions] for captions in boxes] for boxes in said])
+    def __call__(self, pictures: Sequence[Picture]) -> list[list[Annotation]]:
+        rejected = [[collections.Counter() for _ in p.boxes] for p in pictures]
         kept = []
-        for picture, boxes, rows, why in zip(pictures, said, fits, refused):
-            right = [_means(picture.boxes, j, row) for j, row in enumerate(rows)]
-            for w, r in zip(why, right):
-                w["means another box"] += r.count(False)
-            kept.append([[c for c, ok in zip(captions, r) if ok] for captions, r in zip(boxes, right)])
+        for picture, boxes, counts in zip(pictures, self._captioner(pictures), rejected):
+            boxes = [_well_formed(captions, count) for captions, count in zip(boxes, counts)]
+            kept.append(_drop_shared(picture, boxes, counts))
+        if self._verifier is not None:
+            kept = self._verified(pictures, kept, rejected)
+        return [
+            [_annotation(segment, captions[:MAX_CAPTIONS], count) for segment, captions, count in rows]
+            for rows in (zip(p.segments, boxes, counts) for p, boxes, counts in zip(pictures, kept, rejected))
+        ]
+
+    def _verified(
+        self, pictures: Sequence[Picture], found: list[list[list[Caption]]], rejected: list[list[collections.Counter]]
+    ) -> list[list[list[Caption]]]:
+        """Return the captions that fit their own box best among all boxes of the image. Count the others."""
+        scores = self._verifier(pictures, [[[c.text for c in captions] for captions in boxes] for boxes in found])
+        kept = []
+        for picture, boxes, rows, counts in zip(pictures, found, scores, rejected):
+            right = [_fit_own_box(picture.boxes, j, row) for j, row in enumerate(rows)]
+            for count, fits in zip(counts, right):
+                count["does not fit its own box best"] += fits.count(False)
+            kept.append([[c for c, ok in zip(captions, fits) if ok] for captions, fits in zip(boxes, right)])
         return kept
 
 
-def _readable(captions: Sequence[Caption], why: collections.Counter) -> list[Caption]:
-    """The captions that any expression may be, cleaned and each once; counts what the others are."""
+def _well_formed(captions: Sequence[Caption], count: collections.Counter) -> list[Caption]:
+    """Return the captions that pass `caption_filter`, cleaned and without duplicates. Count the others by reason."""
     kept = []
     for caption in captions:
-        caption = dataclasses.replace(caption, text=words.clean(caption.text))
-        if reason := words.refusal(caption.text):
-            why[reason] += 1
+        caption = dataclasses.replace(caption, text=caption_filter.clean(caption.text))
+        if reason := caption_filter.rejection_reason(caption.text):
+            count[reason] += 1
         else:
             kept.append(caption)
-    distinct = words.distinct(kept, len(kept))
-    why["said before"] += len(kept) - len(distinct)
+    distinct = caption_filter.distinct(kept, len(kept))
+    count["duplicate"] += len(kept) - len(distinct)
     return distinct
 
 
-def _told_apart(picture: Picture, boxes: list[list[Caption]], why: list[collections.Counter]) -> list[list[Caption]]:
-    """The captions without those that several objects of the image were given: they tell none of them from the
-    others.
-    """
+def _drop_shared(
+    picture: Picture, boxes: list[list[Caption]], counts: list[collections.Counter]
+) -> list[list[Caption]]:
+    """Return the captions without those given to several objects of the image, which identify none of them."""
     owners = collections.defaultdict(list)
     for j, captions in enumerate(boxes):
         for caption in captions:
             owners[caption.text].append(j)
-    several = lambda ids: bool((box_iou(picture.boxes[ids[0]], picture.boxes[ids]) < SAME).any())
-    shared = {text for text, ids in owners.items() if several(ids)}
-    for captions, w in zip(boxes, why):
-        w["said of several boxes"] += sum(c.text in shared for c in captions)
+    shared = {text for text, ids in owners.items() if _are_several_objects(picture.boxes[ids])}
+    for captions, count in zip(boxes, counts):
+        count["given to several boxes"] += sum(c.text in shared for c in captions)
     return [[c for c in captions if c.text not in shared] for captions in boxes]
 
 
-def _means(boxes: Float[np.ndarray, "n 4"], own: int, fits: Float[np.ndarray, "c n"]) -> list[bool]:
-    """Whether each caption of a box means that box, or one that may be the same object."""
-    best = fits.argmax(1) if len(fits) else np.zeros(0, int)
+def _are_several_objects(boxes: Float[np.ndarray, "n 4"]) -> bool:
+    return bool((box_iou(boxes[0], boxes) < SAME_OBJECT_IOU).any())
+
+
+def _fit_own_box(boxes: Float[np.ndarray, "n 4"], own: int, scores: Float[np.ndarray, "c n"]) -> list[bool]:
+    """Return whether each caption fits its own box best, or a box that may be the same object."""
+    best = scores.argmax(1) if len(scores) else np.zeros(0, int)
     return [
-        bool(row[k] > 0) and float(box_iou(boxes[k], boxes[own])) >= (0 if k == own else SAME)
-        for k, row in zip(best, fits)
+        bool(row[k] > 0) and float(box_iou(boxes[k], boxes[own])) >= (0 if k == own else SAME_OBJECT_IOU)
+        for k, row in zip(best, scores)
     ]
 
 
-def _verdict(segment: int, captions: Sequence[Caption], why: collections.Counter) -> Verdict:
-    taken = tuple((c.text, float(c.score)) for c in captions)
-    refused = tuple((+why).items())
-    reason = "" if taken else (+why).most_common(1)[0][0] if refused else "nothing was said"
-    return Verdict(segment, reason, max((score for _, score in taken), default=0.0), captions=taken, refused=refused)
+def _annotation(segment: int, captions: Sequence[Caption], count: collections.Counter) -> Annotation:
+    accepted = tuple((c.text, float(c.score)) for c in captions)
+    rejected = tuple((+count).items())
+    reason = "" if accepted else (+count).most_common(1)[0][0] if rejected else "no caption"
+    score = max((score for _, score in accepted), default=0.0)
+    return Annotation(segment, reason, score, captions=accepted, rejected=rejected)

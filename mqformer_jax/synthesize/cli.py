@@ -1,12 +1,11 @@
-"""Masks and captions for the boxes of a prepared data set, made once, offline:
+"""Generate masks or captions for the boxes of a prepared data set.
 
-    mqformer synthesize masks    --data=objects365       --teacher=sam2:facebook/sam2.1-hiera-large
-    mqformer synthesize captions --data=objects365_syn_m
-    --teacher=florence2:florence-community/Florence-2-large
+    mqformer synthesize masks --data=objects365 --teacher=sam2:facebook/sam2.1-hiera-large
+    mqformer synthesize captions --data=objects365_syn_m --teacher=florence2:florence-community/Florence-2-large
 
-The new set lies beside the old one, named as the paper names them: objects365_syn_m has masks, objects365_syn captions
-too, coco_syn captions on COCO's own masks. Killed, the same command goes on; with --share=0/4 ... 3/4 four processes
-share the work.
+The result is a new data set beside the old one. Its name follows the paper: objects365_syn_m has generated masks,
+objects365_syn generated masks and captions, and coco_syn captions for COCO's own masks. Run a killed command again to
+resume it. To divide the shards among four processes, give them --worker=0/4 to --worker=3/4.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from mqformer_jax import cli
 from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.synthesize import teachers
-from mqformer_jax.synthesize.makers import KINDS, make_maker
+from mqformer_jax.synthesize.annotators import KINDS, make_annotator
+from mqformer_jax.synthesize.job import BATCH, Job, is_complete, synthesize
 from mqformer_jax.synthesize.masks import Quality
-from mqformer_jax.synthesize.report import Tally, contact_sheet
-from mqformer_jax.synthesize.work import BATCH, Work, is_made, synthesize
+from mqformer_jax.synthesize.report import Tally, sample_grid
 
 
 def default_name(kind: str, data: str) -> str:
-    """objects365 -> objects365_syn_m -> objects365_syn; coco -> coco_syn (the paper's names)."""
+    """Return the paper's name: objects365 -> objects365_syn_m -> objects365_syn; coco -> coco_syn."""
     return f"{data}_syn_m" if kind == "masks" else f"{data.removesuffix('_syn_m')}_syn"
 
 
-def show(work: Work, tally: Tally) -> None:
-    """Prints the report and draws the contact sheet."""
-    print(f"{work.title}: {tally}")
-    path = os.path.join(work.folder, f"{work.split}.synthesis.png")
-    if contact_sheet(tally, lambda shard, number: _image(work.source.paths[shard], number), path):
+def show(job: Job, tally: Tally) -> None:
+    """Print the report and write the grid of samples."""
+    print(f"{job.title}: {tally}")
+    path = os.path.join(job.folder, f"{job.split}.synthesis.png")
+    if sample_grid(tally, lambda shard, number: _image(job.source.paths[shard], number), path):
         print(path)
 
 
@@ -52,73 +51,130 @@ def _image(path: str, number: int) -> np.ndarray:
         reader.close()
 
 
-def parse_share(text: str) -> tuple[int, int]:
-    """ "0/4" as (0, 4)."""
+def parse_worker(text: str) -> tuple[int, int]:
+    """Parse the number of a process and the number of processes: "0/4" gives (0, 4)."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
-        raise ValueError(f"--share={text}: give a process's number and how many there are, from 0/4 to 3/4.")
+        raise ValueError(
+            f"--worker={text}: give the number of this process and the number of processes, from 0/4 to 3/4."
+        )
     return int(found[1]), int(found[2])
 
 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) != 1 or argv[0] not in KINDS:
-        raise ValueError(f"say what is to be made: mqformer synthesize {'|'.join(KINDS)} --data=NAME --teacher=...")
-    kind, share = argv[0], parse_share(given.share)
+        raise ValueError(f"give one of {', '.join(KINDS)}: mqformer synthesize masks --data=NAME --teacher=TEACHER.")
+    kind, worker = argv[0], parse_worker(given.worker)
     quality = Quality(**{f.name: given[f.name].value for f in dataclasses.fields(Quality)})
     cv2.setNumThreads(1)
     cli.keep_compiled()
-    ShardSource(given.root, given.data, given.split)  # what is not there should not wait for a teacher to load
-    asked = kind, given.teacher, quality, given.pick
-    maker = make_maker(*asked)
-    work = Work(
-        given.root, given.data, given.split, given.out or default_name(kind, given.data), maker.settings, given.batch
+    ShardSource(given.root, given.data, given.split)  # fails before a teacher is loaded
+    options = kind, given.teacher, quality, given.verifier
+    annotator = make_annotator(*options)
+    job = Job(
+        given.root,
+        given.data,
+        given.split,
+        given.output or default_name(kind, given.data),
+        annotator.settings,
+        given.batch,
     )
-    if is_made(work):
-        print(f"{work.title}: made of the same already, nothing was done")
+    if is_complete(job):
+        print(f"{job.title} is up to date.")
         return
     if given.beam is None:
-        tally = synthesize(work, maker, share)
+        tally = synthesize(job, annotator, worker)
     else:
         from mqformer_jax.synthesize.beam import run_pipeline
 
-        tally = run_pipeline(work, asked, given.beam.split())
+        tally = run_pipeline(job, options, given.beam.split())
     if tally is None:
-        print(f"{work.title}: this share is made; the process that ends last completes the set")
+        print(f"{job.title}: the shards of this process are finished; the last process completes the data set.")
     else:
-        show(work, tally)
+        show(job, tally)
 
 
-def run(argv: Sequence[str]) -> None:
-    flags.DEFINE_string("data", None, "A prepared data set with boxes.")
-    flags.DEFINE_string("split", "train", "Its split.")
-    flags.DEFINE_string("root", "data/records", "The folder of prepared data sets, for both.")
-    flags.DEFINE_string("out", None, "The name of the new set; default: the paper's.")
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_string(
+        "data", None, "Name of a prepared data set with boxes, e.g. objects365. Required.", flag_values=values
+    )
+    flags.DEFINE_string("split", "train", "Split to annotate, e.g. val.", flag_values=values)
+    flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.", flag_values=values)
+    flags.DEFINE_string(
+        "output", None, "Name of the new data set, e.g. objects365_syn. (default: the paper's name)", flag_values=values
+    )
     flags.DEFINE_string(
         "teacher",
         None,
-        f"NAME:WHERE. Of masks: {', '.join(teachers.MASK_TEACHERS)}; of captions: {', '.join(teachers.CAPTIONERS)}.",
+        "Teacher as NAME:WEIGHTS, e.g. sam2:facebook/sam2.1-hiera-large. "
+        f"For masks: {', '.join(teachers.MASK_TEACHERS)}. For captions: {', '.join(teachers.CAPTIONERS)}. Required.",
+        flag_values=values,
     )
     flags.DEFINE_string(
-        "pick",
+        "verifier",
         None,
-        f"Captions: what tries whether one means its own box: {', '.join(teachers.PICKERS)}, as NAME:WHERE.",
+        "Captions: model as NAME:WEIGHTS that drops captions which fit another box better, e.g. "
+        f"clip:openai/clip-vit-large-patch14. One of {', '.join(teachers.CAPTION_SCORERS)}. (default: none)",
+        flag_values=values,
     )
-    flags.DEFINE_string("share", "0/1", "This process's number and how many there are: 2/8 makes shards 2, 10, 18 ...")
-    flags.DEFINE_integer("batch", BATCH, "Images that the teacher is given at once.", lower_bound=1)
     flags.DEFINE_string(
-        "beam", None, 'Run as an Apache Beam pipeline with these options, e.g. --beam="--runner=DirectRunner".'
+        "worker", "0/1", "Number of this process and number of processes, e.g. 2/8.", flag_values=values
     )
-    flags.DEFINE_float("score", Quality.score, "Masks: the least estimate of the teacher.")
+    flags.DEFINE_integer("batch", BATCH, "Images per call of the teacher, e.g. 16.", lower_bound=1, flag_values=values)
+    flags.DEFINE_string(
+        "beam",
+        None,
+        'Run as an Apache Beam pipeline with these options, e.g. "--runner=DirectRunner".',
+        flag_values=values,
+    )
     flags.DEFINE_float(
-        "stability", Quality.stability, "Masks: the least mean IoU with the masks of boxes moved a little."
+        "min_score", Quality.min_score, "Masks: lowest score of the teacher, 0 to 1, e.g. 0.8.", flag_values=values
     )
-    flags.DEFINE_float("agreement", Quality.agreement, "Masks: the least IoU of a mask's tight box with the given one.")
-    flags.DEFINE_float("area", Quality.area, "Masks: the least share of its box that a mask fills.")
-    flags.DEFINE_integer("copies", Quality.copies, "Masks: how many moved boxes are tried.", lower_bound=0)
-    flags.DEFINE_float("jitter", Quality.jitter, "Masks: how far their sides move, in sides of the box.", lower_bound=0)
     flags.DEFINE_float(
-        "clean", Quality.clean, "Masks: holes and islands below this share of a mask are filled and left out."
+        "min_stability",
+        Quality.min_stability,
+        "Masks: lowest mean IoU with the masks of jittered boxes, e.g. 0.8.",
+        flag_values=values,
     )
-    flags.mark_flags_as_required(["data", "teacher"])
-    cli.run(main, "synthesize", __doc__, "stopped; the same command goes on from here.", argv)
+    flags.DEFINE_float(
+        "min_box_iou",
+        Quality.min_box_iou,
+        "Masks: lowest IoU of a mask's tight box with the given box, e.g. 0.8.",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "min_box_area",
+        Quality.min_box_area,
+        "Masks: lowest fraction of the box that a mask covers, e.g. 0.1.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_jittered_boxes",
+        Quality.num_jittered_boxes,
+        "Masks: number of jittered boxes, e.g. 4.",
+        lower_bound=0,
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "box_jitter",
+        Quality.box_jitter,
+        "Masks: largest move of a box's sides, as a fraction of the sides, e.g. 0.1.",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "min_component_area",
+        Quality.min_component_area,
+        "Masks: islands and holes below this fraction of the mask are removed and filled, e.g. 0.05.",
+        flag_values=values,
+    )
+    flags.mark_flags_as_required(["data", "teacher"], values)
+    cli.require_fractions(
+        "min_score", "min_stability", "min_box_iou", "min_box_area", "box_jitter", "min_component_area", values=values
+    )
+
+
+def run(argv: Sequence[str]) -> None:
+    define_flags(flags.FLAGS)
+    cli.run(main, "synthesize", __doc__, "stopped. Run the same command to resume.", argv)

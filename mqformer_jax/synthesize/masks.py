@@ -1,8 +1,7 @@
-"""Masks in boxes: a teacher draws them, and what fails any of the usual tests is not taken.
+"""Predict masks from boxes with a teacher, and reject masks that fail a quality test.
 
-The tests are those that people put masks of SAM through before they train on them: the teacher's own estimate,
-stability (here under small moves of the box, which is what the annotator's hand would do), and agreement with the box
-that was given.
+The tests are those commonly applied to SAM's masks before training on them: the score that the teacher predicts, the
+stability under small changes of the box, and the agreement with the given box.
 """
 
 from __future__ import annotations
@@ -16,33 +15,35 @@ import cv2
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
-from mqformer_jax.synthesize.teachers import Drawn, MaskTeacher, Picture
-from mqformer_jax.synthesize.verdicts import Verdict
+from mqformer_jax.input.record import DatasetInfo, Record, box_iou, box_of, encode_rle
+from mqformer_jax.synthesize.annotations import Annotation
+from mqformer_jax.synthesize.teachers import BoxMasks, MaskTeacher, Picture
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What a mask must reach to be taken. The defaults are loose: a mixture may ask for more (`least_mask`), never for
-    less.
+    """The quality tests of masks. The defaults are loose: a mixture can raise the limit with `min_mask_score`.
 
-    score: the least estimate of the teacher. stability: the least mean IoU with the masks of `copies` boxes, the sides
-    of which were moved by up to `jitter` of the box. agreement: the least IoU of the mask's tight box with the given
-    one. area: the least share of the box that the mask fills. clean: holes and islands below this share of the mask are
-    filled and left out.
+    min_score: lowest score of the teacher.
+    min_stability: lowest mean IoU with the masks of `num_jittered_boxes` boxes.
+    min_box_iou: lowest IoU of the mask's tight box with the given box.
+    min_box_area: lowest fraction of the box that the mask covers.
+    num_jittered_boxes: how many jittered boxes to try.
+    box_jitter: how far their sides move at most, as a fraction of the box's sides.
+    min_component_area: islands and holes smaller than this fraction of the mask are removed and filled.
     """
 
-    score: float = 0.5
-    stability: float = 0.7
-    agreement: float = 0.6
-    area: float = 0.05
-    copies: int = 2
-    jitter: float = 0.05
-    clean: float = 0.02
+    min_score: float = 0.5
+    min_stability: float = 0.7
+    min_box_iou: float = 0.6
+    min_box_area: float = 0.05
+    num_jittered_boxes: int = 2
+    box_jitter: float = 0.05
+    min_component_area: float = 0.02
 
 
 class Masks:
-    """Asks a teacher for the masks of all boxes that have none; see `makers.Maker`."""
+    """Predict masks for the boxes that have none, an `annotators.Annotator`."""
 
     kind, unique = "masks", True
 
@@ -51,40 +52,43 @@ class Masks:
         self.settings = f"masks by {teacher.name}, {quality}"
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """The segments without a mask. Crowds are many objects in one box, which no teacher is trained to draw."""
+        """Return the segments without a mask, except crowds: no teacher is trained to segment many objects at once."""
         return [i for i, s in enumerate(record.segments) if s.mask is None and s.alpha is None and not s.crowd]
 
-    def __call__(self, pictures: Sequence[Picture]) -> list[list[Verdict]]:
+    def __call__(self, pictures: Sequence[Picture]) -> list[list[Annotation]]:
         boxes = [
-            np.concatenate([p.boxes, *(self._moved(p, copy) for copy in range(self._quality.copies))]) for p in pictures
+            np.concatenate([p.boxes, *(self._jittered(p, copy) for copy in range(self._quality.num_jittered_boxes))])
+            for p in pictures
         ]
         drawn = self._teacher(pictures, boxes)
-        with ThreadPoolExecutor() as pool:  # OpenCV and numpy work outside the interpreter's lock
-            return list(pool.map(lambda p, d: [self._verdict(p, d, j) for j in range(len(p.boxes))], pictures, drawn))
+        with ThreadPoolExecutor() as pool:  # OpenCV and NumPy release the GIL
+            return list(
+                pool.map(lambda p, d: [self._annotation(p, d, j) for j in range(len(p.boxes))], pictures, drawn)
+            )
 
-    def _moved(self, picture: Picture, copy: int) -> Float[np.ndarray, "n 4"]:
-        """The boxes with their sides moved; alike on every run, whatever else is asked beside them."""
+    def _jittered(self, picture: Picture, copy: int) -> Float[np.ndarray, "n 4"]:
+        """Return the boxes with randomly moved sides. The result depends on the record's key and `copy` alone."""
         rng = np.random.default_rng((copy, zlib.crc32(picture.record.key.encode())))
         sides = np.tile(picture.boxes[:, 2:] - picture.boxes[:, :2], 2)
-        moved = picture.boxes + sides * rng.uniform(-1, 1, sides.shape).astype(np.float32) * self._quality.jitter
+        moved = picture.boxes + sides * rng.uniform(-1, 1, sides.shape).astype(np.float32) * self._quality.box_jitter
         height, width = picture.image.shape[:2]
         return np.clip(moved, 0, np.array([width, height] * 2, np.float32))
 
-    def _verdict(self, picture: Picture, drawn: Drawn, j: int) -> Verdict:
+    def _annotation(self, picture: Picture, drawn: BoxMasks, j: int) -> Annotation:
         quality, box, score = self._quality, picture.boxes[j], float(drawn.scores[j])
-        mask = cleaned(drawn.masks[[j]][0] > 0, quality.clean)
+        mask = cleaned(drawn.masks[[j]][0] > 0, quality.min_component_area)
         tight = box_of(mask)
         inside = clipped(mask, box)
         if tight is None or not inside.any():
-            return Verdict(picture.segments[j], "nothing drawn in the box", score)
+            return Annotation(picture.segments[j], "no mask in the box", score)
         copies = drawn.masks.logits[j :: len(picture.boxes)] > 0
         tests = {
-            "agrees with its box too little": box_iou(np.array(tight, np.float32), box) < quality.agreement,
-            "fills its box too little": inside.sum() < quality.area * np.prod(box[2:] - box[:2]),
-            "changes when the box moves": stability(copies) < quality.stability,
-            "the teacher doubts it": score < quality.score,
+            "low IoU with its box": box_iou(np.array(tight, np.float32), box) < quality.min_box_iou,
+            "covers too little of its box": inside.sum() < quality.min_box_area * np.prod(box[2:] - box[:2]),
+            "unstable under box jitter": stability(copies) < quality.min_stability,
+            "low score of the teacher": score < quality.min_score,
         }
-        return Verdict(
+        return Annotation(
             picture.segments[j],
             next((reason for reason, failed in tests.items() if failed), ""),
             score,
@@ -93,23 +97,14 @@ class Masks:
 
 
 def stability(masks: Bool[np.ndarray, "k h w"]) -> float:
-    """The mean IoU of the first of k masks with the others; 1 where there are no others."""
+    """Return the mean IoU of the first mask with the others, or 1 if there are no others."""
     first, others = masks[0], masks[1:]
     union = (first | others).sum((1, 2))
     return float(((first & others).sum((1, 2)) / np.maximum(union, 1)).mean()) if len(others) else 1.0
 
 
-def box_iou(a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]) -> Float[np.ndarray, "*n"] | np.floating:
-    """IoU of x0, y0, x1, y1 boxes that broadcast together."""
-    area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), -1)
-    common = area(np.concatenate([np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])], -1))
-    return common / np.maximum(area(a) + area(b) - common, 1e-9)
-
-
 def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, " 4"]) -> Bool[np.ndarray, "h w"]:
-    """The part of a mask that lies in its box: people drew boxes around whole objects, so what sticks out is none of
-    them.
-    """
+    """Return the part of a mask inside its box. Boxes contain whole objects, so the rest belongs to other objects."""
     (x0, y0), (x1, y1) = np.floor(box[:2]).astype(int), np.ceil(box[2:]).astype(int)
     inside = np.zeros_like(mask)
     inside[y0:y1, x0:x1] = mask[y0:y1, x0:x1]
@@ -117,7 +112,7 @@ def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, " 4"]) -> Bool
 
 
 def cleaned(mask: Bool[np.ndarray, "h w"], share: float) -> Bool[np.ndarray, "h w"]:
-    """A mask without islands and holes that are smaller than `share` of it; its largest part stays in any case."""
+    """Return a mask without islands and holes smaller than `share` of it. The largest part is always kept."""
     least = share * mask.sum()
     if not least:
         return mask
@@ -126,10 +121,10 @@ def cleaned(mask: Bool[np.ndarray, "h w"], share: float) -> Bool[np.ndarray, "h 
 
 
 def _small_parts(mask: Bool[np.ndarray, "h w"], least: float) -> Bool[np.ndarray, "h w"]:
-    """The connected parts (by sides and corners) that have fewer pixels than `least`."""
+    """Return the connected parts (8-connectivity) with fewer pixels than `least`, except the largest part."""
     _, labels, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     small = stats[:, cv2.CC_STAT_AREA] < least
-    small[0] = False  # what is no part
+    small[0] = False  # the background
     if len(small) > 1:
         small[1 + np.argmax(stats[1:, cv2.CC_STAT_AREA])] = False
     return small[labels]

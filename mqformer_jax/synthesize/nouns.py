@@ -1,4 +1,4 @@
-"""Which words may stand for a class in a caption, and which other classes they may mean."""
+"""Decide which words may name a class in a caption, and which other classes these words may mean."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from mqformer_jax.input.example import Prompt
 from mqformer_jax.input.prompts import mirror
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record
 
-# Each of these may be any other of them: a data set that has "person" and "man" calls most men by one of the two.
+# Each of these may mean any other: a data set with "person" and "man" labels most men as one of the two.
 _PEOPLE = frozenset(
     "person people human man men woman women boy girl child children kid baby toddler lady gentleman guy adult "
     "pedestrian rider passenger driver cyclist biker player skier surfer skater skateboarder snowboarder swimmer "
     "worker soldier officer policeman".split()
 )
 _BODY = frozenset("body skin head face hair eye ear nose mouth lip neck arm hand finger leg knee foot feet".split())
-# Words that many classes answer to, whatever their names.
+# Words that may mean many classes.
 _GENERAL = frozenset(
     "thing object item animal vehicle food fruit vegetable furniture clothing clothes toy tool container other".split()
 )
-# What is seen in these or through them is not their own colour.
+# Transparent, reflecting or thin objects, whose pixels show other colors than their own.
 _SEE_THROUGH = frozenset(
     "glass window mirror tv television screen monitor laptop goggles sunglasses racket racquet net fence "
     "cage spoon fork knife".split()
@@ -31,11 +31,10 @@ _PLAIN = re.compile(r"[a-z][a-z' -]*")
 class Nouns:
     """The words for the classes of one record.
 
-    A word is used only where all that it may mean is labelled. Every class that it may mean must be complete: no crowd
-    and no region of it in the record, and not partial; where the set is not exhaustive, the class must also be labelled
-    here or be known to be absent. (Of a set that is not exhaustive, a class with segments is taken as labelled in full
-    unless the record says partial; the sets whose objects are labelled at will, Visual Genome's and RefCOCO's, say it
-    of every class.)
+    A word is used only if every object that it may mean is labeled. So every class that it may mean must be complete:
+    the record has no crowd and no region of the class, and the class is not in `partial_classes`. If the data set is
+    not exhaustive, the class must also have segments in the record or be known to be absent. Data sets whose objects
+    are labeled selectively, such as Visual Genome and RefCOCO, list every class in `partial_classes`.
     """
 
     def __init__(self, record: Record, info: DatasetInfo):
@@ -44,35 +43,36 @@ class Nouns:
         regions = {
             s.class_id
             for s in record.segments
-            if s.class_id is not None and (s.crowd or not info.classes[s.class_id].thing)
+            if s.class_id is not None and (s.crowd or info.classes[s.class_id].is_region)
         }
         self._incomplete = regions | set(record.partial_classes)
         if not info.exhaustive:
             self._incomplete |= set(range(len(info.classes))) - present - set(record.absent_classes)
 
     def of(self, class_id: int) -> tuple[str, ...]:
-        """The words that a caption may use for the class, its display name first; () where there is none."""
+        """Return the words that captions may use for a class, its display name first; () if there are none."""
         if class_id in self._incomplete:
             return ()
         texts = (" ".join(text.replace("_", " ").lower().split()) for text in self._info.classes[class_id].texts)
-        return tuple(text for text in dict.fromkeys(texts) if _sayable(text) and not self._may_be_unlabelled(text))
+        return tuple(text for text in dict.fromkeys(texts) if _usable(text) and not self._may_be_unlabeled(text))
 
-    def _may_be_unlabelled(self, noun: str) -> bool:
-        return any(belief(noun, self._info.classes[i], narrower=False) >= 0 for i in self._incomplete)
+    def _may_be_unlabeled(self, noun: str) -> bool:
+        return any(certainty(noun, self._info.classes[i], narrower=False) >= 0 for i in self._incomplete)
 
 
-def belief(noun: str, of: ClassInfo, narrower: bool = True) -> float:
-    """How surely things of the class are what the noun says: 1 if it has this name, 0 if it may be, -1 if not.
+def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
+    """Return how certainly the noun names objects of the class: 1 if it is its name, 0 if it may be, -1 if not.
 
-    It may be where one name ends in the other: a teddy bear may pass for a bear and, if `narrower`, a bear for a teddy
+    It may be if one name ends in the other: "bear" may mean a teddy bear, and with `narrower`, "teddy bear" may mean a
     bear.
     """
     return max(_compare(_words(noun), _words(text), narrower) for text in of.texts)
 
 
 def has_looks(noun: str) -> bool:
-    """Whether colour and size may be said with the noun: not of people, of whom they say something else, nor of what is
-    seen through.
+    """Return whether captions may describe the color and size of objects of this noun.
+
+    They may not for people, where such words have another meaning, and for transparent, reflecting or thin objects.
     """
     return _words(noun)[-1] not in _PEOPLE | _BODY and not _SEE_THROUGH.intersection(_words_kept(noun))
 
@@ -86,9 +86,10 @@ def _compare(noun: tuple[str, ...], name: tuple[str, ...], narrower: bool) -> fl
     return -1.0
 
 
-def _sayable(noun: str) -> bool:
-    """Whether "the ..." reads well, and does in the mirrored image: no bracket, no word that names half the world, no
-    side.
+def _usable(noun: str) -> bool:
+    """Return whether a caption can use the noun: no brackets, no general word, and no word for a side.
+
+    A word for a side would be wrong in a mirrored image.
     """
     mirrored = mirror(Prompt((f"the right {noun}",), True)) == Prompt((f"the left {noun}",), True)
     return bool(_PLAIN.fullmatch(noun)) and not _GENERAL.intersection(_words_kept(noun)) and mirrored
@@ -96,9 +97,7 @@ def _sayable(noun: str) -> bool:
 
 @functools.cache
 def _words(text: str) -> tuple[str, ...]:
-    """The words to compare by: what stands in brackets is no part of a name ("bow (weapon)"), and "skis" are a
-    "ski".
-    """
+    """Return the words to compare: without brackets ("bow (weapon)"), and with the last word in the singular."""
     *first, last = _words_kept(text) or [""]
     return (*first, last[:-1] if len(last) > 3 and last.endswith("s") and not last.endswith("ss") else last)
 

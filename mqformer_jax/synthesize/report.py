@@ -1,6 +1,4 @@
-"""What came of a split: how many boxes got something, of which class and size, why others did not, and pictures of
-both.
-"""
+"""Report on the annotations of a split: acceptance by class and size, reasons for rejection, and sample images."""
 
 from __future__ import annotations
 
@@ -16,69 +14,71 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 
+from mqformer_jax.files import write_text
 from mqformer_jax.input.record import DatasetInfo, Record, decode_rle
-from mqformer_jax.prepare.shard_writer import write_text
-from mqformer_jax.synthesize.verdicts import Verdict, usable_box
-from mqformer_jax.visualization.overlays import sheet
+from mqformer_jax.synthesize.annotations import Annotation, usable_box
+from mqformer_jax.visualization.overlays import grid
 
-SHOWN = 24  # boxes of either kind on the contact sheet
-COLUMNS, SIDE = 6, 260  # of the sheet; pixels of one of its pictures
-SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's, by the area of the box in pixels
+SHOWN = 24  # accepted boxes on the grid, and as many rejected ones
+COLUMNS, SIDE = 6, 260  # of the grid; the side of a panel in pixels
+SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's limits for the area of the box in pixels
 SEGMENT, BOX = (255, 221, 51), (64, 156, 255)
 
 
 @dataclasses.dataclass
 class Tally:
-    """Counts over boxes, which add up over shards.
+    """Counts over boxes. Tallies of shards add up to the tally of the split.
 
-    asked, taken: by class; of_size, taken_of_size: by size. reasons: why a box got nothing. refused: why captions were
-        not taken.
-    score: the sum over the boxes that got something. samples: the boxes of the contact sheet, drawn by a hash of what
-        they are.
+    boxes, accepted: by class. boxes_by_size, accepted_by_size: by size.
+    reasons: of boxes without a mask or caption. examples: a record for each reason.
+    rejected_captions: by reason. captions: number of accepted captions.
+    score: the sum over the accepted boxes.
+    samples: the boxes shown on the grid, chosen by a hash of record and segment.
     """
 
     kind: str
     teacher: str
     images: int = 0
-    asked: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    taken: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    of_size: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    taken_of_size: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    boxes: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    accepted: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    boxes_by_size: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    accepted_by_size: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     reasons: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    rejected_captions: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, str] = dataclasses.field(default_factory=dict)
     captions: int = 0
     score: float = 0.0
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
-    def add(self, record: Record, info: DatasetInfo, place: tuple[int, int], verdicts: Sequence[Verdict]) -> None:
-        """place: shard and record."""
+    def add(self, record: Record, info: DatasetInfo, place: tuple[int, int], annotations: Sequence[Annotation]) -> None:
+        """Count the annotations of a record. place: its shard and number."""
         self.images += 1
-        for verdict in verdicts:
-            class_id, box = record.segments[verdict.segment].class_id, usable_box(record, verdict.segment)
+        for annotation in annotations:
+            class_id, box = record.segments[annotation.segment].class_id, usable_box(record, annotation.segment)
             name = "(words only)" if class_id is None else info.classes[class_id].name
             area = 0 if isinstance(box, str) else float(np.prod(box[2:] - box[:2]))
             size = next(size for size, end in SIZES.items() if area < end)
-            self.asked[name] += 1
-            self.of_size[size] += 1
-            self.captions += len(verdict.captions)
-            self.refused.update(dict(verdict.refused))
-            if verdict.reason:
-                self.reasons[verdict.reason] += 1
-                self.examples.setdefault(verdict.reason, record.key)
+            self.boxes[name] += 1
+            self.boxes_by_size[size] += 1
+            self.captions += len(annotation.captions)
+            self.rejected_captions.update(dict(annotation.rejected))
+            if annotation.reason:
+                self.reasons[annotation.reason] += 1
+                self.examples.setdefault(annotation.reason, record.key)
             else:
-                self.taken[name] += 1
-                self.taken_of_size[size] += 1
-                self.score += verdict.score
-            if not isinstance(box, str) and (verdict.mask or self.kind == "captions"):
-                fields = dataclasses.asdict(verdict) | {"mask": verdict.mask and verdict.mask.decode("ascii")}
-                draw = zlib.crc32(f"{record.key}/{verdict.segment}".encode())
+                self.accepted[name] += 1
+                self.accepted_by_size[size] += 1
+                self.score += annotation.score
+            if not isinstance(box, str) and (annotation.mask or self.kind == "captions"):
+                fields = dataclasses.asdict(annotation) | {"mask": annotation.mask and annotation.mask.decode("ascii")}
+                draw = zlib.crc32(f"{record.key}/{annotation.segment}".encode())
                 self.samples.append(
                     fields | {"draw": draw, "place": place, "key": record.key, "class": name, "box": box.tolist()}
                 )
         self._thin()
 
     def update(self, other: Tally) -> None:
+        """Add the counts of another tally."""
         for name, value in vars(other).items():
             if isinstance(value, collections.Counter):
                 getattr(self, name).update(value)
@@ -90,7 +90,8 @@ class Tally:
         self._thin()
 
     def _thin(self) -> None:
-        kinds = ([s for s in self.samples if bool(s["reason"]) == refused] for refused in (False, True))
+        """Keep `SHOWN` samples of accepted boxes and of rejected ones."""
+        kinds = ([s for s in self.samples if bool(s["reason"]) == rejected] for rejected in (False, True))
         self.samples = [s for kind in kinds for s in heapq.nsmallest(SHOWN, kind, key=lambda s: s["draw"])]
 
     def save(self, path: str) -> None:
@@ -105,56 +106,57 @@ class Tally:
         return cls(**fields)
 
     def __str__(self) -> str:
-        asked, taken = self.asked.total(), self.taken.total()
+        boxes, accepted = self.boxes.total(), self.accepted.total()
         share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"
-        if not asked:
-            return f"nothing was asked of {self.teacher}: no box of the {self.images} images lacks {self.kind}"
+        if not boxes:
+            return f"none of the {self.images} images has a box without {self.kind}"
         lines = [
-            f"{taken} of {asked} boxes ({share(taken, asked)}) in {self.images} images "
+            f"{accepted} of {boxes} boxes ({share(accepted, boxes)}) in {self.images} images "
             f"have {self.kind} by {self.teacher}"
         ]
-        if taken:
-            lines[0] += f", mean score {self.score / taken:.3f}"
+        if accepted:
+            lines[0] += f", mean score {self.score / accepted:.2f}"
         if self.captions:
-            lines[0] += f", {self.captions / taken:.1f} a box"
+            lines[0] += f", {self.captions / accepted:.1f} per box"
         sizes = [
-            f"{size} {share(self.taken_of_size[size], self.of_size[size])} of {self.of_size[size]}" for size in SIZES
+            f"{size} {share(self.accepted_by_size[size], self.boxes_by_size[size])} of {self.boxes_by_size[size]}"
+            for size in SIZES
         ]
         lines.append(f"  by size: {', '.join(sizes)}")
-        classes = sorted(self.asked, key=lambda name: (self.taken[name] / self.asked[name], name))
+        classes = sorted(self.boxes, key=lambda name: (self.accepted[name] / self.boxes[name], name))
         shown = [*classes[:5], *classes[5:][-5:]]
-        by_class = [f"{name} {share(self.taken[name], self.asked[name])} of {self.asked[name]}" for name in shown]
+        by_class = [f"{name} {share(self.accepted[name], self.boxes[name])} of {self.boxes[name]}" for name in shown]
         lines.append(f"  by class{', worst and best' if len(classes) > 10 else ''}: {', '.join(by_class)}")
         lines += [
             f"  {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})"
             for reason, count in self.reasons.most_common()
         ]
-        lines += [f"  {count} x caption: {reason}" for reason, count in self.refused.most_common()]
+        lines += [f"  {count} x caption: {reason}" for reason, count in self.rejected_captions.most_common()]
         return "\n".join(lines)
 
 
-def contact_sheet(tally: Tally, image_of: Callable[[int, int], np.ndarray], path: str) -> bool:
-    """A PNG of boxes that got something, then of boxes that did not and why. False where there is nothing to show.
+def sample_grid(tally: Tally, image_of: Callable[[int, int], np.ndarray], path: str) -> bool:
+    """Write a PNG grid of accepted boxes, then of rejected boxes with the reasons. Return False if there are none.
 
-    image_of: (shard, record) to the RGB image.
+    image_of: returns the RGB image of (shard, record).
     """
     cells = [(_label(sample), _picture(sample, image_of(*sample["place"]))) for sample in tally.samples]
     if not cells:
         return False
-    taken = sum(not sample["reason"] for sample in tally.samples)
-    groups = [cells[:taken], cells[taken:]]
-    sheet([group[i : i + COLUMNS] for group in groups for i in range(0, len(group), COLUMNS)], path)
+    accepted = sum(not sample["reason"] for sample in tally.samples)
+    groups = [cells[:accepted], cells[accepted:]]
+    grid([group[i : i + COLUMNS] for group in groups for i in range(0, len(group), COLUMNS)], path)
     return True
 
 
 def _label(sample: dict[str, Any]) -> str:
-    words = " · ".join(text for text, _ in sample["captions"])
-    said = words or sample["reason"] and f"NOT TAKEN: {sample['reason']}"
-    return f"{sample['class']} {100 * sample['score']:.0f}" + (f": {said}" if said else "")
+    captions = " · ".join(text for text, _ in sample["captions"])
+    text = captions or (f"REJECTED: {sample['reason']}" if sample["reason"] else "")
+    return f"{sample['class']} {sample['score']:.2f}" + (f": {text}" if text else "")
 
 
 def _picture(sample: dict[str, Any], image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    """The surroundings of a box (of a caption: all of the image), square, with the box and the mask's outline."""
+    """Draw a box and the outline of its mask on a square crop around it, or on the whole image for captions."""
     height, width = image.shape[:2]
     x0, y0, x1, y1 = box = np.array(sample["box"])
     side = max(height, width) if sample["captions"] else 1.4 * max(x1 - x0, y1 - y0, 16)

@@ -1,6 +1,4 @@
-"""Masks in boxes by SAM, HQ-SAM and SAM 2: their published weights, run by torch and Hugging Face's transformers (5.4
-or newer).
-"""
+"""Predict masks from boxes with SAM, HQ-SAM and SAM 2, using torch and Hugging Face transformers (5.4 or newer)."""
 
 from __future__ import annotations
 
@@ -19,15 +17,15 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from mqformer_jax.segments import CanvasMasks
 from mqformer_jax.synthesize.hugging_face import device, find, mark
-from mqformer_jax.synthesize.teachers import Drawn, Picture
+from mqformer_jax.synthesize.teachers import BoxMasks, Picture
 
-PICTURES = 2  # images that are encoded at once: one of 1024 x 1024 keeps a device busy
-BOXES = 32  # boxes of one image that are decoded at once: each has its own copy of the image's features
-# What a config.json calls itself: the teacher that reads it. SAM 2 is published as its video model, which holds the one
-# for images.
+PICTURES = 2  # images per call of the encoder: one image of 1024 x 1024 already fills a device
+BOXES = 32  # boxes of an image per call of the decoder: each box has its own copy of the image's features
+# The model type of a config.json: the teacher that reads it. SAM 2 is published as its video model, which contains the
+# image model.
 FAMILIES = {"sam": "sam", "sam_hq": "hq-sam", "sam2": "sam2", "sam2_video": "sam2"}
 
-transformers.logging.set_verbosity_error()  # else it warns of the parts for video that are not used
+transformers.logging.set_verbosity_error()  # otherwise it warns about the unused video parts
 transformers.logging.disable_progress_bar()
 
 
@@ -35,19 +33,19 @@ class Sam:
     """Segment Anything, a `MaskTeacher` (Kirillov et al., arXiv:2304.02643;
     github.com/facebookresearch/segment-anything).
 
-    where: a folder as transformers saves it, or a name on the Hugging Face hub, as "facebook/sam-vit-huge". Raises
-    ValueError in one line where it cannot be read, or is another family's. Runs on the GPU where torch finds one, else
-    on the CPU.
+    where: a folder written by save_pretrained, or a name on the Hugging Face hub, such as "facebook/sam-vit-huge".
+    Raises ValueError with a one-line message if it cannot be read or belongs to another family. Runs on the GPU if
+    torch finds one, else on the CPU.
 
-    A box is asked for one mask (`multimask_output=False`), as the authors do with boxes: the three others are for a
-    lone point, which may mean a part or the whole. The score is the IoU that the model predicts.
+    Each box gets one mask (`multimask_output=False`), as in the authors' code: the other three masks are for single
+    points, which may mean a part or the whole. The score is the IoU that the model predicts.
     """
 
     family = "sam"
     model_type: type = transformers.SamModel
-    # Pillow resizes for SAM's authors too; and so masks are the same whether torchvision is installed or not
+    # The authors resize with Pillow too. The masks do not depend on whether torchvision is installed.
     image_processor_type: type = transformers.SamImageProcessorPil
-    pads = True  # the longer side is resized to the canvas and the rest of it padded; else both sides are resized to it
+    pads = True  # whether to resize the longer side to the canvas and pad the rest; else resize both sides
 
     def __init__(self, where: str) -> None:
         found, folder = self.family, find(f"{self.family}:{where}", where)
@@ -57,7 +55,7 @@ class Sam:
             if found != self.family:
                 raise ValueError(f"it holds {found or 'something else'}")
             self.image_processor = self.image_processor_type.from_pretrained(folder)
-            model, told = self.model_type.from_pretrained(
+            model, report = self.model_type.from_pretrained(
                 folder,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -65,30 +63,30 @@ class Sam:
                 output_loading_info=True,
             )
             if lacking := {
-                *told["missing_keys"],
-                *(key for key, *_ in told["mismatched_keys"]),
-            }:  # these were drawn at random
-                raise ValueError(f"{min(lacking)} is not there, or has another shape")
-        except Exception as e:  # what is broken ends in an error of json, safetensors, torch or transformers
+                *report["missing_keys"],
+                *(key for key, *_ in report["mismatched_keys"]),
+            }:  # these have random values
+                raise ValueError(f"{min(lacking)} is missing or has another shape")
+        except Exception as e:  # broken files raise errors of json, safetensors, torch or transformers
             files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
-            mend = f"give a folder with its {files}" if found in ("", self.family) else f"say {found}:{where}"
+            mend = f"give a folder with its {files}" if found in ("", self.family) else f"use {found}:{where}"
             raise ValueError(f"{self.family}:{where} cannot be read ({_gist(e)}): {mend}.") from e
         self.name, (self.device, _) = mark(self.family, where, folder), device()
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
-    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[Drawn]:
-        """One mask, as logits, for each box (x0, y0, x1, y1 in pixels) of each picture."""
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[BoxMasks]:
+        """Return the logits of one mask for each box (x0, y0, x1, y1 in pixels) of each image."""
         drawn = [_nothing(picture.image.shape[:2]) for picture in pictures]
-        asked = [i for i, wanted in enumerate(boxes) if len(wanted)]
-        for start in range(0, len(asked), PICTURES):
-            group = asked[start : start + PICTURES]
+        nonempty = [i for i, wanted in enumerate(boxes) if len(wanted)]
+        for start in range(0, len(nonempty), PICTURES):
+            group = nonempty[start : start + PICTURES]
             inputs = [
                 self.image_processor(pictures[i].image, input_data_format="channels_last", return_tensors="pt")
                 for i in group
             ]
             pixels = torch.cat([given["pixel_values"] for given in inputs]).to(self.device)
-            # nearly all the time goes here, and half precision is what the authors of SAM 2 run in
+            # The encoder takes nearly all the time. The authors of SAM 2 also use half precision.
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
                 encoded = self._encode(pixels)
             canvas = tuple(pixels.shape[-2:])
@@ -98,7 +96,7 @@ class Sam:
         return drawn
 
     def _encode(self, pixels: torch.Tensor) -> dict[str, Any]:
-        """What the decoder is given of b images [b, 3, h, w]: tensors [b, ...], or lists of them."""
+        """Return the decoder's inputs for b images [b, 3, h, w]: tensors [b, ...], or lists of them."""
         return {"image_embeddings": self.model.get_image_embeddings(pixels)}
 
     def _draw(
@@ -108,24 +106,23 @@ class Sam:
         canvas: tuple[int, int],
         valid: tuple[int, int],
         output: tuple[int, int],
-    ) -> Drawn:
-        """The masks of one image. canvas, valid, output: as in `restore`."""
+    ) -> BoxMasks:
+        """Return the masks of one image. canvas, valid, output: sizes as in `CanvasMasks`."""
         scale = np.tile([valid[1] / output[1], valid[0] / output[0]], 2)
         prompts = torch.from_numpy(boxes * scale)[None].to(self.device)
         answers = [self.model(input_boxes=some, multimask_output=False, **encoded) for some in prompts.split(BOXES, 1)]
         logits = torch.cat([answer.pred_masks[0, :, 0] for answer in answers]).cpu().numpy()
         scores = torch.cat([answer.iou_scores[0, :, 0] for answer in answers]).clamp(0, 1).cpu().numpy()
-        if not self.pads:  # all of the mask is the image: resized to it at once
+        if not self.pads:  # the mask covers the image without padding
             canvas = valid = logits.shape[1:]
-        return Drawn(CanvasMasks(logits, canvas, valid, output), scores)
+        return BoxMasks(CanvasMasks(logits, canvas, valid, output), scores)
 
 
 class HqSam(Sam):
     """SAM with finer edges (Ke et al., Segment Anything in High Quality, arXiv:2306.01567; github.com/SysCV/sam-hq).
 
-    The logits are SAM's and those of the token for high quality, added: the authors' default, and their advice for
-    images of many objects (`hq_token_only=False`). The score is what the model predicts of SAM's mask; nothing rates
-    the sum.
+    The logits are the sum of SAM's and those of the high-quality token (`hq_token_only=False`), the authors' default
+    and their advice for images with many objects. The score is the predicted IoU of SAM's mask.
     """
 
     family = "hq-sam"
@@ -136,7 +133,7 @@ class HqSam(Sam):
 
 
 class _Sam2Pixels(PilBackend):
-    """As transformers' `Sam2ImageProcessor`, which cannot be had without torchvision, to a step of 8 bits."""
+    """The same as transformers' `Sam2ImageProcessor`, which needs torchvision, up to one 8-bit level."""
 
     size = {"height": 1024, "width": 1024}
     resample = PILImageResampling.BILINEAR
@@ -148,7 +145,7 @@ class Sam2(Sam):
     """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2), as
     "facebook/sam2.1-hiera-large".
 
-    Where its one mask is unsteady the model gives the best of the three others, as the authors' does.
+    If the single mask is unstable, the model returns the best of the other three, as in the authors' code.
     """
 
     family = "sam2"
@@ -157,12 +154,12 @@ class Sam2(Sam):
     pads = False
 
 
-def _nothing(output: tuple[int, int]) -> Drawn:
-    return Drawn(CanvasMasks(np.zeros((0, 1, 1), np.float32), (1, 1), (1, 1), output), np.zeros(0, np.float32))
+def _nothing(output: tuple[int, int]) -> BoxMasks:
+    return BoxMasks(CanvasMasks(np.zeros((0, 1, 1), np.float32), (1, 1), (1, 1), output), np.zeros(0, np.float32))
 
 
 def _row(encoded: Any, row: int) -> Any:
-    """One image of those that were encoded together, in float32."""
+    """Return the features of one image of a batch, in float32."""
     if isinstance(encoded, dict):
         return {key: _row(value, row) for key, value in encoded.items()}
     return (
@@ -171,5 +168,5 @@ def _row(encoded: Any, row: int) -> Any:
 
 
 def _gist(error: Exception) -> str:
-    """The first sentence, of a line."""
+    """Return the first sentence of the message, in one line."""
     return re.split(r"\.?\s*\n|\.( |$)", str(error).strip())[0] or type(error).__name__

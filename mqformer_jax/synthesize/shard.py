@@ -1,8 +1,7 @@
-"""One shard: its records are asked about in batches, the answers noted as they come, and at the end the records written
-with them.
+"""Annotate one shard: log the annotations of each batch of records, then write the records with their annotations.
 
-00003.answers           the verdicts on the records so far, one msgpack map a record, in their order
-00003.array_record      the finished shard; then .tally.json, what the report needs; then .json, its contents
+00003.annotations       annotations of the records so far, in order, one msgpack list per record
+00003.array_record      the finished shard; then .tally.json for the report; then .json with its contents
 """
 
 from __future__ import annotations
@@ -23,68 +22,70 @@ from array_record.python.array_record_module import ArrayRecordReader
 from mqformer_jax.input.record import BadRecord, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.prepare.shard_writer import Built, Contents, Problems, write_shard
-from mqformer_jax.synthesize.makers import Maker
+from mqformer_jax.synthesize.annotations import Annotation, usable_box, with_annotations
+from mqformer_jax.synthesize.annotators import Annotator
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.teachers import Picture
-from mqformer_jax.synthesize.verdicts import Verdict, usable_box, with_verdicts
 
 
 def make_shard(
     source: ShardSource,
     shard: int,
     path: str,
-    maker: Maker,
+    annotator: Annotator,
     batch: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Makes one shard of a source, from where an earlier call was stopped.
+    """Annotate one shard of a source, resuming an interrupted call.
 
-    path: of its files, without their endings. batch: pictures that the teacher is given at once. progress: told how
-    many more records are done. Raises ValueError where another process makes the same shard.
+    path: of the shard's files, without extension. batch: images per call of the teacher. progress: called with the
+    number of records that are newly done. Raises ValueError if another process works on the same shard.
     """
     if os.path.exists(f"{path}.json"):
         return progress(Contents.load(f"{path}.json").records)
-    with open(f"{path}.answers", "a+b") as log:
+    with open(f"{path}.annotations", "a+b") as log:
         try:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{path}: another process makes this shard; give each process its own --share.") from None
+            raise ValueError(
+                f"{path}: another process works on this shard; give each process its own --worker."
+            ) from None
         except OSError:
             pass  # a file system without locks
-        done = _whole_answers(log)
+        done = _count_complete(log)
         progress(done)
-        for asked in _ahead(_batches(_records(source.paths[shard], done), source.info, maker, batch)):
-            for verdicts in _ask(maker, asked):
-                log.write(msgpack.packb([dataclasses.asdict(v) for v in verdicts]))
+        for current in _prefetch(_batches(_records(source.paths[shard], done), source.info, annotator, batch)):
+            for annotations in _annotate(annotator, current):
+                log.write(msgpack.packb([dataclasses.asdict(annotation) for annotation in annotations]))
             log.flush()
             os.fsync(log.fileno())
-            progress(len(asked.done))
+            progress(len(current.done))
         log.seek(0)
-        write_shard(_built(source, shard, log, maker, f"{path}.tally.json"), path)
-    os.remove(f"{path}.answers")
+        write_shard(_annotated(source, shard, log, annotator, f"{path}.tally.json"), path)
+    os.remove(f"{path}.annotations")
 
 
 @dataclasses.dataclass
 class Batch:
-    """Records that are asked about together. done: all of them by number; pictures: of those with a box to ask about,
-    and whose they are.
+    """Records that are annotated in one call of the teacher.
 
-    refused: verdicts that need no teacher, by number.
+    done: the numbers of all records. pictures, owners: the records with a usable box, and their numbers. unusable: by
+    number, the annotations of boxes that the teacher does not get.
     """
 
     done: list[int]
     pictures: list[Picture]
     owners: list[int]
-    refused: dict[int, list[Verdict]]
+    unusable: dict[int, list[Annotation]]
 
 
 def _batches(
-    records: Iterable[tuple[int, bytes | None]], info: DatasetInfo, maker: Maker, size: int
+    records: Iterable[tuple[int, bytes | None]], info: DatasetInfo, annotator: Annotator, size: int
 ) -> Iterator[Batch]:
     batch = Batch([], [], [], {})
     for number, data in records:
         batch.done.append(number)
-        picture, batch.refused[number] = _picture(data, info, maker)
+        picture, batch.unusable[number] = _picture(data, info, annotator)
         if picture is not None:
             batch.pictures.append(picture)
             batch.owners.append(number)
@@ -95,8 +96,8 @@ def _batches(
         yield batch
 
 
-def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
-    """The same batches; the next is read and decoded while a teacher works on one."""
+def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Yield the batches, reading and decoding the next one in a thread."""
     with ThreadPoolExecutor(1) as reader:
         following = reader.submit(next, batches, None)
         while (batch := following.result()) is not None:
@@ -104,32 +105,32 @@ def _ahead(batches: Iterator[Batch]) -> Iterator[Batch]:
             yield batch
 
 
-def _picture(data: bytes | None, info: DatasetInfo, maker: Maker) -> tuple[Picture | None, list[Verdict]]:
-    """What a teacher is asked about a record, and the boxes that it cannot be asked about."""
+def _picture(data: bytes | None, info: DatasetInfo, annotator: Annotator) -> tuple[Picture | None, list[Annotation]]:
+    """Return the image and its usable boxes (None if there are none), and the annotations of unusable boxes."""
     try:
         record = Record.from_bytes(data or b"")
-        boxes = {i: usable_box(record, i) for i in maker.wanted(record, info)}
-        refused = [Verdict(i, box) for i, box in boxes.items() if isinstance(box, str)]
-        asked = [i for i, box in boxes.items() if not isinstance(box, str)]
-        if not asked:
-            return None, refused
+        boxes = {i: usable_box(record, i) for i in annotator.wanted(record, info)}
+        unusable = [Annotation(i, box) for i, box in boxes.items() if isinstance(box, str)]
+        usable = [i for i, box in boxes.items() if not isinstance(box, str)]
+        if not usable:
+            return None, unusable
         try:
             image = record.decode_image()
         except BadRecord:
-            return None, refused + [Verdict(i, "the image cannot be decoded") for i in asked]
-        return Picture(record, info, image, tuple(asked), np.stack([boxes[i] for i in asked])), refused
-    except BadRecord:  # counted where the record is written
+            return None, unusable + [Annotation(i, "the image cannot be decoded") for i in usable]
+        return Picture(record, info, image, tuple(usable), np.stack([boxes[i] for i in usable])), unusable
+    except BadRecord:  # reported when the record is written
         return None, []
 
 
-def _ask(maker: Maker, batch: Batch) -> Iterator[list[Verdict]]:
-    answers = dict(zip(batch.owners, maker(batch.pictures))) if batch.pictures else {}
+def _annotate(annotator: Annotator, batch: Batch) -> Iterator[list[Annotation]]:
+    found = dict(zip(batch.owners, annotator(batch.pictures))) if batch.pictures else {}
     for number in batch.done:
-        yield batch.refused[number] + answers.get(number, [])
+        yield batch.unusable[number] + found.get(number, [])
 
 
 def _records(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
-    """The records of a shard from a number on; None for one that is damaged."""
+    """Yield the numbers and records of a shard from a number on; None for damaged records."""
     reader = ArrayRecordReader(path)
     try:
         for number in range(start, reader.num_records()):
@@ -141,15 +142,13 @@ def _records(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
         reader.close()
 
 
-def _whole_answers(log: BinaryIO) -> int:
-    """How many records the log has whole answers for; what follows the last of them, cut short by a kill, is cut
-    off.
-    """
+def _count_complete(log: BinaryIO) -> int:
+    """Return the number of complete entries of the log. Truncate an incomplete entry at its end."""
     log.seek(0)
     unpacker, count, end = msgpack.Unpacker(log, raw=False), 0, 0
     with contextlib.suppress(ValueError, msgpack.UnpackException):
-        for answer in unpacker:
-            if not isinstance(answer, list):  # what a machine without power wrote
+        for entry in unpacker:
+            if not isinstance(entry, list):  # a power failure can leave garbage
                 break
             count, end = count + 1, unpacker.tell()
     log.truncate(end)
@@ -157,10 +156,12 @@ def _whole_answers(log: BinaryIO) -> int:
     return count
 
 
-def _built(source: ShardSource, shard: int, log: BinaryIO, maker: Maker, tally_path: str) -> Iterator[Built]:
-    """The records with their answers; then writes what the report needs."""
-    tally = Tally(maker.kind, maker.name)
-    for (number, data), answers in zip(_records(source.paths[shard]), msgpack.Unpacker(log, raw=False)):
+def _annotated(
+    source: ShardSource, shard: int, log: BinaryIO, annotator: Annotator, tally_path: str
+) -> Iterator[Built]:
+    """Yield the records with their annotations, then write the tally."""
+    tally = Tally(annotator.kind, annotator.name)
+    for (number, data), entry in zip(_records(source.paths[shard]), msgpack.Unpacker(log, raw=False)):
         problems = Problems()
         try:
             record = Record.from_bytes(data) if data is not None else None
@@ -170,9 +171,9 @@ def _built(source: ShardSource, shard: int, log: BinaryIO, maker: Maker, tally_p
             problems.add("image: the record is damaged", f"shard {shard}, record {number}")
             yield Built(None, collections.Counter(), problems)
             continue
-        verdicts = [Verdict.of(answer) for answer in answers]
-        tally.add(record, source.info, (shard, number), verdicts)
-        for reason in {v.reason for v in verdicts if v.reason.startswith("the image")}:
+        annotations = [Annotation.of(fields) for fields in entry]
+        tally.add(record, source.info, (shard, number), annotations)
+        for reason in {a.reason for a in annotations if a.reason.startswith("the image")}:
             problems.add(f"image: {reason[10:]}", record.key)
-        yield Built.of(with_verdicts(record, verdicts, maker.name), problems)
+        yield Built.of(with_annotations(record, annotations, annotator.name), problems)
     tally.save(tally_path)

@@ -1,6 +1,6 @@
-"""What a teacher is: a model that says more of a box than its data set does. And the ones there are, by name.
+"""The interfaces of teachers, which annotate boxes with masks or captions, and the list of teachers by name.
 
-A new one is a class with one of the two shapes below and a line in `MASK_TEACHERS` or `CAPTIONERS`.
+To add one, write a class with one of the interfaces below and add a line to the table of its kind at the end.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from mqformer_jax.segments import CanvasMasks
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Picture:
-    """An image and the boxes that a teacher is asked about.
+    """An image and the boxes that a teacher annotates.
 
-    record, info: all that is known of the image; a teacher may use the names of the classes and the other segments.
-        image: RGB.
-    segments: index into `record.segments` of each box. boxes: x0, y0, x1, y1 in pixels, inside the image and not empty.
+    record, info: the labels of the image and of its data set, which teachers may use.
+    image: RGB.
+    segments: index into `record.segments` of each box.
+    boxes: x0, y0, x1, y1 in pixels, inside the image and not empty.
     """
 
     record: Record
@@ -34,11 +35,11 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
-    """The masks that a teacher drew in the boxes of a picture, as logits that are restored one by one, so that memory
-    is bounded.
+class BoxMasks:
+    """A teacher's masks for the boxes of an image.
 
-    scores: what the teacher believes of each, 0 to 1 (an IoU where it predicts one).
+    masks: logits, resized one by one to bound the memory. scores: 0 to 1, the predicted IoU if the teacher predicts
+    one.
     """
 
     masks: CanvasMasks
@@ -47,7 +48,7 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """Words for one box. score: how sure they are, 0 to 1; what that means is the captioner's own."""
+    """A caption of a box. score: 0 to 1; its meaning depends on the captioner."""
 
     text: str
     score: float
@@ -55,80 +56,83 @@ class Caption:
 
 @runtime_checkable
 class MaskTeacher(Protocol):
-    """Masks from boxes. name: what the records are marked with, the teacher and its version."""
+    """Predict masks from boxes. name: the mark for records, the teacher and its version."""
 
     name: str
 
-    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[Drawn]:
-        """The masks in `boxes`, k of each picture: those of the picture, or copies of them that were moved a little.
+    def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[BoxMasks]:
+        """Return the masks for k boxes of each image: its n boxes and jittered copies of them.
 
-        Box j of a picture's k belongs to segment `segments[j % n]` of its n.
+        Box j belongs to the segment `segments[j % n]`.
         """
         ...
 
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Words from boxes. name: what the records are marked with. unique: its captions fit no other object of the
-    image.
+    """Caption boxes.
+
+    name: the mark for records. unique: whether its captions fit no other object of the image.
     """
 
     name: str
     unique: bool
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[list[Caption]]]:
-        """Of each picture, for each of its boxes, the captions, best first."""
+        """Return the captions of each box of each image, best first."""
         ...
 
 
 @runtime_checkable
-class Picker(Protocol):
-    """Says which box words mean, to try captions with."""
+class CaptionScorer(Protocol):
+    """Score how well captions fit boxes."""
 
     name: str
 
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Of each picture, for each of its n boxes, how well its c captions fit each of the n boxes: the largest is
-        what a caption means.
+        """Return for each of the n boxes of each image the scores of its c captions for all n boxes.
+
+        A caption fits the box with the largest score, and no box if no score is above 0.
         """
         ...
 
 
-# name: module, class. Each is made of the text behind the colon, a folder or a name on the Hugging Face hub, and is
-# imported only when asked for.
+# Name: module and class. The class takes the text after the colon, a folder or a name on the Hugging Face hub. The
+# module is imported when the teacher is made.
 MASK_TEACHERS = {
-    "ours": ("own", "OwnMasks"),
+    "ours": ("mqformer_teacher", "MqformerMasks"),
     "sam": ("sam", "Sam"),
     "sam2": ("sam", "Sam2"),
     "hq-sam": ("sam", "HqSam"),
 }
 CAPTIONERS = {
-    "attributes": ("attributes", "Attributes"),
-    "blip": ("region_captions", "Blip"),
-    "blip2": ("region_captions", "Blip2"),
-    "florence2": ("region_captions", "Florence2"),
+    "rules": ("rule_captioner", "RuleCaptioner"),
+    "blip": ("hf_captioners", "Blip"),
+    "blip2": ("hf_captioners", "Blip2"),
+    "florence2": ("hf_captioners", "Florence2"),
 }
-PICKERS = {
-    "ours": ("own", "OwnPicker"),
-    "clip": ("clip_picker", "ClipPicker"),
+CAPTION_SCORERS = {
+    "ours": ("mqformer_teacher", "MqformerScorer"),
+    "clip": ("clip_scorer", "ClipScorer"),
 }
 
 
 def make_teacher(
     given: str, among: dict[str, tuple[str, str]], option: str = "teacher"
-) -> MaskTeacher | Captioner | Picker:
-    """The teacher that "name:where" names. Raises ValueError in one line where there is none, or what it needs is not
-    installed.
+) -> MaskTeacher | Captioner | CaptionScorer:
+    """Make the teacher that "name:where" describes.
+
+    Raises ValueError with a one-line message if there is no such teacher or a package that it needs is missing.
     """
     name, _, where = given.partition(":")
     if name not in among:
-        raise ValueError(f"--{option}={given}: it may be one of {', '.join(among)}.")
-    if not where and name != "attributes":
+        raise ValueError(f"--{option}={given}: give one of {', '.join(among)}.")
+    if not where and name != "rules":
         raise ValueError(
-            f"--{option}={given}: say which weights: {name}:FOLDER"
-            + (", or a workdir." if name == "ours" else " or a name on the Hugging Face hub.")
+            f"--{option}={given}: give the weights: {name}:"
+            + ("WORKDIR of a training run." if name == "ours" else "FOLDER or a name on the Hugging Face hub.")
         )
     module, kind = among[name]
     try:
@@ -136,4 +140,4 @@ def make_teacher(
     except ImportError as e:
         if (e.name or "").startswith("mqformer_jax"):
             raise
-        raise ValueError(f"--{option}={given}: {e.name} is not installed: pip install -e '.[teachers]'.") from e
+        raise ValueError(f"--{option}={given}: {e.name} is not installed: pip install 'mqformer_jax[teachers]'.") from e

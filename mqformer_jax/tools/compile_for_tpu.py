@@ -35,7 +35,7 @@ from mqformer_jax.training.step import TrainStep
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """Published peaks of one device (of tpu7x: half a chip): bfloat16 TFLOP/s, GB/s of memory, GB/s to all its
-    neighbours together.
+    neighbors together.
     """
 
     teraflops: float
@@ -56,7 +56,11 @@ GB = 1e9
 REMEDIES = (
     ('config.model.remat="dots"', lambda c: c.model.remat == "none", lambda c: c.model.update(remat="dots")),
     ('config.model.remat="layers"', lambda c: c.model.remat != "layers", lambda c: c.model.update(remat="layers")),
-    ("config.accumulate={accumulate}", lambda c: True, lambda c: c.update(accumulate=c.accumulate * 2)),
+    (
+        "config.grad_accum_steps={grad_accum_steps}",
+        lambda c: True,
+        lambda c: c.update(grad_accum_steps=c.grad_accum_steps * 2),
+    ),
     ("config.mesh={mesh}", lambda c: tuple(c.mesh) == (-1, 1, 1), lambda c: c.update(mesh=(1, -1, 1))),
     ("config.batch_size={batch_size}", lambda c: c.batch_size > 1, lambda c: c.update(batch_size=c.batch_size // 2)),
 )
@@ -117,14 +121,14 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     """
     config = config.copy_and_resolve_references()
     mesh = [n if n != -1 else -devices // _product(config.mesh) for n in config.mesh]
-    images = mesh[0] * mesh[1] * config.accumulate
+    images = mesh[0] * mesh[1] * config.grad_accum_steps
     if config.batch_size % images == 0:
         return config, ""
     was, config.batch_size = config.batch_size, images
     return (
         config,
         (
-            f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x accumulate {config.accumulate}: "
+            f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x grad_accum_steps {config.grad_accum_steps}: "
             f"compiled for {images}"
         ),
     )
@@ -160,7 +164,7 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
     report |= {
         "images": config.batch_size,
         "mesh": dict(mesh.shape),
-        "accumulate": config.accumulate,
+        "grad_accum_steps": config.grad_accum_steps,
         "remat": config.model.remat,
     }
     report |= {"note": note, "available": memory_of(devices[0]), "flops": hlo.flops(traced.jaxpr.jaxpr)}
@@ -232,9 +236,9 @@ def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iter
         change(config)
         config = adapted(config, len(devices))[0]
         if config.batch_size > images:  # halves of a part that is one image
-            config.update(accumulate=1, batch_size=images)
+            config.update(grad_accum_steps=1, batch_size=images)
             continue
-        changes.append(words.format(**{k: config[k] for k in ("accumulate", "mesh", "batch_size")}))
+        changes.append(words.format(**{k: config[k] for k in ("grad_accum_steps", "mesh", "batch_size")}))
         report = measure(config, topology, devices)
         yield " ".join(f"--{change}" for change in changes), report
         if report["fits"]:
@@ -248,7 +252,7 @@ def table(report: dict[str, Any]) -> str:
         "topology": f"{report['topology']}: {report['devices']} devices, {report['hosts']} hosts",
         "step": (
             f"{report['backbone']}, {' x '.join(map(str, report['canvas']))}, {report['images']} images, "
-            f"{report['dtype']}, remat {report['remat']}, accumulate {report['accumulate']}"
+            f"{report['dtype']}, remat {report['remat']}, grad_accum_steps {report['grad_accum_steps']}"
         ),
         "mesh": " x ".join(f"{axis} {n}" for axis, n in report["mesh"].items()),
     }
@@ -303,18 +307,31 @@ def main(argv: list[str]) -> None:
                 f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True
             )
             report.setdefault("tried", []).append({"change": change, "fits": tried["fits"], "needed": tried["needed"]})
-    path = given.out or f"{report['backbone']}_{topology.replace(':', '_')}.json"
+    path = given.output or f"{report['backbone']}_{topology.replace(':', '_')}.json"
     with open(path, "w") as f:
         json.dump(report, f, indent=1)
     print(path)
 
 
-def run(argv: Sequence[str]) -> None:
-    cli.define_recipe()
-    flags.DEFINE_string("topology", None, "Kind and shape of the slice, e.g. v5e:16x16, v4:4x4x8, v5e:1x1.")
+def define_flags(values: flags.FlagValues) -> None:
+    """Define the flags of the command."""
+    cli.define_recipe(values)
     flags.DEFINE_string(
-        "out", None, "Where the figures go as JSON; default: NAME_TOPOLOGY.json in the working directory."
+        "topology",
+        None,
+        "TPU type and topology of the slice, e.g. v5e:16x16 or v4:4x4x8. Required.",
+        flag_values=values,
     )
-    flags.DEFINE_bool("advise", True, "Where it does not fit, compile again with less and say what fits.")
-    flags.mark_flags_as_required(["config", "topology"])
+    flags.DEFINE_string(
+        "output",
+        None,
+        "JSON file for the report, e.g. report.json. (default: BACKBONE_TOPOLOGY.json)",
+        flag_values=values,
+    )
+    flags.DEFINE_bool("advise", True, "If the step does not fit, search for settings that fit.", flag_values=values)
+    flags.mark_flags_as_required(["config", "topology"], values)
+
+
+def run(argv: Sequence[str]) -> None:
+    define_flags(flags.FLAGS)
     cli.run(main, "compile", __doc__, "stopped.", argv)

@@ -1,7 +1,9 @@
-"""What the model will see:  mqformer show --config=configs/coco_ref.py:small --out=sheet.png
+"""Draw the examples that training reads from the data sets of a recipe.
 
-A contact sheet of the rows that training will get: pictures as augmented, targets, prompts in words. On the command
-line, what was seen of each data set. No model and no device is needed.
+    mqformer show --config=coco_ref:small --output=grid.png
+
+The grid shows augmented images, targets and prompts. The command prints statistics of each data set. It needs no model
+and no accelerator.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from mqformer_jax import cli
 from mqformer_jax import config as recipes
 from mqformer_jax.input.batch import Batch, unpack_masks
 from mqformer_jax.input.mixture import Note, make_loader
-from mqformer_jax.visualization.training_batch import Asked, Shown, card, sheet
+from mqformer_jax.visualization.training_batch import ShownExample, ShownPrompt, grid, panel
 
 
 @dataclasses.dataclass
 class Tally:
-    """What was seen of one data set."""
+    """Statistics of the examples of one data set."""
 
     rows: int = 0
     targets: int = 0
@@ -47,53 +49,53 @@ class Tally:
 
 
 def show(
-    config: ConfigDict, out: str, count: int, start_step: int = 0, dataset: str | None = None, side: int = 320
+    config: ConfigDict, output: str, count: int, start_step: int = 0, dataset: str | None = None, side: int = 320
 ) -> dict[str, Tally]:
-    """Writes the sheet, and returns what was seen of each data set ("name/split") up to its last row.
+    """Write the grid as a PNG file. Return the statistics of each data set ("name/split") up to the last example.
 
-    The rows are those of the training stream from `start_step` on, or those of them that come from `dataset`.
-    side: pixels of a picture's longer side. Raises FileNotFoundError, ValueError.
+    The examples are those of the training stream from `start_step` on, or only those of `dataset`.
+    side: longer side of each image in pixels. Raises FileNotFoundError or ValueError.
     """
-    if not out.lower().endswith(".png"):
-        raise ValueError(f"--out={out}: the sheet is a PNG file, call it so.")
-    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)  # fails before the work is done
+    if not output.lower().endswith(".png"):
+        raise ValueError(f"--output={output}: the name of the file must end with .png.")
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # fails early
     entries = config.data.mixture
     if dataset and dataset not in (names := [entry["name"] for entry in entries]):
         raise ValueError(f"--dataset={dataset}: the recipe's data.mixture has {', '.join(names)}.")
     loader = make_loader(config, _numbers)
     print("\n".join(loader.report) + "\n")
     tallies = [Tally() for _ in entries]
-    cards = []
+    panels = []
     for row, note in rows(loader.stream(start_step)):
         source = int(row.source[0])
         tallies[source].add(row)
         if dataset in (None, entries[source]["name"]):
-            cards.append(card(describe(row, note), side))
-        if len(cards) == count:
+            panels.append(panel(describe(row, note), side))
+        if len(panels) == count:
             break
     height, width = config.data.canvas
-    title = f"The training stream from step {start_step} on: seed {config.seed}, canvas {height} x {width}"
-    sheet(cards, title + (f", only {dataset}" if dataset else "")).save(out)
+    title = f"Training examples from step {start_step} on, seed {config.seed}, canvas {height} x {width}"
+    grid(panels, title + (f", only {dataset}" if dataset else "")).save(output)
     return dict(zip(loader.names, tallies))
 
 
 def rows(stream: Iterable[tuple[Batch, Sequence[Note]]]) -> Iterator[tuple[Batch, Note]]:
-    """Each row of a stream as a Batch of one: the unpacked masks of a whole batch may be gigabytes."""
+    """Yield each example as a batch of one: the unpacked masks of a whole batch can take gigabytes."""
     for batch, notes in stream:
         for i, note in enumerate(notes):
             yield type(batch)(**{name: value[i : i + 1] for name, value in vars(batch).items()}), note
 
 
-def describe(row: Batch, note: Note) -> Shown:
-    """A Batch of one in words and pixels."""
+def describe(row: Batch, note: Note) -> ShownExample:
+    """Unpack a batch of one."""
     n, (height, width) = int(row.num_targets[0]), row.image.shape[1:3]
-    centres, sizes = np.split(row.boxes[0, :n] * np.array([width, height] * 2, np.float32), 2, axis=1)
+    centers, sizes = np.split(row.boxes[0, :n] * np.array([width, height] * 2, np.float32), 2, axis=1)
     positive, negative = row.positive[0, :n], row.negative[0, :n]
-    region, exhaustive = row.prompt_region[0].tolist(), row.prompt_exhaustive[0].tolist()
-    return Shown(
+    is_region, exhaustive = row.is_region[0].tolist(), row.prompt_exhaustive[0].tolist()
+    return ShownExample(
         key=note.key,
-        asked=tuple(
-            Asked(text, region[p], exhaustive[p], _where(positive[:, p]), _where(negative[:, p]))
+        prompts=tuple(
+            ShownPrompt(text, is_region[p], exhaustive[p], _where(positive[:, p]), _where(negative[:, p]))
             for p, text in enumerate(note.texts)
         ),
         image=row.image[0],
@@ -101,7 +103,7 @@ def describe(row: Batch, note: Note) -> Shown:
         ignore=np.unpackbits(row.ignore[0], axis=-1).view(bool),
         masks=unpack_masks(row)[0, :n],
         has_mask=row.has_mask[0, :n],
-        boxes=np.concatenate([centres - sizes / 2, centres + sizes / 2], axis=1),
+        boxes=np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1),
         left_out=tuple(f"record {number}: {what}" for number, what in note.bad),
     )
 
@@ -111,19 +113,23 @@ def _where(flags: Bool[np.ndarray, " n"]) -> tuple[int, ...]:
 
 
 def _numbers(texts: Sequence[str]) -> np.ndarray:
-    """In place of a tokenizer, which may come from a checkpoint that is not there yet: the sheet shows words."""
+    """Stand in for the tokenizer, which may need a checkpoint: the grid shows texts, not tokens."""
     return np.arange(len(texts), dtype=np.int32)[:, None]
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Not done on import: `mqformer_jax.main` has a --config of its own."""
+    """Define the flags. Not on import, since `mqformer_jax.main` defines --config too."""
     cli.define_recipe(values)
-    flags.DEFINE_string("out", None, "The sheet, a PNG file.", flag_values=values)
-    flags.DEFINE_integer("count", 24, "How many rows are shown.", lower_bound=1, flag_values=values)
-    flags.DEFINE_integer("step", 0, "The training step whose rows come first.", lower_bound=0, flag_values=values)
-    flags.DEFINE_string("dataset", None, "Show the rows of this data set only.", flag_values=values)
-    flags.DEFINE_integer("side", 320, "Pixels of a picture's longer side.", lower_bound=100, flag_values=values)
-    flags.mark_flags_as_required(["config", "out"], values)
+    flags.DEFINE_string("output", None, "PNG file to write, e.g. grid.png. Required.", flag_values=values)
+    flags.DEFINE_integer("count", 24, "Number of training examples to show, e.g. 6.", lower_bound=1, flag_values=values)
+    flags.DEFINE_integer("step", 0, "Training step to start at, e.g. 1000.", lower_bound=0, flag_values=values)
+    flags.DEFINE_string(
+        "dataset", None, "Show only examples of this data set, e.g. refcoco. (default: all)", flag_values=values
+    )
+    flags.DEFINE_integer(
+        "side", 320, "Longer side of each image in pixels, e.g. 512.", lower_bound=100, flag_values=values
+    )
+    flags.mark_flags_as_required(["config", "output"], values)
 
 
 def main(argv: list[str]) -> None:
@@ -131,14 +137,14 @@ def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
     config = given.config
     recipes.check(config)
-    config.data.workers = 0  # the stream is the same, and a few rows do not pay for starting processes
-    tallies = show(config, given.out, given.count, given.step, given.dataset, given.side)
+    config.data.workers = 0  # the stream is the same, and starting processes for a few examples is slow
+    tallies = show(config, given.output, given.count, given.step, given.dataset, given.side)
     width = max(map(len, tallies))
     for name, tally in tallies.items():
         print(f"{name:{width}}  {tally}")
-    print(f"\n{given.out}")
+    print(f"\n{given.output}")
 
 
 def run(argv: Sequence[str]) -> None:
     define_flags(flags.FLAGS)
-    cli.run(main, "show", __doc__, "stopped, no sheet was written.", argv)
+    cli.run(main, "show", __doc__, "stopped; no grid was written.", argv)

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tensorboardX import SummaryWriter
 
+from mqformer_jax.files import write_text
 from mqformer_jax.parallel.distributed import is_first
 from mqformer_jax.training.optimizer import schedule
 
@@ -90,7 +91,5 @@ def _forget_after(path: str, step: int) -> dict[str, int | float]:
     with open(path) as f:
         lines = [json.loads(line) for line in f if line.endswith("\n")]
     known = [line for line in lines if line["step"] <= step]
-    with open(path + ".tmp", "w") as f:
-        f.writelines(json.dumps(line) + "\n" for line in known)
-    os.replace(path + ".tmp", path)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in known))
     return {key: value for line in known for key, value in line.items()}

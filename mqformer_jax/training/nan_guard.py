@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import Weights, save_weights
 from mqformer_jax.input.mixture import Loader
-from mqformer_jax.parallel.mesh import whole
+from mqformer_jax.parallel.mesh import gather_to_host
 from mqformer_jax.training.step import TrainState
 
 IN_A_ROW = 20  # steps skipped one after the other, after which it is no accident
@@ -51,9 +51,8 @@ class NotFinite:
         if not stops:
             logging.warning("%s; the step is skipped (%d so far)", what, self.skipped)
             return
-        weights = Weights(
-            self.config, *(jax.tree.map(np.asarray, whole(tree, _mesh(state))) for tree in (state.params, state.frozen))
-        )
+        params, frozen = (gather_to_host(tree, _mesh(state)) for tree in (state.params, state.frozen))
+        weights = Weights(self.config, params, frozen)
         save_weights(folder, weights, {"step": step})
         raise FloatingPointError(
             f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, "

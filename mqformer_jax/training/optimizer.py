@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from mqformer_jax.parallel.rules import path_name
 
 NO_DECAY = re.compile(
-    r"norm|^learnable/|^conditional/content|^grain|level_embed|text_encoder/(tokens|positions|types|rows)|position_bias|logit_"
+    r"norm|^learnable/|^conditional/content|^region_embedding|level_embed|text_encoder/(tokens|positions|types|rows)|position_bias|logit_"
 )
 
 
@@ -21,7 +21,7 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     peak, warmup = config.learning_rate, config.warmup
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
-    drops = optax.piecewise_constant_schedule(peak, {int(f * steps): 0.1 for f in config.drops})
+    drops = optax.piecewise_constant_schedule(peak, {int(f * steps): 0.1 for f in config.lr_milestones})
     return lambda step: drops(step) * jax.numpy.minimum(1.0, (step + 1) / max(warmup, 1))
 
 
@@ -31,7 +31,7 @@ def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.Gradien
 
     Weight decay leaves out norms and embeddings; Linear and Conv biases are decayed (Mask DINO).
     """
-    rates = {"rest": 1.0, "backbone": config.backbone, "text_encoder": config.text}
+    rates = {"rest": 1.0, "backbone": config.backbone_lr_mult, "text_encoder": config.text_lr_mult}
     rate = schedule(config, steps)
     group = lambda path, _: next((g for g in ("backbone", "text_encoder") if path_name(path).startswith(g)), "rest")
     labels = jax.tree_util.tree_map_with_path(group, params)
@@ -44,4 +44,4 @@ def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.Gradien
 
     frozen = jax.tree.map(lambda label: rates[label] == 0, labels)
     groups = optax.multi_transform({name: adamw(m) for name, m in rates.items()}, labels)
-    return optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.clip_by_global_norm(config.clip), groups)
+    return optax.chain(optax.masked(optax.set_to_zero(), frozen), optax.clip_by_global_norm(config.clip_norm), groups)

@@ -18,18 +18,19 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mqformer_jax.checkpoint import load_config, load_weights
+from mqformer_jax.files import atomic_write
 from mqformer_jax.models.swin import resize_table
 from mqformer_jax.models.tokenizer import TOKENIZER
-from mqformer_jax.parallel.rules import named, path_name
+from mqformer_jax.parallel.rules import flatten_paths, path_name
 
 # means nothing to another text encoder
-TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|noised|grain)")
+TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|denoising_embedding|region_embedding)")
 # fields of config.model that change what weights mean and not their shapes, by the paths they matter to
 MEANING = {
     "backbone/": ("backbone.stride_in_1x1",),
     "text_encoder/": ("text.tokenizer", "text.heads", "text.norm_eps", "text.classes"),
     "pixel_decoder/": ("heads",),
-    "decoder/": ("heads", "coarse_first"),
+    "decoder/": ("heads", "level_order"),
     "heads/class_embed": ("score",),
 }
 
@@ -46,7 +47,7 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in config.init_from:
         weights = load_weights(path)
-        theirs = named(weights.params) | named(weights.frozen)
+        theirs = flatten_paths(weights.params) | flatten_paths(weights.frozen)
         foreign = {
             why: what
             for why, what in _foreign(weights.config.model, config.model).items()
@@ -55,7 +56,7 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         skipped = (*foreign.values(), *map(_pattern, config.init_skip))
         wanted = {name: value for name, value in theirs.items() if not any(pattern.search(name) for pattern in skipped)}
         _check_meaning(path, wanted, weights.config.model, config.model)
-        _check_shapes(path, wanted, named(params) | named(frozen))
+        _check_shapes(path, wanted, flatten_paths(params) | flatten_paths(frozen))
         used: set[str] = set()
         take = functools.partial(_take, theirs=wanted, used=used)
         trees = {name: jax.tree_util.tree_map_with_path(take, tree) for name, tree in trees.items()}
@@ -68,10 +69,11 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         lines.append(f"{path}: {len(used)} of {len(theirs)} arrays" + "".join(f"; {reason}" for reason in foreign))
         if unused := sorted(set(wanted) - used):
             lines.append(f"{path}: this model has no place for {_summary(unused)}")
-    if "grain" in params and "grain" not in loaded and "heads/class_embed/kernel" in loaded:
-        # trained classes know no grain: the identity
-        trees["params"]["grain"] = jax.tree.map(jnp.zeros_like, params["grain"])
-    fresh = sorted({**named(params), **named(frozen)}.keys() - loaded)
+    name = "region_embedding"
+    if name in params and name not in loaded and "heads/class_embed/kernel" in loaded:
+        # the trained classes were learned without it: start at the identity
+        trees["params"][name] = jax.tree.map(jnp.zeros_like, params[name])
+    fresh = sorted({**flatten_paths(params), **flatten_paths(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
 
 
@@ -85,9 +87,8 @@ def bring_tokenizer(config: ConfigDict, workdir: str) -> None:
     files = [os.path.join(path, TOKENIZER) for path, kind in kinds.items() if kind == config.model.text.tokenizer]
     source = next((file for file in reversed(files) if os.path.exists(file)), None)
     if source is not None:
-        target = os.path.join(workdir, TOKENIZER)
-        shutil.copyfile(source, temporary := f"{target}.{os.getpid()}.tmp")
-        os.replace(temporary, target)
+        with atomic_write(os.path.join(workdir, TOKENIZER)) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def _pattern(text: str) -> re.Pattern:

@@ -1,4 +1,4 @@
-"""Pictures: segments over their image, contact sheets of several images, curves of metrics."""
+"""Draw segments over their image, grids of images, and curves of metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mqformer_jax.arrays import Number
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.segments import Segments, ground_truth_segments
 
-SMALL = 384  # an image whose longer side has fewer pixels is enlarged, or no label could be read
+SMALL = 384  # images with a shorter long side (in pixels) are enlarged, so that labels are legible
 GAP = 10
 GOLDEN = 0.618034
 INK = (32, 33, 36)
@@ -32,13 +32,13 @@ def overlay(
     labels: bool = True,
     among: Ids | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """The segments in colour over the image, with contours and a label each (its prompt, and its score in percent).
+    """Draw the segments in color over the image, with contours and labels: the prompt, and the score from 0 to 1.
 
-    A colour belongs to a prompt, in shades for several segments of it, so that two pictures of one list of prompts
-    compare.
-    `among`: the prompts that the colours are spread over, all of them unless given; of a long list, give those in use.
-    Small images are enlarged by a whole factor (see `SMALL`). `boxes` draws them too. A label that finds no room is
-    left out, smaller segments first. Ground truth (query id -1) shows no scores.
+    Each prompt has a color, with a shade for each of its segments, so overlays with the same prompts are comparable.
+    among: the prompts that share the range of colors (default: all); of a long list, give the prompts in use.
+    boxes: draw the boxes too.
+    Images smaller than `SMALL` are enlarged by an integer factor. Labels without room are omitted, those of small
+    segments first. Ground truth (query id -1) has no scores.
     """
     factor = max(1, SMALL // max(image.shape[:2]))
     masks = [_enlarge(m, factor) for m in segments.masks]
@@ -47,14 +47,17 @@ def overlay(
     shades = colors(segments.prompt_ids, among)
     if factor > 1:
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    grey = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
-    canvas, faded = image.astype(np.float32), 0.3 * image + 0.7 * grey  # the image's own colours would muddy ours
+    gray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY)[..., None]
+    canvas, faded = (
+        image.astype(np.float32),
+        0.3 * image + 0.7 * gray,
+    )  # partly gray, so that the image's colors do not mix with ours
     for i in largest_first:
         canvas[masks[i]] = (1 - opacity) * faded[masks[i]] + opacity * shades[i]
     canvas = np.ascontiguousarray(canvas.round().astype(np.uint8))
     thickness = max(1, round(max(canvas.shape) / 600))
     for i in largest_first:
-        # no line along the image's edge
+        # avoids contours along the image's edge
         wider = cv2.copyMakeBorder(masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE)
         outlines, _ = cv2.findContours(wider, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(
@@ -71,14 +74,16 @@ def overlay(
 
 
 def label_of(segments: Segments, index: int) -> str:
+    """Return the label of a segment: the prompt, and the score of a prediction."""
     text = segments.texts[segments.prompt_ids[index]]
-    return text if segments.query_ids[index] < 0 else f"{text} {100 * segments.scores[index]:.0f}"
+    return text if segments.query_ids[index] < 0 else f"{text} {segments.scores[index]:.2f}"
 
 
 def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
-    """RGB, 0 to 255, one a segment: a hue for each prompt, shifted for its second, third ... segment.
+    """Return one RGB color (0 to 255) per segment: a hue per prompt, shifted for its second and further segments.
 
-    Hues go in golden-ratio steps through the sorted `among`, which keeps up to some twenty prompts apart.
+    Hues follow in golden-ratio steps through the sorted `among`, so that up to about twenty prompts are
+    distinguishable.
     """
     rank = {prompt: i for i, prompt in enumerate(sorted(set(map(int, among))))}
     seen: dict[int, int] = {}
@@ -90,10 +95,10 @@ def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
     return out
 
 
-def sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: Sequence[str] = ()) -> None:
-    """A PNG of rows of captioned images under column titles; the images of a row get one height.
+def grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: Sequence[str] = ()) -> None:
+    """Write a PNG of rows of captioned images under column titles. Images of a row are resized to one height.
 
-    rows: (caption, uint8 [h, w, 3]) for each cell; captions are wrapped to the image's width, and may be empty.
+    rows: (caption, uint8 [h, w, 3]) for each cell. Captions are wrapped to the width of the image and may be empty.
     """
     rows = [[(text, _to_height(image, max(i.shape[0] for _, i in row))) for text, image in row] for row in rows]
     widths = [max(row[k][1].shape[1] for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
@@ -120,7 +125,7 @@ def sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: 
 
 @dataclasses.dataclass
 class Shown:
-    """One image of a prediction sheet, and what the tasks answered for it (None where a task was not asked)."""
+    """One image of a prediction grid with its predictions. A task that was not evaluated is None."""
 
     record: Record
     image: UInt8[np.ndarray, "h w 3"]
@@ -128,10 +133,10 @@ class Shown:
     regions: Segments | None = None
 
 
-def prediction_sheet(shown: Sequence[Shown], info: DatasetInfo, path: str) -> None:
-    """A row an image: input, ground truth, prediction, and what the expressions (or "foreground") found.
+def prediction_grid(shown: Sequence[Shown], info: DatasetInfo, path: str) -> None:
+    """Write a PNG with one row per image: input, ground truth, prediction, and the regions of expressions.
 
-    Under each picture stands what was asked; a column that no task filled is left out.
+    Columns of tasks that were not evaluated are omitted.
     """
     rows = []
     for item in shown:
@@ -145,25 +150,24 @@ def prediction_sheet(shown: Sequence[Shown], info: DatasetInfo, path: str) -> No
             ]
         rows.append(row + ([] if item.regions is None else _region_cells(item)))
     columns = ["input"] + ["ground truth", "prediction"] * any(item.panoptic is not None for item in shown)
-    sheet(rows, path, columns + ["asked for"] * (max(map(len, rows)) - len(columns)))
+    grid(rows, path, columns + ["prompts"] * (max(map(len, rows)) - len(columns)))
 
 
 def _region_cells(item: Shown, most: int = 3) -> list[tuple[str, np.ndarray]]:
-    """One picture an expression, the words below it; expressions spread over the image's list."""
+    """Return one panel per expression, with the expression as caption, for up to `most` evenly spaced expressions."""
     regions = item.regions
     rows = np.unique(np.linspace(0, len(regions) - 1, most).round().astype(int))
-    return [
-        (f"“{regions.texts[i]}” {100 * regions.scores[i]:.0f}", spotlight(item.image, regions.masks[i])) for i in rows
-    ]
+    return [(f"“{regions.texts[i]}” {regions.scores[i]:.2f}", spotlight(item.image, regions.masks[i])) for i in rows]
 
 
 def spotlight(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """The masked part in its own colours, outlined; all else dim and grey. Small images are enlarged as in
-    `overlay`.
+    """Draw the masked part in its own colors with an outline, and the rest in dark gray.
+
+    Small images are enlarged as in `overlay`.
     """
     mask, image = _enlarge(mask, max(1, SMALL // max(image.shape[:2]))), _enlarged(image)
-    grey = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
-    canvas = np.where(mask[..., None], image, (40 + 0.45 * grey).astype(np.uint8))
+    gray = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None]
+    canvas = np.where(mask[..., None], image, (40 + 0.45 * gray).astype(np.uint8))
     outlines, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     cv2.drawContours(canvas, outlines, -1, (255, 221, 51), max(2, round(max(canvas.shape) / 180)), cv2.LINE_AA)
     return canvas
@@ -175,8 +179,9 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
-    """A PNG with one plot a key. runs: label → JSON-lines file of metrics, each line with "step" and some of the
-    keys.
+    """Write a PNG with one plot per key.
+
+    runs: label to JSON-lines file of metrics; each line has "step" and some of the keys.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window and no global state, unlike pyplot
     from matplotlib.figure import Figure
@@ -184,7 +189,7 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
     logs = {}
     for label, file in runs.items():
         if not os.path.exists(file):
-            raise FileNotFoundError(f"{file}: no such metrics file; `runs` maps a label to a JSON-lines file.")
+            raise FileNotFoundError(f"{file}: no such file; `runs` maps labels to JSON-lines files of metrics.")
         with open(file) as f:
             logs[label] = [json.loads(line) for line in f if line.strip()]
     figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
@@ -193,7 +198,7 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
         for i, (label, lines) in enumerate(logs.items()):
             points = [(entry["step"], entry[key]) for entry in lines if key in entry]
             if points:
-                marker = "o" if len(points) < 20 else None  # a run evaluated once is a point
+                marker = "o" if len(points) < 20 else None  # few points, or only one, need markers
                 axis.plot(
                     *zip(*points), marker=marker, color=colors([i], range(i + 1))[0] / 255, linewidth=1.8, label=label
                 )
@@ -213,7 +218,7 @@ def _draw_labels(
     shades: np.ndarray,
     order: np.ndarray,
 ) -> None:
-    """Writes each text where its segment is widest, or outside it where it would hide it; in place."""
+    """Write each text, in place, where its segment is widest, or beside a segment that it would cover."""
     height, width = canvas.shape[:2]
     size = max(14, round(max(height, width) / 34))
     font = ImageFont.load_default(size)
@@ -235,13 +240,13 @@ def _draw_labels(
 
 
 def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: Number, h: Number) -> list[tuple[Number, Number]]:
-    """Left upper corners for a label of w x h pixels, best first."""
-    if not mask.any():  # only a box is known; nothing at all where that is empty too
+    """Return upper left corners for a label of w x h pixels, best first."""
+    if not mask.any():  # a segment with a box only, or without both
         return [(box[0], box[1] - h), (box[0], box[1])] if box[2] > box[0] else []
     _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     x, y = _widest_point(mask)
     left, top, width, height, area = stats[pieces[y, x]]
-    if area < 0.5 * w * h:  # a speck
+    if area < 0.5 * w * h:  # too small for a label
         return []
     if area < 4 * w * h:
         middle = left + width / 2 - w / 2
@@ -250,7 +255,7 @@ def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: Number, h: 
 
 
 def _widest_point(mask: Bool[np.ndarray, "h w"]) -> tuple[int, int]:
-    """x, y of the pixel farthest from the mask's edge and the image's."""
+    """Return x, y of the pixel farthest from the edges of the mask and the image."""
     distance = cv2.distanceTransform(np.pad(mask.astype(np.uint8), 1), cv2.DIST_L2, 3)[1:-1, 1:-1]
     y, x = np.unravel_index(distance.argmax(), mask.shape)
     return int(x), int(y)
@@ -264,7 +269,7 @@ def _enlarge(mask: Bool[np.ndarray, "h w"], factor: int) -> Bool[np.ndarray, "H 
     if factor == 1:
         return mask
     soft = cv2.resize(mask.astype(np.float32), None, fx=factor, fy=factor, interpolation=cv2.INTER_LINEAR)
-    return cv2.GaussianBlur(soft, (0, 0), 0.4 * factor) > 0.5  # rounds the steps of the small mask's pixels
+    return cv2.GaussianBlur(soft, (0, 0), 0.4 * factor) > 0.5  # smooths the enlarged pixels
 
 
 def _to_height(image: np.ndarray, height: int) -> np.ndarray:
@@ -293,7 +298,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: Number) -> str:
 
 
 def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, " 3"]:
-    """sRGB (0 to 255) of an OKLCH colour (Ottosson 2020): equal lightness looks equal in every hue. hue: turns."""
+    """Convert OKLCH (Ottosson 2020), whose lightness looks equal in all hues, to sRGB from 0 to 255. hue: in turns."""
     a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
     lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [
         a,

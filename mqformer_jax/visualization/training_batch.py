@@ -1,4 +1,4 @@
-"""A contact sheet of training rows: each row's picture with its targets, and beside it what is asked of it."""
+"""Draw training examples: each panel shows an image with its targets, and its prompts as text beside it."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from PIL import Image, ImageDraw, ImageFont
 from mqformer_jax.arrays import Number
 from mqformer_jax.input.batch import PAD
 
-PANEL = 340  # pixels of the words beside a picture
+TEXT_WIDTH = 340  # pixels, of the text beside an image
 COLUMNS, GAP, LINE = 3, 16, 18
-INK, GREY, RED = (32, 33, 36), (128, 132, 138), (200, 30, 30)
+INK, GRAY, RED = (32, 33, 36), (128, 132, 138), (200, 30, 30)
 FONT, HEAD, SMALL = (ImageFont.load_default(size) for size in (13, 15, 11))
-REGION, INSTANCES = "∎", "▢"  # in words; drawn as icons, since the font has no such letters
-HIDDEN = 500  # square pixels of a target that its number would hide
-ABSENT = 8  # names shown of the prompts that are absent
+REGION, INSTANCES = "∎", "▢"  # drawn as icons, since the font lacks these characters
+HIDDEN = 500  # the number of a target smaller than this (in square pixels) is drawn above it
+ABSENT = 8  # prompts listed by name in a list without targets
 Rgb = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """One prompt of a row. owned: the targets it names. others: targets it is known not to name although it is not
-    exhaustive.
+class ShownPrompt:
+    """One prompt of an example.
+
+    owned: its targets. others: targets that are known not to match it, for a prompt that is not exhaustive.
     """
 
     text: str
-    region: bool
+    is_region: bool
     exhaustive: bool
     owned: tuple[int, ...]
     others: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
-    """One row of a batch, unpacked.
+class ShownExample:
+    """One example of a batch, unpacked.
 
-    key: "dataset/image". size: height and width of the valid part. boxes: x0, y0, x1, y1 in pixels of the canvas.
-    left_out: what was unusable on the way to this row.
+    key: "dataset/image". size: height and width of the image on the canvas, without padding.
+    boxes: x0, y0, x1, y1 in pixels of the canvas. left_out: records that were skipped as unusable before this example.
     """
 
     key: str
-    asked: tuple[Asked, ...]
+    prompts: tuple[ShownPrompt, ...]
     image: UInt8[np.ndarray, "h w 3"]
     size: tuple[int, int]
     ignore: Bool[np.ndarray, "h w"]
@@ -59,18 +60,19 @@ class Shown:
     left_out: tuple[str, ...] = ()
 
 
-# ---------------------------------------------------------------- the picture
+# ---------------------------------------------------------------- the image
 
 
-def colour(target: int | np.integer) -> Rgb:
-    """Golden-ratio steps around the hues, in three lightnesses: neighbours in number are far apart."""
+def color(target: int | np.integer) -> Rgb:
+    """Return the color of a target. Hues follow in golden-ratio steps with three lightnesses, so neighbors differ."""
     r, g, b = colorsys.hls_to_rgb((0.92 + 0.618034 * target) % 1, (0.5, 0.62, 0.42)[target % 3], 0.95)
     return round(255 * r), round(255 * g), round(255 * b)
 
 
-def picture(shown: Shown, side: int) -> Image.Image:
-    """The canvas with its targets, `side` pixels long: masks filled and outlined, boxes without a mask dashed, all
-    numbered.
+def picture(shown: ShownExample, side: int) -> Image.Image:
+    """Draw the canvas with its numbered targets, its longer side resized to `side` pixels.
+
+    Masks are filled and outlined. Boxes without a mask are dashed.
     """
     height, width = shown.image.shape[:2]
     scale = side / max(height, width)
@@ -81,16 +83,16 @@ def picture(shown: Shown, side: int) -> Image.Image:
     masks = [_resize_mask(m, size) for m in shown.masks]
     largest_first = sorted(range(len(masks)), key=lambda i: -math.prod(shown.boxes[i, 2:] - shown.boxes[i, :2]))
     for i in largest_first:
-        pixels[masks[i]] = (0.68 * pixels[masks[i]] + 0.32 * np.array(colour(i))).astype(np.uint8)
+        pixels[masks[i]] = (0.68 * pixels[masks[i]] + 0.32 * np.array(color(i))).astype(np.uint8)
     for i in largest_first:
         outlines, _ = cv2.findContours(masks[i].view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(pixels, outlines, -1, colour(i), 2, cv2.LINE_AA)
+        cv2.drawContours(pixels, outlines, -1, color(i), 2, cv2.LINE_AA)
     page = Image.fromarray(pixels)
     draw = ImageDraw.Draw(page)
     for i in np.flatnonzero(~shown.has_mask):
-        _dashed(draw, shown.boxes[i] * scale, colour(i))
+        _dashed(draw, shown.boxes[i] * scale, color(i))
     bottom, right = (round(v * scale) for v in shown.size)
-    # where the padding begins; off the page where there is none
+    # The border of the padding. Without padding it is outside the image.
     draw.line([(right, 0), (right, bottom), (0, bottom)], INK)
     _number(
         draw,
@@ -102,20 +104,20 @@ def picture(shown: Shown, side: int) -> Image.Image:
 
 
 def _hatch(pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-    """The picture in dim grey under white diagonals."""
-    grey = (40 + 0.4 * cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)).astype(np.uint8)
-    y, x = np.indices(grey.shape)
-    return np.repeat(np.where((x + y) % 8 < 2, 225, grey).astype(np.uint8)[..., None], 3, -1)
+    """Return the image in dark gray with white diagonal lines."""
+    gray = (40 + 0.4 * cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)).astype(np.uint8)
+    y, x = np.indices(gray.shape)
+    return np.repeat(np.where((x + y) % 8 < 2, 225, gray).astype(np.uint8)[..., None], 3, -1)
 
 
 def _resize_mask(mask: Bool[np.ndarray, "h w"], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
     smaller = size[0] < mask.shape[1]
     soft = cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA if smaller else cv2.INTER_LINEAR)
-    return (soft > 0) & (soft >= min(0.5, 0.5 * soft.max()))  # a mask thinner than a pixel of the sheet is still seen
+    return (soft > 0) & (soft >= min(0.5, 0.5 * soft.max()))  # keeps masks thinner than a pixel
 
 
 def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, " 4"], ink: Rgb, dash: int = 6) -> None:
-    """The box in dashes of `ink` on white: one of the two stands out from any picture."""
+    """Draw a box with dashes of `ink` on white, which contrasts with any image."""
     x0, y0, x1, y1 = box
     for (ax, ay), (bx, by) in itertools.pairwise([(x0, y0), (x1, y0), (x1, y1), (x0, y1), (x0, y0)]):
         draw.line([(ax, ay), (bx, by)], "white", 2)
@@ -128,9 +130,7 @@ def _dashed(draw: ImageDraw.ImageDraw, box: Float[np.ndarray, " 4"], ink: Rgb, d
 def _anchor(
     mask: Bool[np.ndarray, "h w"], has_mask: bool | np.bool_, box: Float[np.ndarray, " 4"]
 ) -> tuple[Number, Number]:
-    """x, y where a target's number goes: deepest inside its mask, or at its box's corner; over a target that it would
-    hide.
-    """
+    """Return x, y of a target's number: deep inside its mask, at the corner of its box, or above a small target."""
     x0, y0, x1, y1 = box
     if (x1 - x0) * (y1 - y0) < HIDDEN:
         return (x0 + x1) / 2, y0 - 9
@@ -144,7 +144,7 @@ def _anchor(
 def _number(
     draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[Number, Number]], order: Sequence[int], size: tuple[int, int]
 ) -> None:
-    """Each target's number at its anchor, or beside it where another stands there already."""
+    """Draw the number of each target at its anchor, or beside it if another number is there."""
     taken: list[tuple[Number, Number]] = []
     for i in order:
         w, h = _badge_size(str(i + 1))
@@ -155,7 +155,7 @@ def _number(
         free = [(x, y) for x, y in places if all(abs(x - tx) >= w or abs(y - ty) >= h for tx, ty in taken)]
         x, y = (free or places)[0]
         taken.append((x, y))
-        _badge(draw, x, y, str(i + 1), colour(i))
+        _badge(draw, x, y, str(i + 1), color(i))
 
 
 def _badge_size(text: str) -> tuple[Number, Number]:
@@ -163,19 +163,19 @@ def _badge_size(text: str) -> tuple[Number, Number]:
 
 
 def _badge(draw: ImageDraw.ImageDraw, x: Number, y: Number, text: str, fill: Rgb) -> None:
-    """A number on its target's colour, centred at x, y."""
+    """Draw a number centered at x, y on the color of its target."""
     w, h = _badge_size(text)
     ink = "black" if np.dot(fill, (0.299, 0.587, 0.114)) > 140 else "white"
     draw.rounded_rectangle((x - w / 2, y - h / 2, x + w / 2, y + h / 2), 4, fill, outline=ink)
     draw.text((x, y), text, ink, SMALL, anchor="mm")
 
 
-# ---------------------------------------------------------------- the words
+# ---------------------------------------------------------------- the text
 
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A word, an icon (`REGION`, `INSTANCES`, or `image`), or a number on `fill`. Pieces follow each other in lines."""
+    """A word, an icon (`REGION`, `INSTANCES` or `image`), or a number on the color `fill`."""
 
     text: str
     ink: Rgb = INK
@@ -193,43 +193,44 @@ Item = list[Piece]
 Placed = tuple[Number, Number, Piece]  # left, top of its line
 
 
-def prompt_items(asked: Sequence[Asked]) -> tuple[list[Item], list[Item]]:
-    """What is asked: an item for each prompt that owns a target, then the rest in sums."""
-    owning = sorted((a for a in asked if a.owned), key=lambda a: a.owned)
-    absent = [a.text for a in asked if not a.owned and a.exhaustive]
-    silent = [a.text for a in asked if not a.owned and not a.exhaustive]
+def prompt_items(prompts: Sequence[ShownPrompt]) -> tuple[list[Item], list[Item]]:
+    """Return one item per prompt with targets, and the lists of the other prompts."""
+    owning = sorted((a for a in prompts if a.owned), key=lambda a: a.owned)
+    absent = [a.text for a in prompts if not a.owned and a.exhaustive]
+    silent = [a.text for a in prompts if not a.owned and not a.exhaustive]
     rest = [_list("absent", absent)] if absent else []
-    return [_prompt_item(a) for a in owning], rest + ([_list("nothing taught", silent)] if silent else [])
+    return [_prompt_item(a) for a in owning], rest + ([_list("no loss", silent)] if silent else [])
 
 
-def _prompt_item(asked: Asked) -> Item:
-    item = [Piece(REGION if asked.region else INSTANCES), *_say(asked.text)]
-    item += [Piece(f"x{len(asked.owned)}", GREY)] if len(asked.owned) > 1 else []
-    item += [Piece(str(i + 1), fill=colour(i)) for i in asked.owned]
-    if not asked.exhaustive:
+def _prompt_item(prompt: ShownPrompt) -> Item:
+    item = [Piece(REGION if prompt.is_region else INSTANCES), *_say(prompt.text)]
+    item += [Piece(f"x{len(prompt.owned)}", GRAY)] if len(prompt.owned) > 1 else []
+    item += [Piece(str(i + 1), fill=color(i)) for i in prompt.owned]
+    if not prompt.exhaustive:
         item += [Piece("?", RED)]
-    if asked.others:
-        few = ", ".join(str(i + 1) for i in asked.others) if len(asked.others) < 4 else f"{len(asked.others)} others"
-        item += _say(f"not {few}", GREY)
+    if prompt.others:
+        few = ", ".join(str(i + 1) for i in prompt.others) if len(prompt.others) < 4 else f"{len(prompt.others)} others"
+        item += _say(f"not {few}", GRAY)
     return item
 
 
 def _list(title: str, texts: Sequence[str]) -> Item:
     few = texts if len(texts) <= ABSENT + 1 else texts[:ABSENT]
     more = f" … +{len(texts) - len(few)}" if len(few) < len(texts) else ""
-    return _say(f"{title} ({len(texts)}): {', '.join(few)}{more}", GREY)
+    return _say(f"{title} ({len(texts)}): {', '.join(few)}{more}", GRAY)
 
 
 def _say(text: str, ink: Rgb = INK) -> Item:
     return [Piece(word, ink) for word in text.split()]
 
 
-def facts(shown: Shown) -> list[Item]:
-    n, masks, asked = len(shown.masks), int(shown.has_mask.sum()), len(shown.asked)
+def facts(shown: ShownExample) -> list[Item]:
+    """Return the numbers of targets and prompts, and the skipped records."""
+    n, masks, prompts = len(shown.masks), int(shown.has_mask.sum()), len(shown.prompts)
     kind = "boxes only" if not masks else "with masks" if masks == n else f"{masks} with masks, {n - masks} boxes only"
-    words = _count(n, "target") + (f" ({kind})" if n else "") + f" · {_count(asked, 'prompt')}"
+    words = _count(n, "target") + (f" ({kind})" if n else "") + f" · {_count(prompts, 'prompt')}"
     left_out = [_say(f"left out: {what}", RED) for what in shown.left_out[:3]]
-    return [_say(words, GREY), *left_out]
+    return [_say(words, GRAY), *left_out]
 
 
 def _count(number: int, what: str) -> str:
@@ -239,8 +240,9 @@ def _count(number: int, what: str) -> str:
 def flow(
     items: Sequence[Item], width: Number, own_line: bool = True, gap: Number = 12, line: Number = LINE
 ) -> tuple[list[Placed], Number]:
-    """Where the pieces go, and the height of all. own_line: every item begins a line, not only one that found no room
-    behind another.
+    """Lay out items in lines. Return the placed pieces and the total height.
+
+    own_line: start each item on a new line; else only items that do not fit behind another.
     """
     placed: list[Placed] = []
     x, y = 0.0, 0.0
@@ -258,20 +260,21 @@ def flow(
 
 
 def fitted(owning: list[Item], rest: list[Item], room: Number, most: Number) -> tuple[list[Placed], Number]:
-    """A line for each prompt within `room`; else one after the other; what would go past `most` is only counted."""
-    placed, height = flow(owning + rest, PANEL)
+    """Lay out one prompt per line if they fit `room`, else one after another; only count those beyond `most`."""
+    placed, height = flow(owning + rest, TEXT_WIDTH)
     if height <= room:
         return placed, height
     for count in range(len(owning), -1, -1):
         more = [_say(f"… and {len(owning) - count} more prompts with targets")] if count < len(owning) else []
-        above, height = flow(owning[:count] + more, PANEL, own_line=False)
-        below, tail = flow(rest, PANEL)
+        above, height = flow(owning[:count] + more, TEXT_WIDTH, own_line=False)
+        below, tail = flow(rest, TEXT_WIDTH)
         if height + tail <= most:
             break
     return above + [(x, y + height, piece) for x, y, piece in below], height + tail
 
 
 def write(page: Image.Image, placed: Iterable[Placed], left: Number, top: Number) -> None:
+    """Draw the placed pieces with their upper left corner at left, top."""
     draw = ImageDraw.Draw(page)
     for x, y, piece in placed:
         x, middle = left + x, top + y + LINE / 2
@@ -288,16 +291,16 @@ def write(page: Image.Image, placed: Iterable[Placed], left: Number, top: Number
             draw.text((x, middle), piece.text, piece.ink, FONT, anchor="lm")
 
 
-# ---------------------------------------------------------------- the sheet
+# ---------------------------------------------------------------- the grid
 
 
-def card(shown: Shown, side: int) -> Image.Image:
-    """A row: its picture, `side` pixels long, and the words on the right."""
+def panel(shown: ShownExample, side: int) -> Image.Image:
+    """Draw one example: its image, with a longer side of `side` pixels, and its prompts on the right."""
     image = picture(shown, side)
-    head, under = flow(facts(shown), PANEL)
+    head, under = flow(facts(shown), TEXT_WIDTH)
     top = LINE + under + 5
-    words, height = fitted(*prompt_items(shown.asked), side - top, 2 * side - top)
-    page = Image.new("RGB", (side + GAP + PANEL, round(max(image.height, top + height))), "white")
+    words, height = fitted(*prompt_items(shown.prompts), side - top, 2 * side - top)
+    page = Image.new("RGB", (side + GAP + TEXT_WIDTH, round(max(image.height, top + height))), "white")
     page.paste(image, (0, 0))
     left = side + GAP
     ImageDraw.Draw(page).text((left, LINE / 2), _shortened(shown.key), INK, HEAD, anchor="lm")
@@ -307,18 +310,19 @@ def card(shown: Shown, side: int) -> Image.Image:
 
 
 def _shortened(key: str) -> str:
-    """A key that fits its line; what is cut out is its middle."""
-    while HEAD.getlength(key) > PANEL:
+    """Shorten a key in its middle to fit in one line."""
+    while HEAD.getlength(key) > TEXT_WIDTH:
         half = len(key) // 2
         key = key[: half - 2].rstrip("…") + "…" + key[half + 2 :].lstrip("…")
     return key
 
 
-def sheet(cards: Sequence[Image.Image], title: str) -> Image.Image:
-    columns = min(COLUMNS, len(cards))
-    width = columns * (cards[0].width + 2 * GAP)
+def grid(panels: Sequence[Image.Image], title: str) -> Image.Image:
+    """Arrange panels in columns below a title and the legend."""
+    columns = min(COLUMNS, len(panels))
+    width = columns * (panels[0].width + 2 * GAP)
     head, height = flow(_legend(), width - 2 * GAP, own_line=False, gap=26, line=27)
-    lines = [cards[i : i + columns] for i in range(0, len(cards), columns)]
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     tall = [max(c.height for c in line) for line in lines]
     page = Image.new("RGB", (width, round(GAP + 2 * LINE + height + sum(tall) + 2 * GAP * len(lines))), "white")
     draw = ImageDraw.Draw(page)
@@ -334,27 +338,27 @@ def sheet(cards: Sequence[Image.Image], title: str) -> Image.Image:
 
 
 def _legend() -> list[Item]:
-    """What the marks mean, drawn by what draws them."""
+    """Return the legend, drawn with the same functions as the panels."""
     height, width = 24, 36
     none = np.zeros((height, width), bool)
     mask, part = none.copy(), none.copy()
     mask[4:20, 5:31] = part[:, 14:] = True
     image = np.full((height, width, 3), 205, np.uint8)
     padded = np.where(part[..., None], np.uint8(PAD), image)
-    plain = Shown("", (), image, (height, width), none, none[None][:0], np.zeros(0, bool), np.zeros((0, 4)))
+    plain = ShownExample("", (), image, (height, width), none, none[None][:0], np.zeros(0, bool), np.zeros((0, 4)))
 
     def entry(words: str, **changes) -> Item:
         return [Piece("", image=picture(dataclasses.replace(plain, **changes), width)), *_say(words)]
 
     corners = np.array([[3.0, 3, 33, 21]])
     return [
-        entry("target, mask known", masks=mask[None], has_mask=np.ones(1, bool), boxes=corners),
-        entry("target, only its box known", masks=none[None], has_mask=np.zeros(1, bool), boxes=corners),
-        entry("ignored: no loss here", ignore=part),
+        entry("target with a mask", masks=mask[None], has_mask=np.ones(1, bool), boxes=corners),
+        entry("target with a box only", masks=none[None], has_mask=np.zeros(1, bool), boxes=corners),
+        entry("ignored pixels: no loss", ignore=part),
         entry("padding", image=padded, size=(height, 14)),
         [Piece(REGION), *_say("prompt for one region")],
-        [Piece(INSTANCES), *_say("prompt for instances, any number")],
-        [Piece("1", fill=colour(0)), *_say("the targets it names")],
-        [Piece("?", RED), *_say("more of it may be unlabelled; “not 3”: target 3 is known to be none of it")],
-        _say("absent: asked, known not to be there", GREY),
+        [Piece(INSTANCES), *_say("prompt for any number of instances")],
+        [Piece("1", fill=color(0)), *_say("number of a target")],
+        [Piece("?", RED), *_say("more instances may be unlabeled; “not 3”: target 3 does not match")],
+        _say("absent: prompts known to have no target", GRAY),
     ]

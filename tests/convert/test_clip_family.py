@@ -100,7 +100,7 @@ def test_both_names_of_the_same_weights_give_the_same_leaves_and_come_back():
     }
     found = []
     for name, tensors in (("clip_text", original), ("hf_clip_text", renamed(original, TINY[1]))):
-        assert [n for n, family in families.items() if family.recognises(shapes_of(tensors))] == [name]
+        assert [n for n, family in families.items() if family.recognizes(shapes_of(tensors))] == [name]
         plan = families[name].plan(shapes_of(tensors))
         values, report = apply(plan, tensors, text_encoder(plan))
         assert report.complete, report.table()
@@ -134,7 +134,7 @@ def test_the_published_sizes_are_read_off_the_shapes(layout, family, size):
 @pytest.mark.parity
 def test_a_tower_without_projection_is_refused():
     shapes = hugging_face(*TINY, "CLIPTextModel")
-    assert families["hf_clip_text"].recognises(shapes)
+    assert families["hf_clip_text"].recognizes(shapes)
     with pytest.raises(ValueError, match="text_projection.weight is missing: save a CLIPModel"):
         families["hf_clip_text"].plan(shapes)
 

@@ -38,24 +38,24 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", layouts.NAMES)
-def test_every_public_layout_is_recognised_and_finds_its_place(name):
+def test_every_public_layout_is_recognized_and_finds_its_place(name):
     """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes
     fit.
     """
     shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
     family = find_family(shapes, None, name)
     plan = family.plan(shapes)
-    model = jax.eval_shape(lambda: build_model(plan.config)[1:])
+    model = jax.eval_shape(lambda: build_model(plan.config.model)[1:])
     ours = {path: leaf for tree in model for path, leaf in leaves(tree).items() if path.startswith(plan.part)}
     empty = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
     _, report = apply(plan, empty, ours)
     assert not report.unused and not report.mismatched, report.table(5)
     if name in WARM_STARTS:
         left = {path.split("/")[0] for path in report.missing}
-        assert left <= {"text_encoder", "heads", "learnable", "decoder", "noised", "grain"}
+        assert left <= {"text_encoder", "heads", "learnable", "decoder", "denoising_embedding", "region_embedding"}
     else:
         assert not report.missing, report.table(5)
-    others = [other.name for other in FAMILIES.values() if other.recognises(shapes) and other is not family]
+    others = [other.name for other in FAMILIES.values() if other.recognizes(shapes) and other is not family]
     assert not others, others
 
 
@@ -91,7 +91,7 @@ def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_p
 @pytest.mark.slow
 def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
     config = get_config()
-    params, frozen = jax.jit(lambda: build_model(config)[1:])()
+    params, frozen = jax.jit(lambda: build_model(config.model)[1:])()
     save_weights(str(tmp_path / "a"), Weights(config, params, frozen), {})
     export(str(tmp_path / "a"), str(tmp_path / "model.safetensors"))
     (tmp_path / "a" / "tokenizer.json").write_text("{}")
@@ -155,7 +155,7 @@ def test_tensors_come_back_from_every_family_bit_for_bit():
         tensors = layouts.random(name)
         shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
         plan = find_family(shapes, None, name).plan(shapes)
-        model = jax.eval_shape(lambda plan=plan: build_model(plan.config)[1:])
+        model = jax.eval_shape(lambda plan=plan: build_model(plan.config.model)[1:])
         ours = {path: leaf for tree in model for path, leaf in leaves(tree).items() if path.startswith(plan.part)}
         values, _ = apply(plan, tensors, ours)
         returned = invert(plan, values)
@@ -169,13 +169,13 @@ def test_classes_and_settings_reach_the_config():
     shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_panoptic").items()}
     plan = FAMILIES["maskdino"].plan(shapes)
     assert plan.config.model.text.classes[0] == "person" and plan.config.model.text.classes[-1] == "rug"
-    _configure(plan, [f"name {i}" for i in range(133)], {"model.box_init": "bitmask"})
-    assert plan.config.model.box_init == "bitmask" and plan.config.model.text.classes[3] == "name 3"
+    _configure(plan, [f"name {i}" for i in range(133)], {"model.initialize_box_type": "bitmask"})
+    assert plan.config.model.initialize_box_type == "bitmask" and plan.config.model.text.classes[3] == "name 3"
     with pytest.raises(ValueError, match="133 classes"):
         _configure(plan, ["one"], {})
     for field, value, words in (
         ("model.nonsense", 1, "no such field"),
-        ("model.box_init", "bitmsk", "bitmask"),
+        ("model.initialize_box_type", "bitmsk", "bitmask"),
         ("model.heads", "a", "int"),
     ):
         with pytest.raises(ValueError, match=words) as error:
@@ -189,10 +189,10 @@ def test_classes_and_settings_reach_the_config():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (("--like", "a.pth", "--input", "a", "--output", "b"), "--like goes with --to"),
-        (("--to", "safetensors", "--strict", "--input", "a", "--output", "b"), "--to takes"),
+        (("--like", "a.pth", "--input", "a", "--output", "b"), "--like requires --to"),
+        (("--to", "safetensors", "--strict", "--input", "a", "--output", "b"), "--to allows only"),
         (("--input", "a", "--output", ""), "--output is empty"),
-        (("--set", "model.box_init", "--input", "a", "--output", "b"), "FIELD=VALUE"),
+        (("--set", "model.initialize_box_type", "--input", "a", "--output", "b"), "FIELD=VALUE"),
         (("--input", "absent", "--output", "b"), "absent"),
     ],
 )
@@ -238,3 +238,13 @@ def test_a_trained_model_that_their_layout_cannot_hold_is_not_written_in_it(resn
     with pytest.raises(ValueError, match="layer3|stages/2") as error:
         export(str(tmp_path / "ours"), str(tmp_path / "out.safetensors"), like=other)
     assert "\n" not in str(error.value) and not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_download_that_fails_leaves_no_folder(tmp_path, monkeypatch):
+    def fail(package):
+        raise FileNotFoundError(f"{package}: no network")
+
+    monkeypatch.setattr("mqformer_jax.convert.convert.fetch", fail)
+    with pytest.raises(FileNotFoundError, match="no network"):
+        convert(None, str(tmp_path / "lite"), "lite")
+    assert not (tmp_path / "lite").exists()

@@ -341,7 +341,7 @@ def test_a_tree_without_end_is_refused(tmp_path):
         wide = [wide, wide]
     for tree in (loop, {"model": wide}):
         (tmp_path / "x.pkl").write_bytes(pickle.dumps(tree))
-        assert "nested without end" in assert_one_line(tmp_path / "x.pkl")
+        assert "nested too deeply" in assert_one_line(tmp_path / "x.pkl")
 
 
 @pytest.mark.parity
@@ -438,14 +438,14 @@ def objects_of_numpy() -> bytes:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b'{"message": "Not found"}', "JSON"),
         (b'{"weight_map": {"a": "../../secret"}}', "JSON"),
-        (b'{"weight_map": {"a": "x"}}', "no format"),  # an index that names itself
+        (b'{"weight_map": {"a": "x"}}', "unknown format"),  # an index that names itself
         (zip_of_text(), "notes.txt"),
         (tar_of_text(), "tar"),
         (objects_of_numpy(), "Python objects"),
-        (b"hello world, this is no checkpoint", "no format"),
+        (b"hello world, this is no checkpoint", "unknown format"),
         (pickle.dumps({"epoch": 3, "name": "x"}), "no tensors"),
         (pickle.dumps(np.ones(3)), "without a name"),
-        (pickle.dumps({"a": np.array([{}], object)}), "no number"),
+        (pickle.dumps({"a": np.array([{}], object)}), "not a number"),
     ],
 )
 def test_other_files_are_named_with_a_mend(tmp_path, content, told):
@@ -462,5 +462,5 @@ def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="1.safetensors: no such"):
         read(str(tmp_path))
     write_safetensors(str(tmp_path / "1.safetensors"), {"a": np.ones(1, np.float32)})
-    with pytest.raises(ValueError, match=r"lack 1 tensors that it names \(b"):
+    with pytest.raises(ValueError, match=r"lack 1 tensors of this index \(b"):
         read(str(tmp_path))

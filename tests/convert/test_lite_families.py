@@ -76,7 +76,7 @@ def round_trip(plan, shapes, make) -> tuple[dict[str, np.ndarray], Report]:
 def test_lite0_fills_the_backbone_and_comes_back():
     shapes = lite0_shapes()
     plan = efficientnet.plan(shapes)
-    assert efficientnet.FAMILY.recognises(shapes) and not minilm.FAMILY.recognises(shapes)
+    assert efficientnet.FAMILY.recognizes(shapes) and not minilm.FAMILY.recognizes(shapes)
     assert plan.part == "backbone" and plan.config.model.backbone.name == "efficientnet_lite0"
     back, report = round_trip(plan, shapes, lambda: EfficientNetLite0(rngs=nnx.Rngs(0)))
     rest = set(shapes) - set(back)
@@ -87,7 +87,8 @@ def test_lite0_fills_the_backbone_and_comes_back():
 def test_lite1_is_refused():
     shapes = lite0_shapes() | {"_blocks.16._depthwise_conv.weight": (1152, 1, 3, 3)}
     with pytest.raises(
-        ValueError, match=r"^_blocks.16._depthwise_conv.weight is \(1152, 1, 3, 3\), EfficientNet-Lite0 has none: give"
+        ValueError,
+        match=r"^_blocks.16._depthwise_conv.weight is \(1152, 1, 3, 3\), but EfficientNet-Lite0 has none: give",
     ):
         efficientnet.plan(shapes)
     del shapes["_blocks.7._project_conv.weight"]
@@ -99,7 +100,7 @@ def test_lite1_is_refused():
 def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
     shapes = minilm_shapes(prefix)
     plan = minilm.plan(shapes)
-    assert minilm.FAMILY.recognises(shapes) and not efficientnet.FAMILY.recognises(shapes)
+    assert minilm.FAMILY.recognizes(shapes) and not efficientnet.FAMILY.recognizes(shapes)
     text = plan.config.model.text
     assert plan.part == "text_encoder" and (text.name, text.tokenizer, text.context) == ("bert", "wordpiece", 64)
     assert (text.vocab_size, text.width, text.heads, text.layers, text.embed_dim, text.norm_eps) == (
@@ -122,12 +123,12 @@ def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
 def test_another_bert_is_refused():
     shapes = {key: tuple(2 * n if n == 384 else n for n in shape) for key, shape in minilm_shapes().items()}
     with pytest.raises(
-        ValueError, match=r"^embeddings.word_embeddings.weight is 768 wide: .*; give a MiniLM \(384\)\.$"
+        ValueError, match=r"^embeddings.word_embeddings.weight has width 768: .*; give a MiniLM \(384\)\.$"
     ):
         minilm.plan(shapes)
     shapes = minilm_shapes() | {"encoder.layer.1.intermediate.dense.weight": (384, 384)}
     with pytest.raises(
-        ValueError, match=r"^encoder.layer.1.intermediate.dense.weight is \(384, 384\), MiniLM has \(1536, 384\)"
+        ValueError, match=r"^encoder.layer.1.intermediate.dense.weight is \(384, 384\), but MiniLM has \(1536, 384\)"
     ):
         minilm.plan(shapes)
 

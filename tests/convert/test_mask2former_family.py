@@ -108,8 +108,8 @@ def parts_of(plan: Plan) -> dict[str, nnx.Module]:
     def make():
         backbone = Swin(model.backbone.name.removeprefix("swin_"), model.backbone.window, rngs=nnx.Rngs(0))
         decoder = PixelDecoder(
-            backbone.channels, model.width, model.heads, model.points, model.encoder_layers, model.encoder_ffn,
-            model.strides, model.mask_dim, model.mask_stride, rngs=nnx.Rngs(0),
+            backbone.channels, model.width, model.heads, model.num_sampling_points, model.encoder_layers,
+            model.encoder_ffn, model.strides, model.mask_dim, model.mask_stride, rngs=nnx.Rngs(0),
         )  # fmt: skip
         return nnx.split(backbone), nnx.split(decoder)
 
@@ -141,9 +141,10 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
 
     def run(states, image):
         backbone, decoder = (nnx.merge(graphs[name], states[name]) for name in parts)
-        memory, shapes, _, mask_features = decoder(backbone(image), np.full((2, 2), (64, 96)), (64, 96))
-        cuts = np.cumsum([h * w for h, w in shapes])[:-1]
-        maps = [level.reshape(2, *shape, -1) for level, shape in zip(jnp.split(memory, cuts, 1), shapes)]
+        memory, mask_features = decoder(backbone(image), np.full((2, 2), (64, 96)), (64, 96))
+        cuts = np.cumsum([h * w for h, w in memory.shapes])[:-1]
+        levels = zip(jnp.split(memory.tokens, cuts, 1), memory.shapes)
+        maps = [level.reshape(2, *shape, -1) for level, shape in levels]
         return [mask_features, *maps]
 
     @jax.jit
@@ -180,7 +181,7 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
     assert not report.unused and not report.mismatched, report.table()
     places = (
         "decoder/layers/cross_attention", "decoder/anchor_pos", "heads/box", "heads/class_embed", "heads/logit_scale",
-        "heads/logit_bias", "learnable/anchors", "grain", "noised", "text_encoder",
+        "heads/logit_bias", "learnable/anchors", "region_embedding", "denoising_embedding", "text_encoder",
     )  # fmt: skip
     unfilled = {place: [path for path in report.missing if path.startswith(place)] for place in places}
     assert all(unfilled.values()) and sum(map(len, unfilled.values())) == len(report.missing)
@@ -256,20 +257,20 @@ def test_each_layout_is_known_by_its_own_family_alone():
     sizes = shapes_of(mask2former("meta", swin=False).state_dict())
     headless = {key.removeprefix("model."): shape for key, shape in sizes.items() if key.startswith("model.")}
     layouts = [sizes, headless, original_names(sizes)]
-    owners = [[name for name, family in families.items() if family.recognises(layout)] for layout in layouts]
+    owners = [[name for name, family in families.items() if family.recognizes(layout)] for layout in layouts]
     assert owners == [["hf_mask2former"], ["hf_mask2former"], ["mask2former"]]
     assert len(families["hf_mask2former"].plan(headless).entries) == len(families["hf_mask2former"].plan(sizes).entries)
-    assert all("CC-BY-NC" in family.licence for family in families.values())
+    assert all("CC-BY-NC" in family.license for family in families.values())
 
 
 @pytest.mark.parity
 def test_another_backbone_and_half_a_file_are_refused():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     headed = {key: shape for key, shape in sizes.items() if not key.startswith("backbone.")}
-    with pytest.raises(ValueError, match=r"backbone\.\* is missing: .* give the whole file"):
+    with pytest.raises(ValueError, match=r"backbone\.\* is missing: .* give the complete file"):
         families["mask2former"].plan(headed)
     with pytest.raises(ValueError, match="neither a ResNet nor a Swin"):
         families["mask2former"].plan(headed | {"backbone.stage1.conv.weight": (64, 3, 3, 3)})
     del sizes["sem_seg_head.predictor.query_feat.weight"]
-    with pytest.raises(ValueError, match="query_feat.weight is missing: .* is the file whole"):
+    with pytest.raises(ValueError, match="query_feat.weight is missing: .* is the file complete"):
         families["mask2former"].plan(sizes)

@@ -72,7 +72,7 @@ def test_names_of_a_training_run_are_read_like_the_released_ones():
     released = shapes(checkpoint())
     trained = {f"model.{key}": shape for key, shape in released.items()}
 
-    assert WHOLE.recognises(released) and WHOLE.recognises(trained)
+    assert WHOLE.recognizes(released) and WHOLE.recognizes(trained)
     plan, other = WHOLE.plan(released), WHOLE.plan(trained)
     assert other.config.to_dict() == plan.config.to_dict()
     assert [entry.theirs for entry in other.entries] == [f"model.{entry.theirs}" for entry in plan.entries]
@@ -107,7 +107,7 @@ def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     tensors = _language_names(state_dict(theirs))
     tokens = np.array([[38, 5, 7, 39, 0, 0, 0, 0], [38, 1, 2, 3, 4, 9, 30, 39]])
 
-    assert TEXT.recognises(shapes(tensors)) and not WHOLE.recognises(shapes(tensors))
+    assert TEXT.recognizes(shapes(tensors)) and not WHOLE.recognizes(shapes(tensors))
     plan = TEXT.plan(shapes(tensors))
     encoder = load(build(lambda rngs: make_text_encoder(plan.config.model.text, rngs, "float32")), plan, tensors)
     expected = theirs(input_ids=torch.tensor(tokens)).text_embeds.detach().numpy()

@@ -105,7 +105,7 @@ def test_the_names_differ_and_the_places_do_not(depth):
 @pytest.mark.parity
 def test_each_layout_is_known_by_its_own_family_alone():
     layouts = [torchvision(50), detectron2(50), hugging_face(50), hugging_face(50, "ResNetForImageClassification")]
-    owners = [[name for name, family in families.items() if family.recognises(layout)] for layout in layouts]
+    owners = [[name for name, family in families.items() if family.recognizes(layout)] for layout in layouts]
     assert owners == [["resnet"], ["d2_resnet"], ["hf_resnet"], ["hf_resnet"]]
 
 
@@ -114,7 +114,7 @@ def test_each_layout_is_known_by_its_own_family_alone():
 def test_what_other_code_writes_before_the_names_is_read_over(name, prefix):
     layout = LAYOUTS[name](50)
     prefixed = {prefix + key: shape for key, shape in layout.items()}
-    assert [n for n, family in families.items() if family.recognises(prefixed)] == [name]
+    assert [n for n, family in families.items() if family.recognizes(prefixed)] == [name]
     expected, found = families[name].plan(layout).entries, families[name].plan(prefixed).entries
     assert found == [dataclasses.replace(entry, theirs=prefix + entry.theirs) for entry in expected]
 
@@ -126,7 +126,7 @@ def test_the_backbone_of_a_whole_model_is_not_taken_alone():
         "visual.proj",
     ):
         shapes = {f"backbone.{key}": shape for key, shape in detectron2(50).items()} | torchvision(50) | {more: (256,)}
-        assert not any(family.recognises(shapes) for family in families.values())
+        assert not any(family.recognizes(shapes) for family in families.values())
 
 
 @pytest.mark.parity
@@ -140,18 +140,18 @@ def test_the_classifier_of_hugging_face_is_ignored_by_name():
 
 def test_other_depths_are_refused_in_one_line():
     shapes = {key: shape for key, shape in torchvision(50).items() if not key.startswith("layer3.5.")}
-    with pytest.raises(ValueError, match=r"\(3, 4, 5, 3\) bottlenecks a stage .*; only ResNet-50 .* and ResNet-101"):
+    with pytest.raises(ValueError, match=r"\(3, 4, 5, 3\) bottlenecks per stage .*; only ResNet-50 .* and ResNet-101"):
         families["resnet"].plan(shapes)
     basic = {key: shape for key, shape in torchvision(50).items() if "conv3" not in key}
     with pytest.raises(
         ValueError,
-        match=r"no bottlenecks, as those of 18 and 34 layers .* \(a bottleneck has layer\?\.\?\.conv3\.weight\)",
+        match=r"no bottlenecks, e.g. ResNet-18 or -34, .* \(a bottleneck has layer\?\.\?\.conv3\.weight\)",
     ):
         families["resnet"].plan(basic)
 
 
 def test_weights_for_other_pixels_are_refused():
     msra = {"conv1_w": (64, 3, 7, 7), "res2_0_branch2a_w": (64, 64, 1, 1)}
-    assert families["d2_resnet"].recognises(msra)
+    assert families["d2_resnet"].recognizes(msra)
     with pytest.raises(ValueError, match="BGR"):
         families["d2_resnet"].plan(msra)

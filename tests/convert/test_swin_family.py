@@ -197,15 +197,15 @@ def test_a_family_knows_its_own():
         (on_disk, (False, True)),
         *((model, (False, False)) for model in whole_models),
     ]:
-        assert tuple(family.recognises(shapes) for family in FAMILIES) == known
+        assert tuple(family.recognizes(shapes) for family in FAMILIES) == known
 
 
 def test_what_is_no_swin_is_refused_in_one_line():
     shapes = microsoft_shapes(SIZES["t"], 7)
     first = "layers.0.blocks.0.attn.relative_position_bias_table"
     wrong = [
-        ({"conv1.weight": (64, 3, 7, 7)}, f"{first} is missing: .* give the whole file"),
-        (microsoft_shapes(TINY, 7), r"width 32 and depths \(2, 2, 4, 2\); convertible are t: 96, \(2, 2, 6, 2\)"),
+        ({"conv1.weight": (64, 3, 7, 7)}, f"{first} is missing: .* give the complete file"),
+        (microsoft_shapes(TINY, 7), r"width 32 and depths \(2, 2, 4, 2\); supported are t: 96, \(2, 2, 6, 2\)"),
         (shapes | {first: (170, 3)}, r"shape \(170, 3\)"),
         (
             {key: shape for key, shape in shapes.items() if "patch_embed" not in key},

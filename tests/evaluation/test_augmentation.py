@@ -7,24 +7,25 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.evaluation.augment import joined, mean_regions, mirrored_image, mirrored_texts, views_of
-from mqformer_jax.inference.predictor import Answer
+from mqformer_jax.inference.predictor import RawPredictions
 from mqformer_jax.segments import CanvasMasks, region_segments, semantic_map, soft_mask
 
 OUTPUT = (20, 28)
 
 
 @pytest.fixture
-def views() -> tuple[list[Answer], list[bool]]:
+def views() -> tuple[list[RawPredictions], list[bool]]:
     """Three views of one image by 6 queries for 3 prompts: as it is, mirrored, and larger and mirrored."""
     rng, answers = np.random.default_rng(0), []
     for canvas, valid in (((32, 32), (23, 32)), ((32, 32), (23, 32)), ((64, 64), (46, 64))):
         logits = rng.normal(0, 3, (6, canvas[0] // 4, canvas[1] // 4)).astype(np.float32)
         boxes = np.tile([2.0, 3.0, 10.0, 12.0], (6, 1)).astype(np.float32)
-        answers.append(Answer(rng.random((6, 3)).astype(np.float32), boxes, CanvasMasks(logits, canvas, valid, OUTPUT)))
+        masks = CanvasMasks(logits, canvas, valid, OUTPUT)
+        answers.append(RawPredictions(rng.random((6, 3)).astype(np.float32), boxes, masks))
     return answers, [False, True, True]
 
 
-def probabilities(answer: Answer, flip: bool) -> np.ndarray:
+def probabilities(answer: RawPredictions, flip: bool) -> np.ndarray:
     probs = 1 / (1 + np.exp(-answer.masks[np.arange(6)].astype(np.float64)))
     return probs[:, :, ::-1] if flip else probs
 
@@ -56,7 +57,7 @@ def test_a_region_is_the_mean_probability_of_each_views_best_query_by_its_score(
     )
 
 
-def scores_of(views: tuple[list[Answer], list[bool]], prompt: int) -> list[float]:
+def scores_of(views: tuple[list[RawPredictions], list[bool]], prompt: int) -> list[float]:
     return [answer.class_probs[:, prompt].max() for answer in views[0]]
 
 

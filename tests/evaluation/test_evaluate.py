@@ -52,7 +52,7 @@ def test_a_damaged_record_is_named_counted_and_left_out(predictor, tiny_config, 
 def test_a_second_set_of_a_task_does_not_overwrite_the_first(predictor, tiny_config, tmp_path):
     entry = dict(name="sample_scenes", tasks=("semantic",))
     tiny_config.eval.sets = (dict(entry, split="val"), dict(entry, split="train"))
-    tiny_config.eval.limit = 3
+    tiny_config.eval.max_images = 3
     found = evaluate(predictor, tiny_config, str(tmp_path))
     assert {"semantic.miou", "sample_scenes/train/semantic.miou"} <= set(found)
     assert json.loads((tmp_path / "eval.json").read_text()) == found
@@ -106,7 +106,7 @@ def test_views_change_regions_and_semantic_maps_and_nothing_else(predictor, tiny
 
 
 def test_predictions_are_saved_as_benchmarks_take_them(predictor, tiny_config, tmp_path):
-    tiny_config.eval.keep = 0.0
+    tiny_config.eval.object_mask_threshold = 0.0
     evaluate(predictor, every_task(tiny_config), str(tmp_path), save_predictions=True)
     scenes, mattes = (tmp_path / "predictions" / f"{name}_val" for name in TASKS)
     lists = {path.stem: json.loads(path.read_text()) for path in scenes.glob("*.json")}
@@ -129,7 +129,7 @@ def test_sets_in_the_wild_have_a_mean_and_a_median(predictor, tiny_config, sampl
         shutil.copytree(f"{sample_root}/sample_scenes", tmp_path / name)
     measured = iter([10.0, 20.0, 60.0])
     monkeypatch.setattr(InstanceEvaluator, "result", lambda self: {"mask_ap": next(measured)})
-    tiny_config.data.root, tiny_config.eval.limit = str(tmp_path), 1
+    tiny_config.data.root, tiny_config.eval.max_images = str(tmp_path), 1
     tiny_config.eval.sets = tuple(dict(name=f"seginw_{c}", split="val", tasks=("instance",)) for c in "abc")
     found = evaluate(predictor, tiny_config, str(tmp_path / "out"))
     assert found["seginw.mean_mask_ap"] == 30 and found["seginw.median_mask_ap"] == 20
@@ -137,7 +137,7 @@ def test_sets_in_the_wild_have_a_mean_and_a_median(predictor, tiny_config, sampl
 
 
 def test_a_set_that_is_not_there_is_told_before_anything_is_evaluated(predictor, tiny_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(predictor, "ask", None)
+    monkeypatch.setattr(predictor, "predict_raw", None)
     tiny_config.eval.sets = (*every_task(tiny_config).eval.sets, dict(name="cocoa", split="val", tasks=("semantic",)))
     with pytest.raises(FileNotFoundError, match="data set 'cocoa' split 'val' is not in"):
         evaluate(predictor, tiny_config, str(tmp_path))
@@ -161,7 +161,7 @@ def command(*arguments) -> subprocess.CompletedProcess:
 @pytest.mark.slow
 def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config, sample_root, tmp_path):
     save_weights(str(tmp_path), Weights(tiny_config, predictor.params, predictor.frozen), {})
-    options = ["--datasets=sample_mattes/val", f"--config.data.root={sample_root}", "--config.eval.limit=2"]
+    options = ["--datasets=sample_mattes/val", f"--config.data.root={sample_root}", "--config.eval.max_images=2"]
     done = command(f"--checkpoint={tmp_path}", *options)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
@@ -173,6 +173,6 @@ def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path):
     done = command(f"--checkpoint={tmp_path}/none")
     assert (
         done.returncode == 1
-        and f"{tmp_path}/none: no checkpoint there" in done.stderr
+        and f"{tmp_path}/none: no checkpoint found" in done.stderr
         and "Traceback" not in done.stderr
     )

@@ -14,7 +14,7 @@ from mqformer_jax.evaluation.instance import InstanceEvaluator
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, encode_rle
 from mqformer_jax.segments import Segments
 
-INFO = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), thing=False), ClassInfo(("dog",))), {})
+INFO = DatasetInfo("toy", (ClassInfo(("cat",)), ClassInfo(("sky",), is_region=True), ClassInfo(("dog",))), {})
 TEXTS = [c.name for c in INFO.classes]
 SIZE = 224
 

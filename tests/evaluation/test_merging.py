@@ -48,7 +48,7 @@ def matting_updates(rng):
 
 
 def referring_updates(rng):
-    for i, kind in enumerate(("colour", None, "place") * 3):
+    for i, kind in enumerate(("color", None, "place") * 3):
         yield rng.random((12, 12)) > 0.6, None if rng.random() < 0.3 else rng.random((12, 12)) > 0.5, kind, str(i // 2)
 
 

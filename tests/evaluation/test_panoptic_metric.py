@@ -10,7 +10,7 @@ from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment, e
 from mqformer_jax.segments import Segments
 
 INFO = DatasetInfo(
-    "toy", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("sky",), False), ClassInfo(("sea",), False)), {}
+    "toy", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("sky",), True), ClassInfo(("sea",), True)), {}
 )
 SIZE = 32
 

@@ -181,7 +181,7 @@ def noisy_panoptic(record: Record, info: DatasetInfo, rng: np.random.Generator, 
     panoptic, labels = np.zeros((record.height, record.width), np.int32), []
     for segment in sorted(record.segments, key=lambda s: -record.decode_mask(s.mask).sum()):
         label = segment.class_id if rng.random() < 0.9 else int(rng.integers(len(info.classes)))
-        if rng.random() < 0.9 and not (label in labels and not info.classes[label].thing):
+        if rng.random() < 0.9 and not (label in labels and info.classes[label].is_region):
             labels.append(label)
             panoptic[noisy(record.decode_mask(segment.mask), rng)] = len(labels)
     kept = [i for i in range(len(labels)) if (panoptic == i + 1).any()]
@@ -242,22 +242,23 @@ def test_pq_and_query_use_are_those_of_panopticapi(small_root, real_data):
         png = np.array(Image.open(real_data / "coco" / "panoptic" / "val" / annotation["file_name"])).astype(np.int64)
         labels = [class_ids[k] for k in answer.prompt_ids]
         for k in panopticapi(png @ [1, 256, 65536], annotation["segments_info"], answer.panoptic, labels, totals):
-            queries[info.classes[answer.prompt_ids[k]].thing].append(answer.query_ids[k])
+            queries[info.classes[answer.prompt_ids[k]].is_region].append(answer.query_ids[k])
     assert sum(t[2] for t in totals.values()) > 20 and sum(t[3] for t in totals.values()) > 20
 
-    def mean(things: tuple[bool, ...]) -> np.ndarray:
-        rows = [totals[c] for c, known in zip(class_ids, info.classes) if known.thing in things and sum(totals[c][1:])]
+    def mean(kinds: tuple[bool, ...]) -> np.ndarray:
+        of_kind = [c for c, known in zip(class_ids, info.classes) if known.is_region in kinds]
+        rows = [totals[c] for c in of_kind if sum(totals[c][1:])]
         counted = [(iou, tp, tp + fp / 2 + fn / 2) for iou, tp, fp, fn in rows]
         return 100 * np.mean([(iou / all_, iou / max(tp, 1), tp / all_) for iou, tp, all_ in counted], 0)
 
     found = evaluator.result()
-    for suffix, things in (("", (True, False)), ("_things", (True,)), ("_stuff", (False,))):
-        want = mean(things)
+    for suffix, kinds in (("", (True, False)), ("_things", (False,)), ("_stuff", (True,))):
+        want = mean(kinds)
         assert 20 < want[0] < 90
         np.testing.assert_allclose([found[k + suffix] for k in ("pq", "sq", "rq")], want, rtol=0, atol=1e-9)
-    for thing, name in ((True, "things"), (False, "stuff")):
+    for is_region, name in ((False, "things"), (True, "stuff")):
         assert found[f"learnable_share_{name}"] == pytest.approx(
-            100 * np.mean(np.array(queries[thing]) < learnable), abs=1e-9
+            100 * np.mean(np.array(queries[is_region]) < learnable), abs=1e-9
         )
     classes = evaluator.details()["classes"]
     assert {name: [c[k] for k in ("tp", "fp", "fn")] for name, c in classes.items()} == {

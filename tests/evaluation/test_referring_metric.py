@@ -17,8 +17,8 @@ def run(start: int, stop: int) -> np.ndarray:
 @pytest.fixture
 def result() -> dict[str, float]:
     evaluator = ReferringEvaluator()
-    evaluator.update(run(0, 10), run(0, 10), "colour")  # 10 / 10
-    evaluator.update(run(0, 60), run(0, 80), "colour")  # 60 / 80 = 0.75
+    evaluator.update(run(0, 10), run(0, 10), "color")  # 10 / 10
+    evaluator.update(run(0, 60), run(0, 80), "color")  # 60 / 80 = 0.75
     evaluator.update(run(0, 10), run(5, 15), "relation")  # 5 / 15
     evaluator.update(run(0, 0), None)
     evaluator.update(run(0, 1), None)
@@ -41,7 +41,7 @@ def test_only_an_empty_answer_is_right_where_there_is_no_target(result):
 
 
 def test_each_kind_has_its_own_numbers(result):
-    assert result["miou/colour"] == pytest.approx(87.5) and result["ciou/colour"] == pytest.approx(100 * 70 / 90)
+    assert result["miou/color"] == pytest.approx(87.5) and result["ciou/color"] == pytest.approx(100 * 70 / 90)
     assert result["miou/relation"] == pytest.approx(100 / 3)
 
 

@@ -12,9 +12,10 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.inference import app
-from mqformer_jax.inference.predictor import TASKS, Predictor
+from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import decode_rle
 from mqformer_jax.segments import Segments
+from mqformer_jax.tasks import ANSWERED
 
 
 class Stripes(Predictor):
@@ -63,16 +64,16 @@ def test_only_tasks_that_tell_things_from_regions_are_told(task, regions):
     )
 
 
-def test_the_legend_has_the_overlays_colours_in_the_order_of_the_prompts():
+def test_the_legend_has_the_overlays_colors_in_the_order_of_the_prompts():
     reply = app.answer(Stripes(), IMAGE, "ball; sky*; star", "panoptic")
     assert [(r.prompt, round(r.score, 2), round(r.share, 3)) for r in reply.rows] == [
         ("ball", 0.9, 0.333),
         ("sky", 0.7, 0.333),
     ]
-    colour = np.array([int(reply.rows[0].color[i : i + 2], 16) for i in (1, 3, 5)])
+    color = np.array([int(reply.rows[0].color[i : i + 2], 16) for i in (1, 3, 5)])
     seen = reply.overlay[:, : reply.overlay.shape[1] // 4].reshape(-1, 3).mean(0)
     others = np.array([int(reply.rows[1].color[i : i + 2], 16) for i in (1, 3, 5)])
-    assert np.abs(seen - colour).sum() < np.abs(seen - others).sum()
+    assert np.abs(seen - color).sum() < np.abs(seen - others).sum()
 
 
 def test_the_archive_holds_each_mask_as_png_and_as_run_length_code():
@@ -103,14 +104,16 @@ def test_mattes_are_written_as_shares_of_each_pixel():
 
 
 def test_instances_below_the_score_are_left_out():
-    assert [r.prompt for r in app.answer(Stripes(), IMAGE, "ball; sky; star", "instance", least=0.8).rows] == ["ball"]
+    assert [
+        r.prompt for r in app.answer(Stripes(), IMAGE, "ball; sky; star", "instance", score_threshold=0.8).rows
+    ] == ["ball"]
 
 
 def test_matting_is_offered_where_there_is_a_refiner():
     predictor = Stripes()
     assert app.tasks_of(predictor) == ["panoptic", "instance", "semantic", "referring", "foreground"]
     predictor.refiner = object()
-    assert app.tasks_of(predictor)[-1] == "matting" and set(app.tasks_of(predictor)) == set(TASKS)
+    assert app.tasks_of(predictor)[-1] == "matting" and set(app.tasks_of(predictor)) == set(ANSWERED)
 
 
 def test_the_foreground_needs_no_prompt():
@@ -257,9 +260,9 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
 
     page.pick("#queries", "conditional")
     page.wait(lambda: site.predictor.asked[-1].queries == "conditional")
-    assert not any(x.is_displayed() for x in page.all("#least"))
+    assert not any(x.is_displayed() for x in page.all("#score_threshold"))
     page.pick("#task", "instance")
-    page.wait(lambda: any(x.is_displayed() for x in page.all("#least")))
+    page.wait(lambda: any(x.is_displayed() for x in page.all("#score_threshold")))
     page.all("#segment")[0].click()
     page.wait(lambda: site.predictor.asked[-1].task == "instance")
     assert page.hosts() == {"127.0.0.1"}

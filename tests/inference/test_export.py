@@ -36,7 +36,7 @@ def predictor(checkpoint):
 @pytest.fixture(scope="module")
 def exported(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "tiny"
-    given = [f"--checkpoint={checkpoint}", f"--out={out}", "--prompts=8"]
+    given = [f"--checkpoint={checkpoint}", f"--output={out}", "--prompts=8"]
     exporting.main(exporting.arguments().parse_args(given))
     return out
 
@@ -45,12 +45,12 @@ def exported(checkpoint, tmp_path_factory):
 def test_a_script_without_the_package_says_what_the_predictor_says(predictor, exported, tmp_path):
     """The image fills the canvas' width, so that nothing is resized: docs/serve.py resizes without OpenCV."""
     image = np.random.default_rng(0).integers(0, 256, (50, 64, 3), np.uint8)
-    text = np.asarray(predictor.embed(TEXTS, [True, True, False]))
+    prompts = np.asarray(predictor.embed(TEXTS, [True, True, False]))
     np.save(tmp_path / "image.npy", image)
-    np.save(tmp_path / "text.npy", text)
-    command = [sys.executable, "-c", ALONE, str(SERVE), str(exported), "image.npy", "text.npy", "answer.npz"]
+    np.save(tmp_path / "prompts.npy", prompts)
+    command = [sys.executable, "-c", ALONE, str(SERVE), str(exported), "image.npy", "prompts.npy", "predictions.npz"]
     subprocess.run(command, check=True, cwd=tmp_path)
-    (wanted,), found = predictor.ask([image], [text]), np.load(tmp_path / "answer.npz")
+    (wanted,), found = predictor.predict_raw([image], [prompts]), np.load(tmp_path / "predictions.npz")
     boxes = found["boxes"] * 64  # of a square canvas of 64 pixels, whose scale is the image's
     xyxy = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], 1)
     np.testing.assert_allclose(found["class_probs"], wanted.class_probs, atol=1e-5)
@@ -60,10 +60,10 @@ def test_a_script_without_the_package_says_what_the_predictor_says(predictor, ex
 
 def test_encode_gives_the_predictors_vectors(predictor, exported):
     encode = jax.export.deserialize((exported / "encode.stablehlo").read_bytes())
-    tokens, region = np.zeros((8, predictor.config.model.text.context), np.int32), np.arange(8) < 2
+    tokens, is_region = np.zeros((8, predictor.config.model.text.context), np.int32), np.arange(8) < 2
     tokens[:3] = predictor.tokenizer(TEXTS)
-    (found,) = encode.call(load_file(exported / "weights.safetensors"), tokens, region)
-    np.testing.assert_allclose(found[:3], predictor.embed(TEXTS, region[:3]), atol=1e-5)
+    (found,) = encode.call(load_file(exported / "weights.safetensors"), tokens, is_region)
+    np.testing.assert_allclose(found[:3], predictor.embed(TEXTS, is_region[:3]), atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["encode", "segment"])

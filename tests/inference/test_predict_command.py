@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mqformer_jax.image_io import find_images
 from mqformer_jax.inference.predict import answer_files, literal, output_stems, parse_prompts
 from mqformer_jax.inference.save_results import cutout, save
 from mqformer_jax.input.record import decode_rle
@@ -62,9 +63,20 @@ def test_files_hold_what_the_segments_say(tmp_path, image, segments):
     second = answer["segments"][1]
     assert second["bbox"] == [30, 20, 30, 20] and second["area"] == 600
     np.testing.assert_array_equal(decode_rle(second["segmentation"]["counts"].encode(), 40, 60), segments.masks[1])
-    np.testing.assert_array_equal(np.array(Image.open(tmp_path / "x_panoptic.png")), segments.panoptic)
+    ids = Image.open(tmp_path / "x_panoptic.png")
+    np.testing.assert_array_equal(np.array(ids), segments.panoptic)
+    assert len(set(ids.convert("RGB").getdata())) == len(np.unique(segments.panoptic)), "one visible color a segment"
     np.testing.assert_array_equal(cv2.imread(str(tmp_path / "x_masks/002_a_b.png"), 0) > 0, segments.masks[1])
     assert len(written) == 5 and not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_results_are_never_taken_for_images(tmp_path, image, segments):
+    """The second of two runs whose output lies in the folder of the photographs."""
+    for task in ("panoptic", "referring"):
+        save(str(tmp_path / f"x_{task}"), image, segments, task, "photos/x.jpg", masks=True)
+    Image.fromarray(image).save(tmp_path / "x.png")
+    Image.fromarray(image).save(tmp_path / "y_overlay.png")  # nobody's result: there is no y.json
+    assert find_images([str(tmp_path)]) == [str(tmp_path / "x.png"), str(tmp_path / "y_overlay.png")]
 
 
 def test_a_cutout_is_as_opaque_as_the_matte_or_the_mask(image, segments):
@@ -113,14 +125,16 @@ def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tiny_che
             "mqformer_jax",
             "predict",
             f"--checkpoint={tiny_checkpoint}",
-            f"--out={tmp_path}/out",
+            f"--output={tmp_path}/out",
             *options,
         ]
         return subprocess.run(command, capture_output=True, text=True)
 
     photo = f"--image={tmp_path}/photo.png"
-    done = run(photo, "--prompts=the red star; sky", "--task=referring", "--set", "eval.absent=0.0")
+    done = run(photo, "--prompts=the red star; sky", "--task=referring", "--set", "eval.no_target_threshold=0.0")
     assert done.returncode == 0, done.stderr
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"photo.json", "photo_overlay.png", "photo_cutout.png"}
+    wrong = run(photo, "--prompts=sky", "--score=37")
+    assert (wrong.returncode, wrong.stderr) == (1, "mqformer predict: flag --score=37.0: give a number from 0 to 1.\n")
     wrong = run(photo, "--prompts=sky", "--task=matting")
     assert wrong.returncode == 1 and "no refiner" in wrong.stderr and "Traceback" not in wrong.stderr

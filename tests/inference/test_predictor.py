@@ -4,7 +4,7 @@ import pytest
 from tiny import get_config
 
 from mqformer_jax.checkpoint import Weights, save_weights
-from mqformer_jax.inference.predictor import Predictor, bucket
+from mqformer_jax.inference.predictor import Predictor, padded_length
 from mqformer_jax.input.transforms import fit_image
 from mqformer_jax.models.build import build_model
 from mqformer_jax.models.tokenizer import make_tokenizer
@@ -29,7 +29,7 @@ def test_segments_have_the_size_of_the_image_whatever_it_is(predictor, image):
 
 
 def test_panoptic_segments_do_not_overlap_and_instances_are_ranked(predictor, image):
-    predictor.config.eval.keep = 0.0
+    predictor.config.eval.object_mask_threshold = 0.0
     panoptic = predictor(image, ["sky", "ball"], task="panoptic", regions=[True, False])
     assert panoptic.panoptic.shape == image.shape[:2] and panoptic.masks.sum(0).max(initial=0) <= 1
     instances = predictor(image, ["sky", "ball"], task="instance", regions=[True, False])
@@ -39,8 +39,8 @@ def test_panoptic_segments_do_not_overlap_and_instances_are_ranked(predictor, im
 def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
     prompts = predictor.embed(["ball", "star"], [False, False])
     few = predictor.embed(["sky"], [True])
-    alone = predictor.ask([image], [prompts])[0]
-    _, beside = predictor.ask([image[:20], image], [few, prompts], batch=3)
+    alone = predictor.predict_raw([image], [prompts])[0]
+    _, beside = predictor.predict_raw([image[:20], image], [few, prompts], batch=3)
     np.testing.assert_allclose(alone.class_probs, beside.class_probs, atol=1e-5)
     np.testing.assert_allclose(alone.boxes, beside.boxes, atol=1e-2)
 
@@ -51,10 +51,10 @@ def test_several_devices_share_the_images_of_a_batch(predictor, image):
     several = Predictor(predictor.config, predictor.params, predictor.frozen, predictor.tokenizer, devices)
     images, texts = [image, image[:20], image[:, :30], image[10:], image[5:]], ["sky", "ball"]
     embedded = [predictor.embed(texts, [True, False])] * len(images)
-    for one, other in zip(predictor.ask(images, embedded), several.ask(images, embedded)):
+    for one, other in zip(predictor.predict_raw(images, embedded), several.predict_raw(images, embedded)):
         np.testing.assert_allclose(one.class_probs, other.class_probs, atol=1e-5)
         np.testing.assert_allclose(one.masks.logits, other.masks.logits, atol=1e-3)
-    assert len(several.params["grain"].devices()) == 4
+    assert len(several.params["region_embedding"].devices()) == 4
 
 
 def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
@@ -101,7 +101,8 @@ def test_templates_are_averaged_as_directions(predictor):
         predictor._encode(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts]))
     )
     each = [merge(t) for t in templates]
-    found = np.array(predictor.embed(texts, regions, templates)) - np.array(predictor.params["grain"])[[1, 0]]
+    of_regions = np.array(predictor.params["region_embedding"])[[1, 0]]
+    found = np.array(predictor.embed(texts, regions, templates)) - of_regions
     np.testing.assert_allclose(unit(found), unit(sum(unit(e) for e in each)), atol=1e-5)
 
 
@@ -109,11 +110,11 @@ def test_templates_are_averaged_as_directions(predictor):
 def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
     """What a converted Mask DINO is: a table of classes, plain dot products, conditional queries."""
     config = get_config()
-    config.model.update(queries="conditional", score="dot", grain=False, box_init="bitmask")
+    config.model.update(queries="conditional", score="dot", region_embedding=False, initialize_box_type="bitmask")
     config.model.text.update(
         name="classes", tokenizer="classes", classes=("sky", "traffic light"), context=1, embed_dim=9
     )
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
+    params, frozen = jax.jit(lambda k: build_model(config.model, k)[1:])(jax.random.key(0))
     predictor = Predictor(config, params, frozen, make_tokenizer(config.model.text))
     found = predictor(image, ["Traffic  light"], task="instance")
     assert len(found.scores) > 0 and (found.prompt_ids == 0).all()
@@ -163,11 +164,11 @@ def test_a_text_is_encoded_once(predictor, monkeypatch):
 def test_ten_thousand_prompts_are_answered(predictor, image):
     prompts = [f"thing {i}" for i in range(10_000)]
     found = predictor(image, prompts, task="instance")
-    assert len(found) == predictor.config.eval.top and found.prompt_ids.max() < len(prompts)
+    assert len(found) == predictor.config.eval.max_detections and found.prompt_ids.max() < len(prompts)
 
 
 def test_few_lengths_are_compiled():
-    lengths = [bucket(n) for n in range(1, 4097)]
+    lengths = [padded_length(n) for n in range(1, 4097)]
     assert all(n <= length <= max(8, 1.25 * n + 8) and length % 8 == 0 for n, length in enumerate(lengths, 1))
     assert len(set(lengths)) < 50
 
@@ -186,11 +187,11 @@ def test_a_model_with_a_long_list_of_parts_is_the_same_after_its_checkpoint(tmp_
     """EfficientNet has 16 blocks; in a checkpoint's tree "10" comes before "2"."""
     config = get_config()
     config.model.backbone.name = "efficientnet_lite0"
-    params, frozen = jax.jit(lambda k: build_model(config, k)[1:])(jax.random.key(0))
+    params, frozen = jax.jit(lambda k: build_model(config.model, k)[1:])(jax.random.key(0))
     save_weights(str(tmp_path), Weights(config, params, frozen), {})
     tokenizer = make_tokenizer(config.model.text)
     answers = []
     for predictor in (Predictor(config, params, frozen, tokenizer), Predictor.from_checkpoint(str(tmp_path))):
-        answers.append(predictor.ask([image], [predictor.embed(["ball"], [False])])[0])
+        answers.append(predictor.predict_raw([image], [predictor.embed(["ball"], [False])])[0])
     np.testing.assert_array_equal(answers[0].class_probs, answers[1].class_probs)
     np.testing.assert_array_equal(answers[0].masks.logits, answers[1].masks.logits)

@@ -6,7 +6,7 @@ from tiny import get_config
 
 from mqformer_jax.inference.text_cache import TextCache
 from mqformer_jax.models.mqformer import MQFormer
-from mqformer_jax.parallel.mesh import make_mesh, whole
+from mqformer_jax.parallel.mesh import gather_to_host, make_mesh
 from mqformer_jax.train import train
 from mqformer_jax.training.step import TrainStep
 
@@ -19,7 +19,7 @@ def tiny(tiny_weights):
 def test_cached_vectors_are_the_encoders(tiny, tiny_batch):
     config, params, frozen = tiny
     graph, _, _ = nnx.split(nnx.eval_shape(lambda: MQFormer(config.model, rngs=nnx.Rngs(0))), nnx.Param, ...)
-    embed = jax.jit(lambda tokens: nnx.merge(graph, params, frozen).embed_text(tokens, tiny_batch.prompt_region))
+    embed = jax.jit(lambda tokens: nnx.merge(graph, params, frozen).embed_text(tokens, tiny_batch.is_region))
     cache = TextCache(config.model, params["text_encoder"])
     for _ in range(2):  # the second time from memory
         given = cache(tiny_batch)
@@ -43,7 +43,7 @@ def test_a_frozen_text_encoder_does_not_move_in_training(tiny_run, tmp_path):
     from mqformer_jax.checkpoint import load_weights
 
     config = tiny_run
-    config.optimizer.text, config.steps = 0.0, 2
+    config.optimizer.text_lr_mult, config.steps = 0.0, 2
     train(config, str(tmp_path))
     start = TrainStep(config, make_mesh(config.mesh)).init().params
     trained = load_weights(str(tmp_path)).params
@@ -62,4 +62,4 @@ def test_sharded_parameters_come_back_whole():
     mesh = make_mesh((2, 2, 2))
     table = np.arange(32.0).reshape(8, 4)
     split = jax.device_put(table, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor")))
-    np.testing.assert_array_equal(whole({"a": split}, mesh)["a"], table)
+    np.testing.assert_array_equal(gather_to_host({"a": split}, mesh)["a"], table)

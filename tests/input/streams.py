@@ -17,8 +17,9 @@ from mqformer_jax.models.tokenizer import WordTokenizer
 
 def config(root: str, workers: int) -> ConfigDict:
     data = dict(
-        root=root, alpha=0.5, canvas=(64, 64), max_targets=10, max_prompts=16, mask_canvases=6.0, scale=(0.5, 2.0),
-        flip=0.5, jitter=0.2, templates=("{}",), leak_guard=True, max_bad=0.5, workers=workers, threads=2,
+        root=root, size_exponent=0.5, canvas=(64, 64), max_targets=10, max_prompts=16, mask_canvases=6.0,
+        scale_range=(0.5, 2.0), flip=0.5, color_jitter=0.2, templates=("{}",), leak_guard=True,
+        max_corrupt_fraction=0.5, workers=workers, threads=2,
         mixture=[
             dict(name="sample_scenes", split="train", tasks=("panoptic", "referring")),
             dict(name="sample_boxes", split="train", tasks=("instance",)),

@@ -30,7 +30,15 @@ def asked(root, name, split, tasks, side, **data):
     config.batch_size = 4
     config.eval.sets = ()
     config.data.update(
-        dict(root=root, canvas=(side, side), scale=(1.0, 1.0), flip=0.0, threads=0, max_targets=100, max_prompts=200)
+        dict(
+            root=root,
+            canvas=(side, side),
+            scale_range=(1.0, 1.0),
+            flip=0.0,
+            threads=0,
+            max_targets=100,
+            max_prompts=200,
+        )
         | data
     )
     config.data.mixture = (dict(name=name, split=split, tasks=tasks),)
@@ -54,7 +62,7 @@ def asked(root, name, split, tasks, side, **data):
                     masks[i, n, :h, :w] if batch.has_mask[i, n] else np.round(batch.boxes[i, n] * side, 1).tolist()
                     for n in rows
                 ]
-                prompts[text, bool(batch.prompt_region[i, p]), bool(batch.prompt_exhaustive[i, p])] = things
+                prompts[text, bool(batch.is_region[i, p]), bool(batch.prompt_exhaustive[i, p])] = things
             found[key] = prompts, ignore[i, :h, :w]
         if len(found) >= ROWS:
             return found

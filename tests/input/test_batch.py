@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mqformer_jax.input.batch import Room, collate, to_row, unpack_masks
+from mqformer_jax.input.batch import BatchSpec, collate, pack_example, unpack_masks
 from mqformer_jax.input.example import Example, Prompt, Target
 
 H, W, P, N = 16, 24, 5, 4
@@ -22,8 +22,10 @@ def example(num_targets=2, h=13, w=19, seed=0):
 
 def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_bytes=4 * H * W // 8):
     """A Batch of one."""
-    texts, room = [ex.prompts[i].texts[0] for i in indices], Room((H, W), P, max_targets, mask_bytes)
-    return collate([to_row(ex, texts, np.array(indices, int), tokenizer, room, 3, np.random.default_rng(seed))], room)
+    texts, spec = [ex.prompts[i].texts[0] for i in indices], BatchSpec((H, W), P, max_targets, mask_bytes)
+    return collate(
+        [pack_example(ex, texts, np.array(indices, int), tokenizer, spec, 3, np.random.default_rng(seed))], spec
+    )
 
 
 def test_masks_come_back_from_their_bits():
@@ -51,7 +53,7 @@ def test_a_mask_is_kept_no_larger_than_its_window():
         assert out.windows[0, 1].tolist() == [13 * 3, top, left // 8, 4, 2 if left % 8 > 3 else 1]
 
 
-def test_image_is_padded_with_grey_and_size_is_the_valid_part():
+def test_image_is_padded_with_gray_and_size_is_the_valid_part():
     ex = example()
     out = row(ex)
     np.testing.assert_array_equal(out.image[0, :13, :19], ex.image)
@@ -61,13 +63,13 @@ def test_image_is_padded_with_grey_and_size_is_the_valid_part():
 def test_prompts_follow_the_chosen_order():
     out = row(example())
     assert out.prompt_valid[0].tolist() == [True, True, True, False, False]
-    assert out.prompt_region[0].tolist() == [False, False, True, False, False]
+    assert out.is_region[0].tolist() == [False, False, True, False, False]
     assert out.prompt_exhaustive[0].tolist() == [False, True, True, False, False]
     assert out.positive[0, :2].tolist() == [[False, True, True, False, False], [False, False, True, False, False]]
     assert out.tokens[0].tolist() == [[3, 7, 9]] * 3 + [[0, 0, 0]] * 2 and out.source.tolist() == [3]
 
 
-def test_boxes_are_centres_and_sizes_as_fractions_of_the_canvas():
+def test_boxes_are_centers_and_sizes_as_fractions_of_the_canvas():
     np.testing.assert_allclose(row(example()).boxes[0, 0], [7 / W, 6 / H, 10 / W, 6 / H], rtol=1e-6)
 
 
@@ -124,16 +126,16 @@ def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_l
 
 
 def test_rows_stack_into_a_batch():
-    room = Room((H, W), P, N, 200)
+    spec = BatchSpec((H, W), P, N, 200)
     rows = [
-        to_row(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, room, s, np.random.default_rng(0))
+        pack_example(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, spec, s, np.random.default_rng(0))
         for s in range(3)
     ]
-    batch = collate(rows, room)
+    batch = collate(rows, spec)
     assert (
         batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, 200)
     )
     for i in range(3):
-        alone = collate([rows[i]], room)
+        alone = collate([rows[i]], spec)
         for name, value in vars(alone).items():
             np.testing.assert_array_equal(getattr(batch, name)[i], value[0], err_msg=name)

@@ -3,7 +3,7 @@
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from mqformer_jax.input.holdout import guard
+from mqformer_jax.input.holdout import exclude_eval_images
 from mqformer_jax.input.record import DatasetInfo, origins_path, shard_paths
 from mqformer_jax.input.sources import ShardSource
 
@@ -43,7 +43,9 @@ def root(tmp_path):
 
 
 def read(root, mixture, eval_sets=()):
-    sources, lines = guard([ShardSource(str(root), e["name"], e["split"]) for e in mixture], str(root), eval_sets)
+    sources, lines = exclude_eval_images(
+        [ShardSource(str(root), e["name"], e["split"]) for e in mixture], str(root), eval_sets
+    )
     return [[int(source[i].split()[-1]) for i in range(len(source))] for source in sources], lines
 
 
@@ -84,7 +86,7 @@ def test_what_is_trained_on_and_evaluated_on_is_said(root):
     assert "leak guard: coco/train is trained on and evaluated on" in lines
 
 
-def test_a_broken_neighbour_is_one_line_and_its_shards_are_not_touched(root):
+def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):
     (root / "refcoco" / "testA-00000-of-00001.array_record").write_bytes(b"cut")
     assert read(root, [entry("coco")])[0] == [[0, 2, 4]]
     (root / "camvid" / "dataset.json").write_text("{}")

@@ -27,7 +27,7 @@ def tokenizer(texts):
 
 
 def make_record(number):
-    """A record that the batch can be recognised by: the red of every pixel is its number."""
+    """A record that the batch can be recognized by: the red of every pixel is its number."""
     image = np.zeros((SIZE, SIZE, 3), np.uint8)
     image[..., 2] = number
     mask = np.zeros((SIZE, SIZE), bool)
@@ -52,8 +52,8 @@ def source(name, size, first=0, bad=()):
 def config(mixture, batch_size=4, seed=0, root="", **data):
     fields = dict(
         root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture],
-        alpha=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, mask_canvases=4.0, scale=(1.0, 1.0),
-        flip=0.0, jitter=0.0, templates=("{}",), workers=0, threads=0, leak_guard=True, max_bad=0.5,
+        size_exponent=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, mask_canvases=4.0, scale_range=(1.0, 1.0),
+        flip=0.0, color_jitter=0.0, templates=("{}",), workers=0, threads=0, leak_guard=True, max_corrupt_fraction=0.5,
     )  # fmt: skip
     return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data, eval=dict(sets=())))
 
@@ -77,7 +77,7 @@ def assert_same(a, b):
 
 
 def test_a_run_stopped_at_any_step_goes_on_exactly():
-    options = dict(scale=(0.5, 2.0), flip=0.5, jitter=0.2)
+    options = dict(scale_range=(0.5, 2.0), flip=0.5, color_jitter=0.2)
     whole = take(two(**options), 12)
     for step in (1, 5, 11):
         for after, batch in zip(whole[step:], take(two(**options), 12 - step, start_step=step)):
@@ -117,7 +117,7 @@ def test_every_epoch_has_every_image_once_in_another_order():
 
 
 def test_an_image_is_augmented_anew_every_epoch():
-    loader = Loader([source("a", 2)], config([dict(name="a")], scale=(0.2, 1.0), batch_size=2), tokenizer)
+    loader = Loader([source("a", 2)], config([dict(name="a")], scale_range=(0.2, 1.0), batch_size=2), tokenizer)
     sizes = [(n, h) for batch in take(loader, 10) for n, (h, _) in zip(numbers(batch), batch.size.tolist())]
     for number in (0, 1):
         assert len({h for n, h in sizes if n == number}) > 4, "ten epochs draw ten scales between 3 and 16 pixels"
@@ -179,13 +179,16 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
 
 
 def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
-    loader = Loader([broken()], config([dict(name="a")], max_bad=0.2), tokenizer)
-    with pytest.raises(ValueError, match="a/train: 2 of 8 records are unusable, data.max_bad is 0.2; prepare"):
+    loader = Loader([broken()], config([dict(name="a")], max_corrupt_fraction=0.2), tokenizer)
+    message = "a/train: 2 of 8 records are unusable, data.max_corrupt_fraction is 0.2; prepare"
+    with pytest.raises(ValueError, match=message):
         take(loader, 6)
-    one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_bad=0.0), tokenizer)
+    one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_corrupt_fraction=0.0), tokenizer)
     assert len(take(one_bad, 6)) == 6, "one corrupt file ends no run of days"
     monkeypatch.setattr(mixture, "FEW", 8)
-    half = Loader([source("a", 250, bad=range(0, 250, 2))], config([dict(name="a")], max_bad=0.1), tokenizer)
+    half = Loader(
+        [source("a", 250, bad=range(0, 250, 2))], config([dict(name="a")], max_corrupt_fraction=0.1), tokenizer
+    )
     with pytest.raises(ValueError, match=r"a/train: \d+ of (8|1\d) records"):
         take(half, 60)  # long before a tenth of the whole set was found to be bad
 
@@ -203,7 +206,7 @@ def test_images_with_expressions_are_not_cropped():
     for tasks, whole in ((("referring",), True), (("instance", "referring"), True), (("instance",), False)):
         fake = source("a", 1)
         fake[0] = said.to_bytes()
-        loader = Loader([fake], config([dict(name="a", tasks=tasks)], scale=(2.0, 2.0), batch_size=1), tokenizer)
+        loader = Loader([fake], config([dict(name="a", tasks=tasks)], scale_range=(2.0, 2.0), batch_size=1), tokenizer)
         (box,) = next(loader.batches()).boxes[0, :1]
         assert (box[2:] == np.array([9, 7]) / SIZE).all() == whole, tasks
 
@@ -214,12 +217,12 @@ def test_templates_wrap_the_names_of_classes():
     assert set(notes[0].texts) == {"a photo of a cat.", "a photo of a dog."} and notes[0].key.startswith("a/")
 
 
-def test_colours_are_jittered_and_no_two_data_sets_alike():
-    plain, coloured = (next(two(jitter=j).batches()).image for j in (0.0, 0.5))
-    assert (plain != coloured).any()
+def test_colors_are_jittered_and_no_two_data_sets_alike():
+    plain, colored = (next(two(color_jitter=j).batches()).image for j in (0.0, 0.5))
+    assert (plain != colored).any()
     twins = Loader(
         [source("a", 4), source("a", 4)],
-        config([dict(name="a"), dict(name="a")], flip=0.5, scale=(0.3, 1.0)),
+        config([dict(name="a"), dict(name="a")], flip=0.5, scale_range=(0.3, 1.0)),
         tokenizer,
     )
     seen = {0: [], 1: []}

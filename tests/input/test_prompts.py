@@ -10,7 +10,7 @@ from mqformer_jax.input.prompts import choose_prompts, mirror
 
 
 def example(num_prompts, owned, unsure=()):
-    prompts = [Prompt((f"{i}a", f"{i}b"), region=False, exhaustive=i not in unsure) for i in range(num_prompts)]
+    prompts = [Prompt((f"{i}a", f"{i}b"), is_region=False, exhaustive=i not in unsure) for i in range(num_prompts)]
     targets = [Target((i,), np.array([0, 0, 4, 4], np.float32)) for i in owned]
     return Example("t", np.zeros((8, 8, 3), np.uint8), prompts, targets, np.zeros((8, 8), bool))
 

@@ -45,9 +45,9 @@ def test_each_family_says_what_it_knows(rows):
             if name in BOX_ONLY:
                 assert not row["has_mask"].any()
             if name in REGIONS_ONLY:
-                assert row["prompt_region"][row["prompt_valid"]].all()
+                assert row["is_region"][row["prompt_valid"]].all()
             if name in ("coco_2017", "balloon", *BOX_ONLY):
-                assert not row["prompt_region"].any()
+                assert not row["is_region"].any()
 
 
 def test_boxes_are_those_of_the_masks(rows):

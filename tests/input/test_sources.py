@@ -64,10 +64,10 @@ def test_grain_reads_it(root):
 
 
 def test_missing_set_names_the_command(root):
-    assert f"`mqformer prepare public coco_2017_panoptic --out {root}`" in _complaint(
+    assert f"`mqformer prepare public coco_2017_panoptic --output {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "coco_2017_panoptic", "train")
     )
-    assert f"`mqformer prepare sample --out {root}`" in _complaint(
+    assert f"`mqformer prepare sample --output {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "sample_scenes", "train")
     )
 

@@ -8,7 +8,7 @@ from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record,
 from mqformer_jax.input.tasks import needs_whole_image, to_example
 
 CAT, DOG, SKY = 0, 1, 2
-CLASSES = (ClassInfo(("cat", "kitty")), ClassInfo(("dog",)), ClassInfo(("sky",), thing=False))
+CLASSES = (ClassInfo(("cat", "kitty")), ClassInfo(("dog",)), ClassInfo(("sky",), is_region=True))
 INFO = DatasetInfo("toy", CLASSES, {"train": 1})
 FEDERATED = DatasetInfo("toy", CLASSES, {"train": 1}, exhaustive=False)
 H, W = 12, 16
@@ -40,7 +40,7 @@ def record(*segments, **fields):
 def asked(example):
     """{(first text, region): (exhaustive, targets that it names)}"""
     return {
-        (p.texts[0], p.region): (p.exhaustive, [t for t in example.targets if i in t.prompts])
+        (p.texts[0], p.is_region): (p.exhaustive, [t for t in example.targets if i in t.prompts])
         for i, p in enumerate(example.prompts)
     }
 
@@ -64,7 +64,7 @@ def test_an_object_with_a_class_and_an_expression_is_one_target_with_two_prompts
     assert len(example.targets) == 2
     both, other = sorted(example.targets, key=lambda t: -len(t.prompts))
     assert sorted(example.prompts[i].texts for i in both.prompts) == [("cat", "kitty"), ("left cat", "small one")]
-    assert len(other.prompts) == 1 and example.prompts[max(both.prompts)].region
+    assert len(other.prompts) == 1 and example.prompts[max(both.prompts)].is_region
 
 
 def test_semantic_unites_the_segments_of_a_class():
@@ -175,7 +175,7 @@ def test_phrases_that_may_fit_other_things_are_not_taught_absent():
         (prompt,) = to_example(
             phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k"
         ).prompts
-        assert prompt.texts == ("a shirt", "blue cloth") and prompt.region and prompt.exhaustive == unique
+        assert prompt.texts == ("a shirt", "blue cloth") and prompt.is_region and prompt.exhaustive == unique
 
 
 def test_a_frequent_class_is_asked_for_more_readily():

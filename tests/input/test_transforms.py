@@ -8,7 +8,7 @@ import pytest
 
 from mqformer_jax.input.example import Example, Prompt, Target
 from mqformer_jax.input.record import box_of
-from mqformer_jax.input.transforms import colour_jitter, fit, fit_image, random_flip, resize_crop
+from mqformer_jax.input.transforms import color_jitter, fit, fit_image, random_flip, resize_crop
 
 CANVAS = (96, 128)
 
@@ -19,7 +19,7 @@ def disc(h, w, y, x, r):
 
 
 def scene(h=120, w=100):
-    """A grey image with white discs: the pixels tell where every mask must be after any geometric change."""
+    """A gray image with white discs: the pixels tell where every mask must be after any geometric change."""
     masks = [disc(h, w, 40, 30, 18), disc(h, w, 90, 70, 14)]
     image = np.full((h, w, 3), 60, np.uint8)
     image[masks[0], 0] = 255
@@ -167,9 +167,9 @@ def test_fit_keeps_the_whole_image_and_pads_right_and_below():
     assert example.image.shape == (60, 50, 3) and len(example.targets) == 2
 
 
-def test_colours_move_little_and_geometry_not_at_all():
+def test_colors_move_little_and_geometry_not_at_all():
     example = scene()
-    moved = colour_jitter(example, np.random.default_rng(0), 0.2)
+    moved = color_jitter(example, np.random.default_rng(0), 0.2)
     assert moved.targets is example.targets and (moved.image != example.image).any()
     assert abs(moved.image.astype(float).mean() / example.image.mean() - 1) < 0.25
-    np.testing.assert_array_equal(colour_jitter(example, np.random.default_rng(0), 0.0).image, example.image)
+    np.testing.assert_array_equal(color_jitter(example, np.random.default_rng(0), 0.0).image, example.image)

@@ -7,10 +7,11 @@ import pytest
 
 from mqformer_jax.input.batch import unpack_masks
 from mqformer_jax.losses import costs
-from mqformer_jax.losses.criterion import TERMS, Counts, Weights, criterion, image_keys
+from mqformer_jax.losses.costs import LossWeights
+from mqformer_jax.losses.criterion import TERMS, Normalizers, criterion, image_keys
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
-WEIGHTS = Weights(points=64)
+WEIGHTS = LossWeights(num_points=64)
 STAGES, QUERIES, WIDTH = 2, 14, 8
 
 
@@ -29,15 +30,15 @@ def outputs(tiny_batch):
 @functools.partial(jax.jit, static_argnames="weights")
 def run(outputs, batch, weights=WEIGHTS):
     loss, (sums, by_image) = criterion(
-        image_keys(jax.random.key(1), 8), outputs, batch, None, Counts.of(batch, None), weights
+        image_keys(jax.random.key(1), 8), outputs, batch, None, Normalizers.of(batch, None), weights
     )
     return loss, sums | by_image
 
 
 @functools.partial(jax.jit, static_argnames="weights")
 def gradients(outputs, batch, weights=WEIGHTS):
-    keys, counts = image_keys(jax.random.key(1), 8), Counts.of(batch, None)
-    return jax.grad(lambda o: criterion(keys, o, batch, None, counts, weights)[0])(outputs)
+    keys, normalizers = image_keys(jax.random.key(1), 8), Normalizers.of(batch, None)
+    return jax.grad(lambda o: criterion(keys, o, batch, None, normalizers, weights)[0])(outputs)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):
@@ -90,7 +91,7 @@ def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_bat
 
 @pytest.mark.slow
 def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(outputs, tiny_batch):
-    weights = Weights(points=64, projection=1.0)
+    weights = LossWeights(num_points=64, projection=1.0)
     masked = tiny_batch.replace(has_mask=np.ones_like(tiny_batch.has_mask))
     loss, metrics = run(outputs, masked, weights)
     assert float(metrics["projection"]) == 0 and float(loss) == pytest.approx(float(run(outputs, masked)[0]), rel=1e-6)
@@ -104,7 +105,7 @@ def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(
     assert found.mask_features[:, :, :8].any() and not found.mask_features[:, :, 8:].any()  # not in the padding
 
 
-def test_what_is_not_exhaustively_labelled_is_not_taught_absent(outputs, tiny_batch):
+def test_what_is_not_exhaustively_labeled_is_not_taught_absent(outputs, tiny_batch):
     unknown = tiny_batch.replace(
         prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive), negative=np.zeros_like(tiny_batch.negative)
     )
@@ -131,8 +132,10 @@ def test_pixels_where_nothing_is_known_count_nowhere(outputs, tiny_batch):
     assert np.abs(found[:, :, :7]).max() < 1e-8 and np.abs(found[:, :, 9:]).max() > 1e-6
 
 
-def test_a_query_that_found_something_unlabelled_is_left_in_peace(outputs, tiny_batch):
-    ignore = np.packbits(np.ones((8, 64, 64), bool), axis=-1)  # the whole image is unknown: every query is excused
+def test_a_query_that_found_something_unlabeled_is_left_in_peace(outputs, tiny_batch):
+    ignore = np.packbits(
+        np.ones((8, 64, 64), bool), axis=-1
+    )  # the whole image is unknown: every query is in an ignored area
     found = np.array(gradients(outputs, tiny_batch.replace(ignore=ignore)).matching.class_logits)
     taught = found.any(-1).sum(-1)
     np.testing.assert_array_equal(taught, np.broadcast_to(tiny_batch.num_targets, (STAGES, 8)))

@@ -5,8 +5,9 @@ from mqformer_jax.losses.denoising import noise_targets
 
 
 def test_whole_groups_of_all_targets_fill_the_slots(tiny_batch):
-    noised, target = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 24))
-    for count, t, group, valid in zip(tiny_batch.num_targets, target, noised.group, noised.valid):
+    noised = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 24))
+    rows = zip(tiny_batch.num_targets, noised.target, noised.queries.group, noised.queries.valid)
+    for count, t, group, valid in rows:
         groups = 24 // count
         assert valid.sum() == groups * count
         np.testing.assert_array_equal(t[valid], np.tile(np.arange(count), groups))
@@ -14,28 +15,28 @@ def test_whole_groups_of_all_targets_fill_the_slots(tiny_batch):
 
 
 def test_more_targets_than_slots_make_one_group_cut_short(tiny_batch):
-    noised, target = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 2))
-    assert noised.valid.all() and (noised.group == 0).all() and (target == [0, 1]).all()
+    noised = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 2))
+    assert noised.queries.valid.all() and (noised.queries.group == 0).all() and (noised.target == [0, 1]).all()
 
 
 def test_an_image_without_targets_has_no_copies(tiny_batch):
-    noised, _ = noise_targets(jax.random.key(0), tiny_batch.replace(num_targets=np.zeros(8, np.int32)), 6)
-    assert not noised.valid.any()
+    noised = noise_targets(jax.random.key(0), tiny_batch.replace(num_targets=np.zeros(8, np.int32)), 6)
+    assert not noised.queries.valid.any()
 
 
 def test_copies_claim_their_targets_prompts_but_for_the_flipped(tiny_batch):
-    noised, target = jax.device_get(noise_targets(jax.random.key(1), tiny_batch, 200, flip=0.0))
-    own = np.take_along_axis(tiny_batch.positive, target[..., None], 1)
-    assert np.take_along_axis(own, noised.prompt[..., None], 2)[noised.valid].all()
-    noised, target = jax.device_get(noise_targets(jax.random.key(1), tiny_batch, 200, flip=1.0))
-    assert np.take_along_axis(tiny_batch.prompt_valid, noised.prompt, 1)[noised.valid].all()
-    wrong = ~np.take_along_axis(own, noised.prompt[..., None], 2)[noised.valid]
+    noised = jax.device_get(noise_targets(jax.random.key(1), tiny_batch, 200, label_noise=0.0))
+    own, queries = np.take_along_axis(tiny_batch.positive, noised.target[..., None], 1), noised.queries
+    assert np.take_along_axis(own, queries.prompt[..., None], 2)[queries.valid].all()
+    queries = jax.device_get(noise_targets(jax.random.key(1), tiny_batch, 200, label_noise=1.0)).queries
+    assert np.take_along_axis(tiny_batch.prompt_valid, queries.prompt, 1)[queries.valid].all()
+    wrong = ~np.take_along_axis(own, queries.prompt[..., None], 2)[queries.valid]
     assert wrong.mean() > 0.6
 
 
-def test_boxes_move_by_no_more_than_the_jitter(tiny_batch):
-    noised, target = jax.device_get(noise_targets(jax.random.key(2), tiny_batch, 100, jitter=0.4))
-    boxes = np.take_along_axis(tiny_batch.boxes, target[..., None], 1)
-    moved = np.abs(noised.boxes - boxes)[noised.valid]
-    reach = np.concatenate([boxes[..., 2:] * 0.2, boxes[..., 2:] * 0.4], -1)[noised.valid]
+def test_boxes_move_by_no_more_than_the_noise(tiny_batch):
+    noised = jax.device_get(noise_targets(jax.random.key(2), tiny_batch, 100, box_noise=0.4))
+    boxes, valid = np.take_along_axis(tiny_batch.boxes, noised.target[..., None], 1), noised.queries.valid
+    moved = np.abs(noised.queries.boxes - boxes)[valid]
+    reach = np.concatenate([boxes[..., 2:] * 0.2, boxes[..., 2:] * 0.4], -1)[valid]
     assert (moved <= reach + 1e-6).all() and (moved > 0.5 * reach).mean() > 0.3

@@ -17,7 +17,7 @@ rng = np.random.default_rng(0)
 
 
 def oracle(maps, points):
-    """Bilinear at pixel centres, zero outside, by SciPy."""
+    """Bilinear at pixel centers, zero outside, by SciPy."""
     _, h, w = maps.shape
     padded = np.pad(maps, ((0, 0), (1, 1), (1, 1)))
     return np.stack(

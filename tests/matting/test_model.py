@@ -75,14 +75,14 @@ def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
     np.testing.assert_allclose(halve(double(ramp))[:, 1:-1], ramp[:, 1:-1], atol=1e-6)
 
 
-def test_between_two_colours_the_mix_says_the_alpha_and_far_from_the_outline_the_mask_is_believed():
-    """A soft edge of 16 pixels between two colours, and a mask whose outline lies 6 pixels beside it."""
+def test_between_two_colors_the_mix_says_the_alpha_and_far_from_the_outline_the_mask_is_believed():
+    """A soft edge of 16 pixels between two colors, and a mask whose outline lies 6 pixels beside it."""
     alpha = np.broadcast_to(np.clip((np.arange(96) - 40) / 16, 0, 1), (96, 96)).astype(np.float32)
     image = alpha[..., None] * np.array([1.5, -1, 0.5]) + (1 - alpha[..., None]) * np.array([-1, 0.5, 1])
     mask = np.broadcast_to(np.arange(96) > 54, (96, 96)).astype(np.float32)
     near, said = (np.asarray(x)[0] for x in unmixed(jnp.asarray(image[None], jnp.float32), jnp.asarray(mask[None]), 5))
     assert np.abs(mask - alpha).max() > 0.4
-    for colour in said[near[..., 0] == 1].T:
-        np.testing.assert_allclose(colour, alpha[near[..., 0] == 1], atol=0.02)  # the line's length is regularised
+    for color in said[near[..., 0] == 1].T:
+        np.testing.assert_allclose(color, alpha[near[..., 0] == 1], atol=0.02)  # the line's length is regularized
     far = near[..., 0] == 0
     assert 0.3 < far.mean() < 0.8 and (said[far] == mask[far][:, None]).all()

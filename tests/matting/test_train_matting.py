@@ -160,8 +160,8 @@ def test_a_workdir_without_a_refiner_has_none(tmp_path):
         (dict(mixture=(dict(name="sample_boxes", split="train"),)), None, "'sample_boxes' split 'train' have no matte"),
         (dict(mixture=(dict(name="p3m", split="train"),)), None, "mqformer prepare"),
         (dict(sets=(dict(name="sample_boxes", split="train"),)), None, "config.matting.sets"),
-        (dict(init_from=("nowhere",)), None, "nowhere: no checkpoint there"),
-        (dict(), "nowhere", "nowhere: no checkpoint there"),
+        (dict(init_from=("nowhere",)), None, "nowhere: no checkpoint found"),
+        (dict(), "nowhere", "nowhere: no checkpoint found"),
     ],
 )
 def test_what_is_missing_is_one_line_that_says_what_to_do(sample_root, tmp_path, change, checkpoint, words):

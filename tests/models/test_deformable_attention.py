@@ -15,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from originals import assert_agrees
 
-from mqformer_jax.config import RULES
+from mqformer_jax.config import SHARDING_RULES
 from mqformer_jax.models import deformable_attention
 from mqformer_jax.models.deformable_attention import MSDeformAttn, ms_deform_attn
-from mqformer_jax.parallel.mesh import BATCH, IMAGES, batch_sharding, gather_slices, make_mesh, over_images
+from mqformer_jax.parallel.mesh import BATCH, IMAGES, batch_sharding, gather_slices, make_mesh, shard_map_batch
 from mqformer_jax.parallel.rules import shardings
 from mqformer_jax.tools import hlo
 
@@ -230,10 +230,10 @@ def test_heads_spread_over_devices_meet_in_the_output_projection_alone():
     query = jax.random.normal(jax.random.key(2), (8, 80, width))
     reference = jax.random.uniform(jax.random.key(3), (8, 80, 2, 2))
     attend = lambda params, query, reference: nnx.merge(graph, params)(query, reference, query, ((8, 8), (4, 4)))
-    layout = shardings(params, mesh, RULES)
+    layout = shardings(params, mesh, SHARDING_RULES)
     specs = jax.tree.map(lambda sharding: sharding.spec, layout)
     slices = jax.tree.map(lambda spec: P(*(axis if axis in IMAGES else None for axis in spec)), specs)
-    spread = over_images(lambda p, q, r: attend(gather_slices(p, specs), q, r), mesh, (slices, BATCH, BATCH), BATCH)
+    spread = shard_map_batch(lambda p, q, r: attend(gather_slices(p, specs), q, r), mesh, (slices, BATCH, BATCH), BATCH)
     run = jax.jit(spread, in_shardings=(layout, batch_sharding(mesh), batch_sharding(mesh)))
     np.testing.assert_allclose(run(params, query, reference), attend(params, query, reference), atol=3e-5)
     program = hlo.Program(run.lower(params, query, reference).compile().as_text())

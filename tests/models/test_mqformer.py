@@ -26,10 +26,10 @@ def forward(queries="mixed", interaction="exchange"):
     graph, _, rest = build(queries, interaction)
 
     @jax.jit
-    def run(params, batch, noised=None):
+    def run(params, batch, denoising=None):
         model = nnx.merge(graph, params, rest)
         return model(
-            batch.image, batch.size, model.embed_text(batch.tokens, batch.prompt_region), batch.prompt_valid, noised
+            batch.image, batch.size, model.embed_text(batch.tokens, batch.is_region), batch.prompt_valid, denoising
         )
 
     return run
@@ -89,13 +89,13 @@ def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tin
 
 def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
     params = build()[1]
-    noised, _ = noise_targets(jax.random.key(0), tiny_batch, 24)
-    with_noise, without = forward()(params, tiny_batch, noised), forward()(params, tiny_batch)
+    denoising = noise_targets(jax.random.key(0), tiny_batch, 24).queries
+    with_noise, without = forward()(params, tiny_batch, denoising), forward()(params, tiny_batch)
     assert_close(with_noise.matching, without.matching)
     assert with_noise.denoising.class_logits.shape == (3, 8, 24, 16)
-    other = noised.replace(boxes=noised.boxes.at[:, 0].set(0.5))
+    other = denoising.replace(boxes=denoising.boxes.at[:, 0].set(0.5))
     changed = forward()(params, tiny_batch, other).denoising.boxes
-    separate = (noised.group != noised.group[:, :1]) & noised.valid
+    separate = (denoising.group != denoising.group[:, :1]) & denoising.valid
     assert separate.any()
     assert_close(changed[:, separate], with_noise.denoising.boxes[:, separate])
 
@@ -106,7 +106,7 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
     shuffled = batch.replace(
         tokens=batch.tokens[:, order],
         prompt_valid=batch.prompt_valid[:, order],
-        prompt_region=batch.prompt_region[:, order],
+        is_region=batch.is_region[:, order],
     )
     expected = forward()(params, batch).matching
     found = forward()(params, shuffled).matching
@@ -119,7 +119,7 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
 def test_the_region_bit_changes_what_a_text_means(tiny_batch):
     params = build()[1]
     asked = lambda region: (
-        forward()(params, tiny_batch.replace(prompt_region=np.full_like(tiny_batch.prompt_region, region))).matching
+        forward()(params, tiny_batch.replace(is_region=np.full_like(tiny_batch.is_region, region))).matching
     )
     assert np.abs(asked(True).class_logits - asked(False).class_logits).max() > 1e-3
 

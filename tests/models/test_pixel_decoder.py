@@ -51,11 +51,11 @@ def test_it_repeats_mask_dino_recorded_outputs(fixtures):
     features = {s: arrays[f"in/res{k}"].transpose(0, 2, 3, 1) for s, k in ((4, 2), (8, 3), (16, 4), (32, 5))}
     canvas = tuple(about["image_size"])
     size = np.full((len(features[4]), 2), canvas)
-    memory, shapes, valid, mask_features = jax.jit(lambda f: ours(f, size, canvas))(features)
-    np.testing.assert_array_equal([[int(n) for n in s] for s in shapes], arrays["enc/spatial_shapes"])
-    assert valid.all()
+    memory, mask_features = jax.jit(lambda f: ours(f, size, canvas))(features)
+    np.testing.assert_array_equal(memory.shapes, arrays["enc/spatial_shapes"])
+    assert memory.valid.all()
     cuts = np.cumsum([h * w for h, w in arrays["enc/spatial_shapes"]])[:-1]
-    for i, level in enumerate(np.split(np.asarray(memory), cuts, 1)):
+    for i, level in enumerate(np.split(np.asarray(memory.tokens), cuts, 1)):
         expected = arrays[f"px/multi_scale_{i}"].transpose(0, 2, 3, 1)
         assert_agrees(
             "Mask DINO pixel decoder (recorded)", "forward", level.reshape(expected.shape), expected, told=f"level {i}"
@@ -77,21 +77,21 @@ def test_padding_changes_nothing_for_the_valid_tokens(split):
         )
     noisy = random_features(64, 128)
     alone = {s: f[:, : 32 // s, : 64 // s] for s, f in noisy.items()}
-    run = lambda features, canvas: jax.jit(lambda f: decoder(f, np.full((2, 2), (32, 64)), canvas)[::2])(features)
-    (expected, everything), (memory, valid) = run(alone, (32, 64)), run(noisy, (64, 128))
-    assert everything.all() and not valid.all()
-    np.testing.assert_allclose(memory[valid], expected.reshape(-1, 16), atol=1e-5)
+    run = lambda features, canvas: jax.jit(lambda f: decoder(f, np.full((2, 2), (32, 64)), canvas)[0])(features)
+    expected, memory = run(alone, (32, 64)), run(noisy, (64, 128))
+    assert expected.valid.all() and not memory.valid.all()
+    np.testing.assert_allclose(memory.tokens[memory.valid], expected.tokens.reshape(-1, 16), atol=1e-5)
 
 
 def test_a_token_is_valid_if_its_cell_touches_the_image(split):
     size = np.array([[41, 65], [64, 96]])
     run = lambda: nnx.merge(*split)(random_features(64, 96), size, (64, 96))
-    memory, shapes, valid, mask_features = jax.jit(run)()
-    assert jax.tree.map(int, shapes) == ((8, 12), (4, 6))
-    fine, coarse = np.split(np.asarray(valid), [96], 1)
+    memory, mask_features = jax.jit(run)()
+    assert memory.shapes == ((8, 12), (4, 6))
+    fine, coarse = np.split(np.asarray(memory.valid), [96], 1)
     assert fine[0].reshape(8, 12).tolist() == (np.outer(np.arange(8) < 6, np.arange(12) < 9)).tolist()
     assert coarse[0].reshape(4, 6).tolist() == (np.outer(np.arange(4) < 3, np.arange(6) < 5)).tolist()
-    assert valid[1].all() and np.isfinite(memory).all() and mask_features.shape == (2, 16, 24, 12)
+    assert memory.valid[1].all() and np.isfinite(memory.tokens).all() and mask_features.shape == (2, 16, 24, 12)
 
 
 @pytest.mark.slow
@@ -103,8 +103,8 @@ def test_remat_changes_no_gradient(split):
         def loss(state):
             decoder = nnx.merge(graph, state)
             decoder.remat = remat
-            memory = decoder(features, np.full((2, 2), (32, 64)), (32, 64))[0]
-            return memory[:, 0, 0].sum()
+            memory, _ = decoder(features, np.full((2, 2), (32, 64)), (32, 64))
+            return memory.tokens[:, 0, 0].sum()
 
         return jax.jit(jax.grad(loss))(state)
 
@@ -120,12 +120,12 @@ def test_mask_features_have_the_mask_stride(strides, mask_stride):
         decoder = PixelDecoder(
             CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0), dtype=jnp.bfloat16
         )
-        memory, shapes, _, mask_features = decoder(random_features(64, 96), np.full((2, 2), 64), (64, 96))
-        assert list(shapes) == [(64 // s, -(-96 // s)) for s in strides]
-        return memory, mask_features
+        memory, mask_features = decoder(random_features(64, 96), np.full((2, 2), 64), (64, 96))
+        assert list(memory.shapes) == [(64 // s, -(-96 // s)) for s in strides]
+        return memory.tokens, mask_features
 
-    memory, mask_features = jax.eval_shape(run)
-    assert memory.dtype == mask_features.dtype == jnp.bfloat16
+    tokens, mask_features = jax.eval_shape(run)
+    assert tokens.dtype == mask_features.dtype == jnp.bfloat16
     assert mask_features.shape == (2, 16, 24, 12)
 
 

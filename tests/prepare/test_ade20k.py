@@ -61,7 +61,7 @@ def _prepare(ade, **options):
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     if cli.main(
-        ["ade20k", "--name", "ade", "--split", "train", "--out", str(ade.root / "out"), "--workers", "1", *words]
+        ["ade20k", "--name", "ade", "--split", "train", "--output", str(ade.root / "out"), "--workers", "1", *words]
     ):
         return None, {}
     source = ShardSource(str(ade.root / "out"), "ade", "train")
@@ -98,7 +98,7 @@ def test_things_come_from_the_instance_map_stuff_and_crowds_from_the_semantic_ma
         and len(record.segments) == len(truth) == 8
     )
     np.testing.assert_array_equal(record.decode_mask(record.ignore), void)
-    assert info.exhaustive and len(info.classes) == 150 and sum(c.thing for c in info.classes) == 100
+    assert info.exhaustive and len(info.classes) == 150 and sum(not c.is_region for c in info.classes) == 100
 
 
 def test_instance_categories_have_the_classes_of_the_official_mapping():
@@ -122,7 +122,7 @@ def test_a_synonym_that_two_classes_claim_names_neither(ade):
 def test_what_is_broken_is_counted_and_named(ade, capsys):
     nothing = _rows(0, 0, 0, 0)
     semantic = _rows(WALL, BED, BED, 151)
-    for name in ("good", "cut", "bare", "ghost", "grey", "narrow"):
+    for name in ("good", "cut", "bare", "ghost", "gray", "narrow"):
         ade(name, semantic, _rows(0, 1, 4, 0), _rows(0, 5, 6, 0))
     ade("large", semantic, nothing, nothing, (H, W + 2))
     ade("torn", semantic, np.triu(_rows(1, 1, 1, 101)), np.triu(_rows(7, 7, 7, 8)))
@@ -131,7 +131,7 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
     (maps / "cut.png").write_bytes((maps / "cut.png").read_bytes()[:-9])
     (instances / "bare.png").unlink()
     (images / "ghost.jpg").unlink()
-    Image.fromarray(semantic.astype(np.uint8)).save(instances / "grey.png")  # the semantic map in the wrong folder
+    Image.fromarray(semantic.astype(np.uint8)).save(instances / "gray.png")  # the semantic map in the wrong folder
     Image.fromarray(np.zeros((H, W - 1, 3), np.uint8)).save(instances / "narrow.png")
     _, records = _prepare(ade)
     assert sorted(records) == ["good", "torn"]
@@ -144,12 +144,12 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
     table = capsys.readouterr().out
     for line in (
         "2 images kept, 6 dropped",
-        f"image: no mask of its name in {instances} (bare)",
-        f"mask: no image of its name for one in {maps} (ghost)",
-        "image: mask file is cut short (cut)",
-        "image: mask has not 3 channels of 8 bit (grey)",
-        "2 x image: mask has another size than its image (large, narrow)",
-        "image: has nothing labelled (void)",
+        f"image: no mask with its name in {instances} (bare)",
+        f"mask: no image with its name for one in {maps} (ghost)",
+        "image: mask file is truncated (cut)",
+        "image: mask does not have 3 8-bit channels (gray)",
+        "2 x image: mask size differs from its image (large, narrow)",
+        "image: has nothing labeled (void)",
         "2 x segment: mask value 151 has no class (good, torn)",
         "segment: instance category 101 does not exist (torn instance 8)",
     ):
@@ -159,7 +159,7 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
 def test_an_instance_of_two_categories_leaves_a_crowd_where_the_semantic_map_knows_the_class(ade, capsys):
     ade("a", _rows(WALL, BED, BED, WALL), _rows(0, 1, 4, 4), _rows(0, 9, 9, 9))
     (record,) = _prepare(ade)[1].values()
-    assert "segment: its number has two categories (a instance 9)" in capsys.readouterr().out
+    assert "segment: instance with two categories (a instance 9)" in capsys.readouterr().out
     assert [(s.class_id, s.crowd, s.box) for s in record.segments] == [
         (0, False, (0, 0, W, 6)),
         (BED - 1, True, (0, 6, W, 18)),
@@ -172,7 +172,7 @@ def test_another_class_list_ends_in_one_line(ade, capsys):
     (ade.root / "few.txt").write_text("wall\nbed\n")
     assert _prepare(ade, classes=ade.root / "few.txt")[0] is None
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "few.txt: 2 classes from 0 on; give ADE20K's objectInfo150.txt" in error
+    assert error.count("\n") == 1 and "few.txt: 2 classes from value 0 on; give ADE20K's objectInfo150.txt" in error
 
 
 def test_real_semantic_maps_keep_every_pixel(ade, real_data):
@@ -193,14 +193,14 @@ def test_real_semantic_maps_keep_every_pixel(ade, real_data):
         )
     info, records = _prepare(ade, classes=source / "objectInfo150.txt")
     things = {"bed", "person", "windowpane", "flag"}
-    assert things <= {c.name for c in info.classes if c.thing} and {"wall", "sky"} <= {
-        c.name for c in info.classes if not c.thing
+    assert things <= {c.name for c in info.classes if not c.is_region} and {"wall", "sky"} <= {
+        c.name for c in info.classes if c.is_region
     }
     assert records.keys() == semantic.keys()
     for key, record in records.items():
         painted = np.zeros((record.height, record.width), int)
         for segment in record.segments:
             painted += record.decode_mask(segment.mask) * (segment.class_id + 1)
-            assert not segment.crowd or info.classes[segment.class_id].thing
+            assert not segment.crowd or not info.classes[segment.class_id].is_region
         np.testing.assert_array_equal(painted, semantic[key])
         np.testing.assert_array_equal(record.decode_mask(record.ignore), semantic[key] == 0)

@@ -32,7 +32,7 @@ def bdd(tmp_path):
 
 
 def _prepare(bdd, **options):
-    options = {"images": bdd.images, "bitmasks": bdd.masks, "out": bdd.root / "out", "workers": 1, **options}
+    options = {"images": bdd.images, "bitmasks": bdd.masks, "output": bdd.root / "out", "workers": 1, **options}
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     if cli.main(["bdd100k", "--name", "bdd", "--split", "train", *words]):
         return None, {}
@@ -55,7 +55,7 @@ def test_every_pixel_is_read_as_the_format_says(bdd):
     bdd("b1c66a42-6f7d68ca", np.stack([_columns(kind) for kind in kinds])[draw, 0, 0])
     info, records = _prepare(bdd)
     names = [c.name for c in info.classes]
-    assert len(names) == 40 and info.exhaustive and [c.name for c in info.classes if c.thing] == THINGS
+    assert len(names) == 40 and info.exhaustive and [c.name for c in info.classes if not c.is_region] == THINGS
     some = {2: "ego vehicle", 10: "building", 20: "pole", ROAD: "road", SKY: "sky", PERSON: "person", CAR: "car"}
     assert {i: names[i - 1] for i in some} == some
     record = records["b1c66a42-6f7d68ca"]
@@ -77,7 +77,7 @@ def test_a_number_shared_by_two_things_makes_both_crowds(bdd, capsys):
     (record,) = _prepare(bdd)[1].values()
     assert sorted((s.class_id, s.crowd) for s in record.segments) == [(29, False), (30, True), (34, False), (34, True)]
     assert (
-        "2 x note: one number for two things; both are taken as crowds (a region 31, a region 31)"
+        "2 x note: two things with the same number; both become crowds (a region 31, a region 31)"
         in capsys.readouterr().out
     )
 
@@ -89,8 +89,8 @@ def test_what_is_broken_is_counted_and_named(bdd, capsys):
     bdd("cut", good)
     (bdd.masks / "cut.png").write_bytes((bdd.masks / "cut.png").read_bytes()[:-9])
     bdd("large", good, (H, W + 1))
-    bdd("grey", good[..., 0])
-    bdd("colour", good[..., :3].copy())
+    bdd("gray", good[..., 0])
+    bdd("color", good[..., :3].copy())
     bdd("void", _columns((0, 0, 0)))
     bdd("ghost", good)
     (bdd.images / "ghost.jpg").unlink()
@@ -98,12 +98,12 @@ def test_what_is_broken_is_counted_and_named(bdd, capsys):
     table = capsys.readouterr().out
     for line in (
         "1 images kept, 6 dropped",
-        f"image: no mask of its name in {bdd.masks} (alone)",
-        f"mask: no image of its name for one in {bdd.masks} (ghost)",
-        "image: mask file is cut short (cut)",
-        "image: mask has another size than its image (large)",
-        "2 x image: mask has not 4 channels of 8 bit (colour, grey)",
-        "image: has nothing labelled (void)",
+        f"image: no mask with its name in {bdd.masks} (alone)",
+        f"mask: no image with its name for one in {bdd.masks} (ghost)",
+        "image: mask file is truncated (cut)",
+        "image: mask size differs from its image (large)",
+        "2 x image: mask does not have 4 8-bit channels (color, gray)",
+        "image: has nothing labeled (void)",
         "segment: category 41 does not exist (good region 99)",
     ):
         assert line in table

@@ -42,7 +42,7 @@ def _prepare(root, **options):
     options = {
         "images": root / "leftImg8bit" / "train",
         "labels": root / "gtFine" / "train",
-        "out": root / "out",
+        "output": root / "out",
         **options,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -66,7 +66,7 @@ def test_every_value_is_read_as_the_official_scripts_read_it(city):
     info, records = _prepare(city.root)
     assert (
         [c.name for c in info.classes] == NAMES
-        and [c.name for c in info.classes if c.thing] == NAMES[11:]
+        and [c.name for c in info.classes if not c.is_region] == NAMES[11:]
         and info.exhaustive
     )
     record = records["aachen/aachen_000000_000019"]
@@ -115,11 +115,11 @@ def test_what_is_broken_is_counted_and_named(city, capsys):
     table = capsys.readouterr().out
     for line in (
         "2 images kept, 4 dropped",
-        f"image: no mask of its name in {labels} (alone/alone_1_2)",
-        f"mask: no image of its name for one in {labels} (ghost/ghost_1_2)",
-        "image: mask file is cut short (cut/cut_1_2)",
-        "image: mask has another size than its image (large/large_1_2)",
-        "image: has nothing labelled (void/void_1_2)",
+        f"image: no mask with its name in {labels} (alone/alone_1_2)",
+        f"mask: no image with its name for one in {labels} (ghost/ghost_1_2)",
+        "image: mask file is truncated (cut/cut_1_2)",
+        "image: mask size differs from its image (large/large_1_2)",
+        "image: has nothing labeled (void/void_1_2)",
         "segment: mask value 77 has no class (strange/strange_1_2)",
         "segment: mask value 34000 has no class (strange/strange_1_2)",
     ):

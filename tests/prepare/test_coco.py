@@ -211,7 +211,7 @@ def lvis(tmp_path):
     return coco.instances(_json(tmp_path / "lvis_v1_train.json", data), str(tmp_path / "coco"))
 
 
-def test_lvis_says_what_is_absent_and_what_is_labelled_in_part(lvis):
+def test_lvis_says_what_is_absent_and_what_is_labeled_in_part(lvis):
     records, problems = _made(lvis)
     record = records["train2017/000000391895.jpg"]
     assert not problems and not lvis.exhaustive
@@ -222,7 +222,7 @@ def test_lvis_says_what_is_absent_and_what_is_labelled_in_part(lvis):
     )
     oracle = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(TRIANGLE, H, W)))
     np.testing.assert_array_equal(record.decode_mask(record.segments[1].mask), oracle.astype(bool))
-    # says itself that class 2 is absent, and labels it: what is labelled is there
+    # says itself that class 2 is absent, and labels it: what is labeled is there
     other = records["val2017/000000000139.jpg"]
     assert other.absent_classes == (3,) and [s.class_id for s in other.segments] == [1]
 
@@ -377,7 +377,7 @@ def test_refs_that_python_2_pickled_are_read(refcoco, protocol):
     assert record.origin == "coco/581857" and plan.jobs[0].id == 581857 and plan.unique_texts
 
 
-def test_a_class_of_which_some_are_referred_to_is_labelled_in_part(refcoco):
+def test_a_class_of_which_some_are_referred_to_is_labeled_in_part(refcoco):
     plan = _referring(refcoco, REFS, "train")
     (record,) = _made(plan)[0].values()
     example = to_example(
@@ -397,10 +397,10 @@ def test_splits_to_evaluate_on_keep_every_expression_as_often_as_it_was_said(ref
 
 def test_train_is_never_mixed_with_other_splits(refcoco):
     with pytest.raises(
-        ValueError, match=r"refs\(unc\).p: holds the splits testA, train, val; say which with --refs-split"
+        ValueError, match=r"refs\(unc\).p: contains the splits testA, train, val; choose one with --refs_split"
     ):
         _referring(refcoco, REFS, None)
-    with pytest.raises(ValueError, match="no ref is of split 'test'; its splits are testA, train, val"):
+    with pytest.raises(ValueError, match="no ref has the split 'test'; its splits are testA, train, val"):
         _referring(refcoco, REFS, "test")
     assert len(_referring(refcoco, REFS[2:], None).jobs) == 1  # testA and val
 
@@ -453,15 +453,13 @@ def _categories(*pairs):
 def test_the_row_of_the_project_is_no_class_of_its_export(tmp_path):
     plan, record = _export(tmp_path, _categories(("tumor", "none"), ("tumor", "tumor"), ("skull", "tumor")), [1])
     assert [c.name for c in plan.classes] == ["tumor", "skull"] and record.segments[0].class_id == 0
-    assert list(plan.problems.counts) == [
-        "note: category without annotations, the super-category of all others, is no class"
-    ]
+    assert list(plan.problems.counts) == ["note: dropped the super-category of all others, which has no annotations"]
 
 
 @pytest.mark.parametrize(
     ("pairs", "used"),
     [
-        ([("animal", "none"), ("dog", "animal")], [0, 1]),  # labelled itself
+        ([("animal", "none"), ("dog", "animal")], [0, 1]),  # labeled itself
         ([("Hand-Segmentation", "Hand-Segmentation"), ("hand", "Hand-Segmentation")], [1]),  # SeginW's file as it is
         ([("person", "person"), ("bicycle", "vehicle")], [1]),  # COCO's
         ([("poles", "utility-pole")], []),

@@ -42,20 +42,20 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
     [
         (
             {"annotations": [{**GOOD, "image_id": "0"}]},
-            "no annotation has a 'image_id' that is known; one has '0', known are 0",
+            "no annotation has a known 'image_id'; one has '0', known values are 0",
         ),
         (
             {"annotations": [{**GOOD, "category_id": "7"}]},
-            "no annotation has a 'category_id' that is known; one has '7', known are 7, 8",
+            "no annotation has a known 'category_id'; one has '7', known values are 7, 8",
         ),
-        ({"categories": []}, "no annotation has a 'category_id' that is known; one has 7, none is known"),
+        ({"categories": []}, "no annotation has a known 'category_id'; one has 7, no value is known"),
         ({"categories": [CAT, {**DOG, "id": 7}]}, "category id 7 occurs 2 times"),
         ({"categories": [{**CAT, "name": None}]}, "a category without 'id' (a number) or 'name' (text)"),
-        ({"categories": [{**CAT, "synonyms": [None]}]}, "field 'synonyms' of category 'cat' holds what is no text"),
-        ({"categories": [{**CAT, "synonyms": 5}]}, "field 'synonyms' of one of 'categories' cannot be 5"),
+        ({"categories": [{**CAT, "synonyms": [None]}]}, "field 'synonyms' of category 'cat' contains non-text values"),
+        ({"categories": [{**CAT, "synonyms": 5}]}, "field 'synonyms' in 'categories' cannot be 5"),
         ({"categories": [{**CAT, "isthing": "no"}]}, "a category whose 'isthing' is neither 0 nor 1"),
-        ({"annotations": [{**GOOD, "category_id": [7]}]}, "field 'category_id' of one of 'annotations' cannot be [7]"),
-        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' of one of 'images' cannot be 5"),
+        ({"annotations": [{**GOOD, "category_id": [7]}]}, "field 'category_id' in 'annotations' cannot be [7]"),
+        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5"),
         (
             {"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]},
             "the file of two images, x/a.png and y/a.png",
@@ -74,8 +74,8 @@ def test_files_that_would_teach_nothing_or_the_wrong_thing_end_in_one_line(tmp_p
     ("fields", "reason"),
     [
         ({"iscrowd": "maybe"}, "'iscrowd' is neither 0 nor 1"),
-        ({"segmentation": {"size": [H, W], "counts": [100, 300]}}, "run-length code of another size than its image"),
-        ({"segmentation": {"size": [H, W], "counts": COUNTS[:-4]}}, "run-length code of another size than its image"),
+        ({"segmentation": {"size": [H, W], "counts": [100, 300]}}, "run-length code does not fit its image"),
+        ({"segmentation": {"size": [H, W], "counts": COUNTS[:-4]}}, "run-length code does not fit its image"),
         ({"segmentation": [*SQUARE, [1, 1, 5, 5, 9]]}, "a part of its polygon is malformed"),
         ({"segmentation": [*SQUARE, [1, 1, 5, 5, 9, float("nan")]]}, "a part of its polygon is malformed"),
     ],
@@ -126,10 +126,10 @@ def test_expressions_are_texts_and_nothing_else(tmp_path, fields, texts, absent,
 def test_an_annotation_of_another_image_is_no_shape_of_this_one(tmp_path):
     refs = [{"image_id": i, "ann_id": 1, "sentences": ["the cat"]} for i in (0, 1)]
     records, problems = _made(_said(tmp_path, refs, [GOOD]))
-    assert list(records) == ["a.png"] and problems == {"expression: its annotation is of another image": 1}
+    assert list(records) == ["a.png"] and problems == {"expression: its annotation belongs to another image": 1}
     items = _json(tmp_path / "items.json", {"items": [{"image_id": i, "ann_ids": [1]} for i in (0, 1)]})
     records, problems = _made(coco.foreground(items, str(tmp_path / "images"), [str(tmp_path / "i0.json")]))
-    assert list(records) == ["a.png"] and problems == {"image: its annotations are of another image": 1}
+    assert list(records) == ["a.png"] and problems == {"image: its annotations belong to another image": 1}
 
 
 def test_an_annotation_id_means_one_annotation_in_all_instance_files(tmp_path):
@@ -169,6 +169,6 @@ def test_a_class_that_lost_a_panoptic_segment_is_not_taught_absent(tmp_path, inf
     record = _made(plan)[0]["a.png"]
     assert [s.class_id for s in record.segments] == [0] and record.partial_classes == partial
     assert plan.problems.counts == {
-        "image: annotated twice in the json, of which the first counts": 1,
-        "segment: its image is not in the json": 1,
+        "image: annotated twice in the JSON; the first annotation is used": 1,
+        "segment: its image is not in the JSON": 1,
     }

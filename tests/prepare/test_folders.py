@@ -32,8 +32,8 @@ def _photo(path):
 
 
 def _prepare(root, kind, *words, **options):
-    options = {"name": "toy", "split": "train", "out": root / "out", "workers": 1, **options}
-    return cli.main([kind, *(f"--{k.replace('_', '-')}={v}" for k, v in options.items()), *words])
+    options = {"name": "toy", "split": "train", "output": root / "out", "workers": 1, **options}
+    return cli.main([kind, *(f"--{k}={v}" for k, v in options.items()), *words])
 
 
 def _read(root, name="toy"):
@@ -47,7 +47,7 @@ def _mask(record):
     return record.decode_mask(segment.mask)
 
 
-def _grey(path):
+def _gray(path):
     return np.array(Image.open(path).convert("L"))
 
 
@@ -69,7 +69,7 @@ def test_masks_lie_in_a_folder_of_their_own_or_beside_the_images(tmp_path, capsy
     assert records.keys() == {"1", "2"} and "2 images kept, 0 dropped" in capsys.readouterr().out
     for name, record in records.items():
         assert record.image == (images / f"{name}.jpg").read_bytes()
-        np.testing.assert_array_equal(_mask(record), _grey(masks / f"{name}{suffix}.png") > 127)
+        np.testing.assert_array_equal(_mask(record), _gray(masks / f"{name}{suffix}.png") > 127)
 
 
 def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "1 x image: in the list, not in the folder (gone.jpg)" in table and "6 images kept, 1 dropped" in table
     for text, words in (
-        (b"other\n", "is the name of an image ('other')"),
+        (b"other\n", "names an image (first line: 'other')"),
         (b"", "train.txt: it is empty"),
         (b"\xff\xd8", "in UTF-8"),
     ):
@@ -148,7 +148,7 @@ def test_folders_that_are_links_are_read_too(tmp_path):
 @pytest.mark.parametrize("words", [["--exclude", "val.json"], ["--instances", "train.json"]])
 def test_options_of_json_foregrounds_are_refused_with_masks(tmp_path, capsys, words):
     assert _prepare(tmp_path, "foreground", *words, images=tmp_path, masks=tmp_path) == 1
-    assert capsys.readouterr().err == "mqformer prepare: --exclude and --instances go with --json\n"
+    assert capsys.readouterr().err == "mqformer prepare: --exclude and --instances require --json\n"
 
 
 @pytest.mark.parametrize("option", ["name", "split"])
@@ -156,7 +156,7 @@ def test_options_of_json_foregrounds_are_refused_with_masks(tmp_path, capsys, wo
 def test_names_of_sets_and_splits_are_parts_of_file_names(tmp_path, capsys, option, text):
     with pytest.raises(SystemExit):
         _prepare(tmp_path, "foreground", images=tmp_path, masks=tmp_path, **{option: text})
-    assert f"argument --{option}: {text!r} is no name" in capsys.readouterr().err
+    assert f"argument --{option}: {text!r} is not a valid name" in capsys.readouterr().err
 
 
 def _ways_to_save(folder):
@@ -168,22 +168,22 @@ def _ways_to_save(folder):
     ways = {
         "one_bit.png": Image.fromarray(white).convert("1"),
         "zero_and_one.png": Image.fromarray(SOLID.astype(np.uint8)),
-        "grey.png": Image.fromarray(SOFT),
+        "gray.png": Image.fromarray(SOFT),
         "rgb.png": Image.fromarray(np.dstack([SOFT] * 3)),
         "opaque.png": Image.fromarray(np.dstack([SOFT] * 3 + [clear])),
         "cut_out.png": Image.fromarray(np.dstack([noise, SOFT])),
         "black_with_alpha.png": Image.fromarray(np.dstack([clear * 0, SOFT])),
         "palette.png": palette,
         "sixteen_bit.png": Image.fromarray(SOFT.astype(np.uint16) * 257),
-        "grey.bmp": Image.fromarray(SOFT),
-        "grey.tif": Image.fromarray(SOFT),
+        "gray.bmp": Image.fromarray(SOFT),
+        "gray.tif": Image.fromarray(SOFT),
         "cut_out.webp": Image.fromarray(np.dstack([noise, SOFT])),
         "palette.gif": palette,
     }
     for name, image in ways.items():
         image.save(folder / name, **({"lossless": True} if name.endswith("webp") else {}))
-    Image.fromarray(white).save(folder / "grey.jpg", quality=95)
-    return [*ways, "grey.jpg"]
+    Image.fromarray(white).save(folder / "gray.jpg", quality=95)
+    return [*ways, "gray.jpg"]
 
 
 def test_masks_are_read_however_they_were_saved(tmp_path):
@@ -213,12 +213,12 @@ def test_masks_that_nobody_can_read_for_sure_are_counted(tmp_path, capsys):
     assert list(_read(tmp_path)[1]) == ["good"]
     table = capsys.readouterr().out
     for line in (
-        "image: mask is a colour picture, not black and white (photo)",
-        "image: mask is nowhere brighter than 127; white is 255, or 1 (dim)",
-        "image: mask has another size than its image (turned by EXIF) (turned)",
-        "image: mask has another size than its image (small)",
+        "image: mask is a color image, not black and white (photo)",
+        "image: mask has no value above 127; white must be 255, or 1 (dim)",
+        "image: mask size differs from its image (rotated by EXIF) (turned)",
+        "image: mask size differs from its image (small)",
         "image: has an empty foreground (black)",
-        "image: no mask of its name (alone)",
+        "image: no mask with its name (alone)",
         "image: cannot be decoded (phone)",
     ):
         assert f"1 x {line}" in table
@@ -241,15 +241,15 @@ def test_mattes_may_be_the_alpha_of_a_cut_out_and_bring_trimaps(tmp_path, capsys
     )
     records = _read(tmp_path)[1]
     for record in records.values():
-        np.testing.assert_array_equal(_grey(io.BytesIO(record.segments[0].alpha)), SOFT)
+        np.testing.assert_array_equal(_gray(io.BytesIO(record.segments[0].alpha)), SOFT)
         np.testing.assert_array_equal(_mask(record), SOLID)
-    np.testing.assert_array_equal(_grey(io.BytesIO(records["a"].segments[0].trimap)), trimap)
+    np.testing.assert_array_equal(_gray(io.BytesIO(records["a"].segments[0].trimap)), trimap)
     assert Image.open(io.BytesIO(records["a"].segments[0].trimap)).mode == "L"
     assert [key for key, record in records.items() if record.segments[0].trimap] == ["a"] and len(records) == 4
     table = capsys.readouterr().out
     assert (
-        "1 x trimap: no file of its image's name (c)" in table
-        and "1 x trimap: has another size than its image (b)" in table
+        "1 x trimap: no file with the name of its image (c)" in table
+        and "1 x trimap: size differs from its image (b)" in table
     )
     assert (
         "1 x trimap: has no value above 2; unknown is 128, inside is 255 (d)" in table
@@ -270,27 +270,27 @@ def test_real_mattes_and_trimaps_equal_their_files(real_data, tmp_path):
     records = _read(tmp_path)[1]
     assert records.keys() == {path.stem for path in (matting / "images").iterdir()}
     for key, record in records.items():
-        alpha, trimap = _grey(matting / "alpha" / f"{key}.png"), _grey(matting / "trimap" / f"{key}.png")
-        np.testing.assert_array_equal(_grey(io.BytesIO(record.segments[0].alpha)), alpha)
-        np.testing.assert_array_equal(_grey(io.BytesIO(record.segments[0].trimap)), trimap)
+        alpha, trimap = _gray(matting / "alpha" / f"{key}.png"), _gray(matting / "trimap" / f"{key}.png")
+        np.testing.assert_array_equal(_gray(io.BytesIO(record.segments[0].alpha)), alpha)
+        np.testing.assert_array_equal(_gray(io.BytesIO(record.segments[0].trimap)), trimap)
         np.testing.assert_array_equal(_mask(record), alpha > 127)
 
 
 # ---- Semantic -----------------------------------------------------------------------------------------------------
 
 SKY, ROAD, VOID = (128, 128, 128), (128, 64, 128), (0, 0, 0)
-WHERE = np.repeat(np.arange(4), H // 4)[:, None].repeat(W, 1)  # sky, road, void, and a colour that no class has
+WHERE = np.repeat(np.arange(4), H // 4)[:, None].repeat(W, 1)  # sky, road, void, and a color that no class has
 
 
 def _semantic(root, *words, **options):
     _photo(root / "701_StillsRaw_full" / "0001TP.png")
     _save(root / "LabeledApproved_full" / "0001TP_L.png", np.array([SKY, ROAD, VOID, (1, 2, 3)], np.uint8)[WHERE])
     folders = {"images": root / "701_StillsRaw_full", "masks": root / "LabeledApproved_full"}
-    return _prepare(root, "semantic", "--mask-suffix=_L", *words, **folders, **options)
+    return _prepare(root, "semantic", "--mask_suffix=_L", *words, **folders, **options)
 
 
 @pytest.mark.parametrize("kind", ["txt", "json"])
-def test_colour_masks_are_read_by_a_class_list_with_colours(tmp_path, capsys, kind):
+def test_color_masks_are_read_by_a_class_list_with_colors(tmp_path, capsys, kind):
     if kind == "txt":  # CamVid's own
         (tmp_path / "label_colors.txt").write_text("0 0 0\t\tVoid\r\n128 64 128\tRoad\r\n128 128 128\tSky_Blue\r\n")
     else:
@@ -309,20 +309,21 @@ def test_colour_masks_are_read_by_a_class_list_with_colours(tmp_path, capsys, ki
     for segment in record.segments:
         np.testing.assert_array_equal(record.decode_mask(segment.mask), WHERE == 1 - segment.class_id)
     np.testing.assert_array_equal(record.decode_mask(record.ignore), WHERE > 1)
-    assert "1 x segment: mask colour has no class (0001TP (1, 2, 3))" in capsys.readouterr().out
+    assert "1 x segment: mask color has no class (0001TP (1, 2, 3))" in capsys.readouterr().out
 
 
-def test_a_colour_mask_without_colours_says_what_to_do(tmp_path, capsys):
+def test_a_color_mask_without_colors_says_what_to_do(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert _semantic(tmp_path, classes=tmp_path / "classes.txt") == 1
-    assert "not an index PNG; a class list with colours can read it (0001TP)" in capsys.readouterr().err
+    assert "not an index PNG; give a class list with colors (0001TP)" in capsys.readouterr().err
     (tmp_path / "classes.json").write_text('{"classes": [{"name": "sky", "color": [0, 0]}]}')
     assert _semantic(tmp_path, classes=tmp_path / "classes.json") == 1
-    assert 'a class is "sky", ["sky", "heaven"] or {"name": "sky", "color": [128, 128, 128]}' in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert 'a class must be "sky", ["sky", "heaven"] or {"name": "sky", "color": [128, 128, 128]}' in error
 
 
 @pytest.mark.parametrize("saved", ["1", "P", "L", "RGBA"])
-def test_index_masks_are_read_by_value_whatever_colours_the_list_has(tmp_path, saved):
+def test_index_masks_are_read_by_value_whatever_colors_the_list_has(tmp_path, saved):
     index = (WHERE > 1).astype(np.uint8)
     if saved == "RGBA":
         _save(tmp_path / "masks" / "a.png", np.dstack([index] * 3 + [np.full((H, W), 255, np.uint8)]))
@@ -369,21 +370,21 @@ def test_a_class_list_in_another_format_is_refused(tmp_path, capsys, line):
     error = capsys.readouterr().err
     assert (
         error.count("\n") == 1
-        and f"classes.txt: line {line!r} is no class name; read are json, one name a line" in error
+        and f"classes.txt: line {line!r} is not a class name; formats are JSON, lines with one name" in error
     )
 
 
-@pytest.mark.parametrize(("count", "words"), [(256, []), (255, ["--index-offset=1"])])
+@pytest.mark.parametrize(("count", "words"), [(256, []), (255, ["--index_offset=1"])])
 def test_255_is_a_class_where_the_list_reaches_it(tmp_path, count, words):
     assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(count)), *words) == 0
     info, records = _read(tmp_path)
     last = records["a"].segments[-1]
     assert len(info.classes) == count and info.classes[last.class_id].name == f"class {count - 1}"
-    np.testing.assert_array_equal(records["a"].decode_mask(last.mask), _grey(tmp_path / "masks" / "a.png") == 255)
+    np.testing.assert_array_equal(records["a"].decode_mask(last.mask), _gray(tmp_path / "masks" / "a.png") == 255)
     assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(255)), "--name=fewer") == 0
     np.testing.assert_array_equal(
         (record := _read(tmp_path, "fewer")[1]["a"]).decode_mask(record.ignore),
-        _grey(tmp_path / "masks" / "a.png") == 255,
+        _gray(tmp_path / "masks" / "a.png") == 255,
     )
 
 

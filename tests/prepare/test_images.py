@@ -21,10 +21,10 @@ TURNED = Image.Exif()
 TURNED[0x0112] = 6
 WAYS = {
     "progressive.jpg": (RGB, {"progressive": True}),
-    "grey.jpg": (RGB.convert("L"), {}),
+    "gray.jpg": (RGB.convert("L"), {}),
     "cmyk.jpg": (RGB.convert("CMYK"), {}),
     "turned.jpg": (RGB, {"exif": TURNED}),
-    "grey.png": (RGB.convert("L"), {}),
+    "gray.png": (RGB.convert("L"), {}),
     "one_bit.png": (RGB.convert("1"), {}),
     "palette.png": (RGB.quantize(50), {"transparency": 3}),
     "rgba.png": (Image.fromarray(np.dstack([SMOOTH, SMOOTH[..., 0]])), {}),
@@ -58,9 +58,9 @@ def test_a_kept_image_decodes_as_pil_decodes_its_file(tmp_path, name):
 def test_sixteen_bits_become_their_upper_eight(tmp_path):
     deep = SMOOTH.astype(np.uint16) * 256 + 99
     cv2.imwrite(str(tmp_path / "rgb.png"), deep[..., ::-1])
-    Image.fromarray(np.ascontiguousarray(deep[..., 0])).save(tmp_path / "grey.png")
+    Image.fromarray(np.ascontiguousarray(deep[..., 0])).save(tmp_path / "gray.png")
     np.testing.assert_array_equal(_decoded(tmp_path / "rgb.png"), SMOOTH)
-    np.testing.assert_array_equal(_decoded(tmp_path / "grey.png"), SMOOTH[..., :1].repeat(3, -1))
+    np.testing.assert_array_equal(_decoded(tmp_path / "gray.png"), SMOOTH[..., :1].repeat(3, -1))
 
 
 def test_an_image_of_12000_pixels_is_read(tmp_path):
@@ -74,7 +74,7 @@ def test_a_file_cut_short_is_never_half_an_image(tmp_path, kind):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(buffer, kind)
     for part in (0.0, 0.3, 0.99):
         (tmp_path / "cut").write_bytes(buffer.getvalue()[: int(part * buffer.tell())])
-        with pytest.raises(Unusable, match="cut short|cannot be decoded"):
+        with pytest.raises(Unusable, match="truncated|cannot be decoded"):
             read_image(str(tmp_path / "cut"))
 
 
@@ -95,5 +95,5 @@ def test_a_head_that_promises_too_many_pixels_is_believed_before_decoding(tmp_pa
 @pytest.mark.parametrize("read", [read_image, read_index])
 def test_twelve_bytes_are_no_png(tmp_path, read):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nIEND")
-    with pytest.raises(Unusable, match="cut short"):
+    with pytest.raises(Unusable, match="truncated"):
         read(str(tmp_path / "a.png"))

@@ -53,11 +53,11 @@ def _prepare(voc, **options):
         "images": root / "JPEGImages",
         "labels": root / "trainval",
         "names": root / "labels.txt",
-        "out": root / "out",
+        "output": root / "out",
         **options,
     }
     words = [word for key, value in options.items() for word in (f"--{key}", str(value))]
-    if cli.main(["pascal-context", "--name", "context", "--split", "val", "--workers", "1", *words]):
+    if cli.main(["pascal_context", "--name", "context", "--split", "val", "--workers", "1", *words]):
         return None, {}
     source = ShardSource(str(root / "out"), "context", "val")
     return source.info, {r.key: r for r in (Record.from_bytes(source[i]) for i in range(len(source)))}
@@ -81,7 +81,7 @@ def test_every_label_of_the_class_list_is_one_region(voc, classes, compressed, d
             i: {308: "potted plant", 427: "tv monitor"}.get(i, OFFICIAL.get(i, f"label {i}")) for i in range(1, 460)
         }
     assert [c.texts for c in info.classes] == [(name,) for name in wanted.values()]
-    assert info.exhaustive and not any(c.thing for c in info.classes)
+    assert info.exhaustive and all(c.is_region for c in info.classes)
     truth = scipy.io.loadmat(voc.root / "trainval" / "2008_000002.mat")["LabelMap"]
     record = records["2008_000002"]
     assert {list(wanted)[s.class_id] for s in record.segments} == set(np.unique(truth).tolist()) & wanted.keys()
@@ -125,12 +125,12 @@ def test_what_is_broken_is_counted_and_named(voc, capsys):
     table = capsys.readouterr().out
     for line in (
         "1 images kept, 11 dropped",
-        "6 x image: mask is damaged, or no MATLAB 5 file of integers (bits, code, cut, …)",
+        "6 x image: mask is damaged or not a MATLAB 5 file of integers (bits, code, cut, …)",
         "image: mask file has no LabelMap (other)",
         "image: mask file is missing (gone)",
-        "image: mask has another size than its image (large)",
+        "image: mask size differs from its image (large)",
         "image: file is missing (ghost)",
-        "image: has nothing labelled (void)",
+        "image: has nothing labeled (void)",
         "segment: mask value 460 has no class (good)",
     ):
         assert line in table, table
@@ -140,11 +140,11 @@ def test_what_is_broken_is_counted_and_named(voc, capsys):
     ("option", "text", "said"),
     [
         ("classes", "1: aeroplane\n2: unicorn\n", "classes: class 'unicorn' is not in"),
-        ("names", "aeroplane\n", "names: line 'aeroplane' is not like '3: air conditioner'"),
+        ("names", "aeroplane\n", "names: line 'aeroplane' does not look like '3: air conditioner'"),
         ("names", "1: sky\n2: sky\n", "names: class 'sky' occurs twice"),
-        ("names", "", "names: it holds no class"),
+        ("names", "", "names: it contains no classes"),
         ("names", b"1: caf\xe9\n", "names: not a text file in UTF-8"),
-        ("list", "", "list: no name of an image in it"),
+        ("list", "", "list: it lists no images"),
         ("list", None, "list: no such file"),
         ("labels", None, "labels: no such folder"),
     ],

@@ -61,15 +61,11 @@ def _prepare(folder, kind, **options):
         "name": "toy",
         "split": "train",
         "images": folder / "images",
-        "out": folder / "out",
+        "output": folder / "out",
         "workers": 1,
         **options,
     }
-    words = [
-        w
-        for k, v in options.items()
-        for w in ("--" + k.replace("_", "-"), *map(str, v if isinstance(v, list) else [v]))
-    ]
+    words = [w for k, v in options.items() for w in (f"--{k}", *map(str, v if isinstance(v, list) else [v]))]
     return cli.main([kind, *words])
 
 
@@ -83,6 +79,23 @@ def _instances(folder, annotations, images=None, **options):
     return _prepare(folder, "instances", json=_json(folder / "ann.json", data), **options)
 
 
+def test_a_share_of_the_images_is_held_out_by_name(folder, capsys):
+    names = ["a.jpg", "b.png", "c.webp", "d.jpg"]
+    annotations = [{"id": i, "image_id": i, "category_id": 7, "segmentation": SQUARE} for i in range(4)]
+    assert _instances(folder, annotations, _images(*names), val_fraction=0.25) == 0
+    (info, train), (_, val) = _read(folder), _read(folder, "val")
+    assert len(train) == 3 and len(val) == 1 and sorted([*train, *val]) == names
+    assert info.splits == {"train": 3, "val": 1}
+    # the order of the file does not matter
+    shuffled = [{**annotation, "image_id": 3 - annotation["image_id"]} for annotation in annotations]
+    assert _instances(folder, shuffled, _images(*names[::-1]), val_fraction=0.25, name="again") == 0
+    assert _read(folder, "val", "again")[1].keys() == val.keys()
+    for split, fraction, words in (("val", 0.5, "--split=train"), ("train", 0.1, "at least two images")):
+        images = _images(*(names if split == "val" else names[:1]))
+        assert _instances(folder, annotations, images, split=split, val_fraction=fraction, name="other") == 1
+        assert words in capsys.readouterr().err
+
+
 def _oracle(polygons, height=H, width=W):
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, height, width))).astype(bool)
 
@@ -90,7 +103,7 @@ def _oracle(polygons, height=H, width=W):
 # ---- Every kind ---------------------------------------------------------------------------------------------------
 
 
-def test_panoptic_things_stuff_crowd_and_unlabelled_pixels(folder):
+def test_panoptic_things_stuff_crowd_and_unlabeled_pixels(folder):
     ids = np.zeros((H, W), np.int32)
     ids[:10], ids[10:20], ids[20:30, :30], ids[20:30, 30:] = 70_000, 300, 5, 6
     _png(folder / "masks" / "a.png", np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
@@ -101,7 +114,7 @@ def test_panoptic_things_stuff_crowd_and_unlabelled_pixels(folder):
     path = _json(folder / "pan.json", {**data, "categories": CATEGORIES})
     assert _prepare(folder, "panoptic", json=path, masks=folder / "masks") == 0
     info, records = _read(folder)
-    assert [(c.texts, c.thing) for c in info.classes] == [(("cat",), True), (("sky",), False)]
+    assert [(c.texts, c.is_region) for c in info.classes] == [(("cat",), False), (("sky",), True)]
     record = records["a.jpg"]
     sky, cat, crowd = record.segments
     assert (sky.class_id, cat.class_id, cat.crowd, crowd.crowd) == (1, 0, False, True)
@@ -212,7 +225,7 @@ def test_semantic_index_png_with_ignored_class(folder, palette):
     classes = _json(folder / "classes.json", {"classes": ["sky, heaven", "void", "side_walk"], "ignore_index": 1})
     assert _prepare(folder, "semantic", masks=folder / "masks", classes=classes) == 0
     info, records = _read(folder)
-    assert [(c.texts, c.thing) for c in info.classes] == [(("sky", "heaven"), False), (("side walk",), False)]
+    assert [(c.texts, c.is_region) for c in info.classes] == [(("sky", "heaven"), True), (("side walk",), True)]
     record = records["a"]
     for segment, value in zip(record.segments, (0, 2), strict=True):
         np.testing.assert_array_equal(record.decode_mask(segment.mask), index == value)
@@ -251,7 +264,7 @@ def test_foreground_mask_folder(folder, white):
     np.testing.assert_array_equal(record.decode_mask(record.segments[0].mask), solid)
 
 
-def test_mattes_keep_every_grey_level(folder):
+def test_mattes_keep_every_gray_level(folder):
     alpha = np.linspace(0, 255, H * W).astype(np.uint8).reshape(H, W)
     _png(folder / "alphas" / "a.png", alpha[..., None].repeat(3, -1))
     assert _prepare(folder, "mattes", alphas=folder / "alphas") == 0
@@ -261,12 +274,15 @@ def test_mattes_keep_every_grey_level(folder):
 
 
 def test_sample_makes_all_its_sets(folder):
-    assert cli.main(["sample", "--train=8", "--val=4", "--size=48", f"--out={folder / 'out'}", "--workers=1"]) == 0
+    assert cli.main(["sample", "--train=8", "--val=4", "--size=48", f"--output={folder / 'out'}", "--workers=1"]) == 0
     info, records = _read(folder, name="sample_scenes")
     assert info.splits == {"train": 8, "val": 4} and all(
         r.decode_image().shape == (48, 48, 3) for r in records.values()
     )
     assert {"sample_scenes", "sample_boxes", "sample_mattes"} <= set(os.listdir(folder / "out"))
+    _, held_out = _read(folder, name="sample_scenes", split="val")
+    images = [path.read_bytes() for path in sorted((folder / "out" / "sample_images").glob("*.png"))]
+    assert images == [held_out[key].image for key in sorted(held_out)]
 
 
 # ---- Images -------------------------------------------------------------------------------------------------------
@@ -293,7 +309,7 @@ def test_exif_rotated_image_needs_annotations_of_the_rotated_size(folder, capsys
     assert _instances(folder, [], images) == 0
     records = _read(folder)[1]
     assert (records["turned.jpg"].height, records["turned.jpg"].width) == (W, H)
-    assert "1 x image: has another size than the json says (turned by EXIF)" in capsys.readouterr().out
+    assert "1 x image: size differs from the JSON (rotated by EXIF)" in capsys.readouterr().out
 
 
 # ---- Bad input ----------------------------------------------------------------------------------------------------
@@ -312,10 +328,10 @@ def test_unusable_images_are_dropped_and_counted(folder, capsys):
     table = capsys.readouterr().out
     assert "toy train: 1 images kept, 5 dropped" in table
     for line in (
-        "2 x image: file is cut short (b.png, d.jpg)",
+        "2 x image: file is truncated (b.png, d.jpg)",
         "1 x image: file is missing (gone.jpg)",
         "1 x image: cannot be decoded (text.jpg)",
-        "1 x image: listed twice in the json (again.jpg)",
+        "1 x image: listed twice in the JSON (again.jpg)",
     ):
         assert line in table
 
@@ -327,7 +343,7 @@ def test_unusable_images_are_dropped_and_counted(folder, capsys):
         ({"segmentation": [[1, 1, 5, 5]]}, "empty polygon"),
         ({"segmentation": [[1, 1, 1, 1, 1, 1]]}, "mask is empty"),
         ({"segmentation": [[90, 1, 95, 1, 95, 9]]}, "mask is empty"),
-        ({"segmentation": {"size": [W, H], "counts": [5, 10]}}, "mask has another size than its image"),
+        ({"segmentation": {"size": [W, H], "counts": [5, 10]}}, "mask size differs from its image"),
         ({"segmentation": {"size": [H, W], "counts": [0, 9 * H * W]}}, "malformed mask or box"),
         ({"segmentation": 5}, "malformed mask or box"),
         ({"bbox": [W + 1, 5, 10, 10]}, "box outside its image"),
@@ -376,10 +392,10 @@ def test_panoptic_png_and_json_that_disagree_are_counted(folder, capsys):
     assert len(record.segments) == 1 and record.decode_mask(record.ignore)[10:].all()
     table = capsys.readouterr().out
     for line in (
-        "segment: in the json, not in the PNG (a.jpg segment 9)",
-        "segment: in the PNG, not in the json (a.jpg segment 3)",
+        "segment: in the JSON, not in the PNG (a.jpg segment 9)",
+        "segment: in the PNG, not in the JSON (a.jpg segment 3)",
         "segment: unknown category (a.jpg segment 2)",
-        "image: mask has another size than its image (b.png)",
+        "image: mask size differs from its image (b.png)",
         "image: mask file is missing (d.jpg)",
         "image: no annotation (c.webp)",
         "1 images kept, 3 dropped",
@@ -394,8 +410,8 @@ def test_masks_and_images_that_stand_alone_are_counted(folder, capsys):
     classes = _json(folder / "classes.json", ["sky"])
     assert _prepare(folder, "semantic", masks=folder / "masks", classes=classes) == 0
     table = capsys.readouterr().out
-    assert "2 x image: no mask of its name (c, d)" in table and "mask: no image of its name (ghost)" in table
-    assert "image: mask is a colour picture, not an index PNG; a class list with colours can read it (b)" in table
+    assert "2 x image: no mask with its name (c, d)" in table and "mask: no image with its name (ghost)" in table
+    assert "image: mask is a color image, not an index PNG; give a class list with colors (b)" in table
 
 
 def _one_line(capsys, status, *words):
@@ -425,12 +441,14 @@ def test_splits_of_one_set_share_their_classes(folder, capsys):
     assert _read(folder)[0].splits == {"train": 1, "val": 2}
     other = {"images": _images("a.jpg"), "annotations": [], "categories": [{"id": 1, "name": "dog"}]}
     _one_line(
-        capsys, _prepare(folder, "instances", json=_json(folder / "o.json", other), split="test"), "have other classes"
+        capsys,
+        _prepare(folder, "instances", json=_json(folder / "o.json", other), split="test"),
+        "differ in their classes",
     )
 
 
 def test_nothing_usable_is_an_error_and_leaves_no_set(folder, capsys):
-    said = "nothing of toy train can be used: 1 x image: file is missing (gone.jpg)"
+    said = "toy train has no usable images: 1 x image: file is missing (gone.jpg)"
     _one_line(capsys, _instances(folder, [], _images("gone.jpg")), said)
     with pytest.raises(FileNotFoundError):
         _read(folder)

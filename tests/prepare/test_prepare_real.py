@@ -21,7 +21,7 @@ def real(real_data, tmp_path_factory):
     """The real folder with its sets prepared: (folder, records root)."""
     source = str(real_data)
     out = str(tmp_path_factory.mktemp("records"))
-    assert cli.main(["small", "--source", source, "--out", out, "--workers", "1"]) == 0
+    assert cli.main(["small", "--source", source, "--output", out, "--workers", "1"]) == 0
     return source, out
 
 

@@ -35,7 +35,7 @@ def public(real_data, tmp_path_factory):
     """
     root, out = tmp_path_factory.mktemp("datasets"), tmp_path_factory.mktemp("records")
     arrange(real_data, root)
-    assert cli.main(["public", *FED, "--root", str(root), "--out", str(out), "--workers", "1"]) == 0
+    assert cli.main(["public", *FED, "--root", str(root), "--output", str(out), "--workers", "1"]) == 0
     return root, out
 
 
@@ -76,8 +76,8 @@ def test_coco_panoptic_equals_its_pngs(public, split):
     name_of = {
         c["id"]: re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " ") for c in data["categories"]
     }
-    assert [c.thing for c in info.classes] == [
-        bool(c["isthing"]) for c in sorted(data["categories"], key=lambda c: c["id"])
+    assert [c.is_region for c in info.classes] == [
+        not c["isthing"] for c in sorted(data["categories"], key=lambda c: c["id"])
     ]
     files = {a["image_id"]: a for a in data["annotations"]}
     assert {i["file_name"] for i in data["images"]} == records.keys()
@@ -161,7 +161,7 @@ def test_ade20k_equals_its_pngs_and_its_table(public):
                 record,
                 _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"),
                 first=1,
-                unlabelled=0,
+                unlabeled=0,
             )
 
 
@@ -171,7 +171,7 @@ def test_camvid_equals_its_pngs(public, split):
     info, records = _records(out, "camvid", split)
     assert [c.name for c in info.classes][:4] == ["sky", "building", "pole", "road"] and len(info.classes) == 11
     for key, record in records.items():
-        _assert_regions(record, _pixels(root / f"CamVid/{split}annot" / f"{key}.png"), first=0, unlabelled=11)
+        _assert_regions(record, _pixels(root / f"CamVid/{split}annot" / f"{key}.png"), first=0, unlabeled=11)
 
 
 def test_ade20k_panoptic_equals_its_two_maps(public):
@@ -182,7 +182,7 @@ def test_ade20k_panoptic_equals_its_two_maps(public):
                 record,
                 _pixels(root / "ADEChallengeData2016/annotations" / folder / f"{key}.png"),
                 first=1,
-                unlabelled=0,
+                unlabeled=0,
             )
             instances = _pixels(root / "ADEChallengeData2016/annotations_instance" / folder / f"{key}.png")[..., 1]
             assert {s.class_id + 1 for s in record.segments} >= set(np.unique(instances).tolist()) - {0}
@@ -199,7 +199,7 @@ def test_pascal_context_equals_what_was_saved(public, name, count):
         )
         for key, record in records.items():
             index = scipy.io.loadmat(root / f"VOCdevkit/VOC2010/trainval/{key}.mat")["LabelMap"]
-            _assert_regions(record, np.where(index > count, 0, index), first=1, unlabelled=0)
+            _assert_regions(record, np.where(index > count, 0, index), first=1, unlabeled=0)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -224,8 +224,8 @@ def test_street_scenes_equal_the_panoptic_pngs_they_are_made_of(public, real_dat
         } == truth
 
 
-def _assert_regions(record, index, first, unlabelled):
-    assert {s.class_id + first for s in record.segments} == set(np.unique(index).tolist()) - {unlabelled}
+def _assert_regions(record, index, first, unlabeled):
+    assert {s.class_id + first for s in record.segments} == set(np.unique(index).tolist()) - {unlabeled}
     for segment in record.segments:
         np.testing.assert_array_equal(record.decode_mask(segment.mask), index == segment.class_id + first)
 
@@ -357,7 +357,7 @@ def test_camvids_classes_are_in_segnets_order():
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_missing_file_is_one_line_with_its_path_the_website_and_the_mend(name, tmp_path, capsys):
-    assert cli.main(["public", name, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert cli.main(["public", name, "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     first = next(iter(SETS[name].splits.values())).files()[0]
     assert str(tmp_path / first) in line and SETS[name].url in line and SETS[name].get in line
@@ -368,7 +368,7 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
     for folder in ("DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask", "DUTS-TE/DUTS-TE-Image"):
         (tmp_path / folder).mkdir(parents=True)
         Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / folder / "a.png")
-    command = ["public", "duts", "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]
+    command = ["public", "duts", "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]
     assert cli.main(command) == 1
     assert "DUTS-TE-Mask: no such file or folder" in (error := capsys.readouterr().err) and "--split train" in error
     assert cli.main([*command, "--split", "train"]) == 0
@@ -385,7 +385,9 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
     ],
 )
 def test_a_wrong_name_or_split_is_one_line(words, message, tmp_path, capsys):
-    assert cli.main(["public", *words, "--root", str(tmp_path), "--out", str(tmp_path / "out"), "--workers", "1"]) == 1
+    assert (
+        cli.main(["public", *words, "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]) == 1
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
 

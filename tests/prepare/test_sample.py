@@ -14,7 +14,7 @@ import pytest
 from mqformer_jax.prepare.sample import scenes
 
 COUNT = 60
-COLOURS = {"red", "orange", "yellow", "blue", "purple", "white"}
+COLORS = {"red", "orange", "yellow", "blue", "purple", "white"}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def read(text, things):
     for mark in reversed(marks):
         if mark in ("small", "large"):
             found = [i for i in found if (things[i].radius > 0.1) == (mark == "large")]
-        elif mark in COLOURS:
-            found = [i for i in found if things[i].colour == mark]
+        elif mark in COLORS:
+            found = [i for i in found if things[i].color == mark]
         else:
             place = {"leftmost": "x", "rightmost": "x", "topmost": "y", "bottommost": "y"}[mark]
             far = min if mark in ("leftmost", "topmost") else max
@@ -80,8 +80,8 @@ def test_masks_are_disjoint_and_leave_no_pixel_out(size):
 
 def test_segments_agree_with_their_boxes_and_classes(drawn):
     for record, graph in drawn:
-        things = [s for s in record.segments if s.class_id is not None and scenes.CLASSES[s.class_id].thing]
-        stuff = [s.class_id for s in record.segments if s.class_id is not None and not scenes.CLASSES[s.class_id].thing]
+        things = [s for s in record.segments if s.class_id is not None and not scenes.CLASSES[s.class_id].is_region]
+        stuff = [s.class_id for s in record.segments if s.class_id is not None and scenes.CLASSES[s.class_id].is_region]
         assert [scenes.CLASSES[s.class_id].name for s in things] == [t.shape for t in graph.things]
         assert len(set(stuff)) == len(stuff)
         for s in record.segments:
@@ -90,14 +90,14 @@ def test_segments_agree_with_their_boxes_and_classes(drawn):
             assert len(xs) >= (20 if s in things else 30)
 
 
-def test_things_show_their_colour_where_their_mask_is(drawn):
+def test_things_show_their_color_where_their_mask_is(drawn):
     hits = total = 0
     for record, graph in drawn:
         image = record.decode_image().astype(float)
         for segment, thing in zip(record.segments, graph.things):
             mean = image[record.decode_mask(segment.mask)].mean(0)
-            unit = {c: np.array(v) / np.linalg.norm(v) for c, v in scenes.COLOURS.items()}
-            hits += max(unit, key=lambda c: unit[c] @ mean / np.linalg.norm(mean)) == thing.colour
+            unit = {c: np.array(v) / np.linalg.norm(v) for c, v in scenes.COLORS.items()}
+            hits += max(unit, key=lambda c: unit[c] @ mean / np.linalg.norm(mean)) == thing.color
             total += 1
     assert hits > 0.95 * total
 
@@ -157,8 +157,7 @@ def test_unclear_places_are_never_named():
 def test_expressions_stand_among_distractors(drawn):
     described = [x for x in thing_texts(drawn) if scenes.expression_kind(x[0]) in ("attribute", "relation")]
     tempted = [
-        any(t.shape == a[i].shape or t.colour == a[i].colour for j, t in enumerate(a) if j != i)
-        for _, i, a in described
+        any(t.shape == a[i].shape or t.color == a[i].color for j, t in enumerate(a) if j != i) for _, i, a in described
     ]
     assert np.mean(tempted) > 0.6
 

@@ -123,7 +123,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, cap
     (toy.log / "wait").unlink()
 
     report = toy.prepare()
-    assert f"toy train: {SHARDS - 1} of {SHARDS} shards were finished, going on" in capfd.readouterr().err
+    assert f"toy train: resuming, {SHARDS - 1} of {SHARDS} shards are finished" in capfd.readouterr().err
     assert toy.made() == {f"{i:02d}": 1 for i in (8, 9, 10, 11)}
     assert (toy.result(), str(report)) == whole
     inodes = {path.name[6:11]: path.stat().st_ino for path in toy.folder.glob("*.array_record")}
@@ -174,7 +174,7 @@ def test_shards_that_were_begun_for_something_else_are_thrown_away(toy, change, 
     assert toy.made().total() == 10
     plan = change(toy)
     toy.prepare(plan)
-    assert "starting anew" in capfd.readouterr().err
+    assert "starting over" in capfd.readouterr().err
     assert toy.made().total() == len(plan.jobs)
 
 
@@ -195,7 +195,7 @@ def test_masks_that_changed_count_as_changed(tmp_path):
 
 
 def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
-    with toy.acting(die), pytest.raises(OSError, match="^a worker process died; .* fewer --workers.*[^\n]$"):
+    with toy.acting(die), pytest.raises(OSError, match="^a worker process died. .* fewer --workers.*[^\n]$"):
         toy.prepare(workers=2)
     kept = len(list(toy.partial.glob("*.json")))
     toy.made()
@@ -206,7 +206,7 @@ def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
 
 def _sample(out, train, **options):
     """The sample by the command line, in processes of their own."""
-    words = ["sample", "--out", out, "--train", train, "--val", 1, "--size", 48, "--workers", 2]
+    words = ["sample", "--output", out, "--train", train, "--val", 1, "--size", 48, "--workers", 2]
     return subprocess.Popen(
         [sys.executable, "-m", "mqformer_jax", "prepare", *map(str, words)],
         stderr=subprocess.PIPE,
@@ -251,7 +251,7 @@ def test_what_is_prepared_is_not_prepared_again(toy, whole, capsys):
     assert len(toy.made()) == COUNT
     assert str(toy.prepare()) == first == whole[1]
     assert not toy.made() and before == {path: path.stat().st_mtime_ns for path in toy.folder.iterdir()}
-    assert "toy train: these files are prepared already, nothing was done" in capsys.readouterr().err
+    assert "toy train: already prepared from these files, nothing to do" in capsys.readouterr().err
     (toy.folder / "train-00001-of-00006.array_record").unlink()
     assert str(toy.prepare()) == first and toy.result() == whole[0], "a shard was lost, so all is made again"
 

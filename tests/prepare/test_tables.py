@@ -42,7 +42,7 @@ def _jsonl(folder, *rows):
 
 
 def _prepare(folder, table, *words):
-    paths = {"table": table, "images": folder / "images", "out": folder / "out", "masks": folder / "masks"}
+    paths = {"table": table, "images": folder / "images", "output": folder / "out", "masks": folder / "masks"}
     return cli.main(
         ["table", "--name=toy", "--split=train", "--workers=1", *(f"--{k}={v}" for k, v in paths.items()), *words]
     )
@@ -75,9 +75,9 @@ def test_csv_and_jsonl_say_the_same(folder):
     again, same = _read(folder)
     assert (vars(info), records) == (vars(again), same)
 
-    assert [(c.texts, c.thing) for c in info.classes] == [
-        (("black cat",), True),
-        (("dog",), True),
+    assert [(c.texts, c.is_region) for c in info.classes] == [
+        (("black cat",), False),
+        (("dog",), False),
     ] and not info.exhaustive
     record = records["a.jpg"]
     cat, dog = record.segments
@@ -102,10 +102,10 @@ def test_an_exhaustive_table_says_what_is_not_there(folder):
     options = ("--exhaustive", "--stuff", "sky", f"--classes={folder / 'classes.json'}")
     assert _prepare(folder, _jsonl(folder, *rows), *options) == 0
     info, records = _read(folder)
-    assert info.exhaustive and [(c.name, c.thing) for c in info.classes] == [
-        ("sky", False),
-        ("dog", True),
-        ("cat", True),
+    assert info.exhaustive and [(c.name, c.is_region) for c in info.classes] == [
+        ("sky", True),
+        ("dog", False),
+        ("cat", False),
     ]
     np.testing.assert_array_equal(
         records["a.jpg"].decode_mask(records["a.jpg"].segments[0].mask)[0], np.arange(W) >= 20
@@ -145,15 +145,15 @@ def test_expressions_of_two_segments_are_dropped(folder, capsys):
         ({"bbox": [1, 2, 3, 4]}, "neither class nor expression"),
         ({"no_target": True}, "neither class nor expression"),
         ({}, "neither class nor expression"),
-        ({"class": "dog"}, "neither mask nor bbox, nor no_target"),
-        ({"mask": "left.png", "expression": "x", "no_target": True}, "no_target, and yet a mask or bbox"),
+        ({"class": "dog"}, "no mask, bbox or no_target"),
+        ({"mask": "left.png", "expression": "x", "no_target": True}, "no_target together with a mask or bbox"),
         ({"expression": "x", "no_target": "maybe"}, "no_target is neither true nor false"),
         ({"bbox": [1, 2, 3], "class": "dog"}, "bbox is not x, y, width, height"),
         ({"bbox": "1 2 3 nan", "class": "dog"}, "bbox is not x, y, width, height"),
         ({"bbox": [1, 2, 0, 4], "class": "dog"}, "box without area"),
         ({"bbox": [90, 2, 3, 4], "class": "dog"}, "box outside its image"),
         ({"mask": "gone.png", "class": "dog"}, "mask file is missing"),
-        ({"mask": "left.png", "class": "dog"}, "its mask or bbox has another class already"),
+        ({"mask": "left.png", "class": "dog"}, "its mask or bbox already has another class"),
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_and_named(folder, capsys, row, reason):
@@ -185,7 +185,7 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
         ), error
 
     says(folder / "gone.csv", "gone.csv: no such file")
-    says(folder / "t.xlsx", "a table is a .csv with a header, or a .jsonl")
+    says(folder / "t.xlsx", "a table is a .csv file with a header, or a .jsonl")
     says(
         _csv(folder, "image;mask;class", "a.jpg;left.png;cat"),
         "t.csv:1: unknown column 'image;mask;class'; columns are image, mask",
@@ -200,9 +200,9 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     (folder / "t.jsonl").write_text('{"image": "a.jpg"}\n{"image": \n')
     says(folder / "t.jsonl", "t.jsonl:2: not JSON")
     (folder / "t.jsonl").write_text('["a.jpg"]\n')
-    says(folder / "t.jsonl", 't.jsonl:1: no object; a line is {"image": "a.jpg"')
+    says(folder / "t.jsonl", 't.jsonl:1: not an object; a line is {"image": "a.jpg"')
     cat = _csv(folder, "image,mask,class", "a.jpg,left.png,cat")
-    says(cat, "--stuff 'sky' is no class; they are cat", options=("--stuff", "sky"))
+    says(cat, "--stuff 'sky' is not a class; classes are cat", options=("--stuff", "sky"))
     (folder / "classes.txt").write_text("dog\n")
     says(cat, "1 x row: class 'cat' is not in --classes", options=(f"--classes={folder / 'classes.txt'}",))
     says(

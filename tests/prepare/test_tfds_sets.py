@@ -94,7 +94,7 @@ def _write(path, data):
 def _prepare(builder, data_dir, out, split, **options):
     words = [word for key, value in options.items() for word in (f"--{key}", value)]
     return cli.main(
-        ["tfds", builder, "--split", split, "--data-dir", str(data_dir), "--out", str(out), "--workers", "1", *words]
+        ["tfds", builder, "--split", split, "--data_dir", str(data_dir), "--output", str(out), "--workers", "1", *words]
     )
 
 
@@ -158,7 +158,7 @@ def test_expressions_of_ref_coco_have_the_masks_boxes_and_names_of_coco(ref_coco
     assert _prepare("ref_coco", data_dir, tmp_path, "train") == 0
     assert (
         "1 dropped" in (said := capsys.readouterr().out)
-        and "file is cut short (COCO_train2014_000000000006.jpg)" in said
+        and "file is truncated (COCO_train2014_000000000006.jpg)" in said
     )
     info, records = _records(tmp_path, "refcoco")
     assert list(records) == ["COCO_train2014_000000000005.jpg"] and not info.exhaustive
@@ -194,7 +194,7 @@ def test_the_ids_of_ref_coco_are_coco_s(real_data):
 # ---- LVIS ----------------------------------------------------------------------------------------------------------
 
 
-def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labelled_classes(make, tmp_path):
+def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labeled_classes(make, tmp_path):
     files, annotations = tmp_path / "files", []
     fields = {"height": H, "width": W, "not_exhaustive_category_ids": []}
     images = [
@@ -283,7 +283,7 @@ def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(m
     assert _prepare("cityscapes", data_dir, tmp_path, "val") == 0
     info, records = _records(tmp_path, "cityscapes_fine_sem_seg", "val")
     record = records["bonn_000001_000019"]
-    assert record.image == _picture(3, "PNG") and info.exhaustive and not any(c.thing for c in info.classes)
+    assert record.image == _picture(3, "PNG") and info.exhaustive and all(c.is_region for c in info.classes)
     found = {info.classes[s.class_id].name: record.decode_mask(s.mask) for s in record.segments}
     assert found.keys() == {"road", "car", "bicycle"} and len(record.segments) == 3
     for name, label in (("road", 7), ("car", 26), ("bicycle", 33)):
@@ -297,7 +297,7 @@ def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(m
 @pytest.mark.parametrize(
     "builder, split, reason",
     [
-        ("imagenet2012", "train", "no builder 'imagenet2012'; known are lvis, ref_coco/refcoco_unc, "),
+        ("imagenet2012", "train", "unknown builder 'imagenet2012'; known builders are lvis, ref_coco/refcoco_unc, "),
         ("coco/2017", "train", "use mqformer prepare public coco_2017 or coco_2017_panoptic"),
         ("scene_parse150", "train", "use mqformer prepare public ade20k_panoptic"),
         ("voc/2012", "test", "voc/2012 has no split 'test' with labels; it has train, val"),

@@ -99,7 +99,7 @@ def test_objects_become_boxes_of_a_class_and_regions_boxes_with_phrases(genome):
     plan, records, problems = genome.made(objects, {1: [_region("The  tree is green.")]})
     assert (
         [c.texts for c in plan.classes] == [("man",), ("trees",)]
-        and all(c.thing for c in plan.classes)
+        and not any(c.is_region for c in plan.classes)
         and not problems
     )
     tree, man, phrase = records["1.jpg"].segments
@@ -127,7 +127,7 @@ def test_aliases_are_one_class_and_rare_names_none(genome):
     assert [c.texts for c in plan.classes] == [("tv",)]  # the spelling of most images first, rare ones not as texts
     assert [len(r.segments) for r in records.values()] == [1, 2]
     assert problems == {
-        "segment: object name of fewer than 2 images": 1,
+        "segment: object name in fewer than 2 images": 1,
         "segment: object without a name": 1,
         "segment: object annotated twice": 2,
     }
@@ -150,12 +150,12 @@ def test_an_object_of_several_names_has_the_first_that_is_a_class(genome):
     )
 
 
-def test_an_object_drawn_twice_is_one_and_a_neighbour_another(genome):
+def test_an_object_drawn_twice_is_one_and_a_neighbor_another(genome):
     _, records, problems = genome.made(
         {1: [_object("tree"), _object("tree", at=NEAR_TREE), _object("tree", at=FAR), _object("bush")]}
     )
     assert [s.box for s in records["1.jpg"].segments] == [(5, 5, 45, 45), (50, 20, 75, 50), (5, 5, 45, 45)]
-    assert problems == {"segment: object annotated twice": 1, "image: has nothing labelled": 1}
+    assert problems == {"segment: object annotated twice": 1, "image: has nothing labeled": 1}
 
 
 def test_a_phrase_of_two_boxes_is_dropped_and_one_drawn_twice_is_kept(genome):
@@ -172,7 +172,7 @@ def test_a_phrase_of_two_boxes_is_dropped_and_one_drawn_twice_is_kept(genome):
     assert _said(records["107.jpg"]) == {("a man",): TREE}
     assert problems == {
         "expression: names two objects": 1,
-        "expression: said twice of one box": 1,
+        "expression: annotated twice for one box": 1,
         "expression: no sentence": 1,
     }
 
@@ -201,11 +201,11 @@ def test_cocos_pictures_are_known_and_can_be_left_out(genome):
     plan = genome.plan({1: [_object("tree")], 107: [_object("tree")]})
     assert [(job.id, job.origin) for job in plan.jobs] == [(581857, "coco/581857"), ("vg/107", "")]
     held_out = genome.json("val.json", {"images": [{"id": 581857}]})
-    files = {"--image-data": "image_data.json", "--objects": "objects.json", "--out": "out"}
+    files = {"--image_data": "image_data.json", "--objects": "objects.json", "--output": "out"}
     words = [word for option, name in files.items() for word in (option, str(genome.root / name))]
     images = ["--images", str(genome.root / "VG_100K"), str(genome.root / "VG_100K_2")]
     assert (
-        cli.main(["visual-genome", *images, *words, "--min-images", "1", "--exclude", held_out, "--workers", "1"]) == 0
+        cli.main(["visual_genome", *images, *words, "--min_images", "1", "--exclude", held_out, "--workers", "1"]) == 0
     )
     source = ShardSource(str(genome.root / "out"), "visual_genome", "train")
     assert [Record.from_bytes(source[i]).key for i in range(len(source))] == ["107.jpg"]
@@ -215,7 +215,7 @@ def test_cocos_pictures_are_known_and_can_be_left_out(genome):
 def test_files_of_the_first_version_are_read(genome):
     genome.data = [{"id" if k == "image_id" else k: v for k, v in entry.items()} for entry in genome.data]
     _, records, problems = genome.made({1: [_object("tree")], 5: [_object("tree")], 107: [_object("tree")]})
-    assert len(records) == 2 and problems == {"image: of objects, not in image_data.json": 1}
+    assert len(records) == 2 and problems == {"image: in objects, not in image_data.json": 1}
 
 
 def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
@@ -224,7 +224,7 @@ def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
         [str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1
     )
     assert [c.name for c in plan.classes] == ["tree"] and plan.problems.counts == {
-        "image: twice in objects, of which the first counts": 1
+        "image: listed twice in objects; the first entry is used": 1
     }
 
 
@@ -232,11 +232,11 @@ def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
     ("name", "content", "said"),
     [
         ("objects.json", {"images": []}, "objects.json: not a list of objects with 'image_id'"),
-        ("objects.json", [{"image_id": 1, "regions": []}], "objects.json: field 'objects' is missing"),
+        ("objects.json", [{"image_id": 1, "regions": []}], "objects.json: field 'objects' is not a list"),
         (
             "objects.json",
             [{"image_id": 1, "objects": ["tree"]}],
-            "objects.json: field 'objects' is missing or no list of objects",
+            "objects.json: field 'objects' is not a list of objects",
         ),
         ("image_data.json", [[1]], "image_data.json: not a list of objects with 'image_id'"),
     ],

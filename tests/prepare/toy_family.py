@@ -19,7 +19,7 @@ import numpy as np
 from mqformer_jax.input.record import ClassInfo, Record, Segment
 from mqformer_jax.prepare import plan, shards
 
-CLASSES = (ClassInfo(("cat",)), ClassInfo(("sky",), thing=False), ClassInfo(("dog",)))
+CLASSES = (ClassInfo(("cat",)), ClassInfo(("sky",), is_region=True), ClassInfo(("dog",)))
 COUNT, SHARDS = 24, 6
 
 

@@ -10,10 +10,10 @@ import numpy as np
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record, Segment
 from mqformer_jax.prepare.shard_writer import Built, Problems, write_shard
 from mqformer_jax.segments import CanvasMasks
-from mqformer_jax.synthesize.teachers import Caption, Drawn
+from mqformer_jax.synthesize.teachers import BoxMasks, Caption
 
 H, W = 48, 64
-CLASSES = (ClassInfo(("cat", "kitty")), ClassInfo(("dog",)), ClassInfo(("sky",), thing=False))
+CLASSES = (ClassInfo(("cat", "kitty")), ClassInfo(("dog",)), ClassInfo(("sky",), is_region=True))
 
 
 def picture(seed: int) -> bytes:
@@ -69,7 +69,7 @@ class Ellipses:
             far = ((x - (x0 + x1) / 2) / ((x1 - x0) / 2)) ** 2 + ((y - (y0 + y1) / 2) / ((y1 - y0) / 2)) ** 2
             logits.append(4 * (1 - far))
         scores = [self.scores[p.record.segments[p.segments[j % len(p.segments)]].class_id] for j in range(len(boxes))]
-        return Drawn(CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.array(scores, np.float32))
+        return BoxMasks(CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.array(scores, np.float32))
 
 
 @dataclasses.dataclass

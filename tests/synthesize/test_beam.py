@@ -10,7 +10,7 @@ from mqformer_jax.input.sources import ShardSource
 
 
 def command(root, *more: str) -> subprocess.CompletedProcess:
-    args = ("captions", "--data=toy", f"--root={root}", "--teacher=attributes", *more)
+    args = ("captions", "--data=toy", f"--root={root}", "--teacher=rules", *more)
     return subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *args], capture_output=True, text=True)
 
 
@@ -18,7 +18,7 @@ def test_the_direct_runner_makes_the_same_set(tmp_path):
     pytest.importorskip("apache_beam")
     pytest.importorskip("better_profanity")
     write_set(tmp_path, "toy", two_boxes(10))
-    for more in (("--out=a_syn",), ("--out=b_syn", "--beam=--runner=DirectRunner")):
+    for more in (("--output=a_syn",), ("--output=b_syn", "--beam=--runner=DirectRunner")):
         done = command(tmp_path, *more)
         assert done.returncode == 0 and "20 of 20 boxes" in done.stdout, done.stderr
     plain, beam = (ShardSource(str(tmp_path), name, "train") for name in ("a_syn", "b_syn"))
@@ -31,7 +31,10 @@ def test_without_beam_it_is_one_line(tmp_path):
     except ImportError:
         write_set(tmp_path, "toy", two_boxes(3))
         done = command(tmp_path, "--beam=--runner=DirectRunner")
-        assert done.returncode == 1 and "--beam: apache_beam is not installed: pip install -e '.[beam]'." in done.stderr
+        assert (
+            done.returncode == 1
+            and "--beam: apache_beam is not installed: pip install 'mqformer_jax[beam]'." in done.stderr
+        )
         assert "Traceback" not in done.stderr
     else:
         pytest.skip("Apache Beam is installed")

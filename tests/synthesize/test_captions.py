@@ -5,9 +5,9 @@ import pytest
 from sets import CLASSES, Says, record, two_boxes
 
 from mqformer_jax.input.record import DatasetInfo, Segment
+from mqformer_jax.synthesize.annotations import usable_box, with_annotations
 from mqformer_jax.synthesize.captions import Captions
 from mqformer_jax.synthesize.teachers import Picture
-from mqformer_jax.synthesize.verdicts import usable_box, with_verdicts
 
 pytest.importorskip("better_profanity")
 INFO = DatasetInfo("toy", CLASSES, {})
@@ -18,34 +18,34 @@ def picture_of(made) -> Picture:
     return Picture(made, INFO, made.decode_image(), wanted, np.stack([usable_box(made, i) for i in wanted]))
 
 
-def asked(cat: tuple[str, ...], dog: tuple[str, ...], picker=None, made=None):
-    (found,) = Captions(Says({0: cat, 1: dog}), picker)([picture_of(made or two_boxes(1)[0])])
+def asked(cat: tuple[str, ...], dog: tuple[str, ...], verifier=None, made=None):
+    (found,) = Captions(Says({0: cat, 1: dog}), verifier)([picture_of(made or two_boxes(1)[0])])
     return found
 
 
-def texts(verdict) -> list[str]:
-    return [text for text, _ in verdict.captions]
+def texts(annotation) -> list[str]:
+    return [text for text, _ in annotation.captions]
 
 
 def test_the_five_best_are_taken_clean_and_each_once():
     cat, dog = asked(("A grey cat. ", "the grey  cat", "a cat", "c one", "d one", "e one", "f one"), ("a dog",))
-    assert texts(cat) == ["a grey cat", "a cat", "c one", "d one", "e one"] and dict(cat.refused) == {"said before": 1}
+    assert texts(cat) == ["a grey cat", "a cat", "c one", "d one", "e one"] and dict(cat.rejected) == {"duplicate": 1}
     assert cat.score == pytest.approx(0.9) and cat.captions[1][1] == pytest.approx(0.7)
-    assert texts(dog) == ["a dog"] and not dog.reason and not dog.refused
+    assert texts(dog) == ["a dog"] and not dog.reason and not dog.rejected
 
 
 def test_no_box_gets_what_is_no_expression():
     cat, dog = asked(("", "a a a a a", " ".join(["word"] * 40)), ("a fucking dog", "1234"))
     assert not cat.captions and cat.reason in ("empty", "not words", "too long")
-    assert dict(cat.refused) == {"empty": 1, "not words": 1, "too long": 1}
-    assert dict(dog.refused) == {"profane": 1, "not words": 1} and not dog.captions
+    assert dict(cat.rejected) == {"empty": 1, "not words": 1, "too long": 1}
+    assert dict(dog.rejected) == {"profane": 1, "not words": 1} and not dog.captions
     (nothing, _) = asked((), ("a dog",))
-    assert nothing.reason == "nothing was said"
+    assert nothing.reason == "no caption"
 
 
 def test_what_is_said_of_two_objects_tells_neither_from_the_other():
     cat, dog = asked(("an animal", "a cat"), ("a dog", "an animal"))
-    assert texts(cat) == ["a cat"] and texts(dog) == ["a dog"] and dict(cat.refused) == {"said of several boxes": 1}
+    assert texts(cat) == ["a cat"] and texts(dog) == ["a dog"] and dict(cat.rejected) == {"given to several boxes": 1}
     same = record(0, Segment(0, box=(4.0, 4.0, 40.0, 40.0)), Segment(1, box=(5.0, 4.0, 40.0, 40.0)))
     cat, dog = asked(("an animal",), ("an animal",), made=same)
     assert texts(cat) == texts(dog) == ["an animal"]  # one object in two boxes
@@ -65,8 +65,8 @@ class Picks:
 
 def test_a_caption_that_means_another_box_or_none_is_not_taken():
     cat, dog = asked(("a cat", "the dog beside it", "a thing"), ("a dog", "a small cat"), Picks())
-    assert texts(cat) == ["a cat"] and dict(cat.refused) == {"means another box": 2}
-    assert texts(dog) == ["a dog"] and Captions(Says({}), Picks()).name == "says 1, picked by picks 1"
+    assert texts(cat) == ["a cat"] and dict(cat.rejected) == {"does not fit its own box best": 2}
+    assert texts(dog) == ["a dog"] and Captions(Says({}), Picks()).name == "says 1, verified by picks 1"
     same = record(0, Segment(0, box=(4.0, 4.0, 40.0, 40.0)), Segment(1, box=(5.0, 4.0, 40.0, 40.0)))
     cat, _ = asked(("a dog",), ("a hound",), Picks(), same)
     assert texts(cat) == ["a dog"]  # the other box may be the same object
@@ -76,7 +76,7 @@ def test_captions_enter_the_record_beside_what_people_said():
     made = record(
         0, Segment(0, ("people's cat",), box=(4.0, 8.0, 28.0, 40.0)), Segment(1, box=(36.0, 10.0, 60.0, 30.0))
     )
-    new = with_verdicts(made, asked(("a cat", "a pet"), ("",), made=made), "says 1")
+    new = with_annotations(made, asked(("a cat", "a pet"), ("",), made=made), "says 1")
     cat, dog = new.segments
     assert cat.expressions == ("people's cat", "a cat", "a pet") and cat.captions_by == "says 1" and cat.mask is None
     assert dog == made.segments[1]

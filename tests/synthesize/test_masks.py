@@ -8,9 +8,9 @@ from shapes import blobs
 
 from mqformer_jax.input.record import DatasetInfo, Segment, decode_rle
 from mqformer_jax.segments import CanvasMasks
-from mqformer_jax.synthesize.masks import Masks, Quality, box_iou, cleaned, clipped, stability
-from mqformer_jax.synthesize.teachers import Drawn, Picture
-from mqformer_jax.synthesize.verdicts import usable_box
+from mqformer_jax.synthesize.annotations import usable_box
+from mqformer_jax.synthesize.masks import Masks, Quality, cleaned, clipped, stability
+from mqformer_jax.synthesize.teachers import BoxMasks, Picture
 
 INFO = DatasetInfo("toy", CLASSES, {})
 
@@ -32,7 +32,9 @@ class Draws:
         h, w = pictures[0].image.shape[:2]
         logits = [np.where(self.masks[j % len(self.masks)], 9.0, -9.0) for j in range(len(boxes[0]))]
         return [
-            Drawn(CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.full(len(boxes[0]), self.score))
+            BoxMasks(
+                CanvasMasks(np.array(logits, np.float32), (h, w), (h, w), (h, w)), np.full(len(boxes[0]), self.score)
+            )
         ]
 
 
@@ -42,7 +44,7 @@ def rectangle(x0, y0, x1, y1):
     return mask
 
 
-def verdict(*masks, box=(10.0, 10.0, 40.0, 40.0), score=1.0, **quality):
+def annotation(*masks, box=(10.0, 10.0, 40.0, 40.0), score=1.0, **quality):
     made = record(0, Segment(0, box=box))
     ((found,),) = Masks(Draws(*masks, score=score), Quality(**quality))([picture_of(made)])
     return found
@@ -50,20 +52,20 @@ def verdict(*masks, box=(10.0, 10.0, 40.0, 40.0), score=1.0, **quality):
 
 def test_each_test_refuses_what_it_is_there_for_and_the_mask_is_kept_to_be_looked_at():
     good = rectangle(11, 10, 40, 39)
-    assert verdict(good).reason == ""
-    assert verdict(rectangle(10, 10, 25, 25)).reason == "agrees with its box too little"
-    assert verdict(rectangle(5, 5, 64, 48)).reason == "agrees with its box too little"
-    assert verdict(good, rectangle(10, 10, 20, 40)).reason == "changes when the box moves"
-    assert verdict(good, score=0.4).reason == "the teacher doubts it"
+    assert annotation(good).reason == ""
+    assert annotation(rectangle(10, 10, 25, 25)).reason == "low IoU with its box"
+    assert annotation(rectangle(5, 5, 64, 48)).reason == "low IoU with its box"
+    assert annotation(good, rectangle(10, 10, 20, 40)).reason == "unstable under box jitter"
+    assert annotation(good, score=0.4).reason == "low score of the teacher"
     frame = good & ~rectangle(11, 11, 39, 38)
-    assert verdict(frame, area=0.2, clean=0.0).reason == "fills its box too little"
-    assert verdict(np.zeros_like(good)).reason == verdict(rectangle(50, 0, 60, 5)).reason == "nothing drawn in the box"
-    refused = verdict(good, score=0.4)
+    assert annotation(frame, min_box_area=0.2, min_component_area=0.0).reason == "covers too little of its box"
+    assert annotation(np.zeros_like(good)).reason == annotation(rectangle(50, 0, 60, 5)).reason == "no mask in the box"
+    refused = annotation(good, score=0.4)
     assert (decode_rle(refused.mask, 48, 64) == good).all() and refused.score == 0.4
 
 
 def test_what_sticks_out_of_the_box_is_cut_off():
-    found = verdict(rectangle(8, 8, 43, 43), agreement=0.5)
+    found = annotation(rectangle(8, 8, 43, 43), min_box_iou=0.5)
     np.testing.assert_array_equal(decode_rle(found.mask, 48, 64), rectangle(10, 10, 40, 40))
     np.testing.assert_array_equal(
         clipped(rectangle(0, 0, 64, 48), np.array([9.6, 10, 40.2, 39.9])), rectangle(9, 10, 41, 40)
@@ -79,7 +81,7 @@ def test_boxes_move_alike_whatever_is_asked_beside_them_and_never_out_of_the_ima
             return super().__call__(pictures, boxes)
 
     pictures = [picture_of(made) for made in two_boxes(3)]
-    masks = Masks(Sees(), Quality(jitter=0.3, copies=4))
+    masks = Masks(Sees(), Quality(box_jitter=0.3, num_jittered_boxes=4))
     masks(pictures), masks(pictures[1:2])
     np.testing.assert_array_equal(seen[0]["image 001"], seen[1]["image 001"])
     for picture in pictures:
@@ -112,11 +114,6 @@ def test_small_holes_and_islands_go_as_scipy_counts_them(seed):
     expected = ~without_small(~without_small(mask, least), least)
     np.testing.assert_array_equal(found, expected)
     assert (found != mask).any() and (cleaned(mask, 0.0) == mask).all() and not cleaned(np.zeros_like(mask), 0.5).any()
-
-
-def test_box_iou_of_known_boxes():
-    a = np.array([[0.0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 0, 0]])
-    assert box_iou(a, np.array([1.0, 1, 3, 3])).tolist() == pytest.approx([1 / 7, 0, 0])
 
 
 def test_crowds_and_what_has_a_mask_are_not_asked_about():

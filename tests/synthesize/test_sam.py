@@ -282,7 +282,7 @@ def wider(folder: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     "harm, words",
     [
-        (shutil.rmtree, "there is no such folder, and it is no name"),
+        (shutil.rmtree, "there is no such folder, and this is not a name"),
         (lambda folder: os.remove(folder / "config.json"), "No such file.*config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "Expecting property name"),
         (lambda folder: (folder / "config.json").write_text("[]"), "list indices"),
@@ -291,7 +291,7 @@ def wider(folder: pathlib.Path) -> None:
         (lambda folder: os.remove(folder / "model.safetensors"), "no file named model.safetensors"),
         (pickled, "no file named model.safetensors"),
         (cut, "incomplete metadata"),
-        (incomplete, "mask_decoder.iou_token.weight is not there"),
+        (incomplete, "mask_decoder.iou_token.weight is missing"),
         (wider, "mask_decoder.* has another shape"),
     ],
 )
@@ -309,7 +309,7 @@ def test_a_folder_that_cannot_be_read_is_one_line_that_says_what_to_do(folders, 
     "asked_as, holds", [("sam", "sam2"), ("sam2", "sam"), ("sam", "hq-sam"), ("hq-sam", "sam"), ("sam", "sam2-video")]
 )
 def test_weights_of_another_family_are_refused_with_the_name_of_their_teacher(folders, asked_as, holds):
-    with pytest.raises(ValueError, match=f"say {holds.removesuffix('-video')}:{folders[holds]}.$") as error:
+    with pytest.raises(ValueError, match=f"use {holds.removesuffix('-video')}:{folders[holds]}.$") as error:
         make_teacher(f"{asked_as}:{folders[holds]}", MASK_TEACHERS)
     assert "\n" not in str(error.value)
 
@@ -317,7 +317,8 @@ def test_weights_of_another_family_are_refused_with_the_name_of_their_teacher(fo
 def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ValueError, match="^sam2:someone/nothing: there is no such folder, and the Hugging Face hub does not give it"
+        ValueError,
+        match="^sam2:someone/nothing: there is no such folder, and the download from the Hugging Face hub failed",
     ) as error:
         make_teacher("sam2:someone/nothing", MASK_TEACHERS)
     assert "\n" not in str(error.value)

@@ -56,7 +56,9 @@ def test_records_from_before_there_were_synthetic_parts_are_read():
 @pytest.mark.parametrize(("least", "masks"), [(None, True), (0.5, True), (0.8, False)])
 def test_a_mixture_says_how_good_synthetic_parts_must_be(tmp_path, least, masks):
     write_set(tmp_path, "toy_syn", [record(i, MADE) for i in range(4)])
-    entry = dict(name="toy_syn", split="train", tasks=("instance",)) | ({} if least is None else dict(least_mask=least))
+    entry = dict(name="toy_syn", split="train", tasks=("instance",)) | (
+        {} if least is None else dict(min_mask_score=least)
+    )
     config = tiny.get_config("train")
     config.data.update(root=str(tmp_path), mixture=(entry,), threads=1)
     config.batch_size = 4

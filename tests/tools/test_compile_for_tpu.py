@@ -121,15 +121,14 @@ def test_remedies_end_with_what_fits(monkeypatch):
     config.batch_size = 16
 
     def measure(config, topology, devices):
-        seen.append((config.model.remat, config.accumulate, tuple(config.mesh), config.batch_size))
+        seen.append((config.model.remat, config.grad_accum_steps, tuple(config.mesh), config.batch_size))
         return {"fits": len(seen) == 4, "needed": 1.0}
 
     monkeypatch.setattr(pods, "measure", measure)
     tried = [change for change, _ in pods.advice(config, "v5e:2x4", jax.devices())]
     assert seen[-1] == ("layers", 2, (1, -1, 1), 16) and len(tried) == 4
-    assert (
-        tried[-1]
-        == '--config.model.remat="dots" --config.model.remat="layers" --config.accumulate=2 --config.mesh=(1, -1, 1)'
+    assert tried[-1] == (
+        '--config.model.remat="dots" --config.model.remat="layers" --config.grad_accum_steps=2 --config.mesh=(1, -1, 1)'
     )
 
 

@@ -11,7 +11,7 @@ from mqformer_jax.training.optimizer import NO_DECAY, make_optimizer, schedule
 
 @pytest.fixture(scope="module")
 def names():
-    params = jax.eval_shape(lambda k: build_model(get_config(), k)[1], jax.random.key(0))
+    params = jax.eval_shape(lambda k: build_model(get_config().model, k)[1], jax.random.key(0))
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
@@ -20,7 +20,7 @@ def test_norms_and_embeddings_do_not_decay_and_weights_and_biases_do(names):
     embeddings = {
         "learnable/content",
         "learnable/anchors",
-        "grain",
+        "region_embedding",
         "pixel_decoder/level_embed",
         "text_encoder/tokens",
         "text_encoder/positions",
@@ -32,7 +32,15 @@ def test_norms_and_embeddings_do_not_decay_and_weights_and_biases_do(names):
 
 def test_each_group_has_its_rate_and_a_frozen_one_neither_moves_nor_counts_in_the_clip():
     config = get_config().optimizer
-    config.update(schedule="steps", warmup=0, learning_rate=1.0, weight_decay=0.0, backbone=0.1, text=0.0, clip=1.0)
+    config.update(
+        schedule="steps",
+        warmup=0,
+        learning_rate=1.0,
+        weight_decay=0.0,
+        backbone_lr_mult=0.1,
+        text_lr_mult=0.0,
+        clip_norm=1.0,
+    )
     params = {"backbone": jnp.zeros(2), "text_encoder": jnp.zeros(2), "decoder": jnp.zeros(2)}
     optimizer = make_optimizer(config, 100, params)
     huge = {"backbone": jnp.ones(2), "text_encoder": jnp.full(2, jnp.inf), "decoder": jnp.ones(2)}
@@ -45,7 +53,7 @@ def test_each_group_has_its_rate_and_a_frozen_one_neither_moves_nor_counts_in_th
 
 def test_the_schedule_warms_up_and_drops_by_ten():
     config = get_config().optimizer
-    config.update(schedule="steps", warmup=10, learning_rate=1e-4, drops=(0.5, 0.8))
+    config.update(schedule="steps", warmup=10, learning_rate=1e-4, lr_milestones=(0.5, 0.8))
     rate = schedule(config, 1000)
     assert float(rate(0)) == pytest.approx(1e-5) and float(rate(9)) == pytest.approx(1e-4)
     assert [float(rate(s)) for s in (499, 501, 801)] == pytest.approx([1e-4, 1e-5, 1e-6])

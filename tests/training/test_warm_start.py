@@ -16,7 +16,7 @@ from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 def model(seed: int, **changes):
     config = get_config()
     config.model.update(**changes)
-    return config, *jax.jit(lambda: build_model(config, seed)[1:])()
+    return config, *jax.jit(lambda: build_model(config.model, seed)[1:])()
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
     assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("fresh")
 
 
-def test_the_grain_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
+def test_the_region_embedding_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
     config, params, frozen = fresh
     wanted, folders = other
     save_weights(str(tmp_path), Weights(get_config(), {"heads": wanted["heads"]}, {}), {})
     for folder, zero in ((str(tmp_path), True), (folders[0], False)):
         config.init_from = (folder,)
-        assert (not np.any(initialize(params, frozen, config)[0]["grain"])) == zero
+        assert (not np.any(initialize(params, frozen, config)[0]["region_embedding"])) == zero
 
 
 def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
@@ -77,14 +77,14 @@ def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
     theirs.model.backbone.name, theirs.model.text.embed_dim = "resnet50", 99
     changed = {
         "backbone": {"stem": {"kernel": np.ones(3)}},
-        "noised": {"kernel": np.ones((99, 32))},
+        "denoising_embedding": {"kernel": np.ones((99, 32))},
         "learnable": {"content": np.ones((6, 32))},
     }
     save_weights(str(tmp_path), Weights(theirs, changed, {}), {})
     config.init_from = (str(tmp_path),)
     found, _, lines = initialize(params, frozen, config)
     assert (np.array(found["learnable"]["content"]) == 1).all()
-    jax.tree.map(np.testing.assert_array_equal, found["noised"], params["noised"])
+    jax.tree.map(np.testing.assert_array_equal, found["denoising_embedding"], params["denoising_embedding"])
     assert "resnet50" in lines[0] and "text encoder" in lines[0] and lines[0].startswith(f"{tmp_path}: 1 of 3")
 
 
@@ -120,9 +120,9 @@ def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
     """They fit by their shapes: another tokenizer, another order of levels, other classes in the rows of a table."""
     config, params, frozen = fresh
     theirs = get_config()
-    theirs.model.update(coarse_first=False)
+    theirs.model.update(level_order="fine_to_coarse")
     theirs.model.text.tokenizer = "clip"
-    for name, field in (("text_encoder", "text.tokenizer"), ("decoder", "coarse_first")):
+    for name, field in (("text_encoder", "text.tokenizer"), ("decoder", "level_order")):
         folder = str(tmp_path / name)
         save_weights(folder, Weights(theirs, {name: params[name]}, {}), {})
         config.init_from = (folder,)
@@ -143,8 +143,8 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
 def test_a_run_starts_from_them_and_goes_on_without_them(tiny_run, tmp_path):
     """The first step of the warm-up moves no weight by 0.001. A resumed run needs its own checkpoint alone."""
     config = tiny_run
-    wanted, frozen = jax.jit(lambda: build_model(config, 1)[1:])()
-    fresh = leaves(jax.jit(lambda: build_model(config, 0)[1:])()[0])
+    wanted, frozen = jax.jit(lambda: build_model(config.model, 1)[1:])()
+    fresh = leaves(jax.jit(lambda: build_model(config.model, 0)[1:])()[0])
     save_weights(str(tmp_path / "other"), Weights(config, wanted, frozen), {})
     config.init_from, config.steps = (str(tmp_path / "other"),), 1
     train(config, str(tmp_path / "run"))
@@ -163,7 +163,7 @@ def test_a_run_keeps_the_tokenizer_of_the_text_encoder_it_starts_from(tmp_path):
     for name, kind in (("a", "clip"), ("b", "wordpiece"), ("c", "words")):
         theirs = get_config()
         theirs.model.text.tokenizer = kind
-        save_weights(str(tmp_path / name), Weights(theirs, {"grain": np.ones(1)}, {}), {})
+        save_weights(str(tmp_path / name), Weights(theirs, {"region_embedding": np.ones(1)}, {}), {})
         (tmp_path / name / "tokenizer.json").write_text(name)
     config.init_from = tuple(str(tmp_path / name) for name in "abc")
     (tmp_path / "run").mkdir()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mqformer_jax.segments import Segments
-from mqformer_jax.visualization.overlays import colors, curves, label_of, overlay, sheet
+from mqformer_jax.visualization.overlays import colors, curves, grid, label_of, overlay
 
-GREY = np.full((96, 96, 3), 128, np.uint8)
+GRAY = np.full((96, 96, 3), 128, np.uint8)
 
 
 def segments(*masks: np.ndarray, prompts: tuple[int, ...], query: int = 0) -> Segments:
@@ -28,7 +28,7 @@ def half(left: bool) -> np.ndarray:
 
 
 def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not():
-    assert overlay(GREY, segments(prompts=())).shape == (384, 384, 3)
+    assert overlay(GRAY, segments(prompts=())).shape == (384, 384, 3)
     large = np.full((400, 640, 3), 128, np.uint8)
     empty = Segments(
         [], np.zeros((0, 400, 640), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int)
@@ -36,42 +36,42 @@ def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not():
     np.testing.assert_array_equal(overlay(large, empty), large)
 
 
-def test_a_segment_has_its_prompts_colour_and_the_rest_stays():
-    before = GREY.copy()
-    out = overlay(GREY, segments(half(True), prompts=(1,)), labels=False).astype(int)
+def test_a_segment_has_its_prompts_color_and_the_rest_stays():
+    before = GRAY.copy()
+    out = overlay(GRAY, segments(half(True), prompts=(1,)), labels=False).astype(int)
     tint = out[200, 100] - 128
     assert np.corrcoef(tint, colors([1], range(3))[0] - 128)[0, 1] > 0.99
     np.testing.assert_array_equal(out[200, 300], 128)
-    np.testing.assert_array_equal(GREY, before)
+    np.testing.assert_array_equal(GRAY, before)
 
 
 def test_a_smaller_segment_is_seen_on_a_larger_one():
     spot = np.zeros((96, 96), bool)
     spot[30:60, 30:60] = True
-    both = overlay(GREY, segments(spot, np.ones((96, 96), bool), prompts=(0, 2)), labels=False)
+    both = overlay(GRAY, segments(spot, np.ones((96, 96), bool), prompts=(0, 2)), labels=False)
     assert not np.array_equal(both[180, 180], both[20, 20])
 
 
 def test_labels_and_boxes_are_drawn_where_they_belong():
     answer = segments(half(True), prompts=(0,))
-    plain = overlay(GREY, answer, labels=False)
-    changed = (overlay(GREY, answer) != plain).any(-1)
-    assert changed[:, :192].any() and not changed[:, 200:].any()  # "cat 88" lies in the left half
-    boxed = (overlay(GREY, answer, labels=False, boxes=True) != plain).any(-1)
+    plain = overlay(GRAY, answer, labels=False)
+    changed = (overlay(GRAY, answer) != plain).any(-1)
+    assert changed[:, :192].any() and not changed[:, 200:].any()  # "cat 0.88" lies in the left half
+    boxed = (overlay(GRAY, answer, labels=False, boxes=True) != plain).any(-1)
     assert boxed[40:200, 238:241].any(1).all() and not boxed[:, 250:].any()  # its right edge: 60 x 4 pixels
 
 
 def test_only_predictions_show_scores():
-    assert label_of(segments(half(True), prompts=(0,)), 0) == "cat 88"
+    assert label_of(segments(half(True), prompts=(0,)), 0) == "cat 0.88"
     assert label_of(segments(half(True), prompts=(0,), query=-1), 0) == "cat"
 
 
 def test_a_box_without_a_mask_has_its_label_and_a_missing_target_has_none():
     nothing = np.zeros((96, 96), bool)
-    assert (overlay(GREY, segments(nothing, prompts=(0,))) != overlay(GREY, segments(prompts=()))).any()
+    assert (overlay(GRAY, segments(nothing, prompts=(0,))) != overlay(GRAY, segments(prompts=()))).any()
     missing = segments(nothing, prompts=(0,))
     missing.boxes[:] = 0
-    np.testing.assert_array_equal(overlay(GREY, missing), overlay(GREY, segments(prompts=())))
+    np.testing.assert_array_equal(overlay(GRAY, missing), overlay(GRAY, segments(prompts=())))
 
 
 def test_segments_of_twelve_prompts_and_three_of_one_can_be_told_apart():
@@ -81,11 +81,11 @@ def test_segments_of_twelve_prompts_and_three_of_one_can_be_told_apart():
     np.testing.assert_array_equal(colors([7, 3], range(12))[1], colors([3], range(12))[0])  # the same in every picture
 
 
-def test_a_sheet_holds_all_its_cells_at_one_height(tmp_path):
+def test_a_grid_holds_all_its_cells_at_one_height(tmp_path):
     red, wide = np.zeros((96, 96, 3), np.uint8), np.zeros((192, 384, 3), np.uint8)
     red[..., 0], wide[..., 2] = 255, 255
-    path = str(tmp_path / "sheet.png")
-    sheet(
+    path = str(tmp_path / "grid.png")
+    grid(
         [[("a prompt that is so long that it takes two lines or more", red), ("", wide)], [("", red)]],
         path,
         ["input", "truth"],

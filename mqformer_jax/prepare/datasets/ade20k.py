@@ -1,10 +1,9 @@
 """ADE20K's 150 classes with instances: `annotations/<split>/*.png` and `annotations_instance/<split>/*.png`.
 
-The semantic map holds the class, 1 to 150, or 0 where nothing is labelled. The instance map holds in R one of 100
-instance categories, in G the number of the thing in its image, 0 where there is none. As in Mask2Former's panoptic
-ADE20K, the instance map wins where the two disagree. What the semantic map calls a thing class and no instance owns is
-a crowd of that class: somebody saw the class there, so nobody may learn that it is absent, but how many things it is,
-    is not known. (Mask2Former's PNGs leave it void.)
+The semantic map holds the class, 1 to 150, or 0 for unlabeled pixels. The instance map holds one of 100 instance
+categories in R, and the number of the instance in its image, or 0, in G. As in Mask2Former's panoptic ADE20K, the
+instance map takes precedence where the two disagree. Pixels of a thing class without an instance become a crowd of that
+class: the class is present, but the number of its instances is unknown. (Mask2Former's PNGs leave them void.)
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from mqformer_jax.prepare.formats.images import Image, read_channels, read_index
 from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# The classes, counted from 1, that have no instance category. Instance category i is the i-th of the others: the first
-# two columns of the challenge's categoryMapping.txt.
+# The classes, counted from 1, without an instance category. Instance category i is the i-th of the other classes: see
+# the first two columns of the challenge's categoryMapping.txt.
 STUFF = [
     1,
     2,
@@ -61,13 +60,13 @@ THINGS = [value for value in range(1, 151) if value not in STUFF]
 
 
 def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
-    """images/training, annotations/training, annotations_instance/training and objectInfo150.txt."""
+    """Return the plan of images/training, annotations/training, annotations_instance/training and objectInfo150.txt."""
     names, _, offset = read_classes(classes)
     if (len(names), offset) != (150, 1):
         raise ValueError(
-            f"{classes}: {len(names)} classes from {offset} on; give ADE20K's objectInfo150.txt, with 150 from 1 on"
+            f"{classes}: {len(names)} classes from value {offset} on; give ADE20K's objectInfo150.txt (150, from 1 on)"
         )
-    infos = tuple(ClassInfo(texts, thing=value in THINGS) for value, texts in enumerate(names, 1))
+    infos = tuple(ClassInfo(texts, is_region=value not in THINGS) for value, texts in enumerate(names, 1))
     jobs, problems = paired(images, semantic, instances)
     return Plan("ade20k", infos, jobs, builder(_record, classes=infos), True, problems)
 
@@ -90,7 +89,7 @@ def _pieces(
         categories = np.unique(category[mask]).tolist()
         what = f"{key} instance {instance}"
         if len(categories) > 1:
-            problems.add("segment: its number has two categories", what)
+            problems.add("segment: instance with two categories", what)
         elif not 1 <= categories[0] <= len(THINGS):
             problems.add(f"segment: instance category {categories[0]} does not exist", what)
         else:

@@ -1,7 +1,7 @@
-"""BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four channels of 8 bit.
+"""BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four 8-bit channels.
 
 R is the category, G the attributes, 256 B + A the number of the region in its image. The classes are all 40 categories
-of the panoptic evaluation; category 0 is unlabelled.
+of the panoptic evaluation; category 0 is unlabeled.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ guard rail, tunnel, wall, banner, billboard, lane divider, parking sign, pole, p
 traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus,
 car, caravan, motorcycle, trailer, train, truck"""
 STUFF = 30
-CLASSES = tuple(ClassInfo((" ".join(name.split()),), thing=i >= STUFF) for i, name in enumerate(NAMES.split(",")))
-# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with one of the
-# last two alike.
+CLASSES = tuple(ClassInfo((" ".join(name.split()),), is_region=i < STUFF) for i, name in enumerate(NAMES.split(",")))
+# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with either
+# of the last two.
 CROWD_OR_IGNORE = 3
 
 
 def panoptic(images: str, bitmasks: str) -> Plan:
-    """`images`: images/10k/train. `bitmasks`: labels/pan_seg/bitmasks/train."""
+    """Return the plan of a split. images: images/10k/train. bitmasks: labels/pan_seg/bitmasks/train."""
     jobs, problems = paired(images, bitmasks)
     return Plan("bdd100k", CLASSES, jobs, builder(_record), True, problems)
 
@@ -50,5 +50,5 @@ def _pieces(regions: np.ndarray, key: str, problems: Problems) -> Iterator[Piece
         elif category:
             torn = category > STUFF and uses[number] > 1
             if torn:
-                problems.add("note: one number for two things; both are taken as crowds", f"{key} region {number}")
+                problems.add("note: two things with the same number; both become crowds", f"{key} region {number}")
             yield Piece(category - 1, regions == value, crowd=torn or bool(value >> 16 & 1))

@@ -1,6 +1,6 @@
-"""The public data sets: what each is, and the layout in which its website unpacks.
+"""The public data sets: a description of each, and the folders that its download unpacks to.
 
-The layouts are those of detectron2's DETECTRON2_DATASETS wherever it, or a project that follows it, knows the set.
+The layouts follow detectron2's DETECTRON2_DATASETS if detectron2, or a project based on it, knows the data set.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Path = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split: what reads it, its files and folders below the root by keyword, and keywords that are no files."""
+    """One split. family: makes its plan. paths: its files and folders below the root. options: other keywords."""
 
     family: Callable[..., Plan]
     paths: Mapping[str, Path]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def files(self) -> list[str]:
-        """All files and folders below the root, each once."""
+        """Return all files and folders below the root, without duplicates."""
         return list(dict.fromkeys(p for path in self.paths.values() for p in _listed(path)))
 
     def plan(self, root: str) -> Plan:
@@ -40,12 +40,12 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class PublicSet:
-    """One data set. get: what to download from `url`, and where below the root it belongs. teaches: see `--list`."""
+    """One data set. get: what to download from `url`, and where to put it below the root. teaches: its annotations."""
 
     splits: Mapping[str, Source]
     url: str
     get: str
-    licence: str
+    license: str
     teaches: str
 
 
@@ -56,7 +56,7 @@ def _listed(path: Path) -> tuple[str, ...]:
 def _each(
     family: Callable[..., Plan], words: Mapping[str, str], options: Mapping[str, Any] = {}, **paths: Path
 ) -> dict[str, Source]:
-    """The splits of a set; {} in a path stands for the word that the set itself has for a split."""
+    """Return the splits of a data set. {} in a path stands for the data set's own name of the split."""
 
     def filled(path: Path, word: str) -> Path:
         return path.replace("{}", word) if isinstance(path, str) else tuple(p.replace("{}", word) for p in path)
@@ -67,24 +67,24 @@ def _each(
     }
 
 
-def _foreground(words: Mapping[str, str], url: str, get: str, licence: str, **paths: str) -> PublicSet:
+def _foreground(words: Mapping[str, str], url: str, get: str, license: str, **paths: str) -> PublicSet:
     return PublicSet(
-        _each(folders.foreground, words, **paths), url, get, licence, "the salient foreground as one region"
+        _each(folders.foreground, words, **paths), url, get, license, "the salient foreground as one region"
     )
 
 
-def _mattes(splits: Mapping[str, Source], url: str, get: str, licence: str) -> PublicSet:
-    return PublicSet(splits, url, get, licence, "the foreground with its matte")
+def _mattes(splits: Mapping[str, Source], url: str, get: str, license: str) -> PublicSet:
+    return PublicSet(splits, url, get, license, "the foreground with its matte")
 
 
 def _matting(folder: str, images: str, trimaps: bool = True) -> Source:
-    """A split of the matting sets of Li, Zhang, Tao and others, whose training images come without trimaps."""
+    """Return a split of the matting data sets by Li, Zhang, Tao and others. Training images have no trimaps."""
     paths = {"images": f"{folder}/{images}", "alphas": f"{folder}/mask"}
     return Source(folders.mattes, paths | ({"trimaps": f"{folder}/trimap"} if trimaps else {}))
 
 
-def _refer(folder: str, partition: str, splits: Sequence[str], licence: str) -> PublicSet:
-    """A set of the REFER toolkit: the same folder holds the expressions of several partitions."""
+def _refer(folder: str, partition: str, splits: Sequence[str], license: str) -> PublicSet:
+    """Return a data set of the REFER toolkit. One folder holds the expressions of several partitions."""
     paths = {
         "json_path": f"{folder}/refs({partition}).p",
         "images": "coco/train2014",
@@ -94,7 +94,7 @@ def _refer(folder: str, partition: str, splits: Sequence[str], licence: str) -> 
         {split: Source(coco.referring, paths, {"refs_split": split}) for split in splits},
         "https://github.com/lichengunc/refer",
         f"{folder}.zip into the root and COCO's train2014.zip (https://cocodataset.org/#download) into coco/",
-        licence,
+        license,
         "expressions, each of one thing with its mask; nothing is known to be absent",
     )
 
@@ -127,12 +127,12 @@ PANOPTIC = "things and stuff with masks, exhaustive"
 INSTANCES = "things with masks, exhaustive"
 SEMANTIC = "one region a class, exhaustive"
 
-COCO_URL, COCO_LICENCE = "https://cocodataset.org/#download", "annotations CC BY 4.0, images Flickr's terms"
-ADE_URL, ADE_LICENCE = "http://sceneparsing.csail.mit.edu", "images for non-commercial research, annotations BSD-3"
+COCO_URL, COCO_LICENSE = "https://cocodataset.org/#download", "annotations CC BY 4.0, images Flickr's terms"
+ADE_URL, ADE_LICENSE = "http://sceneparsing.csail.mit.edu", "images for non-commercial research, annotations BSD-3"
 ADE = {"images": "ADEChallengeData2016/images/{}", "classes": "ADEChallengeData2016/objectInfo150.txt"}
 ADE_SPLITS = {"train": "training", "val": "validation"}
 ADE_SEMANTIC = "ADEChallengeData2016/annotations/{}"
-# SegNet's CamVid says nowhere which value is which class.
+# SegNet's CamVid does not document the class of each mask value.
 CAMVID = {"classes": str(importlib.resources.files("mqformer_jax.prepare") / "classes" / "camvid.json")}
 SEGINW = """Airplane-Parts Bottles Brain-Tumor Chicken Cows Electric-Shaver Elephants Fruits Garbage Ginger-Garlic Hand
 Hand-Metal House-Parts HouseHold-Items Nutterfly-Squireel Phones Poles Puppies Rail Salmon-Fillet Strawberry Tablets
@@ -150,24 +150,24 @@ SETS: dict[str, PublicSet] = {
         COCO_URL,
         (
             "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, "
-            "and the two zips of PNGs that it brings into coco/ too"
+            "and the two zip files of PNGs inside it into coco/"
         ),
-        COCO_LICENCE,
+        COCO_LICENSE,
         PANOPTIC,
     ),
     "coco_2017": PublicSet(
         _each(coco.instances, COCO_2017, json_path="coco/annotations/instances_{}.json", images="coco/{}"),
         COCO_URL,
         "train2017, val2017 and annotations_trainval2017 into coco/",
-        COCO_LICENCE,
+        COCO_LICENSE,
         INSTANCES,
     ),
     "lvis_v1": PublicSet(
         _each(coco.instances, TRAIN_VAL, json_path="lvis/lvis_v1_{}.json", images="coco"),
         "https://www.lvisdataset.org/dataset",
         "lvis_v1_train.json and lvis_v1_val.json into lvis/, and COCO's train2017 and val2017 into coco/",
-        COCO_LICENCE,
-        "things with masks, federated: each image lists the classes checked to be absent, and those labelled in part",
+        COCO_LICENSE,
+        "things with masks, federated: each image lists the classes checked to be absent, and those labeled in part",
     ),
     "refcoco": _refer("refcoco", "unc", ("train", "val", "testA", "testB"), "not stated"),
     "refcoco_google": _refer("refcoco", "google", ("train", "val", "test"), "not stated"),
@@ -190,10 +190,7 @@ SETS: dict[str, PublicSet] = {
             "into visual_genome/"
         ),
         "CC BY 4.0",
-        (
-            "boxes of things and of region descriptions, which others of the image may fit too; "
-            "nothing is known to be absent"
-        ),
+        ("boxes of things and of region descriptions, which may also fit other regions; nothing is known to be absent"),
     ),
     "objects365_v2": PublicSet(
         _each(
@@ -214,7 +211,7 @@ SETS: dict[str, PublicSet] = {
         _each(folders.semantic, ADE_SPLITS, **ADE, masks=ADE_SEMANTIC),
         ADE_URL,
         "ADEChallengeData2016.zip into the root",
-        ADE_LICENCE,
+        ADE_LICENSE,
         SEMANTIC,
     ),
     "ade20k_panoptic": PublicSet(
@@ -227,7 +224,7 @@ SETS: dict[str, PublicSet] = {
         ),
         ADE_URL,
         "ADEChallengeData2016.zip into the root and annotations_instance.tar into ADEChallengeData2016/",
-        ADE_LICENCE,
+        ADE_LICENSE,
         PANOPTIC,
     ),
     "cityscapes_fine_panoptic": PublicSet(

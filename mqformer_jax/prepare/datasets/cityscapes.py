@@ -1,8 +1,8 @@
 """Cityscapes' fine annotations: `gtFine/<split>/<city>/*_gtFine_instanceIds.png`, 16 bit.
 
-A value from 1000 on is label * 1000 + number of the thing; a smaller one is the label itself, and of a thing class it
-marks a group that nobody separated. So reads them cityscapesScripts' createPanopticImgs, with labels outside of the
-evaluation ignored.
+A value of 1000 or more is label * 1000 + number of the thing. A smaller value is the label itself; for a thing class,
+it marks a group of things that are not separated. Labels outside of the evaluation are ignored. createPanopticImgs of
+cityscapesScripts does the same.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ STUFF |= {21: "vegetation", 22: "terrain", 23: "sky"}
 THINGS = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 LABELS = [*STUFF, *THINGS]
 CLASSES = (
-    *(ClassInfo((name,), thing=False) for name in STUFF.values()),
+    *(ClassInfo((name,), is_region=True) for name in STUFF.values()),
     *(ClassInfo((name,)) for name in THINGS.values()),
 )
 LAST_LABEL = 33
 
 
 def panoptic(images: str, labels: str) -> Plan:
-    """`images`: leftImg8bit/train. `labels`: gtFine/train. The records serve panoptic, instance and semantic tasks."""
+    """Return the plan of a split. images: leftImg8bit/train. labels: gtFine/train."""
     jobs, problems = paired(images, labels, image_end="_leftImg8bit", map_end="_gtFine_instanceIds")
     return Plan("cityscapes", CLASSES, jobs, builder(_record), True, problems)
 

@@ -1,4 +1,4 @@
-"""PASCAL-Context: `trainval/*.mat`, each with a `LabelMap` of 459 labels, over the pictures of VOC 2010."""
+"""PASCAL-Context: `trainval/*.mat`, each with a `LabelMap` of 459 labels, for the images of VOC 2010."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mqformer_jax.prepare.formats.images import Image, Unusable, same_size
 from mqformer_jax.prepare.formats.label_maps import Piece, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# What 59_labels.txt calls otherwise than labels.txt does, and words that run together in both.
+# Names in 59_labels.txt that differ from labels.txt, and names without spaces in both.
 ALIASES = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
 SPELLED = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 def semantic(images: str, labels: str, names: str, classes: str | None = None, listed: str | None = None) -> Plan:
-    """`images`: VOC2010/JPEGImages. `labels`: trainval. `names`: labels.txt.
+    """Return the plan of a split. images: VOC2010/JPEGImages. labels: trainval. names: labels.txt.
 
-    `classes`: 59_labels.txt, or None for all 459; pixels of other labels are ignored. `listed`: the images of this
-    split (VOC2010/ImageSets/Main/val.txt), or None for every .mat there is.
+    classes: 59_labels.txt, or None for all 459 labels; pixels of other labels are ignored. listed: file that lists the
+    images of the split (VOC2010/ImageSets/Main/val.txt), or None for all .mat files.
     """
     for folder in (images, labels):
         if not os.path.isdir(folder):
@@ -36,13 +36,13 @@ def semantic(images: str, labels: str, names: str, classes: str | None = None, l
     for name in wanted:
         if name not in label_of:
             raise ValueError(f"{classes}: class {name!r} is not in {names}")
-    infos = tuple(ClassInfo((SPELLED.get(name, name),), thing=False) for name in wanted)
+    infos = tuple(ClassInfo((SPELLED.get(name, name),), is_region=True) for name in wanted)
     class_of = dict.fromkeys([0, *label_of.values()]) | {label_of[name]: i for i, name in enumerate(wanted)}
     stems = _read_list(listed) if listed else sorted(name[:-4] for name in os.listdir(labels) if name.endswith(".mat"))
     if not stems:
-        raise ValueError(f"{listed or labels}: {'no name of an image in it' if listed else 'no .mat file in it'}")
+        raise ValueError(f"{listed or labels}: {'it lists no images' if listed else 'no .mat files in this folder'}")
     jobs = [Job(s, s, os.path.join(images, f"{s}.jpg"), os.path.join(labels, f"{s}.mat")) for s in stems]
-    return Plan("pascal-context", infos, jobs, builder(_record, class_of=class_of, classes=infos))
+    return Plan("pascal_context", infos, jobs, builder(_record, class_of=class_of, classes=infos))
 
 
 def _record(
@@ -53,7 +53,7 @@ def _record(
 
 
 def _pieces(label_map: np.ndarray, class_of: dict[int, int | None], key: str, problems: Problems) -> Iterator[Piece]:
-    """`class_of`: None for labels that are ignored."""
+    """Yield the region of each class. class_of: class of each label; None for ignored labels."""
     for value in np.unique(label_map).tolist():
         if value not in class_of:
             problems.add(f"segment: mask value {value} has no class", key)
@@ -66,36 +66,36 @@ def _read_lines(path: str) -> list[str]:
 
 
 def _read_list(path: str) -> list[str]:
-    """The first column of VOC's lists of images."""
+    """Return the first column of a list of images."""
     return [line.split()[0] for line in _read_lines(path)]
 
 
 def _read_labels(path: str) -> dict[int, str]:
-    """Lines like "3: air conditioner". A label 0 ("background") is no class: it marks what nobody labelled."""
+    """Read lines like "3: air conditioner". Label 0 ("background") marks unlabeled pixels and is left out."""
     found: dict[int, str] = {}
     for line in _read_lines(path):
         number, _, name = line.partition(":")
         if not number.strip().isdigit() or not name.strip():
-            raise ValueError(f"{path}: line {line!r} is not like '3: air conditioner'")
+            raise ValueError(f"{path}: line {line!r} does not look like '3: air conditioner'")
         found[int(number)] = name.strip()
     found.pop(0, None)
     twice = [name for name in found.values() if list(found.values()).count(name) > 1]
     if twice or not found:
-        raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "it holds no class"))
+        raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "it contains no classes"))
     return found
 
 
 # ---- MATLAB 5 files ------------------------------------------------------------------------------------------------
-# Read here and not by scipy.io.loadmat: one damaged byte can make that crash its process (scipy 1.17), so that a single
-# file would end the whole preparation. An element is a type, a size and its bytes; a matrix is made of elements again.
+# scipy.io.loadmat (scipy 1.17) is not used, because one damaged byte can crash its process and end the preparation. An
+# element consists of a type, a size and bytes. A matrix consists of elements.
 
 COMPRESSED, MATRIX = 15, 14
 INTEGERS = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4"}
-MOST_BYTES = 1 << 28  # a small file may unpack to any size
+MOST_BYTES = 1 << 28  # a limit, since a small file may unpack to any size
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """The matrix `LabelMap` of a .mat file (as MATLAB's save -v6 and -v7 write it), integers [h, w]."""
+    """Return `LabelMap` of a .mat file, written by MATLAB's save -v6 or -v7, as integers [h, w]. Raises Unusable."""
     try:
         with open(path, "rb") as f:
             data = f.read()
@@ -112,7 +112,7 @@ def read_label_map(path: str) -> np.ndarray:
                 height, width = np.frombuffer(shape, order + "i4")
                 return np.frombuffer(values, order + INTEGERS[stored]).reshape(width, height).T
     except (ValueError, KeyError, struct.error, zlib.error):
-        raise Unusable("mask is damaged, or no MATLAB 5 file of integers") from None
+        raise Unusable("mask is damaged or not a MATLAB 5 file of integers") from None
     raise Unusable("mask file has no LabelMap")
 
 
@@ -124,6 +124,6 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
         if kind >> 16:  # the short form: size and type in one word, up to four bytes in the other
             kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
         if start + size > len(data):
-            raise ValueError("cut short")
+            raise ValueError("truncated")
         yield kind, data[start : start + size]
         at = start + size + (-(start + size - at) % 8 if kind != COMPRESSED else 0)

@@ -1,8 +1,8 @@
-"""Public data sets by name, read from the layouts in which their websites unpack.
+"""Public data sets by name, read from the folders that their downloads unpack to.
 
     mqformer prepare public NAME ... --root=FOLDER
 
-`--list` shows names, splits and layouts (`catalog.SETS`); data/README.md has a card for each.
+`--list` shows names, splits and layouts (`catalog.SETS`). data/README.md describes the data sets.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from mqformer_jax.prepare.plan import Plan
 
 
 def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, str, Plan]]:
-    """(name, split, plan) of the named sets ("seginw_*" means all that match), one after the other; all splits if none
-    is named.
+    """Iterate over (name, split, plan) of the named data sets, or of all that match, e.g. "seginw_*".
 
-    Raises ValueError for an unknown name and FileNotFoundError for the first file that is not there, before any plan is
-    made.
+    splits: all if empty. Before any plan is made, raises ValueError for an unknown name and FileNotFoundError for the
+    first missing file.
     """
     wanted = [(name, split) for name in _expand(names) for split in _chosen(name, splits)]
     for name, split in wanted:
@@ -32,10 +31,10 @@ def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterat
 
 
 def table(root: str) -> str:
-    """All sets, what they teach, and where their files are expected; a split whose files are all there has a +."""
-    lines = [f"Expected below {root} (+ all there):"]
+    """Return a list of all data sets, their annotations and their files. A + marks splits whose files all exist."""
+    lines = [f"Files expected below {root} (+: all exist):"]
     for name, entry in SETS.items():
-        lines += ["", f"{name}: {entry.teaches}", f"    {entry.url}: {entry.get}; licence: {entry.licence}"]
+        lines += ["", f"{name}: {entry.teaches}", f"    {entry.url}: {entry.get}; license: {entry.license}"]
         for split, source in entry.splits.items():
             there = all(os.path.exists(os.path.join(root, path)) for path in source.files())
             lines.append(f"  {'+' if there else ' '} {split:6} {'  '.join(source.files())}")
@@ -72,4 +71,4 @@ def _mend(name: str, split: str, path: str) -> str:
         if len(entry.splits) > 1
         else ""
     )
-    return f"{path}: no such file or folder, which {name} {split} needs; from {entry.url} unpack {entry.get}{only}"
+    return f"{path}: no such file or folder. For {name} {split}, from {entry.url} unpack {entry.get}{only}"

@@ -1,4 +1,4 @@
-"""All families of one small folder of real data at once, with no image both trained and evaluated on."""
+"""All data sets in one folder of small real data, with no image both trained and evaluated on."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from mqformer_jax.prepare.formats import coco, folders
 from mqformer_jax.prepare.plan import Job, Plan
 
-REFERRING_VAL = 4  # of images that only the expressions use, those whose id is a multiple of this are val
+REFERRING_VAL = 4  # images that only expressions use belong to val if their id is a multiple of this
 
 
 def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
-    """(name, split, plan) of every set in a folder that is laid out as data/README.md says.
+    """Yield (name, split, plan) of every data set in a folder with the layout of data/README.md.
 
-    The COCO sets share images. `refcoco` val takes its images that another set evaluates on, and a quarter of those
-    that no other set trains on; then every train split loses the images of every val split.
+    The COCO data sets share images. `refcoco` val takes those of its images that another data set evaluates on, and a
+    quarter of those that no other data set trains on. Then every train split loses the images of every val split.
     """
 
     def at(*parts: str) -> str:
@@ -68,7 +68,7 @@ def _ids(*plans: Plan) -> set[int]:
 
 
 def _split(name: str, plan: Plan, every: int) -> Iterator[tuple[str, str, Plan]]:
-    """Every so many-th image (in the order of names) is val, the others are train."""
+    """Yield the splits train and val. In the order of names, every `every`-th image is val."""
     val = {job.key for job in sorted(plan.jobs, key=_key)[every - 1 :: every]}
     yield name, "train", plan.only(lambda job: job.key not in val)
     yield name, "val", plan.only(lambda job: job.key in val)

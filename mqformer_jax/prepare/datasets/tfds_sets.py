@@ -1,8 +1,7 @@
-"""Sets of tensorflow-datasets (TFDS): its builder downloads and reads them, and what it reads becomes the records of
-the other families.
+"""Data sets of TensorFlow Datasets (TFDS): a TFDS builder downloads and reads them, and the examples become records.
 
-TFDS makes a set with TensorFlow and reads it without, where its files are ArrayRecord files: it may be made on another
-machine.
+TFDS needs TensorFlow to make a data set, but not to read one that is stored in ArrayRecord files. It may be made on
+another machine.
 """
 
 from __future__ import annotations
@@ -32,13 +31,12 @@ Vocabulary = tuple[tuple[ClassInfo, ...], dict[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSet:
-    """A builder that we know.
+    """A supported builder.
 
-    name: what configs call the set. splits: ours to the builder's. needs: packages without which the builder cannot
-    make the set, though a set that is made is read without them. vocabulary: the builder's features to classes, and a
-    map from its class ids to them. key: the name of an example's image. record: as `plan.build` wants it; the `labels`
-    of its job are the example.
-    image: the feature that is the image.
+    name: name of the data set in recipes. splits: from our names to the builder's. needs: packages that the builder
+    needs to make the data set, but not to read it. vocabulary: returns the classes for the builder's features, and a
+    map from class ids to class indices. key: returns the image name of an example. record: see `plan.build`; the
+    job's `labels` are the example. image: the feature that holds the image.
     """
 
     name: str
@@ -54,10 +52,10 @@ class TfdsSet:
 def plans(
     builder: str, split: str, name: str | None = None, data_dir: str | None = None
 ) -> Iterator[tuple[str, str, Plan]]:
-    """(name, split, plan) of one split of "lvis", "voc/2012", ...; it is downloaded and made first where `data_dir`
-    does not have it.
+    """Yield (name, split, plan) of one split of "lvis", "voc/2012", ...
 
-    Raises ValueError, in one line, for whatever the builder raises, too.
+    Downloads and makes the data set first if it is not in `data_dir`. Raises ValueError, also for any error of the
+    builder.
     """
     full = _full_name(builder)
     known = SETS[full]
@@ -66,8 +64,8 @@ def plans(
     made = _made(full, data_dir)
     theirs = known.splits[split]
     classes, class_of = known.vocabulary(made.info.features)
-    # A job names a file that is written anew when the set is made again, so that shards of another set are not gone on
-    # with.
+    # Jobs name a file that is rewritten when the data set is made again, so that a preparation does not resume with
+    # shards of another version.
     info = os.path.join(made.data_dir, "dataset_info.json")
     jobs = [Job(f"{full} {theirs} {i}", i, "", (info, i)) for i in range(made.info.splits[theirs].num_examples)]
     make = functools.partial(_build, full, str(made.data_dir), theirs, class_of)
@@ -78,17 +76,17 @@ def plans(
 
 
 def _full_name(builder: str) -> str:
-    """ "voc/2007" of "voc": a builder's first configuration is its default."""
+    """Return "voc/2007" for "voc": a builder's first configuration is its default."""
     full = next((known for known in SETS if known == builder or known.startswith(f"{builder}/")), None)
     if full is None and builder.split("/")[0] in _INSTEAD:
         raise ValueError(f"{builder}: {_INSTEAD[builder.split('/')[0]]}")
     if full is None:
-        raise ValueError(f"no builder {builder!r}; known are {', '.join(SETS)}")
+        raise ValueError(f"unknown builder {builder!r}; known builders are {', '.join(SETS)}")
     return full
 
 
 def _made(full: str, data_dir: str | None) -> Any:
-    """TFDS's builder of a set that is there as ArrayRecord files, made now if need be. Raises ValueError."""
+    """Return TFDS's builder of a data set in ArrayRecord files, after making it if needed. Raises ValueError."""
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -99,28 +97,26 @@ def _made(full: str, data_dir: str | None) -> Any:
             package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None
         ]
         if missing:
-            there = f"or run this where they are, and copy {builder.data_path} here"
+            there = f"or run this on a machine that has them and copy {builder.data_path} here"
             raise ValueError(
-                f"{full}: to make this set its builder needs {', '.join(missing)}: "
+                f"{full}: to make this data set, its builder needs {', '.join(missing)}: "
                 f"pip install {' '.join(missing)}, {there}"
             )
         try:
             builder.download_and_prepare(file_format="array_record")
-        except Exception as e:  # of any kind: no network, an archive to be got by hand, a checksum, a full disk
+        except Exception as e:  # of any kind: no network, a manual download, a wrong checksum, a full disk
             page = f"https://www.tensorflow.org/datasets/catalog/{builder.name}"
             what = str(e).strip().split("\n")[0] or type(e).__name__
-            raise ValueError(f"{full}: {what} ({page} tells what the builder needs)") from e
+            raise ValueError(f"{full}: {what} ({page} says what the builder needs)") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-        mend = "delete this folder, and it is made anew from its downloads"
-        raise ValueError(
-            f"{builder.data_dir}: its files are no ArrayRecord files, which alone are read without TensorFlow; {mend}"
-        )
+        mend = "delete this folder to make it again from the downloads"
+        raise ValueError(f"{builder.data_dir}: its files are not ArrayRecord files, so they need TensorFlow; {mend}")
     return builder
 
 
 @functools.lru_cache(maxsize=1)
 def _examples(folder: str, split: str, image: str) -> Sequence[Example]:
-    """The examples of a split that is there, with the bytes of their image files."""
+    """Return the examples of an existing split. Images are the bytes of their files."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder, file_format="array_record")
@@ -142,7 +138,7 @@ def _build(full: str, folder: str, split: str, class_of: dict[int, int], job: Jo
 
 
 def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Masks are as the builder drew them: with corners rounded down to pixels, and the outline's pixels included."""
+    """Make a record of LVIS. The builder's masks have corners rounded down to pixels and include the outline."""
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
     items = [
@@ -157,9 +153,7 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
 
 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """The builder keeps expressions as they were typed (`raw`), not as REFER cleaned them (`sent`: lower case, no full
-    stop).
-    """
+    """Make a record of RefCOCO with `raw` expressions; the builder lacks REFER's `sent` (lower case, no period)."""
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
     items = [
@@ -177,7 +171,7 @@ def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, in
 
 
 def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """What VOC marks as difficult is a crowd: its evaluation neither asks for it nor punishes it."""
+    """Make a record of VOC. Difficult objects become crowds, since the evaluation ignores them."""
     objects = job.labels["objects"]
     items = []
     for number, (label, box, difficult) in enumerate(zip(objects["label"], objects["bbox"], objects["is_difficult"])):
@@ -188,42 +182,43 @@ def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], s
 
 
 def _cityscapes(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """The labels that the evaluation leaves out are ignored."""
+    """Make a record of Cityscapes. Labels outside of the evaluation are ignored."""
     labels = same_size(job.labels["segmentation_label"][..., 0], image)
     pieces = [Piece(class_of[label], labels == label) for label in np.unique(labels).tolist() if label in class_of]
     return panoptic_record(job.key, image, pieces, CITYSCAPES)
 
 
 def _with(job: Job, items: list[dict[str, Any]], absent: tuple[int, ...] = (), partial: tuple[int, ...] = ()) -> Job:
-    """The job of COCO annotations, for which `coco_records` has the functions."""
+    """Return the job with COCO annotations as labels, for the functions of `coco_records`."""
     return dataclasses.replace(job, labels=Labels(items, None, None, absent, partial))
 
 
 def _xywh(box: Any, image: Image) -> tuple[float, ...]:
-    """COCO's x, y, width, height in pixels of a box ymin, xmin, ymax, xmax from 0 to 1, a float32 that is good for
-    1/1000 pixel.
+    """Convert a box ymin, xmin, ymax, xmax in 0 to 1 to COCO's x, y, width, height in pixels.
+
+    Rounds to 1/1000 pixel, the precision of float32.
     """
     y0, x0, y1, x1 = (float(v) * size for v, size in zip(box, (image.height, image.width) * 2))
     return tuple(round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0))
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's code of a mask [h, w, channels] as TFDS decodes it."""
+    """Return COCO's run-length code of a mask [h, w, channels] as TFDS decodes it."""
     return {"size": list(mask.shape[:2]), "counts": encode_rle(mask[..., 0] > 0)}
 
 
-# ---- The builders that we know -------------------------------------------------------------------------------------
+# ---- Supported builders --------------------------------------------------------------------------------------------
 
 
 def _named(features: Any) -> Vocabulary:
-    """The names that the builder gives its labels."""
+    """Return the names that the builder gives its labels."""
     spaced = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv/monitor"}  # VOC's
     names = enumerate(features["objects"]["label"].names)
     return vocabulary([{"id": i, "name": spaced.get(name, name)} for i, name in names], "the builder's labels")
 
 
 def _coco_ids(features: Any) -> Vocabulary:
-    """COCO's 80 classes: `ref_coco` gives their ids and no names."""
+    """Return COCO's 80 classes, since `ref_coco` has ids but no names."""
     return vocabulary([{"id": i, "name": name} for i, name in zip(THING_IDS, class_names(80), strict=True)], "COCO")
 
 
@@ -249,7 +244,7 @@ def _pascal(name: str, *splits: str) -> TfdsSet:
     return TfdsSet(name, _splits(*splits), ("tensorflow",), _named, key, _voc, exhaustive=True)
 
 
-CITYSCAPES = tuple(dataclasses.replace(info, thing=False) for info in cityscapes.CLASSES)
+CITYSCAPES = tuple(dataclasses.replace(info, is_region=True) for info in cityscapes.CLASSES)
 SETS: dict[str, TfdsSet] = {
     "lvis": TfdsSet(
         "lvis_v1",
@@ -279,7 +274,7 @@ SETS: dict[str, TfdsSet] = {
 }
 _INSTEAD = {
     "coco": (
-        "its builder loads with TensorFlow alone and has no masks of instances; "
+        "its builder loads only with TensorFlow and has no instance masks; "
         "use mqformer prepare public coco_2017 or coco_2017_panoptic"
     ),
     "scene_parse150": (

@@ -1,6 +1,4 @@
-"""Visual Genome: objects as boxes with a class, region descriptions as boxes with a phrase; neither says all there
-is.
-"""
+"""Visual Genome: objects are boxes with a class, region descriptions are boxes with a phrase. Neither is exhaustive."""
 
 from __future__ import annotations
 
@@ -9,19 +7,21 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mqformer_jax.input.record import ClassInfo, Record, Segment
+import numpy as np
+
+from mqformer_jax.input.record import ClassInfo, Record, Segment, box_iou
 from mqformer_jax.prepare.formats.coco import need_folders, read_json
-from mqformer_jax.prepare.formats.coco_records import Box, Labels, iou, items_of, shape
+from mqformer_jax.prepare.formats.coco_records import Box, Labels, items_of, shape
 from mqformer_jax.prepare.formats.images import Image, Unusable
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# Boxes of one name, or of one phrase, that overlap so much (IoU) are one thing drawn twice: its annotators worked
-# independently. Where they were two, nothing wrong is taught, since no class counts as labelled in full.
+# Boxes with the same name or phrase and at least this IoU count as one object, annotated twice by independent
+# annotators. Merging two real objects is harmless, since no class counts as exhaustively labeled.
 SAME = 0.7
 
 
 class Scene(NamedTuple):
-    """What is said of one image: boxes (x, y, width, height) with the index of their class, and with a phrase."""
+    """The annotations of one image: boxes (x, y, width, height) with a class index, and boxes with a phrase."""
 
     objects: list[tuple[int, list[Any]]]
     phrases: list[tuple[str, list[Any]]]
@@ -38,11 +38,11 @@ def visual_genome(
     alias: str | None = None,
     min_images: int = 50,
 ) -> Plan:
-    """`objects` (objects.json) become boxes of a class, `regions` (region_descriptions.json) boxes with expressions.
+    """Return the plan of `objects` (objects.json: classes) and `regions` (region_descriptions.json: expressions).
 
-    images: the folders VG_100K and VG_100K_2. Classes are the objects' names, joined by `alias` (object_alias.txt), of
-    which at least `min_images` images have one; objects of rarer names are dropped. A job's `id` is the image's id in
-    COCO, if it is COCO's picture, and "vg/<image_id>" if not.
+    images: the folders VG_100K and VG_100K_2. Classes are the objects' names, merged by `alias` (object_alias.txt),
+    that occur in at least `min_images` images; objects with rarer names are dropped. The `id` of a job is the image's
+    id in COCO or, if it is not in COCO, "vg/<image_id>".
     """
     if not objects and not regions:
         raise ValueError("Visual Genome: give --objects, --regions, or both")
@@ -62,7 +62,7 @@ def visual_genome(
         path = os.path.join(folder_of.get(name, images[0]), name)
         jobs.append(Job(name, coco_id or f"vg/{image_id}", path, labels, f"coco/{coco_id}" if coco_id else ""))
     return Plan(
-        "visual-genome", classes, jobs, builder(scene_record), exhaustive=False, problems=problems, unique_texts=False
+        "visual_genome", classes, jobs, builder(scene_record), exhaustive=False, problems=problems, unique_texts=False
     )
 
 
@@ -80,26 +80,26 @@ def _load(path: str) -> list[dict[str, Any]]:
 def _listed(
     path: str | None, field: str, entries: dict[Any, dict], problems: Problems
 ) -> Iterator[tuple[Any, list[dict]]]:
-    """(image id, its objects or regions) of every image that image_data.json knows, once."""
+    """Yield (image id, its objects or regions) for the images of image_data.json, each once."""
     seen = set()
     for entry in _load(path) if path else ():
         if not isinstance(entry.get(field), list) or not all(isinstance(item, dict) for item in entry[field]):
-            raise ValueError(f"{path}: field '{field}' is missing or no list of objects; is it Visual Genome's file?")
+            raise ValueError(f"{path}: field '{field}' is not a list of objects; is it Visual Genome's file?")
         if _image_id(entry) in seen:
-            problems.add(f"image: twice in {field}, of which the first counts", f"image_id {_image_id(entry)}")
+            problems.add(f"image: listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}")
         elif _image_id(entry) in entries:
             seen.add(_image_id(entry))
             yield _image_id(entry), entry[field]
         else:
-            problems.add(f"image: of {field}, not in image_data.json", f"image_id {_image_id(entry)}")
+            problems.add(f"image: in {field}, not in image_data.json", f"image_id {_image_id(entry)}")
 
 
 def _image_id(entry: dict) -> Any:
-    return entry.get("image_id", entry.get("id"))  # versions before 1.2 say `id`
+    return entry.get("image_id", entry.get("id"))  # versions before 1.2 have `id`
 
 
 def _box(item: dict) -> list[Any]:
-    """x, y, width, height; regions spell out what objects abbreviate."""
+    """Return x, y, width, height. Objects abbreviate the last two."""
     return [item.get("x"), item.get("y"), item.get("w", item.get("width")), item.get("h", item.get("height"))]
 
 
@@ -111,7 +111,7 @@ def _clean(text: Any) -> str:
 
 
 def _aliases(path: str | None) -> dict[str, str]:
-    """Spelling to the first spelling of its line of object_alias.txt ("tv,television,tv set")."""
+    """Map each spelling to the first spelling of its line in object_alias.txt ("tv,television,tv set")."""
     first: dict[str, str] = {}
     try:
         with open(path or os.devnull, encoding="utf-8") as f:
@@ -127,23 +127,24 @@ def _aliases(path: str | None) -> dict[str, str]:
 def _vocabulary(
     named: dict[Any, list[dict]], alias: dict[str, str], min_images: int
 ) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
-    """Classes sorted by name, and the map from spelling to class. Texts: spellings of enough images, the most frequent
-    first.
+    """Return the classes sorted by name, and a map from spellings to class indices.
+
+    Texts of a class are its spellings that occur in `min_images` images, the most frequent first.
     """
     images_of: collections.Counter[str] = collections.Counter()
-    spelt: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    spelled: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for objects in named.values():
         spellings = {spelling for item in objects for spelling in _names(item)}
         images_of.update({alias.get(spelling, spelling) for spelling in spellings})
         for spelling in spellings:
-            spelt[alias.get(spelling, spelling)][spelling] += 1
+            spelled[alias.get(spelling, spelling)][spelling] += 1
     texts = []
     for name in (name for name, count in images_of.items() if count >= min_images):
-        first, *others = sorted(spelt[name], key=lambda s: (-spelt[name][s], s))
-        texts.append((first, *(s for s in others if spelt[name][s] >= min_images)))
+        first, *others = sorted(spelled[name], key=lambda s: (-spelled[name][s], s))
+        texts.append((first, *(s for s in others if spelled[name][s] >= min_images)))
     texts.sort()
     class_of_first = {t[0]: i for i, t in enumerate(texts)}
-    class_of = {s: class_of_first[t[0]] for t in texts for s in spelt[alias.get(t[0], t[0])]}
+    class_of = {s: class_of_first[t[0]] for t in texts for s in spelled[alias.get(t[0], t[0])]}
     return tuple(ClassInfo(t) for t in texts), class_of
 
 
@@ -155,7 +156,7 @@ def _names(item: dict) -> list[str]:
 def _classed(
     objects: Sequence[dict], class_of: dict[str, int], key: str, min_images: int, problems: Problems
 ) -> Iterator[tuple[int, list]]:
-    """The objects that have a class: that of the first of their names which is frequent enough."""
+    """Yield (class index, box) of the objects with a class. The first name of an object that has a class decides."""
     for item in objects:
         names = _names(item)
         known = [class_of[name] for name in names if name in class_of]
@@ -163,7 +164,7 @@ def _classed(
             yield known[0], _box(item)
         else:
             reason = (
-                f"segment: object name of fewer than {min_images} images" if names else "segment: object without a name"
+                f"segment: object name in fewer than {min_images} images" if names else "segment: object without a name"
             )
             problems.add(reason, f"{key} {', '.join(names)!r}")
 
@@ -172,13 +173,11 @@ def _classed(
 
 
 def scene_record(job: Job, image: Image, problems: Problems) -> Record:
-    """Boxes of classes, then boxes with phrases. Every class is labelled in part: other things of it may have no
-    box.
-    """
+    """Return a record of boxes with classes, then boxes with phrases. Every class counts as partially labeled."""
     scene = items_of(job, image)
     segments = (*_objects(scene, job, image, problems), *_regions(scene, job, image, problems))
     if not segments:
-        raise Unusable("image has nothing labelled")
+        raise Unusable("image has nothing labeled")
     partial = tuple(sorted({s.class_id for s in segments if s.class_id is not None}))
     return Record(job.key, image.data, image.height, image.width, segments, partial_classes=partial)
 
@@ -198,14 +197,14 @@ def _objects(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterator[Segment]:
-    """One segment for each box, with its phrases. A phrase of two boxes refers to neither alone and is dropped."""
+    """Yield one segment per box, with its phrases. A phrase of two boxes is ambiguous and dropped."""
     boxes_of: dict[str, list[Box]] = collections.defaultdict(list)
     for phrase, xywh in scene.phrases:
         try:
             if not phrase:
                 raise Unusable("no sentence")
             if not _new(shape({"bbox": xywh}, image, problems, job.key, None).box, boxes_of[phrase]):
-                problems.add("expression: said twice of one box", f"{job.key} {phrase!r}")
+                problems.add("expression: annotated twice for one box", f"{job.key} {phrase!r}")
         except Unusable as e:
             problems.add(f"expression: {e}", f"{job.key} {phrase!r}")
     phrases_of: dict[Box, list[str]] = collections.defaultdict(list)
@@ -218,8 +217,8 @@ def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _new(box: Box, boxes: list[Box]) -> bool:
-    """Whether a box is none of these drawn again; it is added to them."""
-    if any(iou(box, other) >= SAME for other in boxes):
+    """Return whether a box differs from all `boxes`. If so, add it to them."""
+    if boxes and (box_iou(np.array(box), np.array(boxes)) >= SAME).any():
         return False
     boxes.append(box)
     return True

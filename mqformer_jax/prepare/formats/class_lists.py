@@ -1,4 +1,4 @@
-"""Class lists: which mask value, or colour, is which class, in the formats that data sets come with."""
+"""Read class lists, which give the class of each mask value or color, in the formats of public data sets."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NUMBERED = re.compile(r"\s*\d+[\s:,]")
 
 
 def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, ...]], list[int], int]:
-    """Names (with synonyms) of a class list, the mask values that mean "unlabelled", and the mask value of the first
-    class.
+    """Read a class list: names with synonyms, mask values of unlabeled pixels, and the first class's mask value.
 
-    Read are JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
-    synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table whose first column is the mask
-    value and whose last is the name), CamVid's label_colors.txt ("Void" is unlabelled), and plain text, one class a
-    line. Commas part synonyms; one that two classes have is left out. `offset` replaces the list's own.
+    Formats: JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
+    synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table with the mask value in the
+    first column and the name in the last), CamVid's label_colors.txt ("Void" is unlabeled), and plain text with one
+    class per line. Commas separate synonyms; those that two classes share are left out. offset: replaces the list's.
+    Raises ValueError or FileNotFoundError.
     """
     entries, ignore, own_offset = _read_list(path)
     offset = own_offset if offset is None else offset
@@ -28,34 +28,30 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
     twice = [name for name in first if first.count(name) > 1]
     if not names or len(first) < len(names) or twice:
         raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "a class without a name"))
-    if ignore is None:  # the list does not say: 255, where that is no class
+    if ignore is None:  # not given: 255, unless that is a class
         ignore = [] if offset <= 255 < offset + len(names) else [255]
     return distinct(names), ignore, offset
 
 
-def read_colours(path: str) -> dict[int, int]:
-    """The colours that a class list gives its classes, red << 16 | green << 8 | blue, each with the class's place in
-    the list.
-    """
-    colours = [colour for _, colour in _read_list(path)[0]]
-    found = {colour: i for i, colour in enumerate(colours) if colour is not None}
-    if len(found) < len(colours) - colours.count(None):
-        raise ValueError(f"{path}: two classes have one colour")
+def read_colors(path: str) -> dict[int, int]:
+    """Return a map from the colors of a class list, red << 16 | green << 8 | blue, to class indices."""
+    colors = [color for _, color in _read_list(path)[0]]
+    found = {color: i for i, color in enumerate(colors) if color is not None}
+    if len(found) < len(colors) - colors.count(None):
+        raise ValueError(f"{path}: two classes have the same color")
     return found
 
 
 def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int] | None, int]:
-    """A class list's words and colours, and the rest of `read_classes`, None where it says nothing of ignored
-    values.
-    """
+    """Return the names and colors of a class list, the values of unlabeled pixels (None: not given) and the offset."""
     text = read_text(path)
     lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(path, text)
     try:
         named = [line if isinstance(line, dict) else {"name": line} for line in lines]
-        return [(_synonyms(line["name"]), _colour(line)) for line in named], ignore, offset
+        return [(_synonyms(line["name"]), _color(line)) for line in named], ignore, offset
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
-            f'{path}: a class is "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}'
+            f'{path}: a class must be "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}'
         ) from None
 
 
@@ -73,14 +69,14 @@ def _json_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
 
 def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, int]:
     lines = [line for line in text.splitlines() if line.strip()]
-    coloured = [re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line) for line in lines]
-    if lines and all(coloured):
-        classes = [{"name": found[4], "color": found.groups()[:3]} for found in coloured]
+    colored = [re.fullmatch(r"\s*(\d+)\s+(\d+)\s+(\d+)\s+(\S.*)", line) for line in lines]
+    if lines and all(colored):
+        classes = [{"name": found[4], "color": found.groups()[:3]} for found in colored]
         return classes, [i for i, c in enumerate(classes) if c["name"].strip().lower() == "void"], 0
     rows = [[cell.strip() for cell in line.split("\t")] for line in lines]
     values = [int(row[0]) for row in rows[1:] if row[0].isdecimal() and len(row) > 1]
     if values and not rows[0][0].isdecimal() and values == list(range(values[0], values[0] + len(rows) - 1)):
-        # a table with a head: the mask value comes first, the name last
+        # a table with a header: the mask value comes first, the name last
         return (
             [row[-1] for row in rows[1:]],
             None,
@@ -89,17 +85,17 @@ def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
     for line in lines:
         nameless = any(not re.search(r"[^\W\d_]", name) for name in _synonyms(line))
         if nameless or "#" in line or "::" in line or NUMBERED.match(line):
-            formats = "json, one name a line, 'R G B name' a line, or a table with a head, like objectInfo150.txt"
-            raise ValueError(f"{path}: line {line.strip()!r} is no class name; read are {formats}")
+            formats = "JSON, lines with one name, lines 'R G B name', or a table with a header, like objectInfo150.txt"
+            raise ValueError(f"{path}: line {line.strip()!r} is not a class name; formats are {formats}")
     return lines, None, 0
 
 
-def _colour(line: dict[str, Any]) -> int | None:
+def _color(line: dict[str, Any]) -> int | None:
     if "color" not in line and "colour" not in line:
         return None
     red, green, blue = (int(v) for v in line.get("color", line.get("colour")))
     if not all(0 <= v <= 255 for v in (red, green, blue)):
-        raise ValueError("no colour")
+        raise ValueError("no color")
     return red << 16 | green << 8 | blue
 
 
@@ -109,7 +105,7 @@ def _synonyms(words: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def read_text(path: str) -> str:
-    """A text file, with or without a byte order mark. Raises FileNotFoundError or ValueError, in one line."""
+    """Return the contents of a UTF-8 text file without its byte order mark. Raises FileNotFoundError or ValueError."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             return f.read()

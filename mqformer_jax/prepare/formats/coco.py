@@ -1,6 +1,4 @@
-"""Data sets that come as COCO json: panoptic, instances (with LVIS and boxes alone), referring expressions,
-foreground.
-"""
+"""Data sets in COCO's JSON formats: panoptic, instances (also LVIS and boxes only), expressions, foreground."""
 
 from __future__ import annotations
 
@@ -26,15 +24,14 @@ from mqformer_jax.prepare.formats.images import Unusable
 from mqformer_jax.prepare.formats.label_maps import distinct
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
 
-# Fields that no record needs are dropped while a json is read. One of boxes then takes 3.3 times its size on disk at
-# the peak, not 3.9 (a synthetic 0.2 GB measured); Objects365's has 5 GB. Annotations are handed on to the jobs, never
-# copied.
+# Fields that no record needs are dropped while a JSON file is read. This reduces peak memory from 3.9 to 3.3 times the
+# size of a file of boxes (measured with 0.2 GB; Objects365's has 5 GB). Jobs refer to the annotations without copies.
 _UNUSED = frozenset(
     ("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url")
 )
 _UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_object_ids", "attributes"}
 
-# Names that their data sets misspell or run together (Objects365, LVIS), as they should be asked for.
+# Corrections of names that are misspelled or joined in their data sets (Objects365, LVIS).
 _MENDED = {
     "Moniter/TV": ("Monitor", "TV"),
     "Bakset": ("Basket",),
@@ -57,15 +54,15 @@ _MENDED = {
 # "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
 _OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
 
-# ---- Plans: the json, once ----------------------------------------------------------------------------------------
+# ---- Plans, made from JSON files -----------------------------------------------------------------------------------
 
 
 def panoptic(json_path: str, images: str, masks: str) -> Plan:
-    """COCO panoptic: a json and a folder of PNGs whose pixels are segment ids. Pixels of id 0 are ignored."""
+    """Return the plan of a COCO panoptic JSON file and a folder of PNGs of segment ids. Pixels of id 0 are ignored."""
     data = load_json(json_path, "images", "annotations", "categories")
     need_folders(images, masks)
     if not all("isthing" in c for c in data["categories"]):
-        raise ValueError(f"{json_path}: field 'isthing' is missing from a category; is it a panoptic json?")
+        raise ValueError(f"{json_path}: field 'isthing' is missing from a category; is it a panoptic JSON file?")
     classes, class_of = vocabulary(data["categories"], json_path)
     problems = Problems()
     entries = _entries(data["images"], problems)
@@ -79,7 +76,7 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
             problems.add("image: no annotation", _name(entry))
             continue
         if more:
-            problems.add("image: annotated twice in the json, of which the first counts", _name(entry))
+            problems.add("image: annotated twice in the JSON; the first annotation is used", _name(entry))
         png = os.path.join(masks, annotation.get("file_name") or os.path.splitext(_name(entry))[0] + ".png")
         jobs.append(_job(entry, images, (png, annotation.get("segments_info") or ())))
     _one_file_each(jobs, json_path, problems)
@@ -87,11 +84,10 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
 
 
 def instances(json_path: str, images: str) -> Plan:
-    """COCO instances: polygons, run-length codes, or boxes alone. A json with `neg_category_ids` is federated (LVIS).
+    """Return the plan of a COCO instances JSON file: polygons, run-length codes, or boxes only.
 
-    Objects365's `iscrowd` boxes are crowds; its fake and mirrored objects are objects. Roboflow's exports (SeginW) are
-    read as
-    they are: see `_without_root`.
+    A file with `neg_category_ids` is federated (LVIS). Objects365's `iscrowd` boxes are crowds; its fake and mirrored
+    objects count as objects. Roboflow's exports (SeginW) are accepted: see `_without_root`.
     """
     data = load_json(json_path, "images", "annotations", "categories")
     need_folders(images)
@@ -102,7 +98,7 @@ def instances(json_path: str, images: str) -> Plan:
     _need_known(json_path, "category_id", data["annotations"], class_of)
     federated = any("neg_category_ids" in entry for entry in entries)
     for entry in entries:
-        if of_image and entry["id"] not in of_image and not federated:  # perhaps nobody got to it
+        if of_image and entry["id"] not in of_image and not federated:  # perhaps it was not annotated
             problems.add("note: image without annotations; all classes count as absent", _name(entry))
     jobs = [_job(entry, images, of_image.get(entry["id"], [])) for entry in entries]
     _one_file_each(jobs, json_path, problems)
@@ -117,12 +113,11 @@ def instances(json_path: str, images: str) -> Plan:
 
 
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
-    """Expressions: `refs` of {image_id, sentences, and bbox, segmentation or ann_id, or no_target}; `refs_split` keeps
-    one split.
+    """Return the plan of expressions: `refs` of {image_id, sentences, and bbox, segmentation, ann_id or no_target}.
 
-    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the json
-    does not. A `refs_split` other than train is there to evaluate on and keeps every expression: see
-    `referring_record`.
+    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the JSON
+    file does not. refs_split: keep only this split. Splits other than train are for evaluation and keep every
+    expression: see `referring_record`.
     """
     data = load_json(json_path, "refs")
     need_folders(images)
@@ -136,24 +131,25 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
         annotation = shapes.get(ref.get("ann_id"), {})
         if annotation and annotation.get("image_id") != image_id:
             problems.add(
-                "expression: its annotation is of another image", f"image_id {image_id} ref {ref.get('ref_id', number)}"
+                "expression: its annotation belongs to another image",
+                f"image_id {image_id} ref {ref.get('ref_id', number)}",
             )
             continue
         of_image[image_id].append({**annotation, **known})
     listed = {e["id"]: e for e in _entries(data.get("images", list(entries.values())), problems)}
     if not listed:
         raise ValueError(
-            f"{json_path}: it lists no images; give --instances, the json that does (RefCOCO's instances.json)"
+            f"{json_path}: it lists no images; give --instances with a file that does (RefCOCO's instances.json)"
         )
     for image_id in of_image.keys() - listed.keys():
-        problems.add("expression: its image is not in the json", f"image_id {image_id}")
+        problems.add("expression: its image is not in the JSON", f"image_id {image_id}")
     jobs = [_job(entry, images, of_image[i]) for i, entry in listed.items() if i in of_image]
     _one_file_each(jobs, json_path, problems)
     return Plan("referring", classes, jobs, builder(referring_record, class_of=class_of, every=every), False, problems)
 
 
 def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
-    """Foregrounds that are unions of annotations: `items` of {image_id, ann_ids}, shapes from `instance_files`."""
+    """Return the plan of foregrounds: `items` of {image_id, ann_ids}, unions of shapes from `instance_files`."""
     data = load_json(json_path, "items")
     need_folders(images)
     shapes, entries, _ = _instance_index(instance_files)
@@ -165,7 +161,7 @@ def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Pl
             problems.add("image: its annotations are not in --instances", f"image_id {image_id}")
             continue
         if any(shapes[i].get("image_id") != image_id for i in wanted):
-            problems.add("image: its annotations are of another image", f"image_id {image_id}")
+            problems.add("image: its annotations belong to another image", f"image_id {image_id}")
             continue
         jobs.append(_job(entries[image_id], images, [shapes[i] for i in wanted]))
     _one_file_each(jobs, json_path, problems)
@@ -189,39 +185,37 @@ _TYPES: dict[str, dict[str, Any]] = {
 
 
 def image_ids(json_path: str) -> set[int]:
-    """Ids of all images that an annotation file lists."""
+    """Return the ids of all images that an annotation file lists."""
     return {entry.get("id") for entry in load_json(json_path, "images")["images"]}
 
 
 def load_json(path: str, *fields: str) -> dict[str, Any]:
-    """A json object (or RefCOCO's pickled refs) that holds these lists of objects. Raises as `read_json` does."""
+    """Read a JSON object (or RefCOCO's pickled refs) that must hold these lists of objects. Raises like `read_json`."""
     data = {"refs": read_json(path)} if path.endswith(".p") else read_json(path)
     more = [field for field in ("images", "categories") if isinstance(data, dict) and field in data]
     for field in dict.fromkeys((*fields, *more)):
         items = data.get(field) if isinstance(data, dict) else None
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise ValueError(
-                f"{path}: field '{field}' is missing or no list of objects; is it the right annotation file?"
+                f"{path}: field '{field}' is missing or not a list of objects; is it the right annotation file?"
             )
         for name, types in _TYPES[field].items():
             wrong = [
                 value for value in (item.get(name) for item in items) if not (value is None or isinstance(value, types))
             ][:1]
             if wrong:
-                raise ValueError(f"{path}: field '{name}' of one of '{field}' cannot be {wrong[0]!r}")
+                raise ValueError(f"{path}: field '{name}' in '{field}' cannot be {wrong[0]!r}")
     return data
 
 
 def read_json(path: str) -> Any:
-    """What a json file or a pickle (.p) of plain values holds. Raises FileNotFoundError or ValueError where it cannot
-    be read, one line.
-    """
+    """Read a JSON file or a pickle (.p) of plain values. Raises FileNotFoundError or ValueError."""
     pickled = path.endswith(".p")
     try:
         if pickled:
             with open(path, "rb") as f:
                 return _PlainUnpickler(f, encoding="latin1").load()
-        with open(path, encoding="utf-8-sig") as f:  # as text: of a binary file, json.load holds the bytes as well
+        with open(path, encoding="utf-8-sig") as f:  # text mode: from a binary file, json.load also keeps the bytes
             return json.load(f, object_pairs_hook=_needed)
     except OSError:
         raise FileNotFoundError(f"{path}: no such file") from None
@@ -234,19 +228,19 @@ def _needed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, strings and numbers, as RefCOCO's `refs(*).p` hold; nothing that could run code."""
+    """Unpickle only lists, dicts, strings and numbers, as in RefCOCO's `refs(*).p`, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which expressions do not need")
+        raise pickle.UnpicklingError(f"it contains {module}.{name}")
 
 
 def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
-    """Classes sorted by category id, and the map from category id to class index.
+    """Return the classes sorted by category id, and a map from category ids to class indices. Raises ValueError.
 
-    Texts are the name, or the names that a slash parts ("Cabinet/shelf"), and `synonyms`; one that another class has
-    too is left out. A qualifier in brackets stays ("bow (weapon)"): without it, LVIS would have classes of one name.
-    Stuff names lose "-merged", "-other", "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get is
-    not changed at all.
+    Texts of a class are its name, split at slashes ("Cabinet/shelf"), and its `synonyms`, without those that another
+    class has too. Qualifiers in brackets stay ("bow (weapon)"), since names in LVIS would otherwise repeat. Stuff names
+    lose "-merged", "-other" and "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get stays
+    unchanged.
     """
     if any(
         not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip()
@@ -272,7 +266,7 @@ def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tupl
     texts = distinct(
         [tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)]
     )
-    classes = tuple(ClassInfo(tuple(t), c["isthing"]) for c, t in zip(categories, texts))
+    classes = tuple(ClassInfo(tuple(t), is_region=not c["isthing"]) for c, t in zip(categories, texts))
     return classes, {c["id"]: i for i, c in enumerate(categories)}
 
 
@@ -280,12 +274,12 @@ def _synonyms(category: Mapping[str, Any], path: str) -> list[str]:
     synonyms = category.get("synonyms") or []
     synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
     if not all(isinstance(s, str) for s in synonyms):
-        raise ValueError(f"{path}: field 'synonyms' of category {category['name']!r} holds what is no text")
+        raise ValueError(f"{path}: field 'synonyms' of category {category['name']!r} contains non-text values")
     return [_spaced(s) for s in synonyms if s.strip() and s != category["name"]]
 
 
 def _words(category: Mapping[str, Any]) -> tuple[str, ...]:
-    """What a category's name says: one name, or several that a slash parts."""
+    """Return the names in a category's name, which slashes separate."""
     name = category["name"]
     if name in _MENDED:
         return _MENDED[name]
@@ -298,19 +292,18 @@ def _spaced(name: str) -> str:
 
 
 def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
-    """The categories without the row that Roboflow adds for the project itself: the super-category of all others, in
-    none itself.
+    """Return the categories without the one that Roboflow adds for the project: the super-category of all others.
 
-    It has no annotation, so as a class it would be taught absent everywhere. One that has annotations is a class, and
-    so is one that is in a super-category of its name (SeginW's Hand-Segmentation; its files come without the project's
-    row).
+    It has no annotations, so as a class it would count as absent everywhere. A category with annotations stays a class,
+    and so does one whose super-category has its own name (SeginW's Hand-Segmentation, which lacks the project's
+    category).
     """
     above = collections.Counter(c.get("supercategory") for c in categories)
     for root in categories:
         is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
         if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
             problems.add(
-                "note: category without annotations, the super-category of all others, is no class",
+                "note: dropped the super-category of all others, which has no annotations",
                 str(root.get("name")),
             )
             return [c for c in categories if c is not root]
@@ -318,14 +311,12 @@ def _without_root(categories: list[dict], annotations: list[dict], problems: Pro
 
 
 def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
-    """The refs of one split. Raises ValueError where there is none such, or where train would be mixed with what is
-    evaluated on.
-    """
+    """Return the refs of one split. Raises ValueError if it is unknown, or None while train is one of several."""
     splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
     if split is None and "train" in splits and len(splits) > 1:
-        raise ValueError(f"{path}: holds the splits {', '.join(splits)}; say which with --refs-split")
+        raise ValueError(f"{path}: contains the splits {', '.join(splits)}; choose one with --refs_split")
     if split is not None and split not in splits:
-        raise ValueError(f"{path}: no ref is of split {split!r}; its splits are {', '.join(splits) or 'not named'}")
+        raise ValueError(f"{path}: no ref has the split {split!r}; its splits are {', '.join(splits) or 'not named'}")
     return refs if split is None else [ref for ref in refs if ref.get("split") == split]
 
 
@@ -336,20 +327,20 @@ def need_folders(*folders: str) -> None:
 
 
 def _entries(entries: list[dict], problems: Problems) -> list[dict]:
-    """The images that can be told apart; an id that comes twice counts once."""
+    """Return the images that have an id and a file name, each id once."""
     known: dict[Any, dict] = {}
     for entry in entries:
         if "id" not in entry or not _name(entry):
-            problems.add("image: no 'id' or 'file_name' in the json", str(entry.get("id", _name(entry))))
+            problems.add("image: no 'id' or 'file_name' in the JSON", str(entry.get("id", _name(entry))))
         elif entry["id"] in known:
-            problems.add("image: listed twice in the json", _name(entry))
+            problems.add("image: listed twice in the JSON", _name(entry))
         else:
             known[entry["id"]] = entry
     return list(known.values())
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    """File name of an image; LVIS gives a URL only, whose last two parts are COCO's folder and file."""
+    """Return the file name of an image. LVIS has only a URL, whose last two parts are COCO's folder and file."""
     return entry.get("file_name") or "/".join((entry.get("coco_url") or "").split("/")[-2:])
 
 
@@ -363,10 +354,10 @@ def _job(entry: dict, folder: str, items: Any) -> Job:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _below(folder: str, parent: str) -> str:
-    """The folder below `folder` that an image's own path ends with, asked once a folder and not once an image.
+    """Return the folder below `folder` that an image's own path ends with. Cached, to look up each folder only once.
 
-    Objects365's json says images/v1/patch8 where its archives unpack to patch8, LVIS's says train2017 for what may be
-    `folder`.
+    Objects365's JSON file says images/v1/patch8, but its archives unpack to patch8. LVIS's says train2017, which may be
+    `folder` itself.
     """
     parts = parent.split("/")
     ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
@@ -374,48 +365,46 @@ def _below(folder: str, parent: str) -> str:
 
 
 def _by_image(annotations: list[dict], entries: list[dict], path: str, problems: Problems) -> dict[Any, list[dict]]:
-    """Annotations by the id of their image; those of images that are not listed are counted, image by image."""
+    """Group annotations by image id. Images that are not listed are counted as problems."""
     listed = {entry["id"] for entry in entries}
     _need_known(path, "image_id", annotations, listed)
     of_image = collections.defaultdict(list)
     for annotation in annotations:
         of_image[annotation.get("image_id")].append(annotation)
     for image_id in of_image.keys() - listed:
-        problems.add("segment: its image is not in the json", f"image_id {image_id}")
+        problems.add("segment: its image is not in the JSON", f"image_id {image_id}")
     return of_image
 
 
 def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
-    """Raises ValueError where no annotation would find its image or class ("0" is not 0): all would be taught absent
-    everywhere.
+    """Raise ValueError if no annotation has a known image or class ("0" is not 0).
+
+    Otherwise, all classes would count as absent everywhere.
     """
     if annotations and not any(annotation.get(field) in known for annotation in annotations):
-        there = f"known are {', '.join(map(repr, list(known)[:3]))}" if known else "none is known"
-        raise ValueError(
-            f"{path}: no annotation has a '{field}' that is known; one has {annotations[0].get(field)!r}, {there}"
-        )
+        there = f"known values are {', '.join(map(repr, list(known)[:3]))}" if known else "no value is known"
+        raise ValueError(f"{path}: no annotation has a known '{field}'; one has {annotations[0].get(field)!r}, {there}")
 
 
 def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
-    """Raises ValueError where `_below` found one file for two images; a file name that comes twice is the json's own,
-    and noted.
-    """
+    """Raise ValueError if `_below` found one file for two images. File names that the JSON file repeats are noted."""
     keys: dict[str, str] = {}
     for job in jobs:
         other = keys.setdefault(job.image, job.key)
         if other != job.key:
             raise ValueError(
                 f"{path}: {job.image} would be the file of two images, {other} and {job.key}; "
-                "give the folder above theirs"
+                "give the folder that contains both of their folders"
             )
     for key, count in collections.Counter(job.key for job in jobs).items():
         if count > 1:
-            problems.add("note: file of several images of the json", key)
+            problems.add("note: file of several images in the JSON", key)
 
 
 def _instance_index(paths: Sequence[str]) -> tuple[dict[int, dict], dict[int, dict], list[dict]]:
-    """Annotations and images of instance files, by id, and the categories of the first. Raises where an id means two
-    annotations.
+    """Return the annotations and images of instance files by id, and the categories of the first file.
+
+    Raises ValueError if two annotations have the same id.
     """
     files = [load_json(path, "images", "annotations", "categories") for path in paths]
     shapes: dict[Any, dict] = {}

@@ -1,4 +1,4 @@
-"""COCO annotations of one image to its record, in a worker process. Whatever is wrong is counted, never guessed at."""
+"""Turn the COCO annotations of an image into a record, in a worker process. Errors are counted, never corrected."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from hotcoco import mask as rle_codec
 
-from mqformer_jax.input.record import ClassInfo, Record, Segment, decode_rle, encode_rle
+from mqformer_jax.input.record import ClassInfo, Record, Segment, box_iou, decode_rle, encode_rle
 from mqformer_jax.prepare.formats import label_maps
 from mqformer_jax.prepare.formats.folders import foreground_record
 from mqformer_jax.prepare.formats.images import Image, Unusable, read_ids, same_size
@@ -22,10 +22,9 @@ Box = tuple[float, float, float, float]
 
 
 class Labels(NamedTuple):
-    """What the json says of one image. items: its annotations, as the family needs them. height, width: pixels, if
-    given.
+    """The JSON annotations of one image. items: in the form that its format needs. height, width: in pixels, if given.
 
-    negative, not_exhaustive: LVIS's category ids checked to be absent, and labelled only in part.
+    negative, not_exhaustive: LVIS's ids of categories that are verified as absent, and that are labeled only in part.
     """
 
     items: Any
@@ -38,7 +37,7 @@ class Labels(NamedTuple):
 def panoptic_record(
     job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]
 ) -> Record:
-    """Things one by one, a stuff class as one region however many pieces it has; every other pixel is ignored."""
+    """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored."""
     png, infos = items_of(job, image)
     ids = same_size(read_ids(png), image)
     present = set(np.unique(ids).tolist()) - {0}
@@ -46,9 +45,9 @@ def panoptic_record(
     for info in infos:
         segment_id, what = info.get("id"), f"{job.key} segment {info.get('id')}"
         if segment_id in pieces:
-            problems.add("segment: its id comes twice in the json", what)
+            problems.add("segment: its id occurs twice in the JSON", what)
         elif segment_id not in present:
-            problems.add("segment: in the json, not in the PNG", what)
+            problems.add("segment: in the JSON, not in the PNG", what)
         elif info.get("category_id") not in class_of:
             problems.add("segment: unknown category", what)
         else:
@@ -59,22 +58,21 @@ def panoptic_record(
     kept = {piece.class_id for piece in pieces.values()}
     partial = {class_of[c] for c in _lost(infos, pieces) if c in class_of}
     for segment_id in sorted(present - {info.get("id") for info in infos}):
-        problems.add("segment: in the PNG, not in the json", f"{job.key} segment {segment_id}")
+        problems.add("segment: in the PNG, not in the JSON", f"{job.key} segment {segment_id}")
         partial |= set(range(len(classes))) - kept  # it could be any of them
     return label_maps.panoptic_record(job.key, image, pieces.values(), classes, partial)
 
 
 def _lost(infos: Sequence[Mapping[str, Any]], pieces: Mapping[int, Piece]) -> Iterator[Any]:
-    """Categories of the segments that were dropped; of two with one id, which is meant is not known."""
+    """Yield the categories of dropped segments. If segments share an id, the categories of all of them."""
     uses = collections.Counter(info.get("id") for info in infos)
     return (info.get("category_id") for info in infos if info.get("id") not in pieces or uses[info.get("id")] > 1)
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
-    """Every annotation a segment. A class that lost an annotation counts as labelled in part, so it is not taught
-    absent.
+    """Return a record with a segment per annotation. A class that lost an annotation counts as labeled in part.
 
-    A box that comes twice is one object (Objects365 repeats all of an image's boxes now and then).
+    A repeated box is one object (Objects365 sometimes repeats all boxes of an image).
     """
     segments, partial = [], set(job.labels.not_exhaustive)
     for annotation in items_of(job, image):
@@ -92,7 +90,7 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
     partial = {class_of[c] for c in partial if c in class_of}
     absent = {class_of[c] for c in job.labels.negative if c in class_of} - owned - partial
     if federated and not owned and not absent:
-        raise Unusable("image has nothing labelled")
+        raise Unusable("image has nothing labeled")
     lists = {"absent_classes": tuple(sorted(absent)), "partial_classes": tuple(sorted(partial))}
     return Record(job.key, image.data, image.height, image.width, tuple(segments), **lists)
 
@@ -100,12 +98,10 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
 def referring_record(
     job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False
 ) -> Record:
-    """One segment for each object referred to, with all its expressions. Its class is labelled in part: others go
-    unmentioned.
+    """Return a record with a segment per object and all its expressions. Its class counts as labeled in part.
 
-    An expression of two objects is no target of either and is dropped; one that is also said to name nothing stays
-    present.
-    `every`: to evaluate on, where published figures count each expression as often as it was said, whatever it names.
+    An expression of two objects is ambiguous and dropped. One that is also marked as `no_target` stays present.
+    every: keep all expressions, for evaluation: published metrics count each one as often as it occurs.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
     absent: list[str] = []
@@ -118,7 +114,7 @@ def referring_record(
                 continue
             key = tuple(round(v, 1) for v in ref["bbox"]) if ref.get("bbox") else ref.get("ann_id", ("ref", number))
             class_id = _class(ref["category_id"], class_of) if "category_id" in ref else None
-            # somebody pointed at it, so it is a target
+            # an object with an expression is a target, even a crowd
             segment = shape({**ref, "iscrowd": 0}, image, problems, what, class_id)
             old, old_texts = found.get(key, (segment, []))
             found[key] = (old if old.mask else segment, old_texts + texts)
@@ -153,7 +149,7 @@ def _referred(job: Job, image: Image, segments: tuple[Segment, ...], absent: tup
 
 
 def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
-    """The union of some annotations as one salient foreground."""
+    """Return a record whose salient foreground is the union of some annotations."""
     masks = [shape(annotation, image, problems, job.key, None).mask for annotation in items_of(job, image)]
     if None in masks:
         raise Unusable("image has an annotation without a mask")
@@ -162,13 +158,11 @@ def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def items_of(job: Job, image: Image) -> Any:
-    """The annotations. Raises Unusable where they were made for another size than the image's (say, before EXIF
-    rotation).
-    """
+    """Return the annotations. Raises Unusable if they are for another image size, e.g. before EXIF rotation."""
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
-        turned = " (turned by EXIF)" if said == real[::-1] else ""
-        raise Unusable(f"image has another size than the json says{turned}")
+        turned = " (rotated by EXIF)" if said == real[::-1] else ""
+        raise Unusable(f"image size differs from the JSON{turned}")
     return job.labels.items
 
 
@@ -179,9 +173,7 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
 
 
 def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[str]:
-    """The expressions of a ref: a string, several, or RefCOCO's {"sent": ..., "raw": ...}, of which `sent` is the
-    cleaned one.
-    """
+    """Return the expressions of a ref: one string, several, or RefCOCO's {"sent": cleaned, "raw": original}."""
     if flag(ref, "uncertain"):
         raise Unusable("marked as uncertain")
     said = ref.get("sentences", [])
@@ -198,9 +190,7 @@ _FLAGS = dict.fromkeys(("0", "false", "none"), False) | dict.fromkeys(("1", "tru
 
 
 def flag(item: Mapping[str, Any], field: str) -> bool:
-    """A field that is 0 or 1, false or true, or either as text; a missing one is false. Raises Unusable for all
-    else.
-    """
+    """Return a field that is 0 or 1, false or true, or one of them as text. Missing is false. Raises Unusable."""
     value = str(item.get(field, 0)).lower()
     if value not in _FLAGS:
         raise Unusable(f"'{field}' is neither 0 nor 1")
@@ -211,13 +201,14 @@ def flag(item: Mapping[str, Any], field: str) -> bool:
 
 
 def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
-    """The segment of an annotation: mask and box, or a box alone. Raises Unusable, for malformed values too."""
+    """Return the segment of an annotation: mask and box, or only a box. Raises Unusable, also for malformed values."""
     crowd = flag(annotation, "iscrowd")
     try:
         if annotation.get("segmentation"):
             segment = _masked(_rle(annotation["segmentation"], image), image, class_id=class_id, crowd=crowd)
             box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
-            if iou(box, segment.box) >= 0.9 or max(abs(a - b) for a, b in zip(box, segment.box)) <= 2:
+            given, tight = np.array(box), np.array(segment.box)
+            if box_iou(given, tight) >= 0.9 or np.abs(given - tight).max() <= 2:
                 return dataclasses.replace(segment, box=box)  # exact to fractions of a pixel
             problems.add("note: box disagrees with its mask; the mask's box is kept", what)
             return segment
@@ -230,7 +221,7 @@ def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what:
         if box[0] >= box[2] or box[1] >= box[3]:
             raise Unusable("box outside its image")
         if min(x, y) < -1 or x + w > image.width + 1 or y + h > image.height + 1:
-            problems.add("note: box clipped to its image (json boxes are x, y, width, height)", what)
+            problems.add("note: box clipped to its image (JSON boxes are x, y, width, height)", what)
         return Segment(class_id, box=box, crowd=crowd)
     except Unusable:
         raise
@@ -239,19 +230,11 @@ def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what:
 
 
 def _corners(xywh: Sequence[Any], image: Image) -> Box:
-    """A COCO box x, y, width, height as x0, y0, x1, y1, clipped to the image."""
+    """Convert a COCO box x, y, width, height to x0, y0, x1, y1, clipped to the image."""
     x, y, w, h = (float(v) for v in xywh)
     if not all(map(math.isfinite, (x, y, w, h))):
         raise ValueError("not finite")
     return max(x, 0.0), max(y, 0.0), min(x + w, float(image.width)), min(y + h, float(image.height))
-
-
-def iou(a: Box, b: Box) -> float:
-    def area(x0: float, y0: float, x1: float, y1: float) -> float:
-        return max(x1 - x0, 0.0) * max(y1 - y0, 0.0)
-
-    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return common / (area(*a) + area(*b) - common + 1e-9)
 
 
 def _masked(counts: bytes, image: Image, **fields: Any) -> Segment:
@@ -260,15 +243,15 @@ def _masked(counts: bytes, image: Image, **fields: Any) -> Segment:
 
 
 def _rle(segmentation: Any, image: Image) -> bytes:
-    """Polygons, counts or compressed counts to compressed run-length code. Raises Unusable where nothing is in it."""
+    """Convert polygons, counts or compressed counts to a compressed run-length code. Raises Unusable if it is empty."""
     height, width = image.height, image.width
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
-            raise Unusable("mask has another size than its image")
+            raise Unusable("mask size differs from its image")
         if isinstance(segmentation["counts"], list):
             segmentation = rle_codec.frPyObjects(segmentation, height, width)
         if sum(_runs(segmentation["counts"])) != height * width:
-            raise Unusable("run-length code of another size than its image")
+            raise Unusable("run-length code does not fit its image")
         rle = {"size": [height, width], "counts": encode_rle(rle_codec.decode(segmentation))}
     else:
         polygons = [p for p in segmentation if len(p) >= 6 and len(p) % 2 == 0 and all(map(math.isfinite, p))]
@@ -283,9 +266,7 @@ def _rle(segmentation: Any, image: Image) -> bytes:
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """Lengths of the runs of a compressed code, which the library does not tell: it reads what was cut short without
-    complaint.
-    """
+    """Return the lengths of the runs of a compressed code. The library would accept a truncated code."""
     runs: list[int] = []
     value = shift = 0
     for byte in counts.encode() if isinstance(counts, str) else counts:
@@ -293,7 +274,7 @@ def _runs(counts: str | bytes) -> list[int]:
         shift += 5
         if (
             not byte - 48 & 32
-        ):  # the last five bits of a run; the fifth is the sign, and from the fourth run on it is a difference
+        ):  # the last five bits of a run; the fifth is the sign. From the fourth run on, values are differences.
             value -= (byte - 48 & 16) << shift - 4
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0

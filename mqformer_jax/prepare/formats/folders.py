@@ -1,4 +1,4 @@
-"""Data sets that are folders of images and folders of masks with the same names: semantic, foreground, mattes."""
+"""Data sets of a folder of images and a folder of masks with the same names: semantic, foreground, mattes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import cv2
 import numpy as np
 
 from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
-from mqformer_jax.prepare.formats.class_lists import read_classes, read_colours, read_text
+from mqformer_jax.prepare.formats.class_lists import read_classes, read_colors, read_text
 from mqformer_jax.prepare.formats.images import (
     EXTENSIONS,
     JPEG,
     Image,
     Unusable,
     files_by_stem,
-    read_grey,
+    read_gray,
     read_index,
     same_size,
 )
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
 
-# ---- Plans: the folders, once --------------------------------------------------------------------------------------
+# ---- Plans, made from folders --------------------------------------------------------------------------------------
 
 
 def semantic(
@@ -36,48 +36,48 @@ def semantic(
     names: str | None = None,
     suffix: str = "",
 ) -> Plan:
-    """Index masks, or colour pictures where the class list has colours: each class present becomes one region.
+    """Return the plan of index masks, or color masks if the class list has colors. Each class becomes one region.
 
-    `ignore`, `offset`: see `read_classes`, whose values they replace. `names`, `suffix`: see `pairs`.
+    ignore, offset: replace the values of `read_classes`. names, suffix: see `pairs`.
     """
     listed, file_ignore, offset = read_classes(classes, offset)
     ignore = file_ignore if ignore is None else ignore
     values = [value for value in range(offset, offset + len(listed)) if value not in ignore]
-    infos = tuple(ClassInfo(listed[value - offset], thing=False) for value in values)
+    infos = tuple(ClassInfo(listed[value - offset], is_region=True) for value in values)
     class_of = {value: i for i, value in enumerate(values)}
-    colours = {colour: offset + i for colour, i in read_colours(classes).items()}
+    colors = {color: offset + i for color, i in read_colors(classes).items()}
     jobs, problems = pairs(images, masks, names, suffix)
-    make = builder(_semantic, class_of=class_of, unlabelled={*ignore, *range(offset)}, colours=colours)
+    make = builder(_semantic, class_of=class_of, unlabeled={*ignore, *range(offset)}, colors=colors)
     return Plan("semantic", infos, jobs, make, True, problems)
 
 
 def foreground(images: str, masks: str, names: str | None = None, suffix: str = "") -> Plan:
-    """Black and white masks of the salient foreground. `names`, `suffix`: see `pairs`."""
+    """Return the plan of black and white masks of the salient foreground. names, suffix: see `pairs`."""
     jobs, problems = pairs(images, masks, names, suffix)
     return Plan("foreground", (), jobs, builder(_foreground), False, problems)
 
 
 def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | None = None, suffix: str = "") -> Plan:
-    """Alpha mattes of the foreground, and their trimaps where there are any. `names`, `suffix`: see `pairs`."""
+    """Return the plan of alpha mattes of the foreground, with optional trimaps. names, suffix: see `pairs`."""
     jobs, problems = pairs(images, alphas, names, suffix)
     found = files_by_stem(trimaps) if trimaps else {}
     if trimaps and not any(job.key in found for job in jobs):
-        raise ValueError(f"{trimaps}: no trimap has the name of an image of {images}")
+        raise ValueError(f"{trimaps}: no trimap has the name of an image in {images}")
     for job in jobs:
         job.labels = (job.labels, found.get(job.key))
         if trimaps and job.key not in found:
-            problems.add("trimap: no file of its image's name", job.key)
+            problems.add("trimap: no file with the name of its image", job.key)
     return Plan("mattes", (), jobs, builder(_matte), False, problems)
 
 
-# ---- Which mask is whose -------------------------------------------------------------------------------------------
+# ---- Pairs of images and masks -------------------------------------------------------------------------------------
 
 
 def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -> tuple[list[Job], Problems]:
-    """A job for each image with a mask of its name (plus `suffix`); what stands alone is counted.
+    """Return a job for each image with a mask of the same name (plus `suffix`), and count files without a partner.
 
-    `names`: a file that lists the images of this split. `images` and `masks` may be one folder: then the masks are the
-    files that end in `suffix`, or, without it, those that are no JPEG.
+    names: a file that lists the images of this split. `images` and `masks` may be the same folder: then the masks are
+    the files that end in `suffix` or, without a suffix, those that are not JPEGs. Raises ValueError without any pair.
     """
     problems = Problems()
     if not os.path.isdir(images) or not os.path.isdir(masks) or not os.path.samefile(images, masks):
@@ -92,20 +92,20 @@ def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -
     if names:
         pictures = {key: pictures[key] for key in _listed(names, pictures, problems)}
     for key in sorted(pictures.keys() - labels.keys()):
-        problems.add("image: no mask of its name", key)
+        problems.add("image: no mask with its name", key)
     for key in sorted(alone):
-        problems.add("mask: no image of its name", key)
+        problems.add("mask: no image with its name", key)
     jobs = [Job(key, key, path, labels[key], coco_origin(path)) for key, path in pictures.items() if key in labels]
     if not jobs:
         raise ValueError(
-            f"{masks}: no mask has the name of an image of {names or images}"
+            f"{masks}: no mask has the name of an image in {names or images}"
             + f" and the suffix {suffix}" * bool(suffix)
         )
     return jobs, problems
 
 
 def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
-    """The images that a list file names, sorted; names without a file are counted."""
+    """Return the images that a list file names, sorted. Names without a file are counted."""
     lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     found = set()
     for line in lines:
@@ -116,23 +116,22 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
             found.add(key)
     if not found:
         raise ValueError(
-            f"{path}: none of its lines is the name of an image ({lines[0]!r})" if lines else f"{path}: it is empty"
+            f"{path}: no line names an image (first line: {lines[0]!r})" if lines else f"{path}: it is empty"
         )
     return sorted(found)
 
 
 def _names(line: str) -> list[str]:
-    """What may be an image's name in a line of a list: all of it, or what comes before a number or the path of a
-    mask.
-    """
+    """Return the possible names of an image in a line: the whole line, or its part before a number or a mask's path."""
     first, _, rest = line.partition(" ")
     paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
     return [line, first] if paths or re.fullmatch(r"\s*-?\d+", rest) else [line]
 
 
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """The keys that may be meant by a name: without its extension, and without those folders before it that end in the
-    key's own.
+    """Yield the keys that a name may refer to: without its extension, and without its first folders.
+
+    The removed folders must end in the folder that contains the key.
     """
     stem, extension = os.path.splitext(posixpath.normpath(name))
     parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")
@@ -148,24 +147,24 @@ def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
 
 
 def _semantic(
-    job: Job, image: Image, problems: Problems, class_of: dict[int, int], unlabelled: set[int], colours: dict[int, int]
+    job: Job, image: Image, problems: Problems, class_of: dict[int, int], unlabeled: set[int], colors: dict[int, int]
 ) -> Record:
-    index = same_size(read_index(job.labels, colours), image)
+    index = same_size(read_index(job.labels, colors), image)
     segments, ignore = [], np.asarray(index < 0)
     if ignore.any():
-        colour = -1 - int(index[ignore][0])
-        rgb = colour >> 16, colour >> 8 & 255, colour & 255
-        problems.add("segment: mask colour has no class", f"{job.key} {rgb}")
+        color = -1 - int(index[ignore][0])
+        rgb = color >> 16, color >> 8 & 255, color & 255
+        problems.add("segment: mask color has no class", f"{job.key} {rgb}")
     for value in np.unique(index[~ignore]).tolist():
         region = index == value
         if value in class_of:
             segments.append(Segment(class_of[value], box=box_of(region), mask=encode_rle(region)))
             continue
         ignore |= region
-        if value not in unlabelled:
+        if value not in unlabeled:
             problems.add(f"segment: mask value {value} has no class", job.key)
     if not segments:
-        raise Unusable("image has nothing labelled")
+        raise Unusable("image has nothing labeled")
     rle = encode_rle(ignore) if ignore.any() else None
     return Record(job.key, image.data, image.height, image.width, tuple(segments), rle)
 
@@ -176,7 +175,7 @@ def _foreground(job: Job, image: Image, problems: Problems) -> Record:
 
 def _matte(job: Job, image: Image, problems: Problems) -> Record:
     alpha_path, trimap_path = job.labels
-    alpha = same_size(read_grey(alpha_path), image)
+    alpha = same_size(read_gray(alpha_path), image)
     trimap = None
     if trimap_path:
         try:
@@ -187,29 +186,29 @@ def _matte(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def _read_trimap(path: str, image: Image) -> np.ndarray:
-    trimap = same_size(read_grey(path, "trimap"), image, "trimap")
+    trimap = same_size(read_gray(path, "trimap"), image, "trimap")
     if trimap.max() < 3:
         raise Unusable("trimap has no value above 2; unknown is 128, inside is 255")
     return trimap
 
 
 def read_mask(path: str, image: Image) -> np.ndarray:
-    """A black and white mask as bool [h, w]: above 127, or above 0 where nothing is above 1. Raises Unusable."""
-    grey = same_size(read_grey(path), image)
-    if 1 < grey.max() < 128:
-        raise Unusable("mask is nowhere brighter than 127; white is 255, or 1")
-    return grey > (127 if grey.max() > 1 else 0)
+    """Return a black and white mask as bool [h, w]: above 127, or above 0 if no value is above 1. Raises Unusable."""
+    gray = same_size(read_gray(path), image)
+    if 1 < gray.max() < 128:
+        raise Unusable("mask has no value above 127; white must be 255, or 1")
+    return gray > (127 if gray.max() > 1 else 0)
 
 
 def foreground_record(
     key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None, trimap: bytes | None = None
 ) -> Record:
-    """The record of one salient foreground, bool [h, w]. Raises Unusable where it is empty."""
+    """Return the record of one salient foreground, bool [h, w]. Raises Unusable if it is empty."""
     if not mask.any():
         raise Unusable("image has an empty foreground")
     segment = Segment(box=box_of(mask), mask=encode_rle(mask), alpha=alpha, trimap=trimap, foreground=True)
     return Record(key, image.data, image.height, image.width, (segment,))
 
 
-def _png(grey: np.ndarray) -> bytes:
-    return cv2.imencode(".png", grey)[1].tobytes()
+def _png(gray: np.ndarray) -> bytes:
+    return cv2.imencode(".png", gray)[1].tobytes()

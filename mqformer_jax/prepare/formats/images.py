@@ -1,4 +1,4 @@
-"""Reading image and mask files so that nothing half-read gets into a record."""
+"""Read and check image and mask files, so that no truncated file gets into a record."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 JPEG = (".jpg", ".jpeg")
-# .heic: to be counted, OpenCV reads none
+# .heic: listed only to be counted as dropped, since OpenCV cannot read it
 EXTENSIONS = (
     *JPEG,
     ".png",
@@ -28,15 +28,15 @@ EXTENSIONS = (
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
-_CHROMA = 32  # a grey JPEG's channels differ by less
-MOST_PIXELS = 178_956_970  # the limit of Pillow: a small file may unpack to any size
+_CHROMA = 32  # a gray JPEG's channels differ by less
+MOST_PIXELS = 178_956_970  # Pillow's limit, since a small file may unpack to any size
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # what is wrong is counted, with the name of the file
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are counted with the name of the file
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class Unusable(ValueError):
-    """A file or an annotation that cannot be used; the message is the reason alone, so that reasons can be counted."""
+    """A file or an annotation that cannot be used. The message is only the reason, so that reasons can be counted."""
 
 
 class Image(NamedTuple):
@@ -48,7 +48,7 @@ class Image(NamedTuple):
 
 
 def read_image(path: str) -> Image:
-    """The image of a file, its bytes untouched if JPEG or PNG, else as PNG. Raises Unusable if missing or not whole."""
+    """Read an image: unchanged bytes if JPEG or PNG, else converted to PNG. Raises Unusable if missing or truncated."""
     data = _read(path, "image")
     pixels = _decode(data, cv2.IMREAD_COLOR, "image")
     if not data.startswith((_JPEG, _PNG)):
@@ -56,37 +56,38 @@ def read_image(path: str) -> Image:
     return Image(data, *pixels.shape[:2])
 
 
-def read_index(path: str, colours: Mapping[int, int] | None = None) -> np.ndarray:
-    """An index mask as int [h, w]: grey, palette (the index, not the colour), or grey saved as RGB.
+def read_index(path: str, colors: Mapping[int, int] | None = None) -> np.ndarray:
+    """Read an index mask as int [h, w]: gray, palette (the index, not the color), or gray saved as RGB.
 
-    With `colours` (red << 16 | green << 8 | blue to mask value) a mask of three channels is read by them; a colour that
-    is not among them becomes its own negative less one.
+    colors: map from red << 16 | green << 8 | blue to mask values, for masks of three channels. An unknown color c
+    becomes -1 - c. Raises Unusable.
     """
     data = _read_exact(path)
     depth = 8
     if data.startswith(_PNG) and data[25] == 3:
-        data, depth = _palette_to_grey(data), data[24]
+        data, depth = _palette_to_gray(data), data[24]
     elif data.startswith(_PNG) and data[24] == 1:
-        depth = 1  # PIL reads 0 and 1 of it, OpenCV 0 and 255
+        depth = 1  # PIL reads 0 and 1, OpenCV 0 and 255
     mask = _decode(data, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and mask.shape[2] == 4 and (mask[..., 3] == 255).all():
         mask = mask[..., :3]
-    if colours and mask.shape[2:] == (3,) and mask.dtype == np.uint8:
-        return _by_colour(mask, colours)
+    if colors and mask.shape[2:] == (3,) and mask.dtype == np.uint8:
+        return _by_color(mask, colors)
     if mask.ndim == 3:
         if mask.shape[2] > 3 or (mask != mask[..., :1]).any():
-            mend = "" if colours else "; a class list with colours can read it"
-            raise Unusable(f"mask is a colour picture, not an index PNG{mend}")
+            mend = "" if colors else "; give a class list with colors"
+            raise Unusable(f"mask is a color image, not an index PNG{mend}")
         mask = mask[..., 0]
     return mask // (255 // (2**depth - 1)) if depth < 8 else mask
 
 
-def read_grey(path: str, kind: str = "mask") -> np.ndarray:
-    """A matte or a black and white mask as uint8 [h, w], 0 to 255: the alpha channel if it says anything, else the grey
-    value.
+def read_gray(path: str, kind: str = "mask") -> np.ndarray:
+    """Read a matte or a black and white mask as uint8 [h, w]: the alpha channel if it is not constant, else gray.
+
+    Raises Unusable.
     """
     data = _read(path, kind)
-    # UNCHANGED keeps the alpha channel, and leaves an image as EXIF would not: a JPEG has no alpha, but may have EXIF.
+    # UNCHANGED keeps the alpha channel but ignores EXIF. A JPEG has no alpha channel, but may have EXIF.
     pixels = _decode(data, cv2.IMREAD_COLOR if data.startswith(_JPEG) else cv2.IMREAD_UNCHANGED, kind)
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
@@ -98,29 +99,29 @@ def read_grey(path: str, kind: str = "mask") -> np.ndarray:
     if alpha and alpha[0].min() < alpha[0].max():
         return alpha[0]
     if max(cv2.absdiff(blue, green).max(), cv2.absdiff(green, red).max()) > _CHROMA:
-        raise Unusable(f"{kind} is a colour picture, not black and white")
+        raise Unusable(f"{kind} is a color image, not black and white")
     return cv2.cvtColor(pixels[..., :3], cv2.COLOR_BGR2GRAY)
 
 
 def read_ids(path: str) -> np.ndarray:
-    """The segment ids of a COCO panoptic PNG as int32 [h, w]: R + 256 G + 65536 B."""
+    """Read the segment ids of a COCO panoptic PNG as int32 [h, w]: R + 256 G + 65536 B. Raises Unusable."""
     bgr = _decode(_read_exact(path), cv2.IMREAD_COLOR).astype(np.int32)
     return bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
 
 
 def read_channels(path: str, count: int) -> np.ndarray:
-    """A PNG of `count` (3 or 4) channels of 8 bit as uint8 [h, w, count]: R, G, B, A."""
+    """Read a PNG of `count` (3 or 4) 8-bit channels as uint8 [h, w, count]: R, G, B, A. Raises Unusable."""
     pixels = _decode(_read_exact(path), cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != count:
-        raise Unusable(f"mask has not {count} channels of 8 bit")
+        raise Unusable(f"mask does not have {count} 8-bit channels")
     return pixels[..., [2, 1, 0, 3][:count]]
 
 
 def same_size(mask: np.ndarray, image: Image, kind: str = "mask") -> np.ndarray:
-    """The mask itself. Raises Unusable where its size is not the image's."""
+    """Return the mask. Raises Unusable if its size differs from the image's."""
     if mask.shape != (image.height, image.width):
-        turned = " (turned by EXIF)" if mask.shape == (image.width, image.height) else ""
-        raise Unusable(f"{kind} has another size than its image{turned}")
+        turned = " (rotated by EXIF)" if mask.shape == (image.width, image.height) else ""
+        raise Unusable(f"{kind} size differs from its image{turned}")
     return mask
 
 
@@ -130,16 +131,16 @@ def _read(path: str, kind: str) -> bytes:
             data = f.read()
     except OSError:
         raise Unusable(f"{kind} file is missing") from None
-    # OpenCV fills what is missing of a cut file with grey. No end marker can occur inside a JPEG scan or before its
-    # start.
+    # OpenCV fills the missing part of a truncated file with gray. A JPEG's end marker cannot occur inside or before its
+    # scan.
     cut_jpeg = data.startswith(_JPEG) and data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
     if not data or cut_jpeg or (data.startswith(_PNG) and data.find(b"IEND", max(33, len(data) - 64)) < 0):
-        raise Unusable(f"{kind} file is cut short")
+        raise Unusable(f"{kind} file is truncated")
     return data
 
 
 def _read_exact(path: str) -> bytes:
-    """A mask whose pixels are numbers."""
+    """Read a mask whose pixel values must be exact. Raises Unusable for a JPEG."""
     data = _read(path, "mask")
     if data.startswith(_JPEG):
         raise Unusable("mask is a JPEG, whose values are not exact")
@@ -159,20 +160,18 @@ def _decode(data: bytes, mode: int, kind: str = "mask") -> np.ndarray:
 
 
 def _pixels(data: bytes) -> int:
-    """How many pixels a file's head promises; 0 where Pillow does not know the format."""
+    """Return the number of pixels that a file's header declares; 0 if Pillow does not know the format."""
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return image.width * image.height
     except PIL.Image.DecompressionBombError:
         return MOST_PIXELS + 1
-    except Exception:  # whatever a damaged head leads to: OpenCV is to judge it
+    except Exception:  # errors of a damaged header: left to OpenCV
         return 0
 
 
-def _palette_to_grey(data: bytes) -> bytes:
-    """A palette PNG declared to be grey: OpenCV would turn indices into colours. IHDR loses its colour type, PLTE
-    goes.
-    """
+def _palette_to_gray(data: bytes) -> bytes:
+    """Declare a palette PNG to be gray, because OpenCV would turn indices into colors. Changes IHDR, removes PLTE."""
     out, at = [_PNG], len(_PNG)
     while at + 12 <= len(data):
         end = at + 12 + struct.unpack(">I", data[at : at + 4])[0]
@@ -185,27 +184,27 @@ def _palette_to_grey(data: bytes) -> bytes:
     return b"".join(out)
 
 
-def _by_colour(bgr: np.ndarray, colours: Mapping[int, int]) -> np.ndarray:
-    """Mask values int32 [h, w] of a colour picture, as `read_index` says."""
+def _by_color(bgr: np.ndarray, colors: Mapping[int, int]) -> np.ndarray:
+    """Return the mask values of a color image as int32 [h, w]; see `read_index`."""
     packed = bgr.astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
-    known = np.array(sorted(colours), np.int32)
+    known = np.array(sorted(colors), np.int32)
     at = np.searchsorted(known, packed).clip(max=len(known) - 1)
-    return np.where(known[at] == packed, np.array([colours[c] for c in known.tolist()], np.int32)[at], -1 - packed)
+    return np.where(known[at] == packed, np.array([colors[c] for c in known.tolist()], np.int32)[at], -1 - packed)
 
 
 def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[str, str]:
-    """Image files of a folder and its sub-folders, sorted: path within the folder without extension to full path."""
+    """Return the image files of a folder and its subfolders, sorted: {relative path without extension: full path}."""
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{folder}: no such folder")
     found: dict[str, str] = {}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.join(os.path.realpath(parent), "")  # a link to a folder around it would never end
+        here = os.path.join(os.path.realpath(parent), "")  # a link to a parent folder would never end
         folders[:] = sorted(
             f for f in folders if not here.startswith(os.path.join(os.path.realpath(os.path.join(parent, f)), ""))
         )
         for name in sorted(names):
             stem, extension = os.path.splitext(name)
-            if extension.lower() not in extensions or name.startswith("."):  # macOS packs a "._a.jpg" beside each file
+            if extension.lower() not in extensions or name.startswith("."):  # macOS archives add "._a.jpg" files
                 continue
             key = os.path.relpath(os.path.join(parent, stem), folder).replace(os.sep, "/")
             if key in found:

@@ -1,6 +1,4 @@
-"""Label maps, whose pixel values say which class a pixel has and which thing of that class it belongs to, to
-records.
-"""
+"""Turn label maps, whose pixel values encode the class and the instance, into records."""
 
 from __future__ import annotations
 
@@ -16,7 +14,7 @@ from mqformer_jax.prepare.plan import Job, Problems
 
 
 class Piece(NamedTuple):
-    """Pixels of one class, bool [h, w]: a thing, a part of a stuff class, or (crowd) things that nobody separated."""
+    """Pixels of one class, bool [h, w]: a thing, a part of a stuff class, or (crowd) things that are not separated."""
 
     class_id: int
     mask: np.ndarray
@@ -26,18 +24,18 @@ class Piece(NamedTuple):
 def panoptic_record(
     key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo], partial: Collection[int] = ()
 ) -> Record:
-    """Things one by one, a stuff class as one region however many pieces it has; pixels of no piece are ignored.
+    """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored.
 
-    Pieces must not overlap. Raises Unusable where there are none. partial: classes of which a piece was lost.
+    Pieces must not overlap. partial: classes that lost a piece. Raises Unusable without any piece.
     """
     merged: dict[object, Piece] = {}
     ignore = np.ones((image.height, image.width), bool)
     for number, piece in enumerate(pieces):
-        group = number if classes[piece.class_id].thing else ("stuff", piece.class_id, piece.crowd)
+        group = ("stuff", piece.class_id, piece.crowd) if classes[piece.class_id].is_region else number
         merged[group] = piece._replace(mask=merged[group].mask | piece.mask) if group in merged else piece
         ignore &= ~piece.mask
     if not merged:
-        raise Unusable("image has nothing labelled")
+        raise Unusable("image has nothing labeled")
     segments = tuple(
         Segment(p.class_id, box=box_of(p.mask), mask=encode_rle(p.mask), crowd=p.crowd) for p in merged.values()
     )
@@ -46,25 +44,24 @@ def panoptic_record(
 
 
 def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> tuple[list[Job], Problems]:
-    """Jobs whose `labels` are the paths of an image's maps, one from each folder; what stands alone is counted.
+    """Return jobs whose `labels` are the paths of an image's maps, one per folder, and count files without a partner.
 
-    Names pair after they lost `image_end` or `map_end` ("_leftImg8bit"); a file whose name ends otherwise is no part of
-    the set.
+    Names are compared without `image_end` and `map_end` ("_leftImg8bit"). Files with other endings are skipped.
     """
     pictures, found = _files(images, image_end), [_files(folder, map_end) for folder in maps]
     jobs, problems = [], Problems()
     for key, path in pictures.items():
         missing = [folder for folder, files in zip(maps, found) if key not in files]
         if missing:
-            problems.add(f"image: no mask of its name in {missing[0]}", key)
+            problems.add(f"image: no mask with its name in {missing[0]}", key)
         else:
             jobs.append(Job(key, key, path, tuple(files[key] for files in found)))
     for folder, files in zip(maps, found):
         for key in sorted(files.keys() - pictures.keys()):
-            problems.add(f"mask: no image of its name for one in {folder}", key)
+            problems.add(f"mask: no image with its name for one in {folder}", key)
     if not jobs:
         raise ValueError(
-            f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* of {images}"
+            f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* in {images}"
         )
     return jobs, problems
 
@@ -74,8 +71,6 @@ def _files(folder: str, end: str) -> dict[str, str]:
 
 
 def distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Texts of classes without the synonyms that another class has too ("stool" of ADE20K's toilet): they would name
-    both.
-    """
+    """Return the texts of classes without synonyms that another class has too ("stool" of ADE20K's toilet)."""
     uses = collections.Counter(text for texts in names for text in set(texts))
     return [(texts[0], *(t for t in dict.fromkeys(texts[1:]) if uses[t] == 1)) for texts in names]

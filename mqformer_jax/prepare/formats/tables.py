@@ -1,4 +1,4 @@
-"""Anyone's own data: a csv or jsonl, each row one image and one thing that is said about it."""
+"""Your own data: a CSV or JSONL table. Each row describes one thing in one image."""
 
 from __future__ import annotations
 
@@ -23,10 +23,9 @@ _YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
 
 
 class Row(NamedTuple):
-    """One thing said of an image. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: it is not
-    there.
+    """A row of a table. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: has no target.
 
-    wrong: why the row cannot be used, or "".
+    wrong: the reason why the row cannot be used, or "".
     """
 
     where: str
@@ -47,11 +46,11 @@ def table(
     stuff: Sequence[str] = (),
     exhaustive: bool = False,
 ) -> Plan:
-    """Rows of an image become one record, rows of the same mask or box one segment with all their expressions.
+    """Return the plan of a table. Rows of an image become one record, rows with the same mask or box one segment.
 
-    `masks`: the folder below which masks lie, else the table's own. `classes`: a class list, else all that the table
-    names. `stuff`: those that own one region; the others are things. `exhaustive`: an image shows no class but those of
-    its rows, so a row that gives an image alone says that it shows nothing.
+    masks: folder of the masks (default: the table's). classes: a class list (default: all classes of the table).
+    stuff: classes that own one region; the others are things. exhaustive: an image shows only the classes of its rows,
+    so a row with only an image states that the image shows no class.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):
@@ -62,7 +61,7 @@ def table(
     unknown = sorted({*stuff} - {name[0] for name in names})
     if unknown:
         raise ValueError(
-            f"--stuff {unknown[0]!r} is no class; they are {', '.join(name[0] for name in names) or 'none'}"
+            f"--stuff {unknown[0]!r} is not a class; classes are {', '.join(name[0] for name in names) or 'none'}"
         )
     class_of = {word: i for i, name in enumerate(names) for word in name[1:]} | {
         name[0]: i for i, name in enumerate(names)
@@ -74,7 +73,7 @@ def table(
             problems.add("row: no image", row.where)
         elif (
             row.name and row.name not in class_of and exhaustive
-        ):  # dropped, what it should have been called would be taught absent
+        ):  # not dropped: its correct class would then count as absent
             raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}")
         elif row.name and row.name not in class_of:
             problems.add(f"row: class {row.name!r} is not in --classes", row.where)
@@ -83,7 +82,7 @@ def table(
     jobs = [
         Job(name, name, os.path.join(images, name), tuple(said), coco_origin(name)) for name, said in of_image.items()
     ]
-    infos = tuple(ClassInfo(name, thing=name[0] not in stuff) for name in names)
+    infos = tuple(ClassInfo(name, is_region=name[0] in stuff) for name in names)
     return Plan("table", infos, jobs, builder(_record, class_of=class_of, exhaustive=exhaustive), exhaustive, problems)
 
 
@@ -91,11 +90,11 @@ def table(
 
 
 def _read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """ "file:line" and fields of every row; `expression` is a list. Raises ValueError where they are no such table."""
+    """Yield "file:line" and the fields of every row; `expression` is a list. Raises ValueError for other files."""
     kinds = {".csv": _read_csv, ".jsonl": _read_jsonl}
     kind = os.path.splitext(path)[1].lower()
     if kind not in kinds:
-        raise ValueError(f"{path}: a table is a .csv with a header, or a .jsonl with one object a line")
+        raise ValueError(f"{path}: a table is a .csv file with a header, or a .jsonl file with one object per line")
     try:
         yield from kinds[kind](path)
     except OSError:
@@ -115,7 +114,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                     )
                 yield where, fields | {"expression": (fields.get("expression") or "").split(";")}
         except (UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f"{path}:{reader.line_num + 1}: not csv in UTF-8: {e}") from None
+            raise ValueError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {e}") from None
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -132,7 +131,7 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, fields | {"expression": said if isinstance(said, list) else [said]}
             elif line.strip():
                 raise ValueError(
-                    f'{where}: no object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}'
+                    f'{where}: not an object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}'
                 )
 
 
@@ -156,16 +155,16 @@ def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
     elif no_target not in _YES | _NO:
         wrong = "no_target is neither true nor false"
     elif absent and shaped:
-        wrong = "no_target, and yet a mask or bbox"
+        wrong = "no_target together with a mask or bbox"
     elif (absent or shaped) and not (name or texts):
         wrong = "neither class nor expression"
     elif (name or texts) and not (absent or shaped):
-        wrong = "neither mask nor bbox, nor no_target"
+        wrong = "no mask, bbox or no_target"
     return Row(where, image, mask and os.path.join(masks, mask), bbox or (), name, texts, absent, wrong)
 
 
 def _within(where: str, column: str, path: str) -> str:
-    """One spelling for each file, so that its rows come together."""
+    """Return one spelling for each file, so that its rows are grouped. Raises ValueError."""
     path = posixpath.normpath(path) if path else ""
     if path.startswith(("/", "../")):
         raise ValueError(f"{where}: {column} {path!r} is not within --{column}s")
@@ -177,7 +176,7 @@ def _words(text: Any) -> str:
 
 
 def _bbox(value: Any) -> tuple[float, ...] | None:
-    """Four numbers, () where none are given, None for anything else."""
+    """Return four numbers, () if none are given, and None for anything else."""
     parts = value.replace(",", " ").split() if isinstance(value, str) else value or ()
     try:
         numbers = tuple(float(v) for v in parts)
@@ -190,7 +189,7 @@ def _bbox(value: Any) -> tuple[float, ...] | None:
 
 
 def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int], exhaustive: bool) -> Record:
-    """A class of which a row was dropped, or that nobody says is labelled throughout, counts as labelled in part."""
+    """Return a record. A class with a dropped row, or in a table that is not exhaustive, counts as labeled in part."""
     found: dict[Any, Segment] = {}
     absent_texts: list[str] = []
     absent, partial = set(), set()
@@ -223,7 +222,7 @@ def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int]
 
 def _joined(segment: Segment, class_id: int | None, texts: tuple[str, ...]) -> Segment:
     if None not in (segment.class_id, class_id) and segment.class_id != class_id:
-        raise Unusable("its mask or bbox has another class already")
+        raise Unusable("its mask or bbox already has another class")
     return dataclasses.replace(
         segment, class_id=segment.class_id if class_id is None else class_id, texts=segment.texts + texts
     )
@@ -232,7 +231,7 @@ def _joined(segment: Segment, class_id: int | None, texts: tuple[str, ...]) -> S
 def _settled(
     key: str, found: list[Segment], absent: list[str], problems: Problems
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    """An expression of two segments is no target of either; one that is also said to name nothing stays present."""
+    """Drop expressions of two segments. An expression that is both present and absent stays present."""
     uses = collections.Counter(text for segment in found for text in set(segment.texts))
     for text in sorted(uses):
         if uses[text] > 1:
@@ -247,7 +246,7 @@ def _settled(
 
 
 def _shape(row: Row, image: Image, problems: Problems) -> Segment:
-    """The segment of a row without its words; the box of a mask is its own. Raises Unusable."""
+    """Return the segment of a row without its texts. A mask determines its box. Raises Unusable."""
     if row.mask:
         mask = read_mask(row.mask, image)
         if not mask.any():

@@ -1,7 +1,7 @@
-"""Draws the sample's scenes: coloured things on ragged ground, with the pixels each of them owns.
+"""Draw the scenes of the sample: colored things on textured ground, with the owner of each pixel.
 
-Lengths of a `Thing` are fractions of the picture's side, so a scene means the same at every size. Everything is drawn
-from one `numpy.random.Generator`; only numpy and OpenCV are used.
+Lengths of a `Thing` are fractions of the image's side, so a scene means the same at every size. All randomness comes
+from one `numpy.random.Generator`. Only numpy and OpenCV are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int, UInt8
 
 SHAPES = ("ball", "square", "triangle", "star", "ring")
 STUFF = ("sky", "grass", "water", "sand", "rock")
-COLOURS = {
+COLORS = {
     "red": (212, 34, 34),
     "orange": (246, 132, 18),
     "yellow": (252, 226, 40),
@@ -22,19 +22,19 @@ COLOURS = {
     "purple": (146, 46, 186),
     "white": (246, 246, 246),
 }
-# Radii as fractions of the side. The gap in between is what makes "small" and "large" beyond doubt.
+# Radii as fractions of the side. The gap between them makes "small" and "large" unambiguous.
 RADII = {"small": (0.065, 0.082), "large": (0.125, 0.155)}
 SALIENT_RADIUS = (0.165, 0.195)
-MIN_VISIBLE = 0.45  # of a thing's own area
-FINE = 4  # outlines are drawn this many times finer than the picture, then averaged
+MIN_VISIBLE = 0.45  # least visible fraction of a thing's area
+FINE = 4  # outlines are drawn at this multiple of the resolution, then averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One thing of a scene. x, y (centre) and radius are fractions of the side; angle in radians."""
+    """One thing of a scene. x, y (center) and radius are fractions of the side; angle in radians."""
 
     shape: str
-    colour: str
+    color: str
     size: str
     x: float
     y: float
@@ -46,8 +46,8 @@ class Thing:
 class Scene:
     """A drawn scene of s x s pixels.
 
-    things: from the front to the back; the first is the salient one. image: RGB. alpha: the salient thing's matte.
-    owner: index into `things`, or len(things) + index into STUFF. Every pixel has one.
+    things: from front to back; the first is the salient one. image: RGB. alpha: matte of the salient thing.
+    owner: of every pixel, an index into `things`, or len(things) + an index into STUFF.
     """
 
     things: tuple[Thing, ...]
@@ -57,7 +57,7 @@ class Scene:
 
 
 def draw(rng: np.random.Generator, size: int) -> Scene:
-    """Draws one scene of `size` x `size` pixels: 2 to 6 things on 1 to 4 kinds of ground (nearly always 2 or more)."""
+    """Draw one scene of `size` x `size` pixels: 2 to 6 things on 1 to 4 kinds of ground (nearly always 2 or more)."""
     things, covers, owner = _place_things(rng, size)
     ground = _ground_map(rng, size, owner < 0)
     owner = np.where(owner < 0, len(things) + ground, owner)
@@ -75,10 +75,9 @@ def draw(rng: np.random.Generator, size: int) -> Scene:
 
 
 def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...], list[np.ndarray], np.ndarray]:
-    """Things from front to back, their coverage (0 to 1) as if nothing stood before them, and who owns each pixel (-1:
-    none).
+    """Return things from front to back, their coverage (0 to 1) without occlusion, and each pixel's owner (-1: none).
 
-    Placing front to back means that a new thing can only hide itself: it is kept where enough of it remains in sight.
+    A new thing lies behind all others, so it hides none of them. It is kept if enough of it is visible.
     """
     wanted = int(rng.integers(2, 7))
     owner = np.full((size, size), -1)
@@ -101,14 +100,14 @@ def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...
 
 
 def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
-    """A thing that often repeats the shape or the colour of another, and often stands partly behind one."""
-    shape, colour, size = _pick(rng, SHAPES), _pick(rng, tuple(COLOURS)), _pick(rng, tuple(RADII))
+    """Return a random thing that often repeats the shape or color of another and often lies partly behind one."""
+    shape, color, size = _pick(rng, SHAPES), _pick(rng, tuple(COLORS)), _pick(rng, tuple(RADII))
     if others:
         model, fate = _pick(rng, others), rng.random()
         if fate < 0.55:
             shape = model.shape
         if 0.45 < fate < 0.8:
-            colour = model.colour
+            color = model.color
     else:
         size = "large"
     radius = rng.uniform(*(RADII[size] if others else SALIENT_RADIUS))
@@ -117,12 +116,13 @@ def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
         model, turn = _pick(rng, others), rng.uniform(0, 2 * np.pi)
         reach = (model.radius + radius) * rng.uniform(0.65, 0.95)
         x, y = np.clip([model.x + reach * np.cos(turn), model.y + reach * np.sin(turn)], radius, 1 - radius)
-    return Thing(shape, colour, size, float(x), float(y), float(radius), float(rng.uniform(0, 2 * np.pi)))
+    return Thing(shape, color, size, float(x), float(y), float(radius), float(rng.uniform(0, 2 * np.pi)))
 
 
 def _outline(thing: Thing) -> Float[np.ndarray, "n 2"]:
-    """The outer outline's corners as x, y fractions of the side. Radii are scaled so that all shapes look equally
-    big.
+    """Return the corners of the outer outline as x, y fractions of the side.
+
+    Radii are scaled so that all shapes look equally large.
     """
     count, scale = {
         "ball": (40, 1.0),
@@ -140,29 +140,29 @@ def _outline(thing: Thing) -> Float[np.ndarray, "n 2"]:
 
 def _cover(thing: Thing, size: int) -> Float32[np.ndarray, "s s"]:
     fine = np.zeros((size * FINE, size * FINE), np.uint8)
-    corners, centre = _outline(thing), np.array([thing.x, thing.y])
+    corners, center = _outline(thing), np.array([thing.x, thing.y])
     _fill(fine, corners, 255)
     if thing.shape == "ring":
-        _fill(fine, centre + 0.55 * (corners - centre), 0)
+        _fill(fine, center + 0.55 * (corners - center), 0)
     return cv2.resize(fine, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
 def _feather(rng: np.random.Generator, thing: Thing, cover: np.ndarray) -> Float32[np.ndarray, "s s"]:
-    """A soft, hairy rim: the outline blurred and frayed, with thin strands that stand out from it."""
+    """Return the coverage with a soft rim: blurred and frayed, with thin strands of hair around it."""
     size = len(cover)
     soft = cv2.GaussianBlur(cover, (0, 0), 0.014 * size)
     frayed = soft + 2.4 * soft * (1 - soft) * (_noise(rng, size, size // 2) - 0.5)
     hair = np.zeros((size * FINE, size * FINE), np.uint8)
-    corners, centre = _outline(thing), np.array([thing.x, thing.y])
+    corners, center = _outline(thing), np.array([thing.x, thing.y])
     first = rng.integers(len(corners), size=70)
     root = corners[first - 1] + rng.random((70, 1)) * (corners[first] - corners[first - 1])
-    tip = root + (root - centre) * rng.uniform(0.12, 0.3, (70, 1)) + rng.uniform(-0.02, 0.02, (70, 2))
+    tip = root + (root - center) * rng.uniform(0.12, 0.3, (70, 1)) + rng.uniform(-0.02, 0.02, (70, 2))
     ends = np.rint(np.stack([root, tip], 1) * size * FINE).astype(int).tolist()
     strengths, widths = rng.integers(130, 256, 70).tolist(), rng.integers(1, 3, 70).tolist()
     for (start, end), strength, width in zip(ends, strengths, widths):
         cv2.line(hair, start, end, strength, width)
     strands = cv2.resize(hair, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    # Whole grey levels, so that the picture is mixed with exactly the matte that is stored.
+    # Rounded to gray levels, so that the image is blended with exactly the matte that is stored.
     return np.rint(255 * np.clip(np.maximum(frayed, strands), 0, 1)).astype(np.float32) / 255
 
 
@@ -180,7 +180,7 @@ def _paint_thing(rng: np.random.Generator, image: np.ndarray, thing: Thing, cove
         shade = shade + 0.05 - 0.09 * spot
     inside = cv2.GaussianBlur(cover, (0, 0), 0.01 * size)
     shade = shade * np.clip(0.5 + 0.5 * (inside - 0.5) / 0.38, 0.5, 1)  # a darker outline
-    paint = (np.array(COLOURS[thing.colour]) + rng.uniform(-8, 8, 3)).astype(np.float32)
+    paint = (np.array(COLORS[thing.color]) + rng.uniform(-8, 8, 3)).astype(np.float32)
     return image + cover[..., None] * (np.clip(paint * shade[..., None], 0, 255) - image)
 
 
@@ -188,9 +188,10 @@ def _paint_thing(rng: np.random.Generator, image: np.ndarray, thing: Thing, cove
 
 
 def _ground_map(rng: np.random.Generator, size: int, seen: Bool[np.ndarray, "s s"]) -> Int[np.ndarray, "s s"]:
-    """Index into STUFF at every pixel. Each kind has one site; a pixel belongs to the nearest, seen through a warp.
+    """Return an index into STUFF for every pixel. Each kind has one site; a pixel belongs to the nearest, after a warp.
 
-    Stretching the distances makes bands with a horizon, or blobs. Kinds of which too little is `seen` are left out.
+    Kinds form either bands with a horizon, by stretched distances, or blobs. Kinds with too few `seen` pixels are left
+    out.
     """
     kinds = rng.permutation(len(STUFF))[: int(rng.integers(2, 5))]
     bands = rng.random() < 0.6
@@ -266,7 +267,7 @@ _TEXTURES = {"sky": _sky, "grass": _grass, "water": _water, "sand": _sand, "rock
 
 
 def _noise(rng: np.random.Generator, size: int, rows: int, cols: int | None = None) -> Float32[np.ndarray, "s s"]:
-    """Smooth noise around 0.5, mostly within 0 to 1; `rows` x `cols` (default: the same) random values, enlarged."""
+    """Return smooth noise around 0.5, mostly within 0 to 1: `rows` x `cols` (default: `rows`) values, enlarged."""
     grid = rng.random((rows, cols or rows), np.float32)
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
 

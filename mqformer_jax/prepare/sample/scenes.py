@@ -1,8 +1,8 @@
-"""The embedded sample: small scenes, drawn by this code, that carry every kind of annotation the model learns from.
+"""The built-in sample: small drawn scenes with every kind of annotation that the model learns from.
 
-One scene graph gives it all: panoptic segments (five things, five kinds of ground), expressions that name one thing
-beyond doubt, expressions that name nothing, and the salient foreground with its matte. `datasets` says which three
-prepared sets are made of it; `render` makes one record of one of them, in any process.
+One scene graph provides panoptic segments (five kinds of things, five kinds of ground), expressions that name exactly
+one thing, expressions that name nothing, and the salient foreground with its matte. `datasets` defines three data sets
+of scenes; `render` makes one record of one of them, in any process.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ import cv2
 import numpy as np
 
 from mqformer_jax.input.record import ClassInfo, Record, Segment, box_of, encode_rle
-from mqformer_jax.prepare.sample.render import COLOURS, SHAPES, STUFF, Scene, Thing, draw
+from mqformer_jax.prepare.sample.render import COLORS, SHAPES, STUFF, Scene, Thing, draw
 
-CLASSES = tuple(ClassInfo((name,)) for name in SHAPES) + tuple(ClassInfo((name,), thing=False) for name in STUFF)
+CLASSES = tuple(ClassInfo((name,)) for name in SHAPES) + tuple(ClassInfo((name,), is_region=True) for name in STUFF)
 
-# Words of a relation: the axis of the centres that it compares (0: x, 1: y) and the sign of "further on".
+# Words of a relation: the axis along which it compares centers (0: x, 1: y), and the sign of its direction.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-# Fractions of the side. Beyond CLEAR a relation holds for anyone who looks, below DENIED for nobody; between, it is
-# unclear.
+# Fractions of the side. A relation holds above CLEAR, does not hold below DENIED, and is ambiguous in between. An
+# extreme thing is ahead of the next by more than LEAD.
 CLEAR, DENIED, LEAD = 0.1, 0.03, 0.06
 
-_BLOCK = 100_000  # seeds kept for each split, so that no two share a scene and none moves when another grows
+_BLOCK = 100_000  # seeds reserved for each split: splits share no scenes and do not depend on the size of others
 
 
 # ---- Records ------------------------------------------------------------------------------------------------------
 
 
 def scene(seed: int, size: int = 96) -> Record:
-    """The scene of `seed`, `size` x `size` pixels (48 or more), with all annotations.
+    """Return the scene of `seed`, `size` x `size` pixels (48 or more), with all annotations.
 
-    Segments: the things (front to back; texts hold what names them), the ground, the salient foreground with its matte.
-    The same bytes on every run; another build of numpy or OpenCV may round a pixel differently.
+    Segments: the things (front to back, with the expressions that name them), the ground, the salient foreground with
+    its matte. Every run returns the same bytes; another build of numpy or OpenCV may round a pixel differently.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     return _record(f"{seed:08d}", draw(rng, size), rng)
 
 
 def scene_graph(seed: int, size: int = 96) -> Scene:
-    """What `scene` draws for the same seed and size, before it becomes a record."""
+    """Return the scene that `scene` draws for this seed and size, before it becomes a record."""
     return draw(np.random.Generator(np.random.PCG64(seed)), size)
 
 
@@ -64,12 +64,12 @@ def _png(image: np.ndarray) -> bytes:
     return cv2.imencode(".png", image)[1].tobytes()
 
 
-# ---- The three prepared sets ----------------------------------------------------------------------------------------
+# ---- The three data sets ---------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleSet:
-    """One prepared set. seeds: for each split, the seeds of its records. size: side of the pictures in pixels."""
+    """One data set. seeds: for each split, the seeds of its records. size: side of the images in pixels."""
 
     name: str
     classes: tuple[ClassInfo, ...]
@@ -77,18 +77,17 @@ class SampleSet:
     size: int
 
     def records(self, split: str) -> Iterator[Record]:
-        """The records of a split, one after the other. To share the work, call `render` for `seeds[split]` instead."""
+        """Iterate over the records of a split. To use several processes, call `render` for `seeds[split]` instead."""
         return (render(self.name, seed, self.size) for seed in self.seeds[split])
 
 
 def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -> list[SampleSet]:
-    """The sample as three sets that share no scene: full scenes, boxes only (a quarter of `train`), mattes only (an
-    eighth).
+    """Return three data sets that share no scenes: full scenes, boxes only and mattes only.
 
-    Raises ValueError where a split would hold more than 100,000 scenes.
+    Boxes have a quarter of `train` scenes, mattes an eighth. Raises ValueError for more than 100,000 scenes per split.
     """
     if max(train, val) > _BLOCK:
-        raise ValueError(f"sample: {max(train, val)} scenes wanted; a split holds {_BLOCK} at most.")
+        raise ValueError(f"sample: {max(train, val)} scenes are too many: a split holds at most {_BLOCK}.")
     counts = (train, val, train // 4, train // 8, val // 4)
     first = [(5 * seed + block) * _BLOCK for block in range(len(counts))]
     seeds = [range(start, start + count) for start, count in zip(first, counts)]
@@ -100,14 +99,14 @@ def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -
 
 
 def render(name: str, seed: int, size: int = 96) -> Record:
-    """The record of `seed` as the set `name` holds it. Raises KeyError for a set that is not in `datasets`."""
+    """Return the record of `seed` in the data set `name`. Raises KeyError for a name that is not in `datasets`."""
     return {"sample_scenes": lambda r: r, "sample_boxes": _boxes_only, "sample_mattes": _matte_only}[name](
         scene(seed, size)
     )
 
 
 def _boxes_only(record: Record) -> Record:
-    things = (s for s in record.segments if s.class_id is not None and CLASSES[s.class_id].thing)
+    things = (s for s in record.segments if s.class_id is not None and not CLASSES[s.class_id].is_region)
     return dataclasses.replace(record, segments=tuple(Segment(s.class_id, box=s.box) for s in things), absent_texts=())
 
 
@@ -120,10 +119,10 @@ def _matte_only(record: Record) -> Record:
 
 @dataclasses.dataclass(frozen=True)
 class Phrase:
-    """'the [extreme] [size] [colour] noun [relation anchor]'. The noun is a shape, or "thing" for any."""
+    """A phrase 'the [extreme] [size] [color] noun [relation anchor]'. The noun is a shape, or "thing" for any shape."""
 
     noun: str
-    colour: str | None = None
+    color: str | None = None
     size: str | None = None
     extreme: str | None = None
     relation: str | None = None
@@ -134,7 +133,7 @@ class Phrase:
             "the",
             self.extreme,
             self.size,
-            self.colour,
+            self.color,
             self.noun,
             self.relation,
             self.anchor and str(self.anchor),
@@ -143,7 +142,7 @@ class Phrase:
 
 
 def expression_kind(text: str) -> str:
-    """Of an expression of this module: 'extremal', 'relation', 'class' (a bare shape) or 'attribute'."""
+    """Return the kind of an expression of this module: extremal, relation, class (only a shape) or attribute."""
     words = text.split()
     if words[1] in EXTREMES:
         return "extremal"
@@ -153,9 +152,10 @@ def expression_kind(text: str) -> str:
 
 
 def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[int]]:
-    """Indices of the things that `phrase` names for certain, and of all that it may name (the certain ones among them).
+    """Return the indices of the things that `phrase` certainly names, and of all that it possibly names.
 
-    The anchor of a relation must itself name one thing for certain, or the phrase names nothing.
+    The certain ones are also possible ones. The phrase names nothing if the anchor of its relation does not name
+    exactly one thing.
     """
     head = [i for i, thing in enumerate(things) if _fits(phrase, thing)]
     if phrase.extreme is not None:
@@ -175,16 +175,15 @@ def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[
 
 
 def sole(phrase: Phrase, things: Sequence[Thing]) -> int | None:
-    """The one thing that `phrase` names beyond doubt, or None."""
+    """Return the index of the only thing that `phrase` certainly and possibly names, or None."""
     certain, possible = referents(phrase, things)
     return certain[0] if len(certain) == len(possible) == 1 else None
 
 
 def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) -> tuple[str, ...]:
-    """Up to three phrases that name `things[target]` and nothing else: its own looks, its place, and one of either
-    sort.
+    """Return up to three phrases that name only `things[target]`: by its looks, by its place, and one of either kind.
 
-    Phrases that need all their words are preferred (a relation whose noun alone would name several things).
+    Phrases that need all their words are preferred, e.g. a relation whose noun alone would name several things.
     """
     heads = _heads(things[target])
     plain = [p for p in heads if sole(p, things) == target]
@@ -202,18 +201,18 @@ def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) 
 
 
 def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]:
-    """One or two phrases that name nothing here, though something of what they say is in the picture."""
-    colour = _pick(rng, things).colour
-    shapes = [s for s in SHAPES if not any((t.shape, t.colour) == (s, colour) for t in things)]
-    colours = [c for c in COLOURS if not any(t.colour == c for t in things)]
-    # Six things at most: if one colour comes in all five shapes, another colour is free.
-    found = [Phrase(_pick(rng, shapes), colour) if shapes else Phrase("thing", _pick(rng, colours))]
+    """Return one or two phrases that name nothing here, although a part of each matches something in the image."""
+    color = _pick(rng, things).color
+    shapes = [s for s in SHAPES if not any((t.shape, t.color) == (s, color) for t in things)]
+    colors = [c for c in COLORS if not any(t.color == c for t in things)]
+    # There are at most six things: if one color comes in all five shapes, another color is unused.
+    found = [Phrase(_pick(rng, shapes), color) if shapes else Phrase("thing", _pick(rng, colors))]
     for _ in range(4):
         head, anchor = _pick(rng, _heads(_pick(rng, things))), _anchor(rng, int(rng.integers(len(things))), things)
         if anchor is None:
             continue
         phrase = dataclasses.replace(head, relation=_pick(rng, tuple(RELATIONS)), anchor=anchor)
-        # The anchor must not answer to the head either: "the ball left of the red ball" would look like a slip.
+        # The anchor must not match the head either: "the ball left of the red ball" would look like a mistake.
         if not referents(phrase, things)[1] and sole(anchor, things) not in referents(head, things)[0]:
             found.append(phrase)
             break
@@ -221,7 +220,7 @@ def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]
 
 
 def _related(rng: np.random.Generator, target: int, things: Sequence[Thing], heads: list[Phrase]) -> list[Phrase]:
-    """One phrase that names the target by its place beside another thing, or none where a few tries find none."""
+    """Return one phrase that names the target by its place relative to another thing, or none after a few tries."""
     others = [i for i in range(len(things)) if i != target]
     for _ in range(12):
         anchor = _anchor(rng, _pick(rng, others), things)
@@ -237,15 +236,15 @@ def _anchor(rng: np.random.Generator, index: int, things: Sequence[Thing]) -> Ph
 
 
 def _heads(thing: Thing) -> list[Phrase]:
-    """All that can be said of a thing by its looks alone; "thing" stands for the shape only where a colour is said."""
-    shaped = [Phrase(thing.shape, colour, size) for colour in (None, thing.colour) for size in (None, thing.size)]
-    return [*shaped, Phrase("thing", thing.colour), Phrase("thing", thing.colour, thing.size)]
+    """Return all phrases about the looks of a thing. "thing" replaces the shape only if the phrase has a color."""
+    shaped = [Phrase(thing.shape, color, size) for color in (None, thing.color) for size in (None, thing.size)]
+    return [*shaped, Phrase("thing", thing.color), Phrase("thing", thing.color, thing.size)]
 
 
 def _fits(phrase: Phrase, thing: Thing) -> bool:
     return (
         phrase.noun in (thing.shape, "thing")
-        and phrase.colour in (thing.colour, None)
+        and phrase.color in (thing.color, None)
         and phrase.size in (thing.size, None)
     )
 

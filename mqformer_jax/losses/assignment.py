@@ -1,0 +1,108 @@
+"""Which query is trained on which target: one Hungarian matching over both kinds of query at every stage (paper sec.
+3.3).
+"""
+
+from __future__ import annotations
+
+from typing import no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int, Key
+
+from mqformer_jax.arrays import Array
+from mqformer_jax.losses import costs
+from mqformer_jax.losses.costs import LossWeights
+from mqformer_jax.losses.matcher import INVALID_COST, match
+from mqformer_jax.losses.points import sample_features
+from mqformer_jax.losses.targets import ImageTargets
+from mqformer_jax.models.mqformer import Outputs, Predictions
+
+
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class Pairs:
+    """r pairs of a query and a target at s stages of one image; rows that are not `valid` are padding.
+
+    supervise_absent: queries that learn that a prompt is absent, if everything it names in the image is labeled. A
+    query that is neither in a valid pair nor among these enters no loss.
+    """
+
+    query: Int[Array, "s r"]
+    target: Int[Array, "s r"]
+    valid: Bool[Array, "s r"]
+    supervise_absent: Bool[Array, "s q"]
+
+
+def match_queries(
+    keys: Key[Array, " b"],
+    outputs: Outputs,
+    targets: ImageTargets,
+    is_region: Bool[Array, "b n"],
+    weights: LossWeights,
+) -> Pairs:
+    """Return the pairs with the least total cost at every stage of every image.
+
+    keys: for the points at which masks are compared, one key an image. targets: of all images. is_region: targets that
+    only prompts for one region name. Everything returned has a leading axis b.
+    """
+    draw = lambda key, image: jax.random.uniform(key, (weights.num_points, 2)) * image.extent
+    points = jax.vmap(draw)(keys, targets)
+    predictions, features = jax.lax.stop_gradient((outputs.matching, outputs.mask_features))
+    cost, in_ignored_area = jax.vmap(matching_costs, in_axes=(0, 1, 0, 0, None))(
+        points, predictions, features, targets, weights
+    )
+    if outputs.decoupled:
+        cost = jnp.where(_of_the_other_kind(is_region, outputs)[:, None], INVALID_COST, cost)
+    assigned = jax.vmap(jax.vmap(match, in_axes=(0, None)))(cost, targets.num_targets)
+
+    query, rows = jnp.maximum(assigned, 0), jnp.arange(assigned.shape[-1])
+    valid = jnp.broadcast_to((rows < targets.num_targets[:, None])[:, None], assigned.shape)
+    if outputs.decoupled:  # where a kind has too few queries, some targets get none
+        valid &= jnp.take_along_axis(cost, query[..., None], -1)[..., 0] < INVALID_COST
+    return Pairs(query, jnp.broadcast_to(rows, assigned.shape), valid, ~in_ignored_area)
+
+
+def matching_costs(
+    points: Float[Array, "k 2"],
+    predictions: Predictions,
+    features: Float[Array, "h w d"],
+    targets: ImageTargets,
+    weights: LossWeights,
+) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
+    """Return the cost of every pair of one image, and the queries whose mask lies mostly in an ignored area.
+
+    Such a query may have found an object that nobody labeled (in a crowd, in a void), so it does not learn that prompts
+    are absent. All masks are read at the same points. A mask embedding times sampled features is the sampled mask, so
+    no whole mask is computed.
+    """
+    n = targets.boxes.shape[0]
+    sampled = sample_features(features, points)
+    masks = targets.sample_masks(jnp.arange(n), jnp.broadcast_to(points, (n, *points.shape)))
+    ignored = targets.sample_ignore(points)
+
+    def stage(p: Predictions) -> tuple[Float[Array, "n q"], Bool[Array, " q"]]:
+        logits = jnp.einsum(
+            "qd,kd->qk", p.mask_embed, sampled.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32
+        )
+        entropy, dice = costs.mask_costs(logits, masks, 1 - ignored)
+        terms = {
+            "class": costs.class_cost(p.class_logits, targets.positive.astype(jnp.float32)),
+            "mask": jnp.where(targets.has_mask[:, None], entropy, 0.0),
+            "dice": jnp.where(targets.has_mask[:, None], dice, 0.0),
+            "box": jnp.abs(targets.boxes[:, None] - p.boxes[None]).sum(-1),
+            "giou": -costs.giou(costs.corners(targets.boxes)[:, None], costs.corners(p.boxes)[None]),
+        }
+        p_mask = jax.nn.sigmoid(logits)
+        return weights.total(terms), p_mask @ ignored > 0.5 * p_mask.sum(-1)
+
+    return jax.vmap(stage)(predictions)
+
+
+def _of_the_other_kind(is_region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:
+    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with conditional
+    ones.
+    """
+    learnable = jnp.arange(outputs.matching.boxes.shape[2]) < outputs.num_learnable
+    return is_region[..., None] != learnable

@@ -1,0 +1,143 @@
+"""Referring phrases, and how certainly each object of an image fits them.
+
+A certainty is a number. From above 0 up to 1 the phrase certainly fits the object, more clearly at higher values; at 0
+it may fit; at -1 it does not fit. A phrase identifies an object if it certainly fits this object and fits no other
+(`identifies`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float
+
+from mqformer_jax.input.record import ClassInfo
+from mqformer_jax.synthesize import nouns
+from mqformer_jax.synthesize.color_names import TERMS
+
+# The axis that a word compares (0: x, 1: y), and the direction along it.
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+OF_TWO = {"left": (0, -1), "right": (0, 1), "upper": (1, -1), "lower": (1, 1)}
+OF_MORE = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
+_EXTREMES = {**OF_TWO, **OF_MORE}
+
+# Fractions of the image's width or height. Beyond CLEAR a relation certainly holds, and below DENIED it does not.
+# LEAD is the distance of an extreme object from the next one.
+CLEAR, DENIED, LEAD = 0.1, -0.03, 0.07
+REACH = 0.3  # of the image's diagonal, between the boxes: "left of" is uncertain for objects farther away
+# Ratios of lengths, the square roots of areas: from SMALLER on, one object is small beside the other; up to SAME, both
+# have the same size.
+SMALLER, SAME = 1.5, 1.2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scene:
+    """All objects of an image, including those without a caption.
+
+    segments: index of each object in the record.
+    nouns: the words that captions may use for each object (see `Nouns`).
+    boxes: x0, y0, x1, y1 in pixels.
+    lengths: lower and upper bound of the square root of the area in pixels; parts may be hidden.
+    colors: the certainty of each of `TERMS`.
+    width, height: of the image in pixels.
+    """
+
+    segments: Sequence[int]
+    classes: Sequence[ClassInfo]
+    nouns: Sequence[tuple[str, ...]]
+    boxes: Float[np.ndarray, "n 4"]
+    lengths: Float[np.ndarray, "n 2"]
+    colors: Float[np.ndarray, "n 11"]
+    width: int
+    height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Phrase:
+    """The phrase 'the [extreme] [size] [color] noun [relation anchor]'.
+
+    anchor: index of an object and a phrase that identifies it.
+    """
+
+    noun: str
+    color: str | None = None
+    size: str | None = None
+    extreme: str | None = None
+    relation: str | None = None
+    anchor: tuple[int, Phrase] | None = None
+
+    def __str__(self) -> str:
+        words = [
+            "the",
+            self.extreme,
+            self.size,
+            self.color,
+            self.noun,
+            self.relation,
+            self.anchor and str(self.anchor[1]),
+        ]
+        return " ".join(word for word in words if word)
+
+
+def identifies(phrase: Phrase, target: int, scene: Scene) -> float:
+    """Return the certainty that `phrase` fits the target if it fits no other object, else at most 0."""
+    held = certainties(phrase, scene)
+    return float(held[target]) if (np.delete(held, target) < 0).all() else min(float(held[target]), 0.0)
+
+
+def certainties(phrase: Phrase, scene: Scene) -> Float[np.ndarray, " n"]:
+    """Return how certainly `phrase` fits each object: the minimum over its parts."""
+    found = np.array([nouns.certainty(phrase.noun, of) for of in scene.classes])
+    if phrase.size is not None:
+        found = np.minimum(found, _sized(phrase.size, found, scene.lengths))
+    if phrase.color is not None:
+        found = np.minimum(found, scene.colors[:, TERMS.index(phrase.color)])
+    if phrase.extreme is not None:
+        found = _extreme(found, *_EXTREMES[phrase.extreme], scene)
+    if phrase.relation is not None:
+        found = np.minimum(found, _related(phrase.anchor[0], *RELATIONS[phrase.relation], scene))
+    return found
+
+
+def _sized(size: str, noun: Float[np.ndarray, " n"], lengths: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
+    """Return how certainly each object is "large" or "small" among the objects of its noun.
+
+    The largest objects are "large" if another one is certainly smaller and none is certainly larger; likewise "small".
+    """
+    least, most = lengths.T if size == "large" else 1 / lengths.T[::-1]
+    ratio = least[:, None] / most  # [i, j]: lower bound of the ratio of i to j
+    np.fill_diagonal(ratio, 1)
+    surpassed = (ratio[noun > 0] >= SMALLER).any(0)
+    surpasses = (ratio[:, noun > 0]).max(1, initial=0)
+    foremost = (ratio[:, noun >= 0] >= 1 / SAME).all(1)
+    clear = (surpasses >= SMALLER) & foremost
+    return np.where(surpassed, -1.0, np.where(clear, np.clip(surpasses / (2 * SMALLER), 0, 1), 0.0))
+
+
+def _extreme(head: Float[np.ndarray, " n"], axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
+    """Return how certainly each object is the outermost of those that may fit `head`, by its center and both edges."""
+    low, high = sign * scene.boxes[:, axis], sign * scene.boxes[:, axis + 2]
+    middle = (low + high) / 2 / (scene.height if axis else scene.width)
+    first, *others = sorted(np.flatnonzero(head >= 0), key=lambda i: -middle[i])
+    lead = middle[first] - max(middle[others], default=-np.inf)
+    if lead > LEAD and (low[others] <= low[first]).all() and (high[others] <= high[first]).all():
+        clear = np.full(len(head), -1.0)
+        clear[first] = min(head[first], 0.5 + lead)
+        return clear
+    return np.minimum(head, 0.0)
+
+
+def _related(anchor: int, axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
+    """Return how certainly each object is on one side of the anchor: mostly on that side, not overlapping, and near."""
+    low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
+    away = (low + high - low[anchor] - high[anchor]) / 2
+    along = sign * away[:, axis] / (scene.height if axis else scene.width)
+    gap = np.maximum(low, low[anchor]) - np.minimum(high, high[anchor])  # negative if they overlap
+    apart = gap[:, axis] > -0.25 * np.minimum(high - low, high[anchor] - low[anchor])[:, axis]
+    near = np.hypot(*np.maximum(gap, 0).T) < REACH * np.hypot(scene.width, scene.height)
+    clear = (along > CLEAR) & (abs(away[:, axis]) >= abs(away[:, 1 - axis])) & apart & near
+    found = np.where(clear, np.clip(0.5 + along, 0, 1), np.where(along > DENIED, 0.0, -1.0))
+    found[anchor] = -1
+    return found

@@ -1,0 +1,131 @@
+"""What each task is. Recipes, inputs, the predictor, evaluation, the command line and the web app read this table.
+
+To add a task: add it here, turn its annotations into prompts and targets (input/tasks.py), and write an evaluator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+FOREGROUND = "foreground"  # the prompt of tasks that need none
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task.
+
+    help: what a user gets, in a sentence or two.
+    segments: how scores and masks become segments: "panoptic" (no overlaps), "instance" (ranked, may overlap),
+        "semantic" (every pixel to one prompt), "region" (one region for each prompt), or "" if it is only trained.
+    evaluator: "module:class" of its metrics, or "" if it has none.
+    metrics: the metrics of the printed table, and what each of them means.
+    trained: whether a mixture may name it. by_class: whether its prompts are class names, which templates may wrap.
+    chooses_regions: whether the user says which prompts own one region ("*"); otherwise all of them do.
+    needs_prompts: False if "foreground" is the prompt when none is given.
+    soft: whether its answer is a soft mask or matte, which can be cut out.
+    score: the score threshold that suits people, if it is not the recipe's.
+    """
+
+    help: str
+    segments: str = ""
+    evaluator: str = ""
+    metrics: dict[str, str] = dataclasses.field(default_factory=dict)
+    trained: bool = True
+    by_class: bool = False
+    chooses_regions: bool = False
+    needs_prompts: bool = True
+    soft: bool = False
+    score: float | None = None
+
+
+_SHARE = "share of the segments that learnable queries took, %"
+TASKS = {
+    "panoptic": Task(
+        help="Every pixel belongs to at most one segment. A star makes a prompt one region (sky*); other prompts are "
+        "split into instances.",
+        segments="panoptic",
+        evaluator="mqformer_jax.evaluation.panoptic:PanopticEvaluator",
+        metrics={
+            "pq": "panoptic quality, 0 to 100: how many segments are found, times how well they fit",
+            "pq_things": "the same for things (instances)",
+            "pq_stuff": "the same for stuff (regions)",
+            "learnable_share_things": _SHARE,
+            "learnable_share_stuff": _SHARE,
+        },
+        by_class=True,
+        chooses_regions=True,
+    ),
+    "instance": Task(
+        help="One mask for each object, best first. Masks may overlap.",
+        segments="instance",
+        evaluator="mqformer_jax.evaluation.instance:InstanceEvaluator",
+        metrics={
+            "mask_ap": "average precision of masks, 0 to 100, mean over IoU thresholds 0.5 to 0.95 (COCO)",
+            "mask_ap50": "the same at IoU 0.5: an object counts as found if half of it fits",
+            "mask_ar_100": "average recall with 100 masks an image",
+            "mask_ar_300": "average recall with 300 masks an image",
+            "box_ap": "average precision of boxes",
+            "box_ap50": "the same at IoU 0.5",
+            "box_ar_100": "average recall with 100 boxes an image",
+            "box_ar_300": "average recall with 300 boxes an image",
+        },
+        by_class=True,
+        chooses_regions=True,
+        score=0.3,
+    ),
+    "semantic": Task(
+        help="Every pixel belongs to the prompt that fits it best.",
+        segments="semantic",
+        evaluator="mqformer_jax.evaluation.semantic:SemanticEvaluator",
+        metrics={
+            "miou": "intersection over union, 0 to 100, mean over classes",
+            "pixel_accuracy": "pixels with the right class, %",
+        },
+        by_class=True,
+    ),
+    "detection": Task(help="Boxes of objects, for data sets that have no masks."),
+    "referring": Task(
+        help='One region for each phrase, such as "the red star on the left".',
+        segments="region",
+        evaluator="mqformer_jax.evaluation.referring:ReferringEvaluator",
+        metrics={
+            "miou": "intersection over union, 0 to 100, mean over phrases (after / of one group of phrases)",
+            "ciou": "all intersections over all unions, which large objects dominate",
+            "precision@0.5": "phrases whose region has an IoU above 0.5, %",
+            "no_target_accuracy": "phrases that name nothing and get no region, %",
+        },
+        soft=True,
+    ),
+    "foreground": Task(
+        help="The object that stands out, as one region. It needs no prompts.",
+        segments="region",
+        evaluator="mqformer_jax.evaluation.foreground:ForegroundEvaluator",
+        metrics={
+            "mae": "mean absolute error of the soft mask, 0 to 100: lower is better",
+            "mse": "mean squared error of the soft mask, 0 to 100: lower is better",
+            "max_f": "best F-measure over thresholds, 0 to 100",
+            "s_measure": "structure measure, 0 to 100",
+            "mean_e": "enhanced-alignment measure, mean over thresholds, 0 to 100",
+        },
+        needs_prompts=False,
+        soft=True,
+    ),
+    "matting": Task(
+        help="One region for each prompt, with soft edges. Without prompts, the object that stands out.",
+        segments="region",
+        evaluator="mqformer_jax.evaluation.alpha:AlphaEvaluator",
+        metrics={
+            "sad": "sum of absolute differences to the true matte, thousands of pixels: lower is better",
+            "mse": "mean squared error, thousandths: lower is better",
+            "grad": "error of the matte's gradient, thousands: lower is better",
+            "conn": "connectivity error, thousands: lower is better",
+            **{f"refined_{name}": "the same after the matting refiner" for name in ("sad", "mse", "grad", "conn")},
+        },
+        trained=False,
+        needs_prompts=False,
+        soft=True,
+    ),
+}
+TRAINED = tuple(name for name, task in TASKS.items() if task.trained)
+EVALUATED = tuple(name for name, task in TASKS.items() if task.evaluator)
+ANSWERED = tuple(name for name, task in TASKS.items() if task.segments)
