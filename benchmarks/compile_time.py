@@ -1,10 +1,10 @@
-"""The train step of a full-size recipe, compiled for this machine, and with --run two steps of it: time, parameters,
-memory.
+"""Compile the train step of a full-size recipe for this machine and report time, parameters and memory.
 
     python benchmarks/compile_time.py --run [--config.batch_size=1] [--config.model.dtype=float32]
 
-The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9 layers) with one image a step, 20 targets and all
-prompts. Weights are zeros, which changes neither time nor memory. No compilation cache is read.
+--run also runs two steps. The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9 layers) with one image
+per step, 20 targets and all prompts. Weights are zeros, which changes neither time nor memory. The compilation cache is
+not used.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main(_) -> None:
 
 
 def run(compiled, step: TrainStep, config) -> None:
-    """Two steps of made-up data; the second is timed."""
+    """Run two steps on dummy data and time the second."""
     zeros = lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding)
     state = jax.tree.map(zeros, step.abstract)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), step.arguments[1])

@@ -1,11 +1,11 @@
-"""Convert a random-weight checkpoint of every public layout at full size: what became of it, time and memory.
+"""Convert a random checkpoint of every public layout at full size, and report the results, time and memory.
 
     python benchmarks/conversion.py [--layouts=maskdino_r50_instance,...]
 
-The layouts (tests/convert/layouts) were read from the originals' code. Each conversion is a process of its own, as a
-user runs it; seconds and peak memory are the whole process's, starting JAX included. Parameters: floating numbers in
-the file, each shared tensor once; ours: those in the checkpoint that was written (what the rest was, the table's other
-columns count).
+The layouts (tests/convert/layouts) come from the originals' code. Each conversion is a separate process. Seconds and
+peak memory are those of the whole process, including the start of JAX. "parameters" are the floating-point numbers in
+the file, counting shared tensors once; "ours" are those in the checkpoint that was written. The other columns count
+tensors by the result of their conversion.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ COUNTS = ("loaded", "reshaped", "missing", "unused", "mismatched", "ignored")
 
 
 def measure(name: str, folder: str) -> str:
-    """One row of the table."""
+    """Return one row of the table."""
     theirs, ours = os.path.join(folder, "theirs.safetensors"), os.path.join(folder, "ours")
-    # a child's peak memory counts what its parent held when it began, so this process must not hold the weights before
+    # a child's peak memory includes its parent's at its start, so this process must not hold the weights
     subprocess.run([sys.executable, __file__, "--write", name, theirs], check=True)
     command = [sys.executable, "-m", "mqformer_jax", "convert", "--input", theirs, "--output", ours]
     started = time.perf_counter()

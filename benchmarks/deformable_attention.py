@@ -1,15 +1,16 @@
-"""Deformable attention against its peers: one layer, three levels (strides 8, 16, 32), every token a query, 8 heads of
-32, 4 points.
+"""Compare implementations of deformable attention.
 
     python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]  # seconds on this CPU, float32
     python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]   # TPU compiler's report, no TPU
 
-Peers: torch's grid_sample, one call a level, as Deformable DETR's own CPU version does; and the same op in JAX with
-four gathers, one a corner. With --tpu (`pip install libtpu`, Linux), instead of torch: `packed`, one gather of four
-packed pixels but no care for the layout, which is what CPU and GPU run. `accessed`: the compiler's "bytes accessed"; it
-counts a tile of eight rows for each row that is gathered. `operands`: each instruction's operands and results, whole.
-`cycles`: the compiler's estimate, without gathers, scatters and sorts, for which it gives none (no form has a loop).
-`temporary`: memory it sets aside.
+The case is one layer with three levels (strides 8, 16, 32), every token as a query, 8 heads of width 32 and 4 points.
+The others are torch's grid_sample with one call per level, as in Deformable DETR's CPU version, and JAX with four
+gathers, one per corner. With --tpu (`pip install libtpu`, Linux), torch is replaced by `packed`, our version for CPU
+and GPU: one gather of four packed pixels, without a layout for TPUs.
+
+`accessed` is the compiler's "bytes accessed", which counts a tile of eight rows for each gathered row. `operands` are
+the bytes of all operands and results. `cycles` is the compiler's estimate, which lacks gathers, scatters and sorts (no
+version has a loop). `temporary` is the memory that it reserves.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main() -> None:
 
 
 def four_gathers(value, shapes, locations, weights):
-    """Each corner of each point is gathered on its own."""
+    """Gather each corner of each point separately."""
     batch, queries, heads = locations.shape[:3]
     total, start = 0.0, 0
     for level, (h, w) in enumerate(shapes):
@@ -75,7 +76,7 @@ def four_gathers(value, shapes, locations, weights):
 
 
 def packed(*inputs):
-    """The form for CPU and GPU, whatever is compiled for."""
+    """Run the version for CPU and GPU on any device."""
     with mock.patch.object(deformable_attention, "_sample_in_lanes", deformable_attention._sample):
         return deformable_attention.ms_deform_attn(*inputs)
 
@@ -120,7 +121,7 @@ def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
 
 
 def random_inputs(shapes: Shapes) -> list[np.ndarray]:
-    """Points a few pixels around each token, as the encoder's are."""
+    """Return inputs with points a few pixels around each token, as in the encoder."""
     rng = np.random.default_rng(0)
     centers = [
         np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes
@@ -136,7 +137,7 @@ def random_inputs(shapes: Shapes) -> list[np.ndarray]:
 
 
 def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
-    """All peers in turn, `rounds` times; the fastest of each."""
+    """Run all implementations in turn, `rounds` times, and print the fastest time of each."""
     import torch
 
     torch.set_num_threads(threads)
@@ -169,8 +170,8 @@ def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
 
 
 def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query a metadata server for the type of this machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so several processes can compile
     from jax.experimental import topologies
 
     chip = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(topology, platform="tpu").devices[0])

@@ -1,10 +1,10 @@
-"""Does an expression find its object, or one that only looks like it?
+"""Measure how often an expression finds its object rather than a similar one.
 
     python benchmarks/distractors.py --checkpoint=runs/demo
 
-Over the held-out scenes of the embedded sample: among expressions that need more than a shape, and whose object stands
-in its scene with others of the same color (or shape), how often the answer overlaps the object more than any of those
-others. With one distractor a guess among the two is right half of the time.
+This uses the held-out scenes of the built-in sample, and expressions that name more than a shape and whose object
+shares its scene with others of the same color (or shape). It counts how often the predicted mask overlaps the object
+more than any of those others. With one distractor, a random guess between the two is right half of the time.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
-"""Is the data ever the bottleneck? Images a second of the full recipe's input, beside a torch DataLoader and bare JPEG
-decoding.
+"""Compare the speed of the full recipe's input with that of a torch DataLoader and of JPEG decoding alone.
 
     pip install -e '.[test,parity]'
     python benchmarks/input.py --source=FOLDER [--quality=99]
 
-FOLDER is laid out as `mqformer prepare small` wants it; its panoptic and referring training sets are mixed as
-configs/coco_ref.py mixes them, on a 1024 x 1024 canvas. The peers (benchmarks/torch_input.py) read the same images in
-the same proportions from the original json, PNG and JPEG files; decoding is OpenCV's, of JPEGs in memory, and nothing
-else. Each measurement is a process of its own, on one core or on all; those to be compared take turns, and a ratio is
-the median of the turns' ratios.
-Aims, a core: 1.5 times torch, half of decoding. Then what goes to the device, and the loader's memory over
-    --memory_batches. Linux only.
+FOLDER has the layout of `mqformer prepare small`. Its panoptic and referring training sets are mixed as in
+configs/coco_ref.py, on a 1024 x 1024 canvas. The torch loaders (benchmarks/torch_input.py) read the same images in the
+same proportions from the original JSON, PNG and JPEG files. "decoding" only decodes JPEGs in memory with OpenCV. Each
+measurement is a separate process, on one core or on all. Compared measurements alternate, and a ratio is the median of
+the ratios of all rounds. The goals per core are 1.5 times the speed of torch and half the speed of decoding.
+
+Afterwards, the script prints the size of a batch on the device and the loader's memory over --memory_batches. Linux
+only.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ SETS = (
 )
 BESIDE = ("torch", "torch, tuned", "decoding")  # what the others are compared with
 MEMORY_CANVAS, MEMORY_BATCH, MEMORY_READINGS = 256, 4, 20
-FLAT = 0.05  # a process may grow by so much of its memory
+FLAT = 0.05  # a process may grow by this fraction of its memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all measurements share. root: of the records. source: of the files that they were made of."""
+    """Settings of all measurements. root: folder of the records. source: folder of the original files."""
 
     root: str
     source: str
@@ -62,23 +62,22 @@ class Setting:
     warm_up: float
 
     def recipe(self, seed: int, threads: int = 0, workers: int = 0) -> Any:
-        """configs/coco_ref.py with the data sets that are there."""
+        """Return the config of configs/coco_ref.py with SETS."""
         config = coco_ref.full()
         config.seed, config.batch_size, config.eval.sets = seed, self.batch_size, ()
-        config.model.text.tokenizer = "words"  # CLIP's needs a file; each of them remembers its texts
+        config.model.text.tokenizer = "words"  # CLIP's needs a file; all tokenizers cache their texts
         config.data.update(
             root=self.root, mixture=SETS, canvas=(self.canvas, self.canvas), threads=threads, workers=workers
         )
         return config
 
     def records(self, number: int) -> list[Record]:
-        """Those of SETS[number]."""
+        """Return the records of SETS[number]."""
         source = ShardSource(self.root, SETS[number]["name"], SETS[number]["split"])
         return [Record.from_bytes(source[i]) for i in range(len(source))]
 
 
-# ---------------------------------------------------------------- who takes part: (setting, seed) to batches without
-# end
+# ---------------------------------------------------------------- endless streams of batches for a setting and a seed
 
 
 def ours(setting: Setting, seed: int, threads: int = 0, workers: int = 0) -> Iterator[Any]:
@@ -106,7 +105,7 @@ def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = Fa
 
 
 def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
-    """No image is kept: the next takes its memory, which is there already."""
+    """Yield the sizes of decoded images. No image is kept, so the next one reuses its memory."""
     files = [[np.frombuffer(record.image, np.uint8) for record in setting.records(i)] for i in range(len(SETS))]
     order = mixed([*map(len, files)], setting.recipe(seed).data.size_exponent, seed)
     while True:
@@ -117,9 +116,7 @@ def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
 
 
 def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, int]]:
-    """(data set, index) without end, in the proportions that our loader uses; each data set shuffled anew every
-    epoch.
-    """
+    """Yield (data set, index) endlessly, in the proportions of our loader. Data sets are shuffled in every epoch."""
     rng, weights = np.random.default_rng(seed), np.array(sizes, float) ** alpha
     streams = [
         itertools.chain.from_iterable(rng.permutation(size).tolist() for _ in itertools.count()) for size in sizes
@@ -135,7 +132,7 @@ def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, 
 
 
 def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
-    """What a function of MEASURES returns in a new process on these cores, which its threads and children inherit."""
+    """Run a function of MEASURES in a new process, restricted to these cores. Return its result."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -146,7 +143,7 @@ def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
 
 
 def rate(setting: Setting, seed: int, stream_of: str, options: dict[str, Any]) -> float:
-    """Images a second, after `warm_up` seconds from the first batch on."""
+    """Return the images per second, after `warm_up` seconds from the first batch on."""
     stream = STREAMS[stream_of](setting, seed, **options)
     next(stream)
     _count(stream, setting.warm_up)
@@ -163,7 +160,7 @@ def _count(stream: Iterator[Any], seconds: float) -> tuple[int, float]:
 
 
 def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting, cores: set[int], repeats: int) -> str:
-    """Rows of the table. contestants: of each name, a stream of STREAMS and its options."""
+    """Return rows of the table. contestants: for each name, a stream of STREAMS and its options."""
     turns = [
         [alone(cores, "rate", setting, seed, *contestant) for contestant in contestants.values()]
         for seed in range(repeats)
@@ -185,7 +182,7 @@ def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting,
 
 
 def weight(setting: Setting, batches: int = 8) -> str:
-    """Ours by field, torch's in all, and how much there was to do for either."""
+    """Return the size of batches (ours by field, torch's in total) and the mean number of labels in both."""
     found = list(itertools.islice(ours(setting, 0), batches))
     theirs = list(itertools.chain.from_iterable(itertools.islice(torch_loader(setting, 0), batches)))
     images, names = len(theirs), [field.name for field in dataclasses.fields(found[0])]
@@ -212,7 +209,7 @@ def weight(setting: Setting, batches: int = 8) -> str:
 
 
 def memory(setting: Setting, workers: int, batches: int) -> str:
-    """Of this process and of its workers as batches go by. The first tenth is warm-up."""
+    """Return the memory of this process and of its workers over time. The first tenth is warm-up."""
     stream, readings = ours(setting, 0, 1, workers), []
     for _ in range(MEMORY_READINGS):
         for _ in range(batches // MEMORY_READINGS):
@@ -234,7 +231,7 @@ def children() -> list[int]:
 
 
 def resident(pid: int) -> float:
-    """MB; a page shared by several processes counts for each."""
+    """Return the resident memory in MB. A page shared by several processes counts for each."""
     with open(f"/proc/{pid}/status") as f:
         return sum(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS:"))
 
@@ -243,9 +240,7 @@ def resident(pid: int) -> float:
 
 
 def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
-    """The records' root and the folder of the files that they were made of: `source`, or one with its JPEGs written
-    anew.
-    """
+    """Return the folder of the records and that of the original files: `source`, or a copy with new JPEGs."""
     if quality is not None:
         source = reencoded(source, os.path.join(folder, "source"), quality)
     root = os.path.join(folder, "records")
@@ -260,7 +255,7 @@ def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
 
 
 def reencoded(source: str, folder: str, quality: int) -> str:
-    """`source`/coco with JPEGs of this quality; everything else is linked."""
+    """Return a copy of `source`/coco with JPEGs of this quality. Other files are links."""
     theirs, own = os.path.abspath(os.path.join(source, "coco")), os.path.join(folder, "coco")
     os.makedirs(os.path.join(own, "images"))
     for entry in os.listdir(theirs):
@@ -282,7 +277,7 @@ def main() -> None:
     what.add_argument("--source", help="folder of small real data")
     what.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement: see `alone`
     parser.add_argument(
-        "--quality", type=int, help="write the JPEGs anew with this quality first (COCO's own have 163 KB on average)"
+        "--quality", type=int, help="re-encode the JPEGs with this quality first (COCO's own have 163 KB on average)"
     )
     parser.add_argument("--canvas", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=16)
@@ -305,7 +300,7 @@ def main() -> None:
         return
     cores, n = os.sched_getaffinity(0), args.workers
     os.environ["PYTHONWARNINGS"] = (
-        "ignore::UserWarning:multiprocessing.resource_tracker"  # what Grain read ahead is left to it
+        "ignore::UserWarning:multiprocessing.resource_tracker"  # it cleans up what Grain prefetched
     )
     with tempfile.TemporaryDirectory() as folder:
         root, source = prepare(args.source, folder, args.quality)

@@ -1,4 +1,4 @@
-"""Compare a teacher's masks with the masks of a labeled data set.
+"""Compare the masks that a model (--teacher) predicts from boxes with the masks of a labeled data set.
 
     python benchmarks/masks_from_boxes.py --teacher=ours:runs/lite --data=coco_2017 --split=val
 

@@ -1,14 +1,15 @@
-"""The matcher against SciPy's and optax's on the same problems: time, and that all three find the same total cost.
+"""Compare the time of the matcher with SciPy's and optax's, and check that all three find the same total cost.
 
     python benchmarks/matcher.py [--images=16] [--queries=300] [--layers=10]
 
-Costs are mere "noise"; or the criterion's own, of random scenes: from "fresh" queries, which know nothing, or "trained"
-ones, several of which have found each target; or from queries that are all "alike", which is the worst case: nearly all
-targets want the same one.
-Targets an image: 1 to 100 alike, or about 15 as in COCO (skewed, at least 1). Ours is one jitted call for all images
-and layers, as in a train step; SciPy is called problem by problem on the real rows, with the copy from the device
-included ("SciPy and copy") or not; optax's is vmapped over the padded problems of a few images (--optax_images), since
-it is slow, and its time is scaled to the rest.
+There are four kinds of costs: "noise"; the criterion's costs of random scenes with "fresh" queries, which are random,
+or "trained" queries, several of which are near each target; and "alike" queries, the worst case, in which nearly all
+targets prefer the same query. The number of targets per image is uniform in 1 to 100, or about 15 as in COCO (skewed,
+at least 1).
+
+Ours is one jitted call for all images and layers, as in a train step. SciPy is called for each problem on the real
+rows, with ("SciPy and copy") or without the copy from the device. optax's is slow, so it is vmapped over the padded
+problems of a few images (--optax_images), and its time is scaled up.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _IMAGES = flags.DEFINE_integer("images", 16, "Images.")
 _LAYERS = flags.DEFINE_integer("layers", 10, "Problems an image.")
 _QUERIES = flags.DEFINE_integer("queries", 300, "Queries.")
 _TARGETS = flags.DEFINE_integer("targets", 100, "Rows an image, padding included.")
-_REPEAT = flags.DEFINE_integer("repeat", 5, "Runs of which the median counts.")
+_REPEAT = flags.DEFINE_integer("repeat", 5, "Number of runs; the median counts.")
 _OPTAX = flags.DEFINE_integer("optax_images", 1, "Images for optax; 0 leaves it out.")
 PROMPTS, POINTS = 133, 256
 
@@ -58,7 +59,7 @@ def main(_: list[str]) -> None:
 
 
 def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
-    """One line of the table. cost: images x layers x targets x queries."""
+    """Return one line of the table. cost: images x layers x targets x queries."""
     told = jnp.asarray(count)
     assigned, seconds = timed(lambda: ours(cost, told))
     on_host = np.asarray(cost)
@@ -82,17 +83,17 @@ def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
 
 
 def _columns(rows: jax.Array, columns: jax.Array) -> np.ndarray:
-    """optax's pairs as the column of each row."""
+    """Return optax's pairs as the column of each row."""
     return np.take_along_axis(np.asarray(columns), np.argsort(np.asarray(rows), -1), -1)
 
 
 def scipy_all(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Total cost of every problem by SciPy, images x layers."""
+    """Return the total cost of every problem by SciPy, images x layers."""
     return np.array([[c[:k][linear_sum_assignment(c[:k])].sum() for c in image] for image, k in zip(cost, count)])
 
 
 def totals(cost: np.ndarray, count: np.ndarray, assigned: np.ndarray) -> np.ndarray:
-    """Total cost of every problem by an assignment, images x layers; fails where a query is taken twice."""
+    """Return the total cost of every assignment, images x layers. Fails if a query is assigned twice."""
     total = np.zeros(cost.shape[:2])
     for i, k in enumerate(count):
         for layer, columns in enumerate(assigned[i, :, :k]):
@@ -102,12 +103,12 @@ def totals(cost: np.ndarray, count: np.ndarray, assigned: np.ndarray) -> np.ndar
 
 
 def check(who: str, found: np.ndarray, oracle: np.ndarray) -> None:
-    """Total costs agree within float32."""
+    """Check that total costs agree within the precision of float32."""
     np.testing.assert_allclose(found, oracle, rtol=2e-6, atol=2e-4, err_msg=f"{who}: total cost")
 
 
 def timed(run: Callable, repeat: int | None = None) -> tuple:
-    """What `run` gives, and the median of its seconds after one run that compiles."""
+    """Return the result of `run`, and the median of its seconds after one run that compiles."""
     result, seconds = jax.block_until_ready(run()), []
     for _ in range(repeat or _REPEAT.value):
         started = time.perf_counter()
@@ -117,7 +118,7 @@ def timed(run: Callable, repeat: int | None = None) -> tuple:
 
 
 def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
-    """Costs of a kind of queries (see the module's docstring), images x layers x targets x queries."""
+    """Return the costs of one kind (see the module's docstring), images x layers x targets x queries."""
     if name in ("noise", "alike"):
         target, query, both = jax.random.split(key, 3)
         draw = lambda k, n, q: jax.random.normal(k, (len(count), _LAYERS.value, n, q))
@@ -130,7 +131,7 @@ def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
 
 
 def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
-    """The costs of one image, layers x targets x queries, with the criterion's weights and terms."""
+    """Return the costs of one image, layers x targets x queries, with the criterion's weights and terms."""
     keys = jax.random.split(key, 4)
     n, points = _TARGETS.value, jax.random.uniform(keys[0], (POINTS, 2))
     boxes = random_boxes(keys[1], n)
@@ -141,7 +142,7 @@ def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
         own_key, which_key, off_key, class_key, mask_key = jax.random.split(key, 5)
         guess = random_boxes(own_key, _QUERIES.value)
         logits = -4.0 + jax.random.normal(class_key, (_QUERIES.value, PROMPTS))
-        if found:  # two queries of three sit on a target, off by up to a tenth, and rather know its name
+        if found:  # two of three queries are near a target, off by up to a tenth, with a high score for its prompt
             which = jax.random.randint(which_key, (_QUERIES.value,), 0, jnp.maximum(count, 1))
             knows = jax.random.uniform(off_key, (_QUERIES.value,)) < 0.67
             near = boxes[which] * jax.random.uniform(off_key, (_QUERIES.value, 4), minval=0.9, maxval=1.1)
@@ -163,13 +164,13 @@ def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
 
 
 def random_boxes(key: jax.Array, n: int) -> jax.Array:
-    """n boxes, cx, cy, w, h in 0..1, small ones more often."""
+    """Return n boxes, cx, cy, w, h in 0..1. Small ones are more frequent."""
     center, side = jax.random.uniform(key, (2, n, 2))
     return jnp.concatenate([center, 0.02 + 0.6 * side**2], -1)
 
 
 def inside(boxes: jax.Array, points: jax.Array) -> jax.Array:
-    """1 where a point is in a box: boxes x points."""
+    """Return 1 where a point is in a box, else 0: boxes x points."""
     box = costs.corners(boxes)[:, None]
     return jnp.all((points >= box[..., :2]) & (points < box[..., 2:]), -1).astype(jnp.float32)
 

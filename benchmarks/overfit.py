@@ -1,11 +1,9 @@
-"""Overfit four real COCO panoptic images and their expressions: the proof that targets, matching, losses and rules
-agree.
+"""Overfit four COCO images, to check that targets, matching, losses and post-processing agree.
 
     python benchmarks/overfit.py --source=FOLDER --workdir=runs/overfit
 
-FOLDER is laid out as `mqformer prepare small` wants it. Panoptic segments and expressions are two data sets of
-the same four images, as they are in COCO and RefCOCO; all 133 classes are asked. Every figure is on the training
-images.
+FOLDER has the layout of `mqformer prepare small`. Panoptic segments and expressions are two data sets of the same four
+images, as in COCO and RefCOCO. All 133 classes are prompts. All metrics are on the training images.
 """
 
 from __future__ import annotations
@@ -27,9 +25,7 @@ _STEPS = flags.DEFINE_integer("steps", 800, "Training steps.")
 
 
 def prepare(source: str, root: str) -> None:
-    """Write as two data sets the images that have panoptic labels and expressions, filled up to four by the first
-    others.
-    """
+    """Write two data sets of the same four panoptic images, preferably of those with expressions and masks."""
     images = os.path.join(source, "coco", "images")
     panoptic = coco.panoptic(
         os.path.join(source, "coco", "panoptic", "train.json"),

@@ -1,19 +1,19 @@
-"""Warm latency, memory and start of a prediction, beside Hugging Face's Mask2Former (PyTorch) on the same machine.
+"""Compare latency, memory and startup of a prediction with Hugging Face's Mask2Former (PyTorch) on this machine.
 
     pip install -e '.[parity]'
     python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe] \\
         [--checkpoint=runs/demo]
 
-From a uint8 image of 480 x 640 to its panoptic segments at that size: preparing the pixels, the network, the rules. All
-models have random weights (but that of --checkpoint) and 133 classes; the object mask threshold is set so that the same
-number of queries compete for pixels. Each row runs in a process of its own, whose largest resident memory is its
-memory; so torch's and XLA's do not disturb each other.
+A prediction turns a uint8 image of 480 x 640 into panoptic segments of that size: preprocessing, network and
+post-processing. All models have random weights (except --checkpoint) and 133 classes. The object mask threshold is set
+so that the same number of queries compete for pixels. Each row runs in a separate process, so that torch and XLA do not
+affect each other; "memory" is its largest resident memory.
 
 - "Mask2Former": R50, 6 encoder and 9 decoder layers, 100 queries, three levels; `post_process_panoptic_segmentation`.
-- "ours, like for like": configs/coco_ref.py in those numbers, 25 learnable and 75 conditional queries; prompts are
-  remembered, as in use.
-- "ours, the recipe": configs/coco_ref.py as it is: 100 + 300 queries, four levels.
-- "the checkpoint": whatever --checkpoint is, at its own canvas.
+- "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries. Prompt
+  embeddings are cached, as in normal use.
+- "ours, the recipe": configs/coco_ref.py unchanged: 100 + 300 queries, four levels.
+- "the checkpoint": the model of --checkpoint at its own canvas.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from absl import app, flags
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 _SIZE = flags.DEFINE_integer("size", 512, "Side of what the network sees.")
-_RUNS = flags.DEFINE_integer("runs", 5, "Warm runs of which the median counts.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Number of warm runs; the median counts.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images at once.")
 _ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A trained model as one more row.")
@@ -67,7 +67,7 @@ def main(_: list[str]) -> None:
 
 
 def measured(row: str) -> dict[str, object]:
-    """Seconds of the first and of the warm predictions, GB of this process at its largest."""
+    """Return the seconds of the first and of the warm predictions, and the peak memory of this process in GB."""
     started = time.perf_counter()
     predict = theirs() if row == "theirs" else ours(row)
     images = list(np.random.default_rng(0).integers(0, 256, (_BATCH.value, 480, 640, 3), np.uint8))
@@ -142,7 +142,7 @@ def ours(row: str) -> Callable[[list[np.ndarray]], object]:
     def predict(images: list[np.ndarray]) -> object:
         return predictor(images, prompts, "panoptic", regions, score=threshold)
 
-    # the score that as many queries pass as theirs
+    # the score that as many queries exceed as in Mask2Former
     embedded = predictor.embed(prompts, regions)
     answer = predictor.predict_raw([np.zeros((480, 640, 3), np.uint8)], [embedded])[0]
     threshold = float(np.sort(answer.class_probs.max(1))[-min(KEPT, len(answer.class_probs))])

@@ -1,11 +1,11 @@
-"""Measure the time that teachers take per image, at full size with random weights.
+"""Measure the time per image of the models (teachers) of `mqformer synthesize`, at full size with random weights.
 
     pip install -e '.[teachers]'
     python benchmarks/synthesize.py --images=4
 
 Images have 640 x 480 pixels and 12 boxes, each with two jittered copies, as in `mqformer synthesize`. Speed does not
-depend on the weights. torch counts the FLOPs. "Quality control" is the work of the host beside the teacher. Days are
-for 1.7 M images (Objects365): measured on this machine, and estimated for a GPU as the larger of the teacher's FLOPs at
+depend on the weights. torch counts the FLOPs. "Quality control" is the other work, on the host. Days are for
+1.7 M images (Objects365): measured on this machine, and estimated for a GPU as the larger of the teacher's FLOPs at
 40 % of an A100's 312 TFLOP/s (bfloat16) and the quality control on 8 cores.
 """
 
@@ -105,7 +105,7 @@ TEACHERS: dict[str, Callable] = {
 
 
 class Timed:
-    """A teacher that counts the seconds spent in it."""
+    """Wrap a teacher and count the seconds spent in it."""
 
     def __init__(self, teacher: object):
         self.teacher, self.name, self.seconds = teacher, teacher.name, 0.0

@@ -2,11 +2,10 @@
 
     python benchmarks/synthetic.py --work=runs/synthetic
 
-A teacher is trained on a few scenes with masks. Of 4,000 other scenes only the boxes are kept, and the teacher predicts
-their masks, which are compared with the true ones. Then the same model is trained on these scenes with the same seed
-and steps: with boxes alone, boxes and the projection loss, synthetic masks, and true masks; and on scenes without
-expressions, with those of the rule captioner, and with the true ones. All are evaluated on the same held-out scenes.
-Run it again to resume.
+First, a model (the teacher) is trained on a few scenes with masks. It predicts masks from the boxes of 4,000 other
+scenes, which are compared with the true masks. Then the same model is trained on these scenes with the same seed and
+steps: with only boxes, boxes and the projection loss, synthetic masks, and true masks; and with no expressions, those
+of the rule captioner, and the true ones. All are evaluated on the same held-out scenes. Run it again to resume.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
-"""The peer of benchmarks/input.py: COCO panoptic and referring expressions through a torch DataLoader, as users write
-it.
+"""A typical torch DataLoader for COCO panoptic and referring expressions, for comparison in benchmarks/input.py.
 
-The panoptic half does what Mask2Former's mapper for COCO panoptic does with detectron2's transforms, step for step:
-Pillow decodes, flips are views, the whole image and the whole PNG of ids are resized and then cut or padded to the
-canvas, each segment is a comparison with the ids, boxes come from the masks. The referring half decodes polygons and
-run-length codes with pycocotools and fits the whole image. Both say their prompts in words and tokens. Examples of a
-batch stay a list, as detectron2 collates them, so nothing is padded but the canvas. Left out: detectron2's deep copies
-of annotations and its second copy of each mask.
+The panoptic part repeats the steps of Mask2Former's mapper for COCO panoptic with detectron2's transforms: Pillow
+decodes, flips are views, the full image and the full PNG of ids are resized and then cropped or padded to the canvas,
+each segment is a comparison with the ids, and boxes come from the masks. The referring part decodes polygons and
+run-length codes with pycocotools and scales the full image to the canvas. Both tokenize their prompts. The examples of
+a batch stay a list, as in detectron2, so only the canvas is padded. detectron2's deep copies of annotations and its
+second copy of each mask are left out.
 
-`tuned` is what somebody who counts milliseconds makes of it: OpenCV instead of Pillow, cut before resized, ids as
-bytes.
+`tuned` is an optimized version: OpenCV instead of Pillow, cropping before resizing, ids as bytes.
 """
 
 from __future__ import annotations
@@ -38,8 +36,8 @@ Example = dict[str, torch.Tensor]
 def loader(
     datasets: Sequence[Any], order: Iterable[tuple[int, int]], batch_size: int, workers: int
 ) -> Iterable[list[Example]]:
-    """Batches of a mixture. order: (which data set, which image) of each example."""
-    cv2.setNumThreads(0)  # as everybody does who has worker processes
+    """Iterate over batches of a mixture. order: (data set, image) of each example."""
+    cv2.setNumThreads(0)  # as usual with worker processes
     return torch.utils.data.DataLoader(Mixed(datasets), batch_size, sampler=order, collate_fn=list, num_workers=workers)
 
 
@@ -52,7 +50,7 @@ class Mixed(torch.utils.data.Dataset):
 
 
 class Images:
-    """What both data sets share. names: the files of the images, in the order of the indices. data: of a recipe."""
+    """Shared code of both data sets. names: the files of the images, by index. data: `config.data` of a recipe."""
 
     def __init__(self, folder: str, names: Sequence[str], data: Mapping[str, Any], tokenizer: Tokenizer, tuned: bool):
         self._paths = [os.path.join(folder, "images", name) for name in names]
@@ -67,7 +65,7 @@ class Images:
 
 
 class Panoptic(Images):
-    """COCO panoptic under large-scale jitter."""
+    """COCO panoptic with large-scale jitter."""
 
     def __init__(self, folder: str, names: Sequence[str], *rest: Any):
         super().__init__(folder, names, *rest)
@@ -115,7 +113,7 @@ class Panoptic(Images):
 
 
 class Referring(Images):
-    """Expressions, of the whole image: a box each, and a mask where there is one."""
+    """Expressions on full images. Each has a box, and a mask if available."""
 
     def __init__(self, folder: str, names: Sequence[str], *rest: Any):
         super().__init__(folder, names, *rest)
@@ -156,7 +154,7 @@ def mirrored(text: str) -> str:
 
 
 def pil_read(path: str) -> np.ndarray:
-    """An image file as uint8 [h, w, 3]."""
+    """Read an image file as uint8 [h, w, 3]."""
     with open(path, "rb") as f:
         return np.asarray(ImageOps.exif_transpose(Image.open(f)).convert("RGB"))
 
@@ -166,7 +164,7 @@ def cv2_read(path: str) -> np.ndarray:
 
 
 def pil_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
-    """uint8 [h, w] or [h, w, 3]."""
+    """Resize uint8 [h, w] or [h, w, 3]."""
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], how))
 
@@ -177,7 +175,7 @@ def cv2_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
 
 
 def torch_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """The tight boxes x0, y0, x1, y1 of bool [n, h, w]; zeros where a mask is empty."""
+    """Return the tight boxes x0, y0, x1, y1 of masks bool [n, h, w]; zeros for empty masks."""
     boxes = torch.zeros(len(masks), 4)
     for box, columns, rows in zip(boxes, masks.any(1), masks.any(2)):
         x, y = columns.nonzero(), rows.nonzero()
@@ -195,7 +193,7 @@ def cv2_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons, counts or compressed counts as uint8 [height, width]."""
+    """Decode polygons, counts or compressed counts as uint8 [height, width]."""
     if isinstance(segmentation, list):
         return rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(segmentation, height, width)))
     if isinstance(segmentation["counts"], list):
@@ -207,7 +205,7 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
 
 
 def _ids(rgb: np.ndarray) -> np.ndarray:
-    """The segment id of each pixel of a panoptic PNG."""
+    """Return the segment id of each pixel of a panoptic PNG."""
     rgb = rgb.astype(np.int32)
     return rgb[..., 0] + 256 * rgb[..., 1] + 65536 * rgb[..., 2]
 
@@ -226,7 +224,7 @@ def _fitted(image: np.ndarray, canvas: Size, scale: float) -> Size:
 
 
 def _window(image: np.ndarray, canvas: Size, scale: float) -> tuple[tuple[int, int, int, int], Size]:
-    """What of an image will be seen (top, left, height, width), and its size on the canvas."""
+    """Return a random window of an image (top, left, height, width), and its size on the canvas."""
     full = _fitted(image, canvas, scale)
     size = tuple(min(side, room) for side, room in zip(full, canvas))
     sides = [max(1, round(side * seen / whole)) for side, seen, whole in zip(image.shape, size, full)]
@@ -235,7 +233,7 @@ def _window(image: np.ndarray, canvas: Size, scale: float) -> tuple[tuple[int, i
 
 
 def _padded(pixels: np.ndarray, canvas: Size, value: int) -> np.ndarray:
-    """The canvas with the pixels at its top left."""
+    """Return the canvas with the pixels at its top left."""
     short = [(0, room - side) for room, side in zip(canvas, pixels.shape)]
     return (
         np.pad(pixels, short + [(0, 0)] * (pixels.ndim - 2), constant_values=value) if any(map(any, short)) else pixels

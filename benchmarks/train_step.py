@@ -1,23 +1,21 @@
-"""Images a second of the whole train step, against Hugging Face's Mask2Former (PyTorch) on the same machine, and where
-the time goes.
+"""Compare the speed of the train step with Hugging Face's Mask2Former (PyTorch) on this machine, or profile it.
 
     pip install -e '.[parity]'
     python benchmarks/train_step.py [--size=512] [--batch=1] [--steps=5] [--device=cpu|gpu] [--profile]
 
-Both models start from random weights and take a forward pass, the loss with its matching, a backward pass, gradient
-clipping and AdamW, on images of one size with as many targets. Rows of the table:
+Both models start from random weights. A step is a forward pass, the loss with its matching, a backward pass, gradient
+clipping and AdamW, on images of the same size with the same number of targets. Rows of the table:
 
 - "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points,
-133 classes.
-- "ours, like for like": configs/coco_ref.py in those numbers; 25 learnable and 75 conditional queries; the text encoder
-  frozen, so prompts come as vectors; no denoising; nothing computed twice to save memory. Its loss has one stage more,
-  that of the proposals.
-- "ours, the recipe": configs/coco_ref.py as it is, but for --size, --batch and --dtype: 100 + 300 queries, four levels,
-  160 prompts, room for 100 targets, the text encoder trained, 100 denoising queries.
+  133 classes.
+- "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries, a frozen text
+  encoder (prompts are vectors), no denoising and no recomputation. Its loss has one stage more, that of the proposals.
+- "ours, the recipe": configs/coco_ref.py with --size, --batch and --dtype: 100 + 300 queries, four levels, 160 prompts,
+  up to 100 targets, a trained text encoder, 100 denoising queries.
 
-Rows take their steps in turn; seconds are the median of --steps after a first one, which compiles. CPU s is the
-processor time of all threads, which other work on the machine changes less. --profile sums, for the like-for-like row,
-the time of each operation in a trace under the part of the model and the file that it comes from.
+Rows alternate their steps. Seconds are the median of --steps after a first one, which compiles. CPU s is the processor
+time of all threads, which depends less on other work on the machine. --profile traces the like-for-like row and sums
+the time of its operations by the part of the model and the file that they come from.
 """
 
 from __future__ import annotations
@@ -47,7 +45,7 @@ from mqformer_jax.training.step import TrainStep  # noqa: E402
 
 _SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
-_STEPS = flags.DEFINE_integer("steps", 5, "Steps of which the median counts.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Number of steps; the median counts.")
 _TARGETS = flags.DEFINE_integer("targets", 20, "Targets an image.")
 _DTYPE = flags.DEFINE_enum(
     "dtype", "float32", ["float32", "bfloat16"], "What both compute in; bfloat16 is torch's autocast."
@@ -95,8 +93,9 @@ def main(_: list[str]) -> None:
 
 
 def timed(step: Callable[[], float]) -> tuple[float, float, float]:
-    """Seconds of a step, CPU seconds of this process in it, its loss. A loss is a number here, so nothing is still
-    under way.
+    """Return the seconds of a step, the CPU seconds of this process in it, and its loss.
+
+    The loss is a number, so the step has finished.
     """
     started, cpu = time.perf_counter(), time.process_time()
     loss = step()
@@ -124,7 +123,7 @@ def like_for_like() -> ConfigDict:
 
 
 class Ours:
-    """One step of a config on made-up images; calling it again goes on from the new weights."""
+    """One step of a config on random images. Each call continues from the new weights."""
 
     def __init__(self, config: ConfigDict):
         self.step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
@@ -137,7 +136,7 @@ class Ours:
 
 
 def made_up(shapes: Batch) -> Batch:
-    """A batch of noise in which every target is a box and its mask fills it."""
+    """Return a batch of noise in which every target is a box with a mask that fills it."""
     rng = np.random.default_rng(0)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     b, (h, w), n = batch.image.shape[0], batch.image.shape[1:3], _TARGETS.value
@@ -162,9 +161,7 @@ def made_up(shapes: Batch) -> Batch:
 
 
 def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
-    """Top, left, height, width in whole bytes of a packed row, each up to half a side: twice as many as targets fit in
-    any canvas.
-    """
+    """Return top, left, height and width of random rectangles, up to half a side, in full bytes of packed rows."""
     height, width = rng.integers(1, h // 2, shape), 8 * rng.integers(1, w // 16, shape)
     return rng.integers(0, h - height), 8 * (rng.integers(0, w - width) // 8), height, width
 
@@ -173,13 +170,13 @@ def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int)
 
 
 def theirs() -> Callable[[], float]:
-    """One step of Mask2Former on made-up images; calling it again goes on from the new weights."""
+    """Return a function that runs a step of Mask2Former on random images. Each call continues from the new weights."""
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
-    torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX does
+    torch.set_float32_matmul_precision("high")  # TF32 if available, as in JAX
     device, size = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value], _SIZE.value
     backbone = ResNetConfig(depths=[3, 4, 6, 3], out_features=["stage1", "stage2", "stage3", "stage4"])
     config = Mask2FormerConfig(
@@ -217,7 +214,7 @@ def theirs() -> Callable[[], float]:
 
 
 def profile(ours: Ours) -> None:
-    """Prints the seconds of one step's operations by the part of the model and the file they come from."""
+    """Print the seconds of one step's operations by the part of the model and the file that they come from."""
     where = sources(ours.step.compiled.lower(*ours.step.arguments).compile().as_text())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -233,7 +230,7 @@ def profile(ours: Ours) -> None:
 
 
 def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-    """The operations of a trace and their seconds, without those that only hold others."""
+    """Yield the operations of a trace and their seconds, without those that only contain others."""
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
@@ -244,11 +241,9 @@ def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
 
 
 def sources(hlo: str) -> dict[str, str]:
-    """From the name of each operation of a compiled step to "part of the model: file", by the tables of stack frames in
-    its text.
+    """Map the name of each operation of a compiled step to "part of the model: file", using its stack frames.
 
-    The part is the outermost file of the package that is neither the step's nor the model's, the file the innermost
-    one.
+    The part is the outermost file of the package except those of the step and the model, the file is the innermost one.
     """
     table = lambda name: re.search(rf"^{name}\n((?:\d+ .*\n)+)", hlo, re.M)[1].splitlines()
     files = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip('"') for line in table("FileNames")}

@@ -35,6 +35,25 @@ from ml_collections import ConfigDict
 from mqformer_jax.config import base
 from mqformer_jax.input.prompts import PHOTO_TEMPLATES
 
+# every annotation kind at once: any folder prepared with `mqformer prepare small`
+SMALL_MIXTURE = (
+    dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
+    dict(name="coco_2017", split="train", tasks=("instance",)),
+    dict(name="lvis_v0.5", split="train", tasks=("instance",)),
+    dict(name="refcoco", split="train", tasks=("referring",)),
+    dict(name="camvid", split="train", tasks=("semantic",)),
+    dict(name="ade20k_sem_seg", split="train", tasks=("semantic",)),
+    dict(name="balloon", split="train", tasks=("instance",)),
+    dict(name="foreground", split="train", tasks=("foreground",)),
+    dict(name="mattes", split="train", tasks=("foreground",)),
+    dict(name="raccoon", split="train", tasks=("detection",)),
+    dict(name="kangaroo", split="train", tasks=("detection",)),
+)
+SMALL_EVAL = (
+    dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
+    dict(name="refcoco", split="val", tasks=("referring",)),
+)
+
 
 def get_config(variant: str = "full") -> ConfigDict:
     """Return the recipe of a variant: full, sample or small."""
@@ -132,24 +151,9 @@ def small() -> ConfigDict:
     config.model.update(strides=(8, 16, 32), num_learnable=40, num_conditional=60)
     config.model.backbone.widths = (32, 48, 64, 96, 128)
     config.data.update(canvas=(192, 192), scale_range=(0.5, 1.5), max_targets=40, max_prompts=60)
-    config.data.mixture = (
-        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
-        dict(name="coco_2017", split="train", tasks=("instance",)),
-        dict(name="lvis_v0.5", split="train", tasks=("instance",)),
-        dict(name="refcoco", split="train", tasks=("referring",)),
-        dict(name="camvid", split="train", tasks=("semantic",)),
-        dict(name="ade20k_sem_seg", split="train", tasks=("semantic",)),
-        dict(name="balloon", split="train", tasks=("instance",)),
-        dict(name="foreground", split="train", tasks=("foreground",)),
-        dict(name="mattes", split="train", tasks=("foreground",)),
-        dict(name="raccoon", split="train", tasks=("detection",)),
-        dict(name="kangaroo", split="train", tasks=("detection",)),
-    )
+    config.data.mixture = SMALL_MIXTURE
     config.matting.update(canvas=384, crop=256)
     config.matting.mixture = (dict(name="mattes", split="train"),)
     config.matting.sets = (dict(name="mattes", split="val"),)
-    config.eval.sets = (
-        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
-        dict(name="refcoco", split="val", tasks=("referring",)),
-    )
+    config.eval.sets = SMALL_EVAL
     return config

@@ -24,6 +24,7 @@ downloads both (two packages of 17 and 84 MB).
 """
 
 from ml_collections import ConfigDict
+from mqformer_jax.configs import coco_ref
 
 from mqformer_jax.config import base
 
@@ -93,24 +94,9 @@ def small() -> ConfigDict:
     config.log_every = 20
     config.checkpoint_every = 200
     config.data.update(canvas=(192, 192), scale_range=(0.5, 1.5))
-    config.data.mixture = (
-        dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
-        dict(name="coco_2017", split="train", tasks=("instance",)),
-        dict(name="lvis_v0.5", split="train", tasks=("instance",)),
-        dict(name="refcoco", split="train", tasks=("referring",)),
-        dict(name="camvid", split="train", tasks=("semantic",)),
-        dict(name="ade20k_sem_seg", split="train", tasks=("semantic",)),
-        dict(name="balloon", split="train", tasks=("instance",)),
-        dict(name="foreground", split="train", tasks=("foreground",)),
-        dict(name="mattes", split="train", tasks=("foreground",)),
-        dict(name="raccoon", split="train", tasks=("detection",)),
-        dict(name="kangaroo", split="train", tasks=("detection",)),
-    )
+    config.data.mixture = coco_ref.SMALL_MIXTURE
     config.matting.update(canvas=384, crop=256, steps=300, batch_size=4, learning_rate=2e-3, encoder=0.0)
     config.matting.mixture = (dict(name="mattes", split="train"),)
     config.matting.sets = (dict(name="mattes", split="val"),)
-    config.eval.sets = (
-        dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
-        dict(name="refcoco", split="val", tasks=("referring",)),
-    )
+    config.eval.sets = coco_ref.SMALL_EVAL
     return config

@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from mqformer_jax.interrupts import removed_on_exit
 def atomic_write(path: str | os.PathLike) -> Generator[str]:
     """Yield the path of a temporary file, which replaces `path` when the context ends.
 
-    Readers see the old file or the whole new one, also after a crash. If an exception or an interruption ends the
-    context, the temporary file is removed and `path` stays as it was.
+    Readers see either the old file or the complete new one, even after a crash. If an exception or an interruption
+    ends the context, the temporary file is removed and `path` is unchanged.
 
     >>> with atomic_write("results.json") as temporary:
     ...     pathlib.Path(temporary).write_text("{}")
@@ -32,23 +32,23 @@ def atomic_write(path: str | os.PathLike) -> Generator[str]:
 
 
 def replace_file(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
-    """Rename a finished temporary file of the same folder to `path`, once its contents are on the disk."""
+    """Sync a finished temporary file to disk, then rename it to `path` in the same folder."""
     with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
         file.write(data)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a UTF-8 file whole or not at all."""
+    """Write a UTF-8 file atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike, values: Mapping[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(values, indent=1))

@@ -1,10 +1,10 @@
-"""Segments: the answer for one image, which evaluators, predictor and pictures all read, and the rules that make it.
+"""`Segments`, the predicted segments of one image, and the functions that compute them from raw predictions.
 
-The rules are Mask DINO's inference. They read, for Q queries and the P prompts that were asked (padding removed):
+The functions follow Mask DINO's inference. Their inputs for Q queries and P prompts (without padding) are:
 
-    class_probs   [Q, P]      0 to 1, the sigmoid already taken
+    class_probs   [Q, P]      0 to 1, after the sigmoid
     boxes         [Q, 4]      x0, y0, x1, y1 in pixels of the image
-    mask_logits   [Q, h, w]   at the image's resolution, or `LazyMasks`, which restore only the queries in use
+    mask_logits   [Q, h, w]   at the image's resolution, or `LazyMasks`, which resize only the masks in use
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 class Segments:
     """n segments of one image of h x w pixels.
 
-    texts: all the prompts that were asked. prompt_ids: index into `texts`, one a segment. scores: 0 to 1.
-    boxes: x0, y0, x1, y1 in pixels. query_ids: which query answered (learnable ones come first).
-    panoptic: segment index + 1 at each pixel, 0 where nothing was found; None where segments may overlap.
-    alphas: how much of each pixel a segment covers, 0 to 1, where it was asked for ("matting"), else None.
+    texts: all prompts. prompt_ids: index into `texts` for each segment. scores: 0 to 1.
+    boxes: x0, y0, x1, y1 in pixels. query_ids: the query of each segment (learnable queries come first).
+    panoptic: segment index + 1 at each pixel, 0 for none; None if segments may overlap.
+    alphas: the fraction of each pixel that a segment covers, 0 to 1, for the task "matting", otherwise None.
     """
 
     texts: list[str]
@@ -45,7 +45,7 @@ class Segments:
         return len(self.scores)
 
     def above(self, score: float) -> Segments:
-        """The segments that score more than `score`, as overlapping segments (no `panoptic` map)."""
+        """Return the segments with a score above `score`, without the `panoptic` map."""
         k = self.scores > score
         alphas = None if self.alphas is None else self.alphas[k]
         return Segments(
@@ -60,21 +60,21 @@ class Segments:
 
 
 class LazyMasks(abc.ABC):
-    """Mask logits [q, h, w] of an image that are computed when they are indexed with query ids."""
+    """Mask logits [q, h, w] of an image, computed when indexed with query ids."""
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """q, h, w."""
+        """Return (q, h, w)."""
 
     @abc.abstractmethod
     def __getitem__(self, index: Any, /) -> np.ndarray:
-        """The masks of some queries."""
+        """Return the masks of some queries."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CanvasMasks(LazyMasks):
-    """Mask logits as the network gives them. Indexing with query ids restores those, and only those, to the image.
+    """Mask logits as the network predicts them. Indexing with query ids resizes only these masks to the image.
 
     logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`.
     """
@@ -92,7 +92,7 @@ class CanvasMasks(LazyMasks):
         return restore(self.logits[queries], self.canvas, self.valid, self.output)
 
     def band(self, queries: Int[np.ndarray, " k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
-        """Some rows of those masks, all of them in the way `[]` has it."""
+        """Return a range of rows of the resized masks. The full range gives the same as `[]`."""
         if rows == slice(0, self.output[0]):
             return self[queries]
         source = np.clip(
@@ -111,16 +111,17 @@ class CanvasMasks(LazyMasks):
 
 
 Masks = Float[np.ndarray, "q h w"] | LazyMasks
-BAND = 1 << 27  # numbers that are held at once where every pixel has one for each prompt
+BAND = 1 << 27  # largest number of scores (pixels x prompts) that `semantic_map` holds at once
 
 
 def restore(
     mask_logits: Float[np.ndarray, "q hc wc"], canvas: tuple[int, int], valid: tuple[int, int], output: tuple[int, int]
 ) -> Float[np.ndarray, "q h0 w0"]:
-    """Masks of the padded canvas brought back to the image: up to the canvas, cropped to the image in it, resized.
+    """Resize masks to the canvas, crop them to the image on the canvas, and resize them to the user's image.
 
-    canvas, valid, output: (height, width) in pixels of the padded input, of the image on it, of the image the user
-    gave. Bilinear with pixel centers at halves and no antialiasing, as torch's `interpolate(align_corners=False)`.
+    canvas, valid, output: (height, width) in pixels of the padded input, the image on it, and the user's image.
+    Interpolation is bilinear with pixel centers at halves and no antialiasing, as torch's
+    `interpolate(align_corners=False)`.
     """
     out = np.empty((len(mask_logits), *output), np.float32)
     for low, full in zip(np.asarray(mask_logits, np.float32), out):
@@ -139,13 +140,12 @@ def panoptic_segments(
     overlap_threshold: float = 0.8,
     temperature: float | None = None,
 ) -> Segments:
-    """Every pixel to at most one segment (Mask DINO, `panoptic_inference`).
+    """Assign every pixel to at most one segment (Mask DINO, `panoptic_inference`).
 
     Queries whose best prompt scores above `object_mask_threshold` compete for pixels with score x mask probability. A
     query that wins less than `overlap_threshold` of its own mask is dropped; `is_region` prompts merge their queries
     into one segment. `temperature` replaces the competing scores by softmax(class_probs / temperature) over the
-    prompts: Mask DINO's 0.06 for COCO's long list of classes, but None (plain scores) for lists of a few prompts, where
-    a softmax says nothing.
+    prompts. Mask DINO uses 0.06 for COCO's long list of classes; use None (plain scores) for a few prompts.
     """
     _, h, w = mask_logits.shape
     queries = np.flatnonzero(class_probs.max(1, initial=0) > object_mask_threshold)
@@ -164,7 +164,7 @@ def panoptic_segments(
     visible = np.bincount(winner.ravel(), minlength=len(queries))
 
     panoptic = np.zeros((h, w), np.int32)
-    found: list[int] = []  # index into `queries`, one a segment
+    found: list[int] = []  # index into `queries` of each segment
     region_segment: dict[int, int] = {}
     for k, label in enumerate(labels):
         mask = (winner == k) & own
@@ -185,9 +185,10 @@ def panoptic_segments(
 def _contest(
     mask_logits: Masks, queries: Int[np.ndarray, " k"], scores: Float[np.ndarray, " k"]
 ) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, " k"]]:
-    """Which of the queries has the largest score x mask probability at each pixel (the first of equals), whether the
-    pixel is in that query's own mask, and the area of each one's own mask. One mask after the other, since those of a
-    large photo fill a machine.
+    """Return the query with the largest score x mask probability at each pixel (the first of equals).
+
+    Also return whether the pixel is inside that query's mask, and the area of each query's mask. Masks are processed
+    one by one to limit the memory for large images.
     """
     shape = mask_logits.shape[1:]
     best, winner, own = np.full(shape, -1, np.float32), np.zeros(shape, np.int32), np.zeros(shape, bool)
@@ -219,14 +220,14 @@ def instance_segments(
     Source: Mask DINO, `instance_inference`.
 
     A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
-    DINO's `focus_on_box`) it is the class score. `wanted` limits the pairs to some prompts before the best are taken;
-    those that score no more than `score_threshold` are left out.
+    DINO's `focus_on_box`) it is the class score. `wanted` selects the prompts to use. Pairs that do not score above
+    `score_threshold` are left out.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
     count = min(max_detections, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
     flat = candidates.ravel()
     best = np.argpartition(-flat, count - 1)[:count] if count else np.zeros(0, int)
-    best = best[flat[best] > score_threshold]  # masks only lower a score, and are dear
+    best = best[flat[best] > score_threshold]  # masks can only lower a score and are expensive to compute
     queries, prompts = np.divmod(best, class_probs.shape[1])
     used, row = np.unique(queries, return_inverse=True)
     masks, scores, inside = (
@@ -258,18 +259,17 @@ def semantic_map(
     object_mask_threshold: float = 0.0,
     temperature: float | None = None,
 ) -> Int[np.ndarray, "h w"]:
-    """The best prompt of each pixel: argmax over prompts of the sum over queries of score x mask probability.
+    """Return the best prompt of each pixel: argmax over prompts of the sum over queries of score x mask probability.
 
-    `object_mask_threshold` leaves out queries whose best prompt scores less, for speed; `temperature` is that of
-    `panoptic_segments`.
-    Source: MaskFormer's semantic inference, as in Mask DINO, `semantic_inference`.
+    `object_mask_threshold` leaves out queries whose best prompt scores less, for speed. `temperature`: see
+    `panoptic_segments`. Source: MaskFormer's semantic inference, as in Mask DINO, `semantic_inference`.
     """
     _, h, w = mask_logits.shape
     queries = np.flatnonzero(class_probs.max(1) >= object_mask_threshold)
     weights = _sharpen(class_probs, temperature).astype(np.float32)[queries]
     labels = np.empty((h, w), np.int64)
     rows = max(1, BAND // (w * max(64, weights.shape[1])))
-    for top in range(0, h, rows):  # bounds the memory that scores of many prompts and masks of many queries take
+    for top in range(0, h, rows):  # limits the memory for the scores of many prompts and the masks of many queries
         band = slice(top, min(top + rows, h))
         total = np.zeros((weights.shape[1], (band.stop - top) * w), np.float32)
         for part in np.array_split(np.arange(len(queries)), max(1, len(queries) // 64)):
@@ -284,7 +284,7 @@ def semantic_map(
 
 
 def semantic_segments(texts: Sequence[str], class_probs: Float[np.ndarray, "q p"], mask_logits: Masks) -> Segments:
-    """`semantic_map` as Segments: one for each prompt that owns a pixel, scored by its best query."""
+    """Return `semantic_map` as Segments: one for each prompt with a pixel, with the score of its best query."""
     labels = semantic_map(class_probs, mask_logits)
     present = np.unique(labels)
     masks = labels == present[:, None, None]
@@ -299,32 +299,31 @@ def region_segments(
     mask_logits: Masks,
     no_target_threshold: float = 0.0,
 ) -> Segments:
-    """One segment a prompt, in the prompts' order: the mask and box of its best query (referring, foreground).
+    """Return one segment per prompt, in order: the mask and box of its best query (referring, foreground).
 
-    A prompt whose best score is below `no_target_threshold` has no target: its mask is empty and its box zero; it keeps
-    its score.
+    A prompt whose best score is below `no_target_threshold` has no target: its mask is empty, its box is zero, and it
+    keeps its score.
     """
     queries = class_probs.argmax(0)
     scores = class_probs.max(0)
-    there = scores >= no_target_threshold
+    has_target = scores >= no_target_threshold
     used, row = np.unique(queries, return_inverse=True)
     masks = np.zeros((len(texts), *mask_logits.shape[1:]), bool)
     for i, query in enumerate(used):
-        masks[(row == i) & there] = mask_logits[[query]][0] > 0
+        masks[(row == i) & has_target] = mask_logits[[query]][0] > 0
     prompts = np.arange(len(texts))
-    return Segments(list(texts), masks, np.where(there[:, None], boxes[queries], 0), scores, prompts, queries)
+    return Segments(list(texts), masks, np.where(has_target[:, None], boxes[queries], 0), scores, prompts, queries)
 
 
 def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt: int) -> Float[np.ndarray, "h w"]:
-    """Mask probability of the prompt's best query: the soft answer that foreground metrics score."""
+    """Return the mask probability of the prompt's best query, the soft mask that foreground metrics evaluate."""
     return _sigmoid(mask_logits[class_probs[:, prompt].argmax(keepdims=True)])[0]
 
 
 def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
-    """The labeled masks of a record as Segments whose prompts are the classes of `info`, crowds left out.
+    """Return the labeled masks of a record as Segments whose prompts are the classes of `info`, without crowds.
 
-    Classes that are not things own one segment, the union of theirs. Where masks overlap, a `panoptic` pixel is the
-    smaller one's.
+    The segments of a stuff class are merged to one. Where masks overlap, a `panoptic` pixel belongs to the smaller one.
     """
     masks: list[np.ndarray] = []
     labels: list[int] = []
@@ -348,12 +347,12 @@ def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
 
 
 def _segments(texts, masks, scores, prompt_ids, query_ids, panoptic) -> Segments:
-    """Segments whose boxes are those of their masks."""
+    """Return Segments with the boxes of their masks."""
     return Segments(list(texts), masks, _boxes_of(masks), scores.astype(np.float32), prompt_ids, query_ids, panoptic)
 
 
 def _boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
-    """Tight boxes x0, y0, x1, y1 (right and lower edge outside), zero for an empty mask."""
+    """Return tight boxes x0, y0, x1, y1 (right and lower edges exclusive), zero for an empty mask."""
     cols, rows = masks.any(1), masks.any(2)
     if not masks.size:
         return np.zeros((len(masks), 4), np.float32)
@@ -370,9 +369,9 @@ def _sharpen(class_probs: np.ndarray, temperature: float | None) -> np.ndarray:
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """float32, one temporary: the masks are by far the largest arrays here."""
+    """Return the sigmoid as float32 with a single temporary array, since masks are large."""
     out = np.negative(logits, dtype=np.float32)
-    with np.errstate(over="ignore"):  # exp(100) is inf, and 1 / inf the 0 we want
+    with np.errstate(over="ignore"):  # exp(100) is inf, and 1 / inf is the correct 0
         np.exp(out, out=out)
     out += 1
     return np.reciprocal(out, out=out)

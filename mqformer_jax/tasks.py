@@ -1,4 +1,4 @@
-"""What each task is. Recipes, inputs, the predictor, evaluation, the command line and the web app read this table.
+"""The definition of each task, read by recipes, input, predictor, evaluation, command line and web app.
 
 To add a task: add it here, turn its annotations into prompts and targets (input/tasks.py), and write an evaluator.
 """
@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 
-FOREGROUND = "foreground"  # the prompt of tasks that need none
+FOREGROUND = "foreground"  # the default prompt of tasks that do not need prompts
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task.
+    """The definition of one task.
 
-    help: what a user gets, in a sentence or two.
+    help: a description for users, in one or two sentences.
     segments: how scores and masks become segments: "panoptic" (no overlaps), "instance" (ranked, may overlap),
-        "semantic" (every pixel to one prompt), "region" (one region for each prompt), or "" if it is only trained.
-    evaluator: "module:class" of its metrics, or "" if it has none.
-    metrics: the metrics of the printed table, and what each of them means.
-    trained: whether a mixture may name it. by_class: whether its prompts are class names, which templates may wrap.
-    chooses_regions: whether the user says which prompts own one region ("*"); otherwise all of them do.
-    needs_prompts: False if "foreground" is the prompt when none is given.
-    soft: whether its answer is a soft mask or matte, which can be cut out.
-    score: the score threshold that suits people, if it is not the recipe's.
+        "semantic" (every pixel to one prompt), "region" (one region for each prompt), or "" if it has no inference.
+    evaluator: "module:class" of the evaluator, or "" if there is none.
+    metrics: {name: meaning} of the metrics in the printed table.
+    trained: whether a training mixture may name the task.
+    by_class: whether the prompts are class names, to which templates apply.
+    chooses_regions: whether the user marks the prompts that own one region ("*"). Otherwise, every prompt owns one.
+    needs_prompts: False if the prompt defaults to "foreground".
+    soft: whether the output is a soft mask or matte, which can be used as an alpha channel.
+    score: default score threshold of the command line, or None for the recipe's.
     """
 
     help: str
@@ -38,7 +39,7 @@ class Task:
     score: float | None = None
 
 
-_SHARE = "share of the segments that learnable queries took, %"
+_SHARE = "true positives that learnable queries predict, %"
 TASKS = {
     "panoptic": Task(
         help="Every pixel belongs to at most one segment. A star makes a prompt one region (sky*); other prompts are "
@@ -46,7 +47,7 @@ TASKS = {
         segments="panoptic",
         evaluator="mqformer_jax.evaluation.panoptic:PanopticEvaluator",
         metrics={
-            "pq": "panoptic quality, 0 to 100: how many segments are found, times how well they fit",
+            "pq": "panoptic quality, 0 to 100: recognition quality times segmentation quality",
             "pq_things": "the same for things (instances)",
             "pq_stuff": "the same for stuff (regions)",
             "learnable_share_things": _SHARE,
@@ -61,11 +62,11 @@ TASKS = {
         evaluator="mqformer_jax.evaluation.instance:InstanceEvaluator",
         metrics={
             "mask_ap": "average precision of masks, 0 to 100, mean over IoU thresholds 0.5 to 0.95 (COCO)",
-            "mask_ap50": "the same at IoU 0.5: an object counts as found if half of it fits",
+            "mask_ap50": "the same at an IoU threshold of 0.5",
             "mask_ar_100": "average recall with 100 masks an image",
             "mask_ar_300": "average recall with 300 masks an image",
             "box_ap": "average precision of boxes",
-            "box_ap50": "the same at IoU 0.5",
+            "box_ap50": "the same at an IoU threshold of 0.5",
             "box_ar_100": "average recall with 100 boxes an image",
             "box_ar_300": "average recall with 300 boxes an image",
         },
@@ -89,15 +90,15 @@ TASKS = {
         segments="region",
         evaluator="mqformer_jax.evaluation.referring:ReferringEvaluator",
         metrics={
-            "miou": "intersection over union, 0 to 100, mean over phrases (after / of one group of phrases)",
-            "ciou": "all intersections over all unions, which large objects dominate",
+            "miou": "intersection over union, 0 to 100, mean over phrases (with /GROUP: over one group of phrases)",
+            "ciou": "sum of all intersections over sum of all unions; large objects dominate it",
             "precision@0.5": "phrases whose region has an IoU above 0.5, %",
-            "no_target_accuracy": "phrases that name nothing and get no region, %",
+            "no_target_accuracy": "phrases without a target that get no region, %",
         },
         soft=True,
     ),
     "foreground": Task(
-        help="The object that stands out, as one region. It needs no prompts.",
+        help="The salient object, as one region. It needs no prompts.",
         segments="region",
         evaluator="mqformer_jax.evaluation.foreground:ForegroundEvaluator",
         metrics={
@@ -111,7 +112,7 @@ TASKS = {
         soft=True,
     ),
     "matting": Task(
-        help="One region for each prompt, with soft edges. Without prompts, the object that stands out.",
+        help="One region for each prompt, with soft edges. Without prompts, the salient object.",
         segments="region",
         evaluator="mqformer_jax.evaluation.alpha:AlphaEvaluator",
         metrics={

@@ -1,4 +1,4 @@
-"""The training loop, top to bottom."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
-    """Train `config` in `workdir`, from its newest checkpoint where there is one; returns the last evaluation.
+    """Train `config` in `workdir`, from its newest checkpoint if there is one, and return the last evaluation.
 
-    Every batch and every random number depends on the seed and the step alone, so a run that was stopped and goes on is
-    the run that was not (bit for bit on CPU). Returns None if it saved and stopped early (SIGTERM or Ctrl-C).
+    Every batch and every random number depends only on the seed and the step. Resuming therefore reproduces an
+    uninterrupted run (bit for bit on CPU). Returns None if it saved and stopped early (SIGTERM or Ctrl-C).
     """
     os.makedirs(workdir, exist_ok=True)
     cli.keep_compiled()
@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     fresh = not checkpoint.has_checkpoint(workdir)
     if fresh and is_first():
         bring_tokenizer(config, workdir)
-    barrier("the tokenizer is there")
+    barrier("tokenizer copied")
     tokenizer = make_tokenizer(config.model.text, workdir)
     loader = make_loader(config, tokenizer)
     mesh = make_mesh(config.mesh)
@@ -65,18 +65,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             batches = map(
                 TextCache(config.model, gather_to_host(state.params["text_encoder"], train_step.mesh)), batches
             )
-        stops, before = False, None
-        # On CPUs, two steps under way on several devices can wait for each other for ever.
+        stops, previous = False, None
+        # On CPUs, two concurrent steps on several devices can deadlock.
         one_at_a_time = jax.default_backend() == "cpu"
         with Progress(config.steps, step, is_first()) as progress:
             while step < config.steps and not stops:
-                alive = before["alive"] if before and config.not_finite == "stop" else None
+                alive = previous["alive"] if previous and config.not_finite == "stop" else None
                 batch = train_step.put(next(batches))
                 with progress.compiling(step):
                     state, measured = train_step(state, batch, alive)
-                if before:  # the step before this one, so that the device always has one to work on
-                    not_finite.check(step - 1, before, state)
-                before = measured
+                if previous:  # check the previous step, so that the device never waits for this check
+                    not_finite.check(step - 1, previous, state)
+                previous = measured
                 step += 1
                 if one_at_a_time:
                     not_finite.check(step - 1, measured, state)
@@ -84,9 +84,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 stops = preemption.should_stop(step)
                 evaluates = config.eval.every and step % config.eval.every == 0 and step < config.steps
                 saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or stops
-                if saves:  # nothing that is not finite is ever saved
+                if saves:  # a state that is not finite is never saved
                     not_finite.check(step - 1, measured, state)
-                if saves or step % config.log_every == 0:  # what is counted goes on from a checkpoint's line
+                if saves or step % config.log_every == 0:  # a resumed run continues its counters from a saved line
                     progress.bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
@@ -97,9 +97,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 progress.update(step, measured)
         if any(loader.bad.values()):
             bad = ", ".join(f"{name} {count}" for name, count in loader.bad.items() if count)
-            print(f"records that could not be used, left out: {bad}")
+            print(f"unusable records that were left out: {bad}")
 
-        # -- what came of it ------------------------------------------------------------------------------------------
+        # -- last evaluation ------------------------------------------------------------------------------------------
         results = None
         if step == config.steps:
             checkpoints.wait()
@@ -111,18 +111,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
 
 
 def describe(state: TrainState, config: ConfigDict) -> str:
-    """One line on what is about to run."""
+    """Return a line about the model, the devices and the steps to run."""
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
     step = int(state.step)
     if step >= config.steps:
-        return f"{count:,} parameters on {devices}; all {config.steps} steps are done: evaluating"
+        return f"{count:,} parameters on {devices}; all {config.steps} steps are done, evaluating"
     return f"{count:,} parameters on {devices}, steps {step} to {config.steps}"
 
 
 def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:
-    """Of several processes each answers for its share of the images, with the whole model on each of its devices."""
+    """Evaluate the model. Each process evaluates its share of the images, with a copy of the model on each device."""
     params, frozen = state.params, state.frozen
     if jax.process_count() > 1:
         mesh = state.step.sharding.mesh

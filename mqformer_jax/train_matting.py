@@ -38,21 +38,20 @@ from mqformer_jax.segments import soft_mask
 from mqformer_jax.training.optimizer import make_optimizer
 from mqformer_jax.training.warm_start import initialize
 
-# of a record: the model's soft mask of its foreground, uint8 [h, w], at most OWN_SIDE a side
+# record index → the model's soft mask of the foreground, uint8 [h, w], sides of at most OWN_SIDE
 OwnMasks = dict[int, np.ndarray]
 OWN_SIDE = 256
-SLACK = 0.02  # how far the outlines that are measured lie from the true ones, in the image's larger side
+SLACK = 0.02  # how far `measure` moves the outlines of rough masks, as a fraction of the image's larger side
 
 
 def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> dict[str, Any]:
-    """Train `config.matting` on this host's devices; the refiner lies in WORKDIR/refiner. Returns what was measured on
-    `matting.sets`.
+    """Train `config.matting` on this host's devices, save to WORKDIR/refiner, and return the metrics on `matting.sets`.
 
-    Batches depend on the seed and the step alone. checkpoint: a workdir whose model's own masks take part as guidance.
+    Batches depend only on the seed and the step. checkpoint: workdir of a model whose own masks also serve as guidance.
     """
     matting, target = config.matting, os.path.join(workdir, FOLDER)
     if has_checkpoint(target):
-        raise FileExistsError(f"{target}: a refiner is there already: move it away, or use another --workdir.")
+        raise FileExistsError(f"{target}: a refiner already exists there: move it, or use another --workdir.")
 
     # -- data, model, state -------------------------------------------------------------------------------------------
     sources = open_mattes(config.data.root, matting.mixture, "mixture")
@@ -75,7 +74,7 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
     ):
         for done, batch in enumerate(make_batches(config, sources, own), 1):
             state, terms = step(state, frozen, batch)
-            # read at once: on a CPU, two steps under way on several devices can wait for each other for ever
+            # wait for each step: on CPUs, two concurrent steps on several devices can deadlock
             pending.append(_finite(jax.device_get(terms), done))
             saves = done % config.checkpoint_every == 0 or done == matting.steps
             if saves or done % config.log_every == 0:
@@ -88,7 +87,7 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
                 _replace(target, Weights(config, state[0], frozen), {"step": done})
             bar.update()
 
-    # -- what came of it ----------------------------------------------------------------------------------------------
+    # -- evaluation ---------------------------------------------------------------------------------------------------
     refiner = Refiner.load(workdir)
     shown = config.eval.num_visualizations
     results = {f"{s.name}/{s.split}": measure(refiner, s, predictor, workdir, shown) for s in held_out}
@@ -97,9 +96,7 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
 
 
 class RefineStep:
-    """The compiled step of the refiner: a batch's images over as many of this host's devices as can share them, the
-    weights on each.
-    """
+    """The compiled train step of the refiner, data-parallel over gcd(local devices, batch size) devices."""
 
     def __init__(self, config: ConfigDict):
         self.config, matting = config, config.matting
@@ -122,9 +119,7 @@ class RefineStep:
         )
 
     def init(self) -> tuple[tuple[Any, Any], Any, list[str]]:
-        """The first state, the constants, and what the checkpoints of `config.matting.init_from` gave to the image
-        encoder, in lines.
-        """
+        """Return the initial state, the constants, and a report of what `config.matting.init_from` initialized."""
         everywhere, report = replicated(self.mesh), []
         params, frozen = jax.device_put((self.params, self.frozen), everywhere)
         if self.config.matting.init_from:
@@ -137,7 +132,7 @@ class RefineStep:
     def __call__(
         self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]
     ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
-        """state: parameters and those of the optimizer; donated. Returns the next ones, and the terms of the loss."""
+        """Return the next state and the loss terms. state: parameters and optimizer state; donated."""
         return self._step(state, frozen, batch)
 
     def _update(self, state: tuple[Any, Any], frozen: Any, batch: dict[str, jax.Array]):
@@ -155,7 +150,7 @@ class RefineStep:
 
 
 def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
-    """What the model itself takes for the foreground of each image that has a matte of it; nothing without a model."""
+    """Return the model's own mask of each foreground that has a matte, or {} without a model."""
     if predictor is None:
         return {}
     prompt, found = predictor.embed(["foreground"], [True]), {}
@@ -171,15 +166,18 @@ def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
 
 
 def _own_mask(predictor: Predictor, prompt: jax.Array, matte: Matte) -> np.ndarray:
-    answer = predictor.predict_raw([matte.image], [prompt])[0]
-    return soft_mask(answer.class_probs, answer.masks, 0)
+    raw = predictor.predict_raw([matte.image], [prompt])[0]
+    return soft_mask(raw.class_probs, raw.masks, 0)
 
 
 def measure(
     refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, num_visualizations: int
 ) -> dict[str, Any]:
-    """SAD and MSE before and after refinement, of rough masks (the matte at a half, its outline SLACK too far out or
-    in, in turn) and of the model's own foregrounds; and a grid of each in WORKDIR/pictures."""
+    """Return the metrics of masks before and after refinement, and write an image grid per kind to WORKDIR/pictures.
+
+    Kinds of masks: "rough" is the matte above 0.5, alternately grown and shrunk by SLACK. "own" is the model's
+    foreground.
+    """
 
     def rough(matte: Matte) -> np.ndarray:
         grow = round(SLACK * max(matte.alpha.shape))
@@ -206,9 +204,9 @@ def _finite(terms: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 
 
 def _replace(folder: str, weights: Weights, about: dict) -> None:
-    """Weights in a folder in place of those that were there, which stay until the new ones are whole."""
+    """Replace the weights in a folder. The old ones stay until the new ones are complete."""
     new, old = f"{folder}.new", f"{folder}.old"
-    if os.path.exists(old) and not os.path.exists(folder):  # a kill between the two renames below
+    if os.path.exists(old) and not os.path.exists(folder):  # a run was killed between the two renames below
         os.rename(old, folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -220,8 +218,9 @@ def _replace(folder: str, weights: Weights, about: dict) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """A line a data set and kind of mask: SAD (thousands of pixels), MSE (thousandths) and Grad (thousands), before ->
-    after.
+    """Return a line for each data set and kind of mask, with the errors before -> after refinement.
+
+    Units: SAD and Grad in thousands, MSE in thousandths.
     """
     line = "{:>24}  {:5} masks"
     line += "".join(
@@ -260,4 +259,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(argv: Sequence[str]) -> None:
     define_flags(flags.FLAGS)
-    cli.run(main, "train-matting", __doc__, "stopped; what it last saved is there.", argv)
+    cli.run(main, "train-matting", __doc__, "stopped; the last saved weights are kept.", argv)

@@ -61,7 +61,7 @@ def counted():
     duration = lambda name, _, **about: events.update(
         {
             "steps compiled": name == "/jax/core/compile/backend_compile_duration"
-            and about.get("fun_name") == "jit(step)"
+            and about.get("fun_name") == "jit(_train_step)"
         }
     )
     hits = lambda name, **_: events.update({"cache hits": name == "/jax/compilation_cache/cache_hits"})

@@ -57,7 +57,7 @@ def convert(
     for name, path in paths.items():
         kind, plan, tensors = plan_of(path, name)
         _configure(plan, classes, settings or {})
-        shapes = abstract(plan.config, plan.part)
+        shapes = abstract(plan.config.model, plan.part)
         found, report = apply(plan, tensors, shapes[0] | shapes[1])
         tell(f"{path}: {kind}", report)
         if not found:
@@ -117,8 +117,11 @@ def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> N
 def abstract(
     config: ConfigDict, part: str = ""
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """Return the shapes of a model's parameters and constants by path, for one part or all parts."""
-    _, *trees = abstract_model(config.model)
+    """Return the shapes of a model's parameters and constants by path, for one part or all parts.
+
+    config: `config.model`.
+    """
+    _, *trees = abstract_model(config)
     params, frozen = ({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in trees)
     return params, frozen
 

@@ -56,7 +56,7 @@ def restore(source: str, output: str) -> int:
     check_output(output)
     header, tensors = _header(source), read(source)
     config = config_from_json(header["config"])
-    shapes = abstract(config)
+    shapes = abstract(config.model)
     for path, value in tensors.items():
         place = (shapes[0] | shapes[1]).get(path)
         if place is None or place.shape != value.shape:

@@ -29,7 +29,7 @@ FOLDER = (
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
-# keys under which trainers store weights, the best first; those not in CERTAIN need to be without other weights
+# keys of the weights in training checkpoints, the best first; outside of CERTAIN, only if no other weights exist
 CERTAIN = ("model", "state_dict", "model_state_dict")
 WRAPPERS = (*CERTAIN, "module", "net", "network", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema")
 BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # keys of other training state

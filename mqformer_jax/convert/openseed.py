@@ -27,7 +27,7 @@ TOWER = f"{LANGUAGE}lang_encoder."
 IGNORED = {
     r"(^|\.)criterion\w*\.empty_weight$": "a constant of the loss",
     r"\.relative_position_index$": "computed from the window",
-    # only in the text encoder alone
+    # only in files of the text encoder alone
     r"\.lang_encoder\.logit_scale$": "the heads learn their own",
 }
 

@@ -34,7 +34,7 @@ def read_pickle(buffer: mmap.mmap) -> Any:
         (count,) = struct.unpack_from("<q", buffer, place)
         end = place + 8 + count * storage.dtype.itemsize
         if count != storage.count or count < 0 or end > len(buffer):
-            raise EOFError(f"storage {key} is not whole")
+            raise EOFError(f"storage {key} is truncated")
         storage.raw = view[place + 8 : end]
         place = end
     return tree
@@ -52,7 +52,7 @@ def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> An
     for key, storage in unpickler.storages.items():
         storage.raw = member(archive, buffer, f"{prefix}data/{key}")
         if len(storage.raw) < storage.count * storage.dtype.itemsize:
-            raise EOFError(f"storage {key} is not whole")
+            raise EOFError(f"storage {key} is truncated")
         if swapped:
             unit = storage.dtype.itemsize // (2 if storage.dtype.kind == "c" else 1)
             storage.raw = np.frombuffer(storage.raw, f"u{unit}").byteswap().data.cast("B")

@@ -1,27 +1,24 @@
-"""One evaluator a task, each a thin state around a well-kept metric library. What several processes saw is merged into
-one result.
+"""Evaluators: one per task, most of them thin wrappers of a maintained metric library.
 
-An evaluator has `update` (one image), `merge`, `result` (figures of the whole set, in percent unless it says otherwise)
-and `details` (a table of its classes where there are any, and the images it did worst on).
+An evaluator has `update` (add one image), `merge` (add the state of another process), `result` (metrics of the whole
+set, in percent unless stated otherwise) and `details` (metrics by class, if any, and the worst images).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-WORST = 10  # images
+WORST = 10  # number of images in `details`
 
 
 def shifted(annotations: list[dict], images: int, ids: int = 0) -> list[dict]:
-    """COCO annotations with their image ids, and their own ids where they have one, raised by so much."""
+    """Return COCO annotations with `images` added to their image ids, and `ids` to their own ids, if any."""
     return [
         {**a, "image_id": a["image_id"] + images, **({"id": a["id"] + ids} if "id" in a else {})} for a in annotations
     ]
 
 
 def worst(name: str, scores: Sequence[tuple[str, float]], error: bool = False) -> list[dict]:
-    """The images with the lowest scores, or the highest errors: [{"key": of the record, name: its score}], the worst
-    first.
-    """
+    """Return the images with the lowest scores or highest errors, worst first: [{"key": record key, name: score}]."""
     ranked = sorted(scores, key=lambda item: (-item[1] if error else item[1], item[0]))
     return [{"key": key, name: score} for key, score in ranked[:WORST]]

@@ -39,13 +39,12 @@ from mqformer_jax.visualization.overlays import Shown
 
 
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predictions: bool = False) -> dict[str, float]:
-    """Evaluate the sets of `config.eval`; writes eval.json, eval_details.json and one picture grid a set into
-    `folder`.
+    """Evaluate the sets of `config.eval`. Write eval.json, eval_details.json and an image grid per set to `folder`.
 
-    Of several processes each does its share of the images, and the first one writes. Keys are task.metric
-    ("panoptic.pq"), in percent (mattes: see `AlphaEvaluator`); from the second set of a task on with "name/split/" in
-    front. eval_details.json holds, for each set and task, the figures of each class and the images with the worst.
-    save_predictions: each set's answers go to predictions/NAME_SPLIT, as benchmarks take them (`Submission`).
+    Each process evaluates its share of the images, and the first one writes. Keys are "task.metric" ("panoptic.pq"), or
+    "name/split/task.metric" from the second set of a task on. Values are in percent (mattes: see `AlphaEvaluator`).
+    eval_details.json holds the metrics of each class and the worst images, by set and task. save_predictions: also
+    write predictions/NAME_SPLIT in the formats of benchmarks (`Submission`).
     """
     results: dict[str, float] = {}
     details: dict[str, Any] = {}
@@ -71,7 +70,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
             overlays.prediction_grid(
                 evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png")
             )
-    if len(in_the_wild) > 1:  # X-Decoder's two figures for Segmentation in the Wild
+    if len(in_the_wild) > 1:  # the two metrics of X-Decoder for Segmentation in the Wild
         results["seginw.mean_mask_ap"], results["seginw.median_mask_ap"] = (
             float(np.mean(in_the_wild)),
             float(np.median(in_the_wild)),
@@ -83,9 +82,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
 
 
 class SetEvaluation:
-    """The tasks of one data set, evaluated in one pass over its images. predictions: the folder for the predictions, or
-    None.
-    """
+    """The evaluation of one data set: all its tasks in one pass. predictions: folder for the predictions, or None."""
 
     def __init__(
         self,
@@ -96,8 +93,9 @@ class SetEvaluation:
         predictions: str | None = None,
     ):
         self.predictor, self.options, self.source, self.tasks, info = predictor, options, source, tasks, source.info
-        if any(TASKS[task].by_class for task in tasks) and not info.classes:
-            raise ValueError(f"config.eval.sets ({source.name}): {tasks} need classes, and this data set has none.")
+        by_class = [task for task in tasks if TASKS[task].by_class]
+        if by_class and not info.classes:
+            raise ValueError(f"config.eval.sets: {source.name} has no classes, which {', '.join(by_class)} needs.")
         if "instance" in tasks and not info.exhaustive and options.max_detections < FEDERATED_MAX_DETECTIONS:
             self.options = ConfigDict({**options, "max_detections": FEDERATED_MAX_DETECTIONS})
         self.names = [c.name for c in info.classes]
@@ -111,40 +109,38 @@ class SetEvaluation:
         self.submission = Submission(predictions, info) if predictions else None
         self.shown: list[Shown] = []
         learnable = query_counts(predictor.config.model)[0]
-        # Any: what an evaluator is given depends on its task
+        # Any: the arguments of `update` depend on the task
         self.evaluators: dict[str, Any] = {task: make_evaluator(task, info, learnable) for task in tasks}
 
     def run(self) -> dict[str, Any]:
-        """The evaluators of the tasks, with all processes' images. One that cannot be read is named, counted and left
-        out.
-        """
-        count, bad, waiting = min(len(self.source), self.options.max_images or len(self.source)), 0, []
+        """Return the evaluators with the images of all processes. Unreadable images are logged and left out."""
+        count, bad, pending = min(len(self.source), self.options.max_images or len(self.source)), 0, []
         mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
         name = f"evaluate {self.source.name} {self.source.split}"
         for i in tqdm(mine.tolist(), desc=name, unit="image", dynamic_ncols=True, disable=not is_first()):
             try:
-                waiting.append(_read(self.source, i))
+                pending.append(_read(self.source, i))
             except BadRecord as e:
                 bad += 1
                 logging.warning(
                     "%s %s: record %d is left out of the evaluation: %s", self.source.name, self.source.split, i, e
                 )
-            if waiting and (len(waiting) == self.options.batch_size or i == mine[-1]):
-                self._update(waiting)
-                waiting = []
-        # in the images' order, as if one process had seen them all
+            if pending and (len(pending) == self.options.batch_size or i == mine[-1]):
+                self._update(pending)
+                pending = []
+        # Merge in the order of the images, so that the result does not depend on the number of processes.
         (first, submission), *others = gather((self.evaluators, self.submission))
-        for evaluators, answered in others:
+        for evaluators, other_submission in others:
             for task, evaluator in first.items():
                 evaluator.merge(evaluators[task])
             if submission:
-                submission.merge(answered)
+                submission.merge(other_submission)
         if submission and is_first():
             submission.save()
         bad = sum(gather(bad))
         if bad:
             logging.warning(
-                "%s %s: %d images could not be read; the figures are without them",
+                "%s %s: %d images could not be read and are left out of the metrics",
                 self.source.name,
                 self.source.split,
                 bad,
@@ -155,37 +151,37 @@ class SetEvaluation:
         if any(TASKS[task].by_class for task in self.tasks):
             self._update_classes(items)
         if "referring" in self.tasks:
-            asking = [item for item in items if _expressions(item.record)]
-            texts = [[text for text, _ in _expressions(item.record)] for item in asking]
-            for item, asked, raw in zip(asking, texts, self._predict_regions([i.image for i in asking], texts)):
-                self._update_referring(item, asked, raw)
+            referring = [item for item in items if _expressions(item.record)]
+            texts = [[text for text, _ in _expressions(item.record)] for item in referring]
+            raws = self._predict_regions([item.image for item in referring], texts)
+            for item, item_texts, raw in zip(referring, texts, raws):
+                self._update_referring(item, item_texts, raw)
         if any(not TASKS[task].needs_prompts for task in self.tasks):
             for item, raw in zip(items, self._predict_regions([i.image for i in items], [["foreground"]] * len(items))):
                 self._update_soft(item, raw)
         self.shown += items[: max(0, self.options.num_visualizations - len(self.shown))]
 
     def _predict_regions(self, images: list[np.ndarray], texts: list[list[str]]) -> list[RawPredictions]:
-        """One answer an image, of all views; of a mirrored one only where its texts can be said of the mirrored
-        image.
-        """
+        """Return one prediction per image, averaged over views. Mirrored views need texts that can be mirrored."""
         raws: list[list[RawPredictions]] = [[] for _ in images]
         flips: list[list[bool]] = [[] for _ in images]
         for canvas, flip in self.views:
-            asked = [(i, mirrored_texts(texts[i]) if flip else texts[i]) for i in range(len(images))]
-            asked = [(i, words) for i, words in asked if words is not None]
-            if not asked:
+            prompts = [(i, mirrored_texts(texts[i]) if flip else texts[i]) for i in range(len(images))]
+            prompts = [(i, words) for i, words in prompts if words is not None]
+            if not prompts:
                 continue
-            flat = [text for _, words in asked for text in words]
-            cuts = np.cumsum([len(words) for _, words in asked])[:-1]
+            flat = [text for _, words in prompts for text in words]
+            cuts = np.cumsum([len(words) for _, words in prompts])[:-1]
             embedded = np.split(np.asarray(self.predictor.embed(flat, [True] * len(flat))), cuts)
-            seen = [mirrored_image(images[i]) if flip else images[i] for i, _ in asked]
-            for (i, _), raw in zip(asked, self.predictor.predict_raw(seen, embedded, self.options.batch_size, canvas)):
+            view = [mirrored_image(images[i]) if flip else images[i] for i, _ in prompts]
+            predicted = self.predictor.predict_raw(view, embedded, self.options.batch_size, canvas)
+            for (i, _), raw in zip(prompts, predicted):
                 raws[i].append(raw)
                 flips[i].append(flip)
         return [mean_regions(a, f) for a, f in zip(raws, flips)]
 
     def _update_classes(self, items: list[Shown]) -> None:
-        """Only semantic maps are made of all views."""
+        """Update the tasks whose prompts are classes. Only semantic maps use all views."""
         raws = {}
         for canvas, flip in dict.fromkeys([self.plain, *(self.views if "semantic" in self.tasks else [])]):
             images = [mirrored_image(item.image) if flip else item.image for item in items]
@@ -202,20 +198,20 @@ class SetEvaluation:
                     item.panoptic = found.above(0.3)
             if "semantic" in self.tasks:
                 labels = semantic_map(*joined([raws[view][i] for view in self.views], [flip for _, flip in self.views]))
-                self._done("semantic", item.record, labels)
+                self._add("semantic", item.record, labels)
                 if item.panoptic is None and len(self.shown) < self.options.num_visualizations:
                     item.panoptic = postprocess(plain, self.names, self.is_region, "semantic", self.options)
 
     def _postprocess(self, task: str, item: Shown, raw: RawPredictions) -> Segments:
         segments = postprocess(raw, self.names, self.is_region, task, self.options)
-        self._done(task, item.record, segments)
+        self._add(task, item.record, segments)
         return segments
 
-    def _done(self, task: str, record: Record, answered: Any) -> None:
-        """One image's answer to where it is measured, and to where it is kept."""
-        self.evaluators[task].update(record, answered)
+    def _add(self, task: str, record: Record, prediction: Any) -> None:
+        """Add the prediction for one image to the evaluator and to the submission."""
+        self.evaluators[task].update(record, prediction)
         if self.submission:
-            getattr(self.submission, task)(record, answered)
+            getattr(self.submission, task)(record, prediction)
 
     def _update_referring(self, item: Shown, texts: list[str], raw: RawPredictions) -> None:
         item.regions = postprocess(raw, texts, np.full(len(texts), True), "referring", self.options)
@@ -227,7 +223,7 @@ class SetEvaluation:
             self.submission.referring(item.record, item.regions)
 
     def _update_soft(self, item: Shown, raw: RawPredictions) -> None:
-        """The soft mask of the foreground as a saliency map and as a matte; where there is a refiner, its matte too."""
+        """Evaluate the foreground's soft mask as a saliency map and as a matte, and the refined matte, if any."""
         record, soft = item.record, soft_mask(raw.class_probs, raw.masks, 0)
         truth, matte, refiner = _foreground(record), _matte(record), getattr(self.predictor, "refiner", None)
         if "foreground" in self.tasks and truth is not None:
@@ -246,7 +242,7 @@ class SetEvaluation:
 
 
 def _read(source: ShardSource, index: int) -> Shown:
-    """One record with all that an evaluator will decode of it. Raises BadRecord where any of it is damaged."""
+    """Read one record. Raises BadRecord if anything that an evaluator decodes is damaged."""
     record = Record.from_bytes(source[index])
     for segment in record.segments:
         if segment.mask is not None:
@@ -259,7 +255,7 @@ def _read(source: ShardSource, index: int) -> Shown:
 
 
 def _expressions(record: Record) -> list[tuple[str, bytes | None]]:
-    """Each expression of an image with its mask (None: it names nothing); those known by a box alone are left out."""
+    """Return each expression of an image and its mask, None if it has no target. Targets without masks are left out."""
     named = [(text, s.mask) for s in record.segments if s.mask is not None and not s.crowd for text in s.texts]
     return named + [(text, None) for text in record.absent_texts]
 
@@ -269,7 +265,7 @@ def _expression_group(text: str, groups: Sequence[tuple[str, str]]) -> str | Non
 
 
 def _foreground(record: Record) -> np.ndarray | None:
-    """The foreground of a record as floats 0 to 1: its matte where there is one, else its mask."""
+    """Return the foreground of a record as floats 0 to 1, its matte or else its mask; None if it has neither."""
     for segment in record.segments:
         if segment.foreground and segment.alpha is not None:
             return record.decode_alpha(segment.alpha) / 255.0
@@ -279,7 +275,7 @@ def _foreground(record: Record) -> np.ndarray | None:
 
 
 def _matte(record: Record) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """The alpha of a record's foreground as floats 0 to 1 and its trimap, if it has one; None where it has no matte."""
+    """Return the foreground's alpha as floats 0 to 1 and its trimap or None; None if the record has no matte."""
     for segment in record.segments:
         if segment.foreground and segment.alpha is not None:
             return record.decode_alpha(segment.alpha) / 255.0, None if segment.trimap is None else record.decode_alpha(
@@ -292,12 +288,12 @@ def make_evaluator(task: str, info: DatasetInfo, learnable: int) -> Any:
     """Return the evaluator of a task. learnable: the number of learnable queries, whose share PQ reports."""
     module, _, name = TASKS[task].evaluator.partition(":")
     kind = getattr(importlib.import_module(module), name)
-    given = {"info": info, "learnable": learnable}
-    return kind(**{key: given[key] for key in inspect.signature(kind).parameters if key in given})
+    options = {"info": info, "learnable": learnable}
+    return kind(**{key: options[key] for key in inspect.signature(kind).parameters if key in options})
 
 
 def explain(results: dict[str, float]) -> list[str]:
-    """Return a line for each metric of the printed table that says what it means."""
+    """Return a line of explanation for each metric of the printed table."""
     shown: dict[str, str] = {}
     for key in results:
         task, metric = key.split(".", 1)
@@ -309,7 +305,7 @@ def explain(results: dict[str, float]) -> list[str]:
 
 
 def table(results: dict[str, float]) -> str:
-    """The headline of each task, a line each; eval.json has the rest."""
+    """Return a table with the main metrics of each task, one line per task. eval.json has all metrics."""
     tasks: dict[str, list[str]] = {}
     for key, value in results.items():
         task, metric = key.split(".", 1)
@@ -323,13 +319,11 @@ def table(results: dict[str, float]) -> str:
 
 
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
-    """The sets that are called NAME/SPLIT, all of them where nothing is named. Raises ValueError in one line for an
-    unknown one.
-    """
+    """Return the sets whose NAME/SPLIT is in `names`, or all if it is empty. Raises ValueError for an unknown name."""
     known = [f"{entry['name']}/{entry['split']}" for entry in sets]
     for name in names:
         if name not in known:
-            raise ValueError(f"--datasets={name}: config.eval.sets of this recipe has {', '.join(known) or 'nothing'}.")
+            raise ValueError(f"--datasets={name}: unknown; config.eval.sets has {', '.join(known) or 'no data sets'}.")
     return tuple(entry for entry, name in zip(sets, known) if not names or name in names)
 
 
@@ -340,7 +334,7 @@ def main(argv: list[str]) -> None:
     recipes.check(config)
     config.eval.sets = named(config.eval.sets, given.datasets)
     if not config.eval.sets:
-        raise ValueError("config.eval.sets = (): this recipe evaluates nothing; name sets there.")
+        raise ValueError("config.eval.sets is empty: name the data sets to evaluate.")
     distributed.initialize()
     cli.keep_compiled()
     results = evaluate(
@@ -380,4 +374,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(argv: Sequence[str]) -> None:
     define_flags(flags.FLAGS)
-    cli.run(main, "evaluate", __doc__, "stopped; there is no eval.json of it.", argv)
+    cli.run(main, "evaluate", __doc__, "stopped; eval.json was not written.", argv)

@@ -1,6 +1,4 @@
-"""Foreground (salient object): a soft mask against a soft or hard one, with the measures that papers on salient objects
-report.
-"""
+"""Salient-object metrics: compare a soft mask of the foreground with a soft or hard one."""
 
 from __future__ import annotations
 
@@ -9,17 +7,18 @@ from jaxtyping import Bool, Float
 
 from mqformer_jax.evaluation import worst
 
-BETA2 = 0.3  # precision weighs more than recall: Achanta et al., CVPR 2009
+BETA2 = 0.3  # weights precision higher than recall: Achanta et al., CVPR 2009
 EPS = np.spacing(1)
 Mask = Float[np.ndarray, "h w"]
 
 
 class ForegroundEvaluator:
-    """Means over images. mae, mse: of all pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
+    """Salient-object metrics, averaged over images.
 
-    max_f; mean_e, max_e: the F-measure, and the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018), of
-    the mean curve over 256 thresholds at its best, or in the mean. Predictions are taken as they are, not stretched to
-    0 to 1 as some toolboxes do.
+    mae, mse: absolute and squared error of all pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
+    max_f: maximum of the F-measure over 256 thresholds, of the curve averaged over images. mean_e, max_e: mean and
+    maximum of the same curve of the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018). Predictions are
+    not rescaled to 0 to 1, as some toolboxes do.
     """
 
     def __init__(self):
@@ -28,11 +27,9 @@ class ForegroundEvaluator:
         self.curves: list[np.ndarray] = []  # F and E, [2, 256]
 
     def update(self, prediction: Mask, target: Mask | Bool[np.ndarray, "h w"], key: str = "") -> None:
-        """One image: mask probability (`soft_mask`) and the truth, both 0 to 1; an 8-bit matte is divided by 255
-        first.
-        """
+        """Add one image: its mask probability (`soft_mask`) and target, both 0 to 1. Divide 8-bit mattes by 255."""
         if prediction.shape != target.shape:
-            raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
+            raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
         prediction, hard = prediction.astype(np.float64), target > 0.5
         error = prediction - target
         self.keys.append(key)
@@ -40,13 +37,13 @@ class ForegroundEvaluator:
         self.curves.append(_curves(prediction, hard))
 
     def merge(self, other: ForegroundEvaluator) -> None:
-        """Adds what another process saw."""
+        """Add the state of another process."""
         self.keys += other.keys
         self.values += other.values
         self.curves += other.curves
 
     def result(self) -> dict[str, float]:
-        """In percent: an `mae` or `mse` of 3 is the 0.03 of the papers."""
+        """Return the metrics in percent: an `mae` or `mse` of 3 is 0.03 in the papers."""
         if not self.values:
             return {}
         (mae, mse, s), (f, e) = np.mean(self.values, axis=0), np.mean(self.curves, axis=0)
@@ -54,30 +51,31 @@ class ForegroundEvaluator:
         return {k: 100.0 * float(v) for k, v in values.items()}
 
     def details(self) -> dict:
-        """The images whose S-measure is lowest."""
+        """Return the images with the lowest S-measure."""
         return {
             "worst_images": worst("s_measure", [(key, 100.0 * s) for key, (_, _, s) in zip(self.keys, self.values)])
         }
 
 
 def s_measure(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
-    """How alike the structure is: half that of object and background, half that of the four parts around the object's
-    center.
+    """Return the structure measure: the mean of an object-aware and a region-aware similarity.
+
+    The first compares object and background, the second four quadrants that meet at the object's center.
     """
     share = float(target.mean())
     if share in (0.0, 1.0):
         return float(prediction.mean()) if share else 1 - float(prediction.mean())
-    of_object = share * _object_score(prediction[target]) + (1 - share) * _object_score(1 - prediction[~target])
+    object_score = share * _object_score(prediction[target]) + (1 - share) * _object_score(1 - prediction[~target])
     h, w = target.shape
-    # the part above and left has the center, as in the authors' Matlab
+    # The upper left quadrant includes the center, as in the authors' Matlab code.
     y, x = (int(c) + 1 for c in np.argwhere(target).mean(0).round())
-    of_parts = 0.0
+    region_score = 0.0
     for rows in (slice(0, y), slice(y, h)):
         for columns in (slice(0, x), slice(x, w)):
             part = target[rows, columns]
             if part.size:
-                of_parts += part.size / target.size * _similarity(prediction[rows, columns], part)
-    return max(0.0, 0.5 * of_object + 0.5 * of_parts)
+                region_score += part.size / target.size * _similarity(prediction[rows, columns], part)
+    return max(0.0, 0.5 * object_score + 0.5 * region_score)
 
 
 def _object_score(values: Float[np.ndarray, " n"]) -> float:
@@ -86,7 +84,7 @@ def _object_score(values: Float[np.ndarray, " n"]) -> float:
 
 
 def _similarity(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
-    """SSIM of the whole part, without the constants that keep it from a division by zero."""
+    """Return the SSIM of a quadrant, without the constants that avoid a division by zero."""
     x, y, n = prediction.mean(), target.mean(), target.size - 1 + EPS
     covariance = ((prediction - x) * (target - y)).sum() / n
     variances = ((prediction - x) ** 2).sum() / n + ((target - y) ** 2).sum() / n
@@ -95,7 +93,7 @@ def _similarity(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
 
 
 def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "2 256"]:
-    """F- and E-measure of prediction >= t / 255 for t = 255 down to 0, on the prediction rounded to 8 bits."""
+    """Return the F- and E-measure of prediction >= t / 255 for t = 255 to 0, with the prediction rounded to 8 bits."""
     levels = np.round(np.clip(prediction, 0, 1) * 255).astype(np.uint8)
     hits = np.bincount(levels[target], minlength=256)[::-1].cumsum()
     chosen = np.bincount(levels.ravel(), minlength=256)[::-1].cumsum()
@@ -106,14 +104,15 @@ def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarr
 
 
 def _e_curve(hits: np.ndarray, chosen: np.ndarray, owned: int, size: int) -> Float[np.ndarray, " 256"]:
-    """E-measure from counts of pixels: chosen, rightly chosen (`hits`), of the object (`owned`), of the image
-    (`size`).
+    """Return the E-measure from numbers of pixels.
+
+    hits: true positives. chosen: predicted pixels. owned: pixels of the object. size: pixels of the image.
     """
     if owned in (0, size):
         return (chosen if owned else size - chosen) / (size - 1 + EPS)
     counts = {(1, 1): hits, (1, 0): chosen - hits, (0, 1): owned - hits, (0, 0): size - chosen - owned + hits}
     total = 0.0
-    for (predicted, true), count in counts.items():  # in each of the four sets all pixels are alike
+    for (predicted, true), count in counts.items():  # all pixels of each of these four sets have the same value
         a, b = predicted - chosen / size, true - owned / size
         total = total + count * (2 * a * b / (a**2 + b**2 + EPS) + 1) ** 2 / 4
     return total / (size - 1 + EPS)

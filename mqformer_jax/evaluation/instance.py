@@ -1,4 +1,4 @@
-"""Average precision and recall of masks and boxes, COCO's and LVIS's protocols, computed by hotcoco."""
+"""Average precision and recall of masks and boxes by the protocols of COCO and LVIS, computed by hotcoco."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mqformer_jax.evaluation import shifted, worst
 from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
 from mqformer_jax.segments import Segments
 
-FEDERATED_MAX_DETECTIONS = 300  # segments an image, where COCO takes 100: Gupta et al., "LVIS", CVPR 2019
+FEDERATED_MAX_DETECTIONS = 300  # segments per image; COCO uses 100: Gupta et al., "LVIS", CVPR 2019
 _PRECISIONS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
 _COCO = _PRECISIONS | {"AR1": "ar_1", "AR10": "ar_10", "AR100": "ar_100", "ARs": "ar_s", "ARm": "ar_m", "ARl": "ar_l"}
 _LVIS = _PRECISIONS | {"APr": "ap_r", "APc": "ap_c", "APf": "ap_f"}
@@ -18,11 +18,10 @@ _LVIS |= {
 
 
 class InstanceEvaluator:
-    """AP and AR over the things of one data set; prompt i of the evaluated `Segments` is class i of `info`.
+    """AP and AR of the things of one data set. Prompt i of the evaluated `Segments` is class i of `info`.
 
-    Images with a labeled object that has no mask count for box AP only. Where the data set is not exhaustive (LVIS),
-    its
-    federated protocol applies: a prediction of a class that nobody checked in the image counts for nothing.
+    Images that have a labeled object without a mask count for box AP only. If the data set is not exhaustive (LVIS),
+    the federated protocol applies: predictions of classes that are not labeled in the image do not count.
     """
 
     def __init__(self, info: DatasetInfo):
@@ -33,11 +32,11 @@ class InstanceEvaluator:
         self.with_masks: list[int] = []
 
     def update(self, record: Record, segments: Segments) -> None:
-        """`segments`: those of `instance_segments`. They may overlap; those that are not things are left out."""
+        """Add one image. segments: the result of `instance_segments`. Segments of stuff are left out."""
         if len(segments.texts) != len(self.info.classes):
             raise ValueError(
                 f"{record.key}: average precision needs the {len(self.info.classes)} classes of {self.info.name} "
-                f"as prompts; these segments have {len(segments.texts)}."
+                f"as prompts, but the segments have {len(segments.texts)} prompts."
             )
         image_id = len(self.images) + 1
         image = {"id": image_id, "height": record.height, "width": record.width, "file_name": record.key}
@@ -51,7 +50,7 @@ class InstanceEvaluator:
         for s in things:
             mask = None if s.mask is None else record.decode_mask(s.mask)
             box = s.box if s.box is not None or mask is None else box_of(mask)
-            if box is None:  # an empty mask: nothing to be found
+            if box is None:  # an empty mask
                 continue
             x0, y0, x1, y1 = box
             area = (x1 - x0) * (y1 - y0) if mask is None else int(mask.sum())
@@ -71,7 +70,7 @@ class InstanceEvaluator:
                 self.found.append({**fields, "bbox": [x0, y0, x1 - x0, y1 - y0], "segmentation": rle})
 
     def merge(self, other: InstanceEvaluator) -> None:
-        """Adds what another process saw, as images that come after one's own."""
+        """Add the state of another process; its images come after those of this one."""
         shift = len(self.images)
         self.truth += shifted(other.truth, shift, len(self.truth))
         self.found += shifted(other.found, shift)
@@ -79,11 +78,11 @@ class InstanceEvaluator:
         self.with_masks += [image + shift for image in other.with_masks]
 
     def result(self) -> dict[str, float]:
-        """mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l and the same for box,
-        in percent.
+        """Return AP and AR of masks and boxes in percent.
 
-        Of a federated set _ar_300 in place of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common and
-        frequent classes) where it is known how many images show a class. What has no object, a size say, is left out.
+        Keys are mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l, and the same
+        for box. Federated sets have _ar_300 instead of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common
+        and frequent classes) if the number of images of each class is known. Metrics without objects are left out.
         """
         keys, results = _COCO if self.info.exhaustive else _LVIS, {}
         for name, evaluation in self._evaluations().items():
@@ -94,12 +93,10 @@ class InstanceEvaluator:
         return results
 
     def details(self) -> dict:
-        """AP of each class in percent, and the images whose AP50 is lowest: of masks where there are any, else of
-        boxes.
-        """
+        """Return the AP of each class in percent, and the images with the lowest AP50, of masks or else of boxes."""
         classes: dict[str, dict[str, float]] = {}
         for name, evaluation in self._evaluations().items():
-            measured = evaluation.report()["per_class"]  # of the classes that occur, in no order
+            measured = evaluation.report()["per_class"]  # only classes that occur, unordered
             for label in (c.name for c in self.info.classes if c.name in measured):
                 classes.setdefault(label, {})[f"{name}_ap"] = 100.0 * measured[label]["AP"]
             images = evaluation.image_diagnostics()["img_summary"]
@@ -107,8 +104,8 @@ class InstanceEvaluator:
         return {"classes": classes, "worst_images": worst(f"{name}_ap50", scores)}
 
     def _evaluations(self) -> dict[str, COCOeval]:
-        everything = {"box": self._evaluate("bbox", [i["id"] for i in self.images])}
-        return everything | ({"mask": self._evaluate("segm", self.with_masks)} if self.with_masks else {})
+        boxes = {"box": self._evaluate("bbox", [i["id"] for i in self.images])}
+        return boxes | ({"mask": self._evaluate("segm", self.with_masks)} if self.with_masks else {})
 
     def _evaluate(self, iou_type: str, image_ids: list[int]) -> COCOeval:
         wanted = set(image_ids)
@@ -119,13 +116,13 @@ class InstanceEvaluator:
                 "annotations": [a for a in self.truth if a["image_id"] in wanted],
             }
         )
-        # A box result that carries a mask would be taken for a mask result, and its box made anew.
+        # hotcoco treats a box result with a mask as a mask result and recomputes its box.
         other = "segmentation" if iou_type == "bbox" else "bbox"
         found = [{k: v for k, v in d.items() if k != other} for d in self.found if d["image_id"] in wanted]
         evaluation = COCOeval(truth, truth.load_res(found), iou_type, lvis_style=not self.info.exhaustive)
         evaluation.evaluate()
         evaluation.accumulate()
-        evaluation.summary_lines()  # `summarize` without its print; fills the results
+        evaluation.summary_lines()  # `summarize` without printing; fills the results
         return evaluation
 
     def _categories(self) -> list[dict]:

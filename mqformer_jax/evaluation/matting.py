@@ -1,4 +1,4 @@
-"""A matting refiner against the masks it was given, in numbers and pictures."""
+"""Compare the alphas of a matting refiner with its input masks, in metrics and images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mqformer_jax.evaluation.alpha import AlphaEvaluator
 from mqformer_jax.matting.data import Matte
 
 Mask = Float[np.ndarray, "h w"]
-ROW = 200  # height of a picture grid's row, pixels
+ROW = 200  # height of a row of the grid, pixels
 
 
 def compare(
@@ -21,10 +21,10 @@ def compare(
     guide: Callable[[Matte], Mask | None],
     num_visualizations: int,
 ) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "_h _w 3"]]]:
-    """{"mask", "refined": `AlphaEvaluator.result`} of a `Refiner` on masks that `guide` makes (None: leave this one
-    out), and a grid's rows.
+    """Return the metrics of masks and refined alphas, {"mask", "refined": `AlphaEvaluator.result`}, and image rows.
 
-    A row shows the image, the mask, the refined alpha and the true one.
+    refine: a `Refiner`. guide: makes the mask of a matte, or None to leave the matte out. A row shows the image, the
+    mask, the refined alpha and the true alpha.
     """
     evaluators, rows = {"mask": AlphaEvaluator(), "refined": AlphaEvaluator()}, []
     for matte in mattes:
@@ -49,7 +49,7 @@ def _sized(row: np.ndarray) -> np.ndarray:
 
 
 def save_grid(path: str, rows: list[UInt8[np.ndarray, "_h _w 3"]]) -> None:
-    """Rows below each other as one picture, the narrower ones filled up on the right."""
+    """Write the rows as one image, one below the other, padded on the right to equal widths."""
     width = max(row.shape[1] for row in rows)
     grid = np.concatenate(
         [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]

@@ -1,6 +1,4 @@
-"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", CVPR 2019), computed by hotcoco's panopticapi
-protocol.
-"""
+"""Panoptic quality (Kirillov et al., "Panoptic Segmentation", CVPR 2019), computed by hotcoco as in panopticapi."""
 
 from __future__ import annotations
 
@@ -16,28 +14,28 @@ from mqformer_jax.segments import Segments, ground_truth_segments
 
 
 class PanopticEvaluator:
-    """PQ over the classes of one data set; prompt i of the evaluated `Segments` is class i of `info`.
+    """PQ of the classes of one data set. Prompt i of the evaluated `Segments` is class i of `info`.
 
-    Pixels under no labeled segment (`Record.ignore` among them) are void: they count for nothing, and a prediction
-    that lies mostly on void or on a crowd of its own class is no false positive.
-    learnable: how many of the model's queries are learnable (they come first), to say which kind found what; None: it
-        is not said.
+    Pixels without a labeled segment (including `Record.ignore`) are void: they do not count, and a prediction that lies
+    mostly on void or on a crowd of its own class is not a false positive.
+    learnable: the number of learnable queries (they come first), to report their share of the true positives; None: do
+        not report it.
     """
 
     def __init__(self, info: DatasetInfo, learnable: int | None = None):
         self.info, self.learnable = info, learnable
-        # stuff, things: segments rightly found, those of them that learnable queries found
-        self.taken = np.zeros((2, 2), int)
+        # rows: things, stuff; columns: true positives, those of learnable queries
+        self.matched = np.zeros((2, 2), int)
         self.images: list[dict] = []
         self.truth: list[dict] = []
         self.found: list[dict] = []
 
     def update(self, record: Record, segments: Segments) -> None:
-        """`segments` must not overlap: those of `panoptic_segments`."""
+        """Add one image. segments: the result of `panoptic_segments`; they must not overlap."""
         if segments.panoptic is None or len(segments.texts) != len(self.info.classes):
             raise ValueError(
                 f"{record.key}: panoptic quality needs panoptic segments with the {len(self.info.classes)} classes of "
-                f"{self.info.name} as prompts; these have {len(segments.texts)} prompts."
+                f"{self.info.name} as prompts, but the segments have {len(segments.texts)} prompts."
             )
         image = {"id": len(self.images) + 1, "height": record.height, "width": record.width, "file_name": record.key}
         self.images.append(image)
@@ -49,7 +47,7 @@ class PanopticEvaluator:
         )
         self._add(self.truth, labeled, known)
         self._add(self.found, segments, np.ones_like(known))
-        taken = (labeled.panoptic > 0) | ~known  # a pixel has one owner, as in a panoptic PNG
+        taken = (labeled.panoptic > 0) | ~known  # a pixel belongs to one segment, as in a panoptic PNG
         for segment in record.segments:
             if segment.crowd and segment.class_id is not None and segment.mask is not None:
                 mask = record.decode_mask(segment.mask) & ~taken
@@ -60,22 +58,21 @@ class PanopticEvaluator:
                 _matched(np.where(known, labeled.panoptic, 0), labeled.prompt_ids, segments, ~(taken & known))
             ):
                 is_region = int(self.info.classes[segments.prompt_ids[k]].is_region)
-                self.taken[is_region] += 1, segments.query_ids[k] < self.learnable
+                self.matched[is_region] += 1, segments.query_ids[k] < self.learnable
 
     def merge(self, other: PanopticEvaluator) -> None:
-        """Adds what another process saw, as images that come after one's own."""
+        """Add the state of another process; its images come after those of this one."""
         shift = len(self.images)
         self.truth += shifted(other.truth, shift, len(self.truth))
         self.found += shifted(other.found, shift, len(self.found))
         self.images += [{**image, "id": image["id"] + shift} for image in other.images]
-        self.taken += other.taken
+        self.matched += other.matched
 
     def result(self) -> dict[str, float]:
-        """pq, sq, rq in percent over all classes that occur; the same with _things and _stuff where the data set has
-        both.
+        """Return pq, sq, rq in percent over all classes that occur, also for _things and _stuff if there are both.
 
-        learnable_share_things, learnable_share_stuff: of the segments rightly found, how many a learnable query found
-        (a region that several queries share is the first one's).
+        learnable_share_things, learnable_share_stuff: share of the true positives that learnable queries predict (a
+        region of several queries counts for the first one).
         """
         results = self._evaluate(self.images, self.truth, self.found)
         groups = {"": "All"}
@@ -84,13 +81,13 @@ class PanopticEvaluator:
         quality = {
             f"{k}{suffix}": 100.0 * results[group][k] for suffix, group in groups.items() for k in ("pq", "sq", "rq")
         }
-        kinds = zip(("things", "stuff"), self.taken.tolist())
+        kinds = zip(("things", "stuff"), self.matched.tolist())
         return quality | {
-            f"learnable_share_{kind}": 100.0 * learnable / found for kind, (found, learnable) in kinds if found
+            f"learnable_share_{kind}": 100.0 * learnable / matched for kind, (matched, learnable) in kinds if matched
         }
 
     def details(self) -> dict:
-        """pq, sq, rq of each class that occurs in percent, with counts; and the images whose own PQ is lowest."""
+        """Return pq, sq, rq (percent) and counts of each class that occurs, and the images with the lowest PQ."""
         classes = {}
         for i, values in sorted(self._evaluate(self.images, self.truth, self.found)["per_class"].items()):
             if values["tp"] + values["fp"] + values["fn"]:
@@ -133,9 +130,10 @@ def _by_image(annotations: list[dict]) -> dict[int, list[dict]]:
 def _matched(
     truth: Int[np.ndarray, "h w"], labels: Int[np.ndarray, " n"], segments: Segments, void: Bool[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, " m"]:
-    """Which of the segments are true positives: IoU above a half, void left out, with a true segment of their class.
+    """Return which segments are true positives: IoU above 0.5, without void, with a true segment of their class.
 
-    truth: segment + 1 at each pixel, 0 where none is (crowds among them); labels: the segments' classes.
+    truth: index of the true segment + 1 at each pixel, 0 for none (crowds included). labels: classes of the true
+    segments.
     """
     n, m = len(labels), len(segments)
     shared = np.bincount((truth * (m + 1) + segments.panoptic).ravel(), minlength=(n + 1) * (m + 1)).reshape(

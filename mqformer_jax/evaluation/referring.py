@@ -1,4 +1,4 @@
-"""Referring segmentation: one expression, one region or none."""
+"""Metrics of referring segmentation: each expression has one region or none."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ReferringEvaluator:
-    """IoU over expressions that have a target; for those that have none, how often the answer was empty.
+    """IoU of expressions with a target, and the share of empty predictions for expressions without a target.
 
-    ciou: all intersections over all unions, which large objects rule (Yu et al., RefCOCO). miou: mean over expressions.
-    precision@t: expressions with IoU of at least t. no_target_accuracy: Liu et al., "GRES", CVPR 2023.
+    ciou: all intersections over all unions, dominated by large objects (Yu et al., RefCOCO). miou: mean over
+    expressions. precision@t: share of expressions with an IoU of at least t. no_target_accuracy: Liu et al., "GRES",
+    CVPR 2023.
     """
 
     def __init__(self):
         # kind → (intersection, union) in pixels
         self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)
         self.rejected: list[bool] = []
-        # image → IoU of its expressions; 1 or 0 where one names nothing
+        # image → IoU of its expressions; 1 or 0 for an expression without a target
         self.scores: dict[str, list[float]] = defaultdict(list)
 
     def update(
@@ -33,21 +34,19 @@ class ReferringEvaluator:
         kind: str | None = None,
         key: str = "",
     ) -> None:
-        """One expression. `target` is None where it names nothing; `kind` groups expressions for metrics of their own;
-        `key`: the image's.
-        """
+        """Add one expression. target: None if there is none. kind: a group with its own metrics. key: of the image."""
         if target is None:
             self.rejected.append(not prediction.any())
             self.scores[key].append(float(self.rejected[-1]))
             return
         if prediction.shape != target.shape:
-            raise ValueError(f"the predicted mask is {prediction.shape}, the target {target.shape}.")
+            raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
         intersection, union = int((prediction & target).sum()), int((prediction | target).sum())
         self.areas[kind].append((intersection, union))
         self.scores[key].append(intersection / max(union, 1))
 
     def merge(self, other: ReferringEvaluator) -> None:
-        """Adds what another process saw."""
+        """Add the state of another process."""
         for kind, areas in other.areas.items():
             self.areas[kind] += areas
         self.rejected += other.rejected
@@ -55,11 +54,11 @@ class ReferringEvaluator:
             self.scores[key] += scores
 
     def result(self) -> dict[str, float]:
-        """In percent: ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/kind, miou/kind for each kind."""
+        """Return ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/KIND, miou/KIND, in percent."""
         results = {}
-        everything = [pair for pairs in self.areas.values() for pair in pairs]
-        if everything:
-            results["ciou"], results["miou"], ious = _ious(everything)
+        all_areas = [pair for pairs in self.areas.values() for pair in pairs]
+        if all_areas:
+            results["ciou"], results["miou"], ious = _ious(all_areas)
             results |= {f"precision@{t}": 100.0 * float(np.mean(ious >= t)) for t in THRESHOLDS}
         if self.rejected:
             results["no_target_accuracy"] = 100.0 * float(np.mean(self.rejected))
@@ -68,7 +67,7 @@ class ReferringEvaluator:
         return results
 
     def details(self) -> dict:
-        """The images whose expressions have the lowest mean IoU."""
+        """Return the images whose expressions have the lowest mean IoU."""
         return {
             "worst_images": worst(
                 "miou", [(key, 100.0 * float(np.mean(scores))) for key, scores in self.scores.items()]
@@ -77,7 +76,7 @@ class ReferringEvaluator:
 
 
 def _ious(pairs: list[tuple[int, int]]) -> tuple[float, float, np.ndarray]:
-    """cIoU and mIoU in percent, and the IoU of each expression. An empty target met by an empty answer counts 0."""
+    """Return cIoU and mIoU in percent, and the IoU of each expression: 0 if target and prediction are both empty."""
     inter, union = np.array(pairs, np.float64).T
     ious = inter / np.maximum(union, 1)
     return 100.0 * float(inter.sum() / max(union.sum(), 1)), 100.0 * float(ious.mean()), ious

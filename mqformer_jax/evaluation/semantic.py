@@ -1,4 +1,4 @@
-"""Mean intersection over union of classes, mmsegmentation's protocol, computed by hotcoco."""
+"""Mean intersection over union of classes by the protocol of mmsegmentation, computed by hotcoco."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mqformer_jax.input.record import DatasetInfo, Record
 
 
 class SemanticEvaluator:
-    """mIoU over the classes of one data set; the evaluated maps hold class indices."""
+    """mIoU over the classes of one data set. The evaluated maps hold class indices."""
 
     def __init__(self, info: DatasetInfo):
         self.info = info
@@ -20,28 +20,25 @@ class SemanticEvaluator:
         self.scores: list[tuple[str, float]] = []
 
     def update(self, record: Record, prediction: Int[np.ndarray, "h w"]) -> None:
-        """`prediction`: that of `semantic_map`, at the record's own size."""
-        if prediction.shape != (record.height, record.width):
-            raise ValueError(
-                f"{record.key}: prediction is {prediction.shape}, the image {(record.height, record.width)}."
-            )
-        truth, prediction, count = (
-            ground_truth_map(record, self.info),
-            prediction.astype(np.int32),
-            len(self.info.classes),
-        )
+        """Add one image. prediction: the result of `semantic_map` at the record's size."""
+        size = (record.height, record.width)
+        if prediction.shape != size:
+            raise ValueError(f"{record.key}: the prediction has shape {prediction.shape}, but the image has {size}.")
+        truth = ground_truth_map(record, self.info)
+        prediction = prediction.astype(np.int32)
+        count = len(self.info.classes)
         self.evaluation.update(truth, prediction)
         if (truth < count).any():
-            own = metrics.mean_iou(metrics.pixel_confusion(truth, prediction, count, ignore_index=count))
-            self.scores.append((record.key, 100.0 * own["mIoU"]))
+            scores = metrics.mean_iou(metrics.pixel_confusion(truth, prediction, count, ignore_index=count))
+            self.scores.append((record.key, 100.0 * scores["mIoU"]))
 
     def merge(self, other: SemanticEvaluator) -> None:
-        """Adds what another process saw."""
+        """Add the state of another process."""
         self.evaluation.merge(other.evaluation)
         self.scores += other.scores
 
     def result(self) -> dict[str, float]:
-        """miou, fwiou (weighted by pixels) and pixel_accuracy, in percent, over the classes that occur."""
+        """Return miou, fwiou (weighted by pixels) and pixel_accuracy of the classes that occur, in percent."""
         results = self.evaluation.results()
         return {
             name: 100.0 * results[key]
@@ -49,7 +46,7 @@ class SemanticEvaluator:
         }
 
     def details(self) -> dict:
-        """iou and accuracy of each class that occurs in percent; and the images whose own mIoU is lowest."""
+        """Return iou and accuracy (percent) of each class that occurs, and the images with the lowest mIoU."""
         classes = {
             c["name"]: {"iou": 100.0 * c["IoU"], "accuracy": 100.0 * c["Acc"]}
             for c in self.evaluation.results()["per_class"]
@@ -59,9 +56,9 @@ class SemanticEvaluator:
 
 
 def ground_truth_map(record: Record, info: DatasetInfo) -> Int[np.ndarray, "h w"]:
-    """The class of each pixel; `len(info.classes)` where it is not known, which is not counted.
+    """Return the class of each pixel. Unknown pixels are `len(info.classes)` and do not count.
 
-    A crowd has its class like any segment. Where masks overlap, the later segment wins.
+    A crowd has its class like other segments. Where masks overlap, the later segment wins.
     """
     unknown = len(info.classes)
     out = np.full((record.height, record.width), unknown, np.int32)

@@ -1,4 +1,4 @@
-"""What a model answered on a data set, in the files that benchmarks and their servers take."""
+"""Write the predictions for a data set in the file formats of benchmarks and their servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mqformer_jax.input.coco_classes import THING_IDS
 from mqformer_jax.input.record import DatasetInfo, Record, encode_rle
 from mqformer_jax.segments import Segments
 
-# COCO left some of its first 90 ids, and of those of stuff, without a class.
+# The category ids of COCO's stuff classes. The ids between them are unused.
 COCO_STUFF = [
     92,
     93,
@@ -48,17 +48,16 @@ COCO_STUFF += [161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201
 
 
 class Submission:
-    """Files of one data set in `folder`. Images are written as they come, lists (of all processes, merged) by `save`.
+    """The prediction files of one data set in `folder`. Images are written at once, JSON lists by `save`.
 
         segm.json, bbox.json         COCO results of the things
         panoptic.json, panoptic/     COCO panoptic: colors are segment ids (R + 256 G + 65536 B)
-        semantic/                    the class of each pixel, 8 or 16 bits
-        referring.json               image_id, text, score, and the mask as run-length code, empty where nothing is
-        named foreground/, matting/        probability or alpha, 8 bits
-        categories.json              which id is which class: COCO's own for its 80 and 133 classes, else 1, 2, 3 ...; a
-        PNG counts from 0
+        semantic/                    the class index of each pixel from 0, 8 or 16 bits
+        referring.json               image_id, text, score, and the mask as run-length code (empty: no target)
+        foreground/, matting/        probability or alpha, 8 bits
+        categories.json              the classes of the category ids: COCO's ids for its 80 and 133 classes, else from 1
 
-    image_id is the number that a file name is (COCO's are), else the name.
+    image_id is the number in the image's file name if it is one (as in COCO), else the name.
     """
 
     def __init__(self, folder: str, info: DatasetInfo):
@@ -75,14 +74,15 @@ class Submission:
 
     def panoptic(self, record: Record, segments: Segments) -> None:
         ids = segments.panoptic.astype(np.int64)
-        self._picture("panoptic", record, np.stack([ids >> 16 & 255, ids >> 8 & 255, ids & 255], -1).astype(np.uint8))
+        colors = np.stack([ids >> 16 & 255, ids >> 8 & 255, ids & 255], -1).astype(np.uint8)  # BGR
+        self._write_png("panoptic", record, colors)
         infos = [{"id": i + 1, "category_id": self.ids[label]} for i, label in enumerate(segments.prompt_ids)]
         self.lists["panoptic"].append(
             {"image_id": image_id(record), "file_name": f"{stem(record)}.png", "segments_info": infos}
         )
 
     def semantic(self, record: Record, labels: Int[np.ndarray, "h w"]) -> None:
-        self._picture("semantic", record, labels.astype(np.uint8 if len(self.ids) <= 256 else np.uint16))
+        self._write_png("semantic", record, labels.astype(np.uint8 if len(self.ids) <= 256 else np.uint16))
 
     def referring(self, record: Record, segments: Segments) -> None:
         for text, mask, score in zip(segments.texts, segments.masks, segments.scores):
@@ -90,11 +90,11 @@ class Submission:
             self.lists["referring"].append({**fields, "segmentation": _rle(mask)})
 
     def soft(self, task: str, record: Record, mask: Float[np.ndarray, "h w"]) -> None:
-        """A mask with values 0 to 1. task: the folder's name, "foreground" or "matting"."""
-        self._picture(task, record, np.round(mask * 255).astype(np.uint8))
+        """Add a mask with values 0 to 1. task: the folder's name, "foreground" or "matting"."""
+        self._write_png(task, record, np.round(mask * 255).astype(np.uint8))
 
     def merge(self, other: Submission) -> None:
-        """Adds what another process answered."""
+        """Add the lists of another process."""
         for name, entries in other.lists.items():
             self.lists[name] += entries
 
@@ -112,21 +112,21 @@ class Submission:
             with open(os.path.join(self.folder, f"{name}.json"), "w") as f:
                 json.dump(content, f)
 
-    def _picture(self, task: str, record: Record, pixels: np.ndarray) -> None:
+    def _write_png(self, task: str, record: Record, pixels: np.ndarray) -> None:
         path = os.path.join(self.folder, task, f"{stem(record)}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if not cv2.imwrite(path, pixels):
-            raise OSError(f"{path}: the picture could not be written.")
+            raise OSError(f"{path}: the image could not be written.")
 
 
 def class_ids(info: DatasetInfo) -> list[int]:
-    """The ids that a benchmark gives to the classes."""
-    own = {80: THING_IDS, 133: THING_IDS + COCO_STUFF} if info.name.startswith("coco") else {}
-    return own.get(len(info.classes), list(range(1, len(info.classes) + 1)))
+    """Return the category ids of the classes in their benchmark."""
+    coco_ids = {80: THING_IDS, 133: THING_IDS + COCO_STUFF} if info.name.startswith("coco") else {}
+    return coco_ids.get(len(info.classes), list(range(1, len(info.classes) + 1)))
 
 
 def stem(record: Record) -> str:
-    """The record's key without the ending of an image file."""
+    """Return the record's key without the extension of an image file."""
     return re.sub(r"\.(jpe?g|png|webp|bmp|tiff?)$", "", record.key, flags=re.IGNORECASE)
 
 

@@ -41,7 +41,7 @@ QUERIES = ("all", "learnable", "conditional")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One segment in the legend. color: "#rrggbb". share: of the image's area, 0 to 1."""
+    """One segment in the legend. color: "#rrggbb". share: fraction of the image's area, 0 to 1."""
 
     prompt: str
     color: str
@@ -51,9 +51,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the page shows. archive: a zip of a mask a segment, segments.json (COCO's run-length codes) and the
-    overlay.
-    """
+    """The results that the page shows. archive: a zip file, see `archive`."""
 
     overlay: UInt8[np.ndarray, "H W 3"]
     rows: list[Row]
@@ -68,9 +66,9 @@ def answer(
     queries: str = "all",
     score_threshold: float = 0.0,
 ) -> Reply:
-    """What the model finds in an image for prompts as a user writes them (`read_prompts`).
+    """Segment an image by prompts in the notation of `read_prompts`.
 
-    score_threshold: the lowest score of an instance. Raises ValueError in one line that the user can act on.
+    score_threshold: the lowest score of an instance. Raises ValueError if the user must change an input.
     """
     if image is None:
         raise ValueError("Drop an image first.")
@@ -80,15 +78,15 @@ def answer(
     if not texts:
         raise ValueError("Name at least one thing to look for, such as: ball; star; sky*")
     if task == "instance" and all(regions):
-        raise ValueError("“instance” looks for single objects: take the * off at least one prompt.")
-    asked: dict[str, Any] = dict(task=task, queries=queries, score=score_threshold if task == "instance" else None)
-    found = in_order(predictor(image, texts, regions=regions if TASKS[task].chooses_regions else None, **asked))
+        raise ValueError("“instance” finds single objects: remove the * from at least one prompt.")
+    options: dict[str, Any] = dict(task=task, queries=queries, score=score_threshold if task == "instance" else None)
+    found = in_order(predictor(image, texts, regions=regions if TASKS[task].chooses_regions else None, **options))
     picture, rows = overlay(image, found), legend(found)
     return Reply(picture, rows, archive(found, picture, {"task": task, "queries": queries}))
 
 
 def in_order(found: Segments) -> Segments:
-    """By prompt as they were written, then by score; what was not found (an empty mask) is left out."""
+    """Sort segments by prompt, then by score, and leave out empty masks."""
     order = np.lexsort((-found.scores, found.prompt_ids))
     order = order[found.masks[order].any((1, 2))]
     alphas = None if found.alphas is None else found.alphas[order]
@@ -103,7 +101,7 @@ def in_order(found: Segments) -> Segments:
 
 
 def legend(found: Segments) -> list[Row]:
-    """A row a segment, in the overlay's colors."""
+    """Return a row for each segment, in the overlay's colors."""
     shades = colors(found.prompt_ids, range(len(found.texts)))
     cover = found.masks if found.alphas is None else found.alphas
     return [
@@ -112,19 +110,20 @@ def legend(found: Segments) -> list[Row]:
     ]
 
 
-def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], asked: dict[str, str]) -> bytes:
-    """The zip: overlay.png, masks/NN_PROMPT.png (0 and 255, or how much of a pixel is covered), segments.json (as
-    `predict` writes it).
+def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], options: dict[str, str]) -> bytes:
+    """Return a zip file: overlay.png, masks/NN_PROMPT.png (masks or mattes, 0 to 255), segments.json (see `to_json`).
+
+    options: task and queries, which segments.json repeats.
     """
-    said: dict[str, Any] = asked | save_results.to_json(found, asked["task"], "", found.masks.shape[1:])
+    contents: dict[str, Any] = options | save_results.to_json(found, options["task"], "", found.masks.shape[1:])
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as out:
         out.writestr("overlay.png", _png(picture[..., ::-1]))
-        for entry, cover in zip(said["segments"], found.masks if found.alphas is None else found.alphas):
+        for entry, cover in zip(contents["segments"], found.masks if found.alphas is None else found.alphas):
             words = re.sub(r"[^\w-]+", "_", entry["text"])[:40]
             entry["file"] = f"masks/{entry['id']:02d}_{words}.png"
             out.writestr(entry["file"], _png(np.rint(255 * cover.astype(np.float32)).astype(np.uint8)))
-        out.writestr("segments.json", json.dumps(said, indent=1, ensure_ascii=False))
+        out.writestr("segments.json", json.dumps(contents, indent=1, ensure_ascii=False))
     return buffer.getvalue()
 
 
@@ -133,9 +132,9 @@ def _png(image: np.ndarray) -> bytes:
 
 
 def legend_html(rows: Sequence[Row]) -> str:
-    """The rows as a table: color, prompt, score as a bar, share of the image."""
+    """Return the rows as an HTML table: color, prompt, score as a bar, share of the image."""
     if not rows:
-        return '<p class="none">Nothing of that was found.</p>'
+        return '<p class="none">Nothing was found.</p>'
     head = "<tr><th></th><th>prompt</th><th>score</th><th>area</th></tr>"
     line = (
         '<tr><td><i class="swatch" style="background:{r.color}"></i></td><td>{name}</td><td><span class="bar">'
@@ -163,7 +162,7 @@ CSS = """
 #legend .bar i {display: block; height: 100%}
 #legend .none {color: var(--body-text-color-subdued); text-align: center; padding: 18px}
 """
-# titles as plain words instead of the theme's colored tags
+# plain titles instead of the theme's colored tags
 PLAIN = dict(
     block_title_background_fill="transparent",
     block_title_padding="0",
@@ -181,26 +180,26 @@ PLAIN = dict(
 
 
 def _hint(task: str) -> str:
-    """What a task does, as Markdown, in which a star would start italics."""
+    """Return a task's help as Markdown, with escaped stars."""
     return TASKS[task].help.replace("*", "\\*")
 
 
 def tasks_of(predictor: Predictor) -> list[str]:
-    """Matting where the checkpoint has a refiner, and all else."""
+    """Return the tasks to offer: all, but matting only if the checkpoint has a refiner."""
     return [task for task in ANSWERED if task != "matting" or getattr(predictor, "refiner", None)]
 
 
 def page(predictor: Predictor, name: str, folder: str) -> Any:
-    """The page as Gradio's Blocks. name: what the model is called. folder: where archives for download lie."""
+    """Build the page as Gradio's Blocks. name: of the model, for display. folder: for archives to download."""
     gr = _gradio()
     tasks = tasks_of(predictor)
     learnable, conditional = query_counts(predictor.config.model)
 
-    def respond(path: str | None, *asked: Any):
+    def respond(path: str | None, *options: Any):
         try:
-            reply = answer(predictor, None if path is None else read_image(path), *asked)
-        except ValueError as e:  # what the user can mend; what was shown stays
-            gr.Warning(html.escape(str(e).replace(f"{os.path.dirname(path or '')}{os.sep}", "")), title="Not yet")
+            reply = answer(predictor, None if path is None else read_image(path), *options)
+        except ValueError as e:  # the user must change an input; the page keeps its last results
+            gr.Warning(html.escape(str(e).replace(f"{os.path.dirname(path or '')}{os.sep}", "")), title="Invalid input")
             return gr.skip()
         zipped = os.path.join(tempfile.mkdtemp(dir=folder), "segments.zip")
         with open(zipped, "wb") as file:
@@ -209,7 +208,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
 
     with gr.Blocks(title="MQ-Former", analytics_enabled=False, delete_cache=(600, 3600)) as blocks:
         intro = (
-            "Say what to look for; see where it is. "
+            "Segment an image by text prompts. "
             f"Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
         )
         gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p>", elem_id="title")
@@ -218,15 +217,18 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                 photo = gr.Image(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="photo"
                 )
-                photo.preprocess = lambda given: given and given.path  # `read_image` says what is wrong in a line
+                photo.preprocess = lambda given: given and given.path  # `read_image` reports errors in one line
                 prompts = gr.Textbox(
-                    label="Prompts, parted by ;", placeholder="ball; star; sky*; grass*", lines=2, elem_id="prompts"
+                    label="Prompts, separated by ;",
+                    placeholder="ball; star; sky*; grass*",
+                    lines=2,
+                    elem_id="prompts",
                 )
                 task = gr.Radio(tasks, value=tasks[0], label="Task", info=_hint(tasks[0]), elem_id="task")
                 kinds = gr.Radio(
                     QUERIES,
                     value="all",
-                    label="Queries that may answer",
+                    label="Queries to use",
                     visible=bool(learnable and conditional),
                     elem_id="queries",
                 )
@@ -273,7 +275,7 @@ def _gradio() -> ModuleType:
 
 
 def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool = False, wait: bool = True) -> Any:
-    """Serves the page at http://127.0.0.1:PORT; with `share`, also at a public address that Gradio lends."""
+    """Serve the page at http://127.0.0.1:PORT; with `share`, also at a temporary public address of Gradio."""
     gr = _gradio()
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
@@ -283,10 +285,10 @@ def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool 
     try:
         blocks.launch(server_port=port, share=share, prevent_thread_lock=True, **options)
     except OSError as e:
-        raise OSError(f"--port={port}: the page cannot be served there; name another ({str(e).split('.')[0]}).") from e
+        raise OSError(f"--port={port}: the port cannot be used; name another one ({str(e).split('.')[0]}).") from e
     print(
         f"{name}: {blocks.share_url or blocks.local_url} "
-        "(Ctrl-C ends it; the first question of each task takes longer)",
+        "(Ctrl-C stops it; the first request of each task takes longer)",
         flush=True,
     )
     if wait:
@@ -318,11 +320,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    _gradio()  # a missing package should not wait for the model
+    _gradio()  # report a missing package before loading the model
     cli.keep_compiled()
     predictor = Predictor.from_checkpoint(args.checkpoint)
     with tempfile.TemporaryDirectory(prefix="mqformer_demo_") as folder, removed_on_exit(folder):
-        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads go with it when the page ends
+        os.environ["GRADIO_TEMP_DIR"] = folder  # uploads are deleted with the folder
         launch(predictor, args.checkpoint, folder, args.port, args.share == "true")
 
 

@@ -39,32 +39,32 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.safetensors"
 OUTPUTS = {"encode": ("prompt_embeddings",), "segment": ("class_probs", "boxes", "masks")}
 PLACE = (
-    "Resized by min(canvas height / height, canvas width / width), bilinear with pixel centers at halves "
-    "(averaged over areas where it shrinks to less than half), into the canvas' upper left corner; "
-    "the rest is filled with `pad`. `size` is its height and width there. "
-    "Bytes go in as they are: mean and standard deviation are inside."
+    "Resize the image by min(canvas height / height, canvas width / width), bilinearly with pixel centers at halves "
+    "(by area averaging below half the size), into the upper left corner of the canvas. "
+    "Fill the rest with `pad`. `size` is the height and width of the resized image. "
+    "Pass the bytes unchanged: the function normalizes them."
 )
 MEANING = {
-    "prompt_embeddings": "prompts as vectors; `is_region`: those that own one region, not several segments",
-    "class_probs": "0 to 1, of every query for every prompt; learnable queries come first",
+    "prompt_embeddings": "embedded prompts; `is_region` marks prompts that own one region instead of several segments",
+    "class_probs": "probability of each prompt for each query, 0 to 1; learnable queries come first",
     "boxes": "cx, cy, w, h as fractions of the canvas",
-    "masks": "logits on the canvas: above 0 is inside",
+    "masks": "logits on the canvas; positive values are inside",
 }
 
 
 def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
-    """Writes the checkpoint `source` as the folder `output`, whole or not at all; returns its bytes.
+    """Export the checkpoint `source` to the folder `output` and return its size in bytes.
 
-    prompts, batch: the shapes that the functions take; fewer are padded and marked. Raises ValueError or OSError in one
-        line.
+    A failed export leaves no folder. prompts, batch: the fixed number of prompts and images per call; callers pad
+    smaller inputs. Raises ValueError or OSError.
     """
     if prompts < 1 or batch < 1:
         raise ValueError(f"--prompts={prompts} --batch={batch}: both must be at least 1.")
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("an export is written with the package flatbuffers: pip install 'mqformer_jax[export]'.")
+        raise ValueError("the export needs the package flatbuffers: pip install 'mqformer_jax[export]'.")
     predictor = Predictor.from_checkpoint(source)
     tokenizer = pathlib.Path(source, TOKENIZER)
-    with _whole_folder(output) as folder:
+    with _atomic_folder(output) as folder:
         exported = dict(_exported(predictor, prompts, batch))
         for name, (function, _) in exported.items():
             (folder / f"{name}.stablehlo").write_bytes(function.serialize())
@@ -77,12 +77,12 @@ def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
 
 
 def _named_weights(predictor: Predictor) -> dict[str, jax.Array]:
-    """Parameters and frozen constants by their paths: the first argument of both functions."""
+    """Return parameters and frozen constants by path: the first argument of both functions."""
     return rules.flatten_paths(predictor.params) | rules.flatten_paths(predictor.frozen)
 
 
 def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
-    """`Predictor`'s two functions, of named weights: `encode` and `segment`, which give float32."""
+    """Return the functions `encode` and `segment` of `Predictor`, with named weights and float32 outputs."""
 
     def trees(weights: dict[str, Any]) -> Iterator[Any]:
         for tree in (predictor.params, predictor.frozen):
@@ -102,7 +102,7 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
 
 
 def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """What each function takes after the weights."""
+    """Return the shapes and dtypes of each function's inputs after the weights."""
     text, struct = config.model.text, jax.ShapeDtypeStruct
     return {
         "encode": {"tokens": struct((prompts, text.context), jnp.int32), "is_region": struct((prompts,), bool)},
@@ -116,26 +116,24 @@ def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, 
 
 
 def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[str, tuple[jax.export.Exported, dict]]]:
-    """(name, (the exported function, its inputs))."""
+    """Yield (name, (exported function, its inputs))."""
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_weights(predictor).items()}
-    takes = inputs(predictor.config, prompts, batch)
+    specs = inputs(predictor.config, prompts, batch)
     for name, function in functions(predictor).items():
-        yield (
-            name,
-            (jax.export.export(jax.jit(function), platforms=PLATFORMS)(weights, *takes[name].values()), takes[name]),
-        )
+        exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(weights, *specs[name].values())
+        yield name, (exported, specs[name])
 
 
 def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, dict]], tokenizer: bool) -> dict:
-    """What export.json says."""
+    """Return the contents of export.json."""
     array = lambda x: {"shape": list(x.shape), "dtype": str(np.dtype(x.dtype))}
     about = {}
-    for name, (function, takes) in exported.items():
-        gives = {key: array(x) | {"meaning": MEANING[key]} for key, x in zip(OUTPUTS[name], function.out_avals)}
+    for name, (function, specs) in exported.items():
+        outputs = {key: array(x) | {"meaning": MEANING[key]} for key, x in zip(OUTPUTS[name], function.out_avals)}
         about[name] = {
             "file": f"{name}.stablehlo",
-            "inputs": {key: array(x) for key, x in takes.items()},
-            "outputs": gives,
+            "inputs": {key: array(x) for key, x in specs.items()},
+            "outputs": outputs,
         }
     learnable, conditional = query_counts(config.model)
     names = ("object_mask_threshold", "overlap_threshold", "max_detections", "no_target_threshold")
@@ -158,10 +156,10 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
 
 
 @contextmanager
-def _whole_folder(output: str) -> Generator[pathlib.Path]:
-    """A folder that gets the name `output` once all of it is written, and is gone if that fails."""
+def _atomic_folder(output: str) -> Generator[pathlib.Path]:
+    """Yield a temporary folder. Rename it to `output` on success, remove it on failure."""
     if os.path.lexists(output):
-        raise FileExistsError(f"--output={output}: it is there already; remove it, or name another folder.")
+        raise FileExistsError(f"--output={output}: it already exists; remove it, or name another folder.")
     folder = pathlib.Path(f"{os.path.abspath(output)}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
@@ -192,8 +190,8 @@ def arguments() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     size = export(args.checkpoint, args.output, args.prompts, args.batch)
     print(
-        f"{args.output}: {size / 1e6:.1f} MB; export.json says what goes in and what comes out, "
-        "docs/serve.py how to run it."
+        f"{args.output}: {size / 1e6:.1f} MB. export.json describes the inputs and outputs; "
+        "docs/serve.py runs the functions."
     )
 
 

@@ -26,19 +26,17 @@ from mqformer_jax.tasks import ANSWERED, FOREGROUND, TASKS
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
-    """Prompts parted by ";" or lines, each once, and whether a star behind it says "one region"."""
-    written = [" ".join(part.split()) for part in re.split("[;\n]", text)]
+    """Split prompts at ";" and line breaks. Return each once, and whether a trailing star marks it as one region."""
+    parts = [" ".join(part.split()) for part in re.split("[;\n]", text)]
     prompts: dict[str, bool] = {}
-    for part in written:
+    for part in parts:
         if name := part.rstrip("* "):
             prompts[name] = prompts.get(name, False) or part.endswith("*")
     return list(prompts), list(prompts.values())
 
 
 def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
-    """The prompts of the command line or of @FILE, and which of them own one region; None where the task says so
-    itself.
-    """
+    """Return the prompts of the command line or @FILE, and which own one region (None if the task decides)."""
     if text is None and not TASKS[task].needs_prompts:
         text = FOREGROUND
     if text is not None and text.startswith("@"):
@@ -53,22 +51,24 @@ def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | 
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     prompts, regions = parse_prompts(given.prompts, given.task)
-    paths = image_io.find_images([*given.image, *argv])  # what a shell made of a pattern comes without a flag
+    paths = image_io.find_images([*given.image, *argv])  # a shell expands --image *.jpg to arguments without a flag
     cli.keep_compiled()
     predictor = Predictor.from_checkpoint(given.checkpoint)
     for option in given.set:
         field, _, value = option.partition("=")
         recipes.set_field(predictor.config, field, literal(value), "--set ")
     score = TASKS[given.task].score if given.score is None else given.score
-    ask = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
-    bad = answer_files(ask, paths, given.task, given.output, given.masks)
+    segment = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
+    bad = answer_files(segment, paths, given.task, given.output, given.masks)
     if bad == len(paths):
-        raise ValueError("none of the images could be read.")
-    print(f"{given.output}: {len(paths) - bad} images answered" + (f", {bad} could not be read" if bad else ""))
+        raise ValueError("--image: none of the images could be read.")
+    print(f"{given.output}: results of {len(paths) - bad} images" + (f"; {bad} could not be read" if bad else ""))
 
 
-def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool) -> int:
-    """Each image's answer into files of `out`; returns how many could not be read, each of which is named."""
+def answer_files(
+    segment: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool
+) -> int:
+    """Segment the images and write the results to `out`. Return the number of unreadable images, which are reported."""
     os.makedirs(out, exist_ok=True)
     bad = 0
     bar = tqdm(zip(paths, output_stems(paths, out)), desc="predict", unit="image", total=len(paths), dynamic_ncols=True)
@@ -79,31 +79,31 @@ def answer_files(ask: Callable[[np.ndarray], Segments], paths: Sequence[str], ta
             bad += 1
             tqdm.write(f"left out: {e}")
             continue
-        segments = ask(image)
+        segments = segment(image)
         save_results.save(stem, image, segments, task, path, masks)
-        there = np.flatnonzero(segments.masks.any((1, 2)))
-        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {segments.scores[i]:.2f}" for i in there)
+        nonempty = np.flatnonzero(segments.masks.any((1, 2)))
+        found = ", ".join(f"{segments.texts[segments.prompt_ids[i]]} {segments.scores[i]:.2f}" for i in nonempty)
         tqdm.write(f"{path}: {found or 'nothing found'}")
     return bad
 
 
 def output_stems(paths: Sequence[str], out: str) -> list[str]:
-    """Where each image's results go: its own name, with a number behind where another has taken it."""
-    taken: set[str] = set()
+    """Return the path without extension for each image's results: its name, with a number if it is already used."""
+    used: set[str] = set()
     stems = []
     for path in paths:
         name = base = "stdin" if path == image_io.STDIN else os.path.splitext(os.path.basename(path))[0]
         for number in itertools.count(2):
-            if name not in taken:
+            if name not in used:
                 break
             name = f"{base}_{number}"
-        taken.add(name)
+        used.add(name)
         stems.append(os.path.join(out, name))
     return stems
 
 
 def literal(text: str) -> object:
-    """A number, tuple, True ... where it reads as one, else the text itself."""
+    """Return the text as a Python literal (number, tuple, True ...), or unchanged if it is none."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
@@ -144,7 +144,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "queries",
         "all",
         ("all", "learnable", "conditional"),
-        "Queries that may answer, e.g. learnable.",
+        "Queries to use, e.g. learnable.",
         flag_values=values,
     )
     flags.DEFINE_bool(

@@ -1,4 +1,4 @@
-"""Predictor: segments an image by text prompts."""
+"""`Predictor`: segment images by text prompts with a trained model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from mqformer_jax.segments import (
 )
 from mqformer_jax.tasks import ANSWERED, TASKS
 
-ENCODED_AT_ONCE = 256  # texts
-KNOWN = 100_000  # texts whose vectors are kept
+ENCODED_AT_ONCE = 256  # texts per call of the text encoder
+MAX_CACHED_TEXTS = 100_000
 
 
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class PromptBatch:
-    """The embedded prompts of a batch of images, p an image; `valid` is false for padding."""
+    """The embedded prompts of a batch of images, p per image. `valid` is False for padding."""
 
     prompt_embeddings: Float[Array, "b p e"]
     valid: Bool[Array, "b p"]
@@ -64,7 +64,7 @@ class IncompleteModel(ValueError):
 
 
 class Predictor:
-    """A trained model behind one call.
+    """A trained model that segments images by text prompts.
 
     predictor = Predictor.from_checkpoint("runs/demo")
     segments = predictor(image, ["sky", "the red star"], task="referring")
@@ -78,17 +78,19 @@ class Predictor:
         tokenizer: Tokenizer,
         devices: Sequence[jax.Device] | None = None,
     ):
-        """devices: of this host, which share the images of a batch, the whole model on each; default: where `params`
-        are.
+        """Build the model from its parameters.
+
+        devices: devices of this host that share the images of a batch, each with a copy of the model; default: the
+        device of `params`.
         """
         self.config, self.tokenizer = config, tokenizer
         self.canvas = tuple(config.data.canvas)
         self.refiner: Refiner | None = None
-        self._known: dict[str, np.ndarray] = {}
+        self._cache: dict[str, np.ndarray] = {}
         graph, *shapes = abstract_model(config.model)
         given = flatten_paths(params) | flatten_paths(frozen)
         if missing := sorted({name for tree in shapes for name in flatten_paths(tree)} - given.keys()):
-            raise IncompleteModel(f"{len(missing)} arrays are missing, {missing[0]} among them")
+            raise IncompleteModel(f"{len(missing)} arrays are missing, e.g. {missing[0]}")
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
         self.shares = len(devices or [None])
         self.model = lambda params, frozen: nnx.merge(graph, params, frozen)
@@ -110,16 +112,14 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
-        """`path`: the workdir of a training, or a converted model. The config is
-        its own.
-        """
+        """Load a model with its config. path: workdir of a training run, or folder of a converted model."""
         weights = load_weights(path)
         tokenizer = make_tokenizer(weights.config.model.text, path)
         try:
             predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
         except IncompleteModel as e:
             raise ValueError(
-                f"{path} is not a whole model ({e}): start a training from it with config.init_from."
+                f"{path} is not a complete model ({e}): train a model from it with config.init_from."
             ) from e
         predictor.refiner = Refiner.load(path)
         return predictor
@@ -127,9 +127,10 @@ class Predictor:
     def embed(
         self, texts: Sequence[str], regions: Sequence[bool] | Bool[np.ndarray, " p"], templates: Sequence[str] = ("{}",)
     ) -> Float[Array, "p e"]:
-        """Prompts as vectors; each text is encoded once in the predictor's life.
+        """Return prompts as vectors. Encoded texts are cached.
 
-        templates: wordings around each text ("a photo of a {}."), whose directions are averaged (CLIP, OpenSeeD).
+        templates: wordings of each text ("a photo of a {}."); the directions of their vectors are averaged (CLIP,
+        OpenSeeD).
         """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
@@ -140,17 +141,18 @@ class Predictor:
         return self._embed(self.params, self.frozen, *padded)[: len(texts)]
 
     def _vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "p e"]:
-        """What the text encoder says, from memory where it has said it; some at a time, which bounds memory and
-        lengths.
+        """Encode texts, using cached results where available.
+
+        Long lists are encoded in parts, which limits memory and the number of compiled shapes.
         """
-        if len(self._known) > KNOWN:
-            self._known.clear()
-        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if len(self._cache) > MAX_CACHED_TEXTS:
+            self._cache.clear()
+        new = [text for text in dict.fromkeys(texts) if text not in self._cache]
         for start in range(0, len(new), ENCODED_AT_ONCE):
             some = new[start : start + ENCODED_AT_ONCE]
             tokens = np.pad(self.tokenizer(some), ((0, padded_length(len(some)) - len(some)), (0, 0)))
-            self._known.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
-        return np.stack([self._known[text] for text in texts])
+            self._cache.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
+        return np.stack([self._cache[text] for text in texts])
 
     def predict_raw(
         self,
@@ -161,9 +163,8 @@ class Predictor:
     ) -> list[RawPredictions]:
         """Return the network's predictions for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        Images are padded to `batch` (default: their number) and prompts to `padded_length`, so that few shapes are
-        compiled.
-        canvas: height, width that images are fitted into, the recipe's unless given.
+        Batches are padded to `batch` images (default: their number) and prompts to `padded_length`, so that few shapes
+        are compiled. canvas: height and width to which images are resized; default: the recipe's.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
         batch += -batch % self.shares
@@ -201,23 +202,23 @@ class Predictor:
         queries: str = "all",
         score: float | None = None,
     ) -> Segments | list[Segments]:
-        """Segments of a uint8 RGB image for the prompts; of a list of images, which are batched, a list.
+        """Return the segments of a uint8 RGB image for the prompts, or a list of them for a list of images.
 
         task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt),
-            "referring" or "foreground" (one region a prompt), "matting" (the same with `alphas`, where the checkpoint
-            has a refiner).
+            "referring" or "foreground" (one region per prompt), "matting" (the same with `alphas`; the checkpoint needs
+            a refiner).
         regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
             panoptic and instance, all otherwise.
-        queries: whose predictions count: "all", "learnable" or "conditional" ones.
+        queries: the queries to use: "all", "learnable" or "conditional".
         score: the lowest score of a segment. Replaces the recipe's `eval.object_mask_threshold` (panoptic),
-            `eval.score_threshold` (instance) and `eval.no_target_threshold` (one region a prompt).
+            `eval.score_threshold` (instance) and `eval.no_target_threshold` (one region per prompt).
         """
         images = [image] if isinstance(image, np.ndarray) else list(image)
         for i in images:
             if not isinstance(i, np.ndarray) or i.dtype != np.uint8 or i.ndim != 3 or i.shape[2] != 3 or not i.size:
-                raise ValueError(f"the image is {_what(i)}: give uint8 RGB of shape (height, width, 3).")
+                raise ValueError(f"the image is {_describe(i)}: give uint8 RGB of shape (height, width, 3).")
         if regions is not None and len(regions) != len(prompts):
-            raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give one True or False a prompt.")
+            raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give True or False for each prompt.")
         if task not in ANSWERED:
             raise ValueError(f"task {task!r} is not one of {', '.join(ANSWERED)}.")
         if task == "matting" and self.refiner is None:
@@ -227,26 +228,26 @@ class Predictor:
         )
         templates = self.config.data.templates if TASKS[task].by_class else ("{}",)
         embedded = self.embed(prompts, regions, templates)
-        selected, thresholds = self._kind(queries), with_score(self.config.eval, score)
+        selected, thresholds = self._select_queries(queries), with_score(self.config.eval, score)
         if queries != "all":
-            # the silent ones score nothing
+            # Other queries get a score of 0, which this threshold leaves out.
             thresholds = ConfigDict({**thresholds, "score_threshold": max(0.0, thresholds.score_threshold)})
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
             some = images[start : start + self.config.eval.batch_size]
             batch = min(1 << (len(some) - 1).bit_length(), self.config.eval.batch_size)
-            for one, raw in zip(some, self.predict_raw(some, [embedded] * len(some), batch)):
+            for single, raw in zip(some, self.predict_raw(some, [embedded] * len(some), batch)):
                 raw = dataclasses.replace(raw, class_probs=np.where(selected, raw.class_probs, 0))
                 segments = postprocess(raw, list(prompts), regions, task, thresholds)
                 if task == "matting":
                     guides = np.stack([soft_mask(raw.class_probs, raw.masks, p) for p in range(len(prompts))])
-                    there = segments.masks.any((1, 2))[:, None, None]
-                    segments.alphas = self.refiner(one, guides) * there
+                    has_target = segments.masks.any((1, 2))[:, None, None]
+                    segments.alphas = self.refiner(single, guides) * has_target
                 found.append(segments)
         return found[0] if isinstance(image, np.ndarray) else found
 
-    def _kind(self, queries: str) -> Bool[np.ndarray, "q 1"]:
-        """Which queries are of a kind; learnable ones come first."""
+    def _select_queries(self, queries: str) -> Bool[np.ndarray, "q 1"]:
+        """Return which queries to use. Learnable queries come first."""
         learnable, conditional = query_counts(self.config.model)
         counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
         if queries not in counts:
@@ -254,7 +255,7 @@ class Predictor:
         selected = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
         if not selected.any():
             raise ValueError(
-                f"queries {queries!r}: this model has none of them "
+                f"queries {queries!r}: this model has no such queries "
                 f"(config.model.queries = {self.config.model.queries!r})."
             )
         return selected[:, None]
@@ -267,19 +268,19 @@ def padded_length(count: int) -> int:
 
 
 def with_score(thresholds: ConfigDict, score: float | None) -> ConfigDict:
-    """Return `config.eval` with one lowest score for all tasks."""
+    """Return `config.eval` with `score` as the score threshold of all tasks, or unchanged if it is None."""
     if score is None:
         return thresholds
     names = ("object_mask_threshold", "no_target_threshold", "score_threshold")
     return ConfigDict({**thresholds, **dict.fromkeys(names, score)})
 
 
-def _what(image: object) -> str:
+def _describe(image: object) -> str:
     return f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
 
 
 def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
-    """The mean direction of several wordings' vectors, as long as they are in the mean."""
+    """Return the mean direction of the vectors of several wordings, scaled to their mean length."""
     length = sum(jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors) / len(vectors)
     return normalize(sum(normalize(v) for v in vectors)) * length
 
@@ -301,7 +302,7 @@ def postprocess(
 
 
 def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[np.ndarray, "q 4"]:
-    """cx, cy, w, h as fractions of the canvas to x0, y0, x1, y1 in pixels of the user's image, cut at its borders."""
+    """Convert cx, cy, w, h in fractions of the canvas to x0, y0, x1, y1 in pixels, clipped to the user's image."""
     center, half = boxes[:, :2], boxes[:, 2:] / 2
     xyxy = np.concatenate([center - half, center + half], 1) * np.tile(canvas[::-1], 2)
     xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)

@@ -1,4 +1,4 @@
-"""What `mqformer predict` leaves of an image: a picture, COCO json, index and mask PNGs, cut-outs."""
+"""Write the results of `mqformer predict`: an overlay, COCO JSON, index and mask PNGs, cut-outs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from mqformer_jax.segments import Segments
 from mqformer_jax.tasks import TASKS
 from mqformer_jax.visualization.overlays import overlay
 
-LARGEST = 2048  # pixels of an overlay's longer side: it is to be looked at, the masks keep the image's size
+LARGEST = 2048  # longest side of an overlay, pixels; masks keep the image's size
 
 
 def save(
     stem: str, image: UInt8[np.ndarray, "h w 3"], segments: Segments, task: str, source: str, masks: bool = False
 ) -> list[str]:
-    """Writes STEM.json, STEM_overlay.png, and STEM_panoptic.png or STEM_cutout.png where the task has them; with
-    `masks` a PNG each.
+    """Write STEM.json, STEM_overlay.png and, depending on the task, STEM_panoptic.png or STEM_cutout.png.
 
-    Returns the paths. A file is there whole or not at all.
+    masks: also write a PNG file for each mask. Returns the paths. Each file is written atomically.
     """
     written = [f"{stem}.json"]
     write_json(written[0], to_json(segments, task, source, image.shape[:2]))
@@ -46,10 +45,10 @@ def save(
 
 
 def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -> dict:
-    """The segments in the words of COCO results: boxes x, y, width, height in pixels, masks as compressed run-length
-    codes.
+    """Return the segments in COCO's result format.
 
-    `id` is the segment's value in the panoptic PNG.
+    Boxes are x, y, width, height in pixels, masks are compressed run-length codes, and `id` is the segment's value in
+    the panoptic PNG.
     """
     found = []
     for i, prompt in enumerate(segments.prompt_ids):
@@ -78,11 +77,10 @@ def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -
 
 
 def cutout(image: UInt8[np.ndarray, "h w 3"], segments: Segments) -> UInt8[np.ndarray, "h w 4"]:
-    """What the prompts named on a transparent ground: by their mattes where there are any, else by their masks."""
-    covered = segments.masks if segments.alphas is None else segments.alphas
+    """Return the segments on a transparent background, cut out by their mattes, or by their masks without mattes."""
     alpha: Float[np.ndarray, "h w"] = np.zeros(image.shape[:2], np.float32)
-    for one in covered:
-        np.maximum(alpha, one, out=alpha)
+    for mask in segments.masks if segments.alphas is None else segments.alphas:
+        np.maximum(alpha, mask, out=alpha)
     return np.dstack([image, (255 * alpha).round().astype(np.uint8)])
 
 
@@ -100,7 +98,7 @@ def _shrunk(image: np.ndarray, segments: Segments) -> tuple[np.ndarray, Segments
 
 
 def panoptic_image(ids: Int[np.ndarray, "h w"], count: int) -> Image.Image:
-    """Return a PNG image whose pixel values are segment ids: 0 is no segment, which is black.
+    """Return a PNG image whose pixel values are segment ids; 0 is no segment and shown in black.
 
     Up to 255 segments the image has a palette, so that viewers show colors. More need 16 bits, which have no palette.
     """

@@ -1,1 +1,1 @@
-"""From prepared shards to batches. Knows no JAX device."""
+"""The input pipeline: from prepared shards to batches of NumPy arrays. It uses no JAX device."""

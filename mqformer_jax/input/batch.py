@@ -1,4 +1,4 @@
-"""The Batch: fixed shapes, one tree of arrays, all that a train step sees."""
+"""The `Batch`: a tree of arrays with fixed shapes, the input of a train step."""
 
 from __future__ import annotations
 
@@ -13,29 +13,28 @@ from jaxtyping import Bool, Float, Int, UInt8
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.example import Example, Target
 
-PAD = 128  # gray of the padding right and below the image
-SAME = 0.5  # the share of the smaller box from which two targets may be one object under two names
+PAD = 128  # gray value of the padding to the right of and below an image
+SAME_OBJECT = 0.5  # two targets may be the same object if their boxes share more than this part of the smaller one
 
 
-# Not checked: under jax.vmap or jax.tree.map fields lose an axis, or are no arrays. Shapes say what a whole one has.
+# Shapes are not checked: under jax.vmap and jax.tree.map, fields lose an axis or are not arrays.
 @no_type_check
 @flax.struct.dataclass
 class Batch:
-    """B images on one canvas of H x W pixels, P prompts and N target rows an image, L tokens a prompt, M bytes of
-    masks.
+    """B images on a canvas of H x W pixels, each with P prompts of L tokens, N targets and M bytes of masks.
 
-    Rows past `num_targets` and prompts that are not `prompt_valid` are padding.
+    Targets from `num_targets` on and prompts that are not `prompt_valid` are padding.
 
-    image: 0 to 255, padded right and below. size: height and width of the valid part, pixels.
-    tokens: ids, or already what a frozen text encoder says of them (`TextCache`).
-    is_region / prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
-    positive: which prompts name which target. negative: which do not, of the prompts that are not exhaustive; about a
-        pair that is neither nothing is known.
-    has_mask: the target's mask is known. masks: all masks of an image one after another, each only in a window around
-        it, as bits (eight pixels of a row in a byte, as `np.packbits` has them). windows: where in `masks` and where on
-        the canvas: first byte, top, left / 8, height, width / 8. A full canvas for each target would be 13 MB an image
-            at 1024 x 1024.
-    ignore: bits of the pixels where nothing is known (the padding is not among them: see `size`).
+    image: 0 to 255, padded to the right and below. size: height and width of the valid part, pixels.
+    tokens: token ids, or their embeddings by a frozen text encoder (`TextCache`).
+    is_region, prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
+    positive: whether the prompt fits the target. negative: whether a prompt that is not exhaustive is known not to fit
+        the target. For such a prompt, pairs that are neither are unknown.
+    has_mask: whether the target's mask is known. masks: the masks of an image, one after the other, as bits (eight
+        pixels of a row per byte, as in `np.packbits`). Each covers a window around its target: masks of the full canvas
+        would take 13 MB per image at 1024 x 1024. windows: first byte in `masks`; top, left / 8, height, width / 8 on
+        the canvas.
+    ignore: bits of unlabeled pixels, without the padding (see `size`).
     source: index of the data set in the mixture, for metrics only.
     """
 
@@ -67,16 +66,16 @@ class BatchSpec:
 
     @classmethod
     def of(cls, data: Any) -> BatchSpec:
-        """Return the sizes that `config.data` asks for."""
+        """Return the sizes set in `config.data`."""
         height, width = data.canvas
         return cls((height, width), data.max_prompts, data.max_targets, int(data.mask_canvases * height * (width // 8)))
 
 
 @dataclasses.dataclass
 class PackedExample:
-    """One example ready for a Batch, still without padding: p prompts, n targets, an image of h x w.
+    """One example in the format of a Batch, before padding: p prompts, n targets, an image of h x w pixels.
 
-    bits: each target's mask in its window, None where only the box is known. windows: without the first byte.
+    bits: each target's mask in its window, or None if only the box is known. windows: top, left / 8, height, width / 8.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -101,33 +100,32 @@ def pack_example(
     source: int,
     rng: np.random.Generator,
 ) -> PackedExample:
-    """Return one example, no larger than the canvas, as a row of a Batch.
+    """Convert an example that is no larger than the canvas to the format of a Batch.
 
-    texts, indices: what `choose_prompts` gave. Targets that no chosen prompt names are left out. If there are more
-    targets than fit (rows, or bytes of masks), a random subset stays, and the prompts of the others are no longer
-    exhaustively labeled.
+    texts, indices: the result of `choose_prompts`. Targets without a chosen prompt are left out. If there are too many
+    targets (or bytes of masks), a random subset is kept, and the prompts of the others are no longer exhaustive.
     """
     column = {int(old): new for new, old in enumerate(indices)}
     prompts = [example.prompts[i] for i in indices]
     exhaustive = np.array([p.exhaustive for p in prompts], bool)
-    asked = [t for t in example.targets if any(p in column for p in t.prompts)]
-    named = np.zeros((len(asked), len(prompts)), bool)
-    for i, target in enumerate(asked):
-        named[i, [column[p] for p in target.prompts if p in column]] = True
-    packed = [_pack(t) for t in asked]
-    kept = _fitting([0 if bits is None else bits.size for bits, _ in packed], spec, rng)
-    lost = np.ones(len(asked), bool)
-    lost[kept] = False
-    exhaustive &= ~named[lost].any(0)
-    corners = np.array([t.box for t in asked], np.float32).reshape(-1, 4)
+    targets = [t for t in example.targets if any(p in column for p in t.prompts)]
+    positive = np.zeros((len(targets), len(prompts)), bool)
+    for i, target in enumerate(targets):
+        positive[i, [column[p] for p in target.prompts if p in column]] = True
+    packed = [_pack(t) for t in targets]
+    kept = _select_fitting([0 if bits is None else bits.size for bits, _ in packed], spec, rng)
+    dropped = np.ones(len(targets), bool)
+    dropped[kept] = False
+    exhaustive &= ~positive[dropped].any(0)
+    corners = np.array([t.box for t in targets], np.float32).reshape(-1, 4)
     return PackedExample(
         image=example.image,
         tokens=tokenizer(list(texts) or [""])[: len(texts)],
         is_region=np.array([p.is_region for p in prompts], bool),
         exhaustive=exhaustive,
         boxes=_fractions(corners[kept], spec.canvas),
-        positive=named[kept],
-        negative=_known_negatives(named, corners, exhaustive)[kept],
+        positive=positive[kept],
+        negative=_known_negatives(positive, corners, exhaustive)[kept],
         bits=[packed[i][0] for i in kept],
         windows=[packed[i][1] for i in kept],
         ignore=np.packbits(example.ignore, axis=-1) if example.ignore.any() else None,
@@ -136,7 +134,7 @@ def pack_example(
 
 
 def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
-    """Return the examples as a Batch, each padded to the sizes of `spec`."""
+    """Pad the examples to the sizes of `spec` and stack them to a Batch."""
     b, (height, width) = len(examples), spec.canvas
 
     def zeros(dtype: type, *shape: int) -> np.ndarray:
@@ -185,7 +183,7 @@ def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
 
 
 def unpack_masks(batch: Batch) -> Bool[np.ndarray, "b n h w"]:
-    """The masks of a batch on its canvas, for pictures and tests; the train step reads single points of them."""
+    """Return the masks of a batch on its canvas, for visualization and tests; the train step reads single points."""
     b, height, w8 = batch.ignore.shape
     canvas = np.zeros((b, batch.windows.shape[1], height, w8), np.uint8)
     for i, windows in enumerate(batch.windows):
@@ -195,7 +193,10 @@ def unpack_masks(batch: Batch) -> Bool[np.ndarray, "b n h w"]:
 
 
 def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, int, int, int]]:
-    """The bits of a target's mask on whole bytes of the canvas, and their window: top, left / 8, height, width / 8."""
+    """Return the target's mask as bits, aligned to bytes of the canvas, and its window.
+
+    The window is top, left / 8, height, width / 8. It is empty if only the box is known.
+    """
     if target.mask is None:
         return None, (0, 0, 0, 0)
     (top, left), (h, w) = target.at, target.mask.shape
@@ -207,10 +208,8 @@ def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, 
     return bits, (top, left // 8, *bits.shape)
 
 
-def _fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """The targets (by the bytes of their masks) that there is room for: all of them, or as many as fit in a random
-    order.
-    """
+def _select_fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
+    """Return the indices of targets that fit: all, or as many as possible in random order. sizes: bytes of masks."""
     if len(sizes) <= spec.targets and sum(sizes) <= spec.mask_bytes:
         return np.arange(len(sizes))
     kept, free = [], spec.mask_bytes
@@ -222,26 +221,26 @@ def _fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) ->
 
 
 def _known_negatives(
-    named: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, " p"]
+    positive: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, " p"]
 ) -> Bool[np.ndarray, "n p"]:
-    """Of the prompts that are not exhaustive, those that do not name a target for sure.
+    """Return which prompts that are not exhaustive are known not to fit which target.
 
-    Our choice (unpublished): who marked an object as one thing did not mean the other things marked in the same image,
-    unless one of those lies mostly within its box, or around it: a man, and the man in a hat. Without it a set that is
-    nowhere exhaustive (Visual Genome) would teach names by praise alone.
+    Our choice (unpublished): a prompt of one labeled object does not fit the other labeled objects of the image, unless
+    their boxes mostly overlap ("a man", "the man in a hat"). Without this rule, a data set that is never exhaustive
+    (Visual Genome) would have no negatives.
     """
-    unsure = ~exhaustive
-    if not unsure.any() or not len(corners):
-        return np.zeros_like(named)
+    uncertain = ~exhaustive
+    if not uncertain.any() or not len(corners):
+        return np.zeros_like(positive)
     low = np.maximum(corners[:, None, :2], corners[None, :, :2])
     high = np.minimum(corners[:, None, 2:], corners[None, :, 2:])
     common = np.prod(np.maximum(high - low, 0), -1)
     area = np.prod(corners[:, 2:] - corners[:, :2], -1)
-    same = common > SAME * np.minimum(area[:, None], area[None])
-    return unsure & named.any(0) & ~named & ~(same.astype(np.float32) @ named > 0)
+    same = common > SAME_OBJECT * np.minimum(area[:, None], area[None])
+    return uncertain & positive.any(0) & ~positive & ~(same.astype(np.float32) @ positive > 0)
 
 
 def _fractions(corners: Float[np.ndarray, "n 4"], canvas: tuple[int, int]) -> Float[np.ndarray, "n 4"]:
-    """x0, y0, x1, y1 in pixels as cx, cy, w, h in fractions of the canvas (height, width)."""
+    """Convert x0, y0, x1, y1 in pixels to cx, cy, w, h in fractions of the canvas (height, width)."""
     low, high = corners[:, :2], corners[:, 2:]
     return np.concatenate([(low + high) / 2, high - low], 1) / np.array([canvas[1], canvas[0]] * 2, np.float32)

@@ -1,4 +1,4 @@
-"""The Example: every data set of every task becomes this, and nothing downstream asks where it came from."""
+"""The `Example`: one image with prompts and targets, in the same format for all data sets and tasks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One text the model is asked for.
+    """One text prompt.
 
-    texts: words for the same thing (synonyms, several captions); training draws one each time the image is seen.
-    is_region: True if the text owns exactly one region (semantic, referring, foreground), False if it may own several
-        segments (instances). The model is told (`is_region` in the Batch).
-    exhaustive: all that this text names in the image is labeled, so whatever is not matched to it may be taught
-        "absent". Where it is False, a query that matched nothing is left in peace about this text.
-    weight: how readily the prompt is drawn as a negative where not all of them can be asked (`choose_prompts`).
+    texts: wordings with the same meaning (synonyms, several captions); training draws one each time the image is used.
+    is_region: True if the prompt owns exactly one region (semantic, referring, foreground), False if it may own several
+        segments (instances). It is an input of the model (`is_region` in the Batch).
+    exhaustive: whether everything in the image that fits the prompt is labeled. If so, unmatched queries learn that the
+        prompt is absent. If not, they have no loss for this prompt.
+    weight: relative probability that the prompt is drawn as a negative if there are too many (`choose_prompts`).
     """
 
     texts: tuple[str, ...]
@@ -27,12 +27,12 @@ class Prompt:
 
 @dataclasses.dataclass
 class Target:
-    """One segment to be found.
+    """One segment to predict.
 
-    prompts: indices into `Example.prompts` of all the texts that name it (its class, the expressions that refer to it).
+    prompts: indices into `Example.prompts` of all prompts that the segment fits (its class, its expressions).
     box: float32 [4], x0, y0, x1, y1 in pixels of the image.
-    mask: bool [h, w], or None where only the box is known. A window of the image: pixel (0, 0) lies at `at` (top,
-        left), and nothing outside belongs to the target. Most segments are small, and time goes with area.
+    mask: bool [h, w], or None if only the box is known. It covers a window of the image: pixel (0, 0) lies at `at`
+        (top, left), and no pixel outside belongs to the target. A window saves time because most segments are small.
     """
 
     prompts: tuple[int, ...]
@@ -43,10 +43,10 @@ class Target:
 
 @dataclasses.dataclass
 class Example:
-    """One image and all that is asked of it.
+    """One image with its prompts and targets.
 
     key: "dataset/image", for messages. image: uint8 [h, w, 3] RGB.
-    ignore: bool [h, w], pixels where nothing is known (unlabeled, crowd): no loss is taken there.
+    ignore: bool [h, w], unlabeled pixels and crowds. They have no loss.
     """
 
     key: str

@@ -1,7 +1,7 @@
-"""The leak guard: an image that one data set evaluates on is trained on by none.
+"""Keep evaluation images out of the training data.
 
 RefCOCO, RefCOCO+ and RefCOCOg evaluate on images of COCO's training split, which COCO panoptic, LVIS and Visual Genome
-label too. A record's `origin` says whose picture it is.
+also label. The `origin` of a record identifies its image across data sets.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Split = tuple[str, str]  # name, split
 
 
 class Part:
-    """Some of the records of a source, as a source. indices: their numbers there."""
+    """A subset of the records of a source. indices: their indices in that source."""
 
     def __init__(self, source: ShardSource, indices: Sequence[int]):
         self.info, self.name, self.split = source.info, source.name, source.split
@@ -34,45 +34,46 @@ class Part:
 def exclude_eval_images(
     sources: Sequence[ShardSource], root: str, eval_sets: Sequence[Mapping[str, Any]]
 ) -> tuple[list[ShardSource | Part], list[str]]:
-    """Return the training sources without the images of evaluation sets, and lines for the log on what was left out.
+    """Return the training sources without the images of evaluation sets, and log lines about the excluded images.
 
-    Held out are the sets of `config.eval.sets`, and every split of expressions under `root` that is not called train:
-    who trains today will evaluate on RefCOCO tomorrow. A split that is trained on is not held out. Raises
-    FileNotFoundError where a set of `eval_sets` is not prepared, ValueError where nothing of a source is left.
+    Evaluation sets are `eval_sets` and every prepared split under `root` that has expressions and whose name does not
+    start with "train", since it may be evaluated later. A split that is itself trained on is not excluded. Raises
+    FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source are excluded.
     """
     trained = {(source.name, source.split) for source in sources}
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
-    expressions = _splits_of_expressions(root)
-    held: dict[str, set[str]] = defaultdict(set)
+    expressions = _expression_splits(root)
+    held_out: dict[str, set[str]] = defaultdict(set)
     for name, split in sorted((evaluated | expressions) - trained):
         for origin in filter(None, read_origins(root, name, split)):
-            held[origin].add(f"{name}/{split}")
+            held_out[origin].add(f"{name}/{split}")
     lines = [
-        f"leak guard: {name}/{split} is trained on and evaluated on" for name, split in sorted(evaluated & trained)
+        f"data.leak_guard: {name}/{split} is used for training and for evaluation"
+        for name, split in sorted(evaluated & trained)
     ]
-    parts, known = [], False
+    parts, has_origins = [], False
     for source in sources:
         origins = read_origins(root, source.name, source.split)
-        known |= bool(origins)
-        part, line = _without(source, origins, held)
+        has_origins |= bool(origins)
+        part, line = _exclude(source, origins, held_out)
         parts.append(part)
         lines += [line] if line and line not in lines else []
-    if known and not expressions:
+    if has_origins and not expressions:
         lines.append(
-            f"leak guard: no val or test split of RefCOCO/+/g is in {root}; "
-            "prepare them first if they are to be evaluated on"
+            f"data.leak_guard: {root} has no val or test split of RefCOCO/+/g; "
+            "prepare these splits first if you will evaluate on them"
         )
-    if old := [
+    if outdated := [
         f"{name}/{split}"
         for name, split in sorted(evaluated | trained)
         if split not in _info(root, name, split).expressions
     ]:
-        lines.append(f"leak guard: whose pictures these hold is not known, prepare them again: {', '.join(old)}")
+        lines.append(f"data.leak_guard: the origins of these images are unknown; prepare again: {', '.join(outdated)}")
     return parts, lines
 
 
 def read_origins(root: str, name: str, split: str) -> list[str]:
-    """Each record's `origin`; nothing where all of them are "". Raises FileNotFoundError, ValueError, in one line."""
+    """Return the `origin` of each record, or [] if all are "". Raises FileNotFoundError or ValueError."""
     count, path = _info(root, name, split).splits[split], origins_path(os.path.join(root, name), split)
     if not os.path.exists(path):
         return []
@@ -95,24 +96,26 @@ def _info(root: str, name: str, split: str) -> DatasetInfo:
     return info
 
 
-def _without(
-    source: ShardSource, origins: Sequence[str], held: Mapping[str, set[str]]
+def _exclude(
+    source: ShardSource, origins: Sequence[str], held_out: Mapping[str, set[str]]
 ) -> tuple[ShardSource | Part, str]:
-    kept = [i for i, origin in enumerate(origins) if origin not in held]
+    """Return the source without held-out images, and a log line, or "" if nothing is excluded."""
+    kept = [i for i, origin in enumerate(origins) if origin not in held_out]
     if len(kept) == len(origins):
         return source, ""
-    evaluated_by = ", ".join(sorted(set().union(*(held[origin] for origin in origins if origin in held))))
-    out = f"{len(origins) - len(kept)} of {len(origins)} images of {source.name}/{source.split} left out"
-    line = f"leak guard: {out}, for {evaluated_by}"
+    evaluated_by = ", ".join(sorted(set().union(*(held_out[origin] for origin in origins if origin in held_out))))
     if not kept:
         raise ValueError(
-            f"data.mixture: {line}; none are left. Is it the right split? (data.leak_guard=False trains on it)"
+            f"data.mixture: all {len(origins)} images of {source.name}/{source.split} are evaluation images of "
+            f"{evaluated_by}. Check the split, or set data.leak_guard=False to train on them."
         )
+    count = f"{len(origins) - len(kept)} of {len(origins)} images"
+    line = f"data.leak_guard: {count} of {source.name}/{source.split} are left out; they belong to {evaluated_by}"
     return Part(source, kept), line
 
 
-def _splits_of_expressions(root: str) -> set[Split]:
-    """All prepared splits that hold expressions and are not called train."""
+def _expression_splits(root: str) -> set[Split]:
+    """Return the prepared splits that have expressions and whose name does not start with "train"."""
     infos = [DatasetInfo.load(os.path.join(root, name)) for name in _prepared(root)]
     return {
         (info.name, split)

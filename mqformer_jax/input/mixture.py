@@ -1,4 +1,4 @@
-"""Several prepared data sets mixed into one endless, exactly resumable stream of batches."""
+"""Mix prepared data sets into one endless stream of batches that resumes exactly."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import color_jitter, fit, random_flip, resize_crop
 from mqformer_jax.interrupts import deaf_children
 
-MAX_IN_A_ROW = 64  # unusable records, after which a data set is taken to be broken
-FEW = 1000  # records before which the share of unusable ones is taken of so many
+MAX_IN_A_ROW = 64  # consecutive unusable records that stop the run
+MIN_RECORDS = 1000  # the fraction of unusable records is computed over at least this many
 
-# the loader works on many images at once; OpenCV's own threads would only fight over the same cores
+# The loader processes many images in parallel. Threads of OpenCV would compete for the same cores.
 cv2.setNumThreads(1)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """What the loader asks of a data set: random access to the bytes of its records."""
+    """The interface of a data set: random access to the bytes of its records."""
 
     info: DatasetInfo
     name: str
@@ -44,9 +44,9 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """What the Batch does not say of a row. key: "dataset/image". texts: its prompts in words.
+    """Information about a row of a Batch, for logs. key: "dataset/image". texts: the prompts as texts.
 
-    bad: the records that were unusable on the way to this one: (number, what is wrong).
+    bad: the unusable records that this row replaces: (index, problem).
     """
 
     key: str
@@ -55,10 +55,9 @@ class Note:
 
 
 def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Loader:
-    """Opens the data sets of `config.data.mixture` under `config.data.root`, without the images that others evaluate
-    on.
+    """Open the data sets of `config.data.mixture` under `config.data.root`, without evaluation images.
 
-    Raises FileNotFoundError, ValueError.
+    `config.data.leak_guard=False` keeps evaluation images. Raises FileNotFoundError or ValueError.
     """
     data = config.data
     sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
@@ -71,13 +70,13 @@ def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -
 class Loader:
     """The training stream of a config: `data`, `batch_size` (over all hosts) and `seed`.
 
-    The rows of the global batch at a step depend on the seed and the step alone: not on the number of hosts, workers or
-    threads, nor on where a run was stopped. Data sets are interleaved by their weights (`weight`, or
-    size^`data.size_exponent`), each shuffled anew every epoch and augmented anew every time. The rows of a global batch
-    are shuffled before the hosts share them out; a host would otherwise meet the same data set at every step wherever
-    the mixture's period divides its share.
+    The rows of the global batch of a step depend only on the seed and the step, not on interruptions or on the number
+    of hosts, workers or threads. Data sets are interleaved by weight (`weight`, or size^`data.size_exponent`), shuffled
+    anew every epoch and augmented anew every time. The rows of a global batch are shuffled before they are split among
+    the hosts. Otherwise, if the period of the mixture divides a host's share, that host would always get the same data
+    sets.
 
-    names: of the sources, each its own. report: what they are, and what was left out of them, in words.
+    names: unique names of the sources. report: log lines that describe the sources and the excluded images.
     """
 
     def __init__(
@@ -91,10 +90,12 @@ class Loader:
         if data.canvas[1] % 8:
             raise ValueError(f"data.canvas: the width must be a multiple of 8, not {data.canvas[1]}.")
         self._config = config
-        self.names = _labels(sources)
+        self.names = _unique_names(sources)
         self._sizes = [len(s) for s in sources]
-        if 0 in self._sizes or not sources:
-            raise ValueError(f"data.mixture: {self.names[self._sizes.index(0)] if sources else 'it'} is empty.")
+        if not sources:
+            raise ValueError("data.mixture is empty: name at least one data set.")
+        if 0 in self._sizes:
+            raise ValueError(f"data.mixture: {self.names[self._sizes.index(0)]} has no images.")
         self._weights = [_weight(e, size, data.size_exponent) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
         self._read = [0] * len(sources)
@@ -104,7 +105,7 @@ class Loader:
             f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)
         ] + [*report]
         for source in sources:
-            _warn_of_twins(source, tokenizer)
+            _warn_of_equal_classes(source, tokenizer)
         transforms = [
             RecordTransform(
                 s,
@@ -123,54 +124,51 @@ class Loader:
             for i, (size, transform) in enumerate(zip(self._sizes, transforms))
         ]
         mixed = grain.MapDataset.mix(streams, weights=self._weights)
-        # Grain computes lengths in floats: sys.maxsize would round up past what len() may return, 2^53 is exact and
-        # endless enough.
+        # Grain computes lengths in floats: sys.maxsize would round up to more than len() may return; 2^53 is exact.
         self._rows = WindowShuffle(mixed, config.batch_size, (config.seed, len(sources)))[: 1 << 53]
 
     def batches(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[Batch]:
-        """This host's batches, [batch_size / num_hosts] rows each, from `start_step` on, without end."""
+        """Return an endless iterator over this host's batches of batch_size / num_hosts rows, from `start_step` on."""
         return (batch for batch, _ in self.stream(start_step, host, num_hosts))
 
     def stream(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[tuple[Batch, list[Note]]]:
-        """`batches`, each with a note for every row.
+        """Return the same as `batches`, with a note for every row.
 
-        An unusable record is named once in the log; the next usable one takes its place. Raises ValueError where more
-        than `data.max_corrupt_fraction` of the records that this host has read of a data set are unusable. One unusable
-        record is always allowed, and the fraction is taken of at least FEW records.
+        An unusable record is logged once and replaced by the next usable one. Raises ValueError if more than
+        `data.max_corrupt_fraction` of the records that this host has read of a data set are unusable. One unusable
+        record is always allowed, and the fraction is computed over at least MIN_RECORDS records.
         """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
-            raise ValueError(f"batch_size: {size} cannot be shared by {num_hosts} hosts.")
+            raise ValueError(f"batch_size: {size} is not divisible by {num_hosts} hosts.")
         batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, spec=self._spec))[
             host::num_hosts
         ][start_step:]
-        ahead = max(2, data.threads // max(1, data.workers))  # batches, in each process
+        ahead = max(2, data.threads // max(1, data.workers))  # batches per process
         stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=data.threads, prefetch_buffer_size=ahead))
         if not data.workers:
-            return map(self._checked, iter(stream))
+            return map(self._count_unusable, iter(stream))
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        with deaf_children():  # it makes the threads that start the workers
+        with deaf_children():  # iter() starts the threads that start the workers
             iterator = iter(stream)
-        return map(self._checked, _deaf(iterator))
+        return map(self._count_unusable, _block_ctrl_c(iterator))
 
     @property
     def bad(self) -> dict[str, int]:
-        """How many records of each data set were unusable so far."""
+        """Return the number of unusable records of each data set so far."""
         return {name: len(bad) for name, bad in zip(self.names, self._bad)}
 
-    def _checked(self, item: tuple[Batch, list[Note]]) -> tuple[Batch, list[Note]]:
-        """Counts what the rows of a batch say of unusable records. Here, since worker processes each see a part of
-        them.
-        """
+    def _count_unusable(self, item: tuple[Batch, list[Note]]) -> tuple[Batch, list[Note]]:
+        """Count the unusable records of a batch in this process, since each worker reads only a part of the records."""
         batch, notes = item
         for source, note in zip(batch.source, notes):
             name, size, bad = self.names[source], self._sizes[source], self._bad[source]
             self._read[source] += 1
-            for number, what in note.bad:
+            for number, problem in note.bad:
                 if number not in bad:
                     bad.add(number)
-                    logging.warning("%s: record %d is left out: %s", name, number, what)
-            limit, seen = self._config.data.max_corrupt_fraction, min(size, max(self._read[source], FEW))
+                    logging.warning("%s: record %d is left out: %s", name, number, problem)
+            limit, seen = self._config.data.max_corrupt_fraction, min(size, max(self._read[source], MIN_RECORDS))
             if len(bad) > max(1, limit * seen):
                 raise ValueError(
                     f"{name}: {len(bad)} of {seen} records are unusable, data.max_corrupt_fraction is {limit}; "
@@ -179,29 +177,28 @@ class Loader:
         return item
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint must hold of the data (JSON): the next step to read, and what `check_state` compares."""
+        """Return the state for a checkpoint (JSON): the next step, and the settings that `check_state` compares."""
         mixture = [list(entry) for entry in zip(self.names, self._sizes, self._weights)]
         return {"step": step, "seed": self._config.seed, "batch_size": self._config.batch_size, "mixture": mixture}
 
     def check_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError where `batches(state["step"])` would not go on with the same images in the same order.
+        """Raise ValueError if `batches(state["step"])` would not continue with the same images in the same order.
 
-        What is made of them (tasks, augmentation, canvas) may change: that is the user's to decide.
+        Tasks, augmentation and canvas may change.
         """
-        now = self.state(state["step"])
+        current = self.state(state["step"])
         for field in ("mixture", "batch_size", "seed"):
-            if state[field] != now[field]:
-                was, is_ = state[field], now[field]
+            if state[field] != current[field]:
                 raise ValueError(
-                    f"{field}: the checkpoint was written with {was}, the config says {is_}; "
-                    "restore it or start a new run."
+                    f"{field}: the checkpoint was written with {state[field]}, the config says {current[field]}; "
+                    "change it back, or start a new run."
                 )
 
 
 class WindowShuffle(grain.MapDataset):
-    """Every `window` elements of the parent in an order of their own: a window may be an epoch or a global batch.
+    """A shuffle within windows of `window` elements, each in its own order: epochs, or global batches.
 
-    Grain's own shuffle walks through 2^16 indices to find one below `window`: 3 ms an element for a batch of 8.
+    Grain's own shuffle draws from 2^16 indices until one is below `window`: 3 ms per element for a batch of 8.
     """
 
     def __init__(self, parent: grain.MapDataset, window: int, seed: tuple[int, ...]):
@@ -222,18 +219,18 @@ class WindowShuffle(grain.MapDataset):
         orders = self._orders
         if window not in orders:
             order = np.random.default_rng((*self._shuffle_seed, window)).permutation(self._window)
-            # Threads meet here: the dict is replaced, never changed. Two windows are kept, since an epoch ends in
-            # mid-batch.
+            # The dict is replaced and never changed, because several threads read it. It keeps two windows, because an
+            # epoch can end inside a batch.
             self._orders = orders = dict([*list(orders.items())[-1:], (window, order)])
         return orders[window]
 
 
 @dataclasses.dataclass(frozen=True)
 class RecordTransform:
-    """Reads, augments and packs one record of one data set: (index, rng) to a row of a Batch and its note.
+    """The transform of one data set from (record index, rng) to a packed example and its note.
 
-    number: the data set's place in the mixture. min_scores: of masks and captions that a teacher added, below which
-        they are left out. data: `config.data`.
+    number: index of the data set in the mixture. min_scores: lowest scores of a teacher's masks and of its captions.
+    data: `config.data`.
     """
 
     source: Source
@@ -254,26 +251,26 @@ class RecordTransform:
                 bad.append((self.source.indices[i] if isinstance(self.source, Part) else i, str(e)))
         raise ValueError(
             f"{self.source.name}/{self.source.split}: {MAX_IN_A_ROW} records in a row are unusable; "
-            f"prepare the data set again. The last one: {bad[-1][1]}"
+            f"prepare the data set again. The last error: {bad[-1][1]}"
         )
 
     def _example(self, index: int, rng: np.random.Generator) -> tuple[PackedExample, str, list[str]]:
         record, data = Record.from_bytes(self.source[index]).trusting(*self.min_scores), self.data
         key = f"{self.source.name}/{record.key}"
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
-        example = self._augment(example, needs_whole_image(record, self.tasks), rng)
+        example = self._augment(example, not needs_whole_image(record, self.tasks), rng)
         texts, indices = choose_prompts(example, data.max_prompts, rng)
         return pack_example(example, texts, indices, self.tokenizer, BatchSpec.of(data), self.number, rng), key, texts
 
-    def _augment(self, example: Example, whole: bool, rng: np.random.Generator) -> Example:
+    def _augment(self, example: Example, may_crop: bool, rng: np.random.Generator) -> Example:
         data, canvas = self.data, tuple(self.data.canvas)
-        example = fit(example, canvas) if whole else resize_crop(example, canvas, rng, tuple(data.scale_range))
+        example = resize_crop(example, canvas, rng, tuple(data.scale_range)) if may_crop else fit(example, canvas)
         example = random_flip(example, rng, data.flip)
         return color_jitter(example, rng, data.color_jitter) if data.color_jitter else example
 
 
-def _deaf(stream: Iterator[Any]) -> Iterator[Any]:
-    """The same endless stream, whose first elements start worker processes: Ctrl-C is not for them."""
+def _block_ctrl_c(stream: Iterator[Any]) -> Iterator[Any]:
+    """Yield from an endless stream. Block Ctrl-C in the worker processes that its first elements start."""
     while True:
         with deaf_children():
             item = next(stream)
@@ -285,24 +282,25 @@ def _collate(items: Sequence[tuple[PackedExample, Note]], spec: BatchSpec) -> tu
     return collate(examples, spec), list(notes)
 
 
-def _warn_of_twins(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
-    """Two classes that a tokenizer makes the same are one prompt that is both there and not: say so."""
+def _warn_of_equal_classes(source: Source, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> None:
+    """Warn when two class names tokenize identically: an image may then have the same prompt as present and absent."""
     names = [text for c in source.info.classes for text in c.texts]
     classes = [c for c in source.info.classes for _ in c.texts]
     seen: dict[bytes, tuple[ClassInfo, str]] = {}
-    for name, mine, row in zip(names, classes, tokenizer(names) if names else ()):
-        its, other = seen.setdefault(row.tobytes(), (mine, name))
-        if its is not mine:
+    for name, info, row in zip(names, classes, tokenizer(names) if names else ()):
+        other_info, other = seen.setdefault(row.tobytes(), (info, name))
+        if other_info is not info:
             logging.warning(
-                "%s: the tokenizer cannot tell %r from %r; with words, raise config.model.text.vocab_size.",
+                "%s: the classes %r and %r tokenize identically; with the tokenizer 'words', raise "
+                "config.model.text.vocab_size.",
                 source.name,
-                name,
                 other,
+                name,
             )
 
 
-def _labels(sources: Sequence[Source]) -> list[str]:
-    """Names for logs and metrics: "name/split", numbered where one is there several times."""
+def _unique_names(sources: Sequence[Source]) -> list[str]:
+    """Return names for logs and metrics: "name/split", numbered if a source occurs several times."""
     plain = [f"{s.name}/{s.split}" for s in sources]
     return [
         name if plain.count(name) == 1 else f"{name} ({plain[: i + 1].count(name)})" for i, name in enumerate(plain)

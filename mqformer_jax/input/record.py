@@ -1,13 +1,13 @@
-"""The record format: what a shard holds for one image, whatever its data set labels.
+"""The record format: one image with its annotations, the same for all data sets.
 
 A prepared data set is a folder of ArrayRecord shards and one `dataset.json`:
 
     <root>/<name>/dataset.json                     a `DatasetInfo`
     <root>/<name>/<split>-00000-of-00004.array_record
 
-`dataset.json` is written last, so a folder without it is a preparation that did not finish. Every record is one
-msgpack map (`Record.to_bytes`), so that no code runs when it is read. Masks are COCO run-length codes in image pixels,
-mattes are 8-bit PNGs, the image keeps the bytes of the file it came from.
+`dataset.json` is written last, so a folder without it is an unfinished preparation. Every record is one msgpack map
+(`Record.to_bytes`), which can be read without running code. Masks are COCO run-length codes in image pixels, mattes are
+8-bit PNGs, and images keep the bytes of their original files.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ FORMAT = 1
 
 
 class BadRecord(ValueError):
-    """One record that cannot be used; the message names the record and what is wrong with it."""
+    """An error in one record. The message names the record and the problem."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ClassInfo:
     """One class of a data set's vocabulary.
 
-    `texts` are the words it may be prompted with (synonyms; the first is its display name). With `is_region`, the class
-    owns one region of an image (stuff); without it, the class may own several segments (instances).
+    texts: synonyms that serve as prompts; the first one is the display name. is_region: True if the class owns one
+    region of an image (stuff), False if it may own several segments (instances).
     """
 
     texts: tuple[str, ...]
@@ -49,16 +49,17 @@ class ClassInfo:
         return self.texts[0]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # one is itself alone, and quick to hash
+@dataclasses.dataclass(frozen=True, eq=False)  # compares and hashes by identity, which is fast
 class DatasetInfo:
-    """What holds for a whole prepared data set.
+    """The properties of a prepared data set.
 
-    `exhaustive`: every class is labeled wherever it occurs, so a class without a segment is absent. Federated sets
-    (LVIS) are not exhaustive; their records list what is known instead. `unique_texts`: an expression names its segment
-    and nothing else of the image (RefCOCO); where not (Visual Genome's region phrases), it may fit others that nobody
-    marked. `splits` maps a split to its number of records, `class_images` to the number of images that show each class,
-    `expressions` to the number of expressions. `made_from`: the set that a teacher added to
-    (`mqformer synthesize`), or "".
+    exhaustive: whether every class is labeled wherever it occurs, so that a class without a segment is absent.
+        Federated sets (LVIS) are not exhaustive; their records list the classes that are known to be absent.
+    unique_texts: whether an expression fits its segment and nothing else in the image (RefCOCO). If not (Visual
+        Genome's region phrases), it may also fit unlabeled objects.
+    splits, class_images, expressions: by split, the number of records, the number of images that show each class, and
+        the number of expressions.
+    made_from: the data set to which a teacher added annotations (`mqformer synthesize`), or "".
     """
 
     name: str
@@ -73,9 +74,7 @@ class DatasetInfo:
 
     @functools.cached_property
     def class_weights(self) -> tuple[float, ...]:
-        """How readily each class is drawn as a negative: the root of how many images show it (as Detic's federated
-        loss).
-        """
+        """Return the weight of each class when negatives are drawn: the root of its number of images (as in Detic)."""
         counts = np.sum([np.zeros(len(self.classes)), *(c for c in self.class_images.values() if c)], axis=0)
         return tuple(np.sqrt(np.maximum(counts, 1)).tolist())
 
@@ -84,18 +83,18 @@ class DatasetInfo:
 
     @classmethod
     def load(cls, folder: str) -> DatasetInfo:
-        """Raises FileNotFoundError where there is none, ValueError in one line where it cannot be read."""
+        """Read `dataset.json`. Raises FileNotFoundError if it is missing, ValueError if it is damaged."""
         path = os.path.join(folder, "dataset.json")
         with open(path) as f:
             try:
                 return cls._of(json.load(f))
             except (ValueError, TypeError, KeyError, AttributeError) as e:
-                raise ValueError(f"{path} cannot be read ({e}): delete the folder and prepare it again") from None
+                raise ValueError(f"{path} cannot be read ({e}): delete its folder and prepare it again") from None
 
     @classmethod
     def _of(cls, fields: dict) -> DatasetInfo:
         if fields.pop("format") != FORMAT:
-            raise ValueError("another record format")
+            raise ValueError("unknown record format")
         fields["classes"] = tuple(ClassInfo(tuple(c["texts"]), c["is_region"]) for c in fields["classes"])
         fields["class_images"] = {split: tuple(counts) for split, counts in fields.get("class_images", {}).items()}
         return cls(**fields)
@@ -103,21 +102,21 @@ class DatasetInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """One annotated piece of an image.
+    """One annotated segment of an image.
 
-    class_id: index into `DatasetInfo.classes`, or None where only words name it (a referred object, a foreground).
-    texts: expressions that refer to this segment and to no other of the image.
-    box: x0, y0, x1, y1 in pixels (continuous; the right and lower edges are outside), or None.
-    mask: COCO compressed run-length code of the image's size, or None where only a box is labeled.
-    alpha: 8-bit gray PNG of the image's size (0 to 255), or None. A matte.
-    trimap: 8-bit gray PNG, 0 outside, 255 inside, between them unknown, or None. Where the matte is measured.
-    crowd: a region of many objects that nobody separated: never a target, never punished.
-    foreground: this is the salient foreground of the image, not a member of a class.
+    class_id: index into `DatasetInfo.classes`, or None if the segment has no class (a referred object, a foreground).
+    texts: expressions that refer to this segment and to no other in the image.
+    box: x0, y0, x1, y1 in pixels (continuous; right and lower edges are exclusive), or None.
+    mask: COCO compressed run-length code at the image's size, or None if only a box is labeled.
+    alpha: the matte, an 8-bit gray PNG at the image's size (0 to 255), or None.
+    trimap: 8-bit gray PNG or None: 0 is outside, 255 inside, other values unknown. Selects the pixels of some matting
+        metrics.
+    crowd: a region of several objects that are not separated. It is never a target, and its pixels have no loss.
+    foreground: this is the salient foreground of the image, not an instance of a class.
 
-    What a teacher added (`mqformer synthesize`) is marked by its name and version: mask_by, captions_by; "" where
-    people did it.
-    mask_score: what the teacher thought of its mask, 0 to 1. captions: its expressions, best first, each with a score
-        of 0 to 1.
+    mask_by, captions_by: name and version of the teacher that added them (`mqformer synthesize`), or "" for people.
+    mask_score: the teacher's confidence in its mask, 0 to 1. captions: the teacher's expressions, best first, each with
+        a score of 0 to 1.
     """
 
     class_id: int | None = None
@@ -135,29 +134,28 @@ class Segment:
 
     @property
     def expressions(self) -> tuple[str, ...]:
-        """All that refers to it: people's texts, then a teacher's."""
+        """Return all expressions of the segment: those by people, then those by a teacher."""
         return (*self.texts, *(text for text, _ in self.captions))
 
     def trusting(self, mask: float, caption: float) -> Segment:
-        """The segment without what a teacher added and gave a lower score; where that was its mask, its box stays."""
-        captions = tuple(said for said in self.captions if said[1] >= caption)
-        doubtful = bool(self.mask_by) and self.mask_score < mask
+        """Return the segment without a teacher's mask and captions below these scores. Its box stays."""
+        captions = tuple(item for item in self.captions if item[1] >= caption)
+        drop_mask = bool(self.mask_by) and self.mask_score < mask
         return dataclasses.replace(
-            self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if doubtful else {})
+            self, captions=captions, **(dict(mask=None, mask_by="", mask_score=1.0) if drop_mask else {})
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """All that is known of one image.
+    """One image and its annotations.
 
     key: the image's name in its data set, for messages and evaluation.
     image: bytes of a JPEG or PNG file. height, width: its size in pixels (after EXIF rotation).
-    ignore: run-length code of pixels that nobody labeled, or None. absent_texts: expressions that name nothing here.
-    absent_classes, partial_classes: for sets that are not exhaustive, classes checked to be absent, and classes of
-    which some segments are labeled and others may not be.
-    origin: whose picture it is, where several data sets label the same pictures ("coco/391895"), or "". What one set
-    evaluates on leaves the others by it.
+    ignore: run-length code of unlabeled pixels, or None. absent_texts: expressions that fit nothing in the image.
+    absent_classes, partial_classes: if the data set is not exhaustive, classes that are known to be absent, and classes
+        with labeled segments whose other segments may be unlabeled.
+    origin: identifies an image that several data sets label ("coco/391895"), or "". See `exclude_eval_images`.
     """
 
     key: str
@@ -179,37 +177,34 @@ class Record:
         try:
             fields = msgpack.unpackb(data, raw=False)
             if fields.pop("format") != FORMAT:
-                raise ValueError("another record format; prepare the data set again")
+                raise ValueError("unknown record format; prepare the data set again")
             fields["segments"] = tuple(Segment(**_tuples(s)) for s in fields["segments"])
             return cls(**_tuples(fields))
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
-            raise BadRecord(f"not a record: {e}") from e
+            raise BadRecord(f"the record cannot be read: {e}") from e
 
     def trusting(self, mask: float, caption: float) -> Record:
-        """The record without the masks and captions to which teachers gave a lower score."""
+        """Return the record without the masks and captions of teachers that score below these thresholds."""
         if not (mask or caption):
             return self
         return dataclasses.replace(self, segments=tuple(segment.trusting(mask, caption) for segment in self.segments))
 
     def decode_image(self) -> np.ndarray:
-        """The image as uint8 [height, width, 3], RGB. Raises BadRecord where the bytes are no whole image."""
+        """Return the image as uint8 [height, width, 3], RGB. Raises BadRecord if it is damaged."""
         image = cv2.imdecode(np.frombuffer(self.image, np.uint8), cv2.IMREAD_COLOR_RGB)
         if image is None:
             raise BadRecord(f"{self.key}: the image cannot be decoded")
         if image.shape[:2] != (self.height, self.width):
-            raise BadRecord(
-                f"{self.key}: image is {image.shape[1]}x{image.shape[0]}, record says {self.width}x{self.height}"
-            )
+            actual = f"{image.shape[1]}x{image.shape[0]}"
+            raise BadRecord(f"{self.key}: the image is {actual}, but the record says {self.width}x{self.height}")
         return image
 
     def decode_mask(self, mask: bytes) -> np.ndarray:
-        """A run-length code of this record as bool [height, width]."""
+        """Decode a run-length code of this record to bool [height, width]."""
         return decode_rle(mask, self.height, self.width)
 
     def decode_window(self, mask: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """The part of a mask that lies in its box, bool [h, w], and the box's top and left; 1 x 1 where the mask is
-        empty.
-        """
+        """Return a mask cropped to its box, bool [h, w], and the box's top and left. An empty mask gives 1 x 1."""
         rle = {"size": [self.height, self.width], "counts": mask}
         try:
             left, top, width, height = (
@@ -217,12 +212,12 @@ class Record:
             )
             columns = rle_codec.decode(rle).T
         except (ValueError, TypeError) as e:
-            raise BadRecord(f"{self.key}: bad run-length code: {e}") from e
+            raise BadRecord(f"{self.key}: invalid run-length code: {e}") from e
         part = np.ascontiguousarray(columns[left : left + width, top : top + height])
         return cv2.transpose(part).view(bool), (top, left)
 
     def decode_alpha(self, alpha: bytes) -> np.ndarray:
-        """A matte of this record as uint8 [height, width]."""
+        """Decode a matte of this record to uint8 [height, width]."""
         matte = cv2.imdecode(np.frombuffer(alpha, np.uint8), cv2.IMREAD_GRAYSCALE)
         if matte is None or matte.shape != (self.height, self.width):
             raise BadRecord(f"{self.key}: the matte cannot be decoded, or is not {self.width}x{self.height}")
@@ -230,22 +225,22 @@ class Record:
 
 
 def encode_rle(mask: np.ndarray) -> bytes:
-    """bool or uint8 [h, w] to COCO's compressed run-length code."""
+    """Encode bool or uint8 [h, w] as COCO's compressed run-length code."""
     return rle_codec.encode(np.asfortranarray(mask, np.uint8))["counts"]
 
 
 def decode_rle(counts: bytes, height: int, width: int) -> np.ndarray:
-    """COCO's compressed run-length code to bool [height, width]."""
+    """Decode COCO's compressed run-length code to bool [height, width]."""
     rle = {"size": [height, width], "counts": counts}
     try:
-        columns = rle_codec.decode(rle).T  # the code runs down columns; this view is contiguous
+        columns = rle_codec.decode(rle).T  # the code is column-major, so this view is contiguous
     except (ValueError, TypeError) as e:
-        raise BadRecord(f"bad run-length code: {e}") from e
+        raise BadRecord(f"invalid run-length code: {e}") from e
     return cv2.transpose(columns).view(bool)
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
-    """The tight box x0, y0, x1, y1 (pixels; right and lower edge outside) of bool [h, w], None where it is empty."""
+    """Return the tight box x0, y0, x1, y1 of bool [h, w] (pixels; right and lower edges exclusive), None if empty."""
     left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     return (float(left), float(top), float(left + width), float(top + height)) if width else None
 
@@ -258,7 +253,7 @@ def box_iou(a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]) -> Flo
 
 
 def _tuples(fields: dict) -> dict:
-    """msgpack reads every sequence as a list; the dataclasses hold tuples."""
+    """Convert the lists of msgpack, which has no tuples, to tuples."""
     return {k: _tuple(v) for k, v in fields.items()}
 
 
@@ -267,7 +262,7 @@ def _tuple(value: object) -> object:
 
 
 def origins_path(folder: str, split: str) -> str:
-    """Where a split keeps the `origin` of its records, one a line; there is no such file where all are ""."""
+    """Return the path of the file with each record's `origin`, one per line. It does not exist if all are ""."""
     return os.path.join(folder, f"{split}.origins.txt")
 
 

@@ -1,4 +1,4 @@
-"""Reading prepared data sets: one split of ArrayRecord shards as a Grain random access source of record bytes."""
+"""Read prepared data sets: a split of ArrayRecord shards as a Grain random access source of record bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 
 class ShardSource:
     """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`).
-    paths: its shards.
 
-    It goes to worker processes by pickle. Raises FileNotFoundError where the split is not prepared, ValueError where
-    shards are missing or damaged, both in one line; BadRecord for one record that is damaged.
+    paths: the shards. Sources can be pickled for worker processes. Raises FileNotFoundError if the split is not
+    prepared, ValueError if shards are missing or damaged, BadRecord if one record is damaged.
     """
 
     def __init__(self, root: str, name: str, split: str) -> None:
@@ -30,7 +29,7 @@ class ShardSource:
             raise FileNotFoundError(not_prepared(root, name, split)) from None
         if split not in self.info.splits:
             raise FileNotFoundError(not_prepared(root, name, split, self.info.source))
-        self.paths = _checked(self._folder, split, self.info.splits[split])
+        self.paths = _find_shards(self._folder, split, self.info.splits[split])
         self._records = ArrayRecordDataSource(self.paths)
 
     def __len__(self) -> int:
@@ -39,18 +38,18 @@ class ShardSource:
     def __getitem__(self, index: SupportsIndex) -> bytes:
         i = operator.index(index)
         if not 0 <= i < len(self):
-            raise IndexError(f"{self!r}: record {i} of {len(self)}")
+            raise IndexError(f"{self!r} has {len(self)} records, no record {i}")
         try:
             return self._records[i]
         except RuntimeError as e:
-            raise BadRecord(f"{self._folder} {self.split}: record {i} is damaged: {e}") from e
+            raise BadRecord(f"{self._folder}, split {self.split}: record {i} is damaged: {e}") from e
 
     def __repr__(self) -> str:
         return f"ShardSource({self._folder!r}, {self.split!r})"
 
 
-def _checked(folder: str, split: str, expected: int) -> Sequence[str]:
-    """The shards of a split, all there and whole."""
+def _find_shards(folder: str, split: str, expected: int) -> Sequence[str]:
+    """Return the shards of a split. Raises ValueError if one is missing or damaged. expected: number of records."""
     again = "prepare the split again with `mqformer prepare`"
     found = {
         name
@@ -63,18 +62,19 @@ def _checked(folder: str, split: str, expected: int) -> Sequence[str]:
         if os.path.basename(path) not in found:
             raise ValueError(f"{path} is missing: {again}")
     if len(paths) != len(found):
-        raise ValueError(f"{folder}: {split} shards of more than one preparation: delete them and {again}")
+        raise ValueError(f"{folder}: the {split} shards come from more than one preparation: delete them and {again}")
     counts = [_count(path) for path in paths]
     for path, count in zip(paths, counts):
         if not count:
-            raise ValueError(f"{path} is damaged or cut short: {again}")
+            raise ValueError(f"{path} is damaged or incomplete: {again}")
     if sum(counts) != expected:
-        raise ValueError(f"{folder}: {split} shards hold {sum(counts)} records, dataset.json says {expected}: {again}")
+        counted = f"the {split} shards hold {sum(counts)} records, dataset.json says {expected}"
+        raise ValueError(f"{folder}: {counted}: {again}")
     return paths
 
 
 def _count(path: str) -> int:
-    """Records of a shard; 0 where it is damaged, since a shard that lost its end opens as an empty one."""
+    """Return the number of records of a shard; 0 if it is damaged, since a truncated shard opens as an empty one."""
     try:
         reader = ArrayRecordReader(path)
         count = reader.num_records()
@@ -85,11 +85,11 @@ def _count(path: str) -> int:
 
 
 def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
-    """kind: the subcommand that prepared the other splits."""
+    """Return the message about a missing split. kind: the subcommand that prepared the other splits, or ""."""
     command = f"{kind} --name {name} --split {split} --output {root} …" if kind else f"public {name} --output {root}"
     command = f"sample --output {root}" if name.startswith("sample_") else command
     if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
-        mend = "make it with `mqformer synthesize` (see docs/data.md)"
+        hint = "create it with `mqformer synthesize` (see docs/data.md)"
     else:
-        mend = f"run `mqformer prepare {command}` (see data/README.md)"
-    return f"data set '{name}' split '{split}' is not in {root}: {mend}"
+        hint = f"run `mqformer prepare {command}` (see data/README.md)"
+    return f"data set '{name}' split '{split}' is not in {root}: {hint}"

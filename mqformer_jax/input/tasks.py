@@ -1,4 +1,4 @@
-"""From a Record (what is labeled) to an Example (what is asked): one function for all six tasks, alone or together."""
+"""Convert a Record (annotations) to an Example (prompts and targets) for one or several tasks."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from mqformer_jax.tasks import TRAINED
 
 FOREGROUND = Prompt(("foreground",), is_region=True)
 
-# A question: a prompt, the groups of segments it names (each group becomes one target), and whether masks are wanted.
-Question = tuple[Prompt, list[tuple[int, ...]], bool]
+# A prompt, the groups of segments that it fits (each group becomes one target), and whether targets need masks.
+PromptGroups = tuple[Prompt, list[tuple[int, ...]], bool]
 Window = tuple[np.ndarray, tuple[int, int]]  # a part of a mask, and its top and left in the image
 
 
 def to_example(
     record: Record, info: DatasetInfo, tasks: Sequence[str], key: str, templates: tuple[str, ...] = ("{}",)
 ) -> Example:
-    """Everything that `tasks` ask of one record.
+    """Return the prompts and targets of one record for the given tasks.
 
-    panoptic: things one by one, stuff one region a class. instance: things only. detection: things, boxes only.
-    semantic: one region a class. referring: expressions. foreground: all salient segments as one region. Several tasks
-        at
-    once share targets: a group of segments is one Target, however many prompts name it.
+    panoptic: one target per thing, one region per class of stuff. instance: things only. detection: things, boxes only.
+    semantic: one region per class. referring: expressions. foreground: all salient segments as one region. Several
+    tasks share targets: a group of segments is one Target, even if several prompts fit it.
 
-    Classes without a segment are asked too, as true negatives, where the data set (`info.exhaustive`) or the record
-    (`absent_classes`) vouches for it. Our choice (unpublished): a class with a crowd is never called exhaustively
-    labeled, since the members of the crowd are not. `templates` wrap class names, never expressions.
+    Classes without a segment become negative prompts if the data set (`info.exhaustive`) or the record
+    (`absent_classes`) says that they are absent. Our choice (unpublished): a class with a crowd is never exhaustive,
+    since the members of the crowd are not labeled. `templates` wrap class names, never expressions.
 
-    Raises BadRecord where the record contradicts itself, ValueError for a task that does not exist.
+    Raises BadRecord if the record contradicts itself, ValueError for an unknown task.
     """
     if unknown := sorted(set(tasks) - set(TRAINED)):
-        raise ValueError(f"{info.name}: no task is called {unknown[0]!r}; tasks are {', '.join(TRAINED)}.")
+        raise ValueError(f"{info.name}: unknown task {unknown[0]!r}; tasks are {', '.join(TRAINED)}.")
     prompts: list[Prompt] = []
     groups: dict[tuple[int, ...], list[int]] = {}
     masked: set[tuple[int, ...]] = set()
-    for prompt, named, with_mask in _questions(record, info, tasks, templates):
-        for group in named:
+    for prompt, prompt_groups, with_mask in _prompts(record, info, tasks, templates):
+        for group in prompt_groups:
             groups.setdefault(group, []).append(len(prompts))
             if with_mask:
                 masked.add(group)
@@ -52,22 +51,22 @@ def to_example(
         if (target := _target(record, group, tuple(ids), group in masked)) is not None:
             targets.append(target)
             continue
-        for i in ids:  # something is there, but what: an empty mask, glass
+        for i in ids:  # a segment with an empty mask, for example of glass: present, but without a target
             prompts[i] = dataclasses.replace(prompts[i], exhaustive=False)
     return Example(key, np.ascontiguousarray(record.decode_image()), prompts, targets, _ignored(record))
 
 
 def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
-    """Whether a crop could falsify a text: expressions compare with what may be cut off, and so does salience."""
+    """Return whether a crop could make a prompt wrong: expressions and salience depend on the whole image."""
     referring = "referring" in tasks and (record.absent_texts or any(s.expressions for s in record.segments))
     return bool(referring) or ("foreground" in tasks and any(s.foreground for s in record.segments))
 
 
-def _questions(
+def _prompts(
     record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]
-) -> Iterator[Question]:
+) -> Iterator[PromptGroups]:
     labeled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
-    yield from _class_questions(record, info, tasks, templates)
+    yield from _class_prompts(record, info, tasks, templates)
     if "referring" in tasks:
         for i, segment in labeled:
             if segment.expressions:
@@ -79,9 +78,9 @@ def _questions(
         yield FOREGROUND, [salient], True
 
 
-def _class_questions(
+def _class_prompts(
     record: Record, info: DatasetInfo, tasks: Sequence[str], templates: tuple[str, ...]
-) -> Iterator[Question]:
+) -> Iterator[PromptGroups]:
     members: dict[int, list[int]] = {}
     crowded = set()
     for i, segment in enumerate(record.segments):
@@ -89,29 +88,29 @@ def _class_questions(
             continue
         if not 0 <= segment.class_id < len(info.classes):
             raise BadRecord(
-                f"{record.key}: segment {i} has class {segment.class_id}, the vocabulary has {len(info.classes)}"
+                f"{record.key}: segment {i} has class {segment.class_id}, but there are {len(info.classes)} classes"
             )
         if segment.crowd:
             crowded.add(segment.class_id)
         else:
             members.setdefault(segment.class_id, []).append(i)
-    asked = range(len(info.classes)) if info.exhaustive else sorted({*members, *record.absent_classes})
-    unsure = crowded.union(record.partial_classes)
-    for c in asked:
-        exhaustive = c not in unsure
+    known = range(len(info.classes)) if info.exhaustive else sorted({*members, *record.absent_classes})
+    partial = crowded.union(record.partial_classes)
+    for c in known:
+        exhaustive = c not in partial
         ids = members.get(c, [])
         if not ids and not exhaustive:
-            continue  # such a prompt teaches nothing
-        for prompt, with_mask in _class_prompts(info, c, tuple(tasks), templates, exhaustive):
+            continue  # such a prompt has no loss
+        for prompt, with_mask in _prompts_of_class(info, c, tuple(tasks), templates, exhaustive):
             groups: list[tuple[int, ...]] = [tuple(ids)] if prompt.is_region and ids else [(i,) for i in ids]
             yield prompt, groups, with_mask
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _class_prompts(
+def _prompts_of_class(
     info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
 ) -> tuple[tuple[Prompt, bool], ...]:
-    """How a class is asked, and whether with masks: at most once as instances and once as a region."""
+    """Return the prompts of a class, each with whether it needs masks: at most one of instances and one of a region."""
     is_region = info.classes[c].is_region
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
     prompts = []
@@ -125,7 +124,7 @@ def _class_prompts(
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
-    """The union of a group of segments; None where its mask is empty."""
+    """Return the union of a group of segments, or None if its mask is empty."""
     segments = [record.segments[i] for i in group]
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
         mask, at = _union([_window(record, s) for s in segments])
@@ -143,7 +142,7 @@ def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], wi
 
 
 def _window(record: Record, segment: Segment) -> Window:
-    """The mask of a segment, no more of it than its box, and where that lies."""
+    """Return the mask of a segment, cropped to its box, and the box's top and left."""
     if segment.alpha is None:
         return record.decode_window(segment.mask)
     mask = record.decode_alpha(segment.alpha) > 127
@@ -163,19 +162,19 @@ def _union(parts: list[Window]) -> Window:
 
 
 def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
-    """The box of segment i: the labeled one, else the mask's; None where the mask is empty."""
+    """Return the box of segment i: the labeled one, else that of its mask; None if the mask is empty."""
     segment = record.segments[i]
     if segment.box is not None:
         return segment.box
     if segment.mask is None and segment.alpha is None:
-        raise BadRecord(f"{record.key}: segment {i} has neither box nor mask")
+        raise BadRecord(f"{record.key}: segment {i} has neither a box nor a mask")
     return box_of(
         record.decode_mask(segment.mask) if segment.alpha is None else record.decode_alpha(segment.alpha) > 127
     )
 
 
 def _ignored(record: Record) -> np.ndarray:
-    """bool [h, w]: unlabeled pixels and crowds (their box where they have no mask)."""
+    """Return the unlabeled pixels and crowds (their boxes if they have no masks), bool [h, w]."""
     ignore = (
         np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
     )

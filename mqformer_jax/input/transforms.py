@@ -1,5 +1,6 @@
-"""One image and all its labels, moved together: crop, resize, mirror, colors. Everything random comes from the `rng`
-given.
+"""Augmentations that transform an image and its labels together: crop, resize, mirror, color jitter.
+
+All randomness comes from the `rng` argument.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from mqformer_jax.input.batch import PAD
 from mqformer_jax.input.example import Example, Target
 from mqformer_jax.input.prompts import mirror
 
-MIN_AREA = 4.0  # pixels; what is smaller cannot be learned from
+MIN_AREA = 4.0  # pixels; smaller targets are dropped
 
 
 def resize_crop(
     example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale_range: tuple[float, float]
 ) -> Example:
-    """Large-scale jitter: resize by a random share of what fills the canvas, cut out a random window where that is
-    larger.
+    """Resize by a random factor and crop a random window that fits the canvas (large-scale jitter).
 
-    As in Mask DINO (0.1 to 2.0 of 1024), but cut first and resize after, so that no pixel is made to be thrown away.
-    canvas: height, width. The result may be smaller than the canvas; `pack_example` pads it.
+    A factor of 1 fills the canvas, as in Mask DINO (0.1 to 2.0 of 1024). Cropping comes before resizing, so that only
+    pixels of the result are computed. canvas: height, width. The result may be smaller than the canvas; `collate` pads
+    it.
     """
     h, w = example.image.shape[:2]
     ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale_range)
@@ -34,7 +35,7 @@ def resize_crop(
 
 
 def fit(example: Example, canvas: tuple[int, int]) -> Example:
-    """The whole image, as large as the canvas (height, width) allows."""
+    """Resize the image to the largest size that fits the canvas (height, width)."""
     h, w = example.image.shape[:2]
     return _place(example, (0, 0, h, w), _scaled(h, w, _fill_ratio(h, w, canvas), canvas))
 
@@ -42,7 +43,7 @@ def fit(example: Example, canvas: tuple[int, int]) -> Example:
 def fit_image(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
-    """`fit` for an image without labels. Returns the padded canvas and the valid (height, width) on it."""
+    """Apply `fit` to an image without labels. Returns the padded canvas and the valid (height, width) on it."""
     size = _scaled(*image.shape[:2], _fill_ratio(*image.shape[:2], canvas), canvas)
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[: size[0], : size[1]] = resize_image(image, size)
@@ -50,8 +51,9 @@ def fit_image(
 
 
 def random_flip(example: Example, rng: np.random.Generator, probability: float) -> Example:
-    """Left and right swapped, in the pixels and in the words. Stays as it is where a text's mirror image is not
-    known.
+    """Mirror the image with this probability, and swap "left" and "right" in its prompts.
+
+    An image with a prompt that cannot be mirrored is never mirrored.
     """
     if rng.random() >= probability:
         return example
@@ -66,7 +68,7 @@ def random_flip(example: Example, rng: np.random.Generator, probability: float) 
 
 
 def color_jitter(example: Example, rng: np.random.Generator, strength: float) -> Example:
-    """Brightness, contrast and saturation, each by a factor of 1 - strength to 1 + strength."""
+    """Change brightness, contrast and saturation, each by a random factor of 1 - strength to 1 + strength."""
     brightness, contrast, saturation = rng.uniform(1 - strength, 1 + strength, 3)
     gray = cv2.cvtColor(example.image, cv2.COLOR_RGB2GRAY)
     levels = np.arange(256, dtype=np.float32)
@@ -76,7 +78,7 @@ def color_jitter(example: Example, rng: np.random.Generator, strength: float) ->
 
 
 def resize_image(image: Num[np.ndarray, "h w *c"], size: tuple[int, int]) -> Num[np.ndarray, "H W *c"]:
-    """Bilinear; averaged over areas where it shrinks to less than half, since bilinear skips pixels there."""
+    """Resize bilinearly, or by area averaging below half the size, where bilinear interpolation skips pixels."""
     if image.shape[:2] == size:
         return image
     shrinks = size[0] * 2 < image.shape[0]
@@ -92,10 +94,10 @@ def _scaled(h: int, w: int, ratio: float, canvas: tuple[int, int]) -> tuple[int,
 
 
 def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int, int]) -> Example:
-    """The window (top, left, height, width) of the image, resized to `size`.
+    """Crop the window (top, left, height, width) of the image and resize it to `size`.
 
-    A prompt whose targets all left the window is absent from it. One whose last target is there, but too small to be
-    kept, is no longer exhaustively labeled.
+    A prompt without targets in the window becomes absent. If its only targets there are too small to be kept, it is no
+    longer exhaustive.
     """
     y, x, h, w = window
     cut = np.s_[y : y + h, x : x + w]
@@ -115,7 +117,7 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
 
 
 def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Target | None, bool]:
-    """A box inside the window, None where too little is left, and whether anything of it is in the window at all."""
+    """Return the target's box in the window, or None if it is too small, and whether any part of it is visible."""
     y, x, h, w = window
     box = (target.box - np.array([x, y, x, y])) * np.array([size[1] / w, size[0] / h] * 2)
     box = np.clip(box, 0, [size[1], size[0]] * 2).astype(np.float32)
@@ -126,9 +128,7 @@ def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int
 def _move_mask(
     target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Target | None, bool]:
-    """`_move_box` for a mask: each of its pixels comes from the pixel of the image that `sources` (rows, columns)
-    names.
-    """
+    """Return the same as `_move_box` for a target with a mask. sources: the image row and column of each new pixel."""
     y, x, h, w = window
     top, left = target.at
     inside = np.s_[max(y - top, 0) : max(y + h - top, 0), max(x - left, 0) : max(x + w - left, 0)]
@@ -142,19 +142,19 @@ def _move_mask(
         return None, bool(target.mask[inside].any())
     top, left = int(rows[0]), int(columns[0])
     box = np.array([left + bx, top + by, left + bx + bw, top + by + bh], np.float32)
-    # What was cut off may have been all that touched a side of the window.
+    # The mask's old window may be too large: cropping can remove all pixels that touched one of its sides.
     return dataclasses.replace(target, box=box, mask=mask[by : by + bh, bx : bx + bw], at=(top + by, left + bx)), True
 
 
 def _nearest(start: int, length: int, size: int) -> np.ndarray:
-    """The nearest pixel of start to start + length for each of `size` pixels, by their centers."""
+    """Return the nearest pixel in start ... start + length - 1 for each of `size` new pixels, by pixel centers."""
     return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
 
 
 def _resample(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """mask[rows][:, columns]; whole rows are copied, so that columns are turned to rows first: three times as fast."""
-    turned = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8)).take(columns, 0)
-    return cv2.transpose(turned).take(rows, 0).view(bool)
+    """Return mask[rows][:, columns]. Selecting columns as rows of the transpose makes it three times as fast."""
+    transposed = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8)).take(columns, 0)
+    return cv2.transpose(transposed).take(rows, 0).view(bool)
 
 
 def _flip_target(target: Target, width: int) -> Target:

@@ -1,1 +1,1 @@
-"""From predictions and a batch to a loss: costs, the matcher, the criterion."""
+"""The training loss: costs, matcher, criterion and denoising."""

@@ -1,6 +1,4 @@
-"""Which query is trained on which target: one Hungarian matching over both kinds of query at every stage (paper sec.
-3.3).
-"""
+"""Assignment of queries to targets: one Hungarian matching over both kinds of query per stage (paper sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -23,10 +21,10 @@ from mqformer_jax.models.mqformer import Outputs, Predictions
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Pairs:
-    """r pairs of a query and a target at s stages of one image; rows that are not `valid` are padding.
+    """The r pairs of a query and a target at each of s stages of one image. Rows that are not `valid` are padding.
 
-    supervise_absent: queries that learn that a prompt is absent, if everything it names in the image is labeled. A
-    query that is neither in a valid pair nor among these enters no loss.
+    supervise_absent: queries that get a negative label for each prompt whose objects in the image are all labeled. A
+    query that is neither in a valid pair nor selected here has no loss.
     """
 
     query: Int[Array, "s r"]
@@ -44,8 +42,8 @@ def match_queries(
 ) -> Pairs:
     """Return the pairs with the least total cost at every stage of every image.
 
-    keys: for the points at which masks are compared, one key an image. targets: of all images. is_region: targets that
-    only prompts for one region name. Everything returned has a leading axis b.
+    keys: one per image, for the points at which masks are compared. targets: of all images. is_region: targets that
+    only region prompts name. All returned arrays have a leading axis b.
     """
     draw = lambda key, image: jax.random.uniform(key, (weights.num_points, 2)) * image.extent
     points = jax.vmap(draw)(keys, targets)
@@ -59,7 +57,7 @@ def match_queries(
 
     query, rows = jnp.maximum(assigned, 0), jnp.arange(assigned.shape[-1])
     valid = jnp.broadcast_to((rows < targets.num_targets[:, None])[:, None], assigned.shape)
-    if outputs.decoupled:  # where a kind has too few queries, some targets get none
+    if outputs.decoupled:  # if a kind has too few queries, some of its targets stay unmatched
         valid &= jnp.take_along_axis(cost, query[..., None], -1)[..., 0] < INVALID_COST
     return Pairs(query, jnp.broadcast_to(rows, assigned.shape), valid, ~in_ignored_area)
 
@@ -73,9 +71,9 @@ def matching_costs(
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
     """Return the cost of every pair of one image, and the queries whose mask lies mostly in an ignored area.
 
-    Such a query may have found an object that nobody labeled (in a crowd, in a void), so it does not learn that prompts
-    are absent. All masks are read at the same points. A mask embedding times sampled features is the sampled mask, so
-    no whole mask is computed.
+    Such a query may have found an unlabeled object (in a crowd or a void area), so it is not trained as absent. All
+    masks are sampled at the same points. A sampled mask is the product of the mask embedding and the sampled features,
+    so no full mask is computed.
     """
     n = targets.boxes.shape[0]
     sampled = sample_features(features, points)
@@ -101,8 +99,6 @@ def matching_costs(
 
 
 def _of_the_other_kind(is_region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:
-    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with conditional
-    ones.
-    """
+    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with others."""
     learnable = jnp.arange(outputs.matching.boxes.shape[2]) < outputs.num_learnable
     return is_region[..., None] != learnable

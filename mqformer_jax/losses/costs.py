@@ -1,4 +1,4 @@
-"""The terms that costs and losses share: focal, L1 and GIoU, point-wise cross entropy and dice."""
+"""The terms of matching costs and losses: focal, GIoU, point-wise cross entropy and dice, projection."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from jaxtyping import Float
 
 from mqformer_jax.arrays import Array
 
-ALPHA, GAMMA = 0.25, 2.0  # RetinaNet's, and Mask DINO's
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, as in RetinaNet and Mask DINO
 
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms, in costs and losses alike; the defaults are Mask DINO's.
+    """Weights of the terms, for both matching costs and losses. The defaults are Mask DINO's.
 
-    projection: of a loss for targets without a mask (`projection_loss`). num_points: at which masks are compared.
-    denoising_masks: whether denoising queries learn masks too (Mask DINO's "seg"), or only classes and boxes
-    ("standard").
+    projection: weight of the loss of targets without a mask (`projection_loss`). num_points: number of points at which
+    masks are compared. denoising_masks: whether denoising queries have mask losses (Mask DINO's "seg"), or only class
+    and box losses ("standard").
     """
 
     class_: float = 4.0
@@ -32,12 +32,12 @@ class LossWeights:
     denoising_masks: bool = True
 
     def total(self, terms: dict[str, Array]) -> Array:
-        """Return the weighted sum of terms by their names."""
+        """Return the weighted sum of the named terms."""
         return sum(value * getattr(self, "class_" if name == "class" else name) for name, value in terms.items())
 
 
 def focal(logits: Float[Array, " ..."], labels: Float[Array, " ..."]) -> Float[Array, " ..."]:
-    """Sigmoid focal loss, element by element."""
+    """Return the sigmoid focal loss of each element."""
     p = jax.nn.sigmoid(logits)
     cross_entropy = jax.nn.softplus(logits) - logits * labels
     miss = p * (1 - labels) + (1 - p) * labels
@@ -45,8 +45,11 @@ def focal(logits: Float[Array, " ..."], labels: Float[Array, " ..."]) -> Float[A
 
 
 def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Float[Array, "n q"]:
-    """Focal cost of naming a target by its prompts: what the label "yes" costs less what "no" would; the mean where
-    several prompts name it (with one, Mask DINO's)."""
+    """Return the focal cost of assigning each query to each target.
+
+    The cost of a prompt is its focal loss with label 1 minus its focal loss with label 0. If several prompts name a
+    target, the cost is their mean. With one prompt, it is Mask DINO's cost.
+    """
     p = jax.nn.sigmoid(logits)
     yes = ALPHA * (1 - p) ** GAMMA * -jnp.log(p + 1e-8)
     no = (1 - ALPHA) * p**GAMMA * -jnp.log(1 - p + 1e-8)
@@ -55,13 +58,13 @@ def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Fl
 
 
 def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
-    """cx, cy, w, h to x0, y0, x1, y1."""
+    """Convert boxes from cx, cy, w, h to x0, y0, x1, y1."""
     center, half = boxes[..., :2], boxes[..., 2:] / 2
     return jnp.concatenate([center - half, center + half], -1)
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " ..."]:
-    """Generalized IoU of x0, y0, x1, y1 boxes that broadcast together; 1e-6 on both denominators (Mask DINO)."""
+    """Return the generalized IoU of boxes (x0, y0, x1, y1), broadcast. Both denominators get 1e-6 (Mask DINO)."""
     area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
     between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
     inter = between(jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:]))
@@ -73,7 +76,10 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " .
 def mask_costs(
     logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, " k"]
 ) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
-    """Cross entropy and dice of every query against every target at k shared points; `weight` 0 leaves a point out."""
+    """Return the cross entropy and dice of every query against every target at k shared points.
+
+    weight: of each point; 0 excludes a point.
+    """
     known = masks * weight
     entropy = (jax.nn.softplus(logits) @ weight)[None] - known @ logits.T
     p = jax.nn.sigmoid(logits)
@@ -85,7 +91,7 @@ def mask_costs(
 def mask_losses(
     logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Cross entropy (mean over points) and dice of matched pairs, each at its own k points."""
+    """Return the cross entropy (mean over points) and dice of matched pairs, each at its own k points."""
     entropy = (jax.nn.softplus(logits) - logits * masks) * weight
     p = jax.nn.sigmoid(logits) * weight
     known = masks * weight
@@ -94,12 +100,12 @@ def mask_losses(
 
 
 def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """How far masks are from filling their boxes (x0, y0, x1, y1, fractions of the canvas) from side to side and from
-    top to bottom.
+    """Return the dice losses between the projections of masks and of their boxes onto the x and y axes, summed.
 
-    What a box says of a mask, and all that it says: the mask's shadow on either axis is the box's. Dice of both
-    shadows, as BoxInst (sec. 3.1) has it and DaTaSeg takes it; a row or column that the box covers in part is wanted in
-    part.
+    A box determines the projections of its mask and nothing else (BoxInst, sec. 3.1; also used by DaTaSeg). The target
+    of a row or column that the box covers partly is the covered fraction.
+
+    boxes: x0, y0, x1, y1 as fractions of the canvas.
     """
     p = jax.nn.sigmoid(logits)
 

@@ -1,9 +1,9 @@
-"""The loss over pairs of queries and targets (paper sec. 3.3), and over denoising queries.
+"""The loss over matched pairs of queries and targets (paper sec. 3.3) and over denoising queries.
 
-What a loss may assume is explicit in the Batch. A query learns that it shows a prompt if it was matched to a target
-that the prompt names. It learns that it does not if everything that the prompt names in the image is labeled, or if its
-target is known to be something else (`Batch.negative`). It learns nothing about other prompts. A target without a mask
-has no mask cost and no mask loss. Ignored pixels count nowhere.
+The class label of a query for a prompt is positive if the query is matched to a target that the prompt names. It is
+negative if all objects of the prompt in the image are labeled, or if the query's target is known to be something else
+(`Batch.negative`). Otherwise the label is unknown and has no loss. A target without a mask has no mask cost and no mask
+loss. Ignored pixels are excluded.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from mqformer_jax.losses.points import sample_maps, uncertain_points
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
-TERMS = ("class", "mask", "dice", "box", "giou")  # and "projection", if it has a weight
-Terms = dict[str, Float[Array, " s"]]  # of one image, stage by stage
+TERMS = ("class", "mask", "dice", "box", "giou")  # and "projection", if its weight is positive
+Terms = dict[str, Float[Array, " s"]]  # of one image, for each stage
 
 
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Normalizers:
-    """What losses are divided by: the targets and the denoising queries in the global batch of all devices.
+    """Denominators of the losses: the numbers of targets and denoising queries in the global batch of all devices.
 
-    At least one each, so that an empty batch divides by something.
+    Both are at least 1, so that an empty batch does not divide by zero.
     """
 
     targets: Int[Array, ""]
@@ -44,12 +44,13 @@ class Normalizers:
 
     @classmethod
     def of(cls, batch: Batch, denoising: DenoisingTargets | None) -> Normalizers:
+        """Return the numbers of targets and denoising queries of a global batch."""
         total = lambda x: jnp.maximum(x.sum(), 1)
         return cls(total(batch.num_targets), total(batch.num_targets if denoising is None else denoising.queries.valid))
 
 
 def image_keys(key: Array, images: int) -> Key[Array, "b 3"]:
-    """Return keys for the points of each image: those of the costs, of the losses, of the denoising losses."""
+    """Return three keys per image, for the points of the costs, of the losses and of the denoising losses."""
     return jnp.stack([jax.random.split(k, images) for k in jax.random.split(key, 3)], 1)
 
 
@@ -61,17 +62,17 @@ def criterion(
     normalizers: Normalizers,
     weights: LossWeights,
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
-    """Return the loss of some images of a global batch, metrics of all of them, and metrics by image.
+    """Return the loss of a part of the global batch, the part's metrics, and the metrics of each image.
 
-    keys: rows of the global batch's `image_keys`. normalizers: of the global batch, so that the losses and metrics of
-    its parts sum to its own.
+    keys: the part's rows of `image_keys`. normalizers: of the global batch, so that the losses and metrics of its parts
+    sum to those of the global batch.
 
-    The loss sums terms over stages. Metrics: the terms of the last layer, the whole loss ("total"), and for [instances,
-    regions] the targets that learnable queries took and all targets ("taken", [2, 2]). By image: the loss divided by
-    the image's own number of targets ("per_image").
+    The loss sums terms over stages. Metrics: the terms of the last layer, the total loss ("total"), and
+    `taken_by_learnable` ("taken"). Metrics of each image: the loss divided by the image's own number of targets
+    ("per_image").
     """
     targets = ImageTargets.of_batch(batch)
-    is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # no prompt for several segments names it
+    is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # only region prompts name it
     pairs = match_queries(keys[:, 0], outputs, targets, is_region, weights)
     terms = batch_losses(keys[:, 1], outputs.matching, outputs.mask_features, targets, pairs, weights)
     loss = weights.total(jax.tree.map(jnp.sum, terms)) / normalizers.targets
@@ -91,7 +92,7 @@ def criterion(
 
 
 def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
-    """Return each denoising query with its target as a pair at every stage; arrays have a leading axis b."""
+    """Return each denoising query and its target as a pair at every stage. Arrays have a leading axis b."""
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (len(x), stages, *x.shape[1:]))
     target, valid = denoising.target, per_stage(denoising.queries.valid)
     query = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
@@ -101,7 +102,7 @@ def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
 def taken_by_learnable(
     pairs: Pairs, targets: ImageTargets, is_region: Bool[Array, "b n"], num_learnable: int
 ) -> Int[Array, "2 2"]:
-    """Return, for [instances, regions], the targets that learnable queries took at the last stage, and all targets."""
+    """Return the counts of targets, [instances, regions] x [matched to learnable queries at the last stage, all]."""
     real = jnp.arange(is_region.shape[1]) < targets.num_targets[:, None]
     kinds = jnp.stack([real & ~is_region, real & is_region])
     learnable = (pairs.query[:, -1] < num_learnable) & pairs.valid[:, -1]
@@ -133,9 +134,10 @@ def image_losses(
     pairs: Pairs,
     with_projection: bool = False,
 ) -> Terms:
-    """Return each term of one image, summed over its pairs, stage by stage.
+    """Return each term of one image at each stage, summed over its pairs.
 
-    draw_points: from mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are compared.
+    draw_points: function from mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are
+    compared.
     """
     return {
         "class": class_loss(predictions.class_logits, targets, pairs),
@@ -147,7 +149,7 @@ def image_losses(
 def class_loss(class_logits: Float[Array, "s q p"], targets: ImageTargets, pairs: Pairs) -> Float[Array, " s"]:
     """Return the focal loss, summed over the queries and prompts whose label is known."""
     stages, valid = jnp.arange(pairs.query.shape[0])[:, None], pairs.valid[..., None]
-    of_queries = lambda empty, values: empty.at[stages, pairs.query].max(values)  # from pairs to queries
+    of_queries = lambda empty, values: empty.at[stages, pairs.query].max(values)  # scatter from pairs to queries
     nothing = jnp.zeros(class_logits.shape, bool)
     labels = of_queries(nothing, targets.positive[pairs.target] & valid)
     negative = of_queries(nothing, targets.negative[pairs.target] & valid)
@@ -157,7 +159,7 @@ def class_loss(class_logits: Float[Array, "s q p"], targets: ImageTargets, pairs
 
 
 def box_losses(boxes: Float[Array, "s q 4"], targets: ImageTargets, pairs: Pairs) -> Terms:
-    """Return L1 and GIoU losses, summed over pairs."""
+    """Return the L1 and GIoU losses, summed over pairs."""
     boxes, wanted = _of_pairs(boxes, pairs), targets.boxes[pairs.target]
     giou = costs.giou(costs.corners(boxes), costs.corners(wanted))
     return {
@@ -174,9 +176,9 @@ def mask_losses(
     pairs: Pairs,
     with_projection: bool,
 ) -> Terms:
-    """Return cross entropy and dice of the targets with a mask, and the projection loss of the others.
+    """Return the cross entropy and dice of targets with a mask, and the projection loss of the others.
 
-    Both are summed over pairs.
+    All are summed over pairs.
     """
     embed = _of_pairs(mask_embed, pairs)
     logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""Denoising queries (DN-DETR, Mask DINO): noised copies of the targets that the decoder must restore."""
+"""Denoising queries (DN-DETR, Mask DINO): noised copies of the targets, which the decoder must restore."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mqformer_jax.models.queries import DenoisingQueries
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class DenoisingTargets:
-    """Denoising queries, and the index of the target that each must restore."""
+    """Denoising queries and the index of the target that each must restore."""
 
     queries: DenoisingQueries
     target: Int[Array, "b d"]
@@ -26,19 +26,19 @@ class DenoisingTargets:
 def noise_targets(
     key: Array, batch: Batch, num_queries: int, label_noise: float = 0.2, box_noise: float = 0.4
 ) -> DenoisingTargets:
-    """Return `num_queries` denoising queries an image: noised copies of its targets.
+    """Return `num_queries` denoising queries per image: noised copies of its targets.
 
-    They are as many whole groups of all targets as fit: at least one group, cut off where there are more targets than
-    queries. Each image has its own number of groups; Mask DINO uses that of the image with the most targets. A copy
-    claims one of its target's prompts or, with probability `label_noise`, any prompt of the image. Its center moves by
-    up to `box_noise` half sizes, its size changes by up to `box_noise` of itself.
+    A group has one copy of each target. An image gets as many complete groups as fit, or one truncated group if it has
+    more targets than queries. (In Mask DINO, all images get as many groups as the image with the most targets.) A copy
+    claims one of its target's prompts or, with probability `label_noise`, a random prompt of the image. Its center
+    moves by up to `box_noise` times half its size, and its size changes by up to `box_noise` times itself.
     """
     label_key, other_key, flip_key, box_key = jax.random.split(key, 4)
     count = batch.num_targets[:, None]
-    slot = jnp.arange(num_queries)[None]
-    target = slot % jnp.maximum(count, 1)
+    index = jnp.arange(num_queries)[None]
+    target = index % jnp.maximum(count, 1)
     groups = jnp.maximum(num_queries // jnp.maximum(count, 1), 1)
-    valid = slot < jnp.minimum(groups * count, num_queries)
+    valid = index < jnp.minimum(groups * count, num_queries)
 
     own = jnp.take_along_axis(batch.positive, target[..., None], 1)
     draw = lambda k, allowed: jnp.argmax(jnp.where(allowed, jax.random.uniform(k, own.shape), -1.0), -1)
@@ -48,5 +48,5 @@ def noise_targets(
     boxes = jnp.take_along_axis(batch.boxes, target[..., None], 1)
     reach = jnp.concatenate([boxes[..., 2:] / 2, boxes[..., 2:]], -1)
     boxes = jnp.clip(boxes + jax.random.uniform(box_key, boxes.shape, minval=-1.0) * reach * box_noise, 0, 1)
-    queries = DenoisingQueries(prompt, boxes, slot // jnp.maximum(count, 1), valid)
+    queries = DenoisingQueries(prompt, boxes, index // jnp.maximum(count, 1), valid)
     return DenoisingTargets(queries, target)

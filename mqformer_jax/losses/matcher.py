@@ -1,16 +1,15 @@
-"""Minimum-cost bipartite matching inside a jitted step, exact, on any device.
+"""Exact minimum-cost bipartite matching inside a jitted step, on any device.
 
-The shortest-augmenting-path form of the Hungarian algorithm (Jonker and Volgenant 1987; what SciPy runs), written for
-many problems at once:
+This is the shortest-augmenting-path form of the Hungarian algorithm (Jonker and Volgenant 1987; also SciPy's), adapted
+to batches of problems:
 
-- A target that is padding costs nothing, and problems of a batch do not wait for each other's rows.
-- Every target first claims its cheapest query, all at once. That is an optimal matching of those that get theirs, so
-only the
-  others search for a path: few, where queries know what they see.
-- The search is one loop without branches and without a loop inside; under `vmap` both sides of a branch are run, and an
-  inner loop runs as long as its longest lane. A turn of it scans the queries from one row, or turns one edge of a path
-  that was found.
-- Row duals are not kept: a matched pair has no slack, so that of a row is its pair's cost less the column's dual.
+- Padded targets take no iterations, and each problem of a batch advances to its next row without waiting for others.
+- First, every target claims its cheapest query. The targets that get theirs are matched optimally; only the others
+  search for an augmenting path. They are few once the model is trained.
+- The search is one loop without branches or inner loops. Under `vmap`, both sides of a branch would run, and an inner
+  loop would run until its slowest problem ends. One iteration either scans all queries from one row, or flips one edge
+  of an augmenting path.
+- Row duals are not stored. A matched pair has zero slack, so the dual of its row is its cost minus the column's dual.
 """
 
 from __future__ import annotations
@@ -21,14 +20,15 @@ from jaxtyping import Float, Int
 
 from mqformer_jax.arrays import Array
 
-INVALID_COST = 1e6  # stands for NaN and infinite costs: such a pair is taken only where nothing else is left
+INVALID_COST = 1e6  # replaces NaN and infinite costs; such a pair is matched only if no other is left
 
 
 def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[Array, " n"]:
-    """The query of each target, all different, with the least total cost over the first `num_targets` rows.
+    """Return a different query for each target, with the least total cost over the first `num_targets` rows.
 
-    cost: n targets x q queries, n <= q. Rows from `num_targets` on are never read and get -1. NaN and infinities never
-    spread: they count as a large finite cost. Equal to `scipy.optimize.linear_sum_assignment` on the real rows.
+    cost: n targets x q queries, n <= q. Rows from `num_targets` on are ignored and get -1. NaN and infinite costs count
+    as a large finite cost. On the first `num_targets` rows, the result equals `scipy.optimize.linear_sum_assignment`.
+    Raises ValueError if n > q.
     """
     n, q = cost.shape
     if n > q:
@@ -39,10 +39,10 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
     rows, columns = jnp.arange(n, dtype=jnp.int32), jnp.arange(q, dtype=jnp.int32)
     row, waiting = _claims(cost, rows < num_targets)
 
-    # `waiting`: targets without a query. `row` and `v`: each column's owner (or -1) and dual. Of the search under way:
-    # its `target`; the column it has come to (`at`, or -1) and how far that is; each column's least distance, the
-    # column before it on the way, and whether it was visited. `turning`: the column of a found path whose owner changes
-    # next, or -1.
+    # `waiting`: targets without a query. `row` and `v`: owner (or -1) and dual of each column. The current search has a
+    # `target`, its current column `at` (or -1) and the distance of that column, `reach`. For each column it has the
+    # least `distance`, the previous column on that path, `before` (or -1), and whether it was `visited`. `turning`: the
+    # column of the augmenting path whose owner changes next, or -1.
     start = {
         "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0),
         "turning": jnp.int32(-1), "row": row, "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf),
@@ -52,15 +52,14 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
     def step(s):
         turning, at, v, row = s["turning"] >= 0, s["at"], s["v"], s["row"]
 
-        # scan: the slack of each column from the row that owns `at`
+        # Scan: relax the distance of each column from the row that owns `at`.
         line = _finite(cost[_or_else(row, at, s["target"])]) - v
         length = s["reach"] + (line - _or_else(line, at, 0.0))
         open_ = ~s["visited"]
         distance = jnp.where(open_, jnp.minimum(length, s["distance"]), s["distance"])
         before = jnp.where(open_ & (length < s["distance"]) & ~turning, at, s["before"])
         reach = jnp.min(jnp.where(open_, distance, jnp.inf))
-        # of equally near columns a free one ends the search, as it does in SciPy; floats, since CPUs find their least
-        # faster
+        # Among equally near columns, prefer a free one, as in SciPy. Ranks are floats, whose minimum is faster on CPU.
         rank = jnp.where(row < 0, columns, columns + q).astype(jnp.float32)
         nearest = jnp.min(jnp.where(open_ & (distance <= reach), rank, 2 * q)).astype(jnp.int32)
         free = nearest < q
@@ -68,7 +67,7 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
         visited = s["visited"] | (columns == nearest)
         v = jnp.where(visited & free & ~turning, v - (reach - distance), v)
 
-        # turn: a column on the path goes to the owner of the one before; the first one to the target
+        # Flip: a column on the path gets the owner of the previous column; the path's first column gets the target.
         turn = free | turning
         column = jnp.where(turning, s["turning"], nearest)
         previous = before[column]
@@ -93,14 +92,15 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
 
 
 def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], Array]:
-    """Every real target claims its cheapest query, and the first to do so has it: each query's owner or -1; who
-    waits.
+    """Let each valid target claim its cheapest query; the first claim wins.
+
+    real: which targets are valid. Returns each query's owner (or -1) and the targets that are still without a query.
     """
     n, q = cost.shape
     rows = jnp.arange(n, dtype=jnp.int32)
-    # `argmin` takes six times as long on CPU
+    # on CPU, six times as fast as `argmin`
     cheapest = jnp.where(cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q)
-    best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # none where a cost is NaN
+    best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # no claim for a row with a NaN
     row = jnp.full(q, n, jnp.int32).at[best].min(rows, mode="drop")
     return jnp.where(row < n, row, -1), real & (row.at[best].get(mode="fill", fill_value=n) != rows)
 
@@ -110,7 +110,7 @@ def _finite(cost: Float[Array, " q"]) -> Float[Array, " q"]:
 
 
 def _or_else(values: Array, index: Int[Array, ""], otherwise: Array | float) -> Array:
-    """values[index], or `otherwise` for the index -1."""
+    """Return values[index], or `otherwise` if the index is -1."""
     return jnp.where(index < 0, otherwise, values[jnp.maximum(index, 0)])
 
 

@@ -1,4 +1,4 @@
-"""Masks are compared at sampled points, never whole (PointRend; Mask2Former)."""
+"""Sample masks at points, so that losses need not read every pixel (PointRend; Mask2Former)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from mqformer_jax.arrays import Array
 
 
 def _corners(points: Float[Array, "... 2"], h: int, w: int):
-    """The four pixels around each point with their bilinear weights (zero outside the map), as lists of x, y,
-    weight.
-    """
+    """Return the four pixels around each point as (x, y, bilinear weight); the weight is zero outside the map."""
     x, y = points[..., 0] * w - 0.5, points[..., 1] * h - 0.5
     x0, y0 = jnp.floor(x), jnp.floor(y)
     corners = []
@@ -30,9 +28,9 @@ def _corners(points: Float[Array, "... 2"], h: int, w: int):
 
 
 def sample_maps(maps: Float[Array, "*n h w"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-    """Each map at its own points (x, y in 0..1): torch's `grid_sample(align_corners=False)`, zero outside.
+    """Sample each map at its own points (x, y in 0..1): torch's `grid_sample(align_corners=False)`, zero outside.
 
-    All maps are read as one line: `take_along_axis` would write out an index of every axis for each point.
+    The maps are indexed as one flat array, since `take_along_axis` would build an index over every axis for each point.
     """
     *n, h, w = maps.shape
     flat, start = maps.reshape(-1), h * w * np.arange(math.prod(n), dtype=np.int32).reshape(*n, 1)
@@ -40,7 +38,7 @@ def sample_maps(maps: Float[Array, "*n h w"], points: Float[Array, "*n k 2"]) ->
 
 
 def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]) -> Float[Array, "k d"]:
-    """A feature map at points shared by all channels."""
+    """Sample a feature map at points (x, y in 0..1), zero outside."""
     h, w, d = features.shape
     flat = features.reshape(h * w, d)
     return sum(wt[:, None].astype(flat.dtype) * flat[y * w + x] for x, y, wt in _corners(points, h, w))
@@ -49,9 +47,10 @@ def sample_features(features: Float[Array, "h w d"], points: Float[Array, "k 2"]
 def sample_bits(
     bits: UInt8[Array, " m"], windows: Int[Array, "*n 5"], canvas: tuple[int, int], points: Float[Array, "*n k 2"]
 ) -> Float[Array, "*n k"]:
-    """Bit-packed masks at their own points; only what is read is unpacked.
+    """Sample bit-packed masks, each at its own points. Only the bytes that are read are unpacked.
 
-    windows: where each mask lies in `bits` and on the canvas (height, width), as `Batch.windows` says; zero outside.
+    windows: location of each mask in `bits` and on the canvas (height, width), see `Batch.windows`. A mask is zero
+    outside its window.
     """
     start, top, left, height, width = (windows[..., i, None] for i in range(5))
 
@@ -65,14 +64,15 @@ def sample_bits(
 
 
 def least(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k"]:
-    """Where the k least of m numbers >= 0 are, in any order; of equals the first."""
+    """Return the indices of the k smallest of m numbers >= 0, in any order. Ties go to the first."""
     by_sorting = lambda x: jax.lax.top_k(-x, k)[1]
     return jax.lax.platform_dependent(values, cpu=lambda x: _least_by_counting(x, k), default=by_sorting)
 
 
 def _least_by_counting(values: Float[Array, "*n m"], k: int) -> Int[Array, "*n k"]:
-    """The k-th least is found by halving between the bit patterns of floats, which are ordered as they are: 3.5 times
-    as fast as XLA's top-k on a CPU.
+    """Return the same as `least`, by bisection for the k-th smallest: on CPU, 3.5 times as fast as XLA's top-k.
+
+    The bisection runs on bit patterns, which have the same order as the floats.
     """
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.int32)
 
@@ -98,9 +98,10 @@ def uncertain_points(
     oversample: float = 3.0,
     share: float = 0.75,
 ) -> Float[Array, "*n k 2"]:
-    """k points a map: `share` of them the most uncertain (least |logit|) of `oversample * k`, the rest uniform.
+    """Return k points per map: a `share` of uncertain points, the rest uniformly random (PointRend).
 
-    `extent` is the valid part of the canvas as fractions (x, y); no point falls outside it.
+    The uncertain points are those with the smallest |logit| among `oversample * k` random points. extent: the valid
+    part of the canvas as fractions (x, y); all points lie inside it.
     """
     n = logits.shape[:-2]
     candidate_key, rest_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""The targets of one image, as costs and losses read them."""
+"""The targets of one image, in the form that costs and losses use."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mqformer_jax.losses.points import sample_bits
 class ImageTargets:
     """n targets and p prompts of one image; rows from `num_targets` on are padding.
 
-    exhaustive: prompts, not padding, of which everything in the image is labeled. canvas: height and width in pixels.
-    The other fields are those of `Batch`.
+    exhaustive: valid prompts whose objects in the image are all labeled. canvas: height and width in pixels. For the
+    other fields, see `Batch`.
     """
 
     num_targets: Int[Array, ""]
@@ -36,7 +36,7 @@ class ImageTargets:
 
     @classmethod
     def of_batch(cls, batch: Batch) -> ImageTargets:
-        """Return the targets of every image: arrays with one more axis in front, for `jax.vmap`."""
+        """Return the targets of all images: arrays with a leading batch axis, for `jax.vmap`."""
         return cls(
             num_targets=batch.num_targets,
             size=batch.size,
@@ -58,16 +58,16 @@ class ImageTargets:
         return self.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
 
     def inside(self, shape: tuple[int, int]) -> Bool[Array, "h w"]:
-        """Return the cells of a map of the canvas whose center is in the image, not in the padding."""
+        """Return which cells of a map of this shape have their center in the valid part of the canvas."""
         x, y = ((jnp.arange(n) + 0.5) / n < extent for n, extent in zip(shape[::-1], self.extent))
         return y[:, None] & x
 
     def sample_masks(self, rows: Int[Array, "*n"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-        """Return the masks of some targets, each at its own points (x, y as fractions of the canvas)."""
+        """Return the masks of the targets `rows`, each at its own points (x, y as fractions of the canvas)."""
         return sample_bits(self.masks, self.windows[rows], self.canvas, points)
 
     def sample_ignore(self, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-        """Return how much of each point is ignored. Points at the very edge read the outermost pixel."""
+        """Return the ignored fraction (0 to 1) at each point. Points near the border read the outermost pixel."""
         h, w = self.canvas
         margin = 0.5 / jnp.array([w, h], jnp.float32)
         everywhere = jnp.broadcast_to(jnp.array([0, 0, 0, h, w // 8]), (*points.shape[:-2], 5))

@@ -1,4 +1,4 @@
-"""Mattes for the refiner: records to crops on its canvas, each with a mask as bad as the masks it will have to mend."""
+"""Training data of the matting refiner: crops of images with mattes, and imperfect masks as guidance."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.transforms import resize_image
 
-SEARCHED = 100  # first records of a data set, one of which must have a matte
-UNKNOWN = 2.0  # how much more a pixel counts that is near one the object covers in part
+SEARCHED = 100  # number of first records of a data set, one of which must have a matte
+UNKNOWN = 2.0  # additional loss weight of pixels near a partly covered one
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 
 
 @dataclasses.dataclass(frozen=True)
 class Matte:
-    """An image and the alpha (0 to 1) of one object in it. index: the record's. foreground: that object is the image's
-    salient one.
-    trimap: as in `Segment`, or None."""
+    """An image and the alpha (0 to 1) of one object in it.
+
+    index: of the record. foreground: whether the object is the salient one. trimap: as in `Segment`, or None.
+    """
 
     image: UInt8[np.ndarray, "h w 3"]
     alpha: Float[np.ndarray, "h w"]
@@ -34,31 +35,27 @@ class Matte:
 
 
 def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
-    """The data sets of `config.matting.mixture` or `.sets`. Raises ValueError in one line where there are none, or one
-    without mattes.
-    """
+    """Open the data sets of `config.matting.mixture` or `.sets`. Raises ValueError if one of them has no mattes."""
     if not entries:
         raise ValueError(
-            f"config.matting.{field} = (): name the data sets with mattes, e.g. dict(name='mattes', split='train')."
+            f"config.matting.{field} is empty: name data sets with mattes, e.g. dict(name='mattes', split='train')."
         )
     sources = [ShardSource(root, entry["name"], entry["split"]) for entry in entries]
     for source in sources:
         if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
             raise ValueError(
                 f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: "
-                "take it out, or prepare it with mattes."
+                "remove it, or prepare it with mattes."
             )
     return sources
 
 
 def find(source: ShardSource, start: int) -> list[Matte]:
-    """The mattes of the first record that has any, from `start` on and round the end; a set of `open_mattes` has
-    one.
-    """
-    there = (
+    """Return the mattes of the first record that has any, from `start` on, wrapping around at the end."""
+    candidates = (
         mattes_of(Record.from_bytes(source[i]), i) for i in ((start + k) % len(source) for k in range(len(source)))
     )
-    return next(mattes for mattes in there if mattes)
+    return next(mattes for mattes in candidates if mattes)
 
 
 def mattes_of(record: Record, index: int) -> list[Matte]:
@@ -71,12 +68,13 @@ def mattes_of(record: Record, index: int) -> list[Matte]:
     ]
 
 
-# ---- Geometry, the same in training and after it -------------------------------------------------------------------
+# ---- Geometry, shared by training and inference --------------------------------------------------------------------
 
 
 def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | None:
-    """The box of what is above a half with a margin (in its larger side), made a square where the image has room; None:
-    nothing is.
+    """Return a window around the pixels above 0.5, or None if there are none.
+
+    The window is their box with a margin (a fraction of the larger side), square if the image is large enough.
     """
     left, top, width, height = cv2.boundingRect((mask > 0.5).astype(np.uint8))
     if not width:
@@ -87,15 +85,13 @@ def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | Non
 
 
 def _span(start: int, length: int, wanted: int, room: int) -> tuple[int, int]:
-    """Start and length of the `wanted` pixels around the middle of others, moved and cut to fit 0 ... room."""
+    """Return start and length of a span of `wanted` pixels with the center of another, fitted into 0 ... room."""
     wanted = min(wanted, room)
     return int(np.clip(start + (length - wanted) // 2, 0, room - wanted)), wanted
 
 
 def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
-    """A random part of a window, whose sides are about `share` of the window's (within a factor of the root of 2), all
-    of it at most.
-    """
+    """Return a random part of a window. Its sides are `share` of the window's, times a factor of 0.7 to 1.4."""
     share = min(1.0, share * 2 ** rng.uniform(-0.5, 0.5))
     height, width = (max(1, round(share * side)) for side in window[2:])
     return (
@@ -107,14 +103,15 @@ def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
 
 
 def fitted(window: Window, canvas: int) -> tuple[int, int]:
-    """Height and width of a window on the square canvas, as large as it allows."""
+    """Return the largest height and width of a window that fit the square canvas."""
     ratio = canvas / max(window[2:])
     return max(1, round(window[2] * ratio)), max(1, round(window[3] * ratio))
 
 
 def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
-    """A window of an image or mask [h, w, ...] on the upper left of the canvas, its edge repeated: an outline there
-    would be none.
+    """Crop a window of an image or mask [h, w, ...] and resize it into the upper left corner of the canvas.
+
+    The rest repeats the edge, so that no artificial outline appears.
     """
     top, left, height, width = window
     size = fitted(window, canvas)
@@ -126,15 +123,16 @@ def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
 
 
 def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
-    """The matte as a hard mask whose outline lies `grow` pixels too far out, or too far in where negative."""
+    """Return the matte as a hard mask, grown by `grow` pixels, or shrunk if negative."""
     mask = (alpha > threshold).astype(np.float32)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(grow) + 1,) * 2)
     return cv2.dilate(mask, disc) if grow > 0 else cv2.erode(mask, disc)
 
 
 def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[np.ndarray, "h w"]:
-    """The matte as some segmentation might have it: thresholded, grown and shrunk, coarse, blurred, with a patch
-    misplaced (MGMatting).
+    """Return the matte with random errors of a segmentation (MGMatting).
+
+    It is thresholded, grown or shrunk, and sometimes coarse, blurred, or with a misplaced patch.
     """
     reach = max(2, max(alpha.shape) // 20)
     mask = rough_mask(alpha, rng.uniform(0.05, 0.95), int(rng.integers(-reach, reach + 1)))
@@ -150,7 +148,7 @@ def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[
         (y, x), (v, u) = (rng.integers((max(1, h - side), max(1, w - side))) for _ in range(2))
         patch = mask[v : v + side, u : u + side].copy()
         mask[y : y + side, x : x + side] = patch
-    return np.clip(mask, 0, 1)  # a blur rounds
+    return np.clip(mask, 0, 1)  # the blur has rounding errors
 
 
 # ---- Batches -------------------------------------------------------------------------------------------------------
@@ -159,11 +157,10 @@ def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[
 def make_batches(
     config: ConfigDict, sources: Sequence[ShardSource], own: Sequence[dict[int, UInt8[np.ndarray, "_ _"]]]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The batches of a whole training, read ahead by threads. own: of each source, the model's own masks (see
-    `matting.own_masks`).
+    """Return an iterator over all batches of a training run, prefetched by threads.
 
-    Each holds `image` uint8 [b, c, c, 3], and as float32 [b, c, c] `guidance`, `alpha` and `weight`. They depend on the
-    seed alone.
+    Batches hold `image` uint8 [b, c, c, 3], and `guidance`, `alpha` and `weight` as float32 [b, c, c]. They depend only
+    on the seed. own: for each source, the model's own masks (see `train_matting.own_masks`).
     """
     matting = config.matting
     shares = np.sqrt([len(source) for source in sources])
@@ -183,8 +180,9 @@ def make_batches(
 def make_example(
     matte: Matte, own: UInt8[np.ndarray, "_ _"] | None, matting: ConfigDict, rng: np.random.Generator, flip: float
 ) -> dict[str, np.ndarray]:
-    """A random crop of the object, maybe mirrored. own: the mask to guide with, 0 to 255, of any size; None: a
-    perturbed matte.
+    """Return a random crop of the object, mirrored with probability `flip`.
+
+    own: the model's mask as guidance, 0 to 255, of any size; None: use a perturbed matte.
     """
     h, w = matte.alpha.shape
     crop = matting.crop
@@ -206,7 +204,7 @@ def make_example(
 
 
 def near_soft(alpha: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
-    """1 where a pixel or one close to it is covered in part."""
+    """Return 1 for partly covered pixels and pixels close to them, otherwise 0."""
     reach = max(alpha.shape) // 40
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1,) * 2)
     return cv2.dilate(((alpha > 0.02) & (alpha < 0.98)).astype(np.uint8), disc)

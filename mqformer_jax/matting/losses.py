@@ -1,6 +1,4 @@
-"""What the matting refiner learns from: the distance of alphas, pixel by pixel and band by band of their
-frequencies.
-"""
+"""The losses of the matting refiner: L1 distances of alphas and of their Laplacian pyramids."""
 
 from __future__ import annotations
 
@@ -20,11 +18,11 @@ def matting_loss(
     weight: Float[Array, "b h w"],
     coarse: float = 0.25,
 ) -> dict[str, Float[Array, ""] | float]:
-    """The terms of the refiner's loss; their sum is the loss.
+    """Return the terms of the refiner's loss. The loss is their sum.
 
-    alphas: {stride: alpha}, of which 1 is the answer. weight: of each pixel, 0 on padding, more where the matte is hard
-        to tell.
-    coarse: the weight of each coarser alpha, which meets the target at its own resolution (MGMatting's deep
+    alphas: {stride: alpha}; stride 1 is the final prediction. weight: of each pixel: 0 on padding, larger near partly
+        covered pixels.
+    coarse: weight of each coarser alpha, which is compared with the target at its own resolution (MGMatting's deep
         supervision).
     """
     terms = {"l1": _l1(alphas[1], target, weight), "coarse": 0.0}
@@ -42,15 +40,13 @@ def _l1(a: Array, b: Array, weight: Array) -> Float[Array, ""]:
 
 
 def laplacian_loss(a: Float[Array, "b h w"], b: Float[Array, "b h w"], levels: int = 5) -> Float[Array, ""]:
-    """The sum over levels i = 0, 1, ... of 2^i times the L1 distance of the Laplacian pyramids' level i (Hou and Liu,
-    ICCV 2019).
+    """Return the sum over i = 0, 1, ... of 2^i times the L1 distance of level i of the Laplacian pyramids.
 
-    A level is what a 5 x 5 binomial blur takes away; every second pixel of the blurred image makes the next. In units
-    of mean
-    absolute error: distances are summed and divided by the b * h * w pixels of the input. The least side is 3 <<
-        (levels - 1).
+    Source: Hou and Liu, ICCV 2019. A level is the difference between an image and its 5 x 5 binomial blur. Every second
+    pixel of the blurred image forms the image of the next level. Distances are summed and divided by the b * h * w
+    pixels of the input. Sides must be at least 3 << (levels - 1).
     """
-    x, total = a - b, 0.0  # the pyramid is linear: the difference of two is that of their difference
+    x, total = a - b, 0.0  # the pyramid is linear: one pyramid of the difference is enough
     for i in range(levels):
         blurred = _blur(_blur(x, 1), 2)
         total += 2**i * jnp.abs(x - blurred).sum()

@@ -1,6 +1,4 @@
-"""The matting refiner: an image and a mask in, the share of each pixel that the masked object covers (its alpha)
-out.
-"""
+"""The matting refiner: predict an object's alpha (the fraction of each pixel it covers) from an image and a mask."""
 
 from __future__ import annotations
 
@@ -16,20 +14,21 @@ from mqformer_jax.models import layers
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.convnet import ConvLayerNorm
 
-WINDOWS = (17, 41)  # pixels of stride 4: how far the colors of object and ground are gathered from
-SEEN = 4 + len(WINDOWS)  # image, guidance, what the colors say
+WINDOWS = (17, 41)  # sides, in pixels of stride 4, of the windows in which colors are averaged
+INPUT_CHANNELS = 4 + len(WINDOWS)  # image, guidance, alphas by color
 
 
 class Level(nnx.Module):
-    """One stride of the decoder: what comes from above, the encoder's feature and the pixels, joined; and the
-    correction read from it.
+    """One stride of the decoder: fuses the coarser level, the encoder's features and the inputs, predicts a correction.
+
+    above: channels of the coarser level. feature: channels of the encoder's features, 0 if there are none.
     """
 
     def __init__(self, above: int, feature: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.lateral = layers.Conv(feature, width, rngs=rngs, dtype=dtype) if feature else None
-        # else it would drown the guidance
+        # without normalization, the features outweigh the guidance
         self.norm = layers.layer_norm(width, rngs=rngs, dtype=dtype) if feature else None
-        self.join = ConvLayerNorm(above + (width if feature else 0) + SEEN, width, rngs=rngs, dtype=dtype)
+        self.join = ConvLayerNorm(above + (width if feature else 0) + INPUT_CHANNELS, width, rngs=rngs, dtype=dtype)
         self.block = ConvLayerNorm(width, width, rngs=rngs, dtype=dtype)
         self.head = layers.Conv(width, 1, kernel_init=nnx.initializers.zeros, rngs=rngs, dtype=dtype)
 
@@ -37,10 +36,10 @@ class Level(nnx.Module):
         self,
         above: Float[Array, "b h w a"] | None,
         feature: Float[Array, "b h w f"] | None,
-        seen: Float[Array, "b h w 6"],
+        inputs: Float[Array, "b h w 6"],
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w 1"]]:
         side = None if feature is None else self.norm(self.lateral(feature))
-        x = jax.nn.relu(self.join(jnp.concatenate([part for part in (above, side, seen) if part is not None], -1)))
+        x = jax.nn.relu(self.join(jnp.concatenate([part for part in (above, side, inputs) if part is not None], -1)))
         x = jax.nn.relu(x + self.block(x))
         return x, self.head(x).astype(jnp.float32)
 
@@ -48,14 +47,14 @@ class Level(nnx.Module):
 class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
-    A U-shaped network over one of our image encoders, which never sees the mask and so may come from any pre-training.
-    Every level of the decoder, down to single pixels, sees the image, the guidance and what the colors say (`unmixed`)
-    at its stride, and adds its correction to those of the coarser ones. All corrections start at zero: an untrained
-    refiner returns its guidance. They count near the guidance's outline alone; elsewhere it is believed, which a few
-    matting images can teach no better.
+    A U-shaped network on an image encoder. The mask is no input of the encoder, so any pre-trained encoder fits. Each
+    level of the decoder, down to stride 1, gets the image, the guidance and alphas estimated by color (`unmixed`) at
+    its stride, and adds a correction to those of the coarser levels. All corrections start at zero: an untrained
+    refiner returns its guidance. Corrections apply only near the outline of the guidance. Elsewhere the guidance is
+    kept, because a few matting images cannot improve it.
 
-    config: `config.matting`. Its `width` is the channels of the strides from 4 on; stride 2 has half of them, stride 1
-        a quarter.
+    config: `config.matting`. Its `width` is the number of channels at stride 4 and above; stride 2 has half of them,
+        stride 1 a quarter.
     """
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
@@ -74,23 +73,22 @@ class MattingRefiner(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"]
     ) -> dict[int, Float[Array, "b _h _w"]]:
-        """image: 0 to 255, sides that are multiples of the coarsest stride. guidance: a hard or soft mask, 0 to 1.
+        """Return the alpha, 0 to 1, at each stride of the decoder. Stride 1 is the final prediction; all have a loss.
 
-        Returns the alpha, 0 to 1, at each stride of the decoder; the one at stride 1 is the answer, the others are
-        there to learn from.
+        image: 0 to 255, sides that are multiples of the coarsest stride. guidance: a hard or soft mask, 0 to 1.
         """
         image = (image - jnp.array(self.backbone.mean)) / jnp.array(self.backbone.std)
         features = self.backbone(image)
-        near, said = unmixed(image, guidance, self.reach)
-        seen = _pyramid(jnp.concatenate([image, guidance[..., None], said], -1), self.strides)
+        near, color_alphas = unmixed(image, guidance, self.reach)
+        inputs = _pyramid(jnp.concatenate([image, guidance[..., None], color_alphas], -1), self.strides)
         gates = _pyramid(near, self.strides)
         alphas, x, correction = {}, None, 0.0
         for stride, level in zip(self.strides, self.levels):
             above = None if x is None else double(x)
-            x, change = level(above, features.get(stride), seen[stride].astype(self.dtype))
+            x, change = level(above, features.get(stride), inputs[stride].astype(self.dtype))
             correction = change if above is None else double(correction) + change
-            mask, colors = seen[stride][..., 3], seen[stride][..., 4:]
-            by_color = ((colors - mask[..., None]) * self.blend[...]).sum(-1)
+            mask, estimates = inputs[stride][..., 3], inputs[stride][..., 4:]
+            by_color = ((estimates - mask[..., None]) * self.blend[...]).sum(-1)
             alphas[stride] = _clip(mask + gates[stride][..., 0] * (by_color + correction[..., 0]))
         return alphas
 
@@ -98,21 +96,20 @@ class MattingRefiner(nnx.Module):
 def unmixed(
     image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
 ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
-    """Where the guidance is in doubt (0 to 1), and the alpha there by color alone, one for each of `WINDOWS`;
-    elsewhere the guidance.
+    """Return where the guidance is uncertain (0 to 1), and the alpha there by color, one for each of `WINDOWS`.
 
-    Doubt reaches `reach` pixels of stride 4 from the outline. Beyond, colors are known to be the object's or the
-    ground's; a pixel in doubt lies somewhere on the line between the means of those around it (the color line of
-    sampling-based matting).
+    Pixels within `reach` pixels (of stride 4) of the outline are uncertain. The others are known to be object or
+    background. The color of an uncertain pixel is projected on the line between the mean colors of known object and
+    background pixels around it, as in sampling-based matting. Elsewhere the alphas equal the guidance.
     """
     small = halve(halve(jnp.concatenate([image, (guidance > 0.5).astype(image.dtype)[..., None]], -1)))
     color, inside = small[..., :3], small[..., 3:]
-    known = 1.0 - _largest(1.0 - inside, reach), 1.0 - _largest(inside, reach)  # the object, the ground
+    known = 1.0 - _largest(1.0 - inside, reach), 1.0 - _largest(inside, reach)  # object, background
     known = [(k > 0.999).astype(image.dtype) for k in known]
     near = 1.0 - known[0] - known[1]
     everywhere = [(k * color).sum((1, 2), keepdims=True) / (k.sum((1, 2), keepdims=True) + 1e-6) for k in known]
-    said, means = [], [jnp.broadcast_to(mean, color.shape) for mean in everywhere]
-    for window in WINDOWS[::-1]:  # where the smaller has nothing known, what the larger has
+    color_alphas, means = [], [jnp.broadcast_to(mean, color.shape) for mean in everywhere]
+    for window in WINDOWS[::-1]:  # a window without known pixels has the mean of the next larger one
         counts = [_summed(k, window) for k in known]
         means = [
             jnp.where(n > 0.5, _summed(k * color, window) / jnp.maximum(n, 0.5), m)
@@ -120,14 +117,13 @@ def unmixed(
         ]
         over, under = (double(double(m)) for m in means)
         line = over - under
-        said.append(jnp.clip(((image - under) * line).sum(-1) / ((line**2).sum(-1) + 0.05), 0, 1))
+        color_alphas.append(jnp.clip(((image - under) * line).sum(-1) / ((line**2).sum(-1) + 0.05), 0, 1))
     near = double(double(near))
-    said = jnp.stack(said, -1)
-    return near, near * said + (1 - near) * guidance[..., None]
+    return near, near * jnp.stack(color_alphas, -1) + (1 - near) * guidance[..., None]
 
 
 def _largest(x: Float[Array, "b h w c"], reach: int) -> Float[Array, "b h w c"]:
-    """Of all pixels no farther than `reach` in rows and columns."""
+    """Return the maximum over the pixels within `reach` rows and columns."""
     for shape in ((1, 2 * reach + 1, 1, 1), (1, 1, 2 * reach + 1, 1)):
         x = jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, shape, (1, 1, 1, 1), "SAME")
     return x
@@ -140,18 +136,18 @@ def _summed(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b h w c"]:
 
 
 def _clip(x: Array) -> Array:
-    """To 0 ... 1 with the gradient of the identity: a pixel that is wrongly 0 must be able to leave it."""
+    """Clip to 0 ... 1, with the gradient of the identity, so that a pixel that is wrongly 0 can still learn."""
     return x + jax.lax.stop_gradient(jnp.clip(x, 0, 1) - x)
 
 
 def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-    """Means of 2 x 2 pixels."""
+    """Average 2 x 2 pixels."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Bilinear with pixel centers at halves. As sums of shifted copies: `jax.image.resize` is slow on a CPU."""
+    """Double the size bilinearly, with pixel centers at halves. `jax.image.resize` is slower on a CPU."""
     for axis in (1, 2):
         first, last = (
             jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis]))

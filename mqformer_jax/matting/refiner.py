@@ -1,4 +1,4 @@
-"""Refiner: a trained matting refiner behind one call; masks of an image in, their alpha mattes out."""
+"""`Refiner`: turn masks of an image into alpha mattes with a trained matting refiner."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mqformer_jax.matting.data import cut, fitted, window_around
 from mqformer_jax.matting.model import MattingRefiner
 from mqformer_jax.parallel.rules import filled, flatten_paths
 
-FOLDER = "refiner"  # of a workdir
+FOLDER = "refiner"  # in a workdir
 
 
 def build_refiner(config: ConfigDict, shapes: bool = False) -> tuple[nnx.GraphDef, Any, Any]:
-    """The refiner as (graph, trained parameters, frozen constants); plain pytrees from here on. Or their shapes."""
+    """Return the refiner as (graph, trained parameters, frozen constants), or with `shapes`, only their shapes."""
     make = lambda key: nnx.split(
         MattingRefiner(config.matting, rngs=nnx.Rngs(key), dtype=config.model.dtype), nnx.Param, ...
     )
@@ -32,7 +32,7 @@ def build_refiner(config: ConfigDict, shapes: bool = False) -> tuple[nnx.GraphDe
 
 
 class Refiner:
-    """What `mqformer train-matting` made of a workdir.
+    """A matting refiner trained by `mqformer train-matting`.
 
     >>> refiner = Refiner.load("runs/lite")
     >>> alphas = refiner(image, segments.masks)
@@ -46,9 +46,7 @@ class Refiner:
 
     @classmethod
     def load(cls, workdir: str) -> Refiner | None:
-        """The refiner of a workdir; None where it has none. Raises ValueError in one line where its files are
-        damaged.
-        """
+        """Load the refiner of a workdir, or return None if it has none. Raises ValueError if its files are damaged."""
         path = os.path.join(workdir, FOLDER)
         if not has_checkpoint(path):
             return None
@@ -59,14 +57,14 @@ class Refiner:
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"]
     ) -> Float[np.ndarray, "n h w"]:
-        """The alpha, 0 to 1, of each mask (0 to 1, soft or hard) of an RGB image of any size.
+        """Return the alpha, 0 to 1, of each mask (0 to 1, soft or hard) of an RGB image of any size.
 
-        Each is made from a crop around what the mask has above a half; outside it, and for a mask with nothing there,
-        alpha is 0.
+        Each alpha is predicted on a crop around the mask's pixels above 0.5. Outside the crop, and for masks without
+        such pixels, alpha is 0.
         """
         if masks.shape[1:] != image.shape[:2]:
             raise ValueError(
-                f"the masks are {masks.shape[1:]}, the image {image.shape[:2]}: give them at the image's size."
+                f"the masks are {masks.shape[1:]}, the image {image.shape[:2]}: give masks of the image's size."
             )
         alphas = np.zeros(masks.shape, np.float32)
         for mask, alpha in zip(masks, alphas):

@@ -1,1 +1,1 @@
-"""The network, as the paper's figure has it. Knows nothing of data sets, tasks or optimizers."""
+"""The network of the paper's figure. It does not depend on data sets, tasks or optimizers."""

@@ -1,4 +1,4 @@
-"""Image encoders behind one interface, so that another one is one file and one line here."""
+"""Image encoders behind one interface. To add one, write its module and call it in `make_backbone`."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from mqformer_jax.models.swin import Swin
 
 @runtime_checkable
 class Backbone(Protocol):
-    """What the model asks of an image encoder.
+    """The interface of an image encoder.
 
-    channels: width of its feature at each stride it offers. mean, std: of its pixels, RGB, 0 to 255.
+    channels: {stride: width} of its features. mean, std: for the normalization of pixels, RGB, 0 to 255.
     """
 
     channels: dict[int, int]
@@ -30,14 +30,15 @@ class Backbone(Protocol):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalized. keys: of the randomness of training (drop path), one an image; None in evaluation. Returns
-        {stride: feature}.
+        """Return the features as {stride: feature}.
+
+        image: normalized. keys: one per image, for drop path in training; None in evaluation.
         """
         ...
 
 
 def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLike) -> Backbone:
-    """The image encoder of `config.model.backbone`. remat: of Swin's blocks, see `layers.scan_layers`."""
+    """Return the image encoder of `config.model.backbone`. remat: for Swin, see `layers.scan_layers`."""
     name = config.name
     if name.startswith("resnet"):
         return ResNet(int(name.removeprefix("resnet")), stride_in_1x1=config.stride_in_1x1, rngs=rngs, dtype=dtype)

@@ -1,6 +1,4 @@
-"""BERT (Devlin et al., NAACL 2019) as sentence-transformers uses it: the mean of its tokens is the sentence. MiniLM is
-such a one.
-"""
+"""BERT (Devlin et al., NAACL 2019) as in sentence-transformers (MiniLM): a text's vector is the mean of its tokens."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ class BertBlock(nnx.Module):
         self.norm2 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "n l c"], real: Bool[Array, "n l"]) -> Float[Array, "n l c"]:
-        """real: which tokens may be attended to."""
+        """Return the updated tokens. real: which tokens may be attended to."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
         attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), mask=real[:, None, None])
         x = self.norm1(x + self.out(attended.reshape(x.shape)))
@@ -35,11 +33,11 @@ class BertBlock(nnx.Module):
 
 
 class BertTextEncoder(nnx.Module):
-    """Token ids to one vector a text of `width`, not normalized.
+    """BERT text encoder: token ids to one vector of `width` per text, not normalized.
 
-    The sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: the longest prompt; positions: rows
-    of the position table, all kept so that a checkpoint comes back whole. norm_eps: of the LayerNorms.
-    Raises ValueError where prompts may be longer than the table.
+    Sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: tokens of the longest prompt.
+    positions: rows of the position table, all kept so that a checkpoint can be exported completely. norm_eps: of the
+    LayerNorms. Raises ValueError if `context` is larger than `positions`.
     """
 
     def __init__(
@@ -56,7 +54,7 @@ class BertTextEncoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         if context > positions:
-            raise ValueError(f"config.model.text.context = {context}: BERT has {positions} positions, ask for no more.")
+            raise ValueError(f"config.model.text.context = {context}: BERT has {positions} positions; lower it.")
         table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
         self.dtype = dtype
         self.tokens, self.positions, self.types = table(vocab_size), table(positions), table(2)
@@ -64,9 +62,9 @@ class BertTextEncoder(nnx.Module):
         self.blocks = layers.stack(lambda keys: BertBlock(width, heads, norm_eps, rngs=keys, dtype=dtype), depth, rngs)
 
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n width"]:
-        """tokens: word pieces with their [CLS] and [SEP], padded with 0; cut as short as the longest allows.
+        """Return the mean over the tokens of each text. A text that is all padding gives zero.
 
-        A text is the mean over its tokens; one that is all padding is zero.
+        tokens: word pieces with [CLS] and [SEP], padded with 0 to the longest text or further.
         """
         flat = tokens.reshape(-1, tokens.shape[-1])
         real = flat != 0

@@ -1,4 +1,4 @@
-"""A small convolutional image encoder that a laptop can train from nothing."""
+"""A small convolutional image encoder that can be trained from scratch on a laptop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ConvLayerNorm = functools.partial(layers.ConvNorm, size=3, norm=layers.layer_nor
 
 
 class Stage(nnx.Module):
-    """Half the resolution, then residual blocks of one convolution each."""
+    """Downsampling by 2, then residual blocks of one convolution each."""
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         make = functools.partial(ConvLayerNorm, rngs=rngs, dtype=dtype)
@@ -34,11 +34,11 @@ class Stage(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Image to features at strides 4, 8, 16 (and 32 with a fifth width).
+    """Small convolutional encoder with features at strides 4, 8, 16 (and 32 with a fifth width).
 
-    widths: channels at stride 2, 4, 8, ... blocks: residual blocks a stage; stride 2 has none, for they would cost as
-    much as all the others. The default has 0.24 M parameters; eight 96 x 96 images, forward and backward, take 27 ms on
-    two CPU cores. `channels` maps a stride to its feature's width.
+    widths: channels at strides 2, 4, 8, ... blocks: residual blocks per stage. Stride 2 has none, since they would cost
+    as much as all the others. The default has 0.24 M parameters; forward and backward of eight 96 x 96 images take
+    27 ms on two CPU cores. `channels` is {stride: width} of the features.
     """
 
     mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
@@ -62,9 +62,7 @@ class ConvNet(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalized by the caller; sides that are multiples of the coarsest stride. Returns {stride:
-        feature}.
-        """
+        """Return {stride: feature}. image: normalized; its sides are multiples of the coarsest stride."""
         x = jax.nn.relu(self.stem(_space_to_depth(image)))
         features = {}
         for stride, stage in zip(self.channels, self.stages):
@@ -73,6 +71,6 @@ class ConvNet(nnx.Module):
 
 
 def _space_to_depth(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 4*c"]:
-    """Each 2x2 patch as one pixel: no convolution at full resolution."""
+    """Pack each 2x2 patch into one pixel, so that no convolution runs at full resolution."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(b, h // 2, w // 2, 4 * c)

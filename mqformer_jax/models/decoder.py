@@ -1,4 +1,4 @@
-"""The mixed-query decoder: layers in which learnable and conditional queries exchange what they know."""
+"""The mixed-query decoder, whose layers exchange information between learnable and conditional queries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mqformer_jax.models.queries import Queries
 
 
 class Attention(nnx.Module):
-    """Multi-head attention; positions enter queries and keys, never values (DETR)."""
+    """Multi-head attention. Positions are added to queries and keys, not to values (DETR)."""
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any, zero_out: bool = False):
         make = lambda **kwargs: linear(width, width, rngs=rngs, dtype=dtype, **kwargs)
@@ -48,9 +48,9 @@ class Attention(nnx.Module):
 class Exchange(nnx.Module):
     """The paper's two cross-attentions: conditional -> learnable and learnable -> conditional, from the same inputs.
 
-    The order inside a layer is unpublished; ours is simultaneous, after self-attention. Each is a pre-normed residual
-    whose output projection starts at zero, so that a fresh exchange is exactly the identity and a converted Mask DINO
-    predicts what it did.
+    The paper does not say where they stand in a layer. Here, both run in parallel after self-attention. Each is a
+    pre-norm residual whose output projection starts at zero. So a new exchange is the identity, and a converted Mask
+    DINO keeps its predictions.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any):
@@ -62,7 +62,7 @@ class Exchange(nnx.Module):
     def __call__(
         self, x: Float[Array, "b q d"], pos: Float[Array, "b q d"], learnable: int, conditional: int
     ) -> Float[Array, "b q d"]:
-        """Rows are learnable, conditional, then denoising queries; the last take no part."""
+        """Return the updated queries. Rows: learnable, conditional, denoising queries; the last stay unchanged."""
         parts = np.cumsum([learnable, conditional])
         lx, cx, rest = jnp.split(x, parts, 1)
         lp, cp, _ = jnp.split(pos, parts, 1)
@@ -73,8 +73,9 @@ class Exchange(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Self-attention -> exchange -> deformable cross-attention to the image -> FFN, post-norm (Mask DINO's but for the
-    exchange).
+    """Self-attention -> exchange -> deformable cross-attention to the image -> FFN, post-norm.
+
+    Without the exchange, it is Mask DINO's layer.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """`layers` decoder layers, scanned; anchors are refined after each (Mask DINO's order of operations)."""
+    """A scanned stack of decoder layers. Anchors are refined after each layer (Mask DINO's order of operations)."""
 
     def __init__(
         self, width: int, heads: int, ffn: int, layers: int, levels: int, num_sampling_points: int, exchange: bool, *,
@@ -135,12 +136,12 @@ class Decoder(nnx.Module):
         memory: Memory,
         heads: Heads,
     ) -> tuple[Float[Array, "l b q d"], Float[Array, "l b q 4"]]:
-        """Return normed content and boxes (cx, cy, w, h as fractions of the canvas) after each layer.
+        """Return the normed content and the boxes (cx, cy, w, h as fractions of the canvas) after each layer.
 
-        mask: which query may attend to which. counts: of learnable and conditional queries.
+        mask: which query (row) may attend to which (column). counts: numbers of learnable and conditional queries.
 
-        References carry no gradient from layer to layer, but the box predicted from one does ("look forward twice").
-        The refinement reads un-normed queries, the predicted box normed ones.
+        A reference box enters the next layer without gradients, but the next predicted box passes gradients to it
+        ("look forward twice"). The refinement uses queries before the norm, the predicted boxes use normed queries.
         """
 
         def layer_step(layer: DecoderLayer, carry, _):
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
 
 
 def anchor_embedding(boxes: Float[Array, "b q 4"], width: int) -> Float[Array, "b q e"]:
-    """Sine embedding of cx, cy, w, h in 0..1 with width/2 channels each, in DAB-DETR's order y, x, w, h."""
+    """Return the sine embedding of cx, cy, w, h (0..1): width/2 channels each, in DAB-DETR's order y, x, w, h."""
     half = width // 2
     frequency = 2 * np.pi / 10000.0 ** (2 * (np.arange(half) // 2) / half)
     angle = boxes[..., jnp.array([1, 0, 2, 3]), None] * jnp.asarray(frequency, jnp.float32)

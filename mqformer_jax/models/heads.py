@@ -1,4 +1,4 @@
-"""The prediction heads: class (against text), mask and box. Shared by all decoder layers and the first proposals."""
+"""The prediction heads for class (against text), mask and box, shared by the proposals and all decoder layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mqformer_jax.arrays import Array
 from mqformer_jax.models.layers import MLP, layer_norm
 
 PADDING_LOGIT = -30.0  # the class logit of a prompt that is padding
-FOCAL_PRIOR = -4.0  # every score starts near 2 %, so that the first steps are not spent on unlearning 50 %
+FOCAL_PRIOR = -4.0  # scores start near 2 % instead of 50 %, which shortens early training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Prompts:
 
 
 class Heads(nnx.Module):
-    """What a query says: which text (d -> e), which pixels (d -> mask_dim), where (d -> 4).
+    """Heads that predict from a query its class (d -> e), mask embedding (d -> mask_dim) and box (d -> 4).
 
-    The class score is cosine(query, text) * exp(logit_scale) + logit_bias: no class has weights of its own. The paper
-    names only the dot product; cosine and scale follow X-Decoder and OpenSeeD, the bias is RetinaNet's prior (ours:
-    with focal loss it spares the first thousand steps; zero is OpenSeeD's choice and what a converted one loads).
-    Without `cosine` it is the plain dot product with the text, which is then as long as it is (a converted Mask DINO's
-    classes).
+    The class score is cosine(query, text) * exp(logit_scale) + logit_bias, so that no class has weights of its own. The
+    paper mentions only a dot product; cosine and scale follow X-Decoder and OpenSeeD. The bias starts at RetinaNet's
+    prior, which saves about a thousand steps with focal loss (OpenSeeD has none, so a converted one loads zero).
+    Without `cosine`, the score is the dot product with the text vector, not normalized (for the class table of a
+    converted Mask DINO).
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class Heads(nnx.Module):
         self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
     def scores(self, queries: Float[Array, "*s b q d"], prompts: Prompts) -> Float[Array, "*s b q p"]:
-        """Return class logits in float32. Padding gets a large negative number: -inf would give NaN gradients."""
+        """Return class logits in float32. Padding gets a large negative number, since -inf gives NaN gradients."""
         query, text = self.class_embed(queries), prompts.embeddings
         if self.cosine:
             query, text = normalize(query), normalize(text)
         logits = jnp.einsum("...bqe,bpe->...bqp", query, text.astype(query.dtype), preferred_element_type=jnp.float32)
         if self.cosine:
-            # CLIP's clip
+            # the scale is clipped as in CLIP
             logits = logits * jnp.exp(jnp.clip(self.logit_scale[...], max=math.log(100.0))) + self.logit_bias[...]
         return jnp.where(prompts.valid[:, None], logits, PADDING_LOGIT)
 
@@ -69,12 +69,12 @@ class Heads(nnx.Module):
 
 
 def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
-    """Unit vectors, computed in float32."""
+    """Return unit vectors, computed in float32."""
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.sum(x32 * x32, -1, keepdims=True) + 1e-12)).astype(x.dtype)
 
 
 def inverse_sigmoid(x: Float[Array, " ..."], eps: float = 1e-5) -> Float[Array, " ..."]:
-    """Mask DINO's: both x and 1 - x are kept above eps."""
+    """Return log(x / (1 - x)) with both x and 1 - x at least eps (Mask DINO)."""
     x = jnp.clip(x, 0.0, 1.0)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

@@ -1,6 +1,6 @@
-"""Small pieces that every part of the model shares.
+"""Layers that all parts of the model share.
 
-Parameters are float32; `dtype` is what a module computes in and returns. Images are NHWC, kernels HWIO.
+Parameters are float32. A module computes in `dtype` and returns it. Images are NHWC, kernels HWIO.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ class Frozen(nnx.Variable):
 
 
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **kwargs: Any) -> nnx.Linear:
-    """A dense layer that starts as the transformers of the DETR family do: Xavier-uniform kernel, zero bias."""
+    """Return a dense layer with a Xavier-uniform kernel and a zero bias, as in DETR."""
     return nnx.Linear(inputs, outputs, rngs=rngs, dtype=dtype, **{"kernel_init": xavier, **kwargs})
 
 
 def layer_norm(width: int, eps: float = 1e-5, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.LayerNorm:
-    """LayerNorm over the last axis with torch's eps; over NHWC it normalizes each pixel's channels."""
+    """Return a LayerNorm over the last axis (the channels of each pixel, for NHWC) with torch's eps."""
     return nnx.LayerNorm(width, epsilon=eps, use_fast_variance=False, rngs=rngs, dtype=dtype)
 
 
 def group_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> nnx.GroupNorm:
-    """GroupNorm in 32 groups, or in as many as both 32 and the width can be divided by."""
+    """Return a GroupNorm with 32 groups, or gcd(32, width) groups if the width is not a multiple of 32."""
     groups = math.gcd(32, width)
     return nnx.GroupNorm(width, num_groups=groups, epsilon=1e-5, use_fast_variance=False, rngs=rngs, dtype=dtype)
 
 
 class Conv(nnx.Module):
-    """A square convolution of odd `size` with torch's symmetric padding (XLA's "SAME" pads otherwise at stride 2).
+    """A square convolution of odd `size` with torch's symmetric padding (XLA's "SAME" differs at stride 2).
 
-    Size 1 is a strided slice and a dot product: twice as fast on CPU, the same matmul elsewhere.
+    Size 1 is computed as a strided slice and a matmul, which is twice as fast on CPU.
     """
 
     def __init__(
@@ -82,9 +82,7 @@ def _strided(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride
 
 @jax.custom_vjp
 def _convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"]) -> Float[Array, "b h w o"]:
-    """A convolution of stride 1 whose gradients are quick on CPU too: inside a scan, XLA's are ten times slower than
-    they need be.
-    """
+    """Convolve with stride 1, with custom gradients on CPU: inside a scan, XLA's are ten times slower."""
     return _strided(x, kernel, 1)
 
 
@@ -94,7 +92,7 @@ def _gradients(inputs: tuple[Array, Array], g: Float[Array, "b h w o"]) -> tuple
 
 
 def _gradients_on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-    """For x a convolution with the kernel turned round; for the kernel one dot product for each of its places."""
+    """Return the gradients of x (a convolution with the flipped kernel) and of the kernel (a matmul per tap)."""
     (h, w), size = x.shape[1:3], kernel.shape[0]
     around = jnp.pad(x, ((0, 0), *[(size // 2,) * 2] * 2, (0, 0)))
     places = [around[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
@@ -106,7 +104,7 @@ _convolve.defvjp(lambda x, kernel: (_strided(x, kernel, 1), (x, kernel)), _gradi
 
 
 class FrozenBatchNorm(nnx.Module):
-    """BatchNorm whose statistics and affine map are constants, as in detectron2's backbones. eps: 1e-5 is torch's."""
+    """BatchNorm with constant statistics and affine map, as in detectron2's backbones. The default eps is torch's."""
 
     def __init__(self, width: int, *, eps: float = 1e-5, dtype: DTypeLike = jnp.float32):
         self.eps, self.dtype = eps, dtype
@@ -120,12 +118,12 @@ class FrozenBatchNorm(nnx.Module):
 
 
 def frozen_batch_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> FrozenBatchNorm:
-    """Return a FrozenBatchNorm by the same call as the other norms; it draws no random numbers."""
+    """Return a FrozenBatchNorm. rngs: unused, for the same signature as the other norms."""
     return FrozenBatchNorm(width, dtype=dtype)
 
 
 class ConvNorm(nnx.Module):
-    """A convolution and the norm that `norm` makes: `group_norm`, `layer_norm` or `frozen_batch_norm`."""
+    """A convolution followed by a norm. norm: `group_norm`, `layer_norm` or `frozen_batch_norm`."""
 
     def __init__(
         self,
@@ -150,7 +148,7 @@ class ConvNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """`layers` dense layers, ReLU between them."""
+    """A stack of `layers` dense layers with ReLU between them."""
 
     def __init__(
         self, inputs: int, hidden: int, outputs: int, layers: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32
@@ -165,7 +163,7 @@ class MLP(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
-    """n modules of one shape as one module whose variables carry a leading axis of n; run it with `scan_layers`."""
+    """Return n modules of the same shape as one module with a leading axis of n. Run it with `scan_layers`."""
     graph, state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), n))
     return nnx.merge(graph, state)
 
@@ -183,11 +181,11 @@ def scan_layers(
     xs: Any = None,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """Runs `carry, y = body(layer, carry, x)` over the layers of a stack, compiled once for all of them.
+    """Run `carry, y = body(layer, carry, x)` over the layers of a stack, compiled once for all layers.
 
-    xs: a tree with one leading row a layer, or None. remat: what is not kept for the gradients but computed again
-    (`config.model.remat`): "none" keeps all, "dots" the results of matmuls with weights, "layers" each layer's input
-    alone. Returns the last carry and the ys, stacked.
+    xs: a tree whose arrays have one row per layer, or None. remat: which activations are stored for the gradients; the
+    others are recomputed (`config.model.remat`): "none" stores all, "dots" the results of matmuls with weights,
+    "layers" only each layer's input. Returns the last carry and the stacked ys.
     """
     graph, state = nnx.split(stacked)
 

@@ -1,4 +1,4 @@
-"""Choices in which released Mask DINO models differ (Li et al., CVPR 2023), apart from the path of `mqformer.py`."""
+"""Options in which released Mask DINO models (Li et al., CVPR 2023) differ, apart from the path of `mqformer.py`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from mqformer_jax.models.queries import Queries
 
 
 def order_levels(memory: Memory, level_order: str) -> Memory:
-    """Return the levels in the order in which the decoder reads them (`config.model.level_order`).
+    """Return the memory with its levels in the decoder's order (`config.model.level_order`).
 
-    memory: from fine to coarse, as the pixel decoder returns it. "fine_to_coarse" is Mask DINO's feature order
-    high2low. The order decides the size of the proposals (`grid_proposals`) and which sampling offsets belong to a
-    level.
+    memory: fine to coarse, as the pixel decoder returns it. "fine_to_coarse" is Mask DINO's feature order high2low. The
+    order determines the sizes of the proposals (`grid_proposals`) and the sampling offsets of each level.
     """
     if level_order == "fine_to_coarse":
         return memory
@@ -30,10 +29,10 @@ def order_levels(memory: Memory, level_order: str) -> Memory:
 def initial_anchors(
     proposals: Queries, mask_features: Float[Array, "b h w m"], heads: Heads, box_type: str
 ) -> Float[Array, "b k 4"]:
-    """Return the conditional queries' anchors (before the sigmoid), without gradients.
+    """Return the anchors of the conditional queries (before the sigmoid), without gradients.
 
-    box_type: `config.model.initialize_box_type`. "no" takes the proposed boxes, the others take boxes around the
-    proposed masks (see `mask_boxes`).
+    box_type: `config.model.initialize_box_type`. "no" uses the proposed boxes. The others use boxes around the proposed
+    masks (see `mask_boxes`).
     """
     if box_type == "no":
         return jax.lax.stop_gradient(proposals.anchors)
@@ -45,8 +44,9 @@ def initial_anchors(
 def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*n 4"]:
     """Return the box around each mask: cx, cy, w, h as fractions of the map.
 
-    Mask DINO has two ways (INITIALIZE_BOX_TYPE). "mask2box" ends at the last pixel (`inclusive`) and puts an empty mask
-    at 1 without extent. "bitmask" ends after the last pixel and puts an empty mask at 0.
+    Mask DINO has two variants (INITIALIZE_BOX_TYPE). With "mask2box" (`inclusive`), a box ends at the last pixel, and
+    an empty mask gives a box of size 0 at 1. With "bitmask", a box ends after the last pixel, and an empty mask gives a
+    box of size 0 at 0.
     """
 
     def side(hit: Bool[Array, "*n m"]) -> tuple[Array, Array]:

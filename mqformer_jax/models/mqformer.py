@@ -3,9 +3,9 @@
     image -> backbone -> segmentation encoder -> memory, mask features
     text  -> text encoder -> prompts
     memory x prompts -> conditional queries        parameters -> learnable queries
-    both -> decoder (they exchange in every layer) -> classes against the prompts, boxes, masks
+    both -> decoder (with an exchange in every layer) -> classes against the prompts, boxes, masks
 
-Every query of both kinds predicts a score for every prompt; the matcher (losses/) decides which takes which object.
+Every query of both kinds predicts a score for every prompt. The matcher (losses/) assigns targets to queries.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Predictions:
     """The predictions of q queries at s stages, for p prompts.
 
     Stages: the proposals (if there are conditional queries), the initial queries, then one per decoder layer.
-    boxes: cx, cy, w, h as fractions of the canvas. A mask is mask_embed . mask_features, as logits.
+    boxes: cx, cy, w, h as fractions of the canvas. Mask logits are mask_embed . mask_features.
     """
 
     class_logits: Float[Array, "s b q p"]
@@ -56,7 +56,7 @@ class Predictions:
 class Outputs:
     """The predictions of matching queries (learnable first) and denoising queries, and the features of their masks.
 
-    decoupled: learnable queries take regions only and conditional ones instances only (OpenSeeD's hard split).
+    decoupled: learnable queries match only regions, conditional queries only instances (OpenSeeD's hard split).
     """
 
     matching: Predictions
@@ -67,7 +67,7 @@ class Outputs:
 
 
 class MQFormer(nnx.Module):
-    """The model of the module's docstring: encode -> propose -> decode -> predict.
+    """The MQ-Former model: encode -> propose -> decode -> predict (see the module's docstring).
 
     config: `config.model`.
     """
@@ -103,14 +103,14 @@ class MQFormer(nnx.Module):
     def embed_text(
         self, tokens: Int[Array, "*n l"] | Float[Array, "*n e"], is_region: Bool[Array, "*n"]
     ) -> Float[Array, "*n e"]:
-        """Return prompts as vectors: the output of the text encoder plus the region embedding.
+        """Return the prompt embeddings: the output of the text encoder plus the region embedding.
 
         tokens: token ids, or vectors that the text encoder has already computed.
 
-        The paper does not say how COCO's "person" (each one) and ADE's "person" (all of them) live together. Here a
-        learned embedding of two values lets one text mean either (`model.region_embedding` turns it off). It starts
-        random: from zero, expressions ground worse (docs/benchmarks.md). Beside trained weights without it, it starts
-        at zero (`initialize`).
+        The paper does not say how one model distinguishes COCO's "person" (each person) from ADE's "person" (all people
+        as one region). Here, one of two learned embeddings is added to the text (unless `model.region_embedding` is
+        off). They start random, since expressions are grounded worse when they start at zero (docs/benchmarks.md).
+        If a run starts from trained weights without them, they start at zero (`training.warm_start`).
         """
         encoded = jnp.issubdtype(tokens.dtype, jnp.floating)
         embeddings = tokens.astype(self.dtype) if encoded else self.text_encoder(tokens)
@@ -157,16 +157,16 @@ class MQFormer(nnx.Module):
     def encode(
         self, features: Features, canvas: tuple[int, int], size: Int[Array, "b 2"]
     ) -> tuple[Memory, Float[Array, "b h w m"]]:
-        """Return the memory, its levels in the decoder's order, and the features that masks are made of."""
+        """Return the memory, with its levels in the decoder's order, and the mask features."""
         memory, mask_features = self.pixel_decoder(features, size, canvas)
         return order_levels(memory, self.level_order), mask_features
 
     def propose(
         self, memory: Memory, mask_features: Float[Array, "b h w m"], prompts: Prompts
     ) -> tuple[Queries | None, Queries]:
-        """Return the proposals and the queries that the decoder starts from, learnable queries first in both.
+        """Return the proposals and the decoder's initial queries, with learnable queries first in both.
 
-        There are no proposals without conditional queries.
+        Without conditional queries, the proposals are None.
         """
         learnable = None if self.learnable is None else self.learnable(len(memory.tokens))
         if self.conditional is None:
@@ -176,7 +176,7 @@ class MQFormer(nnx.Module):
         conditional = Queries(self.conditional.initial_content(proposals), anchors)
         if learnable is None:
             return proposals, conditional
-        # Learnable queries compete for targets here too, but learn this state only once: from the initial stage.
+        # Learnable queries are also matched in this stage. Their gradients come from the initial stage, which is equal.
         return concatenate(jax.lax.stop_gradient(learnable), proposals), concatenate(learnable, conditional)
 
     def denoise(self, denoising: DenoisingQueries, prompts: Prompts) -> Queries:
@@ -206,7 +206,7 @@ class MQFormer(nnx.Module):
         mask_features: Float[Array, "b h w m"],
         prompts: Prompts,
     ) -> Outputs:
-        """Return the predictions of all stages; the proposals are the first one."""
+        """Return the predictions of all stages. The proposals, if any, are the first stage."""
         n = self.num_learnable + self.num_conditional
         stages = self._predictions(content, boxes, prompts)
         matching = jax.tree.map(lambda x: x[:, :, :n], stages)
@@ -226,9 +226,9 @@ class MQFormer(nnx.Module):
 
 
 def query_counts(config: ConfigDict) -> tuple[int, int]:
-    """Return the numbers of learnable and conditional queries of a strategy.
+    """Return the numbers of learnable and conditional queries for the strategy `config.queries`.
 
-    The total is the same for every strategy (400 in the paper's ablations).
+    All strategies have the same total (400 in the paper's ablations).
     """
     total = config.num_learnable + config.num_conditional
     return {"learnable": (total, 0), "conditional": (0, total)}.get(
@@ -241,8 +241,8 @@ def attention_mask(
 ) -> Bool[Array, "#b q q"]:
     """Return which query (row) may attend to which (column) in self-attention.
 
-    Learnable and conditional queries attend to their own kind, with `joint` to both. Denoising queries attend to their
-    group and to the conditional queries, since both have anchors from boxes. No other query attends to them.
+    Learnable and conditional queries attend to their own kind, or to both kinds if `joint`. Denoising queries attend to
+    their group and to the conditional queries, since both have anchors from boxes. No other query attends to them.
     """
     kind = np.repeat([0, 1], [learnable, conditional])
     own = np.full((len(kind),) * 2, True) if joint else kind[:, None] == kind[None]
@@ -251,6 +251,6 @@ def attention_mask(
     b, d = denoising.group.shape
     top = np.concatenate([own, np.zeros((len(kind), d), bool)], 1)
     same = (denoising.group[:, :, None] == denoising.group[:, None]) & denoising.valid[:, None]
-    same |= jnp.eye(d, dtype=bool)  # padding attends to itself, so that no softmax is empty
+    same |= jnp.eye(d, dtype=bool)  # padding attends to itself, to avoid an empty softmax
     seen = jnp.broadcast_to(jnp.asarray(kind == (1 if conditional else 0)), (b, d, len(kind)))
     return jnp.concatenate([jnp.broadcast_to(top, (b, *top.shape)), jnp.concatenate([seen, same], 2)], 1)

@@ -1,6 +1,4 @@
-"""The segmentation encoder: Mask DINO's pixel decoder (Li et al., CVPR 2023), a deformable transformer over image
-features.
-"""
+"""The segmentation encoder, a deformable transformer: Mask DINO's pixel decoder (Li et al., CVPR 2023)."""
 
 from __future__ import annotations
 
@@ -30,8 +28,8 @@ Features = dict[int, Float[Array, "b _h _w _c"]]  # {stride: feature}
 class Memory:
     """The encoded image: tokens of several levels, each level row by row.
 
-    shapes: height and width of each level. valid: tokens whose cell touches the valid part of the image; the others are
-    not attended to.
+    shapes: height and width of each level. valid: tokens whose cell touches the valid part of the image. The others are
+    masked in attention.
     """
 
     tokens: Tokens
@@ -74,8 +72,10 @@ class EncoderLayer(nnx.Module):
 
 
 class MaskFeatures(nnx.Module):
-    """What the masks are read from: the finest memory, brought to the mask stride and merged with the backbone's
-    feature there (also where the memory has that stride already, as Mask DINO's five levels do)."""
+    """Mask features: the finest level of the memory, resized to the mask stride and merged with the backbone's feature.
+
+    They are merged even if the finest level already has the mask stride, as in Mask DINO with five levels.
+    """
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         make = functools.partial(ConvGroupNorm, use_bias=False, rngs=rngs, dtype=dtype)
@@ -88,12 +88,12 @@ class MaskFeatures(nnx.Module):
 
 
 class PixelDecoder(nnx.Module):
-    """Backbone features to memory (tokens of several strides) and mask features.
+    """Encoder from backbone features to memory (tokens of several strides) and mask features.
 
-    channels: width of the backbone's feature at each stride. strides: levels of the memory, fine to coarse, each double
-    the one before; those coarser than the backbone's are made by 3x3 convolutions of stride 2. heads,
-    num_sampling_points, depth, ffn: of the encoder layers. mask_stride: of the mask features; a feature the backbone
-    has. remat: see `scan_layers`.
+    channels: {stride: width} of the backbone's features. strides: of the memory's levels, fine to coarse, each double
+    the one before. Levels coarser than the backbone's are made by 3x3 convolutions of stride 2. heads,
+    num_sampling_points, depth, ffn: of the encoder layers. mask_stride: of the mask features; must be a stride of the
+    backbone. remat: see `scan_layers`.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class PixelDecoder(nnx.Module):
         ):
             raise ValueError(
                 f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, "
-                f"and the first and the mask stride among those of the backbone, {tuple(channels)}."
+                f"and the first stride and mask_stride must be strides of the backbone, {tuple(channels)}."
             )
         self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
         make = functools.partial(ConvGroupNorm, use_bias=True, rngs=rngs, dtype=dtype)
@@ -139,11 +139,10 @@ class PixelDecoder(nnx.Module):
     def __call__(
         self, features: Features, size: Int[Array, "b 2"], canvas: tuple[int, int]
     ) -> tuple[Memory, Float[Array, "b h w d"]]:
-        """features: {stride: feature}. size: height and width of each image's valid part, in pixels of its canvas (H,
-        W).
+        """Return the memory, with its levels in the order of `strides`, and the mask features.
 
-        Returns memory, tokens in the order of `strides`, each level row by row; the levels' (h, w); which tokens' cells
-        touch the valid part (the others are not attended to); mask features.
+        features: {stride: feature}. size: height and width of each image's valid part in pixels. canvas: height and
+        width of the padded images in pixels.
         """
         if any(side % self.coarsest for side in canvas):
             raise ValueError(
@@ -166,8 +165,10 @@ class PixelDecoder(nnx.Module):
         return Memory(tokens, shapes, valid), self.mask_features(finest, features, self.mask_stride)
 
     def _levels(self, features: Features) -> list[Float[Array, "b _h _w c"]]:
-        """Each stride's map at the encoder's width; the first stride beyond the backbone reads its raw coarsest
-        feature.
+        """Return a map of the encoder's width for each stride.
+
+        The first stride beyond the backbone is computed from the backbone's coarsest feature, each further one from the
+        map before.
         """
         maps = []
         for stride, project in zip(self.strides, self.input_proj):
@@ -177,7 +178,7 @@ class PixelDecoder(nnx.Module):
 
 
 class _Grid:
-    """The cells of one level; count [b, 2] says how many rows and columns of its (h, w) are valid."""
+    """The cells of one level. count [b, 2]: the numbers of valid rows and columns. shape: all (h, w)."""
 
     def __init__(self, count: Int[Array, "b 2"], shape: tuple[int, int]):
         self.shape = shape
@@ -187,13 +188,14 @@ class _Grid:
 
     @property
     def center(self) -> Float[Array, "b h w 2"]:
-        """x, y of each cell's center; 0 to 1 is the valid part."""
+        """x, y of each cell's center, scaled so that the valid part is 0 to 1."""
         y, x = (self.rows + 0.5) / self.height, (self.columns + 0.5) / self.width
         return self._pair(x[:, None, :, None], y[:, :, None, None])
 
     def sine(self, width: int) -> Float[Array, "b h w c"]:
-        """Sine position encoding: width / 2 channels of y, then as many of x, over the valid part scaled to 2 pi
-        (DETR).
+        """Return DETR's sine position encoding: width / 2 channels of y, then as many of x.
+
+        The valid part is scaled to 2 pi.
         """
         y, x = (_waves(i, n, width // 2) for i, n in ((self.rows, self.height), (self.columns, self.width)))
         return self._pair(y[:, :, None], x[:, None])
@@ -204,7 +206,7 @@ class _Grid:
 
 
 def _waves(index: Int[Array, "1 n"], count: Int[Array, "b 1"], channels: int) -> Float[Array, "b n channels"]:
-    """Sines and cosines, alternating, of a cell's place along one side; padded cells repeat the last valid one."""
+    """Return alternating sines and cosines of each cell's position. Padded cells repeat the last valid one."""
     place = jnp.minimum(index + 1, count) / (count + 1e-6) * (2 * math.pi)
     wavelength = 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
     angle = place[..., None] / wavelength.astype(np.float32)
@@ -212,12 +214,12 @@ def _waves(index: Int[Array, "1 n"], count: Int[Array, "b 1"], channels: int) ->
 
 
 def _resize(x: Float[Array, "b h w c"], shape: tuple[int, int]) -> Float[Array, "b h2 w2 c"]:
-    """Bilinear resizing (align_corners=False) as two small matmuls: `jax.image.resize` is very slow on CPU."""
+    """Resize bilinearly (align_corners=False) with two matmuls, since `jax.image.resize` is very slow on CPU."""
     rows, columns = (_interpolation(n, m) for n, m in zip(x.shape[1:3], shape))
     return jnp.einsum("Hh,Ww,bhwc->bHWc", rows.astype(x.dtype), columns.astype(x.dtype), x, precision="highest")
 
 
 def _interpolation(n: int, m: int) -> np.ndarray:
-    """[m, n]: each of m outputs as a mean of its two nearest of n inputs; beyond the ends, the end itself."""
+    """Return the [m, n] matrix that interpolates n inputs linearly at m outputs; the ends are repeated."""
     place = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(n))).astype(np.float32)

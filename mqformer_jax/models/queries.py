@@ -1,4 +1,4 @@
-"""Where object queries come from: learned ones, conditional ones read off the image, noised targets for denoising."""
+"""Object queries: learnable ones, conditional ones selected from the image, and noised targets for denoising."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mqformer_jax.models.heads import Heads, Prompts, inverse_sigmoid
 from mqformer_jax.models.layers import layer_norm
 from mqformer_jax.models.pixel_decoder import Memory
 
-OUTSIDE = 1e4  # the logit of a proposal that is no proposal (padding, or off the image): its sigmoid is 1 in float32
+OUTSIDE = 1e4  # box logit of an invalid proposal (in padding or near the border); its sigmoid is 1 in float32
 
 
 @no_type_check  # see `Batch`
@@ -37,10 +37,10 @@ def concatenate(*parts: Queries) -> Queries:
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class DenoisingQueries:
-    """Noised copies of targets, to be restored (made by `losses.denoising`).
+    """Noised copies of targets, which the decoder must restore (made by `losses.denoising`).
 
-    prompt: which prompt the copy claims to be. boxes: cx, cy, w, h in 0..1. group: copies see their own group only.
-    valid: false for padding.
+    prompt: index of the prompt that a copy claims. boxes: cx, cy, w, h in 0..1. group: copies of different groups do
+    not attend to each other. valid: false for padding.
     """
 
     prompt: Int[Array, "b d"]
@@ -50,11 +50,11 @@ class DenoisingQueries:
 
 
 class LearnableQueries(nnx.Module):
-    """n queries that are parameters: content and a 4-d anchor each.
+    """n queries whose content and anchors (4-d) are parameters.
 
-    Where the anchors come from is unpublished. Ours are learned, start large and spread over the image, since what
-    these queries come to own in the paper is mostly stuff. Never detached (OpenSeeD detaches them, and they hardly
-    learn).
+    The paper does not say where the anchors come from. Here they are learned. They start large and spread over the
+    image, since the paper's learnable queries mostly predict stuff. They keep their gradients (OpenSeeD detaches them,
+    and they hardly learn).
     """
 
     def __init__(self, n: int, width: int, *, rngs: nnx.Rngs):
@@ -74,9 +74,9 @@ class LearnableQueries(nnx.Module):
 
 
 class ConditionalQueries(nnx.Module):
-    """The k tokens of the encoded image that score best against any prompt (Mask DINO's two-stage selection).
+    """Queries from the k tokens of the memory that score best against any prompt (Mask DINO's two-stage selection).
 
-    learned: take only anchors from the image; content is a parameter (Mask DINO's LEARN_TGT).
+    learned: take only the anchors from the tokens; the content is a parameter (Mask DINO's LEARN_TGT).
     """
 
     def __init__(self, k: int, width: int, learned: bool = False, *, rngs: nnx.Rngs, dtype: Any = jnp.float32):
@@ -86,9 +86,9 @@ class ConditionalQueries(nnx.Module):
         self.content = nnx.Param(jax.random.normal(rngs.params(), (k, width))) if learned else None
 
     def __call__(self, memory: Memory, heads: Heads, prompts: Prompts) -> Queries:
-        """Return the proposals: the best k tokens and their boxes, which still carry gradients.
+        """Return the proposals: the best k tokens and their boxes, with gradients.
 
-        memory: its levels in the decoder's order.
+        memory: with its levels in the decoder's order.
         """
         grid = grid_proposals(memory.shapes)
         inside = (jnp.all((grid > 0.01) & (grid < 0.99), -1) & memory.valid)[..., None]
@@ -101,9 +101,9 @@ class ConditionalQueries(nnx.Module):
         )
 
     def initial_content(self, proposals: Queries) -> Float[Array, "b k d"]:
-        """Return the content that the decoder starts from: the proposals' without gradients, or the parameter.
+        """Return the decoder's initial content: the proposals' content without gradients, or the parameter.
 
-        The proposals learn from a loss of their own.
+        The proposals have a loss of their own.
         """
         if self.content is None:
             return jax.lax.stop_gradient(proposals.content)
@@ -111,10 +111,10 @@ class ConditionalQueries(nnx.Module):
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
-    """One box a token: its cell's center and 0.05 * 2^level, all as fractions of the canvas, levels counted in the
-    order given.
+    """Return one box per token: its cell's center and sides of 0.05 * 2^level, as fractions of the canvas.
 
-    Mask DINO counts the coarsest level first, so stride 64 has the smallest proposals: a quirk its checkpoints need.
+    Levels count from 0 in the given order. Mask DINO counts the coarsest level first, so that stride 64 has the
+    smallest proposals; its checkpoints need this.
     """
     levels = []
     for level, (h, w) in enumerate(shapes):

@@ -20,7 +20,7 @@ ConvBatchNorm = functools.partial(layers.ConvNorm, norm=layers.frozen_batch_norm
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 beside a shortcut, which is a projection where the shape changes."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut, which is a projection if the width changes."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int = 1, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike
@@ -39,7 +39,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """The blocks of one resolution; all but the first have one shape, so they are stacked."""
+    """The blocks of one resolution. All but the first have the same shape, so they are stacked."""
 
     def __init__(
         self,
@@ -61,10 +61,11 @@ class Stage(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """Image to features at strides 4, 8, 16 and 32.
+    """ResNet with features at strides 4, 8, 16 and 32.
 
-    depth: 50 or 101. stride_in_1x1: where a stage's stride sits: in the 3x3 (torchvision, the default) or in the first
-    1x1 (Microsoft's original weights, which detectron2 calls "R-50"). `channels` maps a stride to its feature's width.
+    depth: 50 or 101. stride_in_1x1: whether a stage's stride is in the first 1x1 convolution (Microsoft's original
+    weights, detectron2's "R-50") or in the 3x3 (torchvision, the default). `channels` is {stride: width} of the
+    features.
     """
 
     channels = {4: 256, 8: 512, 16: 1024, 32: 2048}
@@ -83,7 +84,7 @@ class ResNet(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalized by the caller; sides that are multiples of 32. Returns {stride: feature}."""
+        """Return {stride: feature}. image: normalized; its sides are multiples of 32."""
         x = jax.nn.relu(self.stem(image))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         features = {}

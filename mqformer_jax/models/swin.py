@@ -16,7 +16,7 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-# of one block in training: its rate, and each image's key for each of its two branches; and of n blocks
+# `Drop`: drop path of one block: its rate, and a key per image for each of its two branches. `Drops`: of n blocks.
 Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]
 Drops = tuple[Float[Array, " n"], Key[Array, "n 2 b"]]
 
@@ -24,8 +24,9 @@ normal = nnx.initializers.normal(0.02)
 
 
 class Size(NamedTuple):
-    """width: channels of the first stage; each next stage doubles them. depths: blocks of the four stages, even
-    numbers.
+    """Size of a Swin Transformer.
+
+    width: channels of the first stage, doubled in each next stage. depths: blocks of each stage, even numbers.
     """
 
     width: int
@@ -41,7 +42,7 @@ SIZES = {
 
 
 class PatchEmbed(nnx.Module):
-    """Each 4 x 4 patch of pixels to one vector; the image is padded with zeros to whole patches."""
+    """Embedding of each 4 x 4 patch of pixels. The image is padded with zeros to a multiple of 4."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dtype = dtype
@@ -56,7 +57,7 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerge(nnx.Module):
-    """Each 2 x 2 pixels, in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), to one of twice the channels."""
+    """Merge of 2 x 2 pixels, in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), into twice the channels."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.norm = layers.layer_norm(4 * width, rngs=rngs, dtype=dtype)
@@ -69,10 +70,10 @@ class PatchMerge(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention inside windows, and an MLP. `qkv` packs queries, keys and values, in that order.
+    """Pre-norm attention inside windows, then an MLP. `qkv` packs queries, keys and values, in that order.
 
-    shift: by how many pixels the windows lie further right and down. position_bias: [(2 window - 1)^2, heads], a number
-    for each offset (rows, columns) of a query from a key, row by row.
+    shift: offset of the windows to the right and down, in pixels. position_bias: [(2 window - 1)^2, heads], a bias for
+    each offset (rows, columns) of a query from a key, row by row.
     """
 
     def __init__(self, width: int, window: int, shift: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -97,8 +98,10 @@ class Block(nnx.Module):
         return x
 
     def attend(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """The windows cover the image padded with zeros right and below; shifted ones wrap around, and what was no
-        neighbor is masked.
+        """Return the window attention.
+
+        The image is padded with zeros on the right and at the bottom to whole windows. Shifted windows wrap around;
+        pixels from opposite borders do not attend to each other.
         """
         height, width = x.shape[1:3]
         x = jnp.roll(pad(x, self.window), (-self.shift, -self.shift), (1, 2))
@@ -115,7 +118,7 @@ class Block(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A block with plain windows and one with windows shifted by half their side: what a stage repeats."""
+    """A block with plain windows and a block with windows shifted by half their side. A stage repeats it."""
 
     def __init__(self, width: int, window: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.plain = Block(width, window, 0, rngs=rngs, dtype=dtype)
@@ -127,13 +130,13 @@ class Pair(nnx.Module):
 
 
 class Swin(nnx.Module):
-    """Image to features at strides 4, 8, 16 and 32, each through a LayerNorm of its own.
+    """Swin Transformer with features at strides 4, 8, 16 and 32, each with its own LayerNorm.
 
-    size: "t", "s", "b" or "l", or a `Size`. window: side of the attention windows (7 for weights pre-trained at 224
-        pixels, 12 at 384).
-    drop_path: chance, in training, that a sample skips the deepest block's branches; it grows linearly from 0 at the
+    size: "t", "s", "b" or "l", or a `Size`.
+    window: side of the attention windows (7 for weights pre-trained at 224 pixels, 12 at 384).
+    drop_path: probability in training that a sample skips a branch of the last block, growing linearly from 0 at the
         first block.
-    remat: see `scan_layers` (at 1024 x 1024, with "layers", Swin-L needs half the memory).
+    remat: see `scan_layers` ("layers" halves Swin-L's memory at 1024 x 1024).
     """
 
     mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD
@@ -162,8 +165,10 @@ class Swin(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """image: normalized by the caller; sides of any length, rounded up at each stride. keys: of drop path, one an
-        image; None in evaluation.
+        """Return {stride: feature}.
+
+        image: normalized; sides of any length, rounded up at each stride. keys: one per image, for drop path; None in
+        evaluation.
         """
         x, features = self.embed(image), {}
         for k, (stride, stage) in enumerate(zip(STRIDES, self.stages)):
@@ -175,7 +180,7 @@ class Swin(nnx.Module):
         return features
 
     def drops(self, stage: int, keys: Key[Array, " b"] | None) -> tuple[Drops, Drops] | None:
-        """Rates and keys of a stage's plain and shifted blocks, a row a pair; None where nothing is dropped."""
+        """Return rates and keys of a stage's plain and shifted blocks, one row per pair; None without drop path."""
         if keys is None or self.drop_path == 0:
             return None
         depths = self.size.depths
@@ -186,13 +191,14 @@ class Swin(nnx.Module):
 
 
 def pad(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:
-    """Zeros below and right, until both sides divide by `multiple`."""
+    """Pad with zeros at the bottom and on the right until both sides are multiples of `multiple`."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, -x.shape[2] % multiple), (0, 0)))
 
 
 def to_windows(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b rows columns t c"]:
-    """Both sides must divide by `side`; t = side^2 pixels of a window, row by row. The batch stays an axis, so that its
-    sharding does.
+    """Split an image into windows of t = side^2 pixels, row by row. Its sides must be multiples of `side`.
+
+    The batch stays a separate axis, which preserves its sharding.
     """
     b, h, w, c = x.shape
     return (
@@ -203,16 +209,16 @@ def to_windows(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b rows co
 
 
 def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Float[Array, "b h w c"]:
-    """The way back of `to_windows`."""
+    """Invert `to_windows`."""
     b, rows, columns, _, c = windows.shape
     return windows.reshape(b, rows, columns, side, side, c).swapaxes(2, 3).reshape(b, rows * side, columns * side, c)
 
 
 def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Array, "heads t t"]:
-    """A relative position table as a bias for each query and key of a window.
+    """Return the bias of each query and key of a window from a relative position table.
 
-    One axis at a time: 2 window^2 slices are gathered (and scattered in the gradient), where the usual index gathers
-        window^4 numbers.
+    Rows and columns are indexed one after the other. This gathers 2 window^2 slices (and scatters them in the
+    gradient), where the usual index gathers window^4 numbers.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
     # query row, key row, query column, key column
@@ -221,9 +227,9 @@ def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Arra
 
 
 def neighbors(height: int, width: int, window: int, shift: int) -> Array:
-    """Whether query and key of a shifted window lay side by side before the shift: bool [rows, columns, 1, t, t].
+    """Return whether query and key of a shifted window are neighbors in the image: bool [rows, columns, 1, t, t].
 
-    Made of two small masks, so that no large constant enters the program.
+    The mask is combined from two small ones, so that the compiled program holds no large constant.
     """
 
     def along(length: int) -> Array:
@@ -239,18 +245,19 @@ def neighbors(height: int, width: int, window: int, shift: int) -> Array:
 def drop_path(
     branch: Float[Array, "b h w c"], rate: Float[Array, ""], keys: Key[Array, " b"]
 ) -> Float[Array, "b h w c"]:
-    """Stochastic depth (Huang et al., ECCV 2016): zero for a share `rate` of the samples, the others scaled to keep the
-    mean.
+    """Apply stochastic depth (Huang et al., ECCV 2016).
+
+    Zero each sample with probability `rate` and scale the others to keep the mean.
     """
     keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, (1, 1, 1)))(keys)
     return branch * (keep / (1 - rate)).astype(branch.dtype)
 
 
 def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> Float[np.ndarray, "*n offsets2 heads"]:
-    """Relative position tables of one window's (2 w - 1)^2 offsets for another window, as Swin's users have always
-    resized them.
+    """Resize relative position tables from the (2 w - 1)^2 offsets of one window to those of another.
 
-    Bicubic (a = -0.75), corners not aligned, edges repeated: torch's `F.interpolate(..., mode="bicubic")`.
+    Bicubic (a = -0.75), corners not aligned, edges repeated: torch's `F.interpolate(..., mode="bicubic")`, as usual for
+    Swin.
     """
     old, new = round(table.shape[-2] ** 0.5), 2 * window - 1
     if old == new:
@@ -269,7 +276,7 @@ def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> F
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Keys' cubic convolution kernel with a = -0.75, at distances up to 2."""
+    """Return Keys' cubic convolution kernel with a = -0.75 at distances up to 2."""
     near = (1.25 * distance - 2.25) * distance**2 + 1
     far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, far)

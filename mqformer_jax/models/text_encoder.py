@@ -1,7 +1,8 @@
-"""Prompts to vectors, behind one interface: token ids [*n, l] in, vectors [*n, embed_dim] out, not normalized.
+"""Text encoders behind one interface: token ids [*n, l] to vectors [*n, embed_dim], not normalized.
 
-CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end-of-text token; MiniLM (bert.py); and
-a table for the closed set of classes of a converted checkpoint that has no text encoder.
+- `TextEncoder`: CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end token.
+- `BertTextEncoder` (bert.py): MiniLM.
+- `ClassTable`: one vector per class, for converted checkpoints without a text encoder.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mqformer_jax.models.bert import BertTextEncoder
 def make_text_encoder(
     config: ConfigDict, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> TextEncoder | BertTextEncoder | ClassTable:
-    """The text encoder of `config.model.text`."""
+    """Return the text encoder of `config.model.text`."""
     c = config
     if c.name == "classes":
         return ClassTable(len(c.classes), c.embed_dim, rngs=rngs)
@@ -54,10 +55,10 @@ class TextBlock(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-    """Token ids to one vector a text, not normalized.
+    """CLIP's text tower: token ids to one vector per text, not normalized.
 
-    The sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, layers 12, embed_dim 512. norm_eps: of
-    its LayerNorms; OpenSeeD's has 1e-12.
+    Sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, depth 12, embed_dim 512. norm_eps: of the
+    LayerNorms; OpenSeeD's is 1e-12.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class TextEncoder(nnx.Module):
         self.projection = layers.linear(width, embed_dim, use_bias=False, rngs=rngs, dtype=dtype)
 
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
-        """tokens: as a `Tokenizer` makes them; the end token has the highest id, which is how it is found (as OpenAI
-        does).
+        """Return one vector per text.
 
-        They may be cut shorter than `context` if the end token stays.
+        tokens: from a `Tokenizer`; zeros after the end token may be cut off. The end token has the highest id, by which
+        it is found (as in OpenAI's code).
         """
         flat = tokens.reshape(-1, tokens.shape[-1])
         x = (self.tokens[...][flat] + self.positions[: flat.shape[1]]).astype(self.dtype)
@@ -95,11 +96,11 @@ class TextEncoder(nnx.Module):
 
 
 class ClassTable(nnx.Module):
-    """One vector a class: what a closed-set checkpoint knows instead of words. A token is a row's number + 1."""
+    """A table of one vector per class, for closed-set checkpoints. A token is the index of a row + 1."""
 
     def __init__(self, classes: int, embed_dim: int, *, rngs: nnx.Rngs):
         self.rows = nnx.Param(0.02 * jax.random.normal(rngs.params(), (classes, embed_dim)))
 
     def __call__(self, tokens: Int[Array, "*n 1"]) -> Float[Array, "*n embed_dim"]:
-        """Padding (0) reads the first row; such prompts are not valid and never seen."""
+        """Return the rows of the tokens. Padding (0) reads the first row; such prompts are not valid."""
         return self.rows[...][jnp.maximum(tokens[..., 0] - 1, 0)]

@@ -1,6 +1,4 @@
-"""Texts to token ids: CLIP's byte-pair encoding, BERT's word pieces, a table of classes, and hashed words that need no
-file.
-"""
+"""Tokenizers: CLIP's byte-pair encoding, BERT's word pieces, a fixed list of classes, and hashed words (no file)."""
 
 from __future__ import annotations
 
@@ -25,11 +23,11 @@ if TYPE_CHECKING:
     import tokenizers
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-TOKENIZER = "tokenizer.json"  # file beside a checkpoint
-CLIP_MERGES = 49152 - 256 - 2  # of the longer list that OpenAI published
+TOKENIZER = "tokenizer.json"  # file name in a checkpoint's folder
+CLIP_MERGES = 49152 - 256 - 2  # how many merges CLIP uses of the longer list that OpenAI published
 CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# Byte-level BPE writes a byte as one visible character: itself if it is one, else a letter from U+0100 on. In the order
-# of CLIP's ids.
+# Byte-level BPE represents each byte by one visible character: itself if it is visible, else a letter from U+0100 on.
+# The order is that of CLIP's ids.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {
     b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))
@@ -38,12 +36,15 @@ BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the input pipeline and the predictor ask of a tokenizer.
+    """The interface of a tokenizer.
 
-    A row is: start token, the text, end token, zeros. A text too long for `context` loses its last tokens, never its
-    end token. Of words and of CLIP, the end token has the highest id of the vocabulary, by which a `TextEncoder` finds
-    it; zeros say nothing there, for 0 is CLIP's "!". Of BERT, it has no such place, but only padding is 0, by which a
-    `BertTextEncoder` knows it. A class is one token without start and end, and 0 is none.
+    A row holds the start token, the text, the end token and zeros. A text that is too long for `context` loses its last
+    tokens but keeps its end token.
+
+    - Hashed words and CLIP: the end token has the highest id, by which `TextEncoder` finds it. A zero does not imply
+      padding, since 0 is also CLIP's "!".
+    - BERT: only padding is 0, by which `BertTextEncoder` finds it.
+    - Classes: a text is one token without start and end; 0 is padding.
     """
 
     vocab_size: int
@@ -53,10 +54,9 @@ class Tokenizer(Protocol):
 
 
 class _Rows(abc.ABC):
-    """What all tokenizers here share: rows padded to one length, and a memory of whole texts, for prompts come back
-    over and over.
+    """Base class that pads rows to `context` tokens and caches them by text, since prompts repeat.
 
-    Threads may share one; it pickles, for the processes of a data loader.
+    Threads may share a tokenizer. It can be pickled, for the processes of a data loader.
     """
 
     def __init__(self, vocab_size: int, context: int):
@@ -69,7 +69,7 @@ class _Rows(abc.ABC):
     def _row(self, text: str) -> Int[np.ndarray, " context"]:
         row = self._rows.get(text)
         if row is None:
-            if len(self._rows) >= 1 << 16:  # emptied before it grows large
+            if len(self._rows) >= 1 << 16:  # bounds the memory of the cache
                 self._rows.clear()
             ids = self._ids(text)
             row = self._rows[text] = np.array(ids + [0] * (self.context - len(ids)), np.int32)
@@ -77,20 +77,20 @@ class _Rows(abc.ABC):
 
     @abc.abstractmethod
     def _ids(self, text: str) -> list[int]:
-        """The tokens of one text with those that start and end it, `context` of them at most."""
+        """Return the tokens of one text with its start and end tokens, at most `context` of them."""
 
 
 class WordTokenizer(_Rows):
-    """One token a word, by a stable hash, so that no vocabulary file is needed.
+    """Tokenizer with one token per word, a stable hash, so that it needs no vocabulary file.
 
-    Lower case, punctuation dropped. Ids: 0 pads, 1 to vocab_size - 3 are words (two of them may share one: with 4,096
-    ids and a hundred different words, any one collides with 2 % chance), vocab_size - 2 starts a text, vocab_size - 1
-    ends it.
+    Words are lower-cased and punctuation is dropped. Ids: 0 is padding, 1 to vocab_size - 3 are words, vocab_size - 2
+    is the start token, vocab_size - 1 the end token. Two words may share an id: with 4,096 ids and a hundred different
+    words, a given word collides with a probability of 2 %.
     """
 
     def __init__(self, vocab_size: int = 4096, context: int = 16):
         if vocab_size < 4 or context < 2:
-            raise ValueError(f"WordTokenizer(vocab_size={vocab_size}, context={context}): at least 4 and 2 are needed.")
+            raise ValueError(f"WordTokenizer(vocab_size={vocab_size}, context={context}): use at least 4 and 2.")
         super().__init__(vocab_size, context)
 
     def _ids(self, text: str) -> list[int]:
@@ -103,11 +103,11 @@ class WordTokenizer(_Rows):
 
 
 class ClipTokenizer(_Rows):
-    """CLIP's lower-case byte-level BPE (Radford et al., ICML 2021), token for token that of OpenAI's `SimpleTokenizer`.
+    """CLIP's lower-case byte-level BPE (Radford et al., ICML 2021), with the same tokens as OpenAI's `SimpleTokenizer`.
 
-    source: a tokenizer.json, as path or as its text: of `clip_tokenizer_json`, or of Hugging Face's CLIP folders. Only
-    its vocabulary and merges are read. Cleaning and splitting are done here, since Hugging Face's differ from OpenAI's:
-    no mending of mojibake, no HTML entities, letters by another version of Unicode.
+    source: path or contents of a tokenizer.json, from `clip_tokenizer_json` or from a Hugging Face CLIP folder. Only
+    its vocabulary and merges are read. Texts are cleaned and split here as OpenAI does. Hugging Face differs: it does
+    not repair mojibake or decode HTML entities, and it follows another version of Unicode.
     """
 
     def __init__(self, source: str | os.PathLike, context: int = 77):
@@ -120,7 +120,7 @@ class ClipTokenizer(_Rows):
         if list(self._special.values()) != ends or getattr(self._model, "end_of_word_suffix", None) != "</w>":
             raise ValueError(
                 f"{_name(source)} is not CLIP's tokenizer: "
-                f"a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
+                f"expected a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
             )
 
     def __reduce__(self):
@@ -141,12 +141,12 @@ class ClipTokenizer(_Rows):
 
 
 class WordPieceTokenizer(_Rows):
-    """BERT's word pieces (Devlin et al., NAACL 2019), all of it as the tokenizer.json says (a path, or its text)."""
+    """BERT's word pieces (Devlin et al., NAACL 2019). source: path or contents of a tokenizer.json."""
 
     def __init__(self, source: str | os.PathLike, context: int = 128):
         self._json, self._engine = _engine(source, context)
         if type(self._engine.model).__name__ != "WordPiece" or self._engine.token_to_id("[PAD]") != 0:
-            raise ValueError(f"{_name(source)} is not BERT's tokenizer: a WordPiece model in which [PAD] is 0.")
+            raise ValueError(f"{_name(source)} is not BERT's tokenizer: expected a WordPiece model where [PAD] is 0.")
         self._engine.no_padding()
         self._engine.enable_truncation(context)
         super().__init__(self._engine.get_vocab_size(), context)
@@ -155,18 +155,17 @@ class WordPieceTokenizer(_Rows):
         return WordPieceTokenizer, (self._json, self.context)
 
     def _ids(self, text: str) -> list[int]:
-        # halves of an emoji would stop the engine
+        # replace lone surrogates, on which the engine fails
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._engine.encode(text).ids
 
 
 class ClassTokenizer(_Rows):
-    """For checkpoints with a classifier row a class and no text encoder: a prompt is the name of a class, its one token
-    row + 1.
+    """Tokenizer for checkpoints without a text encoder: a prompt is a class name, and its token is the class's row + 1.
 
-    Case and spacing do not count. "a/b", "a, b" and "a; b" are found as a whole and by each of the names; where classes
-    share one, that whose whole name it is has it, else that which gives it earlier in its list, else the first. "" is
-    0, padding.
+    Case and spacing do not matter. A class "a/b", "a, b" or "a; b" is found by its full name and by each of its parts.
+    If several classes match, a full name wins over a part, then an earlier part wins, then an earlier class. "" is 0,
+    padding.
     """
 
     def __init__(self, classes: Sequence[str]):
@@ -190,48 +189,49 @@ class ClassTokenizer(_Rows):
 
 
 def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
-    """The tokenizer that config.model.text names.
+    """Return the tokenizer of `config.model.text`.
 
     folder: of a converted text encoder; "clip" and "wordpiece" read tokenizer.json there.
-    Raises ValueError or FileNotFoundError, one line with the mend, for a missing file or package and for fields that do
-    not fit it.
+    Raises ValueError or FileNotFoundError, with a message of one line, if a file or package is missing or if fields do
+    not fit the file.
     """
     if text.tokenizer == "words":
         return WordTokenizer(text.vocab_size, text.context)
     if text.tokenizer == "classes":
         if not text.classes:
             raise ValueError(
-                "config.model.text.classes is empty: name the classes that the rows of the table stand for."
+                "config.model.text.classes is empty: list the class of each row of the checkpoint's class table."
             )
         return ClassTokenizer(text.classes)
     path = os.path.join(folder or "", "tokenizer.json")
     if folder is None or not os.path.isfile(path):
         raise FileNotFoundError(
-            f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which is not there: "
+            f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which does not exist: "
             "convert the text encoder first (mqformer convert); its folder holds tokenizer.json."
         )
     tokenizer = {"clip": ClipTokenizer, "wordpiece": WordPieceTokenizer}[text.tokenizer](path, text.context)
     if tokenizer.vocab_size > text.vocab_size:
         raise ValueError(
-            f"config.model.text.vocab_size = {text.vocab_size}: {path} has {tokenizer.vocab_size} tokens; "
-            "set it to that."
+            f"config.model.text.vocab_size = {text.vocab_size}, but {path} has {tokenizer.vocab_size} tokens: "
+            f"set it to {tokenizer.vocab_size}."
         )
     return tokenizer
 
 
 def clip_tokenizer_json(merges: str) -> str:
-    """A tokenizer.json from the text of CLIP's merge list (bpe_simple_vocab_16e6.txt: a header, then two symbols a
-    line).
+    """Return the contents of a tokenizer.json for CLIP.
 
-    Ids: the bytes, the bytes that end a word, the merges in their order, start, end: 49,408 in all. Other programs can
-    read the file too; their cleaning and splitting are then those of Hugging Face.
+    merges: contents of CLIP's bpe_simple_vocab_16e6.txt: a header, then two symbols per line.
+
+    Ids: the bytes, the bytes that end a word, the merges in order, start, end; 49,408 in all. Other programs can read
+    the file too, but clean and split texts as Hugging Face does. Raises ValueError if a line is malformed.
     """
     pairs = [line.split() for line in merges.strip().split("\n")[1 : CLIP_MERGES + 1]]
     wrong = [number for number, pair in enumerate(pairs, 2) if len(pair) != 2]
     if wrong or not pairs:
         raise ValueError(
             f"line {wrong[0] if wrong else 2} of the merge list is not two symbols: "
-            "give CLIP's bpe_simple_vocab_16e6.txt."
+            "use CLIP's bpe_simple_vocab_16e6.txt."
         )
     symbols = list(BYTE_SYMBOLS.values())
     vocab = {
@@ -278,24 +278,24 @@ def _is_json(source: str | os.PathLike) -> bool:
 
 
 def _name(source: str | os.PathLike) -> str:
-    """Of a source in an error."""
+    """Return the name of a source for an error message."""
     return "the given JSON" if _is_json(source) else str(source)
 
 
 def _engine(source: str | os.PathLike, context: int) -> tuple[str, tokenizers.Tokenizer]:
-    """The text of a tokenizer.json, and Hugging Face's engine made of it."""
+    """Return the contents of a tokenizer.json and the Hugging Face tokenizer made from it."""
     if context < 2:
-        raise ValueError(f"context = {context}: at least 2 tokens, for the start and the end of a text.")
+        raise ValueError(f"context = {context}: use at least 2 tokens, for the start and the end of a text.")
     contents = source if _is_json(source) else pathlib.Path(source).read_text(encoding="utf-8")
     engine = _package("tokenizers").Tokenizer
     try:
         return contents, engine.from_str(contents)
-    except Exception as e:  # it raises no narrower one
-        raise ValueError(f"{_name(source)} is no tokenizer.json: {e}.") from None
+    except Exception as e:  # the library raises no narrower type
+        raise ValueError(f"{_name(source)} is not a valid tokenizer.json: {e}.") from None
 
 
 def _package(name: str) -> ModuleType:
-    """Imported only where it is needed: recipes that hash words do without."""
+    """Import an optional package. Hashed words need none."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

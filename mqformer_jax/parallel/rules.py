@@ -1,4 +1,4 @@
-"""Sharding rules: a list of (regex over the parameter's path, PartitionSpec), of which the first match applies."""
+"""Sharding rules: a list of (regex over the parameter's path, PartitionSpec); the first match applies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compile the train step of a recipe for TPUs that are not there, and report memory, traffic and a speed estimate.
+"""Compile the train step of a recipe for TPUs without using one, and report memory, traffic and estimated speed.
 
     mqformer compile --config=coco_ref --topology=v5e:16x16
 
@@ -34,8 +34,9 @@ from mqformer_jax.training.step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one device (of tpu7x: half a chip): bfloat16 TFLOP/s, GB/s of memory, GB/s to all its
-    neighbors together.
+    """Published peaks of one device (tpu7x: half a chip).
+
+    teraflops: bfloat16 TFLOP/s. memory: GB/s. network: GB/s to all neighbors together.
     """
 
     teraflops: float
@@ -52,7 +53,7 @@ CHIPS = {
     "tpu7x": Chip(1153.0, 3690.0, 600.0),
 }
 GB = 1e9
-# what to change where a step does not fit, gentlest first: each is compiled with those before it
+# changes if a step does not fit, the mildest first; each is added to the previous ones
 REMEDIES = (
     ('config.model.remat="dots"', lambda c: c.model.remat == "none", lambda c: c.model.update(remat="dots")),
     ('config.model.remat="layers"', lambda c: c.model.remat != "layers", lambda c: c.model.update(remat="layers")),
@@ -67,13 +68,13 @@ REMEDIES = (
 
 
 def get_topology(name: str) -> list[jax.Device]:
-    """The devices of a slice such as "v5e:4x4", which are known only to the compiler. Raises ValueError in one line."""
+    """Return the devices of a slice such as "v5e:4x4", which exist only for the compiler. Raises ValueError."""
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(f"--topology={name}: give one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16 or v4:4x4x8.")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # ask no metadata server what machine this is
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened: others may compile, too
-    # both its cores are one device, as JAX runs it
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query a metadata server for the type of this machine
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so several processes can compile
+    # as in JAX, both cores of a chip are one device
     options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = [1, 1, 1]
@@ -88,7 +89,7 @@ def get_topology(name: str) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """libtpu tells at length, past Python's streams, that it found no TPU."""
+    """Silence libtpu, which reports a missing TPU at length, not through Python's streams."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -101,23 +102,24 @@ def _quiet() -> Generator[None]:
 
 
 def memory_of(device: jax.Device) -> float:
-    """Bytes that the compiler may use on a device: what it says when it is asked for too much."""
+    """Return the bytes that the compiler may use on a device, from its error message for a too large array."""
     everything = jax.ShapeDtypeStruct((1 << 40,), "uint8", sharding=jax.sharding.SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(everything).compile()
     except jax.errors.JaxRuntimeError as e:
         return _size(re.search(r"available HBM \(([\d.]+\w)\)", str(e)).group(1))
-    raise AssertionError("a terabyte fitted")
+    raise AssertionError("an array of a terabyte fits the device")
 
 
 def _size(text: str) -> float:
-    """ "15.75G" in bytes."""
+    """Convert "15.75G" to bytes."""
     return float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1)
 
 
 def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
-    """The config with a batch that its mesh on so many devices can share, and a note where that is another: then one
-    image a part.
+    """Return the config with a batch size that `devices` devices can split, and a note if it was changed.
+
+    A changed batch has one image per part.
     """
     config = config.copy_and_resolve_references()
     mesh = [n if n != -1 else -devices // _product(config.mesh) for n in config.mesh]
@@ -128,7 +130,7 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     return (
         config,
         (
-            f"batch_size {was} does not divide by {mesh[0]} x {mesh[1]} x grad_accum_steps {config.grad_accum_steps}: "
+            f"batch_size {was} is not divisible by {mesh[0]} x {mesh[1]} x grad_accum_steps {config.grad_accum_steps}: "
             f"compiled for {images}"
         ),
     )
@@ -142,11 +144,10 @@ def _product(values: Any) -> int:
 
 
 def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dict[str, Any]:
-    """Compile the train step of a config for the devices; what there is to know of it.
+    """Compile the train step of a config for the devices and return a report.
 
-    `needed` and `available` are bytes a device; the compiler refuses much too much by itself, so that `needed` is what
-    it says. `largest` are the largest arrays of the program (where it was refused: of what was traced, before anything
-    is fused).
+    `needed` and `available` are bytes per device. If the compiler rejects the program, `needed` is from its message.
+    `largest` are the largest arrays of the program or, if it was rejected, of the traced program before fusion.
     """
     chip, config, note = CHIPS[topology.partition(":")[0]], *adapted(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
@@ -179,7 +180,7 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
     kinds = {"arguments": "argument", "temporaries": "temp", "output": "output", "program": "generated_code"}
     report["memory"] = {name: getattr(memory, f"{kind}_size_in_bytes") for name, kind in kinds.items()}
-    report["memory"]["output"] -= memory.alias_size_in_bytes  # the new state takes the place of the old one
+    report["memory"]["output"] -= memory.alias_size_in_bytes  # the new state reuses the memory of the old one
     report["needed"] = sum(report["memory"].values())
     report |= {"fits": report["needed"] <= report["available"], "largest": program.largest()}
     report |= {"bytes_accessed": program.traffic(), "collectives": collectives(program)}
@@ -187,13 +188,13 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
 
 
 def _needed(message: str) -> float | None:
-    """Bytes, of the compiler's message that memory ran out."""
+    """Return the bytes in the compiler's out-of-memory message, or None."""
     found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of|temporaries \(([\d.]+[KMGT])\)", message)
     return _size(next(filter(None, found.groups()))) if found else None
 
 
 def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
-    """By kind: instructions run a step, bytes of their results, and bytes that each device sends (ring algorithms)."""
+    """Return by kind: executions per step, bytes of results, and bytes that each device sends (ring algorithms)."""
     found: dict[str, dict[str, Number]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
     for run, group in program.collectives():
         kind, size = run.instruction.collective, run.instruction.bytes * run.times
@@ -211,11 +212,9 @@ def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
 
 
 def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
-    """A roofline: arithmetic at the chip's peak and memory at its bandwidth, whichever is slower, and then the network
-    at its.
+    """Return a roofline: the slower of arithmetic at peak and memory at its bandwidth, plus the network.
 
-    An upper bound of what can be reached. Gathers do not reach the memory's bandwidth, and float32 matmuls not the
-    peak.
+    The real speed is lower: gathers do not reach the memory's bandwidth, and float32 matmuls do not reach the peak.
     """
     seconds = {
         "compute": report["flops"] / (chip.teraflops * 1e12),
@@ -227,7 +226,7 @@ def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Changes that might make a step fit, one on top of the other, each compiled; ends with the first that does."""
+    """Yield accumulated changes that might make a step fit, with their reports, until one fits."""
     config, changes = adapted(config, len(devices))[0], []
     for words, applies, change in REMEDIES:
         if not applies(config):
@@ -235,7 +234,7 @@ def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iter
         images = config.batch_size
         change(config)
         config = adapted(config, len(devices))[0]
-        if config.batch_size > images:  # halves of a part that is one image
+        if config.batch_size > images:  # parts of one image cannot be split
             config.update(grad_accum_steps=1, batch_size=images)
             continue
         changes.append(words.format(**{k: config[k] for k in ("grad_accum_steps", "mesh", "batch_size")}))
@@ -246,7 +245,7 @@ def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iter
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report in lines of a name and a value."""
+    """Return the report as lines of a name and a value."""
     gb = lambda value: f"{value / GB:.2f} GB"
     rows = {
         "topology": f"{report['topology']}: {report['devices']} devices, {report['hosts']} hosts",
@@ -258,9 +257,9 @@ def table(report: dict[str, Any]) -> str:
     }
     rows |= {"note": report["note"]} if report["note"] else {}
     kinds = (
-        ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "refused by the compiler"
+        ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "rejected by the compiler"
     )
-    rows["memory a device"] = (
+    rows["memory per device"] = (
         f"{gb(report['needed']) if report['needed'] else 'more'} of {gb(report['available'])}: {kinds}"
     )
     if report["fits"]:
@@ -272,18 +271,18 @@ def table(report: dict[str, Any]) -> str:
         }
     if "estimate" in report:
         seconds = report["estimate"]
-        rows["FLOPs a device"] = f"{report['flops'] / 1e12:.2f} TFLOP"
+        rows["FLOPs per device"] = f"{report['flops'] / 1e12:.2f} TFLOP"
         rows["bytes accessed"] = gb(report["bytes_accessed"])
         for kind, entry in report["collectives"].items():
             rows[kind] = (
-                f"{entry['count']:.0f} a step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, "
+                f"{entry['count']:.0f} per step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, "
                 f"{entry['in_loops']} in loops"
             )
         parts = ", ".join(f"{name} {1e3 * seconds[name]:.1f} ms" for name in ("compute", "memory", "network"))
         rows["roofline"] = (
-            f"{1e3 * seconds['step']:.1f} ms a step, {seconds['images_per_second']:.0f} images/s at most ({parts})"
+            f"{1e3 * seconds['step']:.1f} ms per step, {seconds['images_per_second']:.0f} images/s at most ({parts})"
         )
-        rows["assumes"] = "published peaks; compute and memory overlap, the network does not; rings"
+        rows["assumes"] = "published peaks; compute and memory overlap, the network does not; ring algorithms"
     rows["seconds"] = (
         f"{report['seconds']['lower']:.0f} to trace and lower, {report['seconds']['compile']:.0f} to compile"
     )
@@ -293,8 +292,8 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    jax.config.update("jax_platforms", "cpu")  # of this machine, where the constants of the program are made
-    jax.config.update("jax_enable_compilation_cache", False)  # what is measured is the compilation
+    jax.config.update("jax_platforms", "cpu")  # constants of the program are made on this machine
+    jax.config.update("jax_enable_compilation_cache", False)  # the compilation is measured
     given = flags.FLAGS
     config, topology = given.config, given.topology
     recipes.check(config)

@@ -1,5 +1,6 @@
-"""What a compiled program does, read from its text: loops, collectives, memory traffic. XLA's own cost analysis counts
-a loop's body once.
+"""Analyze the text of a compiled program: loops, collectives, memory traffic.
+
+XLA's own cost analysis counts the body of a loop only once.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ SIZES = {
     "f64": 8,
     "c64": 8,
 }
-# names for data that is there already, frames around other instructions, and the ends of what was counted at its start
+# names of existing data, containers of other instructions, and ends of instructions that were counted at their start
 FREE = {
     "parameter",
     "constant",
@@ -46,14 +47,12 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
 _CALLED = re.compile(
     r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
-Bytes = float | int | np.integer  # half of one is a number of four bits
+Bytes = float | int | np.integer  # a 4-bit number is half a byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. kind: its opcode. shape: of its result, as text. source: the JAX operation it came
-    from.
-    """
+    """One line of a computation. kind: opcode. shape: that of the result, as text. source: JAX operation."""
 
     name: str
     kind: str
@@ -73,17 +72,16 @@ class Instruction:
 
     @property
     def collective(self) -> str | None:
-        """Its kind where it is one; the halves of an asynchronous one count once."""
+        """The kind of a collective, or None. The two halves of an asynchronous one count once."""
         kind = self.kind.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction with what runs it: how many times (known loops multiplied), and the loops around it, outermost
-    first.
+    """An instruction, its number of executions (the product of known loop lengths), and its loops, outermost first.
 
-    known: every loop around it has a length that is written in the program. fused: it is inside a fusion.
+    known: whether the lengths of all its loops are in the program. fused: whether it is inside a fusion.
     """
 
     instruction: Instruction
@@ -107,7 +105,7 @@ class Program:
                 current[instruction.name] = instruction
 
     def runs(self) -> Iterator[Run]:
-        """Every instruction that the program reaches, also inside loops and fusions."""
+        """Yield every instruction that the program reaches, including those in loops and fusions."""
         yield from self._runs(self.entry, 1, (), True, False)
 
     def _runs(self, computation: str, times: int, loops: tuple[str, ...], known: bool, fused: bool) -> Iterator[Run]:
@@ -126,7 +124,7 @@ class Program:
                 yield from self._runs(called, *inside)
 
     def trip_count(self, loop: Instruction) -> int | None:
-        """How often a `while` that counts to a constant runs (a scan); None where its end depends on data."""
+        """Return the length of a `while` that counts to a constant (a scan), or None if its end depends on data."""
         condition = self.computations[re.search(r"condition=%?([\w.-]+)", loop.text).group(1)]
         root = next(i for i in condition.values() if i.root)
         if root.kind == "fusion":
@@ -138,12 +136,13 @@ class Program:
         return values[0] if len(values) == 1 else None
 
     def collectives(self) -> list[tuple[Run, int]]:
-        """Each collective instruction with the devices of a group."""
+        """Return each collective instruction with the number of devices in its group."""
         return [(run, _group(run.instruction.text)) for run in self.runs() if run.instruction.collective]
 
     def largest(self, count: int = 5) -> list[dict[str, Any]]:
-        """The largest results that lie in a device's memory (S(1) is on its chip), one of each shape: bytes, shape,
-        where from.
+        """Return bytes, shape and source of the largest results in device memory, one per shape.
+
+        Results in S(1), which is on-chip memory, are left out.
         """
         made = (r.instruction for r in self.runs() if not r.fused and r.instruction.kind not in FREE | {"copy-done"})
         return _largest(
@@ -156,10 +155,9 @@ class Program:
         )
 
     def traffic(self, once: bool = False) -> Bytes:
-        """Bytes that instructions read and write, each operand and result whole but for slices of it; loops by their
-        length.
+        """Return the bytes of all operands and results (of slices, only the slice), times the lengths of loops.
 
-        once: bodies of loops count once, as in XLA's `bytes accessed`, which this can then be compared with.
+        once: count loop bodies once, for comparison with XLA's `bytes accessed`.
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
 
@@ -180,10 +178,10 @@ class Program:
 
 
 def _slices(fused: dict[str, Instruction]) -> Iterator[Bytes]:
-    """What a fusion reads of each parameter, and what it writes."""
+    """Yield the bytes that a fusion reads from each parameter, and those that it writes."""
     for parameter in (i for i in fused.values() if i.kind == "parameter"):
         users = [(i, k) for i in fused.values() for k, name in enumerate(i.operands) if name == parameter.name]
-        # a parameter read in two ways is read whole at most
+        # several reads of a parameter count at most as one full read
         yield min(parameter.bytes, sum(_part(user, k, parameter.bytes) for user, k in users))
     root = next(i for i in fused.values() if i.root)
     for out in [fused[name] for name in root.operands] if root.kind == "tuple" else [root]:
@@ -193,7 +191,7 @@ def _slices(fused: dict[str, Instruction]) -> Iterator[Bytes]:
 
 
 def _part(user: Instruction, position: int, whole: Bytes) -> Bytes:
-    """How much of operand `position`, of `whole` bytes, an instruction reads."""
+    """Return the bytes that an instruction reads from operand `position`, which has `whole` bytes."""
     if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
         return user.bytes
     if user.kind == "dynamic-update-slice" and position == 0:
@@ -221,7 +219,7 @@ def _parse(line: str, start: re.Match) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` starts with is closed."""
+    """Return the position that closes the parenthesis at the start of `text`."""
     depth = 0
     for at in re.finditer(r"[()]", text):
         depth += 1 if at.group() == "(" else -1
@@ -231,7 +229,7 @@ def _closing(text: str) -> int:
 
 
 def shape_bytes(shape: str) -> Bytes:
-    """Bytes of a shape as XLA prints it, tuples included; layouts' padding is not counted."""
+    """Return the bytes of a shape as XLA prints it, including tuples, without the padding of layouts."""
     found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
     return sum(
         SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n])
@@ -240,8 +238,9 @@ def shape_bytes(shape: str) -> Bytes:
 
 
 def _group(text: str) -> int:
-    """Devices that a collective joins: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}; 1 where it
-    says nothing.
+    """Return the number of devices in a group of a collective, or 1 if it is not given.
+
+    Formats: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))
@@ -254,8 +253,9 @@ def _group(text: str) -> int:
 
 
 def flops(jaxpr: Any) -> float:
-    """Floating-point operations of the matmuls and convolutions of a jaxpr, scans by their length; inside shard_map,
-    one device's.
+    """Return the FLOPs of matmuls and convolutions of a jaxpr, including all iterations of scans.
+
+    Inside shard_map, they are those of one device.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -273,7 +273,7 @@ def flops(jaxpr: Any) -> float:
 
 
 def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
-    """The largest results of a jaxpr, one of each shape: bytes, shape, which operation made them."""
+    """Return bytes, shape and operation of the largest results of a jaxpr, one per shape."""
 
     def made(jaxpr: Any) -> Iterator[tuple[Bytes, str, str]]:
         for eqn in jaxpr.eqns:

@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains."""
+"""Training metrics: metrics.jsonl, TensorBoard and the text of the progress bar."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from mqformer_jax.training.optimizer import schedule
 
 
 class Metrics:
-    """Means since the last line, to metrics.jsonl and TensorBoard (one process writes), and words for the progress bar.
+    """A writer of mean metrics to metrics.jsonl and TensorBoard. Only the first process writes.
 
-    Device values are kept as they come and read only when a line is due, so that logging never waits for a step.
+    Metrics stay on the device until `write`, so that `add` never waits for a step.
+
+    sources: names of the data sets, which `Batch.source` indexes. step: the step at which the run starts; lines after
+    it are dropped from an existing file.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, sources: list[str], step: int):
@@ -38,15 +41,17 @@ class Metrics:
             self.board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=step + 1)
 
     def add(self, measured: dict[str, Any]) -> None:
+        """Store the metrics of a step until the next `write`."""
         self.pending.append(measured)
 
     def write(self, step: int) -> str:
+        """Write the means since the last call; return a summary for the progress bar."""
         pending, self.pending = jax.device_get(self.pending), []
-        now, whole = time.perf_counter(), [m for m in pending if m["finite"]]
+        now, finite = time.perf_counter(), [m for m in pending if m["finite"]]
         terms = [k for k in pending[0] if np.ndim(pending[0][k]) == 0 and k not in ("finite", "alive")]
-        values: dict[str, float] = {f"loss/{k}": float(np.mean([m[k] for m in whole or pending])) for k in terms}
+        values: dict[str, float] = {f"loss/{k}": float(np.mean([m[k] for m in finite or pending])) for k in terms}
         values["gradient_norm"] = values.pop("loss/gradient_norm")
-        values |= {"skipped": len(pending) - len(whole)} if len(whole) < len(pending) else {}
+        values |= {"skipped": len(pending) - len(finite)} if len(finite) < len(pending) else {}
         by_source = defaultdict(list)
         for m in pending:
             for source, loss in zip(m["source"], m["per_image"]):
@@ -64,6 +69,7 @@ class Metrics:
         return f"loss {values['loss/total']:.3f}, {values['images_per_second']:.1f} images/s"
 
     def write_evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Write evaluation results. The time since the last write does not count towards images_per_second."""
         self._emit(step, {f"eval/{k}": v for k, v in results.items()})
         self.started = time.perf_counter()
 
@@ -74,18 +80,15 @@ class Metrics:
     def _emit(self, step: int, values: dict[str, float]) -> None:
         if not self.writes:
             return
-        with open(
-            self.path, "a"
-        ) as file:  # closed after each line: a mounted bucket shows, and keeps, closed files only
+        # Close the file after each line, since a mounted bucket stores a file only when it is closed.
+        with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self.board.add_scalar(name, value, step)
 
 
 def _forget_after(path: str, step: int) -> dict[str, int | float]:
-    """Drop the lines of steps that will be done again, and a line that was cut short; the last value of everything
-    else.
-    """
+    """Drop lines after `step` and a truncated last line from a metrics file; return the last value of each metric."""
     if not os.path.exists(path):
         return {}
     with open(path) as f:

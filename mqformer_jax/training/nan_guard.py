@@ -1,4 +1,4 @@
-"""A loss or gradient that is NaN or infinite: what is kept of it, so that it can be looked at and computed again."""
+"""Handle a NaN or infinite loss or gradient: save the batch and the weights to reproduce it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from mqformer_jax.input.mixture import Loader
 from mqformer_jax.parallel.mesh import gather_to_host
 from mqformer_jax.training.step import TrainState
 
-IN_A_ROW = 20  # steps skipped one after the other, after which it is no accident
-KEPT = 5  # batches kept of a run that skips
+IN_A_ROW = 20  # consecutive skipped steps, after which the run stops
+KEPT = 5  # number of skipped batches that a run saves
 
 
 class NotFinite:
-    """Watches the metrics of steps. Where one is not finite, the run stops, or goes on without it
-    (`config.not_finite`).
+    """A check of each step's metrics. If one is not finite, the run stops or the step is skipped.
+
+    `config.not_finite` selects between "stop" and "skip".
     """
 
     def __init__(self, config: ConfigDict, workdir: str, loader: Loader):
@@ -31,10 +32,13 @@ class NotFinite:
         self.checked = -1
 
     def check(self, step: int, measured: dict[str, Any], state: TrainState) -> None:
-        """step: its number, counted from 0, as the data is. state: after it (with "stop" that is before it, too).
+        """Wait for a step and check its metrics.
 
-        Waits for the step. Raises FloatingPointError in one line, with all that is needed to do it again in
-        WORKDIR/not_finite_STEP: the batch, what its images are, and the weights.
+        step: counted from 0. measured: the step's metrics. state: after the step; with "stop", a failed step has not
+        changed its weights.
+
+        Raises FloatingPointError, with a message of one line, after saving the batch, the names of its images and the
+        weights in WORKDIR/not_finite_STEP.
         """
         if step <= self.checked:
             return
@@ -45,7 +49,7 @@ class NotFinite:
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         stops = self.config.not_finite == "stop" or self.in_a_row > IN_A_ROW
         folder = os.path.join(self.workdir, f"not_finite_{step}")
-        images = self._keep_batch(step, folder, measured) if stops or self.skipped <= KEPT else "its batch is not kept"
+        images = self._keep_batch(step, folder, measured) if stops or self.skipped <= KEPT else "its batch is not saved"
         loss, norm = float(measured["total"]), float(measured["gradient_norm"])
         what = f"step {step}: the loss is {loss}, the gradient's norm {norm}; {images}"
         if not stops:
@@ -55,13 +59,14 @@ class NotFinite:
         weights = Weights(self.config, params, frozen)
         save_weights(folder, weights, {"step": step})
         raise FloatingPointError(
-            f"{what}; {folder} holds the batch and the weights. Look at these images, lower the learning rate, "
+            f"{what}; {folder} holds the batch and the weights. Check these images, lower the learning rate, "
             "or set config.not_finite='skip'."
         )
 
     def _keep_batch(self, step: int, folder: str, measured: dict[str, Any]) -> str:
-        """This host's rows of a step's batch, drawn again from the stream, as HOST.npz and HOST.json; in words, which
-        images it holds.
+        """Save this host's rows of a step's batch, read again from the loader, as HOST.npz and HOST.json.
+
+        Returns text that names the images whose loss is not finite (or all images, if every loss is finite).
         """
         host, hosts = jax.process_index(), jax.process_count()
         batch, notes = next(self.loader.stream(step, host, hosts))

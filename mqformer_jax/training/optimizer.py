@@ -1,4 +1,4 @@
-"""AdamW as Mask DINO has it: schedule, parameter groups, what decays and what does not."""
+"""AdamW with Mask DINO's learning rate schedule, parameter groups and weight decay."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_DECAY = re.compile(
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Linear warm-up, then either drops by ten at fractions of the run or a cosine to zero."""
+    """Return linear warm-up, followed by ten-fold drops at fractions of the run or by a cosine to zero."""
     peak, warmup = config.learning_rate, config.warmup
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
@@ -26,10 +26,10 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with a learning rate a group; a frozen group (rate 0) has no state and no part in
-    the clip.
+    """Return AdamW with clipping by global norm and a learning rate per parameter group.
 
-    Weight decay leaves out norms and embeddings; Linear and Conv biases are decayed (Mask DINO).
+    A frozen group (rate 0) has no optimizer state and does not count in the global norm. Weight decay excludes norms
+    and embeddings, but includes the biases of Linear and Conv (Mask DINO).
     """
     rates = {"rest": 1.0, "backbone": config.backbone_lr_mult, "text_encoder": config.text_lr_mult}
     rate = schedule(config, steps)

@@ -1,4 +1,4 @@
-"""The progress bar of a training."""
+"""The progress bar of training."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ESTIMATE_AFTER = 5  # steps; the first of them compiles
 
 
 class Progress:
-    """Count steps on a bar, show that the first one compiles, and print once how long the rest will take.
+    """A progress bar that also shows the compilation of the first step and prints the estimated remaining time once.
 
-    total: the step at which the training ends. initial: the step at which it starts. shown: False prints nothing, for
-    the processes of a pod that are not the first.
+    total: the step at which training ends. initial: the step at which it starts. shown: False prints nothing, for all
+    but the first process of a pod.
     """
 
     def __init__(self, total: int, initial: int, shown: bool):
@@ -35,7 +35,7 @@ class Progress:
 
     @contextlib.contextmanager
     def compiling(self, step: int) -> Generator[None]:
-        """Show the seconds that pass while the first step compiles. Other steps are not touched."""
+        """Show the elapsed seconds while the first step compiles. Do nothing for other steps."""
         if step != self.first or self.bar.disable:
             yield
             return
@@ -54,12 +54,12 @@ class Progress:
             done.set()
             thread.join()
         self.bar.set_description_str("train")
-        # The time per step that the bar shows starts here.
+        # Exclude the compilation from the bar's time per step.
         self.bar.start_t = self.bar.last_print_t = time.time()
         self.bar.initial = self.bar.n + 1
 
     def update(self, step: int, last: dict[str, jax.Array]) -> None:
-        """Count a step. last: its metrics, which are waited for once, to measure the time of a step."""
+        """Count a step. last: its metrics. Waits for the first and fifth step, to measure the time per step."""
         self.bar.update()
         done = step - self.first
         if done == 1:
@@ -73,7 +73,7 @@ class Progress:
 
 
 def duration(seconds: Number) -> str:
-    """Return a time as a person would say it: "40 s", "7 min", "3.5 h", "2.1 days"."""
+    """Format a duration: "40 s", "7 min", "3.5 h", "2.1 days"."""
     for name, unit, below in (("s", 1, 90), ("min", 60, 5400), ("h", 3600, 48 * 3600)):
         if seconds < below:
             return f"{seconds / unit:.{1 if name == 'h' else 0}f} {name}"

@@ -1,4 +1,4 @@
-"""One training step: loss -> gradients -> update. The one place that calls `jax.jit` for training."""
+"""One training step: loss -> gradients -> update. Only this module calls `jax.jit` for training."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from mqformer_jax.training.optimizer import make_optimizer
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class TrainState:
-    """All that a step changes, and the constants it reads (`frozen`: statistics of frozen norms)."""
+    """The variables that a step updates and the constants it reads (`frozen`: statistics of frozen norms)."""
 
     step: Int[Array, ""]
     params: Any
@@ -50,11 +50,11 @@ class TrainState:
 
 
 class TrainStep:
-    """The compiled step of a config on a mesh, with the layouts of its arguments.
+    """The compiled training step of a config on a mesh, with the shardings of its arguments.
 
-    `graph` is the model's structure. `init()` returns a fresh sharded state, `abstract` holds its shapes. A call takes
-    a state, which is donated, and a Batch to the next state and metrics. Randomness depends on the seed and the step
-    alone.
+    `graph` is the model's structure, `abstract` the shapes of the state. `init()` returns a fresh sharded state. A call
+    takes a state, which is donated, and a Batch, and returns the next state and metrics. Randomness depends only on the
+    seed and the step.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
@@ -77,14 +77,14 @@ class TrainStep:
         self._gradients = LossGradients(self.graph, weights, config.grad_accum_steps, specs).on(mesh)
         on_all = replicated(mesh)
         self.compiled = jax.jit(
-            self._update,
+            self._train_step,
             in_shardings=(self.layout, batch_sharding(mesh), on_all),
             out_shardings=(self.layout, on_all),
             donate_argnums=0,
         )
         encoded = config.optimizer.text_lr_mult == 0
         batch = abstract_batch(config.batch_size, config.data, config.model.text, encoded)
-        self.arguments = self.abstract, batch, jax.ShapeDtypeStruct((), bool)  # what the step is compiled for
+        self.arguments = self.abstract, batch, jax.ShapeDtypeStruct((), bool)  # the shapes to compile for
 
     def init(self) -> TrainState:
         """Return a fresh state."""
@@ -95,26 +95,28 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Return the next state and the metrics.
 
-        alive: the metric of that name of the step before. If it is false, the weights stay as they are. None means
-        true.
+        alive: the metric of that name of the previous step; None means true. If it is false, the weights stay
+        unchanged.
         """
-        if alive is None:  # laid out like the metric: another layout would be another compilation
+        if alive is None:  # sharded like the metric, to avoid a second compilation
             alive = jax.device_put(np.bool_(True), replicated(self.mesh))
         return self.compiled(state, batch, alive)
 
     def put(self, batch: Batch) -> Batch:
-        """Put this host's rows of a batch onto its devices, as a part of the global batch."""
+        """Put this host's rows of a batch on its devices and return the global batch."""
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(self.mesh), x), batch)
 
     def _fresh(self, key: Array) -> TrainState:
         _, params, frozen = build_model(self._model, key)
         return TrainState(jnp.int32(0), params, frozen, self._optimizer.init(params))
 
-    def _update(self, state: TrainState, batch: Batch, alive: Bool[Array, ""]) -> tuple[TrainState, dict[str, Array]]:
+    def _train_step(
+        self, state: TrainState, batch: Batch, alive: Bool[Array, ""]
+    ) -> tuple[TrainState, dict[str, Array]]:
         """Return the next state and the metrics.
 
-        If the loss or the gradient is not finite, the step changes no weights. As `alive`, that keeps later steps from
-        changing them, too: the weights stay those that met the batch that broke them.
+        If the loss or the gradient is not finite, the step leaves the weights unchanged. If its metric `alive` is
+        passed on, later steps leave them unchanged too, so that the weights that caused the failure are preserved.
         """
         images = self._images(batch, jax.random.fold_in(self._step_key, state.step))
         normalizers = Normalizers.of(batch, images.denoising)
@@ -125,11 +127,11 @@ class TrainStep:
         finite = jnp.isfinite(metrics["total"]) & jnp.isfinite(metrics["gradient_norm"])
         new = TrainState(state.step, optax.apply_updates(state.params, updates), state.frozen, opt_state)
         new = jax.tree.map(lambda new, old: jnp.where(finite & alive, new, old), new, state)
-        told = {"source": batch.source, "finite": finite, "alive": finite & alive}
-        return new.replace(step=state.step + 1), metrics | by_image | told
+        status = {"source": batch.source, "finite": finite, "alive": finite & alive}
+        return new.replace(step=state.step + 1), metrics | by_image | status
 
     def _images(self, batch: Batch, key: Array) -> Images:
-        """Return a batch with the denoising queries and random keys of a step."""
+        """Return the batch with the denoising queries and random keys of this step."""
         noise_key, point_key = jax.random.split(key)
         config, denoising, count = self._denoising, None, len(batch.size)
         if config.num_queries:
@@ -139,7 +141,7 @@ class TrainStep:
 
 
 class Images(NamedTuple):
-    """Images of a batch with all that a step has drawn for them; every array has one row an image.
+    """Images of a batch with their random draws of a step. Every array has one row per image.
 
     loss_keys: for the points at which masks are compared. path_keys: for the backbone's drop path.
     """
@@ -154,9 +156,9 @@ class Images(NamedTuple):
 class LossGradients:
     """The gradient of the loss over all images of a global batch.
 
-    Each device computes the loss of its own images, in `num_parts` parts one after the other, divided by the targets of
-    the whole global batch. So gradients are summed over devices once, at the end. Sharded parameters (fsdp) are
-    gathered once, before: one whole copy fits where the activations of one image do.
+    Each device computes the loss of its own images, in `num_parts` parts one after the other, divided by the number of
+    targets in the global batch. So gradients are summed over devices only once, at the end. Sharded parameters (fsdp)
+    are gathered only once, at the start, since a full copy fits in the memory that the activations of one image need.
 
     specs: the PartitionSpec of every parameter.
     """
@@ -167,14 +169,14 @@ class LossGradients:
     specs: Any
 
     def on(self, mesh: Mesh) -> Callable:
-        """Return the function of sharded parameters, constants, images and normalizers; see `__call__`."""
+        """Return `__call__` as a function of sharded arguments on a mesh."""
         slices = jax.tree.map(lambda spec: P(*(axis if axis in IMAGES else None for axis in spec)), self.specs)
         return shard_map_batch(self, mesh, (slices, P(), BATCH, P()), (slices, P(), BATCH))
 
     def __call__(
         self, params: Any, frozen: Any, images: Images, normalizers: Normalizers
     ) -> tuple[Any, dict[str, Array], dict[str, Array]]:
-        """Return, on one device, its slice of the gradient, the metrics of all images, and those of its own images."""
+        """Return this device's slice of the gradient, the metrics of all images, and those of its own images."""
         params = gather_slices(params, self.specs)
         gradient = jax.grad(self._loss, has_aux=True)
         parts = jax.tree.map(lambda x: x.reshape(self.num_parts, -1, *x.shape[1:]), images)
@@ -183,7 +185,7 @@ class LossGradients:
             gradients, metrics = gradient(params, frozen, part, normalizers)
             return jax.tree.map(jnp.add, total, gradients), metrics
 
-        if self.num_parts == 1:  # no loop, and no zeros to add to
+        if self.num_parts == 1:  # saves the loop and the accumulator
             gradients, metrics = gradient(params, frozen, jax.tree.map(lambda x: x[0], parts), normalizers)
             metrics = jax.tree.map(lambda x: x[None], metrics)
         else:
@@ -203,9 +205,9 @@ class LossGradients:
 
 
 def abstract_batch(batch_size: int, data: ConfigDict, text: ConfigDict, encoded: bool) -> Batch:
-    """Return the shapes of a global batch, which a step is compiled for.
+    """Return the shapes of a global batch, to compile a step for.
 
-    data, text: `config.data`, `config.model.text`. encoded: whether prompts are vectors, not token ids.
+    data, text: `config.data`, `config.model.text`. encoded: whether prompts are vectors instead of token ids.
     """
     spec = BatchSpec.of(data)
     n, p, (h, w) = spec.targets, spec.prompts, spec.canvas

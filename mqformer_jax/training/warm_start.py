@@ -1,5 +1,6 @@
-"""Converted or trained weights as a run's start: `config.init_from`, several checkpoints at once, each by the parts it
-has.
+"""Start a run from converted or trained weights: `config.init_from`, one or more checkpoints.
+
+Each checkpoint provides the parts of the model that it has.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from mqformer_jax.models.swin import resize_table
 from mqformer_jax.models.tokenizer import TOKENIZER
 from mqformer_jax.parallel.rules import flatten_paths, path_name
 
-# means nothing to another text encoder
+# parameters that are valid only for the text encoder they were trained with
 TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|denoising_embedding|region_embedding)")
-# fields of config.model that change what weights mean and not their shapes, by the paths they matter to
+# {path prefix: fields of config.model that change the meaning of these weights, but not their shapes}
 MEANING = {
     "backbone/": ("backbone.stride_in_1x1",),
     "text_encoder/": ("text.tokenizer", "text.heads", "text.norm_eps", "text.classes"),
@@ -36,13 +37,14 @@ MEANING = {
 
 
 def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, list[str]]:
-    """Parameters and constants with what the checkpoints of `config.init_from` hold, in order; and what was done, in
-    lines.
+    """Return parameters and constants loaded from the checkpoints of `config.init_from`, and lines for the log.
 
-    A part whose kind differs (another backbone, another text encoder and all that speaks its language) is left out and
-    named. Tables of positions are cut or resized; what is new beside trained weights starts as the identity. Raises
-    ValueError in one line for any other difference of shape, and for weights that fit and would mean something else
-    (MEANING), unless `config.init_skip` (regexes over parameter paths) leaves them fresh.
+    Later checkpoints override earlier ones. If the backbone or the text encoder differs, its weights (and all that
+    depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Parts that trained
+    weights lack start as the identity.
+
+    Raises ValueError, with a message of one line, for other differences of shape, and for weights of the right shape
+    but another meaning (MEANING). `config.init_skip` (regexes over parameter paths) skips such weights.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in config.init_from:
@@ -62,26 +64,27 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
         trees = {name: jax.tree_util.tree_map_with_path(take, tree) for name, tree in trees.items()}
         if not used:
             raise ValueError(
-                f"{path}: nothing of it fits this config{''.join(f'; {reason}' for reason in foreign)}: "
-                "take it out of config.init_from."
+                f"{path}: none of its arrays fits this config{''.join(f'; {reason}' for reason in foreign)}: "
+                "remove it from config.init_from."
             )
         loaded |= used
-        lines.append(f"{path}: {len(used)} of {len(theirs)} arrays" + "".join(f"; {reason}" for reason in foreign))
+        reasons = "".join(f"; {reason}" for reason in foreign)
+        lines.append(f"{path}: {len(used)} of {len(theirs)} arrays loaded{reasons}")
         if unused := sorted(set(wanted) - used):
-            lines.append(f"{path}: this model has no place for {_summary(unused)}")
+            lines.append(f"{path}: not in this model: {_summary(unused)}")
     name = "region_embedding"
     if name in params and name not in loaded and "heads/class_embed/kernel" in loaded:
-        # the trained classes were learned without it: start at the identity
+        # the loaded class head was trained without it: start at the identity
         trees["params"][name] = jax.tree.map(jnp.zeros_like, params[name])
     fresh = sorted({**flatten_paths(params), **flatten_paths(frozen)}.keys() - loaded)
-    return trees["params"], trees["frozen"], lines + ([f"fresh: {_summary(fresh)}"] if fresh else [])
+    return trees["params"], trees["frozen"], lines + ([f"newly initialized: {_summary(fresh)}"] if fresh else [])
 
 
 def bring_tokenizer(config: ConfigDict, workdir: str) -> None:
-    """Copy the tokenizer of the checkpoint of `init_from` that brings the text encoder into the run, which is then
-    whole by itself.
+    """Copy the tokenizer that belongs to the run's text encoder from a checkpoint of `config.init_from` to the workdir.
 
-    Raises FileNotFoundError in one line for a folder of `init_from` without a checkpoint.
+    Afterwards, the run does not depend on that checkpoint. Raises FileNotFoundError, with a message of one line, if a
+    folder of `init_from` has no checkpoint.
     """
     kinds = {path: load_config(path).model.text.tokenizer for path in config.init_from}
     files = [os.path.join(path, TOKENIZER) for path, kind in kinds.items() if kind == config.model.text.tokenizer]
@@ -95,33 +98,34 @@ def _pattern(text: str) -> re.Pattern:
     try:
         return re.compile(text)
     except re.error as e:
-        raise ValueError(f"config.init_skip: {text!r} is no regular expression ({e}).") from e
+        raise ValueError(f"config.init_skip: {text!r} is not a valid regular expression ({e}).") from e
 
 
 def _foreign(theirs: ConfigDict, ours: ConfigDict) -> dict[str, re.Pattern]:
-    """Why which parts of a checkpoint are left out: {reason: paths}."""
+    """Return the parts of a checkpoint to skip, as {reason: pattern of paths}."""
     parts = {}
     if theirs.backbone.name != ours.backbone.name:
-        parts[f"not its backbone ({theirs.backbone.name}, here {ours.backbone.name})"] = re.compile(r"^backbone/")
+        parts[f"skipped its backbone ({theirs.backbone.name}, here {ours.backbone.name})"] = re.compile(r"^backbone/")
     if any(theirs.text[field] != ours.text[field] for field in ("name", "vocab_size", "width", "embed_dim")):
-        parts[f"not what its text encoder gives meaning ({theirs.text.name}, here {ours.text.name})"] = TEXT_SPACE
+        parts[f"skipped its text encoder and related weights ({theirs.text.name}, here {ours.text.name})"] = TEXT_SPACE
     return parts
 
 
 def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: ConfigDict) -> None:
-    """Weights that fit and would mean something else: an error that names the field."""
+    """Raise ValueError, naming the field, for weights that fit but have another meaning in this config."""
     read = lambda model, field: functools.reduce(lambda node, name: node[name], field.split("."), model)
     value = lambda model, field: tuple(found) if isinstance(found := read(model, field), (list, tuple)) else found
     for part, fields in MEANING.items():
         for field in fields if any(path.startswith(part) for path in paths) else ():
             if (had := value(theirs, field)) != (has := value(ours, field)):
                 raise ValueError(
-                    f"{source}: it was made with model.{field} = {had!r}, this config has {has!r}: "
-                    f"set config.model.{field} to that, or leave it out with config.init_skip=('^{part}',)."
+                    f"{source} was made with model.{field} = {had!r}, but this config has {has!r}: "
+                    f"set config.model.{field} to the former, or skip these weights with config.init_skip=('^{part}',)."
                 )
 
 
 def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[str, jax.Array]) -> None:
+    """Raise ValueError for arrays whose shapes do not fit."""
     wrong = [
         f"{name} is {value.shape}, here {ours[name].shape}"
         for name, value in theirs.items()
@@ -132,7 +136,7 @@ def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[st
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{source}: {'; '.join(wrong[:3])}{more}: "
-            f"change the config, or leave them fresh with config.init_skip, e.g. ({names},)."
+            f"change the config, or skip them, e.g. with config.init_skip=({names},)."
         )
 
 
@@ -145,7 +149,7 @@ def _take(path: tuple, leaf: jax.Array, theirs: dict[str, jax.Array], used: set[
 
 
 def _fitted(name: str, value: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
-    """Tables whose length is a choice: text positions are cut, Swin's relative positions resized to another window."""
+    """Return a value adapted to `shape`: truncate text positions, resize Swin's position tables to another window."""
     value = np.asarray(value)
     if name == "text_encoder/positions" and len(value) > shape[0]:
         return value[: shape[0]]
@@ -155,7 +159,7 @@ def _fitted(name: str, value: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _summary(paths: list[str]) -> str:
-    """Counts by the first two steps of the paths."""
+    """Return text with the number of paths for each prefix of two components."""
     groups: dict[str, int] = {}
     for path in paths:
         group = "/".join(path.split("/")[:2])

@@ -84,7 +84,7 @@ def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_pa
 
 def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_path):
     convert(resnet_file, str(tmp_path / "ours"))
-    with pytest.raises(ValueError, match="not a whole model.*init_from"):
+    with pytest.raises(ValueError, match="not a complete model.*init_from"):
         Predictor.from_checkpoint(str(tmp_path / "ours"))
 
 

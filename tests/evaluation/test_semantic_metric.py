@@ -49,5 +49,5 @@ def test_a_crowd_has_its_class_and_ignored_pixels_have_none():
 
 
 def test_a_prediction_of_another_size_is_refused():
-    with pytest.raises(ValueError, match="prediction is"):
+    with pytest.raises(ValueError, match="the prediction has shape"):
         SemanticEvaluator(INFO).update(Record("a", b"", 2, 4), np.zeros((4, 2), int))

@@ -126,7 +126,7 @@ def test_the_foreground_needs_no_prompt():
     [
         (None, "ball", "panoptic", "Drop an image"),
         (IMAGE, " ; *", "panoptic", "at least one thing"),
-        (IMAGE, "sky*", "instance", "take the [*] off"),
+        (IMAGE, "sky*", "instance", "remove the [*] from"),
     ],
 )
 def test_a_question_that_cannot_be_asked_is_one_line(image, text, task, said):
@@ -251,7 +251,7 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
     page.upload(tmp_path / "photo.png")
     page.all("#prompts textarea")[0].send_keys("ball; sky*; star")
     page.all("#segment")[0].click()
-    assert page.wait(page.rows) == [["ball", "90", "33.3%"], ["sky", "70", "33.3%"]]
+    assert page.wait(page.rows) == [["ball", "0.90", "33.3%"], ["sky", "0.70", "33.3%"]]
     assert page.wait(lambda: page.all("#shown img"))[0].get_property("naturalWidth") == 360
     page.all("#download")[0].click()
     page.wait((tmp_path / "segments.zip").exists)

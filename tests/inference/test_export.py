@@ -98,7 +98,7 @@ def test_an_export_cut_short_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 
 
 def test_what_is_there_already_is_kept(checkpoint, exported):
-    with pytest.raises(FileExistsError, match="there already; remove it"):
+    with pytest.raises(FileExistsError, match="already exists; remove it"):
         exporting.export(str(checkpoint), str(exported))
     assert (exported / "export.json").exists()
 

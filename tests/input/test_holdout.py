@@ -53,16 +53,15 @@ def test_images_of_the_val_and_test_splits_of_expressions_leave_every_training_s
     kept, lines = read(root, [entry("coco"), entry("lvis"), entry("camvid"), entry("refcoco")])
     assert kept == [[0, 2, 4], [0, 2], [0, 1], [0]]
     assert lines[:2] == [
-        "leak guard: 2 of 5 images of coco/train left out, for refcoco/testA, refcoco/val",
-        "leak guard: 2 of 4 images of lvis/train left out, for refcoco/testA, refcoco/val",
+        "data.leak_guard: 2 of 5 images of coco/train are left out; they belong to refcoco/testA, refcoco/val",
+        "data.leak_guard: 2 of 4 images of lvis/train are left out; they belong to refcoco/testA, refcoco/val",
     ]
 
 
 def test_whatever_the_config_evaluates_on_leaves_too(root):
     kept, lines = read(root, [entry("lvis")], [entry("coco", "val")])
-    assert (
-        kept == [[2]] and "3 of 4 images of lvis/train left out, for coco/val, refcoco/testA, refcoco/val" in lines[0]
-    )
+    assert kept == [[2]]
+    assert "3 of 4 images of lvis/train are left out; they belong to coco/val, refcoco/testA, refcoco/val" in lines[0]
 
 
 def test_a_split_that_is_trained_on_by_intent_stays(root):
@@ -78,12 +77,12 @@ def test_a_val_split_without_expressions_is_no_reason_to_leave_anything_out(tmp_
 def test_what_cannot_be_known_is_said(root):
     write_set(root, "old", None, train=["", ""])
     _, lines = read(root, [entry("coco"), entry("old"), entry("camvid")])
-    assert lines[-1] == "leak guard: whose pictures these hold is not known, prepare them again: old/train"
+    assert lines[-1] == "data.leak_guard: the origins of these images are unknown; prepare again: old/train"
 
 
 def test_what_is_trained_on_and_evaluated_on_is_said(root):
     _, lines = read(root, [entry("coco")], [entry("coco")])
-    assert "leak guard: coco/train is trained on and evaluated on" in lines
+    assert "data.leak_guard: coco/train is used for training and for evaluation" in lines
 
 
 def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):
@@ -97,7 +96,7 @@ def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):
 def test_nothing_left_is_one_line(root):
     write_set(root, "wrong", train=["coco/2"])
     with pytest.raises(
-        ValueError, match="^data.mixture: leak guard: 1 of 1 images of wrong/train left out.*Is it the right split"
+        ValueError, match="^data.mixture: all 1 images of wrong/train are evaluation images of .*Check the split"
     ):
         read(root, [entry("wrong")])
 
@@ -110,7 +109,7 @@ def test_a_set_that_is_evaluated_at_the_end_must_be_there_at_the_start(root):
 def test_training_on_coco_without_the_expressions_is_said(tmp_path):
     write_set(tmp_path, "coco", train=["coco/1"])
     kept, lines = read(tmp_path, [entry("coco")])
-    assert kept == [[0]] and lines[0].startswith("leak guard: no val or test split of RefCOCO/+/g is in")
+    assert kept == [[0]] and "has no val or test split of RefCOCO/+/g; prepare" in lines[0]
     write_set(tmp_path, "camvid", train=[""])
     assert read(tmp_path, [entry("camvid")]) == ([[0]], [])
 

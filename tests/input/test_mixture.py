@@ -185,7 +185,7 @@ def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
         take(loader, 6)
     one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_corrupt_fraction=0.0), tokenizer)
     assert len(take(one_bad, 6)) == 6, "one corrupt file ends no run of days"
-    monkeypatch.setattr(mixture, "FEW", 8)
+    monkeypatch.setattr(mixture, "MIN_RECORDS", 8)
     half = Loader(
         [source("a", 250, bad=range(0, 250, 2))], config([dict(name="a")], max_corrupt_fraction=0.1), tokenizer
     )
@@ -246,7 +246,8 @@ def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
     assert [r.getMessage() for r in caplog.records] == [
-        "a: the tokenizer cannot tell 'dog' from 'cat'; with words, raise config.model.text.vocab_size."
+        "a: the classes 'cat' and 'dog' tokenize identically; with the tokenizer 'words', raise "
+        "config.model.text.vocab_size."
     ]
 
 
@@ -274,7 +275,7 @@ def test_mistakes_in_a_config_end_in_one_line():
     ):
         with pytest.raises(ValueError, match=message):
             Loader([source("a", 4)], config(entries, **options), tokenizer)
-    with pytest.raises(ValueError, match="batch_size: 4 cannot be shared by 3 hosts"):
+    with pytest.raises(ValueError, match="batch_size: 4 is not divisible by 3 hosts"):
         two().batches(num_hosts=3)
 
 
@@ -308,6 +309,6 @@ def test_the_config_guards_against_leaks_unless_told_otherwise(tmp_path):
     wanted.eval.sets = (dict(name="evaluated", split="train", tasks=()),)
     loader = make_loader(wanted, tokenizer)
     assert {n for batch in take(loader, 6) for n in numbers(batch)} == {0, 3, 4, 5}
-    assert "2 of 6 images of toy/train left out, for evaluated/train" in loader.report[1]
+    assert "2 of 6 images of toy/train are left out; they belong to evaluated/train" in loader.report[1]
     wanted.data.leak_guard = False
     assert {n for batch in take(make_loader(wanted, tokenizer), 6) for n in numbers(batch)} == set(range(6))

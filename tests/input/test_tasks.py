@@ -163,9 +163,9 @@ def test_templates_wrap_class_names_and_never_expressions():
 def test_contradictions_name_the_record():
     with pytest.raises(BadRecord, match="a: segment 0 has class 7"):
         to_example(record(segment(0, 0, 4, 4, class_id=7)), INFO, ("instance",), "toy/a")
-    with pytest.raises(BadRecord, match="a: segment 0 has neither box nor mask"):
+    with pytest.raises(BadRecord, match="a: segment 0 has neither a box nor a mask"):
         to_example(record(Segment(class_id=CAT)), INFO, ("instance",), "toy/a")
-    with pytest.raises(ValueError, match="no task is called 'panoptics'"):
+    with pytest.raises(ValueError, match="unknown task 'panoptics'"):
         to_example(record(), INFO, ("panoptics",), "toy/a")
 
 

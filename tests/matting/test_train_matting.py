@@ -174,5 +174,5 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(sample_root, tmp_path,
 
 @pytest.mark.slow
 def test_a_refiner_is_not_trained_over_another(trained, sample_root):
-    with pytest.raises(FileExistsError, match="a refiner is there already"):
+    with pytest.raises(FileExistsError, match="a refiner already exists there"):
         refine(recipe(sample_root), trained[0])

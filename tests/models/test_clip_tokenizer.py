@@ -151,7 +151,7 @@ def test_other_files_are_refused(tmp_path):
         ClipTokenizer(tmp_path / "words.json")
     with pytest.raises(ValueError, match="a BPE with </w> whose last ids"):
         ClipTokenizer(FEW.replace('"end_of_word_suffix": "</w>"', '"end_of_word_suffix": null'))
-    with pytest.raises(ValueError, match="the given JSON is no tokenizer.json"):
+    with pytest.raises(ValueError, match="the given JSON is not a valid tokenizer.json"):
         ClipTokenizer("{}")
     with pytest.raises(ValueError, match="at least 2 tokens"):
         ClipTokenizer(FEW, 1)

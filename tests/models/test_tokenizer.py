@@ -186,11 +186,11 @@ def test_a_recipe_names_its_tokenizer(tmp_path, word_pieces):
     "fields, file, line",
     [
         (dict(tokenizer="classes"), None, "config.model.text.classes is empty"),
-        (dict(tokenizer="clip"), None, "tokenizer.json, which is not there: convert the text encoder first"),
+        (dict(tokenizer="clip"), None, "tokenizer.json, which does not exist: convert the text encoder first"),
         (
             dict(tokenizer="wordpiece", vocab_size=9),
             "pieces",
-            "text.vocab_size = 9: .*tokenizer.json has 12 tokens; set it to that",
+            "text.vocab_size = 9, .*tokenizer.json has 12 tokens: set it to 12",
         ),
         (dict(tokenizer="clip"), "pieces", "tokenizer.json is not CLIP's tokenizer"),
     ],

@@ -48,7 +48,7 @@ def test_several_checkpoints_make_one_model(fresh, other):
     config.init_from = tuple(folders)
     found, _, lines = initialize(params, frozen, config)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert not any(line.startswith("fresh") for line in lines)
+    assert not any(line.startswith("newly initialized") for line in lines)
 
 
 def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
@@ -59,7 +59,7 @@ def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
     np.testing.assert_array_equal(found["text_encoder"]["tokens"], wanted["text_encoder"]["tokens"])
     jax.tree.map(np.testing.assert_array_equal, found["decoder"], params["decoder"])
     jax.tree.map(np.testing.assert_array_equal, found["backbone"]["stem"], params["backbone"]["stem"])
-    assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("fresh")
+    assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("newly initialized")
 
 
 def test_the_region_embedding_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
@@ -126,7 +126,7 @@ def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
         folder = str(tmp_path / name)
         save_weights(folder, Weights(theirs, {name: params[name]}, {}), {})
         config.init_from = (folder,)
-        with pytest.raises(ValueError, match=f"config.model.{field} to that.*init_skip") as error:
+        with pytest.raises(ValueError, match=f"config.model.{field} to the former.*init_skip") as error:
             initialize(params, frozen, config)
         assert "\n" not in str(error.value)
 
@@ -135,7 +135,7 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
     config, params, frozen = fresh
     save_weights(str(tmp_path), Weights(get_config(), {"elsewhere": np.ones(3)}, {}), {})
     config.init_from = (str(tmp_path),)
-    with pytest.raises(ValueError, match="nothing of it fits"):
+    with pytest.raises(ValueError, match="none of its arrays fits"):
         initialize(params, frozen, config)
 
 
