@@ -123,7 +123,7 @@ def main(_: list[str]) -> None:
         "teacher",
         "parameters, M",
         "s per image",
-        "of that quality control, s",
+        "of which quality control, s",
         "GFLOP per image",
         "days here",
         "days on a GPU (estimate)",

@@ -199,7 +199,7 @@ def save_weights(folder: str, weights: Weights, about: dict) -> None:
     Removes the remains of an interrupted save. Raises FileExistsError if the folder contains a checkpoint.
     """
     if has_checkpoint(folder):
-        raise FileExistsError(f"{folder} already contains a checkpoint.")
+        raise FileExistsError(f"{folder} already contains a checkpoint: remove it, or name another folder.")
     barrier("looked for a checkpoint")
     with ocp.training.Checkpointer(
         os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True

@@ -47,7 +47,7 @@ def find_images(given: Sequence[str]) -> list[str]:
 
 
 def _is_result(folder: str, file: str) -> bool:
-    """Return whether `mqformer predict` wrote this file, that is, whether it wrote a JSON file beside it."""
+    """Return whether the file is an output of `mqformer predict`, which writes a JSON file beside its outputs."""
     stems = [os.path.join(folder, file.removesuffix(end)) for end in RESULTS if file.endswith(end)]
     if folder.endswith("_masks"):
         stems.append(folder.removesuffix("_masks"))

@@ -13,6 +13,7 @@ after SIGTERM with a saved checkpoint, 130 after Ctrl-C and 1 after an error.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -68,14 +69,17 @@ def next_commands(config: ConfigDict, workdir: str) -> list[str]:
     prompts = "; ".join(c.name + "*" * c.is_region for c in classes[:8]) or "the person on the left"
     images = os.path.join(config.data.root, "sample_images")
     images = images if sets[0].startswith("sample_") and os.path.isdir(images) else "photo.jpg"
+    mqformer = "mqformer"
+    if shutil.which(mqformer) is None:  # a virtual environment that is not activated
+        mqformer = os.path.relpath(os.path.join(os.path.dirname(sys.executable), mqformer))
     task = "panoptic" if any(c.is_region for c in classes) else "instance" if classes else "referring"
     return [
         "",
         *([config.about] if config.about else []),
         "Try:",
-        f'  mqformer predict --checkpoint={workdir} --image={images} --task={task} --prompts="{prompts}"',
-        f"  mqformer app --checkpoint={workdir}    # a web page; pip install 'mqformer_jax[demo]'",
-        f"  mqformer export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
+        f'  {mqformer} predict --checkpoint={workdir} --image={images} --task={task} --prompts="{prompts}"',
+        f"  {mqformer} app --checkpoint={workdir}    # a web page; pip install 'mqformer_jax[demo]'",
+        f"  {mqformer} export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
     ]
 
 

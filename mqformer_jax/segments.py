@@ -92,7 +92,7 @@ class CanvasMasks(LazyMasks):
         return restore(self.logits[queries], self.canvas, self.valid, self.output)
 
     def band(self, queries: Int[np.ndarray, " k"], rows: slice) -> Float[np.ndarray, "k r w0"]:
-        """Return a range of rows of the resized masks. The full range gives the same as `[]`."""
+        """Return a range of rows of the resized masks. With all rows, the result equals `self[queries]`."""
         if rows == slice(0, self.output[0]):
             return self[queries]
         source = np.clip(

@@ -1,1 +1,1 @@
-"""Convert checkpoints of other projects to ours, and back; see `mqformer convert --help`."""
+"""Convert other projects' checkpoints to the format of this project, and back; see `mqformer convert --help`."""

@@ -1,4 +1,4 @@
-"""The text encoder of CLIP, with the names of OpenAI or Hugging Face. The image encoder is left out."""
+"""Convert CLIP's text encoder, with OpenAI's or Hugging Face's tensor names. CLIP's image encoder is ignored."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ OURS = "text_encoder"
 
 
 def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list[Entry]:
-    """Return the entries for the names of OpenAI and OpenSeeD.
+    """Return the conversion rules of CLIP's text encoder with the tensor names of OpenAI or OpenSeeD.
 
-    root: prefix of embeddings and last norm. blocks: prefix of the layers. projection: name of [width, embed_dim].
+    root: prefix of embeddings and last norm. blocks: prefix of the layers. projection: name of the matrix [width,
+    embed_dim].
     """
     ours = f"{OURS}/blocks"
     entries = [
@@ -40,7 +41,10 @@ def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list
 
 
 def set_sizes(text: ConfigDict, shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int) -> None:
-    """Set the config of the text encoder to a CLIP model with the sizes of these tensors."""
+    """Set the text encoder's config, `text`, to a CLIP model with the sizes of a checkpoint.
+
+    tokens, positions: names of the token and position embeddings, whose shapes determine the other sizes.
+    """
     vocab_size, width = shape_of(shapes, tokens, 2)
     text.update(
         name="clip",

@@ -61,7 +61,10 @@ def convert(
         found, report = apply(plan, tensors, shapes[0] | shapes[1])
         tell(f"{path}: {kind}", report)
         if not found:
-            raise ValueError(f"{path}: no tensor fits; nothing was written.")
+            raise ValueError(
+                f"{path}: read as {kind}, but none of its tensors fits; nothing was written. "
+                "Check that the file is complete, or name another family with --from."
+            )
         if strict and not report.complete:
             told = (
                 f"{len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched"
@@ -107,7 +110,7 @@ def check_output(output: str) -> None:
 
 
 def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> None:
-    """Write a checkpoint folder. The tokenizer comes first, so that a folder with weights is complete."""
+    """Write a checkpoint folder. The tokenizer is written before the weights, so a folder with weights is complete."""
     os.makedirs(output, exist_ok=True)
     if tokenizer is not None:
         write_text(os.path.join(output, TOKENIZER), tokenizer)
@@ -117,9 +120,9 @@ def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> N
 def abstract(
     config: ConfigDict, part: str = ""
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """Return the shapes of a model's parameters and constants by path, for one part or all parts.
+    """Return {path: shape and type} of a model's parameters, and the same of its constants.
 
-    config: `config.model`.
+    config: `config.model`. part: prefix of the returned paths, e.g. "backbone", or "" for the whole model.
     """
     _, *trees = abstract_model(config)
     params, frozen = ({path: leaf for path, leaf in leaves(tree).items() if path.startswith(part)} for tree in trees)
@@ -150,13 +153,15 @@ def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) 
         text.classes = tuple(classes)
     for field, value in settings.items():
         if not field.startswith(part):
-            raise ValueError(f"--set {field}: this checkpoint determines only fields of {part}*.")
+            raise ValueError(
+                f"--set {field}: this checkpoint is only a part of a model; set only fields that start with {part}"
+            )
         recipe.set_field(plan.config, field, value, "--set ")
     recipe.check_choices(plan.config)
 
 
 def _merge(config: ConfigDict, plan: Plan) -> None:
-    """Copy the fields that the plan determines to the config of all parts."""
+    """Copy the config fields that the plan determines to `config`, the config of the converted model."""
     if plan.part:
         config.model[FIELDS[plan.part]].update(plan.config.model[FIELDS[plan.part]])
     else:
@@ -176,9 +181,9 @@ def _packaged(family: str | None) -> str:
 
 
 def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
-    """Return the contents of tokenizer.json for a text encoder, or None.
+    """Return the contents of tokenizer.json for a text encoder, or None if it needs none or none is found.
 
-    The source is the encoder's own folder, else its package, or CLIP's public merge list.
+    Reads the file in the folder `source` if it exists. Otherwise, downloads MiniLM's file or CLIP's merge list.
     """
     if text.tokenizer not in ("clip", "wordpiece"):
         return None

@@ -15,7 +15,7 @@ def recognizes(shapes: Shapes) -> bool:
 
 
 def plan(shapes: Shapes) -> Plan:
-    """Return the plan. Raises ValueError if the blocks are not those of Lite0."""
+    """Return the conversion plan of a checkpoint. Raises ValueError if its blocks are not those of Lite0."""
     entries, inputs, k = _normed("stem", "_conv_stem", "_bn0"), 32, 0
     for count, size, _, widen, outputs in STAGES:
         for _ in range(count):
@@ -39,7 +39,7 @@ def _normed(ours: str, convolution: str, norm: str) -> list[Entry]:
 
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...] | None) -> None:
-    """Raise ValueError unless the tensor `key` has this shape or, for None, does not exist."""
+    """Raise ValueError unless the tensor `key` has this shape. A shape of None means that `key` must not exist."""
     found = shapes.get(key)
     if (None if found is None else tuple(found)) != shape:
         raise ValueError(

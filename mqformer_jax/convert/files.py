@@ -185,7 +185,7 @@ def _in_folder(path: str) -> str:
 
 
 def _shards(path: str) -> dict[str, str] | None:
-    """Return {tensor: file} of a Hugging Face index, whose shards lie in its folder, or None if it is not JSON."""
+    """Return {tensor: file name} from a Hugging Face index of shards, or None if the file is not JSON."""
     _check_there(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -202,7 +202,7 @@ def _shards(path: str) -> dict[str, str] | None:
 
 
 def _named(tree: Any) -> dict[str, np.ndarray]:
-    """Return the weights in a tree by name."""
+    """Return {name: array} of the weights in a tree, without the prefixes of torch's wrappers. Raises Unreadable."""
     if isinstance(tree, (Tensor, Array)):
         raise Unreadable("one tensor without a name: save a dictionary of tensors (a state_dict).")
     tensors = {}
@@ -219,7 +219,7 @@ def _named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _unwrapped(tree: Any) -> Any:
-    """Return the weights' part of a training checkpoint, or `tree` if its top level holds weights."""
+    """Return the part of a training checkpoint that holds the weights. It may be the whole `tree`."""
     for _ in range(DEEPEST):
         if isinstance(tree, Module) or not isinstance(tree, dict):
             break
@@ -242,7 +242,7 @@ def _unwrapped(tree: Any) -> Any:
 
 
 def _holds_weights(tree: Any) -> bool:
-    """Return whether the tree has a tensor that is not a scalar, such as a best score."""
+    """Return whether the tree has a tensor with dimensions. Scalars, such as a best score, are not weights."""
     return any(len(leaf.shape) for _, leaf in _leaves(tree))
 
 

@@ -67,9 +67,10 @@ DECODER_LAYER = {  # {}: the layer's number
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """Names of one of the two originals that are not in the tables above. column: its column in these tables.
+    """The tensor names of one kind of checkpoint (original or Hugging Face) that are not in the tables above.
 
-    projection, lateral, merge: a convolution and its GroupNorm.
+    column: the column of this kind in these tables. projection, lateral, merge: names of a convolution and its
+    GroupNorm.
     """
 
     column: int
@@ -125,10 +126,11 @@ HUGGING_FACE = Names(
 def pixel_decoder_entries(
     names: Names, heads: int, layers: int, levels: int = LEVELS, coarse_first: bool = True
 ) -> list[Entry]:
-    """Return the entries of the pixel decoder of Mask2Former, Mask DINO (with ORIGINAL's names) or OpenSeeD (same).
+    """Return the conversion rules of the pixel decoder of Mask2Former, Mask DINO or OpenSeeD.
 
-    Our levels run from fine to coarse. coarse_first: theirs run from coarse to fine, so projections, embeddings and
-    each head's offsets are reversed.
+    Mask DINO and OpenSeeD use the names of ORIGINAL. coarse_first: the checkpoint's levels run from coarse to fine.
+    Ours run from fine to coarse, so the rules then reverse the projections, the embeddings and the offsets of each
+    head.
     """
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
@@ -151,7 +153,7 @@ def pixel_decoder_entries(
 
 
 def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
-    """Return the entries of the parts that the masked-attention decoder shares with ours."""
+    """Return the conversion rules of the parts that the masked-attention decoder shares with ours."""
     ours, theirs = "decoder/layers", names.predictor
     entries = [Entry("learnable/content", theirs + names.queries), *norm("heads/norm", theirs + names.decoder_norm)]
     for i in range(3):
@@ -176,7 +178,10 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Set the backbone's fields of `config` and return its entries. Raises ValueError if missing or unsupported."""
+    """Set the backbone's fields of `config` and return its conversion rules.
+
+    Raises ValueError if the backbone is missing or unsupported.
+    """
     ours, keys = config.model.backbone, [key for key in shapes if key.startswith(prefix)]
     has = lambda part: any(part in key for key in keys)
     if not keys:
@@ -197,7 +202,10 @@ def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[En
 
 
 def _plan(shapes: Shapes, names: Names) -> Plan:
-    """Return the plan. Tensor shapes determine sizes, and the number of heads, since a level has four points."""
+    """Return the conversion plan of a checkpoint with these names.
+
+    All sizes come from tensor shapes. The number of heads does too, because each head samples four points per level.
+    """
     pixel, predictor, column = names.pixel, names.predictor, names.column
     sides = lambda key: shape_of(shapes, key, 2)
     queries, width = sides(predictor + names.queries)
@@ -232,7 +240,7 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
 
 
 def _original(shapes: Shapes) -> Names:
-    """Return the original's names. Its first checkpoints have static_query instead of query_feat."""
+    """Return the names of the original code. Its first checkpoints have static_query instead of query_feat."""
     old = f"{ORIGINAL.predictor}static_query.weight" in shapes
     return dataclasses.replace(ORIGINAL, queries="static_query.weight") if old else ORIGINAL
 

@@ -1,7 +1,7 @@
-"""Mask DINO's checkpoints (detectron2 names), and entries shared with OpenSeeD.
+"""Mask DINO's checkpoints (detectron2 names), and conversion rules shared with OpenSeeD.
 
-Its classes have their own weights and no texts. They become the rows of a `ClassTable`: [weight, bias, denoising
-label]. The class head reads the first two parts and the denoising queries the third, so that nothing is lost.
+Its classes have their own weights and no texts. Each class becomes one row of a `ClassTable`: [weight, bias,
+denoising label]. The class head reads the first two parts and the denoising queries the third, so that nothing is lost.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ IGNORED = {
 
 
 def attention_entries(ours: str, theirs: str, index: int) -> list[Entry]:
-    """Return the entries of multi-scale deformable attention."""
+    """Return the conversion rules of multi-scale deformable attention."""
     names = ("value_proj", "output_proj", "sampling_offsets", "attention_weights")
     return [entry for name in names for entry in linear(f"{ours}/{name}", f"{theirs}.{name}", index)]
 
 
 def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
-    """Return the entries of the decoder and the heads (without classes) of Mask DINO and OpenSeeD."""
+    """Return the conversion rules of the decoder and the heads (without classes) of Mask DINO and OpenSeeD."""
     ours, entries = "decoder", []
     for i in range(2):
         entries += linear(f"{ours}/anchor_pos/layers/{i}", f"{theirs}decoder.ref_point_head.layers.{i}")
@@ -54,12 +54,15 @@ def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
 
 
 def proposal_entries(theirs: str) -> list[Entry]:
-    """Return the entries of the selection of conditional queries (two-stage)."""
+    """Return the conversion rules for the tensors of the two-stage module, which selects the conditional queries."""
     return linear("conditional/proj", f"{theirs}enc_output") + norm("conditional/norm", f"{theirs}enc_output_norm")
 
 
 def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.ndarray]]:
-    """Return the entries that turn the class layer into a ClassTable, and the constants that read it."""
+    """Return the conversion rules that pack the class layer into a ClassTable, and constant weights.
+
+    The constant weights let the class head and the denoising queries select their parts of a row of the table.
+    """
     table, third = "text_encoder/rows", (width + 1, 2 * width + 1)
     entries = [
         Entry(table, f"{theirs}class_embed.weight", into=(0, width)),
@@ -78,7 +81,10 @@ def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.nd
 
 
 def sizes(shapes: Shapes) -> dict[str, int]:
-    """Return sizes of Mask DINO or OpenSeeD by our config's names, and the number of levels."""
+    """Return the sizes of Mask DINO or OpenSeeD as {field of `config.model`: size}.
+
+    The extra key "levels" holds the number of feature levels.
+    """
     encoder, decoder = f"{PIXEL}transformer.encoder.layers.", f"{PREDICTOR}decoder.layers."
     levels = shape_of(shapes, f"{PIXEL}transformer.level_embed", 2)[0]
     return dict(
@@ -94,13 +100,17 @@ def sizes(shapes: Shapes) -> dict[str, int]:
 
 
 def strides(shapes: Shapes, levels: int) -> tuple[int, ...]:
-    """Return the strides of the levels. 1x1 projections read features up to stride 32, 3x3 ones add coarser levels."""
+    """Return the strides of the feature levels, from fine to coarse.
+
+    Levels with a 1x1 projection read the backbone's features, up to stride 32. Each 3x3 projection adds a coarser
+    level.
+    """
     read = sum(shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[-1] == 1 for i in range(levels))
     return tuple(64 >> read << i for i in range(levels))
 
 
 def head_plan(shapes: Shapes) -> Plan:
-    """Return the plan without the backbone. Raises ValueError."""
+    """Return the conversion plan of a checkpoint, except for its backbone. Raises ValueError."""
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)

@@ -19,7 +19,10 @@ def recognizes(shapes: Shapes) -> bool:
 
 
 def plan(shapes: Shapes) -> Plan:
-    """Return the plan. Names may have a prefix ("bert.", "0.auto_model."). Raises ValueError for other sizes."""
+    """Return the conversion plan of a checkpoint. Raises ValueError if its sizes are not those of a MiniLM.
+
+    Tensor names may have a prefix ("bert.", "0.auto_model.").
+    """
     prefix = prefix_of(shapes, WORDS) or ""
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:

@@ -1,8 +1,8 @@
 """OpenSeeD (Zhang et al., ICCV 2023): Mask DINO with texts as classes, and with the two kinds of queries of MQ-Former.
 
-There are two decoders. The plain one has only conditional queries. The decoupled one, recognized by `query_feat`, also
-has learned queries. All of them see each other in self-attention, but training matches learned queries with stuff and
-conditional ones with things (`model.queries = "decoupled"`).
+OpenSeeD has two decoders. The plain one has only conditional queries. The decoupled one, recognized by `query_feat`,
+also has learned queries. All queries attend to each other, but training matches learned queries with stuff and
+conditional queries with things (`model.queries = "decoupled"`).
 
 Differences from the original: learned queries come first, which permutes the predictions, and they are not detached
 from the decoder's gradient.
@@ -33,9 +33,10 @@ IGNORED = {
 
 
 def head_entries(learned: bool) -> list[Entry]:
-    """Return the entries of classes and queries that differ from Mask DINO's.
+    """Return the conversion rules of OpenSeeD's classes and queries, which differ from Mask DINO's.
 
-    `class_embed` and `lang_mapper` multiply from the right, as ours.
+    learned: whether the decoder has learned queries. The checkpoint stores `class_embed` and `lang_mapper` as [in,
+    out], like our kernels, so they are not transposed.
     """
     entries = [
         Entry("heads/class_embed/kernel", f"{PREDICTOR}class_embed"),
@@ -85,7 +86,7 @@ def _text_plan(shapes: Shapes) -> Plan:
 
 
 def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
-    """Return the entries of the text encoder, and set its sizes in `text`."""
+    """Return the conversion rules of the text encoder, and set its sizes in `text`."""
     layers, projection = count(shapes, f"{TOWER}resblocks.{{}}."), f"{LANGUAGE}lang_proj"
     embed_dim = shape_of(shapes, projection, 2)[1]
     set_sizes(text, shapes, f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", layers, embed_dim)

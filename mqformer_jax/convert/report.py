@@ -10,8 +10,8 @@ class Report:
     """Names of tensors by the result of the conversion.
 
     loaded: copied unchanged. reshaped: transposed, split, packed or stacked. missing: our parameters that no tensor
-    filled. unused: their tensors that nothing read. mismatched: shapes that do not fit, or aliases that differ.
-    ignored: tensors without a counterpart, with the reason.
+    filled. unused: the checkpoint's tensors that no rule read. mismatched: shapes that do not fit, or copies of one
+    tensor that differ. ignored: the checkpoint's tensors without a counterpart in our model, with the reason.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -23,11 +23,14 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter of ours is filled and every tensor of theirs is used or ignored."""
+        """Whether every parameter is filled, every tensor is used or ignored, and nothing is mismatched."""
         return not (self.missing or self.unused or self.mismatched)
 
     def table(self, longest: int = 0) -> str:
-        """Return the count and the names of each kind. longest: most names per kind without problems (0: all)."""
+        """Return text with the count and the names of each field.
+
+        longest: largest number of names that are printed for "loaded", "reshaped" and "ignored" (0: all).
+        """
         blocks = []
         for field in dataclasses.fields(self):
             names = getattr(self, field.name)

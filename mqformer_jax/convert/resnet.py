@@ -25,7 +25,10 @@ IGNORED = {
 
 
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """Return the entries of the backbone at path `ours` for torchvision and timm. theirs: prefix ("", "backbone.")."""
+    """Return the conversion rules of the backbone at path `ours` for torchvision and timm.
+
+    theirs: prefix ("", "backbone.").
+    """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}layer{stage + 1}.{block}."
@@ -37,7 +40,10 @@ def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """Return the entries for Hugging Face's `ResNetModel` and `ResNetBackbone`. theirs: prefix ("", "resnet.")."""
+    """Return the conversion rules for Hugging Face's `ResNetModel` and `ResNetBackbone`.
+
+    theirs: prefix ("", "resnet.").
+    """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         inner = "shortcut" if name == "shortcut" else f"layer.{int(name[-1]) - 1}"
@@ -49,7 +55,10 @@ def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """Return the entries for detectron2's ResNet, also in Mask2Former and Mask DINO (prefix `theirs` = "backbone.")."""
+    """Return the conversion rules for detectron2's ResNet, also in Mask2Former and Mask DINO.
+
+    theirs: prefix ("", or "backbone." in these two models).
+    """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
         where = f"{theirs}res{stage + 2}.{block}.{name}"
@@ -82,7 +91,11 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
 def _entries(
     ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Entry]:
-    """Return all entries. part(stage, block, name): names of a convolution (conv1 to conv3, shortcut) and its norm."""
+    """Return the conversion rules of a ResNet at path `ours`.
+
+    stem: names of the stem's convolution and norm. part(stage, block, name): returns the names of a convolution
+    ("conv1" to "conv3", or "shortcut") and of its norm.
+    """
     entries = _conv_norm(f"{ours}/stem", stem)
     for stage, blocks in enumerate(BLOCKS[depth]):
         for name in ("conv1", "conv2", "conv3", "shortcut"):
@@ -100,7 +113,11 @@ def _conv_norm(ours: str, theirs: tuple[str, str], index: int | None = None) -> 
 def _family(
     name: str, originals: str, make: Callable[[str, str, int], list[Entry]], bottleneck: str, keys: tuple[str, ...]
 ) -> Family:
-    """Return a family. keys: names that identify it, after any prefix. No other name ends in the first one."""
+    """Return the family of ResNet checkpoints with one naming scheme.
+
+    keys: names of tensors that identify the scheme. All must exist behind the same prefix, which may be empty. Only one
+    name of a checkpoint may end in the first key, since this name determines the prefix.
+    """
 
     def recognizes(shapes: Shapes) -> bool:
         return (not is_model(shapes) and prefix_of(shapes, *keys) is not None) or (

@@ -1,7 +1,8 @@
-"""Convert the tensors of another project's checkpoint to ours, by a list of entries: one tensor (or slice) each.
+"""Convert the tensors of another project's checkpoint to ours, by a list of conversion rules (`Entry`).
 
-A family (one file each) reads the names and shapes of a checkpoint and returns a `Plan`. With it, `apply` converts
-tensors to ours, and `invert` converts them back exactly. "ours" are names in our model, "theirs" in the checkpoint.
+Each family of checkpoints has a file, which reads the names and shapes of a checkpoint and returns a `Plan`. With it,
+`apply` converts tensors to ours, and `invert` converts them back exactly. "ours" are names in our model, "theirs" are
+names in the checkpoint.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of theirs and its place in our model.
+    """A rule that converts one tensor of the checkpoint, or a slice of it, to one of our parameters, or a slice of it.
 
-    ours: path of our parameter ("backbone/stem/conv/kernel"). theirs: name of their tensor. layout: key of LAYOUTS.
-    index: row of our parameter, if it stacks layers of one shape. take: rows [start, stop) of their tensor, if it packs
-    several along the first axis (q, k, v). into: columns [start, stop) of our last axis, if our parameter packs
-    several. order: permutation of their first axis (e.g. for levels in reverse order: `reversed_levels`).
-    Two entries with the same place are aliases, whose values must be equal.
+    ours: path of our parameter ("backbone/stem/conv/kernel").
+    theirs: name of the checkpoint's tensor.
+    layout: key of LAYOUTS.
+    index: row of our parameter, if it stacks layers of one shape.
+    take: rows [start, stop) of the checkpoint's tensor, if it packs several along the first axis (q, k, v).
+    into: columns [start, stop) of our parameter's last axis, if it packs several tensors.
+    order: permutation of the tensor's first axis, e.g. `reversed_levels`.
+    If two rules fill the same place, their tensors must be equal.
     """
 
     ours: str
@@ -59,8 +63,9 @@ class Plan:
     """How to convert one checkpoint.
 
     config: a complete recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters
-    that it fills: "backbone", "text_encoder", or "" for the whole model. constants: values of our parameters that have
-    no counterpart. ignored: {regex of their names: why they have no counterpart}.
+    that the checkpoint fills: "backbone", "text_encoder", or "" for the whole model. constants: values of our
+    parameters that have no counterpart in the checkpoint. ignored: {regex of tensor names in the checkpoint: why our
+    model has no counterpart}.
     """
 
     config: ConfigDict
@@ -74,8 +79,8 @@ class Plan:
 class Family:
     """A kind of checkpoint.
 
-    recognizes: returns whether tensor names belong to it. plan: returns the Plan for shapes by name; raises ValueError.
-    originals: description for --help. license: notice about the weights, or "".
+    recognizes: returns whether the tensors belong to this family. plan: returns the Plan for {tensor name: shape}, or
+    raises ValueError. originals: description for --help. license: notice about the weights, or "".
     """
 
     name: str
@@ -86,7 +91,7 @@ class Family:
 
 
 def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
-    """Return the shape of a tensor. Raises ValueError if it is missing or has another number of dimensions."""
+    """Return the shape of a tensor. Raises ValueError if it is missing or does not have `ndim` dimensions."""
     shape = shapes.get(key)
     if shape is None or len(shape) != ndim:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}"
@@ -95,9 +100,9 @@ def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Return the number of layers. pattern: prefix of a layer's names, with {} for its number, counted from 0.
+    """Return the number of layers in a checkpoint. Raises ValueError if there is none or one is missing.
 
-    Raises ValueError if there is no layer or one is missing.
+    pattern: prefix of a layer's tensor names, with {} for the layer's number, counted from 0.
     """
     layer = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     found = {int(match[1]) for key in shapes if (match := layer.match(key))}
@@ -110,33 +115,36 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
-    """Return the prefix of `name` in the first key that ends in it ("", "model."), or None.
+    """Return what precedes `name` in the first tensor name that ends in it, e.g. "" or "model.".
 
-    None, too, if a name of `others` does not exist with this prefix.
+    Return None if no tensor name ends in `name`, or if a name of `others` does not exist with the same prefix.
     """
     prefix = next((key.removesuffix(name) for key in shapes if key == name or key.endswith(f".{name}")), None)
     return prefix if prefix is not None and all(prefix + other in shapes for other in others) else None
 
 
 def is_model(shapes: Shapes) -> bool:
-    """Return whether this is a complete model and not a backbone. Such models (e.g. CLIP) have their own families."""
+    """Return whether the checkpoint holds a complete model (e.g. CLIP) instead of a backbone alone.
+
+    Families of backbones reject complete models, which have their own families.
+    """
     return any(part in key for key in shapes for part in ("sem_seg_head.", "pixel_level_module.", "visual."))
 
 
 def linear(ours: str, theirs: str, index: int | None = None, bias: bool = True) -> list[Entry]:
-    """Return the entries of a dense layer: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
+    """Return the conversion rules of a dense layer: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
     kernel = [Entry(f"{ours}/kernel", f"{theirs}.weight", "linear", index)]
     return kernel + [Entry(f"{ours}/bias", f"{theirs}.bias", "same", index)] * bias
 
 
 def conv(ours: str, theirs: str, index: int | None = None, bias: bool = False) -> list[Entry]:
-    """Return the entries of a convolution: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
+    """Return the conversion rules of a convolution: theirs.weight to ours/kernel, theirs.bias to ours/bias."""
     kernel = [Entry(f"{ours}/kernel", f"{theirs}.weight", "conv", index)]
     return kernel + [Entry(f"{ours}/bias", f"{theirs}.bias", "same", index)] * bias
 
 
 def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """Return the entries of a LayerNorm or GroupNorm: ours/scale and ours/bias."""
+    """Return the conversion rules of a LayerNorm or GroupNorm: ours/scale and ours/bias."""
     return [
         Entry(f"{ours}/scale", f"{theirs}.weight", "same", index),
         Entry(f"{ours}/bias", f"{theirs}.bias", "same", index),
@@ -144,13 +152,13 @@ def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
 
 
 def batch_norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """Return the entries of a frozen BatchNorm: ours/scale, bias, mean, var."""
+    """Return the conversion rules of a frozen BatchNorm: ours/scale, bias, mean, var."""
     names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
     return [Entry(f"{ours}/{mine}", f"{theirs}.{name}", "same", index) for mine, name in names.items()]
 
 
 def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = None) -> list[Entry]:
-    """Return the entries that split torch's in_proj_weight and in_proj_bias, [q; k; v], into three dense layers."""
+    """Return the conversion rules that split torch's in_proj_weight and in_proj_bias, [q; k; v], into three layers."""
     entries = []
     for k, name in enumerate(ours):
         rows = (k * width, (k + 1) * width)
@@ -160,7 +168,7 @@ def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = Non
 
 
 def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = None) -> list[Entry]:
-    """Return the entries that pack separate q, k, v dense layers into one."""
+    """Return the conversion rules that pack separate q, k, v dense layers into one."""
     entries = []
     for k, name in enumerate(theirs):
         columns = (k * width, (k + 1) * width)
@@ -170,14 +178,17 @@ def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = No
 
 
 def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
-    """Return the `order` that reverses the levels of rows [heads x levels x rest] (Mask2Former: coarsest first)."""
+    """Return the permutation (`Entry.order`) that reverses the levels of rows [heads x levels x rest].
+
+    Some checkpoints, e.g. Mask2Former's, store the coarsest level first.
+    """
     return np.arange(heads * levels * rest).reshape(heads, levels, rest)[:, ::-1].ravel()
 
 
 def apply(
     plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct | Array]
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Convert their tensors. Return the parameters that were completely filled, by path, and a report.
+    """Convert a checkpoint's tensors. Return {path: value} of the completely filled parameters, and a report.
 
     ours: shapes of the parameters in the plan's part, by path (`leaves`). Tensors with NaN or infinity are converted
     with a warning.
@@ -222,10 +233,11 @@ def apply(
 
 
 def invert(plan: Plan, values: Mapping[str, Array], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
-    """Convert our parameters back exactly. Return the tensors whose parameters are all in `values`, in float32.
+    """Convert our parameters back exactly. Return the checkpoint's tensors by name, in float32.
 
-    shapes: those of the plan's checkpoint, to check that its layout can hold `values`. Raises ValueError if parameters
-    have other shapes than the plan fills, or if constants changed.
+    A tensor is left out if `values` lacks one of its parameters. shapes: the tensor shapes of the plan's checkpoint, to
+    check that its layout can hold `values`. Raises ValueError if parameters have other shapes than the plan fills, or
+    if constants changed.
     """
     if shapes is not None:
         _check_expressible(plan, values, shapes)
@@ -276,12 +288,15 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a pytree by path, as used in entries."""
+    """Return {path: leaf} of a pytree, with paths as in `Entry.ours`."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def fill(module: nnx.Module, values: Mapping[str, Array], part: str) -> nnx.Module:
-    """Return `module` (or its shapes: `nnx.eval_shape`) with all variables from `values`, at paths below `part`."""
+    """Return `module` with all variables replaced by those in `values`.
+
+    module: a module, or its shapes (`nnx.eval_shape`). part: path of the module in `values`, or "" for the whole model.
+    """
     graph, state = nnx.split(module)
     pure = nnx.to_pure_dict(state)
     named = [f"{part}/{path}" if part else path for path in leaves(pure)]

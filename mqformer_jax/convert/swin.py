@@ -1,4 +1,7 @@
-"""Swin Transformers with the names of Microsoft (also detection code and timm) or Hugging Face (memory and disk)."""
+"""Convert Swin Transformers with the tensor names of Microsoft or Hugging Face.
+
+timm and detection code use Microsoft's names. Hugging Face's names differ between models in memory and files on disk.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +28,10 @@ from mqformer_jax.models.swin import SIZES, Size
 
 @dataclasses.dataclass(frozen=True)
 class Names:
-    """The names of the parts of a Swin in one kind of checkpoint.
+    """The tensor names of a Swin in one kind of checkpoint.
 
-    block, merge, norm: patterns with {} for the stage (and block). norm: of an output feature. qkv: one packed layer,
-    or three. The names from norm1 on are inside a block.
+    block, merge, norm: patterns with {} for the number of the stage and, in `block`, of the block. norm: the norm of an
+    output feature. qkv: one packed layer, or three layers. Names from norm1 on are relative to a block.
     """
 
     embed: str
@@ -46,7 +49,7 @@ class Names:
 
     @property
     def first_table(self) -> str:
-        """The name that identifies this kind of checkpoint."""
+        """The name of the first block's position table, which identifies this kind of checkpoint."""
         return self.block.format(0, 0) + self.table
 
 
@@ -113,9 +116,10 @@ def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
 
 
 def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
-    """Return the entries of our "backbone" for the Swin at `prefix` ("", "model.pixel_level_module.encoder.").
+    """Return the conversion rules of our "backbone" for the Swin at `prefix` ("", "model.pixel_level_module.encoder.").
 
-    The kind of checkpoint is recognized by its names. Output norms are included if it has them (see `absent_norms`).
+    The tensor names determine the kind of checkpoint. Output norms are included if the checkpoint has them (see
+    `absent_norms`).
     """
     names, root = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
@@ -146,7 +150,10 @@ def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
 
 
 def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[Entry]:
-    """Return the entries of one block, row `pair` of our stack."""
+    """Return the conversion rules of one block.
+
+    Our parameters stack the blocks. pair: row of this block in them.
+    """
     qkv = [theirs + name for name in names.qkv]
     found = linear(f"{ours}/qkv", qkv[0], pair) if len(qkv) == 1 else packing(f"{ours}/qkv", qkv, width, pair)
     for name in ("out", "fc1", "fc2"):
@@ -157,12 +164,19 @@ def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[
 
 
 def _norm(names: Names, prefix: str, stage: int) -> str:
-    """Return the name of an output norm. Hugging Face counts from 1 and keeps them outside of "swin."."""
+    """Return the name of the output norm of a stage, counted from 0.
+
+    prefix: must not end in "swin.", because Hugging Face's names of these norms lack it. These names count stages from
+    1.
+    """
     return prefix + names.norm.format(stage + (names is not MICROSOFT))
 
 
 def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
-    """Return the kind of names, and their prefix with "swin." if they have it. Raises ValueError."""
+    """Return the naming scheme of a Swin, and the prefix of its names: `prefix` or `prefix` + "swin.".
+
+    Raises ValueError if no scheme fits.
+    """
     for names in (MICROSOFT, HUGGING_FACE, HUGGING_FACE_ON_DISK):
         for root in (prefix, f"{prefix}swin."):
             if root + names.first_table in shapes:
@@ -185,13 +199,16 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
     side = round(offsets[0] ** 0.5)
     if side**2 != offsets[0] or side % 2 == 0:
         raise ValueError(
-            f"{table(0, 0)} has shape {offsets}: its rows must be (2 window - 1)^2; give an unchanged file."
+            f"{table(0, 0)} has shape {offsets}: expected (2 * window - 1)^2 rows; give an unchanged file."
         )
     return Size(embed[0], tuple(depths)), (side + 1) // 2
 
 
 def _prefix(shapes: Shapes, family: str) -> str | None:
-    """Return the prefix of a family's Swin without "swin.", or None if there is no such Swin."""
+    """Return the prefix of a Swin with a naming scheme of this family, or None if there is no such Swin.
+
+    A final "swin." is removed from the prefix.
+    """
     found = (prefix_of(shapes, names.first_table) for names in KINDS[family])
     root = next((root for root in found if root is not None), None)
     return root[: -len("swin.")] if root is not None and f".{root}".endswith(".swin.") else root

@@ -18,7 +18,10 @@ LARGEST_UNPACKED = 1 << 26  # unpacked bytes that are allowed for a compressed m
 
 
 def read_pickle(buffer: mmap.mmap) -> Any:
-    """Return the object of a plain pickle, or of torch.save before 1.6. Tensors are `Tensor` and `Array`."""
+    """Return the object in a plain pickle, or in a file that torch.save wrote before torch 1.6.
+
+    Tensors and arrays are the placeholders `Tensor` and `Array`, whose method `array()` returns the values.
+    """
     buffer.seek(0)
     tree = Unpickler(buffer).load()
     if tree != MAGIC:
@@ -41,9 +44,10 @@ def read_pickle(buffer: mmap.mmap) -> Any:
 
 
 def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> Any:
-    """Return the object of torch.save since 1.6, or the module of torch.jit.save. prefix: its folder.
+    """Return the object in a zip archive of torch.save (since torch 1.6), or the module of torch.jit.save.
 
-    Tensors are `Tensor` and `Array`.
+    prefix: the folder inside the archive that holds its files, with "/". Tensors and arrays are the placeholders
+    `Tensor` and `Array`.
     """
     names = set(archive.namelist())
     unpickler = Unpickler(io.BytesIO(member(archive, buffer, f"{prefix}data.pkl")))
@@ -65,7 +69,7 @@ def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> An
 
 
 def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind: str) -> set[str] | None:
-    """Return the parameters and buffers that the source of a TorchScript class lists, or None if it does not."""
+    """Return the parameters and buffers that the source of a TorchScript class lists, or None if it has no list."""
     folder, _, name = kind.rpartition(".")
     try:
         source = bytes(member(archive, buffer, f"{prefix}code/{folder.replace('.', '/')}.py")).decode()
@@ -80,7 +84,10 @@ def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind:
 
 
 def _drop_attributes(module: Module, state: set[str] | None) -> None:
-    """Remove attributes that are not in the state_dict, i.e. not submodules, parameters or buffers."""
+    """Remove a module's attributes that are not in its state_dict.
+
+    Submodules stay. state: names of the parameters and buffers; None keeps all attributes.
+    """
     for name in [name for name, value in module.items() if not isinstance(value, Module)]:
         if state is not None and name not in state:
             del module[name]

@@ -17,7 +17,7 @@ LARGEST_REPEATED = 1 << 26  # most elements of a view with stride 0, which may c
 
 
 class Unreadable(ValueError):
-    """A file that cannot be read. The message says what is wrong and what to do, without the file's name."""
+    """Raised for a file that cannot be read. The message says what is wrong and what to do, without the file's name."""
 
 
 _NUMPY = "float64 float32 float16 int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool complex64 complex128"
@@ -30,7 +30,7 @@ STORAGES = dict(
 
 
 class Storage:
-    """Elements that tensors are views of. `raw` is set when the position of the bytes is known."""
+    """A placeholder for torch's storage, the elements behind tensors. `raw` is set once the bytes are located."""
 
     def __init__(self, dtype: np.dtype, key: str, count: int):
         self.dtype, self.key, self.count = dtype, key, count
@@ -38,7 +38,7 @@ class Storage:
 
 
 class Tensor:
-    """The arguments of torch's functions that rebuild a tensor. Sizes, strides and offset are in elements."""
+    """A placeholder for a torch tensor in a pickle. Shape, strides and offset are in elements."""
 
     def __init__(self, storage: Storage, offset: int, shape: tuple, strides: tuple, dtype: np.dtype | None = None):
         self.storage, self.offset, self.shape, self.strides, self.dtype = (
@@ -50,7 +50,10 @@ class Tensor:
         )
 
     def array(self) -> np.ndarray:
-        """Return a view of the storage. numpy checks that it lies inside."""
+        """Return the tensor as a view of its storage.
+
+        numpy raises an error if the view exceeds the storage. Raises Unreadable if it repeats too many elements.
+        """
         dtype = self.dtype or self.storage.dtype
         strides = [stride * dtype.itemsize for stride in self.strides]
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
@@ -63,7 +66,7 @@ class Tensor:
 
 
 class Array:
-    """A numpy array in a pickle, before it is created."""
+    """A placeholder for a numpy array in a pickle. It stores the bytes; `array()` returns the array."""
 
     def __init__(self, raw: Any = b"", dtype: Any = None, shape: tuple = (), order: str = "C"):
         self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
@@ -78,7 +81,10 @@ class Array:
 
 
 class ArrayType:
-    """A numpy dtype in a pickle: a letter and a size, with the byte order as its state."""
+    """A placeholder for a numpy dtype in a pickle.
+
+    code: letter and size, e.g. "f4". `__setstate__` sets the byte order.
+    """
 
     def __init__(self, code: str, *flags: Any):
         self.code, self.byte_order = code, "="
@@ -93,14 +99,14 @@ class ArrayType:
 
 
 class Ordered(dict):
-    """collections.OrderedDict, without the attributes that torch adds."""
+    """A placeholder for collections.OrderedDict. It ignores the attributes that torch adds."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 class Module(dict):
-    """A TorchScript module: its attributes. kind: the name of its class."""
+    """A placeholder for a TorchScript module: a dictionary of its attributes. kind: the name of its class."""
 
     kind = ""
 
@@ -109,7 +115,7 @@ class Module(dict):
 
 
 class Inert:
-    """An object without weights that training leaves in a checkpoint. It accepts any call and stores nothing."""
+    """A placeholder for an object without weights in a training checkpoint. It accepts any call and stores nothing."""
 
     def __init__(self, *args: Any):
         pass
@@ -192,7 +198,10 @@ for _name in (*DTYPES, *OLD_NAMES):
 
 
 class Unpickler(pickle._Unpickler):
-    """The unpickler in pure Python: the one in C allocates memory for any memo index that a file claims."""
+    """An unpickler that allows only the names in `KNOWN` and TorchScript's modules.
+
+    It extends pickle's implementation in Python. The one in C allocates memory for any memo index that a file claims.
+    """
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -222,18 +231,22 @@ class Unpickler(pickle._Unpickler):
         return storage
 
     def load_build(self) -> None:
-        """Do as the original, but never set attributes by name, which could change the classes above."""
+        """Set the state of a placeholder by its `__setstate__`. Raises Unreadable for any other object.
+
+        pickle's own method also sets attributes by the names in the file, which could alter the placeholder classes.
+        """
         state, built = self.stack.pop(), self.stack[-1]
         if not isinstance(built, (Array, ArrayType, Ordered, Module, Inert)):
             raise Unreadable(
-                f"sets attributes of a {type(built).__name__}: load the file with torch and save only the state_dict."
+                f"the pickle sets attributes of a {type(built).__name__}: "
+                "load the file with torch and save only the state_dict."
             )
         built.__setstate__(state)
         if isinstance(built, Module):
             self.modules.append(built)
 
     def load_global(self) -> None:
-        """Do as the original, but reject a truncated name."""
+        """Read a name as pickle's own method does, but reject a truncated name."""
         module, name = self.readline(), self.readline()
         if not name.endswith(b"\n"):
             raise EOFError("it ends inside a name")

@@ -96,10 +96,10 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
 
 
 def _compiled(module: nnx.Module, call: Callable[..., Any], x: Any) -> Any:
-    """Compile `call(module, x)` with the weights as arguments, and run it.
+    """Compile `call(module, x)` with the weights as arguments, and return its result.
 
-    As constants, the zeros of a fresh layer would meet a fault of XLA:CPU (jaxlib 0.10.2 to 0.12.0): where it fuses a
-    product by a uniform constant with a reduction, the result is sometimes NaN.
+    Weights that are constants trigger a bug of XLA:CPU (jaxlib 0.10.2 to 0.12.0). If it fuses a reduction with a
+    product by a uniform constant, such as the zeros of a fresh layer, the result is sometimes NaN.
     """
     graph, state = nnx.split(module)
     return jax.jit(lambda state, x: call(nnx.merge(graph, state), x))(state, x)
@@ -135,7 +135,10 @@ def _image_stages(
 
 
 def _tokens(text: ConfigDict, rng: np.random.Generator) -> Int[np.ndarray, "4 l"]:
-    """Return four random texts of different lengths. Each ends with CLIP's end token, the highest id, then zeros."""
+    """Return the token ids of four random texts of different lengths.
+
+    Each text ends with CLIP's end token, the highest id, and is padded with zeros.
+    """
     length = min(text.context, 16)
     tokens = rng.integers(1, text.vocab_size - 2, (4, length))
     for row, end in enumerate((3, 5, length - 2, length - 1)):
@@ -149,7 +152,7 @@ def _torch():
 
 
 def _package(module: str, name: str | None = None):
-    """Import a module. name: its name for pip, if different. Raises ValueError."""
+    """Import and return a module. name: its name for pip, if different. Raises ValueError."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
@@ -166,7 +169,11 @@ def _nchw(pixels: np.ndarray):
 
 
 def _weights(tensors: Tensors, known: str = "") -> dict:
-    """Return torch tensors in float32. known: an original name; the prefix that it has here is removed from all."""
+    """Return the tensors as torch tensors in float32, by name.
+
+    known: a tensor name of the original code. If the checkpoint has it with a prefix, only tensors with this prefix are
+    returned, without it.
+    """
     prefix = known and prefix_of({key: () for key in tensors}, known)
     return {
         key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32))

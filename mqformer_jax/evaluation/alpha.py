@@ -18,10 +18,12 @@ Mask = Float[np.ndarray, "h w"]
 
 
 class AlphaEvaluator:
-    """Errors averaged over images, for the whole image and (`unknown_`) for the trimap's unknown region.
+    """Errors of alpha mattes, averaged over images.
 
-    Units are those of the papers: sad, grad and conn in thousands (sums over pixels), mse and mad in thousandths (means
-    over pixels). The trimap does not correct the prediction, and the prediction is not rescaled to 0 to 1.
+    They are measured on the whole image, and (with the prefix `unknown_`) on the unknown region of the trimap. Units
+    are those of the papers: sad, grad and conn in thousands (sums over pixels), mse and mad in thousandths (means over
+    pixels). The known pixels of the trimap do not replace those of the prediction, and the prediction is not rescaled
+    to 0 to 1.
     """
 
     def __init__(self):
@@ -86,7 +88,10 @@ def matting_errors(prediction: Mask, target: Mask, unknown: Bool[np.ndarray, "h 
 
 
 def _gradient(alpha: Mask) -> Mask:
-    """Return the gradient magnitude. The Gaussian is cut off below 0.01, and its derivative kernels have norm 1."""
+    """Return the gradient magnitude, from derivatives of a Gaussian.
+
+    The kernels have norm 1 and end where the Gaussian falls below 0.01.
+    """
     reach = int(np.ceil(SIGMA * np.sqrt(-2 * np.log(np.sqrt(2 * np.pi) * SIGMA * 0.01))))
     x = np.arange(-reach, reach + 1.0)
     smooth = np.exp(-(x**2) / (2 * SIGMA**2))
@@ -98,10 +103,11 @@ def _gradient(alpha: Mask) -> Mask:
 
 
 def _connectivity(prediction: Mask, target: Mask) -> Mask:
-    """Return the difference between prediction and target in how far each pixel exceeds its connected level.
+    """Return the connectivity error of each pixel.
 
-    The level is the highest threshold at which the pixel is in the largest connected component (4 neighbors) of the
-    pixels where both alphas reach the threshold.
+    Each pixel has a level: the highest threshold at which it is in the largest connected component (4 neighbors) of the
+    pixels where both alphas reach the threshold. The error is the absolute difference between prediction and target in
+    how far they exceed this level; values below TOLERANCE count as 0.
     """
     level = np.full(prediction.shape, -1.0)
     for k in range(1, STEP + 1):

@@ -41,8 +41,9 @@ from mqformer_jax.visualization.overlays import Shown
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predictions: bool = False) -> dict[str, float]:
     """Evaluate the sets of `config.eval`. Write eval.json, eval_details.json and an image grid per set to `folder`.
 
-    Each process evaluates its share of the images, and the first one writes. Keys are "task.metric" ("panoptic.pq"), or
-    "name/split/task.metric" from the second set of a task on. Values are in percent (mattes: see `AlphaEvaluator`).
+    Each process evaluates its share of the images, and the first one writes. Returns the metrics. Their keys are
+    "task.metric" ("panoptic.pq") for the first set of a task, and "name/split/task.metric" for its other sets. Values
+    are in percent (mattes: see `AlphaEvaluator`).
     eval_details.json holds the metrics of each class and the worst images, by set and task. save_predictions: also
     write predictions/NAME_SPLIT in the formats of benchmarks (`Submission`).
     """

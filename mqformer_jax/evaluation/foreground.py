@@ -16,9 +16,9 @@ class ForegroundEvaluator:
     """Salient-object metrics, averaged over images.
 
     mae, mse: absolute and squared error of all pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
-    max_f: maximum of the F-measure over 256 thresholds, of the curve averaged over images. mean_e, max_e: mean and
-    maximum of the same curve of the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018). Predictions are
-    not rescaled to 0 to 1, as some toolboxes do.
+    max_f: the F-measure at each of 256 thresholds is averaged over images; this is the maximum over thresholds. mean_e,
+    max_e: mean and maximum over the same thresholds of the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI
+    2018), averaged over images. Some toolboxes rescale predictions to 0 to 1; this evaluator does not.
     """
 
     def __init__(self):

@@ -69,8 +69,9 @@ class PanopticEvaluator:
         self.matched += other.matched
 
     def result(self) -> dict[str, float]:
-        """Return pq, sq, rq in percent over all classes that occur, also for _things and _stuff if there are both.
+        """Return pq, sq and rq in percent, averaged over the classes that occur.
 
+        If the data set has things and stuff, also return the three metrics for each, with the suffix _things or _stuff.
         learnable_share_things, learnable_share_stuff: share of the true positives that learnable queries predict (a
         region of several queries counts for the first one).
         """
@@ -130,10 +131,10 @@ def _by_image(annotations: list[dict]) -> dict[int, list[dict]]:
 def _matched(
     truth: Int[np.ndarray, "h w"], labels: Int[np.ndarray, " n"], segments: Segments, void: Bool[np.ndarray, "h w"]
 ) -> Bool[np.ndarray, " m"]:
-    """Return which segments are true positives: IoU above 0.5, without void, with a true segment of their class.
+    """Return which predicted segments are true positives: their IoU with a true segment of their class is above 0.5.
 
-    truth: index of the true segment + 1 at each pixel, 0 for none (crowds included). labels: classes of the true
-    segments.
+    truth: index of the true segment + 1 at each pixel; 0 for pixels without one and for crowds. labels: classes of the
+    true segments. void: unlabeled pixels, which do not count in the IoU.
     """
     n, m = len(labels), len(segments)
     shared = np.bincount((truth * (m + 1) + segments.panoptic).ravel(), minlength=(n + 1) * (m + 1)).reshape(

@@ -54,7 +54,10 @@ class ReferringEvaluator:
             self.scores[key] += scores
 
     def result(self) -> dict[str, float]:
-        """Return ciou, miou, precision@0.5 to 0.9, no_target_accuracy, and ciou/KIND, miou/KIND, in percent."""
+        """Return ciou, miou, precision@0.5 to 0.9 and no_target_accuracy, in percent.
+
+        Also ciou/KIND and miou/KIND for each group of expressions, where KIND is the argument `kind` of `update`.
+        """
         results = {}
         all_areas = [pair for pairs in self.areas.values() for pair in pairs]
         if all_areas:

@@ -66,9 +66,10 @@ def answer(
     queries: str = "all",
     score_threshold: float = 0.0,
 ) -> Reply:
-    """Segment an image by prompts in the notation of `read_prompts`.
+    """Segment an image and return the results that the page shows.
 
-    score_threshold: the lowest score of an instance. Raises ValueError if the user must change an input.
+    text: prompts in the notation of `read_prompts`. score_threshold: the lowest score of an instance. Raises ValueError
+    if the user must change an input.
     """
     if image is None:
         raise ValueError("Drop an image first.")
@@ -190,7 +191,10 @@ def tasks_of(predictor: Predictor) -> list[str]:
 
 
 def page(predictor: Predictor, name: str, folder: str) -> Any:
-    """Build the page as Gradio's Blocks. name: of the model, for display. folder: for archives to download."""
+    """Build the page as Gradio's Blocks.
+
+    name: the model's name, for display. folder: where archives that users can download are written.
+    """
     gr = _gradio()
     tasks = tasks_of(predictor)
     learnable, conditional = query_counts(predictor.config.model)

@@ -91,11 +91,13 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
     def encode(weights, tokens, is_region):
         params, frozen = trees(weights)
         return (
-            predictor._embed(params, frozen, predictor._encode(params, frozen, tokens), is_region).astype(jnp.float32),
+            predictor.embed_vectors(params, frozen, predictor.encode_tokens(params, frozen, tokens), is_region).astype(
+                jnp.float32
+            ),
         )
 
     def segment(weights, image, size, prompt_embeddings, valid):
-        raw = predictor._forward(*trees(weights), image, size, PromptBatch(prompt_embeddings, valid))
+        raw = predictor.forward(*trees(weights), image, size, PromptBatch(prompt_embeddings, valid))
         return tuple(x.astype(jnp.float32) for x in raw)
 
     return {"encode": encode, "segment": segment}

@@ -36,7 +36,11 @@ def read_prompts(text: str) -> tuple[list[str], list[bool]]:
 
 
 def parse_prompts(text: str | None, task: str) -> tuple[list[str], list[bool] | None]:
-    """Return the prompts of the command line or @FILE, and which own one region (None if the task decides)."""
+    """Return the prompts, and which of them own one region (None if the task decides this).
+
+    text: the prompts, "@FILE" to read them from a file, or None. Raises ValueError if there are no prompts but the task
+    needs them.
+    """
     if text is None and not TASKS[task].needs_prompts:
         text = FOREGROUND
     if text is not None and text.startswith("@"):

@@ -60,7 +60,7 @@ class RawPredictions:
 
 
 class IncompleteModel(ValueError):
-    """Weights that are only a part of the model their config describes."""
+    """An error: the weights are only a part of the model that their config describes."""
 
 
 class Predictor:
@@ -94,8 +94,9 @@ class Predictor:
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
         self.shares = len(devices or [None])
         self.model = lambda params, frozen: nnx.merge(graph, params, frozen)
-        self._encode = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
-        self._embed = jax.jit(lambda p, f, vectors, is_region: self.model(p, f).embed_text(vectors, is_region))
+        # compiled functions of (params, frozen, ...), which `export` writes too
+        self.encode_tokens = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
+        self.embed_vectors = jax.jit(lambda p, f, vectors, is_region: self.model(p, f).embed_text(vectors, is_region))
 
         def forward(params, frozen, image, size, prompts):
             outputs = self.model(params, frozen)(image, size, prompts.prompt_embeddings, prompts.valid)
@@ -108,7 +109,7 @@ class Predictor:
             mesh = make_mesh((-1, 1, 1), devices)
             self.params, self.frozen = jax.device_put((self.params, self.frozen), replicated(mesh))
             forward = shard_map_batch(forward, mesh, (P(), P(), BATCH, BATCH, BATCH), BATCH)
-        self._forward = jax.jit(forward)
+        self.forward = jax.jit(forward)
 
     @classmethod
     def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
@@ -127,10 +128,10 @@ class Predictor:
     def embed(
         self, texts: Sequence[str], regions: Sequence[bool] | Bool[np.ndarray, " p"], templates: Sequence[str] = ("{}",)
     ) -> Float[Array, "p e"]:
-        """Return prompts as vectors. Encoded texts are cached.
+        """Return the embeddings of prompts. The outputs of the text encoder are cached.
 
-        templates: wordings of each text ("a photo of a {}."); the directions of their vectors are averaged (CLIP,
-        OpenSeeD).
+        regions: which prompts own one region. templates: sentences into which each text is inserted, such as "a photo
+        of a {}."; the directions of their vectors are averaged (CLIP, OpenSeeD). Raises ValueError without prompts.
         """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
@@ -138,7 +139,7 @@ class Predictor:
         vectors = average(vectors) if len(vectors) > 1 else vectors[0]
         padding = padded_length(len(texts)) - len(texts)
         padded = np.pad(vectors, ((0, padding), (0, 0))), np.pad(np.asarray(regions, bool), (0, padding))
-        return self._embed(self.params, self.frozen, *padded)[: len(texts)]
+        return self.embed_vectors(self.params, self.frozen, *padded)[: len(texts)]
 
     def _vectors(self, texts: Sequence[str]) -> Float[np.ndarray, "p e"]:
         """Encode texts, using cached results where available.
@@ -151,7 +152,7 @@ class Predictor:
         for start in range(0, len(new), ENCODED_AT_ONCE):
             some = new[start : start + ENCODED_AT_ONCE]
             tokens = np.pad(self.tokenizer(some), ((0, padded_length(len(some)) - len(some)), (0, 0)))
-            self._cache.update(zip(some, np.asarray(self._encode(self.params, self.frozen, tokens))))
+            self._cache.update(zip(some, np.asarray(self.encode_tokens(self.params, self.frozen, tokens))))
         return np.stack([self._cache[text] for text in texts])
 
     def predict_raw(
@@ -179,7 +180,7 @@ class Predictor:
         for i, (padded, size) in enumerate(fitted):
             pixels[i], sizes[i] = padded, size
         probs, boxes, masks = jax.device_get(
-            self._forward(self.params, self.frozen, pixels, sizes, PromptBatch(embeddings, valid))
+            self.forward(self.params, self.frozen, pixels, sizes, PromptBatch(embeddings, valid))
         )
         found = []
         for i in range(count):
@@ -262,7 +263,10 @@ class Predictor:
 
 
 def padded_length(count: int) -> int:
-    """Return the next length to compile for: a multiple of 8; from 64 on, of an eighth of the next power of two."""
+    """Round a number of prompts up, so that the model is compiled for few lengths.
+
+    Lengths up to 64 are multiples of 8. Longer ones are multiples of an eighth of the next power of two.
+    """
     step = max(8, 1 << max((count - 1).bit_length() - 3, 0))
     return -(-count // step) * step
 

@@ -29,7 +29,7 @@ class Batch:
     tokens: token ids, or their embeddings by a frozen text encoder (`TextCache`).
     is_region, prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
     positive: whether the prompt fits the target. negative: whether a prompt that is not exhaustive is known not to fit
-        the target. For such a prompt, pairs that are neither are unknown.
+        the target. If a target is neither positive nor negative for such a prompt, it is unknown whether they fit.
     has_mask: whether the target's mask is known. masks: the masks of an image, one after the other, as bits (eight
         pixels of a row per byte, as in `np.packbits`). Each covers a window around its target: masks of the full canvas
         would take 13 MB per image at 1024 x 1024. windows: first byte in `masks`; top, left / 8, height, width / 8 on

@@ -37,8 +37,9 @@ def exclude_eval_images(
     """Return the training sources without the images of evaluation sets, and log lines about the excluded images.
 
     Evaluation sets are `eval_sets` and every prepared split under `root` that has expressions and whose name does not
-    start with "train", since it may be evaluated later. A split that is itself trained on is not excluded. Raises
-    FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source are excluded.
+    start with "train", since it may be evaluated later. A split that is one of `sources` does not count as an
+    evaluation set. Raises FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source
+    are excluded.
     """
     trained = {(source.name, source.split) for source in sources}
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
@@ -73,7 +74,10 @@ def exclude_eval_images(
 
 
 def read_origins(root: str, name: str, split: str) -> list[str]:
-    """Return the `origin` of each record, or [] if all are "". Raises FileNotFoundError or ValueError."""
+    """Return the `origin` of each record, or [] if all are "".
+
+    Raises FileNotFoundError if the split is not prepared, ValueError if its file of origins has a wrong length.
+    """
     count, path = _info(root, name, split).splits[split], origins_path(os.path.join(root, name), split)
     if not os.path.exists(path):
         return []

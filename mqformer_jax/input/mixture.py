@@ -55,9 +55,10 @@ class Note:
 
 
 def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Loader:
-    """Open the data sets of `config.data.mixture` under `config.data.root`, without evaluation images.
+    """Return the loader of the data sets of `config.data.mixture`, without evaluation images.
 
-    `config.data.leak_guard=False` keeps evaluation images. Raises FileNotFoundError or ValueError.
+    `config.data.leak_guard=False` keeps evaluation images. Raises FileNotFoundError if a data set is not prepared,
+    ValueError if it is damaged or the config does not fit it.
     """
     data = config.data
     sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
@@ -68,13 +69,13 @@ def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -
 
 
 class Loader:
-    """The training stream of a config: `data`, `batch_size` (over all hosts) and `seed`.
+    """The loader of training batches. It reads `data`, `batch_size` (over all hosts) and `seed` of a config.
 
     The rows of the global batch of a step depend only on the seed and the step, not on interruptions or on the number
-    of hosts, workers or threads. Data sets are interleaved by weight (`weight`, or size^`data.size_exponent`), shuffled
-    anew every epoch and augmented anew every time. The rows of a global batch are shuffled before they are split among
-    the hosts. Otherwise, if the period of the mixture divides a host's share, that host would always get the same data
-    sets.
+    of hosts, workers or threads. Data sets are interleaved by weight (`weight`, or size^`data.size_exponent`). Records
+    are shuffled again in every epoch and augmented differently each time. The rows of a global batch are shuffled
+    before they are split among the hosts. Otherwise, if the interleaving repeats with a period that divides a host's
+    share, each host would always get the same data sets.
 
     names: unique names of the sources. report: log lines that describe the sources and the excluded images.
     """
@@ -196,9 +197,10 @@ class Loader:
 
 
 class WindowShuffle(grain.MapDataset):
-    """A shuffle within windows of `window` elements, each in its own order: epochs, or global batches.
+    """A shuffle within consecutive windows of `window` elements: epochs, or global batches.
 
-    Grain's own shuffle draws from 2^16 indices until one is below `window`: 3 ms per element for a batch of 8.
+    Each window has its own order. Grain's own shuffle is slow for small windows, because it draws from 2^16 indices
+    until one is below `window`: a batch of 8 takes 3 ms per element.
     """
 
     def __init__(self, parent: grain.MapDataset, window: int, seed: tuple[int, ...]):

@@ -15,7 +15,7 @@ from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 
 
 class ShardSource:
-    """One split of a prepared data set, `<root>/<name>`: `source[i]` is the bytes of a record (`Record.from_bytes`).
+    """One split of the prepared data set `<root>/<name>`. `source[i]` returns the bytes for `Record.from_bytes`.
 
     paths: the shards. Sources can be pickled for worker processes. Raises FileNotFoundError if the split is not
     prepared, ValueError if shards are missing or damaged, BadRecord if one record is damaged.

@@ -110,7 +110,10 @@ def _class_prompts(
 def _prompts_of_class(
     info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
 ) -> tuple[tuple[Prompt, bool], ...]:
-    """Return the prompts of a class, each with whether it needs masks: at most one of instances and one of a region."""
+    """Return the prompts of a class as (prompt, whether its targets need masks).
+
+    There is at most one prompt for instances and one for a region.
+    """
     is_region = info.classes[c].is_region
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
     prompts = []

@@ -23,9 +23,9 @@ def resize_crop(
 ) -> Example:
     """Resize by a random factor and crop a random window that fits the canvas (large-scale jitter).
 
-    A factor of 1 fills the canvas, as in Mask DINO (0.1 to 2.0 of 1024). Cropping comes before resizing, so that only
-    pixels of the result are computed. canvas: height, width. The result may be smaller than the canvas; `collate` pads
-    it.
+    scale_range: range of the factor. A factor of 1 fits the whole image into the canvas; Mask DINO draws factors from
+    0.1 to 2.0 for a canvas of 1024 x 1024. Cropping comes before resizing, so that only pixels of the result are
+    computed. canvas: height, width. The result may be smaller than the canvas; `collate` pads it.
     """
     h, w = example.image.shape[:2]
     ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale_range)
@@ -117,7 +117,10 @@ def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int,
 
 
 def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int, int]) -> tuple[Target | None, bool]:
-    """Return the target's box in the window, or None if it is too small, and whether any part of it is visible."""
+    """Return the target with its box moved to the window, and whether any part of it is visible.
+
+    The target is None if its box is too small. window, size: as in `_place`.
+    """
     y, x, h, w = window
     box = (target.box - np.array([x, y, x, y])) * np.array([size[1] / w, size[0] / h] * 2)
     box = np.clip(box, 0, [size[1], size[0]] * 2).astype(np.float32)

@@ -21,10 +21,10 @@ from mqformer_jax.models.mqformer import Outputs, Predictions
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Pairs:
-    """The r pairs of a query and a target at each of s stages of one image. Rows that are not `valid` are padding.
+    """The r (query, target) pairs of one image at each of s decoder stages. Rows that are not `valid` are padding.
 
-    supervise_absent: queries that get a negative label for each prompt whose objects in the image are all labeled. A
-    query that is neither in a valid pair nor selected here has no loss.
+    supervise_absent: whether an unmatched query is a negative for every exhaustive prompt (whose objects in the image
+    are all labeled). Where it is false, an unmatched query has no loss.
     """
 
     query: Int[Array, "s r"]
@@ -69,11 +69,11 @@ def matching_costs(
     targets: ImageTargets,
     weights: LossWeights,
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
-    """Return the cost of every pair of one image, and the queries whose mask lies mostly in an ignored area.
+    """Return the cost of every (target, query) pair of one image, and which queries lie mostly in an ignored area.
 
-    Such a query may have found an unlabeled object (in a crowd or a void area), so it is not trained as absent. All
-    masks are sampled at the same points. A sampled mask is the product of the mask embedding and the sampled features,
-    so no full mask is computed.
+    The mask of such a query may show an unlabeled object (in a crowd or a void area), so the query does not learn that
+    prompts are absent. All masks are sampled at the same `points` (x, y as fractions of the canvas). A sampled mask is
+    the product of the mask embedding and the sampled features, so no full mask is computed.
     """
     n = targets.boxes.shape[0]
     sampled = sample_features(features, points)

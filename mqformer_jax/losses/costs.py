@@ -64,7 +64,10 @@ def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " ..."]:
-    """Return the generalized IoU of boxes (x0, y0, x1, y1), broadcast. Both denominators get 1e-6 (Mask DINO)."""
+    """Return the generalized IoU of boxes (x0, y0, x1, y1) that broadcast together.
+
+    1e-6 is added to both denominators, as in Mask DINO.
+    """
     area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
     between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
     inter = between(jnp.maximum(a[..., :2], b[..., :2]), jnp.minimum(a[..., 2:], b[..., 2:]))
@@ -100,7 +103,7 @@ def mask_losses(
 
 
 def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Return the dice losses between the projections of masks and of their boxes onto the x and y axes, summed.
+    """Return the sum of two dice losses, which compare the projections of a mask and its box onto the x and y axes.
 
     A box determines the projections of its mask and nothing else (BoxInst, sec. 3.1; also used by DaTaSeg). The target
     of a row or column that the box covers partly is the covered fraction.

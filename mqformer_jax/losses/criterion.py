@@ -67,9 +67,9 @@ def criterion(
     keys: the part's rows of `image_keys`. normalizers: of the global batch, so that the losses and metrics of its parts
     sum to those of the global batch.
 
-    The loss sums terms over stages. Metrics: the terms of the last layer, the total loss ("total"), and
-    `taken_by_learnable` ("taken"). Metrics of each image: the loss divided by the image's own number of targets
-    ("per_image").
+    The loss sums the terms of all stages. The metrics are the terms of the last layer, the loss of the denoising
+    queries ("denoising", if there are any), the total loss ("total") and the result of `taken_by_learnable` ("taken").
+    The metric of each image is its loss without denoising queries, divided by its own number of targets ("per_image").
     """
     targets = ImageTargets.of_batch(batch)
     is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # only region prompts name it
@@ -102,7 +102,10 @@ def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
 def taken_by_learnable(
     pairs: Pairs, targets: ImageTargets, is_region: Bool[Array, "b n"], num_learnable: int
 ) -> Int[Array, "2 2"]:
-    """Return the counts of targets, [instances, regions] x [matched to learnable queries at the last stage, all]."""
+    """Return the numbers of targets that are matched to learnable queries at the last stage, and of all targets.
+
+    Rows are instances and regions. Columns are the two numbers.
+    """
     real = jnp.arange(is_region.shape[1]) < targets.num_targets[:, None]
     kinds = jnp.stack([real & ~is_region, real & is_region])
     learnable = (pairs.query[:, -1] < num_learnable) & pairs.valid[:, -1]
@@ -195,5 +198,5 @@ def mask_losses(
 
 
 def _of_pairs(values: Float[Array, "s q d"], pairs: Pairs) -> Float[Array, "s r d"]:
-    """Return the values of the pairs' queries."""
+    """Select the values of each pair's query."""
     return jnp.take_along_axis(values, pairs.query[..., None], 1)

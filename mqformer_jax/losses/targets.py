@@ -53,7 +53,7 @@ class ImageTargets:
 
     @property
     def extent(self) -> Float[Array, " 2"]:
-        """The valid part of the canvas as fractions (x, y)."""
+        """Return the valid part of the canvas as fractions (x, y)."""
         h, w = self.canvas
         return self.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
 

@@ -24,7 +24,8 @@ Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the 
 class Matte:
     """An image and the alpha (0 to 1) of one object in it.
 
-    index: of the record. foreground: whether the object is the salient one. trimap: as in `Segment`, or None.
+    index: index of the record in its data set. foreground: whether the object is the salient foreground of the image.
+    trimap: as in `Segment`, decoded, or None.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -35,7 +36,10 @@ class Matte:
 
 
 def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
-    """Open the data sets of `config.matting.mixture` or `.sets`. Raises ValueError if one of them has no mattes."""
+    """Open the data sets of `config.matting.mixture` or `config.matting.sets`.
+
+    field: "mixture" or "sets", for messages. Raises ValueError if there are no entries or a data set has no mattes.
+    """
     if not entries:
         raise ValueError(
             f"config.matting.{field} is empty: name data sets with mattes, e.g. dict(name='mattes', split='train')."
@@ -45,7 +49,7 @@ def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSou
         if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
             raise ValueError(
                 f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: "
-                "remove it, or prepare it with mattes."
+                "remove this data set, or prepare it with mattes."
             )
     return sources
 
@@ -85,7 +89,10 @@ def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | Non
 
 
 def _span(start: int, length: int, wanted: int, room: int) -> tuple[int, int]:
-    """Return start and length of a span of `wanted` pixels with the center of another, fitted into 0 ... room."""
+    """Return the start and length of a span of `wanted` pixels around the center of a given span.
+
+    start, length: the given span. The result is shortened and moved to lie inside 0 ... `room`.
+    """
     wanted = min(wanted, room)
     return int(np.clip(start + (length - wanted) // 2, 0, room - wanted)), wanted
 
@@ -103,7 +110,7 @@ def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
 
 
 def fitted(window: Window, canvas: int) -> tuple[int, int]:
-    """Return the largest height and width of a window that fit the square canvas."""
+    """Return the height and width of a window after it is resized, at its aspect ratio, to fit a square canvas."""
     ratio = canvas / max(window[2:])
     return max(1, round(window[2] * ratio)), max(1, round(window[3] * ratio))
 
@@ -123,16 +130,17 @@ def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
 
 
 def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
-    """Return the matte as a hard mask, grown by `grow` pixels, or shrunk if negative."""
+    """Threshold a matte and return the hard mask, grown by `grow` pixels (shrunk if `grow` is negative)."""
     mask = (alpha > threshold).astype(np.float32)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(grow) + 1,) * 2)
     return cv2.dilate(mask, disc) if grow > 0 else cv2.erode(mask, disc)
 
 
 def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[np.ndarray, "h w"]:
-    """Return the matte with random errors of a segmentation (MGMatting).
+    """Return a mask made from the matte, with random errors like those of a segmentation model (MGMatting).
 
-    It is thresholded, grown or shrunk, and sometimes coarse, blurred, or with a misplaced patch.
+    The matte is thresholded, then grown or shrunk. Sometimes it is also reduced in resolution or blurred, or one of its
+    patches is copied to another place.
     """
     reach = max(2, max(alpha.shape) // 20)
     mask = rough_mask(alpha, rng.uniform(0.05, 0.95), int(rng.integers(-reach, reach + 1)))
@@ -180,9 +188,10 @@ def make_batches(
 def make_example(
     matte: Matte, own: UInt8[np.ndarray, "_ _"] | None, matting: ConfigDict, rng: np.random.Generator, flip: float
 ) -> dict[str, np.ndarray]:
-    """Return a random crop of the object, mirrored with probability `flip`.
+    """Return image, guidance, alpha and weight (see `make_batches`) of a random crop of the object.
 
-    own: the model's mask as guidance, 0 to 255, of any size; None: use a perturbed matte.
+    The crop is mirrored with probability `flip`. own: the model's mask as guidance, 0 to 255, of any size. If it is
+    None, the guidance is a perturbed matte.
     """
     h, w = matte.alpha.shape
     crop = matting.crop

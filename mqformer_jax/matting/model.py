@@ -47,11 +47,11 @@ class Level(nnx.Module):
 class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
-    A U-shaped network on an image encoder. The mask is no input of the encoder, so any pre-trained encoder fits. Each
-    level of the decoder, down to stride 1, gets the image, the guidance and alphas estimated by color (`unmixed`) at
-    its stride, and adds a correction to those of the coarser levels. All corrections start at zero: an untrained
-    refiner returns its guidance. Corrections apply only near the outline of the guidance. Elsewhere the guidance is
-    kept, because a few matting images cannot improve it.
+    This is a U-shaped network on an image encoder. The encoder does not see the mask (the "guidance"), so any
+    pre-trained encoder can be used. Each level of the decoder, down to stride 1, gets the image, the guidance and
+    alphas estimated by color (`unmixed`) at its stride. It adds a correction to those of the coarser levels. All
+    corrections start at zero, so an untrained refiner returns its guidance. Corrections apply only near the outline of
+    the guidance. Elsewhere the guidance is kept, because a few matting images cannot improve it.
 
     config: `config.matting`. Its `width` is the number of channels at stride 4 and above; stride 2 has half of them,
         stride 1 a quarter.
@@ -96,7 +96,9 @@ class MattingRefiner(nnx.Module):
 def unmixed(
     image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
 ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
-    """Return where the guidance is uncertain (0 to 1), and the alpha there by color, one for each of `WINDOWS`.
+    """Return a map of where the guidance is uncertain (0 to 1), and alphas that are estimated from colors there.
+
+    There is one alpha for each of `WINDOWS`.
 
     Pixels within `reach` pixels (of stride 4) of the outline are uncertain. The others are known to be object or
     background. The color of an uncertain pixel is projected on the line between the mean colors of known object and

@@ -20,7 +20,8 @@ from mqformer_jax.models.swin import Swin
 class Backbone(Protocol):
     """The interface of an image encoder.
 
-    channels: {stride: width} of its features. mean, std: for the normalization of pixels, RGB, 0 to 255.
+    channels: {stride: number of channels} of the feature maps. mean, std: per-channel statistics that normalize RGB
+    pixels of 0 to 255.
     """
 
     channels: dict[int, int]
@@ -38,7 +39,11 @@ class Backbone(Protocol):
 
 
 def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLike) -> Backbone:
-    """Return the image encoder of `config.model.backbone`. remat: for Swin, see `layers.scan_layers`."""
+    """Return the image encoder that `config` describes.
+
+    config: `config.model.backbone`. remat: which activations Swin stores, see `layers.scan_layers`; the other encoders
+    ignore it.
+    """
     name = config.name
     if name.startswith("resnet"):
         return ResNet(int(name.removeprefix("resnet")), stride_in_1x1=config.stride_in_1x1, rngs=rngs, dtype=dtype)

@@ -1,4 +1,7 @@
-"""BERT (Devlin et al., NAACL 2019) as in sentence-transformers (MiniLM): a text's vector is the mean of its tokens."""
+"""The text encoder BERT (Devlin et al., NAACL 2019), used for MiniLM.
+
+As in sentence-transformers, the vector of a text is the mean of the output vectors of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ class BertBlock(nnx.Module):
         self.norm2 = layers.layer_norm(width, norm_eps, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "n l c"], real: Bool[Array, "n l"]) -> Float[Array, "n l c"]:
-        """Return the updated tokens. real: which tokens may be attended to."""
+        """Return the updated tokens. real: False for padding, which no token attends to."""
         qkv = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, -1)
         attended = jax.nn.dot_product_attention(*jnp.moveaxis(qkv, 2, 0), mask=real[:, None, None])
         x = self.norm1(x + self.out(attended.reshape(x.shape)))
@@ -33,11 +36,12 @@ class BertBlock(nnx.Module):
 
 
 class BertTextEncoder(nnx.Module):
-    """BERT text encoder: token ids to one vector of `width` per text, not normalized.
+    """BERT text encoder: turns token ids into one vector of size `width` per text, not normalized.
 
-    Sizes of MiniLM-L6: vocab_size 30522, width 384, heads 12, depth 6. context: tokens of the longest prompt.
-    positions: rows of the position table, all kept so that a checkpoint can be exported completely. norm_eps: of the
-    LayerNorms. Raises ValueError if `context` is larger than `positions`.
+    MiniLM-L6 has vocab_size 30522, width 384, heads 12 and depth 6. context: number of tokens of the longest prompt.
+    positions: number of rows of the position table. Rows beyond `context` are unused, but kept so that a checkpoint
+    can be exported completely. norm_eps: epsilon of the LayerNorms. Raises ValueError if `context` is larger than
+    `positions`.
     """
 
     def __init__(
@@ -62,9 +66,9 @@ class BertTextEncoder(nnx.Module):
         self.blocks = layers.stack(lambda keys: BertBlock(width, heads, norm_eps, rngs=keys, dtype=dtype), depth, rngs)
 
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n width"]:
-        """Return the mean over the tokens of each text. A text that is all padding gives zero.
+        """Return the vector of each text: the mean of its tokens' outputs, or zero if the text is all padding.
 
-        tokens: word pieces with [CLS] and [SEP], padded with 0 to the longest text or further.
+        tokens: ids of [CLS], the word pieces and [SEP], padded with 0 to a common length.
         """
         flat = tokens.reshape(-1, tokens.shape[-1])
         real = flat != 0

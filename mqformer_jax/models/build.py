@@ -23,5 +23,5 @@ def build_model(config: ConfigDict, seed: Array | int = 0) -> tuple[nnx.GraphDef
 
 
 def abstract_model(config: ConfigDict) -> tuple[nnx.GraphDef, Any, Any]:
-    """Return `build_model`'s graph and the shapes of its arrays, without computing them."""
+    """Return the same as `build_model`, with the shape and dtype of each array instead of its values."""
     return jax.eval_shape(functools.partial(build_model, config), jax.random.key(0))

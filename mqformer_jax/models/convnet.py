@@ -36,9 +36,10 @@ class Stage(nnx.Module):
 class ConvNet(nnx.Module):
     """Small convolutional encoder with features at strides 4, 8, 16 (and 32 with a fifth width).
 
-    widths: channels at strides 2, 4, 8, ... blocks: residual blocks per stage. Stride 2 has none, since they would cost
-    as much as all the others. The default has 0.24 M parameters; forward and backward of eight 96 x 96 images take
-    27 ms on two CPU cores. `channels` is {stride: width} of the features.
+    widths: number of channels at strides 2, 4, 8, ... blocks: number of residual blocks at each stride from 4 on.
+    Stride 2 has no residual blocks, since they would cost as much as all the others together. The default has 0.24 M
+    parameters; a forward and a backward pass of eight 96 x 96 images take 27 ms on two CPU cores. `channels` is
+    {stride: number of channels} of the features.
     """
 
     mean, std = layers.IMAGENET_MEAN, layers.IMAGENET_STD

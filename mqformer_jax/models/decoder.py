@@ -46,11 +46,12 @@ class Attention(nnx.Module):
 
 
 class Exchange(nnx.Module):
-    """The paper's two cross-attentions: conditional -> learnable and learnable -> conditional, from the same inputs.
+    """The paper's two cross-attentions, which exchange information between learnable and conditional queries.
 
-    The paper does not say where they stand in a layer. Here, both run in parallel after self-attention. Each is a
-    pre-norm residual whose output projection starts at zero. So a new exchange is the identity, and a converted Mask
-    DINO keeps its predictions.
+    Learnable queries attend to conditional queries, and conditional queries attend to learnable queries. The paper does
+    not say where in a layer this happens. Here, both attentions follow self-attention and read the same input. Each is
+    a pre-norm residual branch whose output projection starts at zero. A new exchange is therefore the identity, and a
+    converted Mask DINO keeps its predictions.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any):
@@ -62,7 +63,11 @@ class Exchange(nnx.Module):
     def __call__(
         self, x: Float[Array, "b q d"], pos: Float[Array, "b q d"], learnable: int, conditional: int
     ) -> Float[Array, "b q d"]:
-        """Return the updated queries. Rows: learnable, conditional, denoising queries; the last stay unchanged."""
+        """Return the updated queries. Denoising queries do not change.
+
+        x: the content of the learnable, conditional and denoising queries, in this order. pos: their position
+        embeddings. learnable, conditional: the number of queries of each kind.
+        """
         parts = np.cumsum([learnable, conditional])
         lx, cx, rest = jnp.split(x, parts, 1)
         lp, cp, _ = jnp.split(pos, parts, 1)
@@ -114,7 +119,7 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A scanned stack of decoder layers. Anchors are refined after each layer (Mask DINO's order of operations)."""
+    """A stack of decoder layers. After each layer, the anchor boxes of the queries are refined, as in Mask DINO."""
 
     def __init__(
         self, width: int, heads: int, ffn: int, layers: int, levels: int, num_sampling_points: int, exchange: bool, *,
@@ -136,12 +141,14 @@ class Decoder(nnx.Module):
         memory: Memory,
         heads: Heads,
     ) -> tuple[Float[Array, "l b q d"], Float[Array, "l b q 4"]]:
-        """Return the normed content and the boxes (cx, cy, w, h as fractions of the canvas) after each layer.
+        """Return the content (after `heads.norm`) and the boxes of the queries after each layer.
 
-        mask: which query (row) may attend to which (column). counts: numbers of learnable and conditional queries.
+        Boxes are cx, cy, w, h as fractions of the canvas. mask: True where the query of a row may attend to the query
+        of a column. counts: numbers of learnable and conditional queries.
 
-        A reference box enters the next layer without gradients, but the next predicted box passes gradients to it
-        ("look forward twice"). The refinement uses queries before the norm, the predicted boxes use normed queries.
+        Each layer attends around a reference box, which the previous layer has refined. The layer itself gets this box
+        without gradients, but the box predicted after the layer passes gradients back to it ("look forward twice").
+        Reference boxes are refined from the content before the norm. Predicted boxes use the content after the norm.
         """
 
         def layer_step(layer: DecoderLayer, carry, _):

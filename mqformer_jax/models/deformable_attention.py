@@ -1,7 +1,7 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021), in plain JAX.
 
-The op is bound by memory bandwidth. So the four pixels around a sampling point are packed into one row, which one
-gather reads. With 32 channels per head, a row has 128 numbers, the number of lanes of a TPU.
+The operation is limited by memory bandwidth. Therefore, the four pixels around a sampling point are packed into one
+row, and a gather reads the whole row. With 32 channels per head, a row has 128 numbers, the number of lanes of a TPU.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def ms_deform_attn(
 ) -> Float[Array, "b q heads*dh"]:
     """Return weighted sums of bilinear samples of several maps, in float32.
 
-    value: the concatenated maps, each row by row. shapes: (h, w) of each map. locations: x, y, where 0 and 1 are the
-    outer edges of a map. Maps are zero outside (torch's `grid_sample` with align_corners=False and zero padding).
+    value: the pixels of all maps, one map after the other, each row by row. shapes: (h, w) of each map. locations: x, y
+    of the sampling points; 0 and 1 are the outer edges of a map. Outside, a map counts as zero (as in torch's
+    `grid_sample` with align_corners=False and zero padding). weights: of the sampling points.
     """
     batch, queries, heads, *_ = locations.shape
     rows = _pack(value, shapes)
@@ -45,7 +46,8 @@ def ms_deform_attn(
 def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b rows 4*dh"]:
     """Pack the maps into one row per cell and head: (h + 1) * (w + 1) * heads rows per map.
 
-    Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1), (y, x), with zeros outside the map.
+    A cell is the square between four neighboring pixels. Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1),
+    (y, x), with zeros outside the map.
     """
     batch, _, heads, dh = value.shape
     packed, start = [], 0
@@ -61,7 +63,7 @@ def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "
 def _corners(
     locations: Float[Array, "b q heads levels points 2"], shapes: Shapes
 ) -> tuple[Int[Array, "b q heads levels points"], Float[Array, "b q heads levels points 4"]]:
-    """Return the packed cell of each point and the bilinear weights of its four pixels.
+    """Return the index of the cell around each point (see `_pack`) and the bilinear weights of its four pixels.
 
     Points are clipped to one pixel outside the map, where all their weight falls on the zeros around the map.
     """
@@ -198,9 +200,10 @@ class MSDeformAttn(nnx.Module):
     ) -> Float[Array, "b q c"]:
         """Return the attended values.
 
-        reference: x, y (d = 2) or cx, cy, w, h (d = 4) as fractions of each map. Around a point, offsets are in pixels
-        of the map. Around a box, they are in half sizes of the box divided by `num_sampling_points`. memory: tokens of
-        the maps; tokens that are not `valid` count as zero.
+        reference: a point x, y (d = 2) or a box cx, cy, w, h (d = 4), as fractions of each map. Around a point, the
+        unit of the learned offsets is one pixel of the map. Around a box, an offset of `num_sampling_points` reaches
+        from the center to the edge of the box. memory: the tokens of all maps; tokens that are not `valid` count as
+        zero. shapes: (h, w) of each map.
         """
         value = self.value_proj(memory)
         if valid is not None:
@@ -222,7 +225,10 @@ class MSDeformAttn(nnx.Module):
 
 
 def _star(heads: int, levels: int, num_sampling_points: int) -> np.ndarray:
-    """Return initial offsets: head i in direction 2 pi i / heads, scaled to the unit square; point k is k + 1 out."""
+    """Return the initial offsets x, y of all sampling points as a flat array.
+
+    Head i samples in direction 2 pi i / heads. The larger of |x| and |y| of point k is k + 1.
+    """
     angle = np.arange(heads) * (2 * math.pi / heads)
     direction = np.stack([np.cos(angle), np.sin(angle)], -1)
     direction /= np.abs(direction).max(-1, keepdims=True)

@@ -34,7 +34,7 @@ he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 def same_padding(sides: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
     """Return TensorFlow's "SAME" padding as [(before, after)] for each side.
 
-    It is the least padding that gives ceil(side / stride) outputs. An odd pixel goes to the end.
+    This is the least padding that gives ceil(side / stride) outputs. If it is odd, the extra pixel goes to the end.
     """
     needed = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in sides]
     return [(n // 2, n - n // 2) for n in needed]
@@ -50,11 +50,12 @@ def convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "k k j o"], stride
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def depthwise(x: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], stride: int) -> Float[Array, "b h2 w2 c"]:
-    """Convolve each channel with its own filter. On CPU, where XLA's convolution is slow, sum shifted products.
+    """Convolve each channel with its own filter.
 
-    Lite0 at 224 x 224 on two cores takes 10 instead of 92 ms, with gradients 60 instead of 730 ms. Optimization
-    barriers keep XLA from fusing one convolution into the next, which would recompute it for each shift. The gradients
-    are custom because JAX's would be fused in the same way.
+    On CPU, XLA's convolution is slow, so this sums the products of shifted images and filter elements instead. For
+    EfficientNet-Lite0 at 224 x 224 on two cores, this reduces the time from 92 to 10 ms, and with gradients from 730 to
+    60 ms. Optimization barriers keep XLA from fusing one convolution into the next, which would recompute it for each
+    shift. The gradients are custom because JAX's would be fused in the same way.
     """
     return jax.lax.platform_dependent(
         x,
@@ -84,7 +85,7 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _filtered(padded: Array, kernel: Array, stride: int, sides: Sequence[int]) -> Array:
-    """Return the first `sides` outputs of a filtered padded image, summed in the kernel's type (float32)."""
+    """Filter a padded image and return the first `sides` (height, width) outputs. Sums have the kernel's type."""
     x, size = jax.lax.optimization_barrier(padded), kernel.shape[0]
     taps = [(i, j) for i in range(size) for j in range(size)]
     y = sum(x[:, _every(stride, i, sides[0]), _every(stride, j, sides[1])] * kernel[i, j, 0] for i, j in taps)
@@ -98,7 +99,8 @@ def _every(stride: int, start: int, count: int) -> slice:
 def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple[Array, Array]:
     """Return the gradients of the image and the kernel.
 
-    Image: `dy`, dilated by the stride and filtered with the flipped kernel. Kernel: one sum per tap, one row at a time.
+    The image's gradient is `dy`, dilated by the stride and filtered with the flipped kernel. The kernel's gradient is
+    one sum per kernel element, computed one kernel row at a time.
     """
     size, sides, (height, width) = kernel.shape[0], x.shape[1:3], dy.shape[1:3]
     padding = same_padding(sides, size, stride)
@@ -119,7 +121,10 @@ def _shifted_gradients(x: Array, kernel: Array, dy: Array, stride: int) -> tuple
 
 
 class SameConv(nnx.Module):
-    """A square convolution with TensorFlow's padding and no bias. groups: 1, or `inputs` for a depthwise one."""
+    """A square convolution with TensorFlow's padding and no bias.
+
+    groups: 1, or `inputs` for a depthwise convolution.
+    """
 
     def __init__(
         self, inputs: int, outputs: int, size: int, stride: int, groups: int, *, rngs: nnx.Rngs, dtype: DTypeLike

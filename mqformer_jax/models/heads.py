@@ -27,13 +27,15 @@ class Prompts:
 
 
 class Heads(nnx.Module):
-    """Heads that predict from a query its class (d -> e), mask embedding (d -> mask_dim) and box (d -> 4).
+    """Heads that predict the class, the mask embedding and the box of each query.
+
+    width: of a query. text_dim: of a prompt embedding, with which the class is scored. mask_dim: of a mask embedding.
 
     The class score is cosine(query, text) * exp(logit_scale) + logit_bias, so that no class has weights of its own. The
     paper mentions only a dot product; cosine and scale follow X-Decoder and OpenSeeD. The bias starts at RetinaNet's
-    prior, which saves about a thousand steps with focal loss (OpenSeeD has none, so a converted one loads zero).
-    Without `cosine`, the score is the dot product with the text vector, not normalized (for the class table of a
-    converted Mask DINO).
+    prior, which saves about a thousand steps with focal loss. (OpenSeeD has no bias, so its converted weights set it to
+    zero.) Without `cosine`, the score is the dot product with the text vector, without normalization, as the class
+    table of a converted Mask DINO needs.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class Heads(nnx.Module):
     def __call__(
         self, queries: Float[Array, "*s b q d"], prompts: Prompts
     ) -> tuple[Float[Array, "*s b q p"], Float[Array, "*s b q m"]]:
-        """Return class logits and mask embeddings of queries that are not normalized yet."""
+        """Normalize the queries, then return their class logits and mask embeddings."""
         queries = self.norm(queries)
         return self.scores(queries, prompts), self.mask_embed(queries)
 

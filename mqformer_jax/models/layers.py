@@ -1,6 +1,6 @@
 """Layers that all parts of the model share.
 
-Parameters are float32. A module computes in `dtype` and returns it. Images are NHWC, kernels HWIO.
+Parameters are float32. A module computes in `dtype` and returns arrays of this type. Images are NHWC, kernels HWIO.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class MLP(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Return n modules of the same shape as one module with a leading axis of n. Run it with `scan_layers`."""
+    """Make n modules and return them as one module whose arrays have a leading axis of n. Run it with `scan_layers`."""
     graph, state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), n))
     return nnx.merge(graph, state)
 
@@ -181,11 +181,11 @@ def scan_layers(
     xs: Any = None,
     remat: str = "none",
 ) -> tuple[Any, Any]:
-    """Run `carry, y = body(layer, carry, x)` over the layers of a stack, compiled once for all layers.
+    """Run `carry, y = body(layer, carry, x)` for each layer of a `stack`. Return the last carry and the stacked ys.
 
-    xs: a tree whose arrays have one row per layer, or None. remat: which activations are stored for the gradients; the
-    others are recomputed (`config.model.remat`): "none" stores all, "dots" the results of matmuls with weights,
-    "layers" only each layer's input. Returns the last carry and the stacked ys.
+    All layers share one compiled body. xs: a tree whose arrays have one row per layer, or None. remat
+    (`config.model.remat`): the activations that are stored for the backward pass, which recomputes all others. "none"
+    stores all activations, "dots" the results of matmuls with weights, "layers" only the input of each layer.
     """
     graph, state = nnx.split(stacked)
 

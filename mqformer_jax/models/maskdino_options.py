@@ -1,4 +1,4 @@
-"""Options in which released Mask DINO models (Li et al., CVPR 2023) differ, apart from the path of `mqformer.py`."""
+"""Options in which the released Mask DINO models (Li et al., CVPR 2023) differ; converted checkpoints need them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from mqformer_jax.models.queries import Queries
 def order_levels(memory: Memory, level_order: str) -> Memory:
     """Return the memory with its levels in the decoder's order (`config.model.level_order`).
 
-    memory: fine to coarse, as the pixel decoder returns it. "fine_to_coarse" is Mask DINO's feature order high2low. The
-    order determines the sizes of the proposals (`grid_proposals`) and the sampling offsets of each level.
+    memory: with its levels from fine to coarse, as the pixel decoder returns it. Mask DINO calls "fine_to_coarse" the
+    feature order high2low. The order determines the sizes of the proposals (`grid_proposals`) and which sampling
+    offsets belong to each level.
     """
     if level_order == "fine_to_coarse":
         return memory
@@ -45,8 +46,8 @@ def mask_boxes(masks: Bool[Array, "*n h w"], inclusive: bool) -> Float[Array, "*
     """Return the box around each mask: cx, cy, w, h as fractions of the map.
 
     Mask DINO has two variants (INITIALIZE_BOX_TYPE). With "mask2box" (`inclusive`), a box ends at the last pixel, and
-    an empty mask gives a box of size 0 at 1. With "bitmask", a box ends after the last pixel, and an empty mask gives a
-    box of size 0 at 0.
+    an empty mask gives a box of size 0 at (1, 1). With "bitmask", a box ends after the last pixel, and an empty mask
+    gives a box of size 0 at (0, 0).
     """
 
     def side(hit: Bool[Array, "*n m"]) -> tuple[Array, Array]:

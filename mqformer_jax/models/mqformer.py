@@ -43,7 +43,8 @@ class Predictions:
     """The predictions of q queries at s stages, for p prompts.
 
     Stages: the proposals (if there are conditional queries), the initial queries, then one per decoder layer.
-    boxes: cx, cy, w, h as fractions of the canvas. Mask logits are mask_embed . mask_features.
+    boxes: cx, cy, w, h as fractions of the canvas. mask_embed: its dot products with `Outputs.mask_features` are the
+    mask logits.
     """
 
     class_logits: Float[Array, "s b q p"]
@@ -54,9 +55,12 @@ class Predictions:
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Outputs:
-    """The predictions of matching queries (learnable first) and denoising queries, and the features of their masks.
+    """The output of the model for a batch of images.
 
-    decoupled: learnable queries match only regions, conditional queries only instances (OpenSeeD's hard split).
+    matching: the predictions of the learnable and conditional queries, in this order, which are matched to targets.
+    denoising: the predictions of the denoising queries, or None. mask_features: see `Predictions.mask_embed`.
+    num_learnable: the number of learnable queries. decoupled: whether learnable queries match only regions and
+    conditional queries only instances (OpenSeeD's hard split).
     """
 
     matching: Predictions
@@ -108,9 +112,10 @@ class MQFormer(nnx.Module):
         tokens: token ids, or vectors that the text encoder has already computed.
 
         The paper does not say how one model distinguishes COCO's "person" (each person) from ADE's "person" (all people
-        as one region). Here, one of two learned embeddings is added to the text (unless `model.region_embedding` is
-        off). They start random, since expressions are grounded worse when they start at zero (docs/benchmarks.md).
-        If a run starts from trained weights without them, they start at zero (`training.warm_start`).
+        as one region). Here, one of two learned region embeddings is added to the text (unless `model.region_embedding`
+        is off). They start random, because expressions are grounded worse if they start at zero (docs/benchmarks.md).
+        In a run that starts from trained weights without region embeddings, they start at zero
+        (`training.warm_start`).
         """
         encoded = jnp.issubdtype(tokens.dtype, jnp.floating)
         embeddings = tokens.astype(self.dtype) if encoded else self.text_encoder(tokens)
@@ -180,7 +185,10 @@ class MQFormer(nnx.Module):
         return concatenate(jax.lax.stop_gradient(learnable), proposals), concatenate(learnable, conditional)
 
     def denoise(self, denoising: DenoisingQueries, prompts: Prompts) -> Queries:
-        """Return denoising queries: their content is the claimed prompt, their anchors are the noised boxes."""
+        """Return the denoising queries as input of the decoder.
+
+        The content is computed from the embedding of the prompt that a query claims; the anchors are the noised boxes.
+        """
         claimed = jnp.take_along_axis(prompts.embeddings, denoising.prompt[..., None], 1)
         content = self.denoising_embedding(normalize(claimed) if self.heads.cosine else claimed)
         anchors = jax.scipy.special.logit(jnp.clip(denoising.boxes, 1e-3, 1 - 1e-3))  # Mask DINO's range
@@ -239,10 +247,11 @@ def query_counts(config: ConfigDict) -> tuple[int, int]:
 def attention_mask(
     learnable: int, conditional: int, joint: bool, denoising: DenoisingQueries | None
 ) -> Bool[Array, "#b q q"]:
-    """Return which query (row) may attend to which (column) in self-attention.
+    """Return the mask of self-attention: True where the query of a row may attend to the query of a column.
 
-    Learnable and conditional queries attend to their own kind, or to both kinds if `joint`. Denoising queries attend to
-    their group and to the conditional queries, since both have anchors from boxes. No other query attends to them.
+    learnable, conditional: the number of queries of each kind. They attend to their own kind, or to both kinds if
+    `joint`. Denoising queries attend to their group and to the conditional queries, since the anchors of both come from
+    boxes (without conditional queries: to the learnable ones). No other query attends to denoising queries.
     """
     kind = np.repeat([0, 1], [learnable, conditional])
     own = np.full((len(kind),) * 2, True) if joint else kind[:, None] == kind[None]

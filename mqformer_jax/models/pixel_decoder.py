@@ -72,9 +72,10 @@ class EncoderLayer(nnx.Module):
 
 
 class MaskFeatures(nnx.Module):
-    """Mask features: the finest level of the memory, resized to the mask stride and merged with the backbone's feature.
+    """Layer that computes the mask features.
 
-    They are merged even if the finest level already has the mask stride, as in Mask DINO with five levels.
+    It resizes the finest level of the memory to the mask stride and merges it with the backbone's feature of that
+    stride. It merges them even if the finest level already has the mask stride, as in Mask DINO with five levels.
     """
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -88,12 +89,13 @@ class MaskFeatures(nnx.Module):
 
 
 class PixelDecoder(nnx.Module):
-    """Encoder from backbone features to memory (tokens of several strides) and mask features.
+    """Encoder that turns backbone features into memory (tokens of several strides) and mask features.
 
-    channels: {stride: width} of the backbone's features. strides: of the memory's levels, fine to coarse, each double
-    the one before. Levels coarser than the backbone's are made by 3x3 convolutions of stride 2. heads,
-    num_sampling_points, depth, ffn: of the encoder layers. mask_stride: of the mask features; must be a stride of the
-    backbone. remat: see `scan_layers`.
+    channels: {stride: number of channels} of the backbone's features. width: number of channels of the memory.
+    strides: of the memory's levels, from fine to coarse, each double the one before. 3x3 convolutions of stride 2
+    compute the levels that are coarser than the backbone's. depth: number of encoder layers, each with `heads` heads,
+    `num_sampling_points` per head and level, and `ffn` hidden channels. mask_stride: of the mask features; must be a
+    stride of the backbone. remat: see `scan_layers`.
     """
 
     def __init__(
@@ -178,7 +180,10 @@ class PixelDecoder(nnx.Module):
 
 
 class _Grid:
-    """The cells of one level. count [b, 2]: the numbers of valid rows and columns. shape: all (h, w)."""
+    """The cells of one level.
+
+    count [b, 2]: the numbers of valid rows and columns. shape: (h, w) of the whole level, padding included.
+    """
 
     def __init__(self, count: Int[Array, "b 2"], shape: tuple[int, int]):
         self.shape = shape
@@ -188,7 +193,7 @@ class _Grid:
 
     @property
     def center(self) -> Float[Array, "b h w 2"]:
-        """x, y of each cell's center, scaled so that the valid part is 0 to 1."""
+        """Return x, y of each cell's center, scaled so that the valid part is 0 to 1."""
         y, x = (self.rows + 0.5) / self.height, (self.columns + 0.5) / self.width
         return self._pair(x[:, None, :, None], y[:, :, None, None])
 

@@ -39,8 +39,9 @@ def concatenate(*parts: Queries) -> Queries:
 class DenoisingQueries:
     """Noised copies of targets, which the decoder must restore (made by `losses.denoising`).
 
-    prompt: index of the prompt that a copy claims. boxes: cx, cy, w, h in 0..1. group: copies of different groups do
-    not attend to each other. valid: false for padding.
+    prompt: index of the prompt that a copy claims to match, which noise may have replaced by a wrong one. boxes: noised
+    boxes, cx, cy, w, h in 0..1. group: copies of different groups do not attend to each other. valid: false for
+    padding.
     """
 
     prompt: Int[Array, "b d"]
@@ -53,8 +54,8 @@ class LearnableQueries(nnx.Module):
     """n queries whose content and anchors (4-d) are parameters.
 
     The paper does not say where the anchors come from. Here they are learned. They start large and spread over the
-    image, since the paper's learnable queries mostly predict stuff. They keep their gradients (OpenSeeD detaches them,
-    and they hardly learn).
+    image, since the paper's learnable queries mostly predict stuff. The decoder passes gradients to them. (OpenSeeD
+    stops these gradients, and its anchors hardly learn.)
     """
 
     def __init__(self, n: int, width: int, *, rngs: nnx.Rngs):
@@ -101,9 +102,9 @@ class ConditionalQueries(nnx.Module):
         )
 
     def initial_content(self, proposals: Queries) -> Float[Array, "b k d"]:
-        """Return the decoder's initial content: the proposals' content without gradients, or the parameter.
+        """Return the decoder's initial content: the proposals' content, or the parameter if the content is learned.
 
-        The proposals have a loss of their own.
+        The proposals' content gets no gradients from the decoder, because the proposals have a loss of their own.
         """
         if self.content is None:
             return jax.lax.stop_gradient(proposals.content)

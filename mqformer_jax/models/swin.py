@@ -57,7 +57,10 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerge(nnx.Module):
-    """Merge of 2 x 2 pixels, in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column), into twice the channels."""
+    """Merge of each 2 x 2 pixels into one pixel with twice the channels.
+
+    The four pixels are concatenated in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
+    """
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.norm = layers.layer_norm(4 * width, rngs=rngs, dtype=dtype)
@@ -180,7 +183,10 @@ class Swin(nnx.Module):
         return features
 
     def drops(self, stage: int, keys: Key[Array, " b"] | None) -> tuple[Drops, Drops] | None:
-        """Return rates and keys of a stage's plain and shifted blocks, one row per pair; None without drop path."""
+        """Return the drop path rates and keys of a stage's plain blocks and of its shifted blocks, one row per `Pair`.
+
+        Returns None if drop path is off.
+        """
         if keys is None or self.drop_path == 0:
             return None
         depths = self.size.depths
@@ -209,7 +215,7 @@ def to_windows(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b rows co
 
 
 def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Float[Array, "b h w c"]:
-    """Invert `to_windows`."""
+    """Join windows into an image: the inverse of `to_windows`."""
     b, rows, columns, _, c = windows.shape
     return windows.reshape(b, rows, columns, side, side, c).swapaxes(2, 3).reshape(b, rows * side, columns * side, c)
 
@@ -217,8 +223,8 @@ def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Floa
 def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Array, "heads t t"]:
     """Return the bias of each query and key of a window from a relative position table.
 
-    Rows and columns are indexed one after the other. This gathers 2 window^2 slices (and scatters them in the
-    gradient), where the usual index gathers window^4 numbers.
+    Indexing first the rows and then the columns of the table gathers 2 window^2 slices, and scatters as many in the
+    gradient. The usual single index gathers window^4 numbers.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
     # query row, key row, query column, key column

@@ -85,8 +85,8 @@ class TextEncoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
         """Return one vector per text.
 
-        tokens: from a `Tokenizer`; zeros after the end token may be cut off. The end token has the highest id, by which
-        it is found (as in OpenAI's code).
+        tokens: from a `Tokenizer`; zeros after the end token may be cut off. The vector is read at the end token, which
+        is the token with the highest id (as in OpenAI's code).
         """
         flat = tokens.reshape(-1, tokens.shape[-1])
         x = (self.tokens[...][flat] + self.positions[: flat.shape[1]]).astype(self.dtype)

@@ -38,12 +38,12 @@ BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {
 class Tokenizer(Protocol):
     """The interface of a tokenizer.
 
-    A row holds the start token, the text, the end token and zeros. A text that is too long for `context` loses its last
-    tokens but keeps its end token.
+    A call returns one row of `context` ids per text: the start token, the text, the end token, then zeros. A text that
+    is too long for `context` loses its last tokens but keeps its end token.
 
-    - Hashed words and CLIP: the end token has the highest id, by which `TextEncoder` finds it. A zero does not imply
-      padding, since 0 is also CLIP's "!".
-    - BERT: only padding is 0, by which `BertTextEncoder` finds it.
+    - Hashed words and CLIP: the end token has the highest id, and `TextEncoder` finds it by this property. A zero need
+      not be padding, since 0 is also CLIP's "!".
+    - BERT: only padding has id 0, and `BertTextEncoder` finds it by this property.
     - Classes: a text is one token without start and end; 0 is padding.
     """
 
@@ -81,7 +81,7 @@ class _Rows(abc.ABC):
 
 
 class WordTokenizer(_Rows):
-    """Tokenizer with one token per word, a stable hash, so that it needs no vocabulary file.
+    """Tokenizer that hashes each word to one token, so that it needs no vocabulary file. The hash never changes.
 
     Words are lower-cased and punctuation is dropped. Ids: 0 is padding, 1 to vocab_size - 3 are words, vocab_size - 2
     is the start token, vocab_size - 1 the end token. Two words may share an id: with 4,096 ids and a hundred different
@@ -189,11 +189,10 @@ class ClassTokenizer(_Rows):
 
 
 def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
-    """Return the tokenizer of `config.model.text`.
+    """Return the tokenizer that `text` (`config.model.text`) describes.
 
-    folder: of a converted text encoder; "clip" and "wordpiece" read tokenizer.json there.
-    Raises ValueError or FileNotFoundError, with a message of one line, if a file or package is missing or if fields do
-    not fit the file.
+    folder: folder of a converted text encoder, where "clip" and "wordpiece" read tokenizer.json. Raises ValueError or
+    FileNotFoundError, with a message of one line, if a file or package is missing or if `text` does not fit the file.
     """
     if text.tokenizer == "words":
         return WordTokenizer(text.vocab_size, text.context)
@@ -223,8 +222,9 @@ def clip_tokenizer_json(merges: str) -> str:
 
     merges: contents of CLIP's bpe_simple_vocab_16e6.txt: a header, then two symbols per line.
 
-    Ids: the bytes, the bytes that end a word, the merges in order, start, end; 49,408 in all. Other programs can read
-    the file too, but clean and split texts as Hugging Face does. Raises ValueError if a line is malformed.
+    The 49,408 ids are, in this order: the bytes, the bytes at the end of a word, the merges, the start token and the
+    end token. Other programs can read the file, but they clean and split texts as Hugging Face does. Raises ValueError
+    if a line is malformed.
     """
     pairs = [line.split() for line in merges.strip().split("\n")[1 : CLIP_MERGES + 1]]
     wrong = [number for number, pair in enumerate(pairs, 2) if len(pair) != 2]
@@ -295,7 +295,7 @@ def _engine(source: str | os.PathLike, context: int) -> tuple[str, tokenizers.To
 
 
 def _package(name: str) -> ModuleType:
-    """Import an optional package. Hashed words need none."""
+    """Import an optional package. Raises ValueError if it is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError:

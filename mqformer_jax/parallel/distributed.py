@@ -57,7 +57,10 @@ def is_asked_for(environment: Mapping[str, str]) -> bool:
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments of `jax.distributed.initialize`; empty if JAX detects them itself. Raises ValueError."""
+    """Return the arguments of `jax.distributed.initialize`, or {} if JAX detects them itself.
+
+    Raises ValueError if the variables of the environment are incomplete or inconsistent.
+    """
     names = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     given = {argument: environment[name] for argument, name in names.items() if name in environment}
     if not given:
@@ -128,10 +131,11 @@ def gather(value: Any) -> list[Any]:
 
 
 class Preemption:
-    """Save and stop the run after SIGTERM, which clouds send before they take a machine away, or Ctrl-C.
+    """Tell the training loop to save and stop after SIGTERM or Ctrl-C. Use it as a context.
 
-    A SIGTERM to one of several processes stops all of them at the same step. Ctrl-C saves if the run is a single
-    process that has trained a step since it started. A second Ctrl-C stops without saving.
+    Clouds send SIGTERM before they take a machine away. If one of several processes receives it, all of them stop at
+    the same step. Ctrl-C is delayed until the current step is saved, if the run is a single process with unsaved steps.
+    Otherwise, and for a second Ctrl-C, the process ends without saving.
     """
 
     def __init__(self):
@@ -162,9 +166,10 @@ class Preemption:
 
     @contextlib.contextmanager
     def exit_on_signals(self) -> Generator[None]:
-        """Let SIGTERM and Ctrl-C end a single process at once inside this context, for work that can be repeated.
+        """Let SIGTERM and Ctrl-C end the process at once inside this context, for work that can be repeated.
 
-        Save all steps before. A run of several processes ends after the context.
+        Save all steps before entering it. If a signal has already arrived, the process ends on entry. A run of several
+        processes is not ended inside the context, but at the next `should_stop`.
         """
         if self._stops and interrupts.was_postponed():
             interrupts.exit_now(interrupts.STATUS, "stopped; checkpoint saved. Run the same command to resume.")

@@ -69,9 +69,10 @@ def gather_to_host(tree: Any, mesh: Mesh) -> Any:
 def shard_map_batch(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """Return `fn` mapped over the devices: each device calls it with its own images.
 
-    `fn` must do the sums over devices (over IMAGES) itself. Nothing else in it communicates: no gather, no sort, and no
-    condition of a search loop, which the partitioner would turn into an all-reduce over the pod in every iteration. The
-    specs name the axes of IMAGES; the tensor axis is left to the partitioner.
+    `fn` must sum over devices (over the axes IMAGES) itself. Apart from these sums, devices do not communicate. Without
+    this mapping, the partitioner would make gathers, sorts and the conditions of search loops communicate, with one
+    all-reduce over the pod in every iteration of a loop. in_specs, out_specs: name only axes of IMAGES; the partitioner
+    handles the tensor axis.
     """
     return jax.shard_map(fn, mesh=mesh, axis_names=set(IMAGES), in_specs=in_specs, out_specs=out_specs, check_vma=False)
 

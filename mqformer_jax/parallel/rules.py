@@ -25,9 +25,9 @@ def flatten_paths(tree: Any) -> dict[str, Any]:
 
 
 def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Return a tree with the structure of `tree` and `leaves` by path.
+    """Return a tree with the structure of `tree`, whose leaves are looked up in `leaves` by their paths.
 
-    The structure of a checkpoint cannot be used: it sorts entry 10 of a list before entry 2.
+    The structure of a checkpoint cannot be used instead, because it sorts entry 10 of a list before entry 2.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 

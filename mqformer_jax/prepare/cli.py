@@ -64,7 +64,10 @@ def _kind(
 
 
 def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
-    """Add a subcommand that prepares one split of one data set."""
+    """Add a subcommand that prepares one split of one data set. Return its parser.
+
+    plan: makes the split's plan from the parsed arguments.
+    """
     command = _kind(kinds, name, text, lambda args: _splits(args, plan(args)))
     command.add_argument("--name", type=_name, required=True, help="Name of the data set in recipes, e.g. balloon.")
     command.add_argument("--split", type=_name, required=True, help="Name of the split, e.g. train.")
@@ -226,7 +229,7 @@ def _add_formats(kinds: Kinds) -> None:
 
 
 def _add_layouts(kinds: Kinds) -> None:
-    """Add the subcommands of the formats of single public data sets."""
+    """Add the subcommands of formats that only one public data set uses."""
     p = _one(
         kinds, "cityscapes", "Cityscapes: instanceIds PNG files", lambda a: cityscapes.panoptic(a.images, a.labels)
     )
@@ -277,7 +280,7 @@ def _add_layouts(kinds: Kinds) -> None:
 
 
 def _name(text: str) -> str:
-    """Check the name of a data set or split, which becomes a part of file names."""
+    """Return the name of a data set or split, after checking that file names can contain it."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a valid name: use letters, digits, '_', '.', '+' and '-', starting with a letter or digit"

@@ -62,14 +62,20 @@ class Plan:
         return dataclasses.replace(self, jobs=[job for job in self.jobs if keep(job)], problems=problems)
 
     def held_out(self, fraction: float) -> set[str]:
-        """Return the keys of a fraction of the images, at least one and not all. It depends only on the names."""
+        """Return the keys of a fraction of the images, at least one and not all.
+
+        The choice depends only on the keys. Raises ValueError for fewer than two images.
+        """
         keys = sorted({job.key for job in self.jobs}, key=lambda key: hashlib.sha256(key.encode()).digest())
         if len(keys) < 2:
             raise ValueError("--val_fraction needs at least two images")
         return set(keys[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
     def without(self, held_out: Set[int | str]) -> Plan:
-        """Return a plan without the images that another data set evaluates on. Each is counted as dropped."""
+        """Return a plan without the images that another data set evaluates on. Each is counted as dropped.
+
+        held_out: the ids of these images.
+        """
         plan = self.only(lambda job: job.id not in held_out)
         for job in self.jobs:
             if job.id in held_out:
@@ -131,5 +137,8 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
 
 
 def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:
-    """Return `build` for one kind of record, as a function that can be pickled. context: keywords of `make_record`."""
+    """Return a function that calls `build` with `make_record` and can be pickled.
+
+    context: further keyword arguments of `make_record`.
+    """
     return functools.partial(build, functools.partial(make_record, **context))

@@ -1,6 +1,7 @@
 """Write shards atomically, and show a split to readers only when all of its shards are finished.
 
-After a shard, its `Contents` are written beside it as JSON. `<split>.report.json` holds those of the whole split.
+The `Contents` of each shard are written beside it as JSON, after the shard. `<split>.report.json` holds the `Contents`
+of the whole split.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ def count_segments(record: Record) -> collections.Counter[str]:
 
 @dataclasses.dataclass
 class Contents:
-    """Statistics of shards. Those of a finished shard are written beside it as JSON, after the shard.
+    """Statistics of one or more shards.
 
-    shards: number of shards that hold records; other shards have no file. bytes: size of the files.
-    class_images: number of images that show each class. origins: those of the records, in order.
-    fingerprint: fingerprint of the plan, only for a whole split.
+    shards: number of shards that hold records; other shards have no file. bytes: size of the files. class_images:
+    number of images that show each class. origins: the origin of each record, in order (see `Record`). fingerprint:
+    fingerprint of the plan, only for a whole split.
     """
 
     shards: int = 0
@@ -119,7 +120,10 @@ class Contents:
 
 
 def write_shard(made: Iterable[Built], path: str) -> Contents:
-    """Write records to `path`.array_record as they are made, then `path`.json. Raises OSError."""
+    """Write records to `path`.array_record as they are made, then their statistics to `path`.json.
+
+    Return the statistics. Raises OSError.
+    """
     contents, temporary = Contents(), f"{path}.{os.getpid()}.tmp"
     try:
         writer = ArrayRecordWriter(temporary, "group_size:1")
@@ -181,7 +185,11 @@ def report_path(folder: str, split: str) -> str:
 def go_live(
     folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str
 ) -> None:
-    """Move the shards to where readers look for them. info: `dataset.json` without this split."""
+    """Move finished shards into the data set's folder and list the split in `dataset.json`.
+
+    moves: (temporary path, final path) of each shard. info: `dataset.json` without this split. total: statistics of all
+    shards. key: fingerprint of the plan.
+    """
     # Until the last line, dataset.json does not list the split, so that no reader mixes old and new shards.
     info.save(folder)
     remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
@@ -220,7 +228,10 @@ def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Conten
 
 
 def take_back(folder: str, split: str, paths: Sequence[str]) -> None:
-    """Move shards back if a preparation was killed after moving them, before it listed the split in `dataset.json`."""
+    """Move shards back to their temporary paths if a killed preparation moved them, but did not list the split.
+
+    The list of splits is in `dataset.json`.
+    """
     entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
     if entered or not all(os.path.exists(f"{path}.json") for path in paths):
         return

@@ -58,7 +58,10 @@ COMMANDS = ("cli.py", "public.py", "catalog.py")  # not in the fingerprint: the 
 
 @contextlib.contextmanager
 def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
-    """Yield a pool of processes that start on demand and always end with this process; None for one worker."""
+    """Yield a pool of worker processes, or None if `workers` is 1 or less.
+
+    The processes start on demand. They always end when this process ends.
+    """
     if workers <= 1:
         yield None
         return
@@ -83,7 +86,7 @@ def _start_worker(parent: Connection) -> None:
 
 
 def _end_with(parent: Connection) -> None:
-    """End this process when the parent closes the other end of the pipe or dies."""
+    """End this process when the parent process dies or closes its end of the pipe."""
     parent.poll(None)
     os._exit(1)
 
@@ -92,10 +95,11 @@ def _end_with(parent: Connection) -> None:
 
 
 def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolExecutor | None = None) -> Report:
-    """Write one split to `<out>/<name>` and list it in `dataset.json`. pool: None works in this process.
+    """Write one split to `<out>/<name>`, list it in `dataset.json` and return a report.
 
-    After an exception, a kill or a full disk, the split is unchanged or missing, and the next call resumes from the
-    finished shards. Raises ValueError if the data set already has other classes or if no image is usable.
+    pool: the worker processes; None makes the shards in this process. After an exception, a kill or a full disk, the
+    split is unchanged or missing, and the next call resumes from the finished shards. Raises ValueError if the data set
+    already has other classes or if no image is usable.
     """
     folder, title = os.path.join(out, name), f"{name} {split}"
     os.makedirs(folder, exist_ok=True)
@@ -136,7 +140,10 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
 
 
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
-    """Return `dataset.json`, or a new one, without the split. Raises ValueError if it disagrees with the plan."""
+    """Return the contents of `dataset.json` without the split, or new contents if the file or other splits are missing.
+
+    Raises ValueError if other splits differ from the plan in their classes or labeling rules.
+    """
     new = DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
     if not os.path.exists(os.path.join(folder, "dataset.json")):
         return new
@@ -158,7 +165,7 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
 
 
 def _open_partial(partial: str, key: str, title: str) -> None:
-    """Keep the contents of the folder if they were made for the same fingerprint, else remove them."""
+    """Remove the contents of the folder `partial` unless they were made for the fingerprint `key`."""
     note = os.path.join(partial, "fingerprint")
     if os.path.exists(note) and pathlib.Path(note).read_text() == key:
         remove(partial, r".*\.tmp")
@@ -170,7 +177,10 @@ def _open_partial(partial: str, key: str, title: str) -> None:
 
 
 def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Split jobs into runs, one per shard, with about equal bytes of images. Independent of the number of workers."""
+    """Return the jobs in consecutive runs, one per shard, with about equal bytes of images.
+
+    sizes: bytes of each job's image. The result does not depend on the number of workers.
+    """
     small = min(SMALL_SHARDS, math.ceil(len(jobs) / FEW_IMAGES))
     count = max(small, math.ceil(sum(sizes) / SHARD_BYTES), math.ceil(len(jobs) / SHARD_IMAGES))
     ends = list(itertools.accumulate(size + (1 << 14) for size in sizes))  # plus a constant cost per image

@@ -1,4 +1,4 @@
-"""The result for each box, and how results enter the records."""
+"""Annotations, the generated mask or captions of each box, and the functions that add them to records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mqformer_jax.input.record import BadRecord, Record, Segment, box_of
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """The result for one box.
+    """The generated mask or captions of one box.
 
     segment: index into `Record.segments`.
     reason: why the box gets no mask or caption; "" if it gets one.
@@ -33,7 +33,7 @@ class Annotation:
 
     @classmethod
     def of(cls, fields: dict) -> Annotation:
-        """Make an Annotation from a map that msgpack decoded."""
+        """Return the Annotation of a dictionary that msgpack decoded."""
         pairs: dict[str, Any] = {name: tuple(map(tuple, fields[name])) for name in ("captions", "rejected")}
         return cls(**fields | pairs)
 

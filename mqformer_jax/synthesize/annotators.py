@@ -1,4 +1,4 @@
-"""The interface of the mask and caption annotators, and how the command line makes one."""
+"""The interface of the classes that generate masks or captions, and a function that makes one for the command line."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ KINDS = ("masks", "captions")
 
 @runtime_checkable
 class Annotator(Protocol):
-    """Run a teacher on the boxes of images and check its output (`Masks`, `Captions`).
+    """The interface of `Masks` and `Captions`: run a teacher on the boxes of images and check its output.
 
     kind: "masks" or "captions".
-    name: the mark that the records get, a teacher and its version.
+    name: the teacher and its version, as written to the records.
     settings: everything that affects the output, as text.
     unique: whether each new expression names exactly one object of its image.
     wanted: returns the indices of the segments to annotate.

@@ -32,8 +32,8 @@ def _annotator(options: tuple[Any, ...]) -> Annotator:
 def run_pipeline(job: Job, options: tuple[Any, ...], beam_options: Sequence[str]) -> Tally | None:
     """Make all shards in the workers of a pipeline, then complete the data set in this process.
 
-    options: the arguments of `make_annotator`. beam_options: Beam's own flags. The workers must have access to the
-    folder of records.
+    Return what `job.finish` returns. options: the arguments of `make_annotator`. beam_options: Beam's own flags. The
+    workers must have access to the folder of records.
     """
     with open_job(job), beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:
         shards = pipeline | "shards" >> beam.Create(range(len(job.source.paths)))

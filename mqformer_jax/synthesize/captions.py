@@ -19,18 +19,21 @@ SAME_OBJECT_IOU = 0.5  # boxes with at least this IoU may be the same object
 
 
 class Captions:
-    """Caption the boxes of objects, an `annotators.Annotator`."""
+    """An `annotators.Annotator` that captions the boxes of objects."""
 
     kind = "captions"
 
     def __init__(self, captioner: Captioner, verifier: CaptionScorer | None = None):
-        """Make the annotator. verifier: captions that it finds to fit another box better are dropped."""
+        """Make the annotator. verifier: scores captions, to drop those that fit another box better than their own."""
         self.name = captioner.name + (f", verified by {verifier.name}" if verifier else "")
         self.settings, self.unique = f"captions by {self.name}", captioner.unique
         self._captioner, self._verifier = captioner, verifier
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """Return the segments that are single objects or have only expressions; not regions, crowds or foregrounds."""
+        """Return the indices of the segments to caption.
+
+        These are single objects and segments that have only expressions, not regions, crowds or foregrounds.
+        """
         return [
             i
             for i, s in enumerate(record.segments)
@@ -81,7 +84,10 @@ def _well_formed(captions: Sequence[Caption], count: collections.Counter) -> lis
 def _drop_shared(
     picture: Picture, boxes: list[list[Caption]], counts: list[collections.Counter]
 ) -> list[list[Caption]]:
-    """Return the captions without those given to several objects of the image, which identify none of them."""
+    """Return the captions of each box without those that several objects of the image have.
+
+    Such captions identify none of these objects. They are counted in `counts`.
+    """
     owners = collections.defaultdict(list)
     for j, captions in enumerate(boxes):
         for caption in captions:
@@ -97,7 +103,10 @@ def _are_several_objects(boxes: Float[np.ndarray, "n 4"]) -> bool:
 
 
 def _fit_own_box(boxes: Float[np.ndarray, "n 4"], own: int, scores: Float[np.ndarray, "c n"]) -> list[bool]:
-    """Return whether each caption fits its own box best, or a box that may be the same object."""
+    """Return for each caption of the box `own` whether its best-scoring box is this box, or may be the same object.
+
+    scores: of each caption for each box. A caption without a score above 0 fits no box.
+    """
     best = scores.argmax(1) if len(scores) else np.zeros(0, int)
     return [
         bool(row[k] > 0) and float(box_iou(boxes[k], boxes[own])) >= (0 if k == own else SAME_OBJECT_IOU)

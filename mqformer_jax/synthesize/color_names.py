@@ -2,8 +2,8 @@
 
 A pixel gets the terms of the nearest prototype in CIELAB. The prototypes are colors of the XKCD color survey
 (https://xkcd.com/color/rgb, public domain), in which 200,000 people named colors on their screens. Colors between two
-terms (teal, maroon, cream) have both: such a pixel may have either term and certainly has neither. Terms and names are
-spelled as in the survey.
+terms (teal, maroon, cream) belong to both: each term possibly fits such a pixel, but neither certainly fits. Terms and
+names are spelled as in the survey.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def of_mask(
 ) -> Float[np.ndarray, " 11"]:
     """Return the certainty of each of `TERMS` (see `referring_grammar`) for an object with a mask.
 
-    mask: a window of the image. at: its top and left. The rim of the mask is excluded, since it mixes with the
-    background.
+    mask: the object's pixels in a window of the image. at: top and left of the window. The rim of the mask is excluded,
+    since it mixes with the background.
     """
     (top, left), (height, width) = at, mask.shape
     rim = max(1, round(0.03 * float(mask.sum()) ** 0.5))
@@ -121,8 +121,8 @@ def of_box(
     """Return the certainty of each of `TERMS` for an object with a box only.
 
     box: x0, y0, x1, y1 in whole pixels, not empty. free: the pixels of the box that no other box covers. A color is
-    certain if the middle of the box has it and the surroundings do not; else it may be the background, seen through a
-    ring or between legs. Every color in the box is possible.
+    certain if the middle of the box has it and the surroundings do not. If the surroundings have it too, it may belong
+    to the background, seen through a ring or between legs. Every color in the box is possible.
     """
     x0, y0, x1, y1 = box
     pixels, around = image[y0:y1, x0:x1], _around(image, box)
@@ -179,7 +179,7 @@ def _terms_of_prototypes() -> Bool[np.ndarray, "k 11"]:
 
 @functools.cache
 def _table() -> UInt8[np.ndarray, "32 32 32"]:
-    """Return the index into `_PROTOTYPES` for each level of red, green and blue."""
+    """Return a lookup table of the index into `_PROTOTYPES`, for 32 levels each of red, green and blue."""
     group = np.array([k for k, colors in enumerate(_PROTOTYPES.values()) for _ in colors.split()], np.uint8)
     prototypes = np.array([list(bytes.fromhex(c)) for colors in _PROTOTYPES.values() for c in colors.split()], np.uint8)
     levels = np.arange(_STEP // 2, 256, _STEP, dtype=np.uint8)

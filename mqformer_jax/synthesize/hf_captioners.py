@@ -82,7 +82,7 @@ class Blip2(Blip):
 class Florence2(Blip):
     """Describe a box of the whole image with Florence-2 (Xiao et al. 2023, arXiv:2311.06242).
 
-    The prompt gives the box as four location tokens, of which there are 1,000. where: such as
+    The prompt gives the box as four location tokens; the vocabulary has 1,000 of them. where: such as
     florence-community/Florence-2-large; Microsoft's folder of these weights has another layout.
     """
 
@@ -125,7 +125,10 @@ class WordsOnly(LogitsProcessor):
     def __call__(
         self, input_ids: Int[torch.Tensor, "b t"], scores: Float[torch.Tensor, "b v"]
     ) -> Float[torch.Tensor, "b v"]:
-        """Return the scores with those of the locations moved to the end. scores: log-probabilities."""
+        """Return the scores with the probability of all location tokens added to that of the end token.
+
+        scores: log-probabilities.
+        """
         at_end = torch.cat([scores[:, self.locations], scores[:, [self.end]]], 1).logsumexp(1)
         scores = scores.index_fill(1, self.locations, -torch.inf)
         scores[:, self.end] = at_end

@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from transformers import AutoProcessor, PreTrainedConfig
 
-# Of the box's width and height, on each side. R-CNN uses 0.08 (16 of 227 pixels), ViLD 0 and 0.25.
+# Margin on each side, as a fraction of the box's width and height. R-CNN uses 0.08 (16 of 227 pixels), ViLD 0 and 0.25.
 MARGIN = 0.1
 # Without the format, an image of three rows would be read as one of three channels.
 PIXELS = dict(input_data_format="channels_last", return_tensors="pt")
@@ -23,7 +23,7 @@ PIXELS = dict(input_data_format="channels_last", return_tensors="pt")
 def load(
     family: str, model_class: type[transformers.PreTrainedModel], where: str
 ) -> tuple[transformers.PreTrainedModel, transformers.ProcessorMixin, str]:
-    """Load a model for inference on its `device`, its processor, and its name for records.
+    """Load a model for inference. Return the model on its `device`, its processor, and its name for records.
 
     family: the name on the command line. where: a local folder, or a name on the Hugging Face hub, from which the JSON,
     text and safetensors files are downloaded. Nothing is unpickled, and no code of the repository is run.
@@ -43,7 +43,8 @@ def load(
         )
         if report["missing_keys"]:  # they would keep random values
             raise ValueError(
-                f"its weights lack {len(report['missing_keys'])} tensors, such as {sorted(report['missing_keys'])[0]}"
+                f"its weights for {model_class.__name__} lack {len(report['missing_keys'])} tensors, "
+                f"such as {sorted(report['missing_keys'])[0]}"
             )
         # the same result with and without torchvision
         processor = AutoProcessor.from_pretrained(folder, backend="pil", **options)
@@ -67,7 +68,10 @@ def device() -> tuple[torch.device, torch.dtype]:
 
 
 def mark(family: str, where: str, folder: str) -> str:
-    """Return the name for records: the family, the name of `where`, a digest of config and weights, and the version."""
+    """Return a teacher's name for records.
+
+    It consists of the family, the name of `where`, a digest of config and weights, and the version.
+    """
     digest = hashlib.sha256()
     for name in sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors")):
         with open(os.path.join(folder, name), "rb") as f:

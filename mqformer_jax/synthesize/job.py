@@ -75,10 +75,10 @@ def is_complete(job: Job) -> bool:
 
 @contextlib.contextmanager
 def open_job(job: Job) -> Generator[None]:
-    """Lock the folder of a job, shared with other processes of the same job. Delete shards of other settings.
+    """Lock the folder of a job while the context is open. Processes of the same job share the lock.
 
-    Raises ValueError if the data set has other splits of another kind, or a process with other settings uses the
-    folder.
+    Deletes shards that were made with other settings. Raises ValueError if the data set has other splits of another
+    kind, or if a process with other settings uses the folder.
     """
     if job.output == job.data:
         raise ValueError(f"--output={job.output}: give the new data set another name than --data.")
@@ -120,7 +120,7 @@ def synthesize(job: Job, annotator: Annotator, worker: tuple[int, int] = (0, 1))
 
 
 def finish(job: Job, annotator: Annotator) -> Tally | None:
-    """Move the shards to their final place if all are finished, and return the tally of the split; else None."""
+    """If all shards are finished, move them to their final place and return the tally of the split, else None."""
     with locked(job.folder):
         if is_complete(job):
             return Tally.load(_tally_path(job))

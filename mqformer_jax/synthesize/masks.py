@@ -22,7 +22,7 @@ from mqformer_jax.synthesize.teachers import BoxMasks, MaskTeacher, Picture
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """The quality tests of masks. The defaults are loose: a mixture can raise the limit with `min_mask_score`.
+    """The quality tests of masks. The defaults are loose: training can require higher scores with `min_mask_score`.
 
     min_score: lowest score of the teacher.
     min_stability: lowest mean IoU with the masks of `num_jittered_boxes` boxes.
@@ -43,7 +43,7 @@ class Quality:
 
 
 class Masks:
-    """Predict masks for the boxes that have none, an `annotators.Annotator`."""
+    """An `annotators.Annotator` that predicts masks for the boxes without one."""
 
     kind, unique = "masks", True
 
@@ -52,7 +52,10 @@ class Masks:
         self.settings = f"masks by {teacher.name}, {quality}"
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """Return the segments without a mask, except crowds: no teacher is trained to segment many objects at once."""
+        """Return the indices of the segments without a mask, except crowds.
+
+        No teacher is trained to segment many objects at once.
+        """
         return [i for i, s in enumerate(record.segments) if s.mask is None and s.alpha is None and not s.crowd]
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[Annotation]]:

@@ -30,7 +30,10 @@ MIN_IOU = 0.5  # of the predicted box with the box that a caption fits
 
 
 class MqformerMasks:
-    """Predict masks with a checkpoint. Raises ValueError if it was not trained to restore masks from boxes."""
+    """A `MaskTeacher` that uses a checkpoint of this project.
+
+    Raises ValueError if it was not trained to restore masks from boxes.
+    """
 
     def __init__(self, where: str):
         predictor = Predictor.from_checkpoint(where)
@@ -87,7 +90,10 @@ class MqformerMasks:
 
 
 class MqformerScorer:
-    """Score captions with a checkpoint by the overlap of a box with the best detection for the caption."""
+    """A `CaptionScorer` that uses a checkpoint of this project.
+
+    A caption's score for a box is the IoU of the box with the best detection for the caption.
+    """
 
     def __init__(self, where: str):
         self._predictor, self.name = Predictor.from_checkpoint(where), mark(where)
@@ -95,7 +101,10 @@ class MqformerScorer:
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Return the IoU of the predicted box with each box, or 0 below `MIN_IOU`; see `CaptionScorer`."""
+        """Return the IoU of each caption's best detection with each box of the image, or 0 below `MIN_IOU`.
+
+        The shapes are those of `CaptionScorer`.
+        """
         found = []
         for picture, boxes in zip(pictures, captions):
             texts = list(dict.fromkeys(text for some in boxes for text in some))
@@ -117,12 +126,12 @@ class MqformerScorer:
 
 
 def mark(where: str) -> str:
-    """Return the name of a checkpoint for records: its folder and step."""
+    """Return a checkpoint's name for records: its folder and step."""
     return f"ours:{os.path.basename(os.path.abspath(where))}, step {latest_step(where)}"
 
 
 def _power_of_two(n: int) -> int:
-    """Return the smallest power of two from n on, so that few shapes are compiled."""
+    """Return the smallest power of two that is at least n. Padding to it limits the number of compiled shapes."""
     return 1 << (n - 1).bit_length()
 
 

@@ -63,8 +63,8 @@ class Nouns:
 def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
     """Return how certainly the noun names objects of the class: 1 if it is its name, 0 if it may be, -1 if not.
 
-    It may be if one name ends in the other: "bear" may mean a teddy bear, and with `narrower`, "teddy bear" may mean a
-    bear.
+    The result is 0 if one name ends in the other: "bear" may mean a teddy bear. With `narrower`, "teddy bear" may also
+    mean a bear.
     """
     return max(_compare(_words(noun), _words(text), narrower) for text in of.texts)
 
@@ -72,7 +72,7 @@ def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
 def has_looks(noun: str) -> bool:
     """Return whether captions may describe the color and size of objects of this noun.
 
-    They may not for people, where such words have another meaning, and for transparent, reflecting or thin objects.
+    False for people, where such words have another meaning, and for transparent, reflecting or thin objects.
     """
     return _words(noun)[-1] not in _PEOPLE | _BODY and not _SEE_THROUGH.intersection(_words_kept(noun))
 
@@ -87,9 +87,10 @@ def _compare(noun: tuple[str, ...], name: tuple[str, ...], narrower: bool) -> fl
 
 
 def _usable(noun: str) -> bool:
-    """Return whether a caption can use the noun: no brackets, no general word, and no word for a side.
+    """Return whether a caption can use the noun.
 
-    A word for a side would be wrong in a mirrored image.
+    It must have no brackets, no general word such as "object", and no "left" or "right", which would be wrong in a
+    mirrored image.
     """
     mirrored = mirror(Prompt((f"the right {noun}",), True)) == Prompt((f"the left {noun}",), True)
     return bool(_PLAIN.fullmatch(noun)) and not _GENERAL.intersection(_words_kept(noun)) and mirrored
@@ -97,7 +98,10 @@ def _usable(noun: str) -> bool:
 
 @functools.cache
 def _words(text: str) -> tuple[str, ...]:
-    """Return the words to compare: without brackets ("bow (weapon)"), and with the last word in the singular."""
+    """Return the words of a name, for comparison.
+
+    Words in brackets are left out ("bow (weapon)"), and the last word is in the singular.
+    """
     *first, last = _words_kept(text) or [""]
     return (*first, last[:-1] if len(last) > 3 and last.endswith("s") and not last.endswith("ss") else last)
 

@@ -117,7 +117,10 @@ def _sized(size: str, noun: Float[np.ndarray, " n"], lengths: Float[np.ndarray, 
 
 
 def _extreme(head: Float[np.ndarray, " n"], axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
-    """Return how certainly each object is the outermost of those that may fit `head`, by its center and both edges."""
+    """Return how certainly each object is the outermost in one direction, by its center and both edges.
+
+    head: how certainly each object fits the rest of the phrase. Only objects that may fit it are compared.
+    """
     low, high = sign * scene.boxes[:, axis], sign * scene.boxes[:, axis + 2]
     middle = (low + high) / 2 / (scene.height if axis else scene.width)
     first, *others = sorted(np.flatnonzero(head >= 0), key=lambda i: -middle[i])

@@ -51,7 +51,7 @@ class Tally:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, record: Record, info: DatasetInfo, place: tuple[int, int], annotations: Sequence[Annotation]) -> None:
-        """Count the annotations of a record. place: its shard and number."""
+        """Count the annotations of a record. place: the number of its shard, and its number in the shard."""
         self.images += 1
         for annotation in annotations:
             class_id, box = record.segments[annotation.segment].class_id, usable_box(record, annotation.segment)
@@ -90,7 +90,7 @@ class Tally:
         self._thin()
 
     def _thin(self) -> None:
-        """Keep `SHOWN` samples of accepted boxes and of rejected ones."""
+        """Keep at most `SHOWN` random samples of accepted boxes, and as many of rejected ones."""
         kinds = ([s for s in self.samples if bool(s["reason"]) == rejected] for rejected in (False, True))
         self.samples = [s for kind in kinds for s in heapq.nsmallest(SHOWN, kind, key=lambda s: s["draw"])]
 
@@ -136,9 +136,10 @@ class Tally:
 
 
 def sample_grid(tally: Tally, image_of: Callable[[int, int], np.ndarray], path: str) -> bool:
-    """Write a PNG grid of accepted boxes, then of rejected boxes with the reasons. Return False if there are none.
+    """Write a PNG grid of accepted boxes, then of rejected boxes with the reasons.
 
-    image_of: returns the RGB image of (shard, record).
+    Return False, without writing a file, if there are no boxes. image_of: returns the RGB image for the numbers of a
+    shard and a record.
     """
     cells = [(_label(sample), _picture(sample, image_of(*sample["place"]))) for sample in tally.samples]
     if not cells:
@@ -156,7 +157,10 @@ def _label(sample: dict[str, Any]) -> str:
 
 
 def _picture(sample: dict[str, Any], image: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "s s 3"]:
-    """Draw a box and the outline of its mask on a square crop around it, or on the whole image for captions."""
+    """Return a square picture of a sample: its box and the filled outline of its mask, drawn on the image.
+
+    The picture shows a crop around the box, or the whole image if the sample has captions.
+    """
     height, width = image.shape[:2]
     x0, y0, x1, y1 = box = np.array(sample["box"])
     side = max(height, width) if sample["captions"] else 1.4 * max(x1 - x0, y1 - y0, 16)

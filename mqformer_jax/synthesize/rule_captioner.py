@@ -28,12 +28,12 @@ _MIN_ANCHOR_AREA = 1 / 8  # of the object's own area: a cup is a poor reference 
 
 
 class RuleCaptioner:
-    """Caption objects by rules, a `Captioner`.
+    """A `Captioner` that captions objects by rules.
 
     The score of a caption is the certainty of its least certain part. For a color it is the fraction of the object's
     pixels with that color. For a position it is 0.5 plus the lead or the distance as a fraction of the image's side.
-    For a size it is a third of the ratio of the object's length to that of another object of its noun, or the inverse.
-    A caption of a noun alone scores 1.
+    For "large" it is a third of the largest ratio of the object's length to that of another object with its noun, at
+    most 1; for "small", the ratio is inverted. A caption of a noun alone scores 1.
     """
 
     name = "rules 1"
@@ -75,7 +75,10 @@ def _captions(picture: Picture) -> list[list[Caption]]:
 
 
 def _draw(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
-    """Draw `count` of the words, half of the time the first one, which is the most common; [] if there are none."""
+    """Return `count` random words, or [] if `words` is empty.
+
+    At least half of the draws take the first word on average, since it is the most common one.
+    """
     draws = rng.integers(2, size=count) * rng.integers(len(words), size=count) if words else ()
     return [words[i] for i in draws]
 
@@ -147,7 +150,10 @@ def _look_at(
 
 
 def _hidden(box: np.ndarray, others: np.ndarray, record: Record) -> float:
-    """Return how many pixels of an object may be hidden by the image's border or by objects that overlap its box."""
+    """Return an upper bound of the hidden pixels of an object.
+
+    Objects that overlap its box may hide some. The bound is infinity if the box touches the image's border.
+    """
     if box[:2].min() <= 1 or box[2] >= record.width - 1 or box[3] >= record.height - 1:
         return np.inf
     low, high = np.vstack([others, box])[:, :2].min(0), np.vstack([others, box])[:, 2:].max(0)
@@ -184,9 +190,11 @@ def _by_looks(target: int, noun: str, scene: Scene) -> Iterator[Phrase]:
 
 
 def _by_extreme(target: int, noun: str, scene: Scene) -> Iterator[Phrase]:
-    """Yield phrases with "left" or "upper" among two objects, "leftmost" or "topmost" among more; one per axis.
+    """Yield phrases with an extreme position, at most one per axis.
 
-    They have no size: "the topmost small kite" is ambiguous, since size and position both compare.
+    The words are "left" or "upper" among two objects, "leftmost" or "topmost" among more, and their opposites. Phrases
+    with a size are left out. In "the topmost small kite", size and position both compare kites, so the phrase may mean
+    the topmost of the small kites, or the kite that is topmost of all and small.
     """
     axes = set()
     for head in (head for head in _heads(target, noun, scene) if head.size is None):
@@ -212,7 +220,10 @@ def _by_neighbor(target: int, noun: str, scene: Scene) -> Iterator[Phrase]:
 
 
 def _neighbors(target: int, scene: Scene) -> Iterator[tuple[int, Phrase]]:
-    """Yield the nearest objects that are large enough and identified by their looks, with their shortest phrase."""
+    """Yield the index of a neighbor and the shortest phrase that identifies it by its looks, nearest first.
+
+    Only the `_MAX_ANCHORS` nearest objects that are large enough are tried.
+    """
     low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
     gap = np.maximum(np.maximum(low, low[target]) - np.minimum(high, high[target]), 0)
     areas = np.prod(high - low, 1)

@@ -66,7 +66,7 @@ class Sam:
                 *report["missing_keys"],
                 *(key for key, *_ in report["mismatched_keys"]),
             }:  # these have random values
-                raise ValueError(f"{min(lacking)} is missing or has another shape")
+                raise ValueError(f"{min(lacking)} is missing or has an unexpected shape")
         except Exception as e:  # broken files raise errors of json, safetensors, torch or transformers
             files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
             mend = f"give a folder with its {files}" if found in ("", self.family) else f"use {found}:{where}"
@@ -133,7 +133,10 @@ class HqSam(Sam):
 
 
 class _Sam2Pixels(PilBackend):
-    """The same as transformers' `Sam2ImageProcessor`, which needs torchvision, up to one 8-bit level."""
+    """An image processor without torchvision, which transformers' `Sam2ImageProcessor` needs.
+
+    Its results differ from that processor's by at most one 8-bit level.
+    """
 
     size = {"height": 1024, "width": 1024}
     resample = PILImageResampling.BILINEAR
@@ -142,10 +145,10 @@ class _Sam2Pixels(PilBackend):
 
 
 class Sam2(Sam):
-    """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2), as
-    "facebook/sam2.1-hiera-large".
+    """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2).
 
-    If the single mask is unstable, the model returns the best of the other three, as in the authors' code.
+    where: such as "facebook/sam2.1-hiera-large". If the single mask is unstable, the model returns the best of the
+    other three, as in the authors' code.
     """
 
     family = "sam2"
@@ -168,5 +171,5 @@ def _row(encoded: Any, row: int) -> Any:
 
 
 def _gist(error: Exception) -> str:
-    """Return the first sentence of the message, in one line."""
+    """Return the first sentence of an error's message, or the error's type if there is no message."""
     return re.split(r"\.?\s*\n|\.( |$)", str(error).strip())[0] or type(error).__name__

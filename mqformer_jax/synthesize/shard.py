@@ -1,7 +1,9 @@
 """Annotate one shard: log the annotations of each batch of records, then write the records with their annotations.
 
-00003.annotations       annotations of the records so far, in order, one msgpack list per record
-00003.array_record      the finished shard; then .tally.json for the report; then .json with its contents
+00003.annotations       log: one msgpack list of annotations per record, in order
+00003.tally.json        counts for the report
+00003.array_record      the finished shard
+00003.json              statistics of the shard; written last
 """
 
 from __future__ import annotations
@@ -69,8 +71,9 @@ def make_shard(
 class Batch:
     """Records that are annotated in one call of the teacher.
 
-    done: the numbers of all records. pictures, owners: the records with a usable box, and their numbers. unusable: by
-    number, the annotations of boxes that the teacher does not get.
+    done: the numbers of all records of the batch. pictures: the images with at least one usable box. owners: the record
+    number of each picture. unusable: {record number: annotations of its unusable boxes}, which the teacher does not
+    get.
     """
 
     done: list[int]
@@ -130,7 +133,10 @@ def _annotate(annotator: Annotator, batch: Batch) -> Iterator[list[Annotation]]:
 
 
 def _records(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
-    """Yield the numbers and records of a shard from a number on; None for damaged records."""
+    """Yield (number, bytes) of the records of a shard, starting at number `start`.
+
+    A damaged record is yielded as None.
+    """
     reader = ArrayRecordReader(path)
     try:
         for number in range(start, reader.num_records()):

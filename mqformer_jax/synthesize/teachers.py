@@ -56,7 +56,10 @@ class Caption:
 
 @runtime_checkable
 class MaskTeacher(Protocol):
-    """Predict masks from boxes. name: the mark for records, the teacher and its version."""
+    """The interface of teachers that predict masks from boxes.
+
+    name: the teacher and its version, as written to the records.
+    """
 
     name: str
 
@@ -70,9 +73,10 @@ class MaskTeacher(Protocol):
 
 @runtime_checkable
 class Captioner(Protocol):
-    """Caption boxes.
+    """The interface of teachers that caption boxes.
 
-    name: the mark for records. unique: whether its captions fit no other object of the image.
+    name: the teacher and its version, as written to the records. unique: whether its captions fit no other object of
+    the image.
     """
 
     name: str
@@ -85,7 +89,7 @@ class Captioner(Protocol):
 
 @runtime_checkable
 class CaptionScorer(Protocol):
-    """Score how well captions fit boxes."""
+    """The interface of teachers that score how well captions fit boxes."""
 
     name: str
 

@@ -89,7 +89,10 @@ def get_topology(name: str) -> list[jax.Device]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Silence libtpu, which reports a missing TPU at length, not through Python's streams."""
+    """Hide the process's error output while the context is open.
+
+    libtpu reports a missing TPU at length and bypasses `sys.stderr`, so the file descriptor is redirected.
+    """
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
@@ -102,7 +105,10 @@ def _quiet() -> Generator[None]:
 
 
 def memory_of(device: jax.Device) -> float:
-    """Return the bytes that the compiler may use on a device, from its error message for a too large array."""
+    """Return the bytes of a device's memory that the compiler may use.
+
+    Compiles a program with a too large array and reads the number from the error message.
+    """
     everything = jax.ShapeDtypeStruct((1 << 40,), "uint8", sharding=jax.sharding.SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(everything).compile()
@@ -119,7 +125,7 @@ def _size(text: str) -> float:
 def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
     """Return the config with a batch size that `devices` devices can split, and a note if it was changed.
 
-    A changed batch has one image per part.
+    A changed batch has mesh[0] x mesh[1] x grad_accum_steps images.
     """
     config = config.copy_and_resolve_references()
     mesh = [n if n != -1 else -devices // _product(config.mesh) for n in config.mesh]
@@ -194,7 +200,11 @@ def _needed(message: str) -> float | None:
 
 
 def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
-    """Return by kind: executions per step, bytes of results, and bytes that each device sends (ring algorithms)."""
+    """Return counts of the program's collectives, by kind.
+
+    count: executions per step. bytes: size of the results. sent: bytes that each device sends (ring algorithms).
+    in_loops: number of instructions in loops.
+    """
     found: dict[str, dict[str, Number]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
     for run, group in program.collectives():
         kind, size = run.instruction.collective, run.instruction.bytes * run.times
@@ -212,9 +222,10 @@ def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
 
 
 def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
-    """Return a roofline: the slower of arithmetic at peak and memory at its bandwidth, plus the network.
+    """Return a roofline estimate: seconds of arithmetic, memory traffic, network and the whole step; images per second.
 
-    The real speed is lower: gathers do not reach the memory's bandwidth, and float32 matmuls do not reach the peak.
+    A step takes as long as the slower of arithmetic and memory traffic, plus the network. The real speed is lower:
+    gathers do not reach the memory's bandwidth, and float32 matmuls do not reach the peak.
     """
     seconds = {
         "compute": report["flops"] / (chip.teraflops * 1e12),
@@ -226,7 +237,10 @@ def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield accumulated changes that might make a step fit, with their reports, until one fits."""
+    """Try memory-saving changes of the config one after another, keeping the earlier ones.
+
+    Yield the changes so far and the report of the step with them; stop when the step fits in memory.
+    """
     config, changes = adapted(config, len(devices))[0], []
     for words, applies, change in REMEDIES:
         if not applies(config):

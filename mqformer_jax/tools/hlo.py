@@ -72,7 +72,10 @@ class Instruction:
 
     @property
     def collective(self) -> str | None:
-        """The kind of a collective, or None. The two halves of an asynchronous one count once."""
+        """The kind of a collective, or None for other instructions.
+
+        An asynchronous collective consists of two instructions. Only the first one counts.
+        """
         kind = self.kind.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
 
@@ -155,9 +158,10 @@ class Program:
         )
 
     def traffic(self, once: bool = False) -> Bytes:
-        """Return the bytes of all operands and results (of slices, only the slice), times the lengths of loops.
+        """Return the bytes of memory traffic: all operands and results, times the lengths of the loops.
 
-        once: count loop bodies once, for comparison with XLA's `bytes accessed`.
+        Of an operand that is sliced, only the slice counts. once: count loop bodies once, for comparison with XLA's
+        `bytes accessed`.
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
 
@@ -219,7 +223,7 @@ def _parse(line: str, start: re.Match) -> Instruction | None:
 
 
 def _closing(text: str) -> int:
-    """Return the position that closes the parenthesis at the start of `text`."""
+    """Return the position of the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for at in re.finditer(r"[()]", text):
         depth += 1 if at.group() == "(" else -1
@@ -229,7 +233,7 @@ def _closing(text: str) -> int:
 
 
 def shape_bytes(shape: str) -> Bytes:
-    """Return the bytes of a shape as XLA prints it, including tuples, without the padding of layouts."""
+    """Return the size in bytes of a shape or tuple of shapes as XLA prints it, without the padding of layouts."""
     found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
     return sum(
         SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n])

@@ -80,14 +80,17 @@ def show(
 
 
 def rows(stream: Iterable[tuple[Batch, Sequence[Note]]]) -> Iterator[tuple[Batch, Note]]:
-    """Yield each example as a batch of one: the unpacked masks of a whole batch can take gigabytes."""
+    """Yield each example as a batch of one.
+
+    Examples are unpacked one by one, because the unpacked masks of a whole batch can take gigabytes.
+    """
     for batch, notes in stream:
         for i, note in enumerate(notes):
             yield type(batch)(**{name: value[i : i + 1] for name, value in vars(batch).items()}), note
 
 
 def describe(row: Batch, note: Note) -> ShownExample:
-    """Unpack a batch of one."""
+    """Return the only example of a batch of one: its image, prompts and targets, with boxes and masks in pixels."""
     n, (height, width) = int(row.num_targets[0]), row.image.shape[1:3]
     centers, sizes = np.split(row.boxes[0, :n] * np.array([width, height] * 2, np.float32), 2, axis=1)
     positive, negative = row.positive[0, :n], row.negative[0, :n]
@@ -113,12 +116,18 @@ def _where(flags: Bool[np.ndarray, " n"]) -> tuple[int, ...]:
 
 
 def _numbers(texts: Sequence[str]) -> np.ndarray:
-    """Stand in for the tokenizer, which may need a checkpoint: the grid shows texts, not tokens."""
+    """Return a different placeholder token for each text.
+
+    It replaces the tokenizer, which may need a checkpoint. The grid shows texts, not tokens.
+    """
     return np.arange(len(texts), dtype=np.int32)[:, None]
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Define the flags. Not on import, since `mqformer_jax.main` defines --config too."""
+    """Define the flags of the command.
+
+    Flags are not defined on import, because `mqformer_jax.main` also defines --config.
+    """
     cli.define_recipe(values)
     flags.DEFINE_string("output", None, "PNG file to write, e.g. grid.png. Required.", flag_values=values)
     flags.DEFINE_integer("count", 24, "Number of training examples to show, e.g. 6.", lower_bound=1, flag_values=values)

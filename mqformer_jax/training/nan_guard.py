@@ -37,8 +37,8 @@ class NotFinite:
         step: counted from 0. measured: the step's metrics. state: after the step; with "stop", a failed step has not
         changed its weights.
 
-        Raises FloatingPointError, with a message of one line, after saving the batch, the names of its images and the
-        weights in WORKDIR/not_finite_STEP.
+        If the run must stop, this saves the batch, the names of its images and the weights in WORKDIR/not_finite_STEP
+        and raises FloatingPointError with a message of one line.
         """
         if step <= self.checked:
             return

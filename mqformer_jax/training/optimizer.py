@@ -17,7 +17,10 @@ NO_DECAY = re.compile(
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Return linear warm-up, followed by ten-fold drops at fractions of the run or by a cosine to zero."""
+    """Return the learning rate schedule: linear warm-up, then a cosine decay to zero or ten-fold drops.
+
+    The drops are at `config.lr_milestones`, which are fractions of the run.
+    """
     peak, warmup = config.learning_rate, config.warmup
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))

@@ -18,8 +18,8 @@ ESTIMATE_AFTER = 5  # steps; the first of them compiles
 class Progress:
     """A progress bar that also shows the compilation of the first step and prints the estimated remaining time once.
 
-    total: the step at which training ends. initial: the step at which it starts. shown: False prints nothing, for all
-    but the first process of a pod.
+    total: the step at which training ends. initial: the step at which it starts. shown: whether to print; it should be
+    False for all but the first process of a pod.
     """
 
     def __init__(self, total: int, initial: int, shown: bool):

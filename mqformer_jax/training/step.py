@@ -95,8 +95,8 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Return the next state and the metrics.
 
-        alive: the metric of that name of the previous step; None means true. If it is false, the weights stay
-        unchanged.
+        alive: the metric "alive" of the previous step, which is False after a step that was not finite. If it is False,
+        this step leaves the weights unchanged. None means True.
         """
         if alive is None:  # sharded like the metric, to avoid a second compilation
             alive = jax.device_put(np.bool_(True), replicated(self.mesh))
@@ -176,7 +176,7 @@ class LossGradients:
     def __call__(
         self, params: Any, frozen: Any, images: Images, normalizers: Normalizers
     ) -> tuple[Any, dict[str, Array], dict[str, Array]]:
-        """Return this device's slice of the gradient, the metrics of all images, and those of its own images."""
+        """Return this device's slice of the gradient, the metrics of the global batch, and its images' own metrics."""
         params = gather_slices(params, self.specs)
         gradient = jax.grad(self._loss, has_aux=True)
         parts = jax.tree.map(lambda x: x.reshape(self.num_parts, -1, *x.shape[1:]), images)

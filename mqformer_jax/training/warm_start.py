@@ -40,8 +40,8 @@ def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, 
     """Return parameters and constants loaded from the checkpoints of `config.init_from`, and lines for the log.
 
     Later checkpoints override earlier ones. If the backbone or the text encoder differs, its weights (and all that
-    depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Parts that trained
-    weights lack start as the identity.
+    depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Exchange layers and
+    region embeddings that the trained weights lack start such that they do not change the predictions.
 
     Raises ValueError, with a message of one line, for other differences of shape, and for weights of the right shape
     but another meaning (MEANING). `config.init_skip` (regexes over parameter paths) skips such weights.

@@ -35,7 +35,8 @@ def overlay(
     """Draw the segments in color over the image, with contours and labels: the prompt, and the score from 0 to 1.
 
     Each prompt has a color, with a shade for each of its segments, so overlays with the same prompts are comparable.
-    among: the prompts that share the range of colors (default: all); of a long list, give the prompts in use.
+    among: the prompts among which colors are distributed (default: all). If only a few of many prompts have segments,
+    pass these few, so that their colors differ more.
     boxes: draw the boxes too.
     Images smaller than `SMALL` are enlarged by an integer factor. Labels without room are omitted, those of small
     segments first. Ground truth (query id -1) has no scores.
@@ -82,8 +83,8 @@ def label_of(segments: Segments, index: int) -> str:
 def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
     """Return one RGB color (0 to 255) per segment: a hue per prompt, shifted for its second and further segments.
 
-    Hues follow in golden-ratio steps through the sorted `among`, so that up to about twenty prompts are
-    distinguishable.
+    among: the prompts among which colors are distributed. Their hues, in sorted order, are golden-ratio steps apart, so
+    that up to about twenty prompts are distinguishable.
     """
     rank = {prompt: i for i, prompt in enumerate(sorted(set(map(int, among))))}
     seen: dict[int, int] = {}
@@ -218,7 +219,11 @@ def _draw_labels(
     shades: np.ndarray,
     order: np.ndarray,
 ) -> None:
-    """Write each text, in place, where its segment is widest, or beside a segment that it would cover."""
+    """Draw the label of each segment on `canvas`, which is changed in place.
+
+    A label stands where its segment is widest, or beside the segment if it would cover a large part of it.
+    Labels without room are omitted. order: segments, most important first.
+    """
     height, width = canvas.shape[:2]
     size = max(14, round(max(height, width) / 34))
     font = ImageFont.load_default(size)

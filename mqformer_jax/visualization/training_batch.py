@@ -144,7 +144,7 @@ def _anchor(
 def _number(
     draw: ImageDraw.ImageDraw, anchors: Sequence[tuple[Number, Number]], order: Sequence[int], size: tuple[int, int]
 ) -> None:
-    """Draw the number of each target at its anchor, or beside it if another number is there."""
+    """Draw the number of each target at its anchor, or beside the anchor if another number is already there."""
     taken: list[tuple[Number, Number]] = []
     for i in order:
         w, h = _badge_size(str(i + 1))
@@ -194,7 +194,10 @@ Placed = tuple[Number, Number, Piece]  # left, top of its line
 
 
 def prompt_items(prompts: Sequence[ShownPrompt]) -> tuple[list[Item], list[Item]]:
-    """Return one item per prompt with targets, and the lists of the other prompts."""
+    """Return one item per prompt with targets, and up to two items that list the prompts without targets.
+
+    The lists are "absent" (exhaustive prompts, which are negatives) and "no loss" (other prompts).
+    """
     owning = sorted((a for a in prompts if a.owned), key=lambda a: a.owned)
     absent = [a.text for a in prompts if not a.owned and a.exhaustive]
     silent = [a.text for a in prompts if not a.owned and not a.exhaustive]
@@ -242,7 +245,8 @@ def flow(
 ) -> tuple[list[Placed], Number]:
     """Lay out items in lines. Return the placed pieces and the total height.
 
-    own_line: start each item on a new line; else only items that do not fit behind another.
+    own_line: start each item on a new line. Otherwise, an item starts a new line only if it does not fit on the current
+    one.
     """
     placed: list[Placed] = []
     x, y = 0.0, 0.0
@@ -260,7 +264,11 @@ def flow(
 
 
 def fitted(owning: list[Item], rest: list[Item], room: Number, most: Number) -> tuple[list[Placed], Number]:
-    """Lay out one prompt per line if they fit `room`, else one after another; only count those beyond `most`."""
+    """Lay out the prompts of an example. Return the placed pieces and the total height.
+
+    owning, rest: the result of `prompt_items`. Each item has its own line if this fits the height `room`. Otherwise,
+    items share lines, and prompts that would exceed the height `most` are only counted.
+    """
     placed, height = flow(owning + rest, TEXT_WIDTH)
     if height <= room:
         return placed, height

@@ -98,7 +98,7 @@ def test_templates_are_averaged_as_directions(predictor):
     templates = ["{}", "a photo of {}", "the small {}"]
     unit = lambda v: v / np.linalg.norm(v, axis=-1, keepdims=True)
     merge = lambda t: np.array(
-        predictor._encode(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts]))
+        predictor.encode_tokens(predictor.params, predictor.frozen, predictor.tokenizer([t.format(x) for x in texts]))
     )
     each = [merge(t) for t in templates]
     of_regions = np.array(predictor.params["region_embedding"])[[1, 0]]
@@ -155,7 +155,7 @@ def test_a_score_leaves_out_what_scores_less(predictor, image):
 
 def test_a_text_is_encoded_once(predictor, monkeypatch):
     first = predictor.embed(["a new word", "ball"], [False, False])
-    monkeypatch.setattr(predictor, "_encode", None)
+    monkeypatch.setattr(predictor, "encode_tokens", None)
     again = predictor.embed(["ball", "a new word", "ball"], [False, True, False])
     np.testing.assert_array_equal(again[0], first[1])
     assert not np.array_equal(again[1], first[0])  # a region is asked for in another way

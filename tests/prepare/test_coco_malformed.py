@@ -58,7 +58,7 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
         ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5"),
         (
             {"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]},
-            "the file of two images, x/a.png and y/a.png",
+            "the images x/a.png and y/a.png would both be read from",
         ),
     ],
 )

@@ -214,7 +214,7 @@ def test_masks_that_nobody_can_read_for_sure_are_counted(tmp_path, capsys):
     table = capsys.readouterr().out
     for line in (
         "image: mask is a color image, not black and white (photo)",
-        "image: mask has no value above 127; white must be 255, or 1 (dim)",
+        "image: mask has a largest value between 2 and 127; save white as 255, or as 1 (dim)",
         "image: mask size differs from its image (rotated by EXIF) (turned)",
         "image: mask size differs from its image (small)",
         "image: has an empty foreground (black)",

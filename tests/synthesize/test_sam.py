@@ -292,7 +292,7 @@ def wider(folder: pathlib.Path) -> None:
         (pickled, "no file named model.safetensors"),
         (cut, "incomplete metadata"),
         (incomplete, "mask_decoder.iou_token.weight is missing"),
-        (wider, "mask_decoder.* has another shape"),
+        (wider, "mask_decoder.* has an unexpected shape"),
     ],
 )
 def test_a_folder_that_cannot_be_read_is_one_line_that_says_what_to_do(folders, tmp_path, monkeypatch, harm, words):

@@ -60,7 +60,11 @@ THINGS = [value for value in range(1, 151) if value not in STUFF]
 
 
 def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
-    """Return the plan of images/training, annotations/training, annotations_instance/training and objectInfo150.txt."""
+    """Return the plan of a split.
+
+    images: images/training. semantic: annotations/training. instances: annotations_instance/training. classes:
+    objectInfo150.txt.
+    """
     names, _, offset = read_classes(classes)
     if (len(names), offset) != (150, 1):
         raise ValueError(

@@ -1,7 +1,7 @@
 """BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four 8-bit channels.
 
-R is the category, G the attributes, 256 B + A the number of the region in its image. The classes are all 40 categories
-of the panoptic evaluation; category 0 is unlabeled.
+Channel R holds the category, and G the attributes. 256 B + A is the number of the region in its image. The classes are
+all 40 categories of the panoptic evaluation; category 0 is unlabeled.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegeta
 car, caravan, motorcycle, trailer, train, truck"""
 STUFF = 30
 CLASSES = tuple(ClassInfo((" ".join(name.split()),), is_region=i < STUFF) for i, name in enumerate(NAMES.split(",")))
-# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with either
-# of the last two.
+# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions that are
+# crowd or ignore.
 CROWD_OR_IGNORE = 3
 
 

@@ -1,6 +1,6 @@
 """The public data sets: a description of each, and the folders that its download unpacks to.
 
-The layouts follow detectron2's DETECTRON2_DATASETS if detectron2, or a project based on it, knows the data set.
+If detectron2 or a project based on it reads a data set, the layout is the one in DETECTRON2_DATASETS.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ Path = str | tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One split. family: makes its plan. paths: its files and folders below the root. options: other keywords."""
+    """A split of a public data set.
+
+    family: function that makes the split's plan. paths: its arguments that are files or folders, relative to the root.
+    options: its other arguments.
+    """
 
     family: Callable[..., Plan]
     paths: Mapping[str, Path]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def files(self) -> list[str]:
-        """Return all files and folders below the root, without duplicates."""
+        """Return the files and folders that the split needs, relative to the root, without duplicates."""
         return list(dict.fromkeys(p for path in self.paths.values() for p in _listed(path)))
 
     def plan(self, root: str) -> Plan:
@@ -40,7 +44,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class PublicSet:
-    """One data set. get: what to download from `url`, and where to put it below the root. teaches: its annotations."""
+    """A public data set.
+
+    get: what to download from `url`, and where to put it below the root. teaches: what its annotations describe.
+    """
 
     splits: Mapping[str, Source]
     url: str
@@ -56,7 +63,10 @@ def _listed(path: Path) -> tuple[str, ...]:
 def _each(
     family: Callable[..., Plan], words: Mapping[str, str], options: Mapping[str, Any] = {}, **paths: Path
 ) -> dict[str, Source]:
-    """Return the splits of a data set. {} in a path stands for the data set's own name of the split."""
+    """Return {split: Source} of a data set.
+
+    words: from our names of the splits to the data set's own names, which replace {} in `paths`.
+    """
 
     def filled(path: Path, word: str) -> Path:
         return path.replace("{}", word) if isinstance(path, str) else tuple(p.replace("{}", word) for p in path)

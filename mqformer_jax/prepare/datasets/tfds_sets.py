@@ -1,7 +1,7 @@
 """Data sets of TensorFlow Datasets (TFDS): a TFDS builder downloads and reads them, and the examples become records.
 
-TFDS needs TensorFlow to make a data set, but not to read one that is stored in ArrayRecord files. It may be made on
-another machine.
+TFDS needs TensorFlow to make a data set, but not to read one that is stored in ArrayRecord files. So a data set may be
+made on another machine and copied.
 """
 
 from __future__ import annotations
@@ -31,12 +31,15 @@ Vocabulary = tuple[tuple[ClassInfo, ...], dict[int, int]]
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSet:
-    """A supported builder.
+    """A TFDS builder that `plans` supports.
 
-    name: name of the data set in recipes. splits: from our names to the builder's. needs: packages that the builder
-    needs to make the data set, but not to read it. vocabulary: returns the classes for the builder's features, and a
-    map from class ids to class indices. key: returns the image name of an example. record: see `plan.build`; the
-    job's `labels` are the example. image: the feature that holds the image.
+    name: name of the data set in recipes.
+    splits: from our names to the builder's.
+    needs: packages that the builder needs to make the data set, but not to read it.
+    vocabulary: takes the builder's features. Returns the classes, and a map from class ids to class indices.
+    key: returns the image name of an example.
+    record: the `make_record` of `plan.build`; the job's `labels` are the example.
+    image: the feature that holds the image.
     """
 
     name: str
@@ -54,8 +57,7 @@ def plans(
 ) -> Iterator[tuple[str, str, Plan]]:
     """Yield (name, split, plan) of one split of "lvis", "voc/2012", ...
 
-    Downloads and makes the data set first if it is not in `data_dir`. Raises ValueError, also for any error of the
-    builder.
+    Downloads and makes the data set first if it is not in `data_dir`. Raises ValueError, also if the builder fails.
     """
     full = _full_name(builder)
     known = SETS[full]
@@ -76,7 +78,10 @@ def plans(
 
 
 def _full_name(builder: str) -> str:
-    """Return "voc/2007" for "voc": a builder's first configuration is its default."""
+    """Return the name of a builder with its configuration, by default the first one ("voc": "voc/2007").
+
+    Raises ValueError if it is not supported.
+    """
     full = next((known for known in SETS if known == builder or known.startswith(f"{builder}/")), None)
     if full is None and builder.split("/")[0] in _INSTEAD:
         raise ValueError(f"{builder}: {_INSTEAD[builder.split('/')[0]]}")
@@ -86,7 +91,10 @@ def _full_name(builder: str) -> str:
 
 
 def _made(full: str, data_dir: str | None) -> Any:
-    """Return TFDS's builder of a data set in ArrayRecord files, after making it if needed. Raises ValueError."""
+    """Return the TFDS builder of a data set, after making the data set if needed.
+
+    Raises ValueError, also if the data set is not stored in ArrayRecord files.
+    """
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -116,7 +124,7 @@ def _made(full: str, data_dir: str | None) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _examples(folder: str, split: str, image: str) -> Sequence[Example]:
-    """Return the examples of an existing split. Images are the bytes of their files."""
+    """Return the examples of an existing split. Images are not decoded: they are the bytes of their files."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder, file_format="array_record")
@@ -153,7 +161,10 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
 
 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Make a record of RefCOCO with `raw` expressions; the builder lacks REFER's `sent` (lower case, no period)."""
+    """Make a record of RefCOCO. Its expressions are the field `raw`, the text as the annotator wrote it.
+
+    REFER's `sent`, the normalized text (lower case, no period), is missing in the TFDS builder.
+    """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
     items = [
@@ -211,14 +222,17 @@ def _rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _named(features: Any) -> Vocabulary:
-    """Return the names that the builder gives its labels."""
+    """Return the classes that the builder's labels name, and a map from class ids to class indices."""
     spaced = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv/monitor"}  # VOC's
     names = enumerate(features["objects"]["label"].names)
     return vocabulary([{"id": i, "name": spaced.get(name, name)} for i, name in names], "the builder's labels")
 
 
 def _coco_ids(features: Any) -> Vocabulary:
-    """Return COCO's 80 classes, since `ref_coco` has ids but no names."""
+    """Return COCO's 80 classes, and a map from class ids to class indices.
+
+    The builder `ref_coco` has class ids, but no names.
+    """
     return vocabulary([{"id": i, "name": name} for i, name in zip(THING_IDS, class_names(80), strict=True)], "COCO")
 
 

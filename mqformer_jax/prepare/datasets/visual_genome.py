@@ -99,7 +99,7 @@ def _image_id(entry: dict) -> Any:
 
 
 def _box(item: dict) -> list[Any]:
-    """Return x, y, width, height. Objects abbreviate the last two."""
+    """Return x, y, width, height of an object, whose keys are w and h, or of a region, whose keys are written out."""
     return [item.get("x"), item.get("y"), item.get("w", item.get("width")), item.get("h", item.get("height"))]
 
 
@@ -129,7 +129,8 @@ def _vocabulary(
 ) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
     """Return the classes sorted by name, and a map from spellings to class indices.
 
-    Texts of a class are its spellings that occur in `min_images` images, the most frequent first.
+    The texts of a class are its most frequent spelling and all others that occur in at least `min_images` images, in
+    order of frequency.
     """
     images_of: collections.Counter[str] = collections.Counter()
     spelled: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -156,7 +157,10 @@ def _names(item: dict) -> list[str]:
 def _classed(
     objects: Sequence[dict], class_of: dict[str, int], key: str, min_images: int, problems: Problems
 ) -> Iterator[tuple[int, list]]:
-    """Yield (class index, box) of the objects with a class. The first name of an object that has a class decides."""
+    """Yield (class index, box) of each object that has a class.
+
+    If an object has several names, the first one that belongs to a class determines the class.
+    """
     for item in objects:
         names = _names(item)
         known = [class_of[name] for name in names if name in class_of]
@@ -197,7 +201,7 @@ def _objects(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterator[Segment]:
-    """Yield one segment per box, with its phrases. A phrase of two boxes is ambiguous and dropped."""
+    """Return one segment per box, with its phrases. A phrase that describes two boxes is ambiguous and dropped."""
     boxes_of: dict[str, list[Box]] = collections.defaultdict(list)
     for phrase, xywh in scene.phrases:
         try:

@@ -18,8 +18,8 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
     Formats: JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
     synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table with the mask value in the
     first column and the name in the last), CamVid's label_colors.txt ("Void" is unlabeled), and plain text with one
-    class per line. Commas separate synonyms; those that two classes share are left out. offset: replaces the list's.
-    Raises ValueError or FileNotFoundError.
+    class per line. Commas separate synonyms; those that two classes share are left out. offset: mask value of the first
+    class, if not the list's. Raises ValueError or FileNotFoundError.
     """
     entries, ignore, own_offset = _read_list(path)
     offset = own_offset if offset is None else offset

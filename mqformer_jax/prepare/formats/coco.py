@@ -113,8 +113,9 @@ def instances(json_path: str, images: str) -> Plan:
 
 
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
-    """Return the plan of expressions: `refs` of {image_id, sentences, and bbox, segmentation, ann_id or no_target}.
+    """Return the plan of a JSON file of expressions.
 
+    An item of its `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
     An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the JSON
     file does not. refs_split: keep only this split. Splits other than train are for evaluation and keep every
     expression: see `referring_record`.
@@ -190,7 +191,10 @@ def image_ids(json_path: str) -> set[int]:
 
 
 def load_json(path: str, *fields: str) -> dict[str, Any]:
-    """Read a JSON object (or RefCOCO's pickled refs) that must hold these lists of objects. Raises like `read_json`."""
+    """Read a JSON object (or RefCOCO's pickled refs) whose `fields` must be lists of objects.
+
+    Raises FileNotFoundError or ValueError.
+    """
     data = {"refs": read_json(path)} if path.endswith(".p") else read_json(path)
     more = [field for field in ("images", "categories") if isinstance(data, dict) and field in data]
     for field in dict.fromkeys((*fields, *more)):
@@ -279,7 +283,10 @@ def _synonyms(category: Mapping[str, Any], path: str) -> list[str]:
 
 
 def _words(category: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the names in a category's name, which slashes separate."""
+    """Return the synonyms in a category's name, which slashes separate.
+
+    Known misspellings are corrected. Stuff names lose "-merged", "-other" and "-stuff".
+    """
     name = category["name"]
     if name in _MENDED:
         return _MENDED[name]
@@ -292,11 +299,11 @@ def _spaced(name: str) -> str:
 
 
 def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
-    """Return the categories without the one that Roboflow adds for the project: the super-category of all others.
+    """Return the categories without the super-category of all others, which Roboflow adds for the project.
 
-    It has no annotations, so as a class it would count as absent everywhere. A category with annotations stays a class,
-    and so does one whose super-category has its own name (SeginW's Hand-Segmentation, which lacks the project's
-    category).
+    It has no annotations, so as a class it would count as absent in every image. Two kinds of categories are kept: one
+    with annotations, and one whose super-category has the same name as itself (Hand-Segmentation of SeginW, which lacks
+    the project's category).
     """
     above = collections.Counter(c.get("supercategory") for c in categories)
     for root in categories:
@@ -311,7 +318,11 @@ def _without_root(categories: list[dict], annotations: list[dict], problems: Pro
 
 
 def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
-    """Return the refs of one split. Raises ValueError if it is unknown, or None while train is one of several."""
+    """Return the refs of one split, or all refs if `split` is None.
+
+    Raises ValueError if no ref has this split. Also raises it if `split` is None and the file has train and other
+    splits.
+    """
     splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
     if split is None and "train" in splits and len(splits) > 1:
         raise ValueError(f"{path}: contains the splits {', '.join(splits)}; choose one with --refs_split")
@@ -327,7 +338,7 @@ def need_folders(*folders: str) -> None:
 
 
 def _entries(entries: list[dict], problems: Problems) -> list[dict]:
-    """Return the images that have an id and a file name, each id once."""
+    """Return the images that have an id and a file name, without repeated ids. The others count as problems."""
     known: dict[Any, dict] = {}
     for entry in entries:
         if "id" not in entry or not _name(entry):
@@ -354,10 +365,11 @@ def _job(entry: dict, folder: str, items: Any) -> Job:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _below(folder: str, parent: str) -> str:
-    """Return the folder below `folder` that an image's own path ends with. Cached, to look up each folder only once.
+    """Return the folder that contains an image, `folder` or one below it.
 
-    Objects365's JSON file says images/v1/patch8, but its archives unpack to patch8. LVIS's says train2017, which may be
-    `folder` itself.
+    parent: the folder in the JSON file, whose first parts may be missing on disk. Objects365's file says
+    images/v1/patch8, but its archives unpack to patch8. LVIS's says train2017, which may be `folder` itself. The result
+    is cached, so that each folder is looked up only once.
     """
     parts = parent.split("/")
     ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
@@ -377,9 +389,9 @@ def _by_image(annotations: list[dict], entries: list[dict], path: str, problems:
 
 
 def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
-    """Raise ValueError if no annotation has a known image or class ("0" is not 0).
+    """Raise ValueError if there are annotations, but none has a known image or class.
 
-    Otherwise, all classes would count as absent everywhere.
+    This happens if ids have different types ("0" and 0). Then all classes would count as absent everywhere.
     """
     if annotations and not any(annotation.get(field) in known for annotation in annotations):
         there = f"known values are {', '.join(map(repr, list(known)[:3]))}" if known else "no value is known"
@@ -393,8 +405,8 @@ def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
         other = keys.setdefault(job.image, job.key)
         if other != job.key:
             raise ValueError(
-                f"{path}: {job.image} would be the file of two images, {other} and {job.key}; "
-                "give the folder that contains both of their folders"
+                f"{path}: the images {other} and {job.key} would both be read from {job.image}; "
+                "give an image folder that contains both of these paths"
             )
     for key, count in collections.Counter(job.key for job in jobs).items():
         if count > 1:
@@ -412,7 +424,8 @@ def _instance_index(paths: Sequence[str]) -> tuple[dict[int, dict], dict[int, di
         for annotation in data["annotations"]:
             if annotation.get("id") is not None and shapes.setdefault(annotation["id"], annotation) != annotation:
                 raise ValueError(
-                    f"{path}: annotation id {annotation['id']} occurs twice in --instances, for different annotations"
+                    f"{path}: annotation id {annotation['id']} occurs twice in --instances, for different annotations; "
+                    "give files whose ids are unique"
                 )
     entries = {e.get("id"): e for data in files for e in data["images"]}
     return shapes, entries, files[0]["categories"] if files else []

@@ -22,9 +22,11 @@ Box = tuple[float, float, float, float]
 
 
 class Labels(NamedTuple):
-    """The JSON annotations of one image. items: in the form that its format needs. height, width: in pixels, if given.
+    """The JSON annotations of one image.
 
-    negative, not_exhaustive: LVIS's ids of categories that are verified as absent, and that are labeled only in part.
+    items: annotations in the form of their format (panoptic, instances, ...). height, width: in pixels, if given.
+    negative: LVIS's ids of categories that are verified as absent. not_exhaustive: LVIS's ids of categories that are
+    labeled only in part.
     """
 
     items: Any
@@ -64,15 +66,16 @@ def panoptic_record(
 
 
 def _lost(infos: Sequence[Mapping[str, Any]], pieces: Mapping[int, Piece]) -> Iterator[Any]:
-    """Yield the categories of dropped segments. If segments share an id, the categories of all of them."""
+    """Return the category ids of dropped segments and of segments that share their id with another."""
     uses = collections.Counter(info.get("id") for info in infos)
     return (info.get("category_id") for info in infos if info.get("id") not in pieces or uses[info.get("id")] > 1)
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
-    """Return a record with a segment per annotation. A class that lost an annotation counts as labeled in part.
+    """Return a record with a segment per annotation.
 
-    A repeated box is one object (Objects365 sometimes repeats all boxes of an image).
+    A class with a dropped annotation counts as labeled in part. A box that occurs twice counts as one object
+    (Objects365 sometimes repeats all boxes of an image).
     """
     segments, partial = [], set(job.labels.not_exhaustive)
     for annotation in items_of(job, image):
@@ -98,10 +101,11 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
 def referring_record(
     job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False
 ) -> Record:
-    """Return a record with a segment per object and all its expressions. Its class counts as labeled in part.
+    """Return a record with one segment for each object, with all its expressions.
 
-    An expression of two objects is ambiguous and dropped. One that is also marked as `no_target` stays present.
-    every: keep all expressions, for evaluation: published metrics count each one as often as it occurs.
+    The classes of the objects count as labeled in part. An expression of two objects is ambiguous and dropped. If an
+    expression of an object is also marked as `no_target`, the mark is ignored. every: keep all expressions, with
+    duplicates, for evaluation: published metrics count each one as often as it occurs.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
     absent: list[str] = []
@@ -149,7 +153,7 @@ def _referred(job: Job, image: Image, segments: tuple[Segment, ...], absent: tup
 
 
 def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
-    """Return a record whose salient foreground is the union of some annotations."""
+    """Return a record whose salient foreground is the union of the given annotations."""
     masks = [shape(annotation, image, problems, job.key, None).mask for annotation in items_of(job, image)]
     if None in masks:
         raise Unusable("image has an annotation without a mask")
@@ -190,7 +194,10 @@ _FLAGS = dict.fromkeys(("0", "false", "none"), False) | dict.fromkeys(("1", "tru
 
 
 def flag(item: Mapping[str, Any], field: str) -> bool:
-    """Return a field that is 0 or 1, false or true, or one of them as text. Missing is false. Raises Unusable."""
+    """Return a field as a bool: 0 or 1, false or true, or one of these as text. A missing field is false.
+
+    Raises Unusable for any other value.
+    """
     value = str(item.get(field, 0)).lower()
     if value not in _FLAGS:
         raise Unusable(f"'{field}' is neither 0 nor 1")
@@ -266,7 +273,10 @@ def _rle(segmentation: Any, image: Image) -> bytes:
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """Return the lengths of the runs of a compressed code. The library would accept a truncated code."""
+    """Return the lengths of the runs in a compressed code.
+
+    The code is decoded here, because the library accepts a truncated one.
+    """
     runs: list[int] = []
     value = shift = 0
     for byte in counts.encode() if isinstance(counts, str) else counts:

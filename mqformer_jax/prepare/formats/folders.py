@@ -1,4 +1,4 @@
-"""Data sets of a folder of images and a folder of masks with the same names: semantic, foreground, mattes."""
+"""Data sets in folders of images and of masks with the same names: semantic classes, foregrounds, mattes."""
 
 from __future__ import annotations
 
@@ -122,16 +122,20 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
 
 
 def _names(line: str) -> list[str]:
-    """Return the possible names of an image in a line: the whole line, or its part before a number or a mask's path."""
+    """Return the image names that a line of a list file may mean.
+
+    They are the whole line and, if the text after the first space is a number or a mask's path, the part before it.
+    """
     first, _, rest = line.partition(" ")
     paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
     return [line, first] if paths or re.fullmatch(r"\s*-?\d+", rest) else [line]
 
 
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """Yield the keys that a name may refer to: without its extension, and without its first folders.
+    """Yield the keys that an image name in a list file may refer to.
 
-    The removed folders must end in the folder that contains the key.
+    A key is the name without its extension and, possibly, without its first folders. In that case, the last removed
+    folder must also contain the key on disk. keys: {key: path on disk}.
     """
     stem, extension = os.path.splitext(posixpath.normpath(name))
     parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")
@@ -193,10 +197,13 @@ def _read_trimap(path: str, image: Image) -> np.ndarray:
 
 
 def read_mask(path: str, image: Image) -> np.ndarray:
-    """Return a black and white mask as bool [h, w]: above 127, or above 0 if no value is above 1. Raises Unusable."""
+    """Return a black and white mask as bool [h, w]. Raises Unusable.
+
+    Pixels above 127 are white. If all values are 0 or 1, pixels of 1 are white.
+    """
     gray = same_size(read_gray(path), image)
     if 1 < gray.max() < 128:
-        raise Unusable("mask has no value above 127; white must be 255, or 1")
+        raise Unusable("mask has a largest value between 2 and 127; save white as 255, or as 1")
     return gray > (127 if gray.max() > 1 else 0)
 
 

@@ -36,7 +36,7 @@ warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class Unusable(ValueError):
-    """A file or an annotation that cannot be used. The message is only the reason, so that reasons can be counted."""
+    """Raised for a file or an annotation that cannot be used. The message is a reason without names, for counting."""
 
 
 class Image(NamedTuple):
@@ -118,7 +118,7 @@ def read_channels(path: str, count: int) -> np.ndarray:
 
 
 def same_size(mask: np.ndarray, image: Image, kind: str = "mask") -> np.ndarray:
-    """Return the mask. Raises Unusable if its size differs from the image's."""
+    """Return the mask unchanged. Raises Unusable if its size differs from the image's."""
     if mask.shape != (image.height, image.width):
         turned = " (rotated by EXIF)" if mask.shape == (image.width, image.height) else ""
         raise Unusable(f"{kind} size differs from its image{turned}")
@@ -171,7 +171,10 @@ def _pixels(data: bytes) -> int:
 
 
 def _palette_to_gray(data: bytes) -> bytes:
-    """Declare a palette PNG to be gray, because OpenCV would turn indices into colors. Changes IHDR, removes PLTE."""
+    """Return the bytes of a palette PNG with a header that declares it to be gray, and without its palette.
+
+    OpenCV then reads the indices instead of the colors.
+    """
     out, at = [_PNG], len(_PNG)
     while at + 12 <= len(data):
         end = at + 12 + struct.unpack(">I", data[at : at + 4])[0]

@@ -26,7 +26,7 @@ def panoptic_record(
 ) -> Record:
     """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored.
 
-    Pieces must not overlap. partial: classes that lost a piece. Raises Unusable without any piece.
+    Pieces must not overlap. partial: classes with a dropped piece. Raises Unusable if there is no piece.
     """
     merged: dict[object, Piece] = {}
     ignore = np.ones((image.height, image.width), bool)
@@ -44,9 +44,10 @@ def panoptic_record(
 
 
 def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> tuple[list[Job], Problems]:
-    """Return jobs whose `labels` are the paths of an image's maps, one per folder, and count files without a partner.
+    """Return a job for each image with a map of the same name in every folder of `maps`.
 
-    Names are compared without `image_end` and `map_end` ("_leftImg8bit"). Files with other endings are skipped.
+    `Job.labels` are the paths of the maps. Files without a partner are counted. Names are compared without `image_end`
+    and `map_end` ("_leftImg8bit"); files with other endings are skipped.
     """
     pictures, found = _files(images, image_end), [_files(folder, map_end) for folder in maps]
     jobs, problems = [], Problems()
@@ -71,6 +72,9 @@ def _files(folder: str, end: str) -> dict[str, str]:
 
 
 def distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the texts of classes without synonyms that another class has too ("stool" of ADE20K's toilet)."""
+    """Return the names of each class, without synonyms that another class has too.
+
+    For example, "stool" is a synonym of two classes of ADE20K, stool and toilet. A class always keeps its first name.
+    """
     uses = collections.Counter(text for texts in names for text in set(texts))
     return [(texts[0], *(t for t in dict.fromkeys(texts[1:]) if uses[t] == 1)) for texts in names]

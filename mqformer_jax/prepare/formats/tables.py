@@ -23,8 +23,9 @@ _YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
 
 
 class Row(NamedTuple):
-    """A row of a table. where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: has no target.
+    """A row of a table.
 
+    where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: whether the row has `no_target` set.
     wrong: the reason why the row cannot be used, or "".
     """
 
@@ -46,11 +47,12 @@ def table(
     stuff: Sequence[str] = (),
     exhaustive: bool = False,
 ) -> Plan:
-    """Return the plan of a table. Rows of an image become one record, rows with the same mask or box one segment.
+    """Return the plan of a table.
 
-    masks: folder of the masks (default: the table's). classes: a class list (default: all classes of the table).
-    stuff: classes that own one region; the others are things. exhaustive: an image shows only the classes of its rows,
-    so a row with only an image states that the image shows no class.
+    All rows of an image become one record. Rows with the same mask or box become one segment of it. masks: folder of
+    the masks (default: the table's). classes: a class list (default: all classes of the table). stuff: classes that own
+    one region; the others are things. exhaustive: an image shows only the classes of its rows, so a row with only an
+    image states that the image shows no class.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):
@@ -164,7 +166,10 @@ def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
 
 
 def _within(where: str, column: str, path: str) -> str:
-    """Return one spelling for each file, so that its rows are grouped. Raises ValueError."""
+    """Return a normalized relative path, so that rows with different spellings of it are grouped.
+
+    Raises ValueError if the path leads out of its folder.
+    """
     path = posixpath.normpath(path) if path else ""
     if path.startswith(("/", "../")):
         raise ValueError(f"{where}: {column} {path!r} is not within --{column}s")
@@ -176,7 +181,7 @@ def _words(text: Any) -> str:
 
 
 def _bbox(value: Any) -> tuple[float, ...] | None:
-    """Return four numbers, () if none are given, and None for anything else."""
+    """Return the four numbers of a box, () if the value is empty, or None if it is malformed."""
     parts = value.replace(",", " ").split() if isinstance(value, str) else value or ()
     try:
         numbers = tuple(float(v) for v in parts)
@@ -189,7 +194,10 @@ def _bbox(value: Any) -> tuple[float, ...] | None:
 
 
 def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int], exhaustive: bool) -> Record:
-    """Return a record. A class with a dropped row, or in a table that is not exhaustive, counts as labeled in part."""
+    """Return the record of an image's rows.
+
+    A class counts as labeled in part if one of its rows was dropped, or if the table is not exhaustive.
+    """
     found: dict[Any, Segment] = {}
     absent_texts: list[str] = []
     absent, partial = set(), set()
@@ -231,7 +239,11 @@ def _joined(segment: Segment, class_id: int | None, texts: tuple[str, ...]) -> S
 def _settled(
     key: str, found: list[Segment], absent: list[str], problems: Problems
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
-    """Drop expressions of two segments. An expression that is both present and absent stays present."""
+    """Return the segments and the absent expressions of an image, without contradictions.
+
+    An expression of two segments is dropped. One that is both present and absent stays present. A segment that is left
+    without expression and class is dropped.
+    """
     uses = collections.Counter(text for segment in found for text in set(segment.texts))
     for text in sorted(uses):
         if uses[text] > 1:
@@ -246,7 +258,7 @@ def _settled(
 
 
 def _shape(row: Row, image: Image, problems: Problems) -> Segment:
-    """Return the segment of a row without its texts. A mask determines its box. Raises Unusable."""
+    """Return the segment of a row, without texts. If there is a mask, the box is that of the mask. Raises Unusable."""
     if row.mask:
         mask = read_mask(row.mask, image)
         if not mask.any():

@@ -1,6 +1,6 @@
 """Draw the scenes of the sample: colored things on textured ground, with the owner of each pixel.
 
-Lengths of a `Thing` are fractions of the image's side, so a scene means the same at every size. All randomness comes
+Lengths of a `Thing` are fractions of the image's side, so a scene looks the same at every size. All randomness comes
 from one `numpy.random.Generator`. Only numpy and OpenCV are used.
 """
 
@@ -188,10 +188,11 @@ def _paint_thing(rng: np.random.Generator, image: np.ndarray, thing: Thing, cove
 
 
 def _ground_map(rng: np.random.Generator, size: int, seen: Bool[np.ndarray, "s s"]) -> Int[np.ndarray, "s s"]:
-    """Return an index into STUFF for every pixel. Each kind has one site; a pixel belongs to the nearest, after a warp.
+    """Return an index into STUFF for every pixel.
 
-    Kinds form either bands with a horizon, by stretched distances, or blobs. Kinds with too few `seen` pixels are left
-    out.
+    Each kind of ground has one site, and a pixel belongs to the kind of the nearest site. Noise shifts the coordinates
+    of the pixels, which makes the borders ragged. In some scenes, horizontal distances count less, so that the kinds
+    form bands with a horizon instead of blobs. Kinds with too few `seen` pixels are left out.
     """
     kinds = rng.permutation(len(STUFF))[: int(rng.integers(2, 5))]
     bands = rng.random() < 0.6
@@ -267,7 +268,10 @@ _TEXTURES = {"sky": _sky, "grass": _grass, "water": _water, "sand": _sand, "rock
 
 
 def _noise(rng: np.random.Generator, size: int, rows: int, cols: int | None = None) -> Float32[np.ndarray, "s s"]:
-    """Return smooth noise around 0.5, mostly within 0 to 1: `rows` x `cols` (default: `rows`) values, enlarged."""
+    """Return smooth noise around 0.5, mostly within 0 to 1: a grid of random values, enlarged to `size` x `size`.
+
+    rows, cols: size of the grid. cols: `rows` by default.
+    """
     grid = rng.random((rows, cols or rows), np.float32)
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)
 

@@ -84,7 +84,8 @@ class SampleSet:
 def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -> list[SampleSet]:
     """Return three data sets that share no scenes: full scenes, boxes only and mattes only.
 
-    Boxes have a quarter of `train` scenes, mattes an eighth. Raises ValueError for more than 100,000 scenes per split.
+    train: number of training scenes of the full data set. The one with boxes has a quarter of it, the one with mattes
+    an eighth. Raises ValueError for more than 100,000 scenes per split.
     """
     if max(train, val) > _BLOCK:
         raise ValueError(f"sample: {max(train, val)} scenes are too many: a split holds at most {_BLOCK}.")
@@ -152,10 +153,10 @@ def expression_kind(text: str) -> str:
 
 
 def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[int]]:
-    """Return the indices of the things that `phrase` certainly names, and of all that it possibly names.
+    """Return the indices of the things that `phrase` certainly names, and of those that it may name.
 
-    The certain ones are also possible ones. The phrase names nothing if the anchor of its relation does not name
-    exactly one thing.
+    The second list includes the first. The phrase names nothing if the anchor of its relation does not name exactly one
+    thing.
     """
     head = [i for i, thing in enumerate(things) if _fits(phrase, thing)]
     if phrase.extreme is not None:
@@ -175,13 +176,16 @@ def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[
 
 
 def sole(phrase: Phrase, things: Sequence[Thing]) -> int | None:
-    """Return the index of the only thing that `phrase` certainly and possibly names, or None."""
+    """Return the index of the thing that `phrase` certainly names, if it cannot name any other thing; else None."""
     certain, possible = referents(phrase, things)
     return certain[0] if len(certain) == len(possible) == 1 else None
 
 
 def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) -> tuple[str, ...]:
-    """Return up to three phrases that name only `things[target]`: by its looks, by its place, and one of either kind.
+    """Return up to three phrases that name only `things[target]`.
+
+    The first describes its looks and the second its place relative to another thing. The third is extremal ("leftmost")
+    or a phrase about its looks again.
 
     Phrases that need all their words are preferred, e.g. a relation whose noun alone would name several things.
     """
