@@ -180,11 +180,6 @@ PLAIN = dict(
 )
 
 
-def _hint(task: str) -> str:
-    """Return a task's help as Markdown, with escaped stars."""
-    return TASKS[task].help.replace("*", "\\*")
-
-
 def tasks_of(predictor: Predictor) -> list[str]:
     """Return the tasks to offer: all, but matting only if the checkpoint has a refiner."""
     return [task for task in ANSWERED if task != "matting" or getattr(predictor, "refiner", None)]
@@ -215,7 +210,8 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
             "Segment an image by text prompts. "
             f"Model: {html.escape(name)}, {learnable} learnable + {conditional} conditional queries."
         )
-        gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p>", elem_id="title")
+        about = html.escape(predictor.config.about)
+        gr.HTML(f"<h1>MQ-Former</h1><p>{intro}</p><p>{about}</p>", elem_id="title")
         with gr.Row():
             with gr.Column(scale=5, min_width=340):
                 photo = gr.Image(
@@ -228,7 +224,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                     lines=2,
                     elem_id="prompts",
                 )
-                task = gr.Radio(tasks, value=tasks[0], label="Task", info=_hint(tasks[0]), elem_id="task")
+                task = gr.Radio(tasks, value=tasks[0], label="Task", info=TASKS[tasks[0]].help, elem_id="task")
                 kinds = gr.Radio(
                     QUERIES,
                     value="all",
@@ -258,7 +254,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                 )
                 table = gr.HTML('<p class="none">Segments and their scores appear here.</p>', elem_id="legend")
                 download = gr.DownloadButton("Download masks", interactive=False, elem_id="download")
-        explain = lambda t: (gr.update(info=_hint(t)), gr.update(visible=t == "instance"))
+        explain = lambda t: (gr.update(info=TASKS[t].help), gr.update(visible=t == "instance"))
         task.input(explain, task, [task, score_threshold], show_progress="hidden")
         gr.on(
             [button.click, prompts.submit, kinds.input, score_threshold.release], respond,

@@ -251,6 +251,7 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
     page.upload(tmp_path / "photo.png")
     page.all("#prompts textarea")[0].send_keys("ball; sky*; star")
     page.all("#segment")[0].click()
+    assert "Photographs are beyond it" in page.all("#title")[0].text, "the page says what the model knows"
     assert page.wait(page.rows) == [["ball", "0.90", "33.3%"], ["sky", "0.70", "33.3%"]]
     assert page.wait(lambda: page.all("#shown img"))[0].get_property("naturalWidth") == 360
     page.all("#download")[0].click()
