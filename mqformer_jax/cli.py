@@ -61,7 +61,7 @@ def start(program: str, interrupted: str, status: int = 130) -> None:
     """Set up the process of a command: Ctrl-C and the garbage collector."""
     exit_on_ctrl_c(f"{program}: {interrupted}", status)
     # Tracing creates many long-lived objects. With the default thresholds, a quarter of its time is garbage collection.
-    gc.set_threshold(100_000, 50, 100)
+    gc.set_threshold(100_000, 20, 10)
 
 
 def in_one_line(main: Callable[[], int | None], program: str) -> int | None:

@@ -24,7 +24,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 # Tracing makes millions of objects that stay; looking through them for cycles was a quarter of its time.
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(100_000, 20, 10)
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
