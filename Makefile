@@ -24,13 +24,14 @@ demo: .venv/.demo data/records/.sample
 
 # your own COCO json to a table and pictures: make finetune NAME=balloon IMAGES=photos JSON=annotations.json
 # [VAL=val.json: else a fifth of the images is held out] [FROM=runs/other: the checkpoint to start from]
+# [LONG=1: the larger model, 50 minutes instead of ten on two cores]
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
 	$(if $(FROM),,test -d pretrained/lite/checkpoints/0 || $(BIN)/mqformer convert --from lite --output pretrained/lite)
 	$(BIN)/mqformer prepare instances --name $(NAME) --split train --images $(IMAGES) --json $(JSON) $(if $(VAL),,--val_fraction 0.2)
 	$(if $(VAL),$(BIN)/mqformer prepare instances --name $(NAME) --split val --images $(IMAGES) --json $(VAL))
-	$(BIN)/mqformer train --config=finetune:$(NAME)$(if $(FROM),$(COMMA)$(FROM)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
+	$(BIN)/mqformer train --config=finetune:$(NAME)$(COMMA)$(or $(FROM),$(if $(LONG),,quick)) --workdir=runs/$(NAME) $(if $(STEPS),--config.steps=$(STEPS))
 COMMA := ,
 
 # ---- Tests (CONTRIBUTING.md) ----

@@ -27,6 +27,13 @@ def test_what_a_set_labels_decides_what_is_taught(name, task):
     assert config.steps == (300 if name == "phrases" else 1500)
 
 
+def test_the_quick_recipe_is_smaller_and_of_fixed_length():
+    config, longer = recipe("things,quick", "finetune"), recipe("things", "finetune")
+    recipes.check(config)
+    assert config.steps == 800 and config.batch_size == 4 and config.data.mixture == longer.data.mixture
+    assert config.model.decoder_layers < longer.model.decoder_layers and config.init_from == longer.init_from
+
+
 def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_on_what_it_was(tmp_path):
     for name, made_from in (("things_syn_m", "things"), ("things_syn", "things_syn_m")):
         (tmp_path / "data/records" / name).mkdir()
