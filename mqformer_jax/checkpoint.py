@@ -44,18 +44,18 @@ class Checkpoints:
         """Start a save in the background after the previous one ends. Raises OSError if the previous one failed."""
         self.wait()
         metadata = {"config": config_to_json(config), "data": data}
-        with self._told_in_one_line(step):
+        with self._one_line_errors(step):
             self._saving = step, self._orbax.save_async(step, state, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
         """Wait for the running save. Raises OSError if it failed, e.g. because the disk is full."""
         if self._saving is not None:
             (step, saving), self._saving = self._saving, None
-            with self._told_in_one_line(step):
+            with self._one_line_errors(step):
                 saving.result()
 
     @contextlib.contextmanager
-    def _told_in_one_line(self, step: int) -> Generator[None]:
+    def _one_line_errors(self, step: int) -> Generator[None]:
         try:
             yield
         except Exception as e:

@@ -76,7 +76,7 @@ def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Generator[None]:
+def block_ctrl_c_in_children() -> Generator[None]:
     """Block Ctrl-C in the processes started inside this context; `exit_now` of this process kills them."""
     from multiprocessing.resource_tracker import ensure_running
 

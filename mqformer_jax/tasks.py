@@ -129,4 +129,4 @@ TASKS = {
 }
 TRAINED = tuple(name for name, task in TASKS.items() if task.trained)
 EVALUATED = tuple(name for name, task in TASKS.items() if task.evaluator)
-ANSWERED = tuple(name for name, task in TASKS.items() if task.segments)
+PREDICTED = tuple(name for name, task in TASKS.items() if task.segments)

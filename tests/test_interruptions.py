@@ -166,8 +166,8 @@ def test_half_an_environment_is_one_line(lines, names):
 
 
 def test_one_process_asks_for_no_others():
-    from mqformer_jax.parallel.distributed import is_asked_for, settings
+    from mqformer_jax.parallel.distributed import is_requested, settings
 
     assert settings({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}) == {"num_processes": 4, "process_id": 3}
-    assert is_asked_for({"JAX_COORDINATOR_ADDRESS": "host:1"}) and is_asked_for({"SLURM_NTASKS": "2"})
-    assert not is_asked_for({"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"})
+    assert is_requested({"JAX_COORDINATOR_ADDRESS": "host:1"}) and is_requested({"SLURM_NTASKS": "2"})
+    assert not is_requested({"SLURM_NTASKS": "1", "JAX_PLATFORMS": "cpu"})

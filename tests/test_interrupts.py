@@ -145,7 +145,7 @@ def test_children_that_are_deaf_leave_it_to_their_parent():
     body = """
     import subprocess, sys
     code = "import time; print('ready', flush=True); time.sleep(1); print('heard nothing')"
-    with deaf_children():
+    with block_ctrl_c_in_children():
         child = subprocess.Popen([sys.executable, "-c", code])
     child.wait()
     """

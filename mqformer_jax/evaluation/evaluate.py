@@ -294,15 +294,14 @@ def make_evaluator(task: str, info: DatasetInfo, learnable: int) -> Any:
 
 
 def explain(results: dict[str, float]) -> list[str]:
-    """Return a line of explanation for each metric of the printed table."""
-    shown: dict[str, str] = {}
+    """Return one line on the meaning of each metric in the printed table. Metrics of two tasks may share a name."""
+    meanings: dict[str, str] = {}
     for key in results:
-        task, metric = key.split(".", 1)
-        metric = metric.split("/")[0]
-        if text := TASKS[task.rsplit("/", 1)[-1]].metrics.get(metric):
-            shown.setdefault(metric, text)
-    width = max(map(len, shown), default=0)
-    return [f"  {metric:{width}}  {text}" for metric, text in shown.items()]
+        task, metric = (part.split("/") for part in key.split(".", 1))
+        if text := TASKS[task[-1]].metrics.get(metric[0]):
+            meanings[f"{task[-1]} {metric[0]}"] = text
+    width = max(map(len, meanings), default=0)
+    return [f"  {name:{width}}  {text}" for name, text in meanings.items()]
 
 
 def table(results: dict[str, float]) -> str:

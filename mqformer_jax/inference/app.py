@@ -33,7 +33,7 @@ from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.interrupts import removed_on_exit
 from mqformer_jax.models.mqformer import query_counts
 from mqformer_jax.segments import Segments
-from mqformer_jax.tasks import ANSWERED, FOREGROUND, TASKS
+from mqformer_jax.tasks import FOREGROUND, PREDICTED, TASKS
 from mqformer_jax.visualization.overlays import colors, overlay
 
 QUERIES = ("all", "learnable", "conditional")
@@ -182,7 +182,7 @@ PLAIN = dict(
 
 def tasks_of(predictor: Predictor) -> list[str]:
     """Return the tasks to offer: all, but matting only if the checkpoint has a refiner."""
-    return [task for task in ANSWERED if task != "matting" or getattr(predictor, "refiner", None)]
+    return [task for task in PREDICTED if task != "matting" or getattr(predictor, "refiner", None)]
 
 
 def page(predictor: Predictor, name: str, folder: str) -> Any:

@@ -22,7 +22,7 @@ from mqformer_jax import config as recipes
 from mqformer_jax.inference import save_results
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.segments import Segments
-from mqformer_jax.tasks import ANSWERED, FOREGROUND, TASKS
+from mqformer_jax.tasks import FOREGROUND, PREDICTED, TASKS
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
@@ -63,13 +63,13 @@ def main(argv: list[str]) -> None:
         recipes.set_field(predictor.config, field, literal(value), "--set ")
     score = TASKS[given.task].score if given.score is None else given.score
     segment = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
-    bad = answer_files(segment, paths, given.task, given.output, given.masks)
+    bad = predict_files(segment, paths, given.task, given.output, given.masks)
     if bad == len(paths):
         raise ValueError("--image: none of the images could be read.")
     print(f"{given.output}: results of {len(paths) - bad} images" + (f"; {bad} could not be read" if bad else ""))
 
 
-def answer_files(
+def predict_files(
     segment: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool
 ) -> int:
     """Segment the images and write the results to `out`. Return the number of unreadable images, which are reported."""
@@ -136,7 +136,7 @@ def define_flags(values: flags.FlagValues) -> None:
         'e.g. "sky*; car".',
         flag_values=values,
     )
-    flags.DEFINE_enum("task", "panoptic", ANSWERED, "Segmentation task, e.g. referring.", flag_values=values)
+    flags.DEFINE_enum("task", "panoptic", PREDICTED, "Segmentation task, e.g. referring.", flag_values=values)
     flags.DEFINE_string("output", "predictions", "Folder for the results, e.g. found.", flag_values=values)
     flags.DEFINE_float(
         "score",

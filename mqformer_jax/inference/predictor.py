@@ -35,7 +35,7 @@ from mqformer_jax.segments import (
     semantic_segments,
     soft_mask,
 )
-from mqformer_jax.tasks import ANSWERED, TASKS
+from mqformer_jax.tasks import PREDICTED, TASKS
 
 ENCODED_AT_ONCE = 256  # texts per call of the text encoder
 MAX_CACHED_TEXTS = 100_000
@@ -220,8 +220,8 @@ class Predictor:
                 raise ValueError(f"the image is {_describe(i)}: give uint8 RGB of shape (height, width, 3).")
         if regions is not None and len(regions) != len(prompts):
             raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give True or False for each prompt.")
-        if task not in ANSWERED:
-            raise ValueError(f"task {task!r} is not one of {', '.join(ANSWERED)}.")
+        if task not in PREDICTED:
+            raise ValueError(f"task {task!r} is not one of {', '.join(PREDICTED)}.")
         if task == "matting" and self.refiner is None:
             raise ValueError("task 'matting': this checkpoint has no refiner; train one with `mqformer train-matting`.")
         regions = (

@@ -20,7 +20,7 @@ from mqformer_jax.input.record import BadRecord, ClassInfo, DatasetInfo, Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import color_jitter, fit, random_flip, resize_crop
-from mqformer_jax.interrupts import deaf_children
+from mqformer_jax.interrupts import block_ctrl_c_in_children
 
 MAX_IN_A_ROW = 64  # consecutive unusable records that stop the run
 MIN_RECORDS = 1000  # the fraction of unusable records is computed over at least this many
@@ -150,7 +150,7 @@ class Loader:
         if not data.workers:
             return map(self._count_unusable, iter(stream))
         stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=data.workers))
-        with deaf_children():  # iter() starts the threads that start the workers
+        with block_ctrl_c_in_children():  # iter() starts the threads that start the workers
             iterator = iter(stream)
         return map(self._count_unusable, _block_ctrl_c(iterator))
 
@@ -274,7 +274,7 @@ class RecordTransform:
 def _block_ctrl_c(stream: Iterator[Any]) -> Iterator[Any]:
     """Yield from an endless stream. Block Ctrl-C in the worker processes that its first elements start."""
     while True:
-        with deaf_children():
+        with block_ctrl_c_in_children():
             item = next(stream)
         yield item
 

@@ -35,7 +35,7 @@ def initialize() -> None:
     A run has several processes on a TPU VM, under SLURM or Open MPI with several tasks, or if JAX_COORDINATOR_ADDRESS
     (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID are set. Raises ValueError if these variables are inconsistent.
     """
-    if jax.distributed.is_initialized() or not is_asked_for(os.environ):
+    if jax.distributed.is_initialized() or not is_requested(os.environ):
         return
     watch_for_crash(
         "mqformer_jax: a process died unexpectedly. It was killed, or it lost another process of the run; see the log "
@@ -46,7 +46,7 @@ def initialize() -> None:
     )
 
 
-def is_asked_for(environment: Mapping[str, str]) -> bool:
+def is_requested(environment: Mapping[str, str]) -> bool:
     """Return whether the environment defines several processes, or this is a TPU VM, whose metadata lists them."""
     several = lambda name: environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
     if "JAX_COORDINATOR_ADDRESS" in environment or several("SLURM_NTASKS") or several("OMPI_COMM_WORLD_SIZE"):

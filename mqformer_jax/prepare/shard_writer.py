@@ -182,7 +182,7 @@ def report_path(folder: str, split: str) -> str:
     return os.path.join(folder, f"{split}.report.json")
 
 
-def go_live(
+def publish_files(
     folder: str, split: str, moves: Iterable[tuple[str, str]], info: DatasetInfo, total: Contents, key: str
 ) -> None:
     """Move finished shards into the data set's folder and list the split in `dataset.json`.
@@ -227,7 +227,7 @@ def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Conten
     return list(zip(made, shard_paths(folder, split, len(made))))
 
 
-def take_back(folder: str, split: str, paths: Sequence[str]) -> None:
+def restore_files(folder: str, split: str, paths: Sequence[str]) -> None:
     """Move shards back to their temporary paths if a killed preparation moved them, but did not list the split.
 
     The list of splits is in `dataset.json`.

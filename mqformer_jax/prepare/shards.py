@@ -29,18 +29,18 @@ from tqdm import tqdm
 from mqformer_jax.files import write_text
 from mqformer_jax.input import record
 from mqformer_jax.input.record import FORMAT, DatasetInfo
-from mqformer_jax.interrupts import deaf_children
+from mqformer_jax.interrupts import block_ctrl_c_in_children
 from mqformer_jax.prepare.plan import Job, Plan, Report
 from mqformer_jax.prepare.shard_writer import (
     Built,
     Contents,
     Problems,
-    go_live,
     locked,
     moves,
     prepared,
+    publish_files,
     remove,
-    take_back,
+    restore_files,
     write_shard,
 )
 
@@ -116,7 +116,7 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
             return _report(name, split, plan, before)
         _open_partial(partial, key, title)
         paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
-        take_back(folder, split, paths)
+        restore_files(folder, split, paths)
         todo = {path: jobs for path, jobs in zip(paths, runs) if not _finished(path)}
         if len(todo) < len(paths):
             print(f"{title}: resuming, {len(paths) - len(todo)} of {len(paths)} shards are finished", file=sys.stderr)
@@ -129,7 +129,7 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
             total.update(shard)
         if total.records:
             with locked(folder):  # another split of the data set may finish at the same time
-                go_live(
+                publish_files(
                     folder, split, moves(folder, split, paths, shards), _entry(folder, name, split, plan), total, key
                 )
         shutil.rmtree(partial)
@@ -241,7 +241,7 @@ def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolEx
         yield from (_make_shard(make, jobs, path) for path, jobs in todo.items())
         return
     try:
-        with deaf_children():  # the first one starts the workers
+        with block_ctrl_c_in_children():  # the first one starts the workers
             shards = [pool.submit(_make_shard, make, jobs, path) for path, jobs in todo.items()]
         for done in as_completed(shards):
             yield done.result()

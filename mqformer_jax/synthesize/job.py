@@ -23,7 +23,7 @@ from tqdm import tqdm
 from mqformer_jax.files import write_text
 from mqformer_jax.input.record import DatasetInfo
 from mqformer_jax.input.sources import ShardSource
-from mqformer_jax.prepare.shard_writer import Contents, go_live, locked, moves, prepared, remove, take_back
+from mqformer_jax.prepare.shard_writer import Contents, locked, moves, prepared, publish_files, remove, restore_files
 from mqformer_jax.synthesize.annotators import Annotator
 from mqformer_jax.synthesize.report import Tally
 from mqformer_jax.synthesize.shard import make_shard
@@ -127,7 +127,7 @@ def finish(job: Job, annotator: Annotator) -> Tally | None:
         paths = [job.path(shard) for shard in range(len(job.source.paths))]
         if not all(os.path.exists(f"{path}.json") for path in paths):
             return None
-        take_back(job.folder, job.split, paths)
+        restore_files(job.folder, job.split, paths)
         total, tally = Contents(), Tally(annotator.kind, annotator.name)
         shards = [Contents.load(f"{path}.json") for path in paths]
         for path, contents in zip(paths, shards):
@@ -136,7 +136,7 @@ def finish(job: Job, annotator: Annotator) -> Tally | None:
         if not total.records:
             raise ValueError(f"{job.data} {job.split}: no record can be read; prepare the data set again.")
         tally.save(_tally_path(job))
-        go_live(
+        publish_files(
             job.folder,
             job.split,
             moves(job.folder, job.split, paths, shards),

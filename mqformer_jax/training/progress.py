@@ -61,11 +61,13 @@ class Progress:
     def update(self, step: int, last: dict[str, jax.Array]) -> None:
         """Count a step. last: its metrics. Waits for the first and fifth step, to measure the time per step."""
         self.bar.update()
+        if self.bar.disable:
+            return
         done = step - self.first
         if done == 1:
             jax.block_until_ready(last)
             self.started = time.perf_counter()
-        if done == ESTIMATE_AFTER and self.bar.total - step > ESTIMATE_AFTER and not self.bar.disable:
+        if done == ESTIMATE_AFTER and self.bar.total - step > ESTIMATE_AFTER:
             jax.block_until_ready(last)
             seconds = (time.perf_counter() - self.started) / (done - 1)
             rest = (self.bar.total - step) * seconds

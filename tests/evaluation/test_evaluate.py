@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tiny import get_config
 
 from mqformer_jax.checkpoint import Weights, save_weights
-from mqformer_jax.evaluation.evaluate import evaluate, named, table
+from mqformer_jax.evaluation.evaluate import evaluate, explain, named, table
 from mqformer_jax.evaluation.instance import InstanceEvaluator
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import DatasetInfo, Record
@@ -167,6 +167,14 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config,
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert done.stdout.startswith(table(found)) and {key.split(".")[0] for key in found} == {"foreground", "matting"}
     assert (tmp_path / "eval" / "eval_details.json").exists() and (tmp_path / "eval" / "sample_mattes_val.png").exists()
+
+
+def test_metrics_that_share_a_name_are_explained_for_each_task():
+    results = {"foreground.mse": 1.0, "matting.mse": 2.0, "scenes/val/referring.miou/relation": 3.0, "matting.x": 0.0}
+    foreground, matting, referring = explain(results)
+    assert foreground.split()[:2] == ["foreground", "mse"] and "0 to 100" in foreground
+    assert matting.split()[:2] == ["matting", "mse"] and "thousandths" in matting
+    assert referring.split()[:2] == ["referring", "miou"]
 
 
 def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path):

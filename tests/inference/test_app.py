@@ -15,7 +15,7 @@ from mqformer_jax.inference import app
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import decode_rle
 from mqformer_jax.segments import Segments
-from mqformer_jax.tasks import ANSWERED
+from mqformer_jax.tasks import PREDICTED
 
 
 class Stripes(Predictor):
@@ -113,7 +113,7 @@ def test_matting_is_offered_where_there_is_a_refiner():
     predictor = Stripes()
     assert app.tasks_of(predictor) == ["panoptic", "instance", "semantic", "referring", "foreground"]
     predictor.refiner = object()
-    assert app.tasks_of(predictor)[-1] == "matting" and set(app.tasks_of(predictor)) == set(ANSWERED)
+    assert app.tasks_of(predictor)[-1] == "matting" and set(app.tasks_of(predictor)) == set(PREDICTED)
 
 
 def test_the_foreground_needs_no_prompt():

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mqformer_jax.image_io import find_images
-from mqformer_jax.inference.predict import answer_files, literal, output_stems, parse_prompts
+from mqformer_jax.inference.predict import literal, output_stems, parse_prompts, predict_files
 from mqformer_jax.inference.save_results import cutout, save
 from mqformer_jax.input.record import decode_rle
 from mqformer_jax.segments import Segments
@@ -104,7 +104,7 @@ def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
 def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_path, image, segments, capsys):
     Image.fromarray(image).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no picture")
-    bad = answer_files(
+    bad = predict_files(
         lambda _: segments,
         [str(tmp_path / n) for n in ("bad.png", "good.png")],
         "panoptic",
