@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 STEPS ?=
-# on Linux, memory in huge pages: a tenth of the time of a step on a CPU goes with asking for it page by page (docs/benchmarks.md)
+# on Linux, allocate memory in huge pages: allocation in small pages takes a tenth of the time of a train step on a CPU
+# (docs/benchmarks.md)
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-all lint docs finetune clean
@@ -18,13 +19,14 @@ data/records/.sample: mqformer_jax/prepare/cli.py $(wildcard mqformer_jax/prepar
 	$(BIN)/mqformer prepare sample --output data/records
 	touch $@
 
-# train the sample recipe, evaluate it on held-out scenes, leave pictures, a table and runs/demo/eval.json
+# train the sample recipe and evaluate it on held-out scenes: a table, and pictures and eval.json in runs/demo
 demo: .venv/.demo data/records/.sample
 	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
 
-# your own COCO json to a table and pictures: make finetune NAME=balloon IMAGES=photos JSON=annotations.json
-# [VAL=val.json: else a fifth of the images is held out] [FROM=runs/other: the checkpoint to start from]
-# [LONG=1: the larger model, 50 minutes instead of ten on two cores]
+# fine-tune on your own COCO JSON, and write a table and pictures:
+# make finetune NAME=balloon IMAGES=photos JSON=annotations.json
+# [VAL=val.json, or else a fifth of the images is held out] [FROM=runs/other: the checkpoint to start from]
+# [LONG=1: the larger model, 50 minutes instead of twelve on two cores]
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
@@ -44,16 +46,17 @@ FAST := not slow and not parity and not process and not tpu_compiler and not bro
 	$(PIP) --editable '.[test]'
 	touch $@
 
-# torch, transformers and other originals to compare with, the compiler for TPUs, tensorflow-datasets, the web page
+# dependencies of all tests: torch, transformers and other originals to compare with, the TPU compiler,
+# tensorflow-datasets, the web page
 .venv/.test-all: .venv/.test
 	$(PIP) --editable '.[test,full]'
 	touch $@ .venv/.dev
 
-# what a contributor needs at each change
+# the fast tests, for each change
 test: .venv/.test
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
-# everything
+# all tests, and lint
 test-all: .venv/.test-all lint
 	$(PYTEST) $(TESTS)
 

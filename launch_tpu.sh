@@ -23,9 +23,9 @@
 #   --on_demand       get the TPU now or fail, instead of waiting in a queue
 #   --project=ID      default: the project that gcloud is set to
 #   --worker=0        the worker whose log to follow
-#   --wait=60         seconds between two looks at the TPU, and before watch tries again
-#   --retries=10      new tries of watch in a row; a try that lasts an hour starts the count again
-#   --grace=600       seconds that the run has to save after stop, before it is killed
+#   --wait=60         seconds between two checks of the TPU's state, and before watch tries again
+#   --retries=10      failed tries in a row after which watch gives up; a try of an hour or more resets the count
+#   --grace=600       seconds that stop gives the run to save a checkpoint, before it kills the run
 #   --skip_check      do not check FLAGS on this machine, for example because the recipe is in the bucket
 #   --dry_run         print the gcloud commands and run none
 set -euo pipefail
@@ -51,7 +51,7 @@ on() { # WORKERS FUNCTION ARGUMENTS...
     --command="$worker_functions; $(printf '%q ' "${@:2}")"
 }
 
-# KIND STATE; `describe` fails in the same way if there is none and if there is no connection
+# KIND STATE; not `describe`, which fails in the same way for an absent TPU and without a connection
 listed() { tpus "$1" list --filter="name ~ /$name\$" --format="value($2)"; }
 
 tpu_state() { # of the TPU, or else of the request for it
@@ -63,10 +63,10 @@ tpu_state() { # of the TPU, or else of the request for it
 
 is_lost() { [[ " PREEMPTED TERMINATED STOPPED UNKNOWN FAILED SUSPENDED " = *" $1 "* ]]; }
 
-check_flags() ( # FLAGS...; here a mistake costs nothing
+check_flags() ( # FLAGS...; on this machine, where a mistake costs nothing
   [[ ! $type || $type =~ ^[a-z0-9]+-[0-9]+$ ]] || die "--type=$type is not a name and a number like v5litepod-16" 2
   devices=${type##*-}
-  case $type in v4-* | v5p-*) devices=$((devices / 2)) ;; esac # their number counts cores, two to a device
+  case $type in v4-* | v5p-*) devices=$((devices / 2)) ;; esac # v4 and v5p types count cores; a device has two
   cd "$root"
   for python in python3 .venv/bin/python; do
     "$python" -c 'import jax, mqformer_jax.main' > /dev/null 2>&1 || continue
@@ -79,10 +79,10 @@ check_flags() ( # FLAGS...; here a mistake costs nothing
 
 create() {
   local state before=""
-  # Orbax finishes a checkpoint by renaming its folder, which is atomic only in such a bucket.
+  # Orbax finishes a checkpoint by renaming its folder, which is atomic only with a hierarchical namespace.
   state=$(cloud storage buckets describe "gs://$bucket" --raw --format="value(hierarchicalNamespace.enabled)")
   [[ $dry_run || $state = [Tt]rue ]] ||
-    die "create: gs://$bucket has no hierarchical namespace; docs/tpu.md shows how to make one that has."
+    die "create: gs://$bucket has no hierarchical namespace; docs/tpu.md shows how to create a bucket with one."
   state=$(tpu_state)
   if [ "$state" = ABSENT ] && [ "$on_demand" ]; then
     tpus tpu-vm create "$name" --accelerator-type="$type" --version="$version" ${spot:+--spot}
@@ -109,7 +109,7 @@ pack() ( # what git tracks or would track, without a change to the repository
 )
 
 sync() {
-  # watch packs once, so that it restarts the code that it began with
+  # watch packs only once, so that every try runs the same code
   [ -e "$tmp/tree" ] || pack || die "sync: git could not pack the working tree, see above."
   tpus tpu-vm scp "$tmp/mqformer.tgz" "$name:" --worker=all
   on all worker_unpack "$(cat "$tmp/tree")"
@@ -173,7 +173,7 @@ watch() { # FLAGS...
     set -e
     [ "$code" != 0 ] || return 0
     ((SECONDS - began < 3600)) || left=$retries
-    ((left-- > 0)) || die "watch gave up; $name may still cost money." "$code"
+    ((left-- > 0)) || die "watch gave up; $name may still cost money: ./launch_tpu.sh delete ends that." "$code"
     say "watch tries again in $wait s"
     sleep "$wait"
   done

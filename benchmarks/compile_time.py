@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py --run [--config.batch_size=1] [--config.model.dtype=float32]
 
---run also runs two steps. The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9 layers) with one image
-per step, 20 targets and all prompts. Weights are zeros, which changes neither time nor memory. The compilation cache is
-not used.
+--run also runs two steps and times the second. The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9
+layers) with one image per step, 20 targets and all prompts. Weights are zeros, which changes neither time nor memory.
+The compilation cache is not used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mqformer_jax.training.step import TrainStep
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-_RUN = flags.DEFINE_bool("run", False, "Run two steps, too.")
-_CONFIG = config_flags.DEFINE_config_file("config", os.path.join(REPOSITORY, "configs", "coco_ref.py"), "A recipe.")
+_RUN = flags.DEFINE_bool("run", False, "Also run two steps.")
+_CONFIG = config_flags.DEFINE_config_file("config", os.path.join(REPOSITORY, "configs", "coco_ref.py"), "Recipe.")
 
 
 def main(_) -> None:

@@ -72,8 +72,8 @@ def measure(name: str, folder: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", default=",".join(layouts.NAMES), help="names, comma-separated (default: all)")
-    parser.add_argument("--row", metavar="NAME", help="print one row alone")
-    parser.add_argument("--write", nargs=2, metavar=("NAME", "FILE"), help="write a random checkpoint alone")
+    parser.add_argument("--row", metavar="NAME", help="print only this row")
+    parser.add_argument("--write", nargs=2, metavar=("NAME", "FILE"), help="only write a random checkpoint")
     args = parser.parse_args()
     if args.write:
         write_safetensors(args.write[1], dict(layouts.random(args.write[0])))

@@ -4,9 +4,9 @@
     python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]   # TPU compiler's report, no TPU
 
 The case is one layer with three levels (strides 8, 16, 32), every token as a query, 8 heads of width 32 and 4 points.
-The others are torch's grid_sample with one call per level, as in Deformable DETR's CPU version, and JAX with four
-gathers, one per corner. With --tpu (`pip install libtpu`, Linux), torch is replaced by `packed`, our version for CPU
-and GPU: one gather of four packed pixels, without a layout for TPUs.
+Ours is compared with torch's grid_sample with one call per level, as in Deformable DETR's CPU version, and with JAX and
+four gathers, one per corner. With --tpu (`pip install libtpu`, Linux), torch is replaced by `packed`, our version for
+CPU and GPU: one gather of four packed pixels, without a layout for TPUs.
 
 `accessed` is the compiler's "bytes accessed", which counts a tile of eight rows for each gathered row. `operands` are
 the bytes of all operands and results. `cycles` is the compiler's estimate, which lacks gathers, scatters and sorts (no
@@ -39,10 +39,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", action="store_true")
     parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--size", type=int, help="of the image; default 512, and 1024 with --tpu")
+    parser.add_argument("--size", type=int, help="side of the image in pixels; default 512, and 1024 with --tpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the maps, with --tpu")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; XLA takes all it may run on")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for torch; XLA uses all CPUs")
     args = parser.parse_args()
     size = args.size or (1024 if args.tpu else 512)
     shapes = [(size // stride, size // stride) for stride in (8, 16, 32)]

@@ -2,9 +2,9 @@
 
     python benchmarks/distractors.py --checkpoint=runs/demo
 
-This uses the held-out scenes of the built-in sample, and expressions that name more than a shape and whose object
-shares its scene with others of the same color (or shape). It counts how often the predicted mask overlaps the object
-more than any of those others. With one distractor, a random guess between the two is right half of the time.
+This uses the held-out scenes of the built-in sample, and expressions that name more than a shape. A distractor is
+another object of the scene with the same color (or shape). The result is how often the predicted mask overlaps the
+right object more than any distractor. With one distractor, a random guess is right half of the time.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.prepare.sample import scenes
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "A workdir of the sample recipe.")
-_ROOT = flags.DEFINE_string("root", "data/records", "Where the sample was prepared.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "Workdir of a run of coco_ref:sample.")
+_ROOT = flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.")
 
 
 def main(_: list[str]) -> None:

@@ -45,7 +45,7 @@ SETS = (
     dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
     dict(name="refcoco", split="train", tasks=("referring",)),
 )
-BESIDE = ("torch", "torch, tuned", "decoding")  # what the others are compared with
+BESIDE = ("torch", "torch, tuned", "decoding")  # rows that every row of the table is compared with
 MEMORY_CANVAS, MEMORY_BATCH, MEMORY_READINGS = 256, 4, 20
 FLAT = 0.05  # a process may grow by this fraction of its memory
 
@@ -143,7 +143,7 @@ def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
 
 
 def rate(setting: Setting, seed: int, stream_of: str, options: dict[str, Any]) -> float:
-    """Return the images per second, after `warm_up` seconds from the first batch on."""
+    """Return the images per second over `seconds`, which start `warm_up` seconds after the first batch."""
     stream = STREAMS[stream_of](setting, seed, **options)
     next(stream)
     _count(stream, setting.warm_up)
@@ -201,7 +201,7 @@ def weight(setting: Setting, batches: int = 8) -> str:
         f"{name} {a:.1f} boxes, {b:.1f} masks, {c:.1f} prompts"
         for name, (a, b, c) in (("ours", our_work), ("torch", their_work))
     ]
-    text = f"In an image, on average: {'; '.join(work)} (torch keeps what a crop leaves empty)."
+    text = f"Means per image: {'; '.join(work)} (torch keeps objects that a crop leaves empty)."
     return "\n".join(["| to the device | KB an image |", "|---|---|", *rows, "", text])
 
 
@@ -240,7 +240,10 @@ def resident(pid: int) -> float:
 
 
 def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
-    """Return the folder of the records and that of the original files: `source`, or a copy with new JPEGs."""
+    """Prepare the records. Return their folder and the folder of the original files.
+
+    The latter is `source`, or a copy with JPEGs of another quality.
+    """
     if quality is not None:
         source = reencoded(source, os.path.join(folder, "source"), quality)
     root = os.path.join(folder, "records")
@@ -281,17 +284,17 @@ def main() -> None:
     )
     parser.add_argument("--canvas", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=20, help="of one measurement (default: %(default)s)")
-    parser.add_argument("--warm_up", type=float, default=10, help="seconds before it (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="seconds of one measurement (default: %(default)s)")
+    parser.add_argument("--warm_up", type=float, default=10, help="seconds before a measurement (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="where all cores are used (default: %(default)s)",
+        help="worker processes when all cores are used (default: %(default)s)",
     )
     parser.add_argument(
-        "--memory_batches", type=int, default=10_000, help="0 leaves the memory out (default: %(default)s)"
+        "--memory_batches", type=int, default=10_000, help="0 skips the memory measurement (default: %(default)s)"
     )
     args = parser.parse_args()
     if args.alone:
@@ -300,7 +303,7 @@ def main() -> None:
         return
     cores, n = os.sched_getaffinity(0), args.workers
     os.environ["PYTHONWARNINGS"] = (
-        "ignore::UserWarning:multiprocessing.resource_tracker"  # it cleans up what Grain prefetched
+        "ignore::UserWarning:multiprocessing.resource_tracker"  # the tracker cleans up what Grain prefetched
     )
     with tempfile.TemporaryDirectory() as folder:
         root, source = prepare(args.source, folder, args.quality)

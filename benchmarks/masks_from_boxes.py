@@ -31,7 +31,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def inside(box: np.ndarray, shape: tuple[int, int], round: bool) -> np.ndarray:
-    """Return the pixels of a box, or of the ellipse inside it."""
+    """Return the pixels of a box, or of the ellipse inside it if `round`."""
     y, x = np.ogrid[: shape[0], : shape[1]]
     center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
     dx, dy = (x + 0.5 - center[0]) / half[0], (y + 0.5 - center[1]) / half[1]

@@ -8,8 +8,8 @@ targets prefer the same query. The number of targets per image is uniform in 1 t
 at least 1).
 
 Ours is one jitted call for all images and layers, as in a train step. SciPy is called for each problem on the real
-rows, with ("SciPy and copy") or without the copy from the device. optax's is slow, so it is vmapped over the padded
-problems of a few images (--optax_images), and its time is scaled up.
+rows, with ("SciPy and copy") or without the copy from the device. optax's matcher is slow, so it is vmapped over the
+padded problems of a few images (--optax_images), and its time is scaled up to all images.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from mqformer_jax.losses import costs
 from mqformer_jax.losses.costs import LossWeights
 from mqformer_jax.losses.matcher import match
 
-_IMAGES = flags.DEFINE_integer("images", 16, "Images.")
-_LAYERS = flags.DEFINE_integer("layers", 10, "Problems an image.")
-_QUERIES = flags.DEFINE_integer("queries", 300, "Queries.")
-_TARGETS = flags.DEFINE_integer("targets", 100, "Rows an image, padding included.")
+_IMAGES = flags.DEFINE_integer("images", 16, "Number of images.")
+_LAYERS = flags.DEFINE_integer("layers", 10, "Problems per image.")
+_QUERIES = flags.DEFINE_integer("queries", 300, "Number of queries.")
+_TARGETS = flags.DEFINE_integer("targets", 100, "Rows per problem, padding included.")
 _REPEAT = flags.DEFINE_integer("repeat", 5, "Number of runs; the median counts.")
-_OPTAX = flags.DEFINE_integer("optax_images", 1, "Images for optax; 0 leaves it out.")
+_OPTAX = flags.DEFINE_integer("optax_images", 1, "Images for optax; 0 leaves optax out.")
 PROMPTS, POINTS = 133, 256
 
 ours = jax.jit(jax.vmap(jax.vmap(match, in_axes=(0, None))))

@@ -19,13 +19,13 @@ from mqformer_jax.prepare.formats import coco
 from mqformer_jax.prepare.shards import write_split
 from mqformer_jax.train import train
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder of small real data.", required=True)
-_WORKDIR = flags.DEFINE_string("workdir", "runs/overfit", "Where records, checkpoints and pictures go.")
+_SOURCE = flags.DEFINE_string("source", None, "Folder for `mqformer prepare small`.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/overfit", "Folder for records, checkpoints and pictures.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Training steps.")
 
 
 def prepare(source: str, root: str) -> None:
-    """Write two data sets of the same four panoptic images, preferably of those with expressions and masks."""
+    """Write a panoptic and a referring data set of the same four images, preferably images with masked expressions."""
     images = os.path.join(source, "coco", "images")
     panoptic = coco.panoptic(
         os.path.join(source, "coco", "panoptic", "train.json"),

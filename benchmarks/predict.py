@@ -6,8 +6,8 @@
 
 A prediction turns a uint8 image of 480 x 640 into panoptic segments of that size: preprocessing, network and
 post-processing. All models have random weights (except --checkpoint) and 133 classes. The object mask threshold is set
-so that the same number of queries compete for pixels. Each row runs in a separate process, so that torch and XLA do not
-affect each other; "memory" is its largest resident memory.
+so that about 20 queries compete for pixels in every model. Each row runs in a separate process, so that torch and XLA
+do not affect each other; "memory" is the largest resident memory of the process.
 
 - "Mask2Former": R50, 6 encoder and 9 decoder layers, 100 queries, three levels; `post_process_panoptic_segmentation`.
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries. Prompt
@@ -31,11 +31,11 @@ from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-_SIZE = flags.DEFINE_integer("size", 512, "Side of what the network sees.")
+_SIZE = flags.DEFINE_integer("size", 512, "Side of the network's input in pixels.")
 _RUNS = flags.DEFINE_integer("runs", 5, "Number of warm runs; the median counts.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Images at once.")
-_ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A trained model as one more row.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Images per prediction.")
+_ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Rows of the table to measure.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a trained model, for one more row.")
 _ROW = flags.DEFINE_string("row", None, "Used by the script itself: measure this row here.")
 CLASSES, KEPT = 133, 20
 NAMES = {

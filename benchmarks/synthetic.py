@@ -4,8 +4,9 @@
 
 First, a model (the teacher) is trained on a few scenes with masks. It predicts masks from the boxes of 4,000 other
 scenes, which are compared with the true masks. Then the same model is trained on these scenes with the same seed and
-steps: with only boxes, boxes and the projection loss, synthetic masks, and true masks; and with no expressions, those
-of the rule captioner, and the true ones. All are evaluated on the same held-out scenes. Run it again to resume.
+steps, once with each kind of label: only boxes, boxes and the projection loss, synthetic masks, true masks; no
+expressions, expressions of the rule captioner, true expressions. All are evaluated on the same held-out scenes. Run the
+same command again to resume.
 """
 
 from __future__ import annotations
@@ -87,9 +88,9 @@ def synthesize(*options: str) -> None:
 
 
 def against_truth(root: str, name: str) -> dict[str, float]:
-    """Return the mean IoU of synthetic masks with those of sample_scenes, over the accepted ones and over all boxes.
+    """Return the fraction of accepted masks, and the mean IoU of accepted and of all masks with the true masks.
 
-    Rejected masks count as 0.
+    name: data set with synthetic masks of the scenes of sample_scenes. Over all masks, a rejected mask has IoU 0.
     """
     truth, made = ShardSource(root, "sample_scenes", "train"), ShardSource(root, name, "train")
     found, asked = [], 0

@@ -150,7 +150,7 @@ def mirrored(text: str) -> str:
     return re.sub(r"\b(left|right)", lambda side: OTHER_SIDE[side[0]], text)
 
 
-# ---------------------------------------------------------------- tools: reading, resizing, boxes; two of each
+# ---------------------------------------------------------------- reading, resizing, boxes: each usual and tuned
 
 
 def pil_read(path: str) -> np.ndarray:
@@ -170,7 +170,7 @@ def pil_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
 
 
 def cv2_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
-    how = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT  # the other is half a pixel off
+    how = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT  # INTER_NEAREST is half a pixel off
     return cv2.resize(np.ascontiguousarray(pixels), size[::-1], interpolation=how)
 
 
@@ -201,7 +201,7 @@ def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
     return rle_codec.decode(segmentation)
 
 
-# ---------------------------------------------------------------- places and numbers
+# ---------------------------------------------------------------- segment ids, sizes and windows
 
 
 def _ids(rgb: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ clipping and AdamW, on images of the same size with the same number of targets. 
 - "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points,
   133 classes.
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries, a frozen text
-  encoder (prompts are vectors), no denoising and no recomputation. Its loss has one stage more, that of the proposals.
+  encoder (prompts are vectors), no denoising and no recomputation. Its loss has one more stage, the proposals.
 - "ours, the recipe": configs/coco_ref.py with --size, --batch and --dtype: 100 + 300 queries, four levels, 160 prompts,
   up to 100 targets, a trained text encoder, 100 denoising queries.
 
@@ -43,16 +43,16 @@ from mqformer_jax.input.batch import Batch  # noqa: E402
 from mqformer_jax.parallel.mesh import make_mesh  # noqa: E402
 from mqformer_jax.training.step import TrainStep  # noqa: E402
 
-_SIZE = flags.DEFINE_integer("size", 512, "Side of the images.")
-_BATCH = flags.DEFINE_integer("batch", 1, "Images a step.")
+_SIZE = flags.DEFINE_integer("size", 512, "Side of the images in pixels.")
+_BATCH = flags.DEFINE_integer("batch", 1, "Images per step.")
 _STEPS = flags.DEFINE_integer("steps", 5, "Number of steps; the median counts.")
-_TARGETS = flags.DEFINE_integer("targets", 20, "Targets an image.")
+_TARGETS = flags.DEFINE_integer("targets", 20, "Targets per image.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "What both compute in; bfloat16 is torch's autocast."
+    "dtype", "float32", ["float32", "bfloat16"], "Type in which both compute; torch uses autocast."
 )
-_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "For both.")
-_ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Which rows.")
-_PROFILE = flags.DEFINE_bool("profile", False, "Where the time of the like-for-like row goes.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device of both.")
+_ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Rows of the table to measure.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Also trace the like-for-like row and print where its time goes.")
 CLASSES = 133
 
 

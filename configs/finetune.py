@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Return the recipe for "NAME", "NAME,quick" or "NAME,CHECKPOINT"."""
     name, _, start = variant.partition(",")
     if not name:
-        raise ValueError("configs/finetune.py: name a prepared data set: --config=finetune:NAME or :NAME,CHECKPOINT.")
+        raise ValueError("configs/finetune.py: name a prepared data set, e.g. --config=finetune:balloon.")
     config = quick() if start == "quick" else of_checkpoint(start) if start else of_lite()
     folder = os.path.join(config.data.root, name)
     if not os.path.exists(folder):
@@ -59,9 +59,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.eval.sets = tuple(
         dict(name=measured.name, split=split, tasks=tasks_of(measured, split)) for split in held_out
     )
-    config.about = (
-        f"This model was fine-tuned on {name}: {', '.join(c.name for c in info.classes[:20]) or 'expressions'}."
-    )
+    labels = [c.name for c in info.classes[:20]] or config.data.mixture[0]["tasks"]
+    config.about = f"This model was fine-tuned on {name}: {', '.join(labels)}."
     config.steps = (
         QUICK_STEPS if start == "quick" else max(MIN_STEPS, EPOCHS * info.splits["train"] // config.batch_size)
     )
@@ -70,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def of_lite() -> ConfigDict:
-    """Return MQ-Former-Lite on a canvas for laptops."""
+    """Return the recipe of MQ-Former-Lite with a canvas for laptops, 320 x 320."""
     config = lite.lite()
     config.data.update(canvas=(320, 320), scale_range=(0.5, 1.5))
     return config
@@ -88,7 +87,7 @@ def quick() -> ConfigDict:
 
 
 def of_checkpoint(path: str) -> ConfigDict:
-    """Return the model and the sizes of a checkpoint, with a low learning rate."""
+    """Return a recipe that starts from a checkpoint, with its model, losses and canvas and with a low learning rate."""
     from mqformer_jax.checkpoint import load_config
 
     theirs, config = load_config(path), base()
@@ -102,10 +101,14 @@ def of_checkpoint(path: str) -> ConfigDict:
 def tasks_of(info: DatasetInfo, split: str) -> tuple[str, ...]:
     """Return the tasks that the annotations of a split allow.
 
-    Classes that are all regions: semantic; none of them: instance; mixed: panoptic. Expressions add referring.
+    Classes that are all regions: semantic; none of them: instance; mixed: panoptic. Expressions add referring. A set
+    without classes and expressions labels a foreground (masks or mattes).
     """
     kinds = frozenset(c.is_region for c in info.classes)
     tasks = {frozenset(): (), frozenset([False]): ("instance",), frozenset([True]): ("semantic",)}.get(
         kinds, ("panoptic",)
     )
-    return tasks + ("referring",) * (not tasks or info.expressions.get(split, 0) > 0)
+    # older versions of `prepare` did not count expressions: assume that a set without classes has some
+    if info.expressions.get(split, not info.classes):
+        tasks += ("referring",)
+    return tasks or ("foreground",)

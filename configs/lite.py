@@ -33,12 +33,12 @@ def get_config(variant: str = "coco") -> ConfigDict:
     """Return the recipe of a variant: coco or small."""
     recipes = {"coco": coco, "small": small}
     if variant not in recipes:
-        raise ValueError(f"configs/lite.py:{variant}: variants are {', '.join(recipes)}.")
+        raise ValueError(f"configs/lite.py has no variant {variant!r}; variants are {', '.join(recipes)}.")
     return recipes[variant]()
 
 
 def lite() -> ConfigDict:
-    """Return model, optimizer and encoders, without data sets."""
+    """Return a recipe without data sets: the encoders, the rest of the model and the optimizer."""
     config = base()
     config.init_from = ("pretrained/lite",)
     config.model.backbone.name = "efficientnet_lite0"

@@ -1,6 +1,7 @@
 """The mixture of configs/coco_ref.py, scaled up by synthetic masks and captions (paper, sec. 3.4).
 
-Teachers add masks and captions to data sets that have boxes. The name of the resulting data set follows each command.
+Teacher models generate masks and captions for data sets with boxes. Behind each `synthesize` command stands the name of
+the data set that it writes.
 
     pip install -e '.[text,teachers]'
     mqformer prepare public coco_2017_panoptic coco_2017 lvis_v1 ade20k_panoptic refcoco refcocoplus refcocog \\

@@ -13,15 +13,15 @@ COMMANDS = {
     "predict": ("mqformer_jax.inference.predict", "segment images by text prompts"),
     "app": ("mqformer_jax.inference.app", "segment images in a web page"),
     "prepare": ("mqformer_jax.prepare.cli", "convert annotated images to the training format"),
-    "convert": ("mqformer_jax.convert.cli", "convert checkpoints of other projects, or ours to safetensors"),
+    "convert": ("mqformer_jax.convert.cli", "convert checkpoints of other projects to ours, or ours to safetensors"),
     "synthesize": ("mqformer_jax.synthesize.cli", "generate masks or captions for boxes"),
     "train-matting": ("mqformer_jax.train_matting", "train the refiner that turns masks into mattes"),
     "export": ("mqformer_jax.inference.export", "write a checkpoint as a program that runs without this package"),
     "compile": (
         "mqformer_jax.tools.compile_for_tpu",
-        "compile a recipe for absent TPUs, and say what fits",
+        "compile the train step of a recipe for TPUs, without a TPU, and report its memory",
     ),
-    "show": ("mqformer_jax.tools.show_batch", "draw what training reads from the data sets of a recipe"),
+    "show": ("mqformer_jax.tools.show_batch", "draw the images, targets and prompts that training reads"),
 }
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"mqformer: unknown command {name!r}; {hint}")
     from mqformer_jax.interrupts import exit_on_ctrl_c
 
-    exit_on_ctrl_c(f"mqformer {name}: stopped.")  # until the command has one of its own
+    exit_on_ctrl_c(f"mqformer {name}: stopped.")  # until the command sets a message of its own
     importlib.import_module(COMMANDS[name][0]).run(rest)
 
 

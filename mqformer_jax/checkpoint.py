@@ -24,7 +24,10 @@ from mqformer_jax.parallel.rules import path_name
 
 
 class Checkpoints:
-    """The checkpoints of a workdir. Saves run in the background; an interrupted save never appears as a checkpoint."""
+    """The checkpoints of a workdir. Saves run in the background; an interrupted save never appears as a checkpoint.
+
+    keep: number of newest checkpoints that are kept; older ones are deleted.
+    """
 
     def __init__(self, workdir: str, keep: int = 2):
         self.workdir, self.keep = os.path.abspath(workdir), keep
@@ -41,7 +44,10 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
-        """Start a save in the background after the previous one ends. Raises OSError if the previous one failed."""
+        """Start a save in the background after the previous one ends. Raises OSError if the previous one failed.
+
+        data: the position in the training data, `Loader.state(step)`.
+        """
         self.wait()
         metadata = {"config": config_to_json(config), "data": data}
         with self._one_line_errors(step):
@@ -73,7 +79,7 @@ class Checkpoints:
         damaged: list[tuple[int, str]] = []
         for found in reversed(self._orbax.checkpoints):
             loaded, problem = self._read(found.step, abstract)
-            problem = next(filter(None, gather(problem)), None)  # a file may be damaged for one process only
+            problem = next(filter(None, gather(problem)), None)  # the files may be unreadable on one host only
             if problem is None:
                 self._set_aside(damaged)
                 logging.info("restored %s, step %d", self.folder, found.step)
@@ -86,14 +92,17 @@ class Checkpoints:
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
-        """Return a checkpoint and its data position, or a description of the damage to its files."""
+        """Return ((state, data position), None), or (None, description of the damage) if the files cannot be read.
+
+        Raises ValueError if the checkpoint has other arrays than `abstract`.
+        """
         try:
             metadata = self._orbax.metadata(step)
             if metadata.metadata is None:
-                raise FileNotFoundError("the list of arrays is missing")
+                raise FileNotFoundError(f"{self.folder}/{step} is incomplete: Orbax's list of arrays is missing")
             difference = _difference(metadata.metadata, abstract)
             data = metadata.custom_metadata["data"]
-        except Exception as e:  # Orbax raises what its parsers raise
+        except Exception as e:  # Orbax does not wrap the exceptions of its parsers
             _raise_interrupt(e)
             return None, f"its metadata cannot be read ({_first_line(e)})"
         if difference:
@@ -116,7 +125,7 @@ class Checkpoints:
                 aside = os.path.join(self.workdir, f"damaged_{step}_{time.time_ns()}")
                 os.rename(os.path.join(self.folder, str(step)), aside)
                 logging.warning(
-                    "the checkpoint of step %d is damaged (%s); moved it to %s, using the previous one",
+                    "the checkpoint of step %d is damaged (%s). It was moved to %s; an older one is used instead.",
                     step,
                     problem,
                     aside,
@@ -128,7 +137,7 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the running save, also after an error."""
+        """Finish the running save, also if an exception ends the context. Raises OSError if the save failed."""
         try:
             if error[0] is None:
                 self.wait()
@@ -137,19 +146,19 @@ class Checkpoints:
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
-    """Return a description of the first array whose shape differs between two trees, or None."""
+    """Return text on the first array whose shape differs in the checkpoint (`theirs`) and here (`ours`), or None."""
     a, b = (
         {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (theirs, ours)
     )
     for name in sorted(a.keys() | b.keys()):
         if a.get(name) != b.get(name):
-            return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} here"
+            return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} in this config"
     return None
 
 
 def _raise_interrupt(e: BaseException | None) -> None:
-    """Raise KeyboardInterrupt if one caused `e`, because the files are then intact.
+    """Raise KeyboardInterrupt if `e` wraps one, so that an interrupted read is not reported as a damaged file.
 
     Orbax wraps the exceptions of its callbacks in its own errors.
     """
@@ -188,15 +197,16 @@ def has_checkpoint(folder: str) -> bool:
 
 
 def latest_step(path: str) -> int:
-    """Return the step of the checkpoint that `load_weights` reads. Raises FileNotFoundError."""
+    """Return the step of the checkpoint that `load_weights` reads. Raises FileNotFoundError if there is none."""
     with _opened(path) as orbax:
         return orbax.latest.step
 
 
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
-    """Write weights as a checkpoint of step 0, to be read by `load_weights`. about: origin of the weights (JSON).
+    """Write weights as a checkpoint of step 0, which `load_weights` can read.
 
-    Removes the remains of an interrupted save. Raises FileExistsError if the folder contains a checkpoint.
+    about: a description of where the weights come from, which JSON can store. Removes the remains of an interrupted
+    save. Raises FileExistsError if the folder contains a checkpoint.
     """
     if has_checkpoint(folder):
         raise FileExistsError(f"{folder} already contains a checkpoint: remove it, or name another folder.")
@@ -225,11 +235,11 @@ def load_weights(path: str) -> Weights:
                 for name, tree in metadata.metadata.items()
             }
             state = orbax.load(step, wanted)
-        except Exception as e:  # Orbax raises what its parsers raise
+        except Exception as e:  # Orbax does not wrap the exceptions of its parsers
             _raise_interrupt(e)
             raise ValueError(
                 f"{path}: the checkpoint of step {step} cannot be read ({_first_line(e)}). "
-                "Move it away to use an older one."
+                f"Move the folder {path}/checkpoints/{step} elsewhere to use an older checkpoint."
             ) from e
     return Weights(config, state["params"], state["frozen"])
 
@@ -244,7 +254,9 @@ def _opened(path: str) -> Generator[Any]:
         )
     with ocp.training.Checkpointer(folder) as orbax:
         if orbax.latest is None:
-            raise FileNotFoundError(f"{folder}: no finished checkpoint found.")
+            raise FileNotFoundError(
+                f"{folder}: no finished checkpoint found. Train until the first one is saved, or give another folder."
+            )
         yield orbax
 
 
@@ -265,6 +277,9 @@ def config_from_json(text: str) -> ConfigDict:
 
 
 def load_config(path: str) -> ConfigDict:
-    """Return the config of a folder's newest checkpoint without loading the weights. Raises FileNotFoundError."""
+    """Return the config of a folder's newest checkpoint without loading the weights.
+
+    Raises FileNotFoundError if there is no checkpoint.
+    """
     with _opened(path) as orbax:
         return config_from_json(orbax.metadata(orbax.latest.step).custom_metadata["config"])

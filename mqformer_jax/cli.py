@@ -67,7 +67,7 @@ def start(program: str, interrupted: str, status: int = 130) -> None:
 def in_one_line(main: Callable[[], int | None], program: str) -> int | None:
     """Run `main`. Exit with a one-line message for errors that the user can fix or that another process caused.
 
-    With --verbosity=1, raise them instead.
+    With --verbosity=1, raise the errors that the user can fix, to show where they come from.
     """
     try:
         return main()
@@ -90,12 +90,12 @@ def in_one_line(main: Callable[[], int | None], program: str) -> int | None:
 
 
 def _is_one_of_several() -> bool:
-    jax = sys.modules.get("jax")  # not imported here: a wrong flag is reported without this delay
+    jax = sys.modules.get("jax")  # not imported here, since a wrong flag should be reported without waiting for JAX
     return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def keep_compiled() -> None:
-    """Cache compiled programs in ~/.cache/mqformer_jax, unless JAX_COMPILATION_CACHE_DIR names another folder."""
+    """Cache compiled programs in ~/.cache/mqformer_jax/compiled, or in JAX_COMPILATION_CACHE_DIR if it is set."""
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:
@@ -106,13 +106,13 @@ def keep_compiled() -> None:
 
 
 def define_recipe(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Define --config, the recipe."""
+    """Define the flag --config, which names the recipe."""
     text = "Recipe: a file or the name of an installed recipe, with an optional variant, e.g. coco_ref:sample."
     config_flags.DEFINE_config_file("config", None, text, lock_config=True, flag_values=values)
 
 
 def require_fractions(*names: str, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Reject values of these float flags that are outside 0 to 1, or nan."""
+    """Let the float flags `names` accept only numbers from 0 to 1, and not nan."""
     for name in names:
         is_fraction = lambda value: value is None or 0 <= value <= 1
         flags.register_validator(name, is_fraction, "give a number from 0 to 1.", flag_values=values)
@@ -164,7 +164,7 @@ def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.
 
 
 def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Exception) -> str:
-    """Return the message about a field that the recipe does not have."""
+    """Return an error message that names the field of `argv` that the recipe does not have."""
     for argument in argv:
         option = argument.partition("=")[0]
         if not option.startswith("--config."):
@@ -179,7 +179,7 @@ def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Excepti
 
 
 def _recipe(argv: Sequence[str]) -> ConfigDict:
-    """Return the config that --config names, without the changes of other flags."""
+    """Return the config that --config names, without the changes by flags such as --config.steps."""
     options = [argument.partition("=") for argument in argv]
     given = [value if equals else argv[i + 1] for i, (name, equals, value) in enumerate(options) if name == "--config"]
     path, colon, variant = given[-1].partition(":")

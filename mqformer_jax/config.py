@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mqformer_jax.tasks import EVALUATED, TRAINED
+from mqformer_jax.tasks import EVALUATED, TASKS, TRAINED
 
 BACKBONES = ("resnet50", "resnet101", "swin_t", "swin_s", "swin_b", "swin_l", "efficientnet_lite0", "convnet")
 CHOICES = {
@@ -44,7 +44,7 @@ def _backbone() -> dict[str, Any]:
         name="resnet50",
         stride_in_1x1=False,  # ResNet: put strides into the 1x1 convolutions, as Microsoft's original weights do
         window=7,  # Swin: side of an attention window, in tokens
-        drop_path=0.0,  # Swin: probability that training drops the branch of the deepest block
+        drop_path=0.0,  # Swin: probability in training that a sample skips a branch of the last block; 0 at the first
         widths=(32, 48, 64, 96),  # convnet: channels from stride 2 on
     )
 
@@ -80,8 +80,8 @@ def _model() -> dict[str, Any]:
         mask_dim=256,
         mask_stride=4,
         score="cosine",  # class scores: scaled cosine similarity of query and text, or "dot": their dot product
-        initialize_box_type="no",  # conditional anchors: the proposed boxes, or boxes around the proposed masks
-        learned_content=False,  # conditional queries take only anchors from the image, their content is learned
+        initialize_box_type="no",  # anchors of conditional queries: the proposed boxes; else boxes of proposed masks
+        learned_content=False,  # conditional queries take only anchors from the image; their content is learned
         level_order="coarse_to_fine",  # of the decoder; "fine_to_coarse" is Mask DINO's feature order high2low
         initial_pred=True,  # also supervise the queries before the first decoder layer
         queries="mixed",  # "learnable" and "conditional" use num_learnable + num_conditional queries of one kind
@@ -129,7 +129,7 @@ def _eval() -> dict[str, Any]:
         overlap_threshold=0.8,  # panoptic: lowest visible fraction of a segment
         max_detections=100,  # instance: segments per image
         score_threshold=-1.0,  # instance: lowest score of a segment; average precision needs all of them
-        no_target_threshold=0.0,  # referring: an expression that scores less has no target
+        no_target_threshold=0.0,  # referring: an expression whose best score is lower has no target
         expression_groups=(),  # referring: (name, regex) pairs; results are also reported per first matching group
         scales=(1.0,),  # semantic and region tasks: average the results at these multiples of the canvas
         flip=False,  # semantic and region tasks: also average over the mirrored image
@@ -165,8 +165,8 @@ def base() -> ConfigDict:
             batch_size=16,  # images per step, over all devices
             grad_accum_steps=1,  # split each device's images into this many parts, computed one after the other
             not_finite="stop",  # when a loss or gradient is NaN or infinite: "stop" the run, or "skip" the step
-            init_from=(),  # folders of converted or trained checkpoints; every weight that fits is loaded
-            init_skip=(),  # regexes over parameter paths that are initialized afresh nevertheless
+            init_from=(),  # folders of converted or trained checkpoints whose weights the run starts from
+            init_skip=(),  # regexes over the paths of parameters that are not loaded from init_from
             model=_model(),
             loss=dict(
                 class_=4.0,
@@ -174,10 +174,10 @@ def base() -> ConfigDict:
                 dice=5.0,
                 box=5.0,
                 giou=2.0,
-                projection=0.0,  # for targets without a mask: the mask must span its box (BoxInst, DaTaSeg)
+                projection=0.0,  # for targets without a mask: the predicted mask must span the box (BoxInst, DaTaSeg)
                 num_points=12544,  # at which a predicted mask is compared with its target
             ),
-            # masks: denoising queries predict masks too, not only classes and boxes
+            # masks: whether denoising queries have mask losses, besides class and box losses
             denoising=dict(num_queries=100, label_noise=0.2, box_noise=0.4, masks=True),
             optimizer=dict(
                 learning_rate=1e-4,
@@ -192,8 +192,8 @@ def base() -> ConfigDict:
             data=_data(),
             mesh=(-1, 1, 1),  # sizes of the axes data, fsdp, tensor; -1: the remaining devices
             sharding_rules=SHARDING_RULES,  # the first that matches a parameter's path applies
-            log_every=50,
-            checkpoint_every=5000,
+            log_every=50,  # steps
+            checkpoint_every=5000,  # steps
             keep_checkpoints=2,
             eval=_eval(),
             matting=_matting(),  # of the refiner that turns masks into alpha mattes (mqformer_jax/train_matting.py)
@@ -223,7 +223,7 @@ def check(config: ConfigDict) -> None:
 
 
 def check_choices(config: ConfigDict) -> None:
-    """Check the part of a config that does not concern data: no unknown fields, and valid values of CHOICES."""
+    """Check that a config has no unknown fields, and that the fields in CHOICES have one of the listed values."""
     _check_known(config.to_dict(), base().to_dict(), "config")
     for field, allowed in CHOICES.items():
         _require(config, field, _get(config, field) in allowed, f"must be one of {', '.join(allowed)}")
@@ -250,7 +250,7 @@ def _check_model(config: ConfigDict) -> None:
 
 
 def _check_text(config: ConfigDict) -> None:
-    """Check that text encoder, tokenizer, templates and tasks go together."""
+    """Check that the text encoder, the tokenizer, the templates and the tasks fit together."""
     text, templates = config.model.text, tuple(config.data.templates)
     tokenizers = {"clip": ("words", "clip"), "bert": ("words", "wordpiece"), "classes": ("classes",)}[text.name]
     _require(
@@ -266,16 +266,16 @@ def _check_text(config: ConfigDict) -> None:
         'needs at least one template, and each must hold "{}" once',
     )
     if text.name == "classes":
-        _require(config, "model.text.classes", len(text.classes) > 0, "must name the class of each row of the table")
+        _require(config, "model.text.classes", len(text.classes) > 0, "must list the class of each row of the table")
         _require(config, "model.text.context", text.context == 1, "must be 1: a class is one token")
-        _require(config, "data.templates", templates == ("{}",), 'must be ("{}",): a table of classes has no sentences')
+        _require(config, "data.templates", templates == ("{}",), 'must be ("{}",): a class table encodes bare names')
         tasks = {task for entry in (*config.data.mixture, *config.eval.sets) for task in entry.get("tasks", ())}
-        impossible = sorted(tasks & {"referring", "foreground", "matting"})
+        impossible = sorted(tasks & {name for name, task in TASKS.items() if not task.by_class})
         _require(
             config,
             "model.text.name",
             not impossible,
-            f"a table of classes cannot encode free text: remove the tasks {', '.join(impossible)}",
+            f"the text encoder 'classes' cannot encode free text: remove the tasks {', '.join(impossible)}",
         )
     else:
         _require(
@@ -329,7 +329,7 @@ def _check_data(config: ConfigDict) -> None:
 
 
 def _check_matting(config: ConfigDict) -> None:
-    """Check the values of `config.matting`; a recipe need not name data sets for it."""
+    """Check the values of `config.matting`. Its data sets may be empty: only `mqformer train-matting` needs them."""
     matting = config.matting
     for field in ("canvas", "crop"):
         valid = matting[field] > 32 and matting[field] % 32 == 0
@@ -363,17 +363,17 @@ def set_field(config: ConfigDict, field: str, value: Any, where: str = "config."
 
 
 def _check_entry(field: str, entry: Mapping, tasks: tuple[str, ...], required: set[str], optional: set[str]) -> None:
-    """Check the keys of one data set of a recipe, and that its tasks exist."""
+    """Check the keys of one data set in the list `field` of a recipe, and that all its tasks are in `tasks`."""
     if not required <= set(entry) <= required | optional:
         keys = ", ".join(sorted(required)) + (f"; optional: {', '.join(sorted(optional))}" if optional else "")
-        raise ValueError(f"config.{field} = {dict(entry)!r}: an entry has {keys}.")
+        raise ValueError(f"config.{field} = {dict(entry)!r}: an entry must have the keys {keys}.")
     unknown = [task for task in entry.get("tasks", ()) if task not in tasks]
     if unknown:
         raise ValueError(f"config.{field} ({entry['name']}): unknown tasks {unknown}; tasks are {', '.join(tasks)}.")
 
 
 def _check_known(given: dict, allowed: dict, where: str) -> None:
-    """Check that a nested dict has no other keys than `allowed` has."""
+    """Check that `given` has only keys of `allowed`, at every level. where: path of `given`, for messages."""
     for key, value in given.items():
         if key not in allowed:
             raise ValueError(f"{where}.{key} is not a field; {where} has {', '.join(allowed)}.")

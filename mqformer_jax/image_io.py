@@ -20,7 +20,7 @@ STDIN = "-"
 
 
 def find_images(given: Sequence[str]) -> list[str]:
-    """Return the image files that paths, folders, patterns and "-" name, in order and without duplicates.
+    """Return the image files for a list of paths, folders, glob patterns and "-", in order and without duplicates.
 
     "-" is standard input, which holds an image or one path per line. Raises ValueError for a missing path, a folder
     without images and a pattern without matches.
@@ -73,7 +73,7 @@ _stdin = b""
 
 
 def _keep_stdin() -> None:
-    global _stdin  # can be read only once, but is needed twice
+    global _stdin  # standard input can be read only once, but is needed twice
     _stdin = _stdin or sys.stdin.buffer.read()
 
 
@@ -81,7 +81,7 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
     """Return an image as RGB pixels, as it should be displayed.
 
     Applies EXIF rotation, expands gray and palette images, blends transparency with white, reduces 16 bits to 8, and
-    takes the first frame of an animation. Raises ValueError if the file is truncated or not an image.
+    takes the first frame of an animation. Raises ValueError if the file is truncated, too large or not an image.
     """
     file = io.BytesIO(_stdin) if path == STDIN else path
     name = "standard input" if path == STDIN else path
@@ -92,9 +92,9 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
             with Image.open(file) as image:
                 return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name}: not an image that Pillow can read.") from None
+        raise ValueError(f"{name}: not an image that Pillow can read; convert it to JPEG or PNG.") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{name}: more than {MAX_PIXELS:,} pixels.") from None
+        raise ValueError(f"{name}: the image has more than {MAX_PIXELS:,} pixels; make it smaller first.") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow's errors for damaged files
         raise ValueError(
             f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__})."

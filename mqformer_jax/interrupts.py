@@ -40,14 +40,16 @@ def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
     """
     global _socket, _writer, _message, _status
     _message, _status = message, status
-    if _socket is not None or signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    if _socket is not None:
         return
     _socket, _writer = socket.socketpair()
     _writer.setblocking(False)
     # Python's resource tracker cleans up after this process; suppress its warning about it.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     signal.set_wakeup_fd(_writer.fileno(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGINT, lambda *_: None)  # signals that have no Python handler are not written to the socket
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        # signals that have no Python handler are not written to the socket
+        signal.signal(signal.SIGINT, lambda *_: None)
     threading.Thread(target=_watch, args=(_socket,), name="ctrl-c", daemon=True).start()
 
 
@@ -80,7 +82,7 @@ def block_ctrl_c_in_children() -> Generator[None]:
     """Block Ctrl-C in the processes started inside this context; `exit_now` of this process kills them."""
     from multiprocessing.resource_tracker import ensure_running
 
-    ensure_running()  # its first call unblocks SIGINT
+    ensure_running()  # before the block, because its first call unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -90,24 +92,27 @@ def block_ctrl_c_in_children() -> Generator[None]:
 
 @contextlib.contextmanager
 def postponed(ask: Callable[[], bool]) -> Generator[None]:
-    """Ignore Ctrl-C inside this context if `ask()` returns True: the caller then stops by itself."""
-    global _postpone
-    _postpone = ask
+    """Ignore Ctrl-C inside this context if `ask()` returns True: the caller then stops by itself.
+
+    SIGTERM is left to its Python handler, except inside an inner `exit_on_sigterm`.
+    """
+    global _postpone, _exits_on_sigterm
+    exits, _exits_on_sigterm, _postpone = _exits_on_sigterm, False, ask
     try:
         yield
     finally:
-        _postpone = None
+        _postpone, _exits_on_sigterm = None, exits
 
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Generator[None]:
     """Exit with status PREEMPTED on SIGTERM inside this context. Requires a Python handler of SIGTERM."""
     global _exits_on_sigterm
-    _exits_on_sigterm = True
+    exits, _exits_on_sigterm = _exits_on_sigterm, True
     try:
         yield
     finally:
-        _exits_on_sigterm = False
+        _exits_on_sigterm = exits
 
 
 def was_postponed() -> bool:
@@ -128,7 +133,7 @@ def _watch(numbers: socket.socket) -> None:
 
 
 def _flush_stdout() -> None:
-    """Flush stdout in a thread: a blocked thread may hold its lock, which must not block the exit."""
+    """Flush stdout, waiting at most a second: a blocked thread may hold the lock of stdout."""
     flush = threading.Thread(target=sys.stdout.flush, daemon=True)
     flush.start()
     flush.join(1)

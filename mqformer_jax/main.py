@@ -1,19 +1,21 @@
 """Train a recipe, then evaluate it. Run the same command again to resume.
 
     mqformer train --config=coco_ref:sample --workdir=runs/demo
+    python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo  # the same
 
-`python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo` is the same.
+--check_only checks the flags on any machine, without data or devices, e.g. for a pod of 16 chips:
 
     mqformer train --config=coco_ref --workdir=runs/pod --check_only --num_devices=16
 
-checks the flags for a pod on any machine, without data or devices. The exit status is 0 when the run is finished, 75
-after SIGTERM with a saved checkpoint, 130 after Ctrl-C and 1 after an error.
+The exit status is 0 when the run is finished, 75 after SIGTERM with all steps saved, 130 after Ctrl-C and 1 after an
+error.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -27,7 +29,7 @@ def main(argv: list[str]) -> int:
     """Train, or only check the flags. Return the exit status."""
     cli.no_arguments(argv)
     given = flags.FLAGS
-    # after the flags are read: a wrong flag should not wait for JAX
+    # imported after the flags are read, so that a wrong flag is reported without waiting for JAX
     from mqformer_jax import config as recipes
 
     recipes.check(given.config)
@@ -36,13 +38,15 @@ def main(argv: list[str]) -> int:
         return 0
     if given.num_devices is not None:
         raise ValueError("--num_devices needs --check_only: training uses all devices that it finds.")
-    from mqformer_jax.parallel import distributed
+    signal.signal(signal.SIGTERM, lambda *_: None)  # `exit_on_sigterm` needs a Python handler
+    with interrupts.exit_on_sigterm():  # until the training loop, which saves first: see `Preemption`
+        from mqformer_jax.parallel import distributed
 
-    distributed.initialize()
-    from mqformer_jax.evaluation.evaluate import explain, table
-    from mqformer_jax.train import train
+        distributed.initialize()
+        from mqformer_jax.evaluation.evaluate import explain, table
+        from mqformer_jax.train import train
 
-    results = train(given.config, given.workdir)
+        results = train(given.config, given.workdir)
     if results is None and interrupts.was_postponed():
         interrupts.exit_now(
             interrupts.STATUS, f"{given.workdir}: stopped; checkpoint saved. Run the same command to resume."
@@ -54,7 +58,7 @@ def main(argv: list[str]) -> int:
     if distributed.is_first():
         print(table(results))
         print("\n".join(["", *explain(results)]))
-        print(f"\n{given.workdir}: eval.json, pictures, metrics.jsonl, checkpoints")
+        print(f"\nResults in {given.workdir}: eval.json, pictures, metrics.jsonl, checkpoints")
         print("\n".join(next_commands(given.config, given.workdir)))
     return 0
 
@@ -63,28 +67,38 @@ def next_commands(config: ConfigDict, workdir: str) -> list[str]:
     """Return lines that tell a user what to try with the trained model."""
     from mqformer_jax.input.record import DatasetInfo
 
-    sets = [entry["name"] for entry in (*config.eval.sets, *config.data.mixture)]
-    infos = [DatasetInfo.load(os.path.join(config.data.root, name)) for name in dict.fromkeys(sets)]
+    entries = (*config.eval.sets, *config.data.mixture)
+    infos = [DatasetInfo.load(os.path.join(config.data.root, entry["name"])) for entry in entries]
     classes = next((info.classes for info in infos if info.classes), ())
-    prompts = "; ".join(c.name + "*" * c.is_region for c in classes[:8]) or "the person on the left"
+    if classes:
+        task = "panoptic" if any(c.is_region for c in classes) else "instance"
+        prompts = "; ".join(c.name + "*" * c.is_region for c in classes[:8])
+    elif any("referring" in entry["tasks"] for entry in entries):
+        task, prompts = "referring", "the person on the left"
+    else:
+        task, prompts = "foreground", ""
     images = os.path.join(config.data.root, "sample_images")
-    images = images if sets[0].startswith("sample_") and os.path.isdir(images) else "photo.jpg"
+    images = images if entries[0]["name"].startswith("sample_") and os.path.isdir(images) else "photo.jpg"
     mqformer = "mqformer"
     if shutil.which(mqformer) is None:  # a virtual environment that is not activated
         mqformer = os.path.relpath(os.path.join(os.path.dirname(sys.executable), mqformer))
-    task = "panoptic" if any(c.is_region for c in classes) else "instance" if classes else "referring"
     return [
         "",
         *([config.about] if config.about else []),
         "Try:",
-        f'  {mqformer} predict --checkpoint={workdir} --image={images} --task={task} --prompts="{prompts}"',
+        f"  {mqformer} predict --checkpoint={workdir} --image={images} --task={task}"
+        + (f' --prompts="{prompts}"' if prompts else ""),
         f"  {mqformer} app --checkpoint={workdir}    # a web page; pip install 'mqformer_jax[demo]'",
         f"  {mqformer} export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
     ]
 
 
 def check_devices(config: ConfigDict, num_devices: int | None) -> str:
-    """Return one line on how a valid recipe runs on `num_devices`. Raise ValueError if they cannot share its batch."""
+    """Return a line with the images per device and the paths that a valid recipe reads.
+
+    num_devices: number of devices of the run; None leaves out the devices. Raises ValueError if the batch cannot be
+    split over them.
+    """
     paths = ", ".join([config.data.root, *config.init_from])
     if num_devices is None:
         return f"The flags are valid. The run reads {paths}."
@@ -106,7 +120,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_bool("check_only", False, "Check the flags and exit, without reading data.", flag_values=values)
-    text = "With --check_only: the devices that share the batch, e.g. 16 for v5litepod-16."
+    text = "With --check_only: number of devices of the run, e.g. 16 for v5litepod-16."
     flags.DEFINE_integer("num_devices", None, text, lower_bound=1, flag_values=values)
     flags.mark_flags_as_required(["config", "workdir"], values)
 

@@ -69,14 +69,14 @@ class LazyMasks(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: Any, /) -> np.ndarray:
-        """Return the masks of some queries."""
+        """Return the mask logits of the queries `index`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CanvasMasks(LazyMasks):
-    """Mask logits as the network predicts them. Indexing with query ids resizes only these masks to the image.
+    """Mask logits as the network predicts them. Indexing with query ids resizes the masks of these queries only.
 
-    logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`.
+    logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`, which resizes them.
     """
 
     logits: Float[np.ndarray, "q hc wc"]

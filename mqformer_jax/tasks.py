@@ -84,7 +84,7 @@ TASKS = {
         },
         by_class=True,
     ),
-    "detection": Task(help="Boxes of objects, for data sets that have no masks."),
+    "detection": Task(help="Boxes of objects, for data sets that have no masks.", by_class=True),
     "referring": Task(
         help='One region for each phrase, such as "the red star on the left".',
         segments="region",

@@ -27,7 +27,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     """Train `config` in `workdir`, from its newest checkpoint if there is one, and return the last evaluation.
 
     Every batch and every random number depends only on the seed and the step. Resuming therefore reproduces an
-    uninterrupted run (bit for bit on CPU). Returns None if it saved and stopped early (SIGTERM or Ctrl-C).
+    uninterrupted run (bit for bit on CPU). Returns None if SIGTERM or Ctrl-C stopped the run after a save.
     """
     os.makedirs(workdir, exist_ok=True)
     cli.keep_compiled()
@@ -35,7 +35,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     # -- data, model, state -------------------------------------------------------------------------------------------
     fresh = not checkpoint.has_checkpoint(workdir)
     if fresh and is_first():
-        bring_tokenizer(config, workdir)
+        bring_tokenizer(config.init_from, config.model.text.tokenizer, workdir)
     barrier("tokenizer copied")
     tokenizer = make_tokenizer(config.model.text, workdir)
     loader = make_loader(config, tokenizer)
@@ -46,7 +46,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         if checkpoints.latest() is None:
             state, step = train_step.init(), 0
             if config.init_from:
-                params, frozen, report = initialize(state.params, state.frozen, config)
+                params, frozen, report = initialize(
+                    state.params, state.frozen, config.model, config.init_from, config.init_skip
+                )
                 state = state.replace(params=params, frozen=frozen)
                 if is_first():
                     print("\n".join(report), flush=True)
@@ -56,7 +58,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             loader.check_state(data)
         if is_first():
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
-            print("\n".join([*loader.report, f"{workdir}: {describe(state, config)}"]), flush=True)
+            print("\n".join([*loader.report, f"{workdir}: {describe(state, config.steps)}"]), flush=True)
         metrics, not_finite = Metrics(workdir, config, loader.names, step), NotFinite(config, workdir, loader)
 
         # -- steps ----------------------------------------------------------------------------------------------------
@@ -86,7 +88,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or stops
                 if saves:  # a state that is not finite is never saved
                     not_finite.check(step - 1, measured, state)
-                if saves or step % config.log_every == 0:  # a resumed run continues its counters from a saved line
+                if saves or step % config.log_every == 0:  # a resumed run reads its counters from the line of this step
                     progress.bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
@@ -97,7 +99,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 progress.update(step, measured)
         if any(loader.bad.values()):
             bad = ", ".join(f"{name} {count}" for name, count in loader.bad.items() if count)
-            print(f"unusable records that were left out: {bad}")
+            print(f"Training skipped unusable records (number by data set): {bad}")
 
         # -- last evaluation ------------------------------------------------------------------------------------------
         results = None
@@ -110,15 +112,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
         return results
 
 
-def describe(state: TrainState, config: ConfigDict) -> str:
+def describe(state: TrainState, steps: int) -> str:
     """Return a line about the model, the devices and the steps to run."""
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
     step = int(state.step)
-    if step >= config.steps:
-        return f"{count:,} parameters on {devices}; all {config.steps} steps are done, evaluating"
-    return f"{count:,} parameters on {devices}, steps {step} to {config.steps}"
+    if step >= steps:
+        return f"{count:,} parameters on {devices}; all {steps} steps are done, evaluating"
+    return f"{count:,} parameters on {devices}, steps {step} to {steps}"
 
 
 def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:

@@ -1,6 +1,8 @@
-"""Train the matting refiner of a recipe (`config.matting`), then compare it with the masks that it refines.
+"""Train the matting refiner of a recipe (`config.matting`), then compare its mattes with the masks that it refines.
 
-mqformer train-matting --config=lite:small --checkpoint=runs/lite_small --workdir=runs/lite_small
+    mqformer train-matting --config=lite:small --checkpoint=runs/lite_small --workdir=runs/lite_small
+
+The refiner is saved in WORKDIR/refiner, the comparison in WORKDIR/refine_eval.json.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ SLACK = 0.02  # how far `measure` moves the outlines of rough masks, as a fracti
 def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> dict[str, Any]:
     """Train `config.matting` on this host's devices, save to WORKDIR/refiner, and return the metrics on `matting.sets`.
 
-    Batches depend only on the seed and the step. checkpoint: workdir of a model whose own masks also serve as guidance.
+    Returns {"NAME/SPLIT": result of `measure`}. Batches depend only on the seed and the step. checkpoint: workdir of a
+    model whose masks also serve as guidance.
     """
     matting, target = config.matting, os.path.join(workdir, FOLDER)
     if has_checkpoint(target):
@@ -100,7 +103,7 @@ class RefineStep:
 
     def __init__(self, config: ConfigDict):
         self.config, matting = config, config.matting
-        self.graph, self.params, self.frozen = build_refiner(config)
+        self.graph, self.params, self.frozen = build_refiner(matting, config.model.dtype, config.seed)
         optimizer = config.optimizer.copy_and_resolve_references()
         warmup = max(1, matting.steps // 20)
         optimizer.update(
@@ -120,13 +123,11 @@ class RefineStep:
 
     def init(self) -> tuple[tuple[Any, Any], Any, list[str]]:
         """Return the initial state, the constants, and a report of what `config.matting.init_from` initialized."""
-        everywhere, report = replicated(self.mesh), []
+        everywhere, report, matting = replicated(self.mesh), [], self.config.matting
         params, frozen = jax.device_put((self.params, self.frozen), everywhere)
-        if self.config.matting.init_from:
-            start = self.config.copy_and_resolve_references()
-            start.model.backbone = start.matting.backbone
-            start.update(init_from=start.matting.init_from, init_skip=("^(?!backbone/)",))
-            params, frozen, report = initialize(params, frozen, start)
+        if matting.init_from:
+            model = ConfigDict({**self.config.model, "backbone": matting.backbone})
+            params, frozen, report = initialize(params, frozen, model, matting.init_from, ("^(?!backbone/)",))
         return jax.device_put((params, self.optimizer.init(params)), everywhere), frozen, report
 
     def __call__(
@@ -150,7 +151,7 @@ class RefineStep:
 
 
 def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
-    """Return the model's own mask of each foreground that has a matte, or {} without a model."""
+    """Return the model's mask of each foreground that has a matte, by record index; {} without a model."""
     if predictor is None:
         return {}
     prompt, found = predictor.embed(["foreground"], [True]), {}
@@ -173,7 +174,7 @@ def _own_mask(predictor: Predictor, prompt: jax.Array, matte: Matte) -> np.ndarr
 def measure(
     refiner: Refiner, source: ShardSource, predictor: Predictor | None, workdir: str, num_visualizations: int
 ) -> dict[str, Any]:
-    """Return the metrics of masks before and after refinement, and write an image grid per kind to WORKDIR/pictures.
+    """Return {kind: metrics of the masks before and after refinement} and write a grid per kind to WORKDIR/pictures.
 
     Kinds of masks: "rough" is the matte above 0.5, alternately grown and shrunk by SLACK. "own" is the model's
     foreground.
@@ -236,7 +237,7 @@ def main(argv: list[str]) -> None:
     given = flags.FLAGS
     recipes.check(given.config)
     print(table(refine(given.config, given.workdir, given.checkpoint)))
-    print(f"\n{given.workdir}: {FOLDER}, refine_eval.json, refine_metrics.jsonl, pictures")
+    print(f"\nResults in {given.workdir}: {FOLDER}, refine_eval.json, refine_metrics.jsonl, pictures")
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_shape_is_named_and_left_alone(workdir):
     other = state(0).replace(params={"kernel": jnp.zeros((40, 81)), "layers": [jnp.ones(3)]})
     with (
         Checkpoints(workdir) as checkpoints,
-        pytest.raises(ValueError, match=r"kernel: \(40, 80\) in the checkpoint, \(40, 81\) here"),
+        pytest.raises(ValueError, match=r"kernel: \(40, 80\) in the checkpoint, \(40, 81\) in this config"),
     ):
         checkpoints.restore(abstract(other))
     assert not list(pathlib.Path(workdir).glob("damaged*"))

@@ -37,7 +37,7 @@ def test_the_variants_differ_in_numbers_only():
         ("data.mixture", (), "at least one data set"),
         ("data.mixture", (dict(name="coco", split="train", tasks=("depth",)),), "depth"),
         ("data.mixture", (dict(name="coco", split="train", tasks=("panoptic",), wieght=2),), "wieght"),
-        ("eval.sets", (dict(name="coco", split="val"),), "an entry has name, split, tasks"),
+        ("eval.sets", (dict(name="coco", split="val"),), "an entry must have the keys name, split, tasks"),
         ("model.num_conditional", 400, "more than the 180 tokens"),
         ("batch_size", 0, "positive"),
         ("model.width", 250, "heads"),
@@ -61,7 +61,7 @@ def test_the_variants_differ_in_numbers_only():
         ("eval.sets", (dict(name="coco", split="val", tasks=("detection",)),), "unknown tasks"),
         ("matting.batch_size", 0, "positive"),
         ("matting.crop", 100, "multiple of 32"),
-        ("matting.sets", (dict(name="mattes"),), "an entry has name, split"),
+        ("matting.sets", (dict(name="mattes"),), "an entry must have the keys name, split"),
     ],
 )
 def test_a_field_that_cannot_be_is_named_with_its_mend(field, value, words):
@@ -97,7 +97,7 @@ def test_a_table_of_classes_asks_for_no_expressions():
     config.model.text.update(name="classes", tokenizer="classes", classes=("sky",), context=1)
     with pytest.raises(ValueError, match="foreground, matting, referring"):
         recipes.check(config)
-    config.data.mixture, config.eval.sets = (dict(name="sample_boxes", split="train", tasks=("instance",)),), ()
+    config.data.mixture, config.eval.sets = (dict(name="sample_boxes", split="train", tasks=("detection",)),), ()
     recipes.check(config)
     config.model.text.classes = ()
     with pytest.raises(ValueError, match="text.classes"):

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import types
 
+import cv2
+import numpy as np
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
@@ -236,6 +238,34 @@ def test_a_file_that_is_named_exists():
     for path in PAGES:
         for name in re.findall(pattern, code_of(path), re.MULTILINE):
             assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
+
+
+def test_a_constant_is_in_the_file_that_is_named_before_it():
+    """In the guide of contributors, in backticks, such as `TASKS`. The file is the last one in the same paragraph."""
+    guide = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Where things go")[1]
+    found = set()
+    for paragraph in guide.split("\n\n"):
+        file = None
+        for span in re.findall(r"`([^`]+)`", paragraph):
+            if span.endswith(".py"):
+                file = REPOSITORY / span
+            elif re.fullmatch(r"[A-Z][A-Z_]+", span):
+                assert file and re.search(rf"^{span}\b", file.read_text(), re.MULTILINE), f"{file}: {span}"
+                found.add(span)
+    assert {"BACKBONES", "TASKS", "MEANING"} <= found
+
+
+def test_the_script_for_another_format_prepares_a_set(tmp_path):
+    page = (REPOSITORY / "docs" / "data.md").read_text().split("### Another format")[1]
+    (tmp_path / "photos").mkdir()
+    for i, boxes in enumerate(("0 1 2 30 35\n1 5 5 20 20\n", "no box")):
+        cv2.imwrite(str(tmp_path / "photos" / f"{i}.jpg"), np.full((40, 60, 3), 50 * i, np.uint8))
+        (tmp_path / "photos" / f"{i}.txt").write_text(boxes)
+    (tmp_path / "script.py").write_text(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1])
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert "mine train: 1 images kept, 1 dropped" in done.stdout and "2 box only" in done.stdout, done.stderr
+    info = DatasetInfo.load(str(tmp_path / "data" / "records" / "mine"))
+    assert info.splits == {"train": 1} and info.classes[1] == ClassInfo(("dog", "puppy"))
 
 
 def test_the_readme_is_short():

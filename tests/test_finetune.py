@@ -5,26 +5,46 @@ from tiny import get_config, recipe
 
 from mqformer_jax import config as recipes
 from mqformer_jax.input.record import ClassInfo, DatasetInfo
+from mqformer_jax.main import next_commands
 
 
 @pytest.fixture(autouse=True)
 def prepared(tmp_path, monkeypatch):
-    """Data sets `things`, `regions` and `phrases` under data/records of the working directory."""
+    """Data sets `things`, `regions`, `phrases` and `mattes` under data/records of the working directory."""
     monkeypatch.chdir(tmp_path)
-    sets = {"things": (ClassInfo(("cat",)),), "regions": (ClassInfo(("sky",), True),), "phrases": ()}
+    sets = {"things": (ClassInfo(("cat",)),), "regions": (ClassInfo(("sky",), True),), "phrases": (), "mattes": ()}
     for name, classes in sets.items():
         folder = tmp_path / "data/records" / name
         folder.mkdir(parents=True)
-        DatasetInfo(name, classes, {"train": 400, "val": 4} if name != "phrases" else {"train": 4}).save(str(folder))
+        splits = {"train": 400, "val": 4} if name != "phrases" else {"train": 4}
+        expressions = dict.fromkeys(splits, 9 * (name == "phrases"))
+        DatasetInfo(name, classes, splits, expressions=expressions).save(str(folder))
 
 
-@pytest.mark.parametrize("name, task", [("things", "instance"), ("regions", "semantic"), ("phrases", "referring")])
+TASKS = {"things": "instance", "regions": "semantic", "phrases": "referring", "mattes": "foreground"}
+
+
+@pytest.mark.parametrize("name, task", TASKS.items())
 def test_what_a_set_labels_decides_what_is_taught(name, task):
     config = recipe(name, "finetune")
     recipes.check(config)
     assert config.data.mixture[0]["tasks"] == (task,) and config.init_from == ("pretrained/lite",)
-    assert [e["split"] for e in config.eval.sets] == ([] if name == "phrases" else ["val"])
+    assert [(e["split"], e["tasks"]) for e in config.eval.sets] == ([] if name == "phrases" else [("val", (task,))])
     assert config.steps == (300 if name == "phrases" else 1500)
+
+
+def test_a_set_without_classes_that_is_older_than_the_count_of_expressions_has_expressions(tmp_path):
+    DatasetInfo("phrases", (), {"train": 4}).save(str(tmp_path / "data/records/phrases"))
+    assert recipe("phrases", "finetune").data.mixture[0]["tasks"] == ("referring",)
+
+
+@pytest.mark.parametrize("name, task", TASKS.items())
+def test_the_next_command_asks_for_what_was_taught(name, task):
+    predict = next(line for line in next_commands(recipe(name, "finetune"), "runs/it") if " predict " in line)
+    task = {"semantic": "panoptic"}.get(task, task)
+    prompts = {"things": "cat", "regions": "sky*", "phrases": "the person on the left"}.get(name)
+    assert f"--task={task}" in predict
+    assert predict.endswith(f' --prompts="{prompts}"') if prompts else "--prompts" not in predict
 
 
 def test_the_quick_recipe_is_smaller_and_of_fixed_length():
@@ -65,7 +85,7 @@ def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "variant, says", [("", ":NAME"), ("unknown", "'unknown' split 'train' is not in data/records")]
+    "variant, says", [("", "finetune:balloon"), ("unknown", "'unknown' split 'train' is not in data/records")]
 )
 def test_a_name_that_is_missing_or_unknown_is_one_line(variant, says):
     with pytest.raises(ValueError, match=says) as error:

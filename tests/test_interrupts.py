@@ -141,6 +141,24 @@ def test_sigterm_ends_a_program_with_a_status_of_its_own():
     assert ended(process) == (PREEMPTED, "", "\nReceived SIGTERM. Run the same command to resume.\n")
 
 
+DEAF = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as nohup starts a program, or a script in its background
+
+
+@pytest.mark.parametrize("before", [(), DEAF], ids=["", "deaf to Ctrl-C"])
+def test_sigterm_ends_a_run_that_does_not_train_yet(before, tmp_path):
+    body = f"""
+    import time
+    import mqformer_jax.train
+    from mqformer_jax import main
+    mqformer_jax.train.train = lambda *_: (print("ready", flush=True), time.sleep(60))
+    main.run(["--config=coco_ref:sample", "--workdir={tmp_path}"])
+    """
+    process = program(body, before)
+    process.send_signal(signal.SIGTERM)
+    status, _, err = ended(process)
+    assert status == PREEMPTED and err.endswith("\nReceived SIGTERM. Run the same command to resume.\n"), err
+
+
 def test_children_that_are_deaf_leave_it_to_their_parent():
     body = """
     import subprocess, sys
@@ -158,9 +176,8 @@ def test_children_that_are_deaf_leave_it_to_their_parent():
 
 
 def test_a_program_that_was_started_deaf_stays_deaf():
-    """As nohup starts it, or a script in its background."""
     body = "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('done')"
-    process = program(body, before=("sh", "-c", 'trap "" INT; exec "$@"', "sh"))
+    process = program(body, DEAF)
     assert interrupt(process) == (0, "done\n", "")
 
 

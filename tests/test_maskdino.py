@@ -19,7 +19,7 @@ from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.convert.rules import apply, invert, leaves
 from mqformer_jax.losses.assignment import Pairs, matching_costs
 from mqformer_jax.losses.costs import LossWeights
-from mqformer_jax.losses.criterion import TERMS, image_losses
+from mqformer_jax.losses.criterion import image_losses
 from mqformer_jax.losses.matcher import match
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import MQFormer
@@ -119,7 +119,7 @@ def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
             close("Mask DINO proposals and layers: masks", ours=masks(out, i), theirs=arrays[f"{stage}/pred_masks"])
 
 
-NAMES = dict(zip(TERMS, ("loss_ce", "loss_mask", "loss_dice", "loss_bbox", "loss_giou")))
+NAMES = {"class": "loss_ce", "mask": "loss_mask", "dice": "loss_dice", "box": "loss_bbox", "giou": "loss_giou"}
 
 
 def stages_of(about: dict) -> list[str]:
@@ -179,7 +179,7 @@ def recorded_losses(outputs, arrays, about) -> dict:
     stages, queries = stages_of(about), outputs.matching.boxes.shape[2]
     all_targets = [image(arrays, i, about["criterion"]["num_classes"]) for i in range(outputs.mask_features.shape[0])]
     count = sum(targets.boxes.shape[0] for targets in all_targets)
-    found, first = dict.fromkeys(TERMS, 0.0), 0
+    found, first = dict.fromkeys(NAMES, 0.0), 0
     for i, targets in enumerate(all_targets):
         n = targets.boxes.shape[0]
         both = lambda name, i=i: np.stack([arrays[f"{stage}/{name}_{i}"] for stage in stages])
@@ -187,8 +187,9 @@ def recorded_losses(outputs, arrays, about) -> dict:
         pairs = Pairs(both("match_src"), both("match_tgt"), *known)
         points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in stages])
         predictions = jax.tree.map(lambda x, i=i: x[:, i], outputs.matching)
-        terms = image_losses(lambda *_, points=points: points, predictions, outputs.mask_features[i], targets, pairs)
-        found = {name: found[name] + terms[name] / count for name in TERMS}
+        draw = lambda *_, points=points: points
+        terms = image_losses(draw, predictions, outputs.mask_features[i], targets, pairs, LossWeights())
+        found = {name: found[name] + terms[name] / count for name in NAMES}
         first += n
     return found
 

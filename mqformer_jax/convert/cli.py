@@ -6,7 +6,7 @@
     mqformer convert --to safetensors --input runs/demo --output demo.safetensors
 
 Without --from, the family is guessed from the names of the tensors. `lite` downloads two encoders and converts both.
-Training starts from the folders in config.init_from; a complete model can also predict.
+To start training from converted weights, list their folders in config.init_from. A complete model can also predict.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def arguments() -> argparse.ArgumentParser:
         help="Export the checkpoint folder --input to the file --output. (default: import)",
     )
     parser.add_argument(
-        "--input", help="File or folder to read, e.g. model.pth. Not needed for families that can be downloaded."
+        "--input",
+        help="File or folder to read, e.g. model.pth. Families efficientnet_lite0, minilm and "
+        "lite need none: they are downloaded.",
     )
     parser.add_argument(
         "--output", required=True, help="Folder to write, e.g. pretrained/maskdino; with --to, the file to write."
@@ -64,13 +66,15 @@ def arguments() -> argparse.ArgumentParser:
         help="Set a field of the config that the file does not determine, e.g. model.initialize_box_type=no.",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="Write nothing unless every tensor is converted. (default: false)"
+        "--strict",
+        action="store_true",
+        help="Write nothing if a parameter is missing, or a tensor is unused or mismatched. (default: false)",
     )
     parser.add_argument(
         "--names",
         type=int,
         default=5,
-        help="Number of converted tensors to list per group; 0 lists all. (default: %(default)s)",
+        help="Number of loaded, reshaped and ignored tensors to list each; 0 lists all. (default: %(default)s)",
     )
     return parser
 
@@ -99,12 +103,12 @@ def main(args: argparse.Namespace) -> None:
         )
         print(
             f"{args.output}: written"
-            + (f"; {len(missing)} parameters are missing, so use it only in config.init_from" if missing else "")
+            + (f"; {len(missing)} parameters are missing: use it only in config.init_from" if missing else "")
         )
 
 
 def _names(path: str | None) -> list[str]:
-    """Return the names in the file --classes. Raises ValueError."""
+    """Return the class names in the file of --classes, [] if `path` is None. Raises ValueError."""
     if path is None:
         return []
     try:

@@ -7,12 +7,12 @@ from ml_collections import ConfigDict
 from mqformer_jax import config as recipe
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linear, norm, packing, shape_of
 
-HEAD_WIDTH = 64  # of every CLIP model; the weights do not determine it
+HEAD_WIDTH = 64  # channels of an attention head in every CLIP model; the weights do not show the number of heads
 IGNORED = {
-    r"^logit_scale$": "the heads learn their own",
+    r"^logit_scale$": "the heads learn their own scale",
     r"^(visual|vision_model|visual_projection)\.": "the image encoder",
     r"position_ids$": "position indices",
-    r"^(input_resolution|context_length|vocab_size)$": "a size",
+    r"^(input_resolution|context_length|vocab_size)$": "a size, not a weight",
 }
 OURS = "text_encoder"
 
@@ -20,14 +20,14 @@ OURS = "text_encoder"
 def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list[Entry]:
     """Return the conversion rules of CLIP's text encoder with the tensor names of OpenAI or OpenSeeD.
 
-    root: prefix of embeddings and last norm. blocks: prefix of the layers. projection: name of the matrix [width,
-    embed_dim].
+    root: prefix of the names of the embeddings and the last norm. blocks: prefix of the names of the layers.
+    projection: name of the matrix [width, embed_dim].
     """
     ours = f"{OURS}/blocks"
     entries = [
         Entry(f"{OURS}/tokens", f"{root}token_embedding.weight"),
         Entry(f"{OURS}/positions", f"{root}positional_embedding"),
-        Entry(f"{OURS}/projection/kernel", projection),  # multiplies from the right, as ours
+        Entry(f"{OURS}/projection/kernel", projection),  # [in, out], like our kernels
         *norm(f"{OURS}/norm", f"{root}ln_final"),
     ]
     for i in range(layers):
@@ -43,7 +43,7 @@ def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list
 def set_sizes(text: ConfigDict, shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int) -> None:
     """Set the text encoder's config, `text`, to a CLIP model with the sizes of a checkpoint.
 
-    tokens, positions: names of the token and position embeddings, whose shapes determine the other sizes.
+    tokens, positions: names of the token and position embeddings, whose shapes give the sizes that are not arguments.
     """
     vocab_size, width = shape_of(shapes, tokens, 2)
     text.update(

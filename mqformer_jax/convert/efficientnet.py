@@ -39,12 +39,12 @@ def _normed(ours: str, convolution: str, norm: str) -> list[Entry]:
 
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...] | None) -> None:
-    """Raise ValueError unless the tensor `key` has this shape. A shape of None means that `key` must not exist."""
+    """Raise ValueError unless the tensor `key` has this shape or, if the shape is None, does not exist."""
     found = shapes.get(key)
     if (None if found is None else tuple(found)) != shape:
-        raise ValueError(
-            f"{key} is {found or 'missing'}, but EfficientNet-Lite0 has {shape or 'none'}: give the weights of Lite0."
-        )
+        seen = f"{key} has shape {tuple(found)}" if found is not None else f"{key} is missing"
+        expected = f"it has shape {shape}" if shape else "it does not exist"
+        raise ValueError(f"{seen}, but {expected} in EfficientNet-Lite0: give the weights of Lite0.")
 
 
 FAMILY = Family(

@@ -1,4 +1,4 @@
-"""Export our checkpoints to safetensors, and restore them."""
+"""Export checkpoints of this project to safetensors files, and restore them from these files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ HEADER = "mqformer_jax"  # header entry that marks an exported file: JSON of con
 def export(source: str, output: str, like: str | None = None) -> int:
     """Write our checkpoint folder `source` to a safetensors file and return the number of tensors.
 
-    like: a checkpoint whose names and layout to use. Without it, the names are our paths, the header holds config and
-    tokenizer, and `restore` can read the file. Raises ValueError or OSError.
+    like: a checkpoint whose names and layout to use. If None, the names are our parameter paths, the header holds
+    config and tokenizer, and `restore` can read the file. Raises ValueError or OSError.
     """
     weights = load_weights(source)
     values = {
@@ -32,7 +32,10 @@ def export(source: str, output: str, like: str | None = None) -> int:
         _, plan, theirs = plan_of(like, None)
         tensors = invert(plan, values, {key: tuple(value.shape) for key, value in theirs.items()})
         if absent := {entry.theirs for entry in plan.entries} - set(tensors):
-            raise ValueError(f"{source} lacks {len(absent)} tensors of {like} ({sorted(absent)[0]}, ...).")
+            raise ValueError(
+                f"{source} lacks {len(absent)} tensors of {like} ({sorted(absent)[0]}, ...): "
+                "give --like a file of the same model."
+            )
         write_safetensors(output, tensors)
         return len(tensors)
     beside = pathlib.Path(source, TOKENIZER)
@@ -60,7 +63,9 @@ def restore(source: str, output: str) -> int:
     for path, value in tensors.items():
         place = (shapes[0] | shapes[1]).get(path)
         if place is None or place.shape != value.shape:
-            raise ValueError(f"{source}: {path} {value.shape} is not a part of the model that its header describes.")
+            raise ValueError(
+                f"{source}: {path} {value.shape} does not fit the model of the header: export the checkpoint again."
+            )
     params, frozen = ({path: value for path, value in tensors.items() if path in part} for part in shapes)
     about = {"converted": [{"family": "mqformer", "file": os.path.basename(source)}]}
     save(output, Weights(config, nest(params), nest(frozen)), about, header["tokenizer"])

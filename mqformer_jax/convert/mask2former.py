@@ -1,8 +1,8 @@
 """Mask2Former (Cheng et al., CVPR 2022), original and Hugging Face's, as a warm start for MQ-Former.
 
-Backbone and pixel decoder convert exactly. Of the decoder, these parts convert: self-attention, FFN and norms of each
+Backbone and pixel decoder convert exactly. So do these parts of the decoder: self-attention, FFN and norms of each
 layer, the mask head, and the content of the queries. The masked cross-attention and the classes, which are learned
-without text, have no counterpart.
+without text, have no counterpart in our model.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mqformer_jax.convert.rules import (
 )
 
 STRIDES, MASK_STRIDE = (8, 16, 32), 4
-POINTS = 4  # per level, in every released config
+POINTS = 4  # sampling points per head and level, in every released config
 LEVELS = len(STRIDES)
 LICENSE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
 NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has deformable attention", "classes learned without text"
@@ -42,7 +42,7 @@ IGNORED = {
     r"relative_position_index$": "computed from the window",
 }
 
-# ours: (kind, the original's name, Hugging Face's)
+# our name: (kind of layer, the original's name, Hugging Face's name)
 ENCODER_LAYER = {
     "attention/value_proj": (linear, "self_attn.value_proj", "self_attn.value_proj"),
     "attention/output_proj": (linear, "self_attn.output_proj", "self_attn.output_proj"),
@@ -69,8 +69,8 @@ DECODER_LAYER = {  # {}: the layer's number
 class Names:
     """The tensor names of one kind of checkpoint (original or Hugging Face) that are not in the tables above.
 
-    column: the column of this kind in these tables. projection, lateral, merge: names of a convolution and its
-    GroupNorm.
+    column: the index of this kind's names in the rows of those tables. projection, lateral, merge: names of a
+    convolution and its GroupNorm.
     """
 
     column: int
@@ -129,8 +129,8 @@ def pixel_decoder_entries(
     """Return the conversion rules of the pixel decoder of Mask2Former, Mask DINO or OpenSeeD.
 
     Mask DINO and OpenSeeD use the names of ORIGINAL. coarse_first: the checkpoint's levels run from coarse to fine.
-    Ours run from fine to coarse, so the rules then reverse the projections, the embeddings and the offsets of each
-    head.
+    Ours run from fine to coarse, so the rules then reverse the order of the levels in the projections, the level
+    embeddings, and the sampling offsets and attention weights of each head.
     """
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
@@ -153,7 +153,7 @@ def pixel_decoder_entries(
 
 
 def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
-    """Return the conversion rules of the parts that the masked-attention decoder shares with ours."""
+    """Return the conversion rules of the parts that Mask2Former's decoder and heads share with ours."""
     ours, theirs = "decoder/layers", names.predictor
     entries = [Entry("learnable/content", theirs + names.queries), *norm("heads/norm", theirs + names.decoder_norm)]
     for i in range(3):
@@ -178,14 +178,14 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Set the backbone's fields of `config` and return its conversion rules.
+    """Return the conversion rules of the backbone, after setting its fields in `config`.
 
     Raises ValueError if the backbone is missing or unsupported.
     """
     ours, keys = config.model.backbone, [key for key in shapes if key.startswith(prefix)]
     has = lambda part: any(part in key for key in keys)
     if not keys:
-        raise ValueError(f"{prefix}* is missing: these are the names of the backbone; give the complete file.")
+        raise ValueError(f"{prefix}* is missing: the tensors of the backbone have this prefix; give the complete file.")
     if has("relative_position_bias_table"):
         size, ours.window = swin.sizes_of(shapes, prefix)
         ours.name = f"swin_{size}"
@@ -240,13 +240,13 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
 
 
 def _original(shapes: Shapes) -> Names:
-    """Return the names of the original code. Its first checkpoints have static_query instead of query_feat."""
+    """Return the tensor names of the original code, whose first checkpoints have static_query instead of query_feat."""
     old = f"{ORIGINAL.predictor}static_query.weight" in shapes
     return dataclasses.replace(ORIGINAL, queries="static_query.weight") if old else ORIGINAL
 
 
 def _hugging_face(shapes: Shapes) -> Names:
-    """Return Hugging Face's names, with the prefix "model." if the model has its class head."""
+    """Return Hugging Face's tensor names, with the prefix "model." if the checkpoint includes the class head."""
     root = "model." if f"model.{HUGGING_FACE.pixel}{HUGGING_FACE.level_embed}" in shapes else ""
     places = {name: root + getattr(HUGGING_FACE, name) for name in ("backbone", "pixel", "predictor")}
     return dataclasses.replace(HUGGING_FACE, **places)

@@ -1,6 +1,6 @@
 """Mask DINO's checkpoints (detectron2 names), and conversion rules shared with OpenSeeD.
 
-Its classes have their own weights and no texts. Each class becomes one row of a `ClassTable`: [weight, bias,
+Mask DINO's classes have their own weights and no texts. Each class becomes one row of a `ClassTable`: [weight, bias,
 denoising label]. The class head reads the first two parts and the denoising queries the third, so that nothing is lost.
 """
 
@@ -14,7 +14,7 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 from mqformer_jax.input.coco_classes import class_names
 
 PIXEL, PREDICTOR = ORIGINAL.pixel, ORIGINAL.predictor
-QUERIES = 300  # not stored in two-stage checkpoints
+QUERIES = 300  # two-stage checkpoints do not store the number of queries
 IGNORED = {
     r"^criterion\.": "a constant of the loss",
     r"(num_batches_tracked|relative_position_index)$": "computed, not learned",
@@ -22,13 +22,16 @@ IGNORED = {
 
 
 def attention_entries(ours: str, theirs: str, index: int) -> list[Entry]:
-    """Return the conversion rules of multi-scale deformable attention."""
+    """Return the conversion rules of multi-scale deformable attention. index: the layer's number."""
     names = ("value_proj", "output_proj", "sampling_offsets", "attention_weights")
     return [entry for name in names for entry in linear(f"{ours}/{name}", f"{theirs}.{name}", index)]
 
 
 def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
-    """Return the conversion rules of the decoder and the heads (without classes) of Mask DINO and OpenSeeD."""
+    """Return the conversion rules of the decoder and the heads, without the classes, of Mask DINO and OpenSeeD.
+
+    theirs: prefix of the tensor names. depth: number of layers.
+    """
     ours, entries = "decoder", []
     for i in range(2):
         entries += linear(f"{ours}/anchor_pos/layers/{i}", f"{theirs}decoder.ref_point_head.layers.{i}")
@@ -46,7 +49,7 @@ def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
     for i in range(3):
         entries += linear(f"heads/mask_embed/layers/{i}", f"{theirs}mask_embed.layers.{i}")
         boxes = [f"{theirs}{copy}" for k in range(depth) for copy in (f"bbox_embed.{k}", f"decoder.bbox_embed.{k}")]
-        for copy in (f"{theirs}_bbox_embed", *boxes):  # one head under many names
+        for copy in (f"{theirs}_bbox_embed", *boxes):  # the same head is stored under many names
             entries += linear(f"heads/box/layers/{i}", f"{copy}.layers.{i}")
     for copy in ("decoder_norm", "decoder.norm"):
         entries += norm("heads/norm", theirs + copy)
@@ -59,9 +62,10 @@ def proposal_entries(theirs: str) -> list[Entry]:
 
 
 def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.ndarray]]:
-    """Return the conversion rules that pack the class layer into a ClassTable, and constant weights.
+    """Return the conversion rules that pack the class weights into a ClassTable, and {path: value} of constant weights.
 
-    The constant weights let the class head and the denoising queries select their parts of a row of the table.
+    theirs: prefix of the tensor names. The constant weights let the class head and the denoising queries select their
+    parts of a row of the table.
     """
     table, third = "text_encoder/rows", (width + 1, 2 * width + 1)
     entries = [
@@ -118,14 +122,14 @@ def head_plan(shapes: Shapes) -> Plan:
     if shape_of(shapes, f"{PREDICTOR}label_enc.weight", 2)[0] != classes:
         raise ValueError(
             f'{PREDICTOR}class_embed.weight has a row for "nothing": '
-            "a softmax over classes (SEMANTIC_CE_LOSS) has no counterpart here."
+            "a model with a softmax over classes (SEMANTIC_CE_LOSS) cannot be converted."
         )
     sides = [shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[1] for i in (0, levels - 1)]
     reverse = sides[0] > sides[1]  # high2low: the widest feature, which is the coarsest, comes first
     model.update(
         strides=strides(shapes, levels), level_order="fine_to_coarse" if reverse else "coarse_to_fine",
         interaction="none", score="dot", region_embedding=False,
-        # not in the file: as in the released recipes, unless `--set` changes it
+        # the file does not hold this value: take that of the released recipes; `--set` can change it
         initialize_box_type={80: "mask2box" if levels == 4 else "bitmask"}.get(classes, "no"),
     )  # fmt: skip
     model.text.update(

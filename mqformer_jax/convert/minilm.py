@@ -9,7 +9,7 @@ WORDS = "embeddings.word_embeddings.weight"
 WIDTH, HEADS, POSITIONS = 384, 12, 512
 IGNORED = {
     r"(^|\.)embeddings\.position_ids$": "position indices",
-    r"(^|\.)pooler\.": "pooler of the first token; a sentence is the mean of its tokens",
+    r"(^|\.)pooler\.": "BERT's pooler; a sentence embedding is the mean over the tokens",
     r"^cls\.": "heads of BERT's pretraining",
 }
 
@@ -27,7 +27,8 @@ def plan(shapes: Shapes) -> Plan:
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
     if width != WIDTH:
         raise ValueError(
-            f"{prefix}{WORDS} has width {width}: the number of heads is known only for MiniLM; give a MiniLM ({WIDTH})."
+            f"{prefix}{WORDS} has width {width}, but a MiniLM has width {WIDTH}; other BERT models cannot be "
+            "converted, since their weights do not show the number of attention heads."
         )
     _check(shapes, f"{prefix}embeddings.position_embeddings.weight", (POSITIONS, WIDTH))
     _check(shapes, f"{prefix}embeddings.token_type_embeddings.weight", (2, WIDTH))
@@ -63,7 +64,7 @@ def _block(ours: str, theirs: str, i: int) -> list[Entry]:
 
 def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
     if (found := shape_of(shapes, key, len(shape))) != shape:
-        raise ValueError(f"{key} is {found}, but MiniLM has {shape}: give a MiniLM's weights.")
+        raise ValueError(f"{key} has shape {found}, but {shape} in a MiniLM; other BERT models cannot be converted.")
 
 
 FAMILY = Family(
@@ -73,5 +74,5 @@ FAMILY = Family(
     ),
     recognizes=recognizes,
     plan=plan,
-    license="Apache-2.0 by the model's card; the package around it says MIT",
+    license="Apache-2.0 according to the model's card, MIT according to the package",
 )

@@ -4,8 +4,8 @@ OpenSeeD has two decoders. The plain one has only conditional queries. The decou
 also has learned queries. All queries attend to each other, but training matches learned queries with stuff and
 conditional queries with things (`model.queries = "decoupled"`).
 
-Differences from the original: learned queries come first, which permutes the predictions, and they are not detached
-from the decoder's gradient.
+In our model, unlike in the original, the learned queries come before the conditional ones, which permutes the
+predictions, and the decoder's gradient reaches the learned queries.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def head_entries(learned: bool) -> list[Entry]:
 
 
 def _model_plan(shapes: Shapes) -> Plan:
-    """Return the plan of the complete model, for names without a prefix."""
+    """Return the conversion plan of the complete model. shapes: by tensor names without the prefix "model."."""
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
@@ -80,13 +80,13 @@ def _model_plan(shapes: Shapes) -> Plan:
 
 
 def _text_plan(shapes: Shapes) -> Plan:
-    """Return the plan of the text encoder alone, for names without a prefix."""
+    """Return the conversion plan of the text encoder alone. shapes: by tensor names without the prefix "model."."""
     config = base()
     return Plan(config, "text_encoder", _text_entries(config.model.text, shapes), ignored=IGNORED)
 
 
 def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
-    """Return the conversion rules of the text encoder, and set its sizes in `text`."""
+    """Return the conversion rules of the text encoder, after setting its sizes in `text`."""
     layers, projection = count(shapes, f"{TOWER}resblocks.{{}}."), f"{LANGUAGE}lang_proj"
     embed_dim = shape_of(shapes, projection, 2)[1]
     set_sizes(text, shapes, f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", layers, embed_dim)

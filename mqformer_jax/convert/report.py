@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass
 class Report:
-    """Names of tensors by the result of the conversion.
+    """The names of all tensors, grouped by the result of their conversion.
 
     loaded: copied unchanged. reshaped: transposed, split, packed or stacked. missing: our parameters that no tensor
     filled. unused: the checkpoint's tensors that no rule read. mismatched: shapes that do not fit, or copies of one
@@ -27,9 +27,9 @@ class Report:
         return not (self.missing or self.unused or self.mismatched)
 
     def table(self, longest: int = 0) -> str:
-        """Return text with the count and the names of each field.
+        """Return a text with the number and the names of the tensors in each group.
 
-        longest: largest number of names that are printed for "loaded", "reshaped" and "ignored" (0: all).
+        longest: the largest number of names to list for each of "loaded", "reshaped" and "ignored"; 0 lists all.
         """
         blocks = []
         for field in dataclasses.fields(self):

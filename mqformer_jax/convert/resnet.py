@@ -1,7 +1,7 @@
 """ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2: three naming schemes for the same tensors.
 
-Weights do not show which convolution has a stage's stride. It is the 3x3 one in all three (`stride_in_1x1=False`), and
-the 1x1 one only in Microsoft's first weights, detectron2's "MSRA/R-50.pkl".
+Weights do not show which convolution of a block has stride 2. In all three schemes it is the 3x3 convolution
+(`stride_in_1x1=False`). Only in Microsoft's first weights, detectron2's "MSRA/R-50.pkl", is it the 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IGNORED = {
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
     """Return the conversion rules of the backbone at path `ours` for torchvision and timm.
 
-    theirs: prefix ("", "backbone.").
+    theirs: prefix of the tensor names, e.g. "" or "backbone.". depth: 50 or 101.
     """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
@@ -42,7 +42,7 @@ def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
     """Return the conversion rules for Hugging Face's `ResNetModel` and `ResNetBackbone`.
 
-    theirs: prefix ("", "resnet.").
+    ours, depth: see `torchvision_entries`. theirs: prefix of the tensor names, e.g. "" or "resnet.".
     """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
@@ -57,7 +57,7 @@ def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
     """Return the conversion rules for detectron2's ResNet, also in Mask2Former and Mask DINO.
 
-    theirs: prefix ("", or "backbone." in these two models).
+    ours, depth: see `torchvision_entries`. theirs: prefix of the tensor names ("backbone." in these two models).
     """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
@@ -68,9 +68,9 @@ def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def depth_of(shapes: Shapes, bottleneck: str) -> int:
-    """Return 50 or 101, from the number of blocks per stage. Raises ValueError for other depths.
+    """Return the depth, 50 or 101, from the number of blocks per stage. Raises ValueError for other depths.
 
-    bottleneck: a name that every block has, with {} for stage and block.
+    bottleneck: name of a tensor that every block has, with {} for the numbers of stage and block.
     """
     pattern = re.compile(re.escape(bottleneck).replace(r"\{\}", r"(\d+)"))
     found = [(int(match[1]), int(match[2])) for key in shapes if (match := pattern.fullmatch(key))]
@@ -81,10 +81,10 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
         if blocks == expected:
             return depth
     known = " and ".join(f"ResNet-{depth} {expected}" for depth, expected in BLOCKS.items())
-    seen = f"{blocks} bottlenecks per stage" if blocks else "no bottlenecks, e.g. ResNet-18 or -34,"
+    seen = f"{blocks} bottlenecks per stage" if blocks else "no bottlenecks, like ResNet-18 and -34"
     raise ValueError(
-        f"a ResNet with {seen} cannot be converted (a bottleneck has {bottleneck.replace('{}', '?')}); "
-        f"only {known} can."
+        f"this ResNet has {seen} (counted by the tensors {bottleneck.replace('{}', '?')}); "
+        f"only {known} can be converted."
     )
 
 
@@ -115,8 +115,9 @@ def _family(
 ) -> Family:
     """Return the family of ResNet checkpoints with one naming scheme.
 
-    keys: names of tensors that identify the scheme. All must exist behind the same prefix, which may be empty. Only one
-    name of a checkpoint may end in the first key, since this name determines the prefix.
+    make: returns the conversion rules. bottleneck: see `depth_of`. keys: names of tensors that identify the scheme. All
+    must exist with the same prefix, which may be empty. Only one tensor name of a checkpoint may end in the first key,
+    since this name determines the prefix.
     """
 
     def recognizes(shapes: Shapes) -> bool:

@@ -1,8 +1,8 @@
 """Convert the tensors of another project's checkpoint to ours, by a list of conversion rules (`Entry`).
 
-Each family of checkpoints has a file, which reads the names and shapes of a checkpoint and returns a `Plan`. With it,
-`apply` converts tensors to ours, and `invert` converts them back exactly. "ours" are names in our model, "theirs" are
-names in the checkpoint.
+Each family of checkpoints has a module, which reads the names and shapes of a checkpoint and returns a `Plan`. With
+this plan, `apply` converts the checkpoint's tensors to our parameters, and `invert` converts them back exactly.
+"ours" are names in our model, "theirs" are names in the checkpoint.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A rule that converts one tensor of the checkpoint, or a slice of it, to one of our parameters, or a slice of it.
+    """A rule that converts a tensor of the checkpoint (or a slice) to one of our parameters (or a slice).
 
     ours: path of our parameter ("backbone/stem/conv/kernel").
     theirs: name of the checkpoint's tensor.
     layout: key of LAYOUTS.
-    index: row of our parameter, if it stacks layers of one shape.
-    take: rows [start, stop) of the checkpoint's tensor, if it packs several along the first axis (q, k, v).
-    into: columns [start, stop) of our parameter's last axis, if it packs several tensors.
-    order: permutation of the tensor's first axis, e.g. `reversed_levels`.
-    If two rules fill the same place, their tensors must be equal.
+    index: index on the first axis of our parameter, if the parameter stacks several layers.
+    take: rows [start, stop) of the checkpoint's tensor, if that tensor packs several (q, k, v).
+    into: columns [start, stop) on the last axis of our parameter, if the parameter packs several tensors.
+    order: permutation of the first axis of the checkpoint's tensor, e.g. `reversed_levels`.
+    If two rules fill the same elements of our parameter, their tensors must be equal.
     """
 
     ours: str
@@ -63,9 +63,9 @@ class Plan:
     """How to convert one checkpoint.
 
     config: a complete recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters
-    that the checkpoint fills: "backbone", "text_encoder", or "" for the whole model. constants: values of our
-    parameters that have no counterpart in the checkpoint. ignored: {regex of tensor names in the checkpoint: why our
-    model has no counterpart}.
+    that the checkpoint fills: "backbone", "text_encoder", or "" for the whole model. constants: {path: value} of
+    our parameters that have no counterpart in the checkpoint. ignored: {regex of tensor names in the checkpoint: why
+    our model has no counterpart}.
     """
 
     config: ConfigDict
@@ -79,8 +79,8 @@ class Plan:
 class Family:
     """A kind of checkpoint.
 
-    recognizes: returns whether the tensors belong to this family. plan: returns the Plan for {tensor name: shape}, or
-    raises ValueError. originals: description for --help. license: notice about the weights, or "".
+    recognizes: returns whether {tensor name: shape} belong to this family. plan: returns the Plan for {tensor name:
+    shape}, or raises ValueError. originals: description for --help. license: notice about the weights, or "".
     """
 
     name: str
@@ -100,7 +100,7 @@ def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Return the number of layers in a checkpoint. Raises ValueError if there is none or one is missing.
+    """Return the number of layers in a checkpoint. Raises ValueError if there is no layer, or a layer is missing.
 
     pattern: prefix of a layer's tensor names, with {} for the layer's number, counted from 0.
     """
@@ -115,9 +115,9 @@ def count(shapes: Shapes, pattern: str) -> int:
 
 
 def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
-    """Return what precedes `name` in the first tensor name that ends in it, e.g. "" or "model.".
+    """Return the prefix of `name` in a checkpoint, e.g. "model." if the checkpoint has "model.conv1" for "conv1".
 
-    Return None if no tensor name ends in `name`, or if a name of `others` does not exist with the same prefix.
+    Return None if no tensor name ends in `name`, or if one of `others` does not exist with the same prefix.
     """
     prefix = next((key.removesuffix(name) for key in shapes if key == name or key.endswith(f".{name}")), None)
     return prefix if prefix is not None and all(prefix + other in shapes for other in others) else None
@@ -178,7 +178,7 @@ def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = No
 
 
 def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
-    """Return the permutation (`Entry.order`) that reverses the levels of rows [heads x levels x rest].
+    """Return the permutation (`Entry.order`) of heads x levels x rest rows that reverses the order of the levels.
 
     Some checkpoints, e.g. Mask2Former's, store the coarsest level first.
     """
@@ -190,8 +190,8 @@ def apply(
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Convert a checkpoint's tensors. Return {path: value} of the completely filled parameters, and a report.
 
-    ours: shapes of the parameters in the plan's part, by path (`leaves`). Tensors with NaN or infinity are converted
-    with a warning.
+    ours: shapes of the parameters in the plan's part, by path (`leaves`). Tensors that contain NaN or
+    infinity are converted too, with a warning.
     """
     report, values, filled = Report(), {}, {}
     read, odd = set(), {}
@@ -228,16 +228,16 @@ def apply(
         reason = next((why for pattern, why in plan.ignored.items() if re.search(pattern, key)), None)
         (report.unused if reason is None else report.ignored).append(key if reason is None else f"{key}: {reason}")
     if odd:
-        logging.warning("NaN or infinity in %s", ", ".join(odd))
+        logging.warning("these converted tensors contain NaN or infinity: %s", ", ".join(odd))
     return complete, report
 
 
 def invert(plan: Plan, values: Mapping[str, Array], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
-    """Convert our parameters back exactly. Return the checkpoint's tensors by name, in float32.
+    """Convert our parameters back exactly. Return {name: tensor} of the checkpoint, in float32.
 
-    A tensor is left out if `values` lacks one of its parameters. shapes: the tensor shapes of the plan's checkpoint, to
-    check that its layout can hold `values`. Raises ValueError if parameters have other shapes than the plan fills, or
-    if constants changed.
+    A tensor is left out if `values` lacks a parameter that holds a part of it. shapes: the tensor shapes of the plan's
+    checkpoint, to check that its layout can hold `values`. Raises ValueError if parameters have other shapes than the
+    plan fills, or if constants changed.
     """
     if shapes is not None:
         _check_expressible(plan, values, shapes)
@@ -260,7 +260,8 @@ def _inverted(value: Array, entry: Entry) -> Array:
         return LAYOUTS[entry.layout][1](value[_place(entry)])
     except (IndexError, ValueError) as e:
         raise ValueError(
-            f"{entry.ours} {value.shape} has no {_name(entry)} for {entry.theirs}: it belongs to another model."
+            f"{entry.ours} {value.shape} has no {_name(entry)} for {entry.theirs}: "
+            "give --like a file of the same model."
         ) from e
 
 
@@ -268,7 +269,9 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
     """Raise ValueError unless parameters have the shapes that the plan fills, and constants are unchanged."""
     for path, constant in plan.constants.items():
         if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
-            raise ValueError(f"{path} has changed in training, which the original's layout cannot express.")
+            raise ValueError(
+                f"{path} has changed in training, which the original's layout cannot express: export without --like."
+            )
     layers, columns = {}, {}
     for entry in plan.entries:
         layers[entry.ours] = max(layers.get(entry.ours, 0), 0 if entry.index is None else entry.index + 1)
@@ -283,12 +286,12 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
         if values[entry.ours].shape != shape:
             raise ValueError(
                 f"{entry.ours} has shape {values[entry.ours].shape}, "
-                f"but {entry.theirs} needs {shape}: it belongs to another model."
+                f"but {entry.theirs} needs {shape}: give --like a file of the same model."
             )
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Return {path: leaf} of a pytree, with paths as in `Entry.ours`."""
+    """Return {path: leaf} of a pytree, with paths like "backbone/stem/conv/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -31,7 +31,7 @@ class Names:
     """The tensor names of a Swin in one kind of checkpoint.
 
     block, merge, norm: patterns with {} for the number of the stage and, in `block`, of the block. norm: the norm of an
-    output feature. qkv: one packed layer, or three layers. Names from norm1 on are relative to a block.
+    output feature. qkv: one packed layer, or three layers. norm1 and the fields after it are relative to a block.
     """
 
     embed: str
@@ -110,20 +110,22 @@ def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
     if name is None:
         known = "; ".join(f"{name}: {size.width}, {size.depths}" for name, size in SIZES.items())
         raise ValueError(
-            f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths}; supported are {known}."
+            f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths} cannot be converted; "
+            f"widths and depths that can are {known}."
         )
     return name, window
 
 
 def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
-    """Return the conversion rules of our "backbone" for the Swin at `prefix` ("", "model.pixel_level_module.encoder.").
+    """Return the conversion rules of our "backbone" for the Swin at `prefix`, e.g. "" or "backbone.".
 
     The tensor names determine the kind of checkpoint. Output norms are included if the checkpoint has them (see
     `absent_norms`).
     """
     names, root = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
-    timm = int(f"{root}{names.merge.format(3)}reduction.weight" in shapes)  # merges before a stage, not after
+    # timm merges before a stage, the others after it
+    timm = int(f"{root}{names.merge.format(3)}reduction.weight" in shapes)
     found = conv("backbone/embed", root + names.embed, bias=True) + norm("backbone/embed/norm", root + names.embed_norm)
     for stage, depth in enumerate(size.depths):
         for block in range(depth):
@@ -140,7 +142,7 @@ def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
 
 
 def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
-    """Return constants (scale 1, bias 0) for the output norms that a checkpoint, e.g. of a classifier, lacks."""
+    """Return {path: value} (scale 1, bias 0) for output norms that the checkpoint lacks, e.g. as a classifier."""
     names, _ = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
     absent = [stage for stage in range(4) if _norm(names, prefix, stage) + ".weight" not in shapes]
@@ -152,7 +154,7 @@ def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
 def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[Entry]:
     """Return the conversion rules of one block.
 
-    Our parameters stack the blocks. pair: row of this block in them.
+    Our parameters stack the plain and the shifted blocks of a stage. pair: index of this block in its stack.
     """
     qkv = [theirs + name for name in names.qkv]
     found = linear(f"{ours}/qkv", qkv[0], pair) if len(qkv) == 1 else packing(f"{ours}/qkv", qkv, width, pair)
@@ -164,10 +166,10 @@ def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[
 
 
 def _norm(names: Names, prefix: str, stage: int) -> str:
-    """Return the name of the output norm of a stage, counted from 0.
+    """Return the name of the output norm of a stage, e.g. "norm0" or "hidden_states_norms.stage1".
 
-    prefix: must not end in "swin.", because Hugging Face's names of these norms lack it. These names count stages from
-    1.
+    stage: counted from 0; Hugging Face's names count from 1. prefix: that of the whole Swin, without a final "swin.",
+    which the names of these norms do not contain.
     """
     return prefix + names.norm.format(stage + (names is not MICROSOFT))
 
@@ -187,7 +189,10 @@ def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
 
 
 def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
-    """Return width, depths and window from the shapes of the position tables. Raises ValueError."""
+    """Return the size and the window. Tensor shapes give the width and the window, tensor names the depths.
+
+    Raises ValueError.
+    """
     names, root = _kind(shapes, prefix)
     table = lambda stage, block: root + names.block.format(stage, block) + names.table
     depths = []
@@ -199,7 +204,7 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
     side = round(offsets[0] ** 0.5)
     if side**2 != offsets[0] or side % 2 == 0:
         raise ValueError(
-            f"{table(0, 0)} has shape {offsets}: expected (2 * window - 1)^2 rows; give an unchanged file."
+            f"{table(0, 0)} has shape {offsets}: expected (2 * window - 1)^2 rows; give the original file."
         )
     return Size(embed[0], tuple(depths)), (side + 1) // 2
 

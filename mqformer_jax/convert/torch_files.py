@@ -14,7 +14,7 @@ import numpy as np
 from mqformer_jax.convert.torch_pickle import Module, Unpickler, Unreadable
 
 MAGIC = 0x1950A86A20F9469CFC6C  # files of torch.save before 1.6 begin with this number, pickled
-LARGEST_UNPACKED = 1 << 26  # unpacked bytes that are allowed for a compressed member of any size
+LARGEST_UNPACKED = 1 << 26  # bytes to which any compressed member may unpack; larger ones only to 100 times their size
 
 
 def read_pickle(buffer: mmap.mmap) -> Any:
@@ -32,7 +32,8 @@ def read_pickle(buffer: mmap.mmap) -> Any:
     tree = unpickler.load()
     keys = Unpickler(buffer).load()
     place, view = buffer.tell(), memoryview(buffer)
-    for key in keys:  # the storages follow in this order: a count of elements, then the elements
+    # The storages follow in the order of `keys`, each as a count and then its elements.
+    for key in keys:
         storage = unpickler.storages[key]
         (count,) = struct.unpack_from("<q", buffer, place)
         end = place + 8 + count * storage.dtype.itemsize
@@ -46,8 +47,8 @@ def read_pickle(buffer: mmap.mmap) -> Any:
 def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> Any:
     """Return the object in a zip archive of torch.save (since torch 1.6), or the module of torch.jit.save.
 
-    prefix: the folder inside the archive that holds its files, with "/". Tensors and arrays are the placeholders
-    `Tensor` and `Array`.
+    prefix: the folder in the archive that contains data.pkl, with "/" at the end. Tensors and arrays are the
+    placeholders `Tensor` and `Array`.
     """
     names = set(archive.namelist())
     unpickler = Unpickler(io.BytesIO(member(archive, buffer, f"{prefix}data.pkl")))
@@ -69,7 +70,10 @@ def read_archive(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str) -> An
 
 
 def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind: str) -> set[str] | None:
-    """Return the parameters and buffers that the source of a TorchScript class lists, or None if it has no list."""
+    """Return the names of the parameters and buffers of a TorchScript class, or None if its source does not list them.
+
+    kind: the full name of the class.
+    """
     folder, _, name = kind.rpartition(".")
     try:
         source = bytes(member(archive, buffer, f"{prefix}code/{folder.replace('.', '/')}.py")).decode()
@@ -84,9 +88,9 @@ def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind:
 
 
 def _drop_attributes(module: Module, state: set[str] | None) -> None:
-    """Remove a module's attributes that are not in its state_dict.
+    """Remove the attributes of a module that are neither submodules nor in its state_dict.
 
-    Submodules stay. state: names of the parameters and buffers; None keeps all attributes.
+    state: names of the parameters and buffers; None keeps all attributes.
     """
     for name in [name for name, value in module.items() if not isinstance(value, Module)]:
         if state is not None and name not in state:
@@ -94,7 +98,7 @@ def _drop_attributes(module: Module, state: set[str] | None) -> None:
 
 
 def member(archive: zipfile.ZipFile, buffer: mmap.mmap, name: str) -> Any:
-    """Return the bytes of a file in a zip archive, as a view of the archive if it is not compressed."""
+    """Return the bytes of a file in a zip archive, as a view of `buffer` if the file is not compressed."""
     info = archive.getinfo(name)
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         if info.file_size > max(LARGEST_UNPACKED, 100 * info.compress_size):

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LARGEST_REPEATED = 1 << 26  # most elements of a view with stride 0, which may claim any size
+LARGEST_REPEATED = 1 << 26  # largest number of elements of a view that repeats stored ones: a file may claim any number
 
 
 class Unreadable(ValueError):
@@ -30,7 +30,7 @@ STORAGES = dict(
 
 
 class Storage:
-    """A placeholder for torch's storage, the elements behind tensors. `raw` is set once the bytes are located."""
+    """A placeholder for a torch storage, which holds the elements of tensors. `raw`, its bytes, is set later."""
 
     def __init__(self, dtype: np.dtype, key: str, count: int):
         self.dtype, self.key, self.count = dtype, key, count
@@ -76,7 +76,7 @@ class Array:
         self.order = "F" if fortran else "C"
 
     def array(self) -> np.ndarray:
-        raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw  # Python 2 had no bytes
+        raw = self.raw.encode("latin1") if isinstance(self.raw, str) else self.raw  # Python 2 pickles bytes as text
         return np.ndarray(self.shape, self.dtype.numpy(), raw, order=self.order)
 
 
@@ -115,7 +115,10 @@ class Module(dict):
 
 
 class Inert:
-    """A placeholder for an object without weights in a training checkpoint. It accepts any call and stores nothing."""
+    """A placeholder for an object without weights in a training checkpoint.
+
+    Its methods accept any arguments and store nothing.
+    """
 
     def __init__(self, *args: Any):
         pass
@@ -180,7 +183,7 @@ KNOWN = {
         for name in ("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
     },
     "torch.jit._pickle.restore_type_tag": _first,
-    # what trainers leave beside the weights
+    # objects that trainers save beside the weights
     **{f"{module}.set": Inert for module in ("builtins", "__builtin__")},
     "argparse.Namespace": Inert,
     "collections.Counter": Inert,
@@ -249,7 +252,7 @@ class Unpickler(pickle._Unpickler):
         """Read a name as pickle's own method does, but reject a truncated name."""
         module, name = self.readline(), self.readline()
         if not name.endswith(b"\n"):
-            raise EOFError("it ends inside a name")
+            raise EOFError("the pickle ends inside a name")
         self.append(self.find_class(module[:-1].decode(), name[:-1].decode()))
 
     dispatch[pickle.BUILD[0]] = load_build

@@ -7,7 +7,7 @@
 Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its
 config.json), timm (for ResNets), clip-anytorch, efficientnet_lite_pytorch. The original code of Mask DINO, Mask2Former,
 OpenSeeD and the detection Swin is not in a package (timm's Swin computes another function: it shifts windows before it
-pads them). tests/test_maskdino.py compares ours with numbers recorded from Mask DINO's code.
+pads them). tests/test_maskdino.py compares our outputs with numbers recorded from Mask DINO's code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from mqformer_jax.models.pixel_decoder import PixelDecoder
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 Stages = dict[str, np.ndarray]
-# returns the existing ones of these paths and shapes
+# takes {path: shape and type} of parameters, returns {path: value}, from which some may be missing
 Leaves = Callable[[Mapping[str, jax.ShapeDtypeStruct]], Mapping[str, Any]]
 SIDES = 256, 320  # height and width of the test image
 
@@ -43,10 +43,11 @@ SIDES = 256, 320  # height and width of the test image
 def verify(
     path: str, family: str | None = None, image: np.ndarray | None = None, converted: str | None = None
 ) -> list[tuple[str, float, float]]:
-    """Return for each stage its name, the largest absolute difference, and the largest value of the original.
+    """Return for each stage its name, the largest absolute difference, and the largest absolute value of the original.
 
-    image: RGB uint8 of any size (default: noise). converted: the folder that `convert` wrote for `path` (default:
-    convert in memory). Raises ValueError or OSError, also for a family without available original code.
+    path: the original checkpoint. family: the name of its family (default: guessed). image: RGB uint8 of any size
+    (default: noise). converted: the folder that `convert` wrote for `path` (default: convert in memory). Raises
+    ValueError, also if no package contains the original code of the family, or OSError.
     """
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
@@ -90,7 +91,7 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
     if absent:
         raise ValueError(
             f"{len(absent)} of {len(wanted)} parameters of the {part} are missing ({absent[0]}, ...): "
-            "see the report of convert."
+            "see the report of `mqformer convert`."
         )
     return fill(module, found, part)
 
@@ -98,7 +99,7 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
 def _compiled(module: nnx.Module, call: Callable[..., Any], x: Any) -> Any:
     """Compile `call(module, x)` with the weights as arguments, and return its result.
 
-    Weights that are constants trigger a bug of XLA:CPU (jaxlib 0.10.2 to 0.12.0). If it fuses a reduction with a
+    Weights that are constants trigger a bug of XLA:CPU (jaxlib 0.10.2 to 0.12.0): if XLA fuses a reduction with a
     product by a uniform constant, such as the zeros of a fresh layer, the result is sometimes NaN.
     """
     graph, state = nnx.split(module)
@@ -108,7 +109,7 @@ def _compiled(module: nnx.Module, call: Callable[..., Any], x: Any) -> Any:
 def _image_stages(
     values: Leaves, config: ConfigDict, backbone: nnx.Module, pixels: Float[np.ndarray, "1 h w 3"], whole: bool
 ) -> Stages:
-    """Return the features of the backbone and, for a complete model, the outputs of the pixel decoder."""
+    """Return the features of the backbone and, for a complete model (`whole`), the outputs of the pixel decoder."""
     features = _compiled(backbone, lambda backbone, x: backbone(x), pixels)
     stages = {f"stride {stride}": np.asarray(value) for stride, value in features.items()}
     if whole:
@@ -152,12 +153,12 @@ def _torch():
 
 
 def _package(module: str, name: str | None = None):
-    """Import and return a module. name: its name for pip, if different. Raises ValueError."""
+    """Import and return a module. name: the package to install with pip (default: `module`). Raises ValueError."""
     try:
         return importlib.import_module(module)
     except ImportError as e:
         name = name or module
-        raise ValueError(f"the original needs the package {name} ({e}): pip install {name}.") from e
+        raise ValueError(f"the original code needs the package {name} ({e}): pip install {name}.") from e
 
 
 def _nhwc(x) -> np.ndarray:
@@ -171,10 +172,12 @@ def _nchw(pixels: np.ndarray):
 def _weights(tensors: Tensors, known: str = "") -> dict:
     """Return the tensors as torch tensors in float32, by name.
 
-    known: a tensor name of the original code. If the checkpoint has it with a prefix, only tensors with this prefix are
-    returned, without it.
+    known: a tensor name of the original code. If the checkpoint has this name with a prefix, only tensors with this
+    prefix are returned, and their names lose it. Raises ValueError if no tensor has this name.
     """
-    prefix = known and prefix_of({key: () for key in tensors}, known)
+    prefix = prefix_of({key: () for key in tensors}, known) if known else ""
+    if prefix is None:
+        raise ValueError(f"no tensor is named {known}: give a file with the tensor names of the original code.")
     return {
         key.removeprefix(prefix): _torch().tensor(np.asarray(value, np.float32))
         for key, value in tensors.items()
@@ -183,7 +186,7 @@ def _weights(tensors: Tensors, known: str = "") -> dict:
 
 
 def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
-    """Load weights into a module. unused: prefixes of names that do not affect the stages. Raises ValueError."""
+    """Load weights into a torch module. unused: prefixes of names that do not affect the stages. Raises ValueError."""
     kept = {key: value for key, value in weights.items() if not key.startswith(unused)}
     absent = [key for key in module.load_state_dict(kept, strict=False).missing_keys if not key.startswith(unused)]
     if absent := [key for key in absent if not key.endswith("num_batches_tracked")]:
@@ -191,7 +194,7 @@ def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
 
 
 def _from_folder(path: str, model: str, **settings: Any):
-    """Return a model of transformers from a local folder. Raises ValueError."""
+    """Return the model in a local Hugging Face folder. model: its class in transformers. Raises ValueError."""
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path}: transformers loads models from folders; give the folder with its config.json.")
     transformers = _package("transformers")
@@ -234,21 +237,24 @@ def _lite0(path: str, tensors: Tensors, pixels: np.ndarray) -> Stages:
     x, stages = model._swish(model._bn0(model._conv_stem(_nchw(pixels)))), {}
     for k, block in enumerate(model._blocks):
         x = block(x)
-        if k in (2, 4, 10, 15):  # the last blocks before the stride doubles
+        if k in (2, 4, 10, 15):  # the last blocks at strides 4, 8, 16 and 32
             stages[f"stride {SIDES[0] // x.shape[2]}"] = _nhwc(x)
     return stages
 
 
 def _clip(path: str, tensors: Tensors, tokens: np.ndarray) -> Stages:
     if not any(key.startswith("visual.") for key in tensors):
-        raise ValueError(f"{path}: OpenAI's code needs both encoders, but this file has only the text encoder.")
+        raise ValueError(
+            f"{path}: OpenAI's code needs both encoders, but this file has only the text encoder: "
+            "give the complete CLIP file."
+        )
     weights = {
         key: value
         for key, value in _weights(tensors).items()
         if key not in ("input_resolution", "context_length", "vocab_size")
     }
     model = _package("clip.model", "clip-anytorch").build_model(dict(weights)).float()
-    model.load_state_dict(weights)  # again, since the model was made in half precision
+    model.load_state_dict(weights)  # load them again, since build_model rounds them to half precision
     rest = len(tensors["positional_embedding"]) - tokens.shape[1]
     return {"text": model.encode_text(_torch().tensor(np.pad(tokens, ((0, 0), (0, rest))))).numpy()}
 
@@ -296,12 +302,14 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", required=True, help="the original checkpoint")
-    parser.add_argument("--from", dest="family", help="its family (default: guessed)")
+    parser.add_argument("--input", required=True, help="File or folder of the original checkpoint.")
     parser.add_argument(
-        "--converted", metavar="FOLDER", help="folder that convert wrote for it (default: convert in memory)"
+        "--from", dest="family", help="Family of the checkpoint, e.g. resnet. (default: guessed from the tensor names)"
     )
-    parser.add_argument("--image", help="test image (default: noise)")
+    parser.add_argument(
+        "--converted", metavar="FOLDER", help="Folder that `mqformer convert` wrote. (default: convert in memory)"
+    )
+    parser.add_argument("--image", help="Test image, e.g. photo.jpg. (default: noise)")
     return parser
 
 
@@ -311,7 +319,7 @@ def main() -> None:
     if args.image:
         image = cv2.imread(args.image)
         if image is None:
-            raise ValueError(f"--image {args.image}: not a readable image.")
+            raise ValueError(f"--image {args.image}: the file is missing or not an image.")
         image = image[..., ::-1]
     rows = verify(args.input, args.family, image, args.converted)
     print(f"{'stage':24} {'largest difference':>20} {'largest value':>15}")

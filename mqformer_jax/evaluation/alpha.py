@@ -12,8 +12,8 @@ from mqformer_jax.evaluation import worst
 
 SIGMA = 1.4  # standard deviation of the Gaussian derivatives in `grad`
 STEP = 10  # `conn` has thresholds k / STEP
-TOLERANCE = 0.15  # in `conn`, a pixel is connected up to this much above its level
-BAND = 10  # without a trimap, pixels within this distance of partly covered ones are unknown
+TOLERANCE = 0.15  # in `conn`, alphas that exceed the level of their pixel by less than this have no error
+BAND = 10  # pixels; without a trimap, the unknown region reaches this far around pixels with 0 < alpha < 1
 Mask = Float[np.ndarray, "h w"]
 
 
@@ -22,12 +22,13 @@ class AlphaEvaluator:
 
     They are measured on the whole image, and (with the prefix `unknown_`) on the unknown region of the trimap. Units
     are those of the papers: sad, grad and conn in thousands (sums over pixels), mse and mad in thousandths (means over
-    pixels). The known pixels of the trimap do not replace those of the prediction, and the prediction is not rescaled
-    to 0 to 1.
+    pixels). The prediction is used as it is: its pixels in the known region are not replaced by the trimap's, and its
+    values are not rescaled to 0 to 1.
     """
 
     def __init__(self):
-        self.errors: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)  # prefix → (image, its errors)
+        # prefix → (record key, errors) of each image
+        self.errors: dict[str, list[tuple[str, dict[str, float]]]] = defaultdict(list)
 
     def update(
         self,
@@ -37,7 +38,11 @@ class AlphaEvaluator:
         key: str = "",
         prefix: str = "",
     ) -> None:
-        """Add one image: predicted and true alpha, 0 to 1. prefix: for metric names, to compare several predictions."""
+        """Add one image: predicted and true alpha, 0 to 1.
+
+        trimap: 0 outside, 255 inside, other values unknown. key: of the record. prefix: precedes the names of the
+        metrics, so that several predictions can be compared, e.g. "refined_".
+        """
         if prediction.shape != target.shape:
             raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
         prediction, target = prediction.astype(np.float64), target.astype(np.float64)
@@ -49,7 +54,11 @@ class AlphaEvaluator:
             self.errors[prefix] += errors
 
     def result(self) -> dict[str, float]:
-        """Return sad, mse, mad, grad, conn, and the same with `unknown_` in front, for each prefix."""
+        """Return the mean errors as {prefix + name: mean over images}, for each `prefix` that `update` was given.
+
+        Names are sad, mse, mad, grad and conn for the whole image, and unknown_sad to unknown_conn for the unknown
+        region, averaged over the images that have one.
+        """
         results = {}
         for prefix, images in self.errors.items():
             for name in dict.fromkeys(name for _, errors in images for name in errors):
@@ -57,13 +66,13 @@ class AlphaEvaluator:
         return results
 
     def details(self) -> dict:
-        """Return the images with the largest mean absolute difference, for the first prefix."""
+        """Return the images with the largest mad (mean absolute difference), for the first prefix given to `update`."""
         images = next(iter(self.errors.values()), [])
         return {"worst_images": worst("mad", [(key, errors["mad"]) for key, errors in images], error=True)}
 
 
 def unknown_of(target: Mask, trimap: UInt8[np.ndarray, "h w"] | None) -> Bool[np.ndarray, "h w"]:
-    """Return the trimap's unknown region; without a trimap, all pixels within `BAND` of a partly covered one."""
+    """Return the trimap's unknown region; without a trimap, all pixels within `BAND` of one with 0 < alpha < 1."""
     if trimap is not None:
         return (trimap > 0) & (trimap < 255)
     partial = ((target > 0) & (target < 1)).astype(np.uint8)
@@ -71,7 +80,7 @@ def unknown_of(target: Mask, trimap: UInt8[np.ndarray, "h w"] | None) -> Bool[np
 
 
 def matting_errors(prediction: Mask, target: Mask, unknown: Bool[np.ndarray, "h w"]) -> dict[str, float]:
-    """Return the errors of one image over all its pixels and over the unknown ones, if any."""
+    """Return the errors of one image: over all pixels, and with the prefix `unknown_` over the unknown ones, if any."""
     difference = np.abs(prediction - target)
     gradient = (_gradient(prediction) - _gradient(target)) ** 2
     connectivity = _connectivity(prediction, target)
@@ -106,8 +115,8 @@ def _connectivity(prediction: Mask, target: Mask) -> Mask:
     """Return the connectivity error of each pixel.
 
     Each pixel has a level: the highest threshold at which it is in the largest connected component (4 neighbors) of the
-    pixels where both alphas reach the threshold. The error is the absolute difference between prediction and target in
-    how far they exceed this level; values below TOLERANCE count as 0.
+    pixels where both alphas reach the threshold. The error is the absolute difference between prediction - level and
+    target - level, of which values below TOLERANCE count as 0.
     """
     level = np.full(prediction.shape, -1.0)
     for k in range(1, STEP + 1):

@@ -90,7 +90,7 @@ def mean_regions(raws: Sequence[RawPredictions], flipped: Sequence[bool]) -> Raw
     """Return predictions whose query i is the region of prompt i, averaged over views.
 
     For each prompt, mask probability and box are averages over the best query of each view, weighted by the scores of
-    these queries. If two views find different objects, the weights select the more confident one, while equal weights
+    these queries. If two views find different objects, the weights favor the more confident one, while equal weights
     may lose both. On the sample's expressions, a mirrored view changes the mIoU from 59.0 to 59.9, and to 56.3 with
     equal weights. The score of a region is the unweighted mean.
     """

@@ -8,7 +8,6 @@ Prints a table and writes eval.json, eval_details.json and a grid of pictures fo
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
 import re
 from collections.abc import Sequence
@@ -36,6 +35,9 @@ from mqformer_jax.segments import Segments, semantic_map, soft_mask
 from mqformer_jax.tasks import TASKS
 from mqformer_jax.visualization import overlays
 from mqformer_jax.visualization.overlays import Shown
+
+# the tasks that `SetEvaluation._update` passes to their evaluators
+UPDATED = {"panoptic", "instance", "semantic", "referring", "foreground", "matting"}
 
 
 def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predictions: bool = False) -> dict[str, float]:
@@ -94,9 +96,11 @@ class SetEvaluation:
         predictions: str | None = None,
     ):
         self.predictor, self.options, self.source, self.tasks, info = predictor, options, source, tasks, source.info
+        if unknown := sorted(set(tasks) - UPDATED):
+            raise NotImplementedError(f"SetEvaluation._update has no code for the task {unknown[0]!r}.")
         by_class = [task for task in tasks if TASKS[task].by_class]
         if by_class and not info.classes:
-            raise ValueError(f"config.eval.sets: {source.name} has no classes, which {', '.join(by_class)} needs.")
+            raise ValueError(f"config.eval.sets: {source.name} has no classes; remove its tasks {', '.join(by_class)}.")
         if "instance" in tasks and not info.exhaustive and options.max_detections < FEDERATED_MAX_DETECTIONS:
             self.options = ConfigDict({**options, "max_detections": FEDERATED_MAX_DETECTIONS})
         self.names = [c.name for c in info.classes]
@@ -114,7 +118,7 @@ class SetEvaluation:
         self.evaluators: dict[str, Any] = {task: make_evaluator(task, info, learnable) for task in tasks}
 
     def run(self) -> dict[str, Any]:
-        """Return the evaluators with the images of all processes. Unreadable images are logged and left out."""
+        """Evaluate the images of all processes. Return {task: evaluator}. Unreadable images are logged and left out."""
         count, bad, pending = min(len(self.source), self.options.max_images or len(self.source)), 0, []
         mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
         name = f"evaluate {self.source.name} {self.source.split}"
@@ -163,7 +167,10 @@ class SetEvaluation:
         self.shown += items[: max(0, self.options.num_visualizations - len(self.shown))]
 
     def _predict_regions(self, images: list[np.ndarray], texts: list[list[str]]) -> list[RawPredictions]:
-        """Return one prediction per image, averaged over views. Mirrored views need texts that can be mirrored."""
+        """Return one prediction per image, averaged over views. texts: the prompts of each image.
+
+        An image with a text that cannot be mirrored has no mirrored views.
+        """
         raws: list[list[RawPredictions]] = [[] for _ in images]
         flips: list[list[bool]] = [[] for _ in images]
         for canvas, flip in self.views:
@@ -256,7 +263,10 @@ def _read(source: ShardSource, index: int) -> Shown:
 
 
 def _expressions(record: Record) -> list[tuple[str, bytes | None]]:
-    """Return each expression of an image and its mask, None if it has no target. Targets without masks are left out."""
+    """Return (expression, mask) for each expression of an image. The mask is None if the expression has no target.
+
+    Expressions whose target has only a box are left out.
+    """
     named = [(text, s.mask) for s in record.segments if s.mask is not None and not s.crowd for text in s.texts]
     return named + [(text, None) for text in record.absent_texts]
 
@@ -266,7 +276,7 @@ def _expression_group(text: str, groups: Sequence[tuple[str, str]]) -> str | Non
 
 
 def _foreground(record: Record) -> np.ndarray | None:
-    """Return the foreground of a record as floats 0 to 1, its matte or else its mask; None if it has neither."""
+    """Return the matte, or else the mask, of a record's foreground as floats 0 to 1; None if it has neither."""
     for segment in record.segments:
         if segment.foreground and segment.alpha is not None:
             return record.decode_alpha(segment.alpha) / 255.0
@@ -286,15 +296,19 @@ def _matte(record: Record) -> tuple[np.ndarray, np.ndarray | None] | None:
 
 
 def make_evaluator(task: str, info: DatasetInfo, learnable: int) -> Any:
-    """Return the evaluator of a task. learnable: the number of learnable queries, whose share PQ reports."""
+    """Return the evaluator of a task. learnable: number of learnable queries, for the metrics `learnable_share_*`."""
     module, _, name = TASKS[task].evaluator.partition(":")
     kind = getattr(importlib.import_module(module), name)
-    options = {"info": info, "learnable": learnable}
-    return kind(**{key: options[key] for key in inspect.signature(kind).parameters if key in options})
+    if task == "panoptic":
+        return kind(info, learnable)
+    return kind(info) if TASKS[task].by_class else kind()
 
 
 def explain(results: dict[str, float]) -> list[str]:
-    """Return one line on the meaning of each metric in the printed table. Metrics of two tasks may share a name."""
+    """Return one line for each metric of the printed table: task, name and explanation.
+
+    The task is given because metrics of different tasks may share a name, such as mse.
+    """
     meanings: dict[str, str] = {}
     for key in results:
         task, metric = (part.split("/") for part in key.split(".", 1))
@@ -305,7 +319,11 @@ def explain(results: dict[str, float]) -> list[str]:
 
 
 def table(results: dict[str, float]) -> str:
-    """Return a table with the main metrics of each task, one line per task. eval.json has all metrics."""
+    """Format the metrics of `Task.metrics` as a table. eval.json has all metrics.
+
+    The table has one line for each task of each data set: for each part of the keys before the dot, e.g. "panoptic" or
+    "refcoco/val/referring".
+    """
     tasks: dict[str, list[str]] = {}
     for key, value in results.items():
         task, metric = key.split(".", 1)
@@ -319,12 +337,18 @@ def table(results: dict[str, float]) -> str:
 
 
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
-    """Return the sets whose NAME/SPLIT is in `names`, or all if it is empty. Raises ValueError for an unknown name."""
+    """Return the sets whose NAME/SPLIT is in `names`; all without names. Raises ValueError for unknown names."""
     known = [f"{entry['name']}/{entry['split']}" for entry in sets]
     for name in names:
         if name not in known:
             raise ValueError(f"--datasets={name}: unknown; config.eval.sets has {', '.join(known) or 'no data sets'}.")
     return tuple(entry for entry, name in zip(sets, known) if not names or name in names)
+
+
+def ignored_fields(recipe: ConfigDict, checkpoint: ConfigDict) -> list[str]:
+    """Return the fields of a recipe whose values in the checkpoint differ, and are used instead."""
+    fields = ("canvas", "templates")
+    return [f"config.data.{name}" for name in fields if tuple(recipe.data[name]) != tuple(checkpoint.data[name])]
 
 
 def main(argv: list[str]) -> None:
@@ -337,9 +361,10 @@ def main(argv: list[str]) -> None:
         raise ValueError("config.eval.sets is empty: name the data sets to evaluate.")
     distributed.initialize()
     cli.keep_compiled()
-    results = evaluate(
-        Predictor.from_checkpoint(given.checkpoint, jax.local_devices()), config, out, given.save_predictions
-    )
+    predictor = Predictor.from_checkpoint(given.checkpoint, jax.local_devices())
+    if is_first() and (ignored := ignored_fields(config, predictor.config)):
+        logging.warning("ignored, because the checkpoint has other values: %s", ", ".join(ignored))
+    results = evaluate(predictor, config, out, given.save_predictions)
     if is_first():
         print(table(results))
         print(f"\n{out}: eval.json, eval_details.json, pictures" + (", predictions" if given.save_predictions else ""))

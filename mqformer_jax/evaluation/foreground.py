@@ -1,4 +1,4 @@
-"""Salient-object metrics: compare a soft mask of the foreground with a soft or hard one."""
+"""Salient-object metrics: compare a predicted soft mask of the foreground with the true mask or matte."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 
 from mqformer_jax.evaluation import worst
 
-BETA2 = 0.3  # weights precision higher than recall: Achanta et al., CVPR 2009
+BETA2 = 0.3  # of the F-measure, weights precision higher than recall: Achanta et al., CVPR 2009
 EPS = np.spacing(1)
 Mask = Float[np.ndarray, "h w"]
 
@@ -15,7 +15,7 @@ Mask = Float[np.ndarray, "h w"]
 class ForegroundEvaluator:
     """Salient-object metrics, averaged over images.
 
-    mae, mse: absolute and squared error of all pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
+    mae, mse: mean absolute and mean squared error of the pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
     max_f: the F-measure at each of 256 thresholds is averaged over images; this is the maximum over thresholds. mean_e,
     max_e: mean and maximum over the same thresholds of the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI
     2018), averaged over images. Some toolboxes rescale predictions to 0 to 1; this evaluator does not.
@@ -104,7 +104,7 @@ def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarr
 
 
 def _e_curve(hits: np.ndarray, chosen: np.ndarray, owned: int, size: int) -> Float[np.ndarray, " 256"]:
-    """Return the E-measure from numbers of pixels.
+    """Return the E-measure at 256 thresholds, computed from numbers of pixels.
 
     hits: true positives. chosen: predicted pixels. owned: pixels of the object. size: pixels of the image.
     """

@@ -81,8 +81,9 @@ class InstanceEvaluator:
         """Return AP and AR of masks and boxes in percent.
 
         Keys are mask_ap, _ap50, _ap75, _ap_s, _ap_m, _ap_l, _ar_1, _ar_10, _ar_100, _ar_s, _ar_m, _ar_l, and the same
-        for box. Federated sets have _ar_300 instead of the first three recalls, and _ap_r, _ap_c, _ap_f (rare, common
-        and frequent classes) if the number of images of each class is known. Metrics without objects are left out.
+        with box_ instead of mask_. Federated sets have _ar_300 instead of the first three recalls, and _ap_r, _ap_c,
+        _ap_f (rare, common and frequent classes) if the number of images of each class is known. A metric for which the
+        data set has no objects is left out.
         """
         keys, results = _COCO if self.info.exhaustive else _LVIS, {}
         for name, evaluation in self._evaluations().items():
@@ -93,7 +94,7 @@ class InstanceEvaluator:
         return results
 
     def details(self) -> dict:
-        """Return the AP of each class in percent, and the images with the lowest AP50, of masks or else of boxes."""
+        """Return the AP of each class in percent, and the images with the lowest mask AP50 (box AP50 without masks)."""
         classes: dict[str, dict[str, float]] = {}
         for name, evaluation in self._evaluations().items():
             measured = evaluation.report()["per_class"]  # only classes that occur, unordered

@@ -1,4 +1,4 @@
-"""Compare the alphas of a matting refiner with its input masks, in metrics and images."""
+"""Compare the alphas that a matting refiner returns with the masks that it refines, in metrics and images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def compare(
     guide: Callable[[Matte], Mask | None],
     num_visualizations: int,
 ) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "_h _w 3"]]]:
-    """Return the metrics of masks and refined alphas, {"mask", "refined": `AlphaEvaluator.result`}, and image rows.
+    """Compare masks, and the alphas that are refined from them, with the true alphas.
 
-    refine: a `Refiner`. guide: makes the mask of a matte, or None to leave the matte out. A row shows the image, the
-    mask, the refined alpha and the true alpha.
+    Return {"mask": metrics, "refined": metrics} (see `AlphaEvaluator.result`) and rows of images. refine: a `Refiner`.
+    guide: returns the mask to refine for a matte, or None to leave the matte out. Each of the first
+    `num_visualizations` mattes has a row: image, mask, refined alpha and true alpha.
     """
     evaluators, rows = {"mask": AlphaEvaluator(), "refined": AlphaEvaluator()}, []
     for matte in mattes:

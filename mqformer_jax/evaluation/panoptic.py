@@ -88,12 +88,14 @@ class PanopticEvaluator:
         }
 
     def details(self) -> dict:
-        """Return pq, sq, rq (percent) and counts of each class that occurs, and the images with the lowest PQ."""
+        """Return is_region, pq, sq, rq (percent), tp, fp, fn of each class that occurs, and the images of lowest PQ."""
         classes = {}
         for i, values in sorted(self._evaluate(self.images, self.truth, self.found)["per_class"].items()):
             if values["tp"] + values["fp"] + values["fn"]:
                 quality = {k: 100.0 * values[k] for k in ("pq", "sq", "rq")}
-                classes[self.info.classes[i - 1].name] = quality | {k: values[k] for k in ("tp", "fp", "fn")}
+                info = self.info.classes[i - 1]
+                counts = {k: values[k] for k in ("tp", "fp", "fn")}
+                classes[info.name] = {"is_region": info.is_region} | quality | counts
         truth, found, scores = _by_image(self.truth), _by_image(self.found), []
         for image in self.images:
             total = self._evaluate([image], truth[image["id"]], found[image["id"]])["All"]

@@ -15,9 +15,9 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 class ReferringEvaluator:
     """IoU of expressions with a target, and the share of empty predictions for expressions without a target.
 
-    ciou: all intersections over all unions, dominated by large objects (Yu et al., RefCOCO). miou: mean over
-    expressions. precision@t: share of expressions with an IoU of at least t. no_target_accuracy: Liu et al., "GRES",
-    CVPR 2023.
+    ciou: sum of all intersections over sum of all unions; large objects dominate it (Yu et al., RefCOCO). miou: mean
+    IoU over expressions. precision@t: share of expressions with an IoU of at least t. no_target_accuracy: share of
+    expressions without a target whose prediction is empty (Liu et al., "GRES", CVPR 2023).
     """
 
     def __init__(self):
@@ -34,7 +34,10 @@ class ReferringEvaluator:
         kind: str | None = None,
         key: str = "",
     ) -> None:
-        """Add one expression. target: None if there is none. kind: a group with its own metrics. key: of the image."""
+        """Add one expression: its predicted mask and its true mask (`target`), None if it has no target.
+
+        kind: a group of expressions with its own metrics, e.g. "relation". key: of the record, for `details`.
+        """
         if target is None:
             self.rejected.append(not prediction.any())
             self.scores[key].append(float(self.rejected[-1]))

@@ -56,7 +56,7 @@ class SemanticEvaluator:
 
 
 def ground_truth_map(record: Record, info: DatasetInfo) -> Int[np.ndarray, "h w"]:
-    """Return the class of each pixel. Unknown pixels are `len(info.classes)` and do not count.
+    """Return the class index of each pixel. Unknown pixels are `len(info.classes)` and do not count.
 
     A crowd has its class like other segments. Where masks overlap, the later segment wins.
     """

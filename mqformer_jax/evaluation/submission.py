@@ -48,16 +48,16 @@ COCO_STUFF += [161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201
 
 
 class Submission:
-    """The prediction files of one data set in `folder`. Images are written at once, JSON lists by `save`.
+    """The prediction files of one data set in `folder`. PNG files are written at once, JSON files by `save`.
 
         segm.json, bbox.json         COCO results of the things
         panoptic.json, panoptic/     COCO panoptic: colors are segment ids (R + 256 G + 65536 B)
         semantic/                    the class index of each pixel from 0, 8 or 16 bits
         referring.json               image_id, text, score, and the mask as run-length code (empty: no target)
         foreground/, matting/        probability or alpha, 8 bits
-        categories.json              the classes of the category ids: COCO's ids for its 80 and 133 classes, else from 1
+        categories.json              the class of each category id: COCO's ids for its 80 and 133 classes, else from 1
 
-    image_id is the number in the image's file name if it is one (as in COCO), else the name.
+    image_id is the record's key without extension; names as in COCO ("000000000139.jpg") become numbers (139).
     """
 
     def __init__(self, folder: str, info: DatasetInfo):
@@ -120,7 +120,7 @@ class Submission:
 
 
 def class_ids(info: DatasetInfo) -> list[int]:
-    """Return the category ids of the classes in their benchmark."""
+    """Return the category id of each class: COCO's ids for its 80 and 133 classes, else 1, 2, ..."""
     coco_ids = {80: THING_IDS, 133: THING_IDS + COCO_STUFF} if info.name.startswith("coco") else {}
     return coco_ids.get(len(info.classes), list(range(1, len(info.classes) + 1)))
 

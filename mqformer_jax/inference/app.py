@@ -51,7 +51,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """The results that the page shows. archive: a zip file, see `archive`."""
+    """The results that the page shows.
+
+    overlay: the image with its segments drawn over it. archive: the zip file that the function `archive` returns.
+    """
 
     overlay: UInt8[np.ndarray, "H W 3"]
     rows: list[Row]
@@ -68,8 +71,9 @@ def answer(
 ) -> Reply:
     """Segment an image and return the results that the page shows.
 
-    text: prompts in the notation of `read_prompts`. score_threshold: the lowest score of an instance. Raises ValueError
-    if the user must change an input.
+    text: prompts in the notation of `read_prompts`; the task "foreground" ignores them. queries: see `Predictor`.
+    score_threshold: the lowest score of a segment; only the task "instance" uses it. Raises ValueError with a message
+    for the user if an input is missing or does not fit the task.
     """
     if image is None:
         raise ValueError("Drop an image first.")
@@ -87,7 +91,7 @@ def answer(
 
 
 def in_order(found: Segments) -> Segments:
-    """Sort segments by prompt, then by score, and leave out empty masks."""
+    """Return the segments with a nonempty mask, sorted by prompt and then from high to low score."""
     order = np.lexsort((-found.scores, found.prompt_ids))
     order = order[found.masks[order].any((1, 2))]
     alphas = None if found.alphas is None else found.alphas[order]
@@ -102,7 +106,7 @@ def in_order(found: Segments) -> Segments:
 
 
 def legend(found: Segments) -> list[Row]:
-    """Return a row for each segment, in the overlay's colors."""
+    """Return one row for each segment, with the color that the segment has in the overlay."""
     shades = colors(found.prompt_ids, range(len(found.texts)))
     cover = found.masks if found.alphas is None else found.alphas
     return [
@@ -112,9 +116,10 @@ def legend(found: Segments) -> list[Row]:
 
 
 def archive(found: Segments, picture: UInt8[np.ndarray, "H W 3"], options: dict[str, str]) -> bytes:
-    """Return a zip file: overlay.png, masks/NN_PROMPT.png (masks or mattes, 0 to 255), segments.json (see `to_json`).
+    """Return the bytes of a zip file with overlay.png, masks/NN_PROMPT.png and segments.json.
 
-    options: task and queries, which segments.json repeats.
+    The mask files hold masks or mattes, 0 to 255. picture: the overlay. options: the task and the queries, which are
+    copied to segments.json; its other fields are those of `save_results.to_json`.
     """
     contents: dict[str, Any] = options | save_results.to_json(found, options["task"], "", found.masks.shape[1:])
     buffer = io.BytesIO()
@@ -181,14 +186,14 @@ PLAIN = dict(
 
 
 def tasks_of(predictor: Predictor) -> list[str]:
-    """Return the tasks to offer: all, but matting only if the checkpoint has a refiner."""
+    """Return the tasks that the page offers: all tasks of prediction, but matting only if the model has a refiner."""
     return [task for task in PREDICTED if task != "matting" or getattr(predictor, "refiner", None)]
 
 
 def page(predictor: Predictor, name: str, folder: str) -> Any:
-    """Build the page as Gradio's Blocks.
+    """Build the page and return it as a `gradio.Blocks`.
 
-    name: the model's name, for display. folder: where archives that users can download are written.
+    name: the model's name, for display. folder: the folder for the zip files that users download.
     """
     gr = _gradio()
     tasks = tasks_of(predictor)
@@ -217,7 +222,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
                 photo = gr.Image(
                     label="Image", type="filepath", sources=["upload", "clipboard"], height=300, elem_id="photo"
                 )
-                photo.preprocess = lambda given: given and given.path  # `read_image` reports errors in one line
+                photo.preprocess = lambda given: given and given.path  # pass the path on: `read_image` decodes the file
                 prompts = gr.Textbox(
                     label="Prompts, separated by ;",
                     placeholder="ball; star; sky*; grass*",
@@ -275,7 +280,11 @@ def _gradio() -> ModuleType:
 
 
 def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool = False, wait: bool = True) -> Any:
-    """Serve the page at http://127.0.0.1:PORT; with `share`, also at a temporary public address of Gradio."""
+    """Serve the page at http://127.0.0.1:PORT and return it as a `gradio.Blocks`.
+
+    name, folder: see `page`. share: also serve it at a temporary public address of Gradio. wait: return only after
+    Ctrl-C. Raises OSError if the port cannot be used.
+    """
     gr = _gradio()
     theme = gr.themes.Soft(
         primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["monospace"]
@@ -288,7 +297,7 @@ def launch(predictor: Predictor, name: str, folder: str, port: int, share: bool 
         raise OSError(f"--port={port}: the port cannot be used; name another one ({str(e).split('.')[0]}).") from e
     print(
         f"{name}: {blocks.share_url or blocks.local_url} "
-        "(Ctrl-C stops it; the first request of each task takes longer)",
+        "(Ctrl-C stops the server; the first requests take longer, because the model is compiled)",
         flush=True,
     )
     if wait:
@@ -314,7 +323,7 @@ def arguments() -> argparse.ArgumentParser:
         const="true",
         default="false",
         choices=["true", "false"],
-        help="Also serve the page at a public address. (default: %(default)s)",
+        help="Also serve the page at a temporary public address of Gradio. (default: %(default)s)",
     )
     return parser
 

@@ -3,8 +3,8 @@
     mqformer export --checkpoint=runs/demo --output=exported/demo
 
 The folder holds the functions `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs (`jax.export`), their
-weights, the tokenizer's file if there is one, and export.json, which describes inputs and outputs. docs/serve.py runs
-them.
+weights, the tokenizer's file if there is one, and export.json, which describes inputs and outputs. The script
+docs/serve.py runs `segment` on an image.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 WEIGHTS = "weights.safetensors"
 OUTPUTS = {"encode": ("prompt_embeddings",), "segment": ("class_probs", "boxes", "masks")}
 PLACE = (
-    "Resize the image by min(canvas height / height, canvas width / width), bilinearly with pixel centers at halves "
-    "(by area averaging below half the size), into the upper left corner of the canvas. "
+    "Resize the image by the factor min(canvas height / height, canvas width / width), bilinearly with pixel centers "
+    "at halves (by area averaging if the factor is below one half), into the upper left corner of the canvas. "
     "Fill the rest with `pad`. `size` is the height and width of the resized image. "
-    "Pass the bytes unchanged: the function normalizes them."
+    "Pass uint8 values: the function normalizes them."
 )
 MEANING = {
     "prompt_embeddings": "embedded prompts; `is_region` marks prompts that own one region instead of several segments",
     "class_probs": "probability of each prompt for each query, 0 to 1; learnable queries come first",
     "boxes": "cx, cy, w, h as fractions of the canvas",
-    "masks": "logits on the canvas; positive values are inside",
+    "masks": "mask logits on the canvas, at the lower resolution that `shape` gives; positive inside the mask",
 }
 
 
 def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
     """Export the checkpoint `source` to the folder `output` and return its size in bytes.
 
-    A failed export leaves no folder. prompts, batch: the fixed number of prompts and images per call; callers pad
-    smaller inputs. Raises ValueError or OSError.
+    A failed export leaves no folder. prompts, batch: the fixed numbers of prompts and of images per call; callers pad
+    smaller inputs. Raises ValueError for an invalid argument or a missing package, OSError if files cannot be read or
+    written.
     """
     if prompts < 1 or batch < 1:
         raise ValueError(f"--prompts={prompts} --batch={batch}: both must be at least 1.")
@@ -77,12 +78,12 @@ def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
 
 
 def _named_weights(predictor: Predictor) -> dict[str, jax.Array]:
-    """Return parameters and frozen constants by path: the first argument of both functions."""
+    """Return parameters and frozen constants by path: the first argument of `encode` and of `segment`."""
     return rules.flatten_paths(predictor.params) | rules.flatten_paths(predictor.frozen)
 
 
 def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
-    """Return the functions `encode` and `segment` of `Predictor`, with named weights and float32 outputs."""
+    """Return the functions to export by name. Their first argument is `_named_weights`; their outputs are float32."""
 
     def trees(weights: dict[str, Any]) -> Iterator[Any]:
         for tree in (predictor.params, predictor.frozen):
@@ -104,7 +105,7 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
 
 
 def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Return the shapes and dtypes of each function's inputs after the weights."""
+    """Return {function: {input: shape and dtype}} for all inputs after the weights."""
     text, struct = config.model.text, jax.ShapeDtypeStruct
     return {
         "encode": {"tokens": struct((prompts, text.context), jnp.int32), "is_region": struct((prompts,), bool)},
@@ -118,7 +119,7 @@ def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, 
 
 
 def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[str, tuple[jax.export.Exported, dict]]]:
-    """Yield (name, (exported function, its inputs))."""
+    """Export both functions. Yield (name, (exported function, its part of `inputs`))."""
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_weights(predictor).items()}
     specs = inputs(predictor.config, prompts, batch)
     for name, function in functions(predictor).items():
@@ -127,7 +128,10 @@ def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[
 
 
 def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, dict]], tokenizer: bool) -> dict:
-    """Return the contents of export.json."""
+    """Return the contents of export.json.
+
+    exported: the items of `_exported`. tokenizer: whether the export contains a tokenizer file.
+    """
     array = lambda x: {"shape": list(x.shape), "dtype": str(np.dtype(x.dtype))}
     about = {}
     for name, (function, specs) in exported.items():
@@ -159,9 +163,9 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
 
 @contextmanager
 def _atomic_folder(output: str) -> Generator[pathlib.Path]:
-    """Yield a temporary folder. Rename it to `output` on success, remove it on failure."""
+    """Yield a temporary folder, which is renamed to `output` on success and removed on failure."""
     if os.path.lexists(output):
-        raise FileExistsError(f"--output={output}: it already exists; remove it, or name another folder.")
+        raise FileExistsError(f"--output={output} already exists; remove it, or give another folder.")
     folder = pathlib.Path(f"{os.path.abspath(output)}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
@@ -183,9 +187,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, help="Folder to write, e.g. exported/demo. Required.")
     parser.add_argument(
-        "--prompts", type=int, default=32, help="Number of prompts per call; fewer are padded. (default: %(default)s)"
+        "--prompts", type=int, default=32, help="Fixed number of prompts per call, e.g. 16. (default: %(default)s)"
     )
-    parser.add_argument("--batch", type=int, default=1, help="Number of images per call. (default: %(default)s)")
+    parser.add_argument(
+        "--batch", type=int, default=1, help="Fixed number of images per call, e.g. 4. (default: %(default)s)"
+    )
     return parser
 
 
@@ -193,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     size = export(args.checkpoint, args.output, args.prompts, args.batch)
     print(
         f"{args.output}: {size / 1e6:.1f} MB. export.json describes the inputs and outputs; "
-        "docs/serve.py runs the functions."
+        "docs/serve.py runs `segment` on an image."
     )
 
 

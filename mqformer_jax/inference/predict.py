@@ -2,7 +2,7 @@
 
     mqformer predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --output=found
 
-A prompt with a star owns one region ("sky"). One without may have several instances ("car").
+A prompt with a star owns one region ("sky"). Other prompts may have several instances ("car").
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mqformer_jax.tasks import FOREGROUND, PREDICTED, TASKS
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
-    """Split prompts at ";" and line breaks. Return each once, and whether a trailing star marks it as one region."""
+    """Split text at ";" and line breaks. Return the distinct prompts without stars, and which had one ("sky*")."""
     parts = [" ".join(part.split()) for part in re.split("[;\n]", text)]
     prompts: dict[str, bool] = {}
     for part in parts:
@@ -65,7 +65,7 @@ def main(argv: list[str]) -> None:
     segment = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
     bad = predict_files(segment, paths, given.task, given.output, given.masks)
     if bad == len(paths):
-        raise ValueError("--image: none of the images could be read.")
+        raise ValueError("--image: none of the images could be read; the lines above say why.")
     print(f"{given.output}: results of {len(paths) - bad} images" + (f"; {bad} could not be read" if bad else ""))
 
 
@@ -92,7 +92,10 @@ def predict_files(
 
 
 def output_stems(paths: Sequence[str], out: str) -> list[str]:
-    """Return the path without extension for each image's results: its name, with a number if it is already used."""
+    """Return for each image the path of its results in `out`, without extension.
+
+    The file name is that of the image, with a number if an earlier image has the same name ("photo", "photo_2").
+    """
     used: set[str] = set()
     stems = []
     for path in paths:
@@ -107,7 +110,7 @@ def output_stems(paths: Sequence[str], out: str) -> list[str]:
 
 
 def literal(text: str) -> object:
-    """Return the text as a Python literal (number, tuple, True ...), or unchanged if it is none."""
+    """Return the value of a Python literal (number, tuple, True ...). Return any other text unchanged."""
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

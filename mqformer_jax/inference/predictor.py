@@ -52,7 +52,10 @@ class PromptBatch:
 
 @flax.struct.dataclass
 class RawPredictions:
-    """The predictions of the network for one image, on the host, before postprocessing."""
+    """The predictions of the network for one image, on the host, before postprocessing.
+
+    boxes: x0, y0, x1, y1 in pixels of the image. masks: logits at the image's size.
+    """
 
     class_probs: Float[np.ndarray, "q p"]
     boxes: Float[np.ndarray, "q 4"]
@@ -60,7 +63,7 @@ class RawPredictions:
 
 
 class IncompleteModel(ValueError):
-    """An error: the weights are only a part of the model that their config describes."""
+    """The error for weights that lack some arrays of the model that their config describes."""
 
 
 class Predictor:
@@ -120,7 +123,7 @@ class Predictor:
             predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
         except IncompleteModel as e:
             raise ValueError(
-                f"{path} is not a complete model ({e}): train a model from it with config.init_from."
+                f"{path} is not a complete model ({e}): name it in config.init_from to train a model from it."
             ) from e
         predictor.refiner = Refiner.load(path)
         return predictor
@@ -131,7 +134,7 @@ class Predictor:
         """Return the embeddings of prompts. The outputs of the text encoder are cached.
 
         regions: which prompts own one region. templates: sentences into which each text is inserted, such as "a photo
-        of a {}."; the directions of their vectors are averaged (CLIP, OpenSeeD). Raises ValueError without prompts.
+        of a {}."; the directions of their vectors are averaged (CLIP, OpenSeeD). Raises ValueError if `texts` is empty.
         """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
@@ -164,8 +167,9 @@ class Predictor:
     ) -> list[RawPredictions]:
         """Return the network's predictions for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        Batches are padded to `batch` images (default: their number) and prompts to `padded_length`, so that few shapes
-        are compiled. canvas: height and width to which images are resized; default: the recipe's.
+        The network runs once, for `batch` images (default: `len(images)`) with `padded_length` prompts each; padding
+        fills the difference, so that few shapes are compiled. canvas: height and width into which the images are
+        fitted; default: the recipe's.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
         batch += -batch % self.shares
@@ -206,8 +210,8 @@ class Predictor:
         """Return the segments of a uint8 RGB image for the prompts, or a list of them for a list of images.
 
         task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt),
-            "referring" or "foreground" (one region per prompt), "matting" (the same with `alphas`; the checkpoint needs
-            a refiner).
+            "referring" or "foreground" (one region per prompt), "matting" (one region per prompt, with `alphas`; the
+            checkpoint needs a refiner).
         regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
             panoptic and instance, all otherwise.
         queries: the queries to use: "all", "learnable" or "conditional".
@@ -231,7 +235,7 @@ class Predictor:
         embedded = self.embed(prompts, regions, templates)
         selected, thresholds = self._select_queries(queries), with_score(self.config.eval, score)
         if queries != "all":
-            # Other queries get a score of 0, which this threshold leaves out.
+            # Queries that are not selected get a score of 0. This threshold removes them.
             thresholds = ConfigDict({**thresholds, "score_threshold": max(0.0, thresholds.score_threshold)})
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
@@ -248,7 +252,7 @@ class Predictor:
         return found[0] if isinstance(image, np.ndarray) else found
 
     def _select_queries(self, queries: str) -> Bool[np.ndarray, "q 1"]:
-        """Return which queries to use. Learnable queries come first."""
+        """Return for each query whether it is used. queries: see `__call__`. Learnable queries come first."""
         learnable, conditional = query_counts(self.config.model)
         counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
         if queries not in counts:
@@ -257,7 +261,7 @@ class Predictor:
         if not selected.any():
             raise ValueError(
                 f"queries {queries!r}: this model has no such queries "
-                f"(config.model.queries = {self.config.model.queries!r})."
+                f"(config.model.queries = {self.config.model.queries!r}); use 'all'."
             )
         return selected[:, None]
 
@@ -284,7 +288,10 @@ def _describe(image: object) -> str:
 
 
 def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
-    """Return the mean direction of the vectors of several wordings, scaled to their mean length."""
+    """Return for each text the mean direction of its vectors, scaled to their mean length.
+
+    vectors: one array for each template, with one vector for each text.
+    """
     length = sum(jnp.linalg.norm(v, axis=-1, keepdims=True) for v in vectors) / len(vectors)
     return normalize(sum(normalize(v) for v in vectors)) * length
 
@@ -306,7 +313,10 @@ def postprocess(
 
 
 def _to_pixels(boxes: Float[np.ndarray, "q 4"], canvas, valid, output) -> Float[np.ndarray, "q 4"]:
-    """Convert cx, cy, w, h in fractions of the canvas to x0, y0, x1, y1 in pixels, clipped to the user's image."""
+    """Convert cx, cy, w, h in fractions of the canvas to x0, y0, x1, y1 in pixels, clipped to the user's image.
+
+    canvas, valid, output: see `segments.restore`.
+    """
     center, half = boxes[:, :2], boxes[:, 2:] / 2
     xyxy = np.concatenate([center - half, center + half], 1) * np.tile(canvas[::-1], 2)
     xyxy *= np.tile(np.asarray(output[::-1]) / np.asarray(valid[::-1]), 2)

@@ -26,7 +26,8 @@ def save(
 ) -> list[str]:
     """Write STEM.json, STEM_overlay.png and, depending on the task, STEM_panoptic.png or STEM_cutout.png.
 
-    masks: also write a PNG file for each mask. Returns the paths. Each file is written atomically.
+    source: path of the image, for the JSON file. masks: also write a PNG file for each mask. Returns the paths. Each
+    file is written atomically.
     """
     written = [f"{stem}.json"]
     write_json(written[0], to_json(segments, task, source, image.shape[:2]))
@@ -45,10 +46,10 @@ def save(
 
 
 def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -> dict:
-    """Return the segments in COCO's result format.
+    """Return the contents of the JSON file: the image, the task, the prompts, and the segments in COCO's result format.
 
     Boxes are x, y, width, height in pixels, masks are compressed run-length codes, and `id` is the segment's value in
-    the panoptic PNG.
+    the panoptic PNG. source: path of the image. size: height and width.
     """
     found = []
     for i, prompt in enumerate(segments.prompt_ids):
@@ -98,9 +99,10 @@ def _shrunk(image: np.ndarray, segments: Segments) -> tuple[np.ndarray, Segments
 
 
 def panoptic_image(ids: Int[np.ndarray, "h w"], count: int) -> Image.Image:
-    """Return a PNG image whose pixel values are segment ids; 0 is no segment and shown in black.
+    """Return a PNG image whose pixel values are segment ids; pixels without a segment are 0 (black).
 
-    Up to 255 segments the image has a palette, so that viewers show colors. More need 16 bits, which have no palette.
+    With up to 255 segments (`count`), the image has a palette, so that viewers show colors. With more segments, it is
+    16-bit gray.
     """
     if count > 255:
         return Image.fromarray(ids.astype(np.uint16))

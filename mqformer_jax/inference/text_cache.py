@@ -15,7 +15,7 @@ from mqformer_jax.input.batch import Batch
 from mqformer_jax.models.text_encoder import make_text_encoder
 
 CHUNK = 64  # texts per call, so that one shape is compiled
-MAX_TEXTS = 1 << 19  # cached: 1 GB of 512 numbers each; more than RefCOCO, RefCOCO+ and RefCOCOg have together
+MAX_TEXTS = 1 << 19  # in the cache: 1 GB at 512 floats a text; RefCOCO, RefCOCO+ and RefCOCOg have fewer in all
 
 
 class TextCache:

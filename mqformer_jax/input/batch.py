@@ -23,7 +23,7 @@ SAME_OBJECT = 0.5  # two targets may be the same object if their boxes share mor
 class Batch:
     """B images on a canvas of H x W pixels, each with P prompts of L tokens, N targets and M bytes of masks.
 
-    Targets from `num_targets` on and prompts that are not `prompt_valid` are padding.
+    Targets with an index of `num_targets` or more, and prompts that are not `prompt_valid`, are padding.
 
     image: 0 to 255, padded to the right and below. size: height and width of the valid part, pixels.
     tokens: token ids, or their embeddings by a frozen text encoder (`TextCache`).
@@ -103,7 +103,7 @@ def pack_example(
     """Convert an example that is no larger than the canvas to the format of a Batch.
 
     texts, indices: the result of `choose_prompts`. Targets without a chosen prompt are left out. If there are too many
-    targets (or bytes of masks), a random subset is kept, and the prompts of the others are no longer exhaustive.
+    targets (or bytes of masks), a random subset is kept, and prompts of dropped targets are no longer exhaustive.
     """
     column = {int(old): new for new, old in enumerate(indices)}
     prompts = [example.prompts[i] for i in indices]
@@ -195,7 +195,7 @@ def unpack_masks(batch: Batch) -> Bool[np.ndarray, "b n h w"]:
 def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, int, int, int]]:
     """Return the target's mask as bits, aligned to bytes of the canvas, and its window.
 
-    The window is top, left / 8, height, width / 8. It is empty if only the box is known.
+    The window is top, left / 8, height, width / 8. If only the box is known, the bits are None and the window is empty.
     """
     if target.mask is None:
         return None, (0, 0, 0, 0)
@@ -209,7 +209,7 @@ def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, 
 
 
 def _select_fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """Return the indices of targets that fit: all, or as many as possible in random order. sizes: bytes of masks."""
+    """Return the indices of the targets that fit into `spec`: all, or a random subset. sizes: bytes of each mask."""
     if len(sizes) <= spec.targets and sum(sizes) <= spec.mask_bytes:
         return np.arange(len(sizes))
     kept, free = [], spec.mask_bytes
@@ -223,7 +223,7 @@ def _select_fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Genera
 def _known_negatives(
     positive: Bool[np.ndarray, "n p"], corners: Float[np.ndarray, "n 4"], exhaustive: Bool[np.ndarray, " p"]
 ) -> Bool[np.ndarray, "n p"]:
-    """Return which prompts that are not exhaustive are known not to fit which target.
+    """Return for each target and prompt whether the prompt is not exhaustive but known not to fit the target.
 
     Our choice (unpublished): a prompt of one labeled object does not fit the other labeled objects of the image, unless
     their boxes mostly overlap ("a man", "the man in a hat"). Without this rule, a data set that is never exhaustive

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# The 80 category ids of instances, in order. The other ids from 1 to 90 are unused.
+# The category ids of the 80 things, in order. COCO does not use the other ids from 1 to 90.
 THING_IDS = [i for i in range(1, 91) if i not in {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}]
 
 _THINGS = """
@@ -24,9 +24,9 @@ rug
 
 
 def class_names(count: int) -> tuple[str, ...]:
-    """Return COCO's names of 80 (instances) or 133 (panoptic) classes, otherwise "class 0", "class 1", ...
+    """Return the names of COCO's classes if `count` is 80 (things) or 133 (panoptic), else "class 0", "class 1", ...
 
-    The option `--classes` replaces these names.
+    Users of `mqformer convert` can give other names with its option `--classes`.
     """
     things, stuff = (tuple(" ".join(name.split()) for name in text.split("|")) for text in (_THINGS, _STUFF))
     return {80: things, 133: things + stuff}.get(count, tuple(f"class {i}" for i in range(count)))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mqformer_jax.input.record import DatasetInfo, origins_path
-from mqformer_jax.input.sources import ShardSource, not_prepared
+from mqformer_jax.input.sources import ShardSource, not_prepared, prepare_again
 
 Split = tuple[str, str]  # name, split
 
@@ -39,7 +39,7 @@ def exclude_eval_images(
     Evaluation sets are `eval_sets` and every prepared split under `root` that has expressions and whose name does not
     start with "train", since it may be evaluated later. A split that is one of `sources` does not count as an
     evaluation set. Raises FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source
-    are excluded.
+    are excluded or a file of origins is damaged.
     """
     trained = {(source.name, source.split) for source in sources}
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
@@ -49,7 +49,7 @@ def exclude_eval_images(
         for origin in filter(None, read_origins(root, name, split)):
             held_out[origin].add(f"{name}/{split}")
     lines = [
-        f"data.leak_guard: {name}/{split} is used for training and for evaluation"
+        f"data.leak_guard: {name}/{split} is used for training and for evaluation; its images are kept"
         for name, split in sorted(evaluated & trained)
     ]
     parts, has_origins = [], False
@@ -78,15 +78,13 @@ def read_origins(root: str, name: str, split: str) -> list[str]:
 
     Raises FileNotFoundError if the split is not prepared, ValueError if its file of origins has a wrong length.
     """
-    count, path = _info(root, name, split).splits[split], origins_path(os.path.join(root, name), split)
+    info, path = _info(root, name, split), origins_path(os.path.join(root, name), split)
     if not os.path.exists(path):
         return []
     with open(path) as f:
         origins = f.read().splitlines()
-    if len(origins) != count:
-        raise ValueError(
-            f"{path} has {len(origins)} lines for {count} records: prepare the split again with `mqformer prepare`"
-        )
+    if len(origins) != info.splits[split]:
+        raise ValueError(f"{path} has {len(origins)} lines for {info.splits[split]} records: {prepare_again(info)}")
     return origins
 
 
@@ -103,7 +101,10 @@ def _info(root: str, name: str, split: str) -> DatasetInfo:
 def _exclude(
     source: ShardSource, origins: Sequence[str], held_out: Mapping[str, set[str]]
 ) -> tuple[ShardSource | Part, str]:
-    """Return the source without held-out images, and a log line, or "" if nothing is excluded."""
+    """Return the source without held-out images, and a log line, or "" if nothing is excluded.
+
+    held_out: {origin: evaluation splits that contain this image}. Raises ValueError if every image is held out.
+    """
     kept = [i for i, origin in enumerate(origins) if origin not in held_out]
     if len(kept) == len(origins):
         return source, ""

@@ -44,7 +44,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """Information about a row of a Batch, for logs. key: "dataset/image". texts: the prompts as texts.
+    """Information about a row of a Batch, for logs. key: "dataset/image". texts: the wordings of its prompts.
 
     bad: the unusable records that this row replaces: (index, problem).
     """
@@ -272,7 +272,7 @@ class RecordTransform:
 
 
 def _block_ctrl_c(stream: Iterator[Any]) -> Iterator[Any]:
-    """Yield from an endless stream. Block Ctrl-C in the worker processes that its first elements start."""
+    """Yield from an endless stream. Block Ctrl-C in the worker processes that start with the first elements."""
     while True:
         with block_ctrl_c_in_children():
             item = next(stream)

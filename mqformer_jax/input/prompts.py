@@ -1,4 +1,4 @@
-"""Choose the prompts of a training image and their wordings, and mirror texts together with their image."""
+"""Choose the prompts of a training image and their wordings, and adapt prompts to a mirrored image."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _SIDE_WORD = re.compile(
     r"((?:most|hand|ward|wards|side)?)\b",
     re.IGNORECASE,
 )
-# Words that cannot be mirrored reliably: clock directions, "l" and "r" (sides or letters), "lt" (left or light), "rt",
-# misspelled sides, and "right" with another meaning.
+# Words that cannot be mirrored reliably: clock directions, "l" and "r" (left and right, or letters), "lt" (left or
+# light), "rt", misspellings of left and right, and "right" in another sense ("right behind").
 _UNKNOWN = re.compile(
     r"\b(?:l|r|lt|rt|lhs|rhs|lef|righ|rigth|rihgt|irght|rite|lefy"
     r"|(?:counter)?clockwise|(?:\d+\s?)?o'?\s?clock|all right|right "
@@ -68,13 +68,13 @@ def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> t
 @functools.lru_cache(maxsize=1 << 16)
 def mirror(prompt: Prompt) -> Prompt | None:
     """Return the prompt for the mirrored image ("left" becomes "right"), or None if it cannot be mirrored."""
-    if any(_UNKNOWN.search(text) or _odd_side(text) for text in prompt.texts):
+    if any(_UNKNOWN.search(text) or _has_unknown_form(text) for text in prompt.texts):
         return None
     return dataclasses.replace(prompt, texts=tuple(_SIDE_WORD.sub(_swap, text) for text in prompt.texts))
 
 
-def _odd_side(text: str) -> bool:
-    """Return whether the text has a side in a word that `_SIDE_WORD` does not match: "leftish", "rightfront"."""
+def _has_unknown_form(text: str) -> bool:
+    """Return whether the text has a form of left or right that `mirror` cannot swap, e.g. "leftish" or "rightfront"."""
     return any(not _SIDE_WORD.fullmatch(word) and not _NO_SIDE.fullmatch(word) for word in _SIDE.findall(text))
 
 

@@ -59,6 +59,7 @@ class DatasetInfo:
         Genome's region phrases), it may also fit unlabeled objects.
     splits, class_images, expressions: by split, the number of records, the number of images that show each class, and
         the number of expressions.
+    source: the subcommand of `mqformer prepare` that made the set, or "synthesize".
     made_from: the data set to which a teacher added annotations (`mqformer synthesize`), or "".
     """
 
@@ -74,7 +75,7 @@ class DatasetInfo:
 
     @functools.cached_property
     def class_weights(self) -> tuple[float, ...]:
-        """Return the weight of each class when negatives are drawn: the root of its number of images (as in Detic)."""
+        """Return the weights with which classes are drawn as negatives: square roots of image counts (as in Detic)."""
         counts = np.sum([np.zeros(len(self.classes)), *(c for c in self.class_images.values() if c)], axis=0)
         return tuple(np.sqrt(np.maximum(counts, 1)).tolist())
 
@@ -89,7 +90,9 @@ class DatasetInfo:
             try:
                 return cls._of(json.load(f))
             except (ValueError, TypeError, KeyError, AttributeError) as e:
-                raise ValueError(f"{path} cannot be read ({e}): delete its folder and prepare it again") from None
+                raise ValueError(
+                    f"{path} cannot be read ({e}): delete its folder and prepare the data set again"
+                ) from None
 
     @classmethod
     def _of(cls, fields: dict) -> DatasetInfo:
@@ -112,9 +115,10 @@ class Segment:
     trimap: 8-bit gray PNG or None: 0 is outside, 255 inside, other values unknown. Selects the pixels of some matting
         metrics.
     crowd: a region of several objects that are not separated. It is never a target, and its pixels have no loss.
-    foreground: this is the salient foreground of the image, not an instance of a class.
+    foreground: whether the segment is the salient foreground of the image, not an instance of a class.
 
-    mask_by, captions_by: name and version of the teacher that added them (`mqformer synthesize`), or "" for people.
+    mask_by, captions_by: name and version of the teacher that made the mask or the captions (`mqformer synthesize`), or
+        "" if people made them.
     mask_score: the teacher's confidence in its mask, 0 to 1. captions: the teacher's expressions, best first, each with
         a score of 0 to 1.
     """
@@ -138,9 +142,9 @@ class Segment:
         return (*self.texts, *(text for text, _ in self.captions))
 
     def trusting(self, mask: float, caption: float) -> Segment:
-        """Return the segment without the teacher's mask and captions that score below `mask` and `caption`.
+        """Return the segment without a teacher's mask that scores below `mask` and captions that score below `caption`.
 
-        The box is kept.
+        The box and the annotations of people are kept.
         """
         captions = tuple(item for item in self.captions if item[1] >= caption)
         drop_mask = bool(self.mask_by) and self.mask_score < mask
@@ -157,7 +161,7 @@ class Record:
     image: bytes of a JPEG or PNG file. height, width: its size in pixels (after EXIF rotation).
     ignore: run-length code of unlabeled pixels, or None. absent_texts: expressions that fit nothing in the image.
     absent_classes, partial_classes: if the data set is not exhaustive, classes that are known to be absent, and classes
-        with labeled segments whose other segments may be unlabeled.
+        that may have unlabeled segments beside the labeled ones.
     origin: identifies an image that several data sets label ("coco/391895"), or "". See `exclude_eval_images`.
     """
 
@@ -187,7 +191,7 @@ class Record:
             raise BadRecord(f"the record cannot be read: {e}") from e
 
     def trusting(self, mask: float, caption: float) -> Record:
-        """Return the record without the masks and captions of teachers that score below these thresholds."""
+        """Return the record without teachers' masks that score below `mask` and captions that score below `caption`."""
         if not (mask or caption):
             return self
         return dataclasses.replace(self, segments=tuple(segment.trusting(mask, caption) for segment in self.segments))
@@ -207,7 +211,10 @@ class Record:
         return decode_rle(mask, self.height, self.width)
 
     def decode_window(self, mask: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return a mask cropped to its box, bool [h, w], and the box's top and left. An empty mask gives 1 x 1."""
+        """Return a mask cropped to its box, bool [h, w], and the box's top and left.
+
+        An empty mask gives a single False pixel.
+        """
         rle = {"size": [self.height, self.width], "counts": mask}
         try:
             left, top, width, height = (
@@ -265,7 +272,7 @@ def _tuple(value: object) -> object:
 
 
 def origins_path(folder: str, split: str) -> str:
-    """Return the path of the file with each record's `origin`, one per line. It does not exist if all are ""."""
+    """Return the path of the file with each record's `origin`, one per line. If all are "", no such file exists."""
     return os.path.join(folder, f"{split}.origins.txt")
 
 

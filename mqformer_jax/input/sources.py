@@ -29,7 +29,7 @@ class ShardSource:
             raise FileNotFoundError(not_prepared(root, name, split)) from None
         if split not in self.info.splits:
             raise FileNotFoundError(not_prepared(root, name, split, self.info.source))
-        self.paths = _find_shards(self._folder, split, self.info.splits[split])
+        self.paths = _find_shards(self._folder, split, self.info.splits[split], prepare_again(self.info))
         self._records = ArrayRecordDataSource(self.paths)
 
     def __len__(self) -> int:
@@ -48,9 +48,11 @@ class ShardSource:
         return f"ShardSource({self._folder!r}, {self.split!r})"
 
 
-def _find_shards(folder: str, split: str, expected: int) -> Sequence[str]:
-    """Return the shards of a split. Raises ValueError if one is missing or damaged. expected: number of records."""
-    again = "prepare the split again with `mqformer prepare`"
+def _find_shards(folder: str, split: str, expected: int, again: str) -> Sequence[str]:
+    """Return the shards of a split. Raises ValueError if one is missing or damaged.
+
+    expected: number of records. again: what to do then.
+    """
     found = {
         name
         for name in os.listdir(folder)
@@ -82,6 +84,12 @@ def _count(path: str) -> int:
         return count
     except RuntimeError:
         return 0
+
+
+def prepare_again(info: DatasetInfo) -> str:
+    """Return the advice for a split that is damaged: the command that makes it again."""
+    command = "synthesize" if info.source == "synthesize" else "prepare"
+    return f"prepare the split again with `mqformer {command}`"
 
 
 def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:

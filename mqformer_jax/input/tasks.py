@@ -33,7 +33,8 @@ def to_example(
     (`absent_classes`) says that they are absent. Our choice (unpublished): a class with a crowd is never exhaustive,
     since the members of the crowd are not labeled. `templates` wrap class names, never expressions.
 
-    Raises BadRecord if the record contradicts itself, ValueError for an unknown task.
+    Raises BadRecord for an invalid record (e.g. a class that the data set does not have), ValueError for an unknown
+    task.
     """
     if unknown := sorted(set(tasks) - set(TRAINED)):
         raise ValueError(f"{info.name}: unknown task {unknown[0]!r}; tasks are {', '.join(TRAINED)}.")
@@ -51,7 +52,7 @@ def to_example(
         if (target := _target(record, group, tuple(ids), group in masked)) is not None:
             targets.append(target)
             continue
-        for i in ids:  # a segment with an empty mask, for example of glass: present, but without a target
+        for i in ids:  # the mask is empty, e.g. a matte of glass: the prompt is present, but has no target
             prompts[i] = dataclasses.replace(prompts[i], exhaustive=False)
     return Example(key, np.ascontiguousarray(record.decode_image()), prompts, targets, _ignored(record))
 
@@ -127,7 +128,7 @@ def _prompts_of_class(
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
-    """Return the union of a group of segments, or None if its mask is empty."""
+    """Return a group of segments as one Target, or None if it is empty. prompts: indices of the prompts that fit it."""
     segments = [record.segments[i] for i in group]
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
         mask, at = _union([_window(record, s) for s in segments])

@@ -43,7 +43,7 @@ def fit(example: Example, canvas: tuple[int, int]) -> Example:
 def fit_image(
     image: UInt8[np.ndarray, "h w 3"], canvas: tuple[int, int]
 ) -> tuple[UInt8[np.ndarray, "H W 3"], tuple[int, int]]:
-    """Apply `fit` to an image without labels. Returns the padded canvas and the valid (height, width) on it."""
+    """Resize an image as `fit` does. Return it padded to the canvas, and its (height, width) without the padding."""
     size = _scaled(*image.shape[:2], _fill_ratio(*image.shape[:2], canvas), canvas)
     padded = np.full((*canvas, 3), PAD, np.uint8)
     padded[: size[0], : size[1]] = resize_image(image, size)
@@ -51,7 +51,7 @@ def fit_image(
 
 
 def random_flip(example: Example, rng: np.random.Generator, probability: float) -> Example:
-    """Mirror the image with this probability, and swap "left" and "right" in its prompts.
+    """Mirror the image with the given probability, and swap "left" and "right" in its prompts.
 
     An image with a prompt that cannot be mirrored is never mirrored.
     """
@@ -96,8 +96,8 @@ def _scaled(h: int, w: int, ratio: float, canvas: tuple[int, int]) -> tuple[int,
 def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int, int]) -> Example:
     """Crop the window (top, left, height, width) of the image and resize it to `size`.
 
-    A prompt without targets in the window becomes absent. If its only targets there are too small to be kept, it is no
-    longer exhaustive.
+    A prompt whose targets are all outside the window becomes absent. If parts of its targets are inside but too small
+    to be kept, the prompt is no longer exhaustive.
     """
     y, x, h, w = window
     cut = np.s_[y : y + h, x : x + w]
@@ -131,7 +131,10 @@ def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int
 def _move_mask(
     target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Target | None, bool]:
-    """Return the same as `_move_box` for a target with a mask. sources: the image row and column of each new pixel."""
+    """Return the same as `_move_box` for a target with a mask.
+
+    sources: for each new row and for each new column, the row or column of the image from which it is taken.
+    """
     y, x, h, w = window
     top, left = target.at
     inside = np.s_[max(y - top, 0) : max(y + h - top, 0), max(x - left, 0) : max(x + w - left, 0)]
@@ -145,7 +148,7 @@ def _move_mask(
         return None, bool(target.mask[inside].any())
     top, left = int(rows[0]), int(columns[0])
     box = np.array([left + bx, top + by, left + bx + bw, top + by + bh], np.float32)
-    # The mask's old window may be too large: cropping can remove all pixels that touched one of its sides.
+    # The mask's old window may be too large: cropping can remove all pixels at one of its edges.
     return dataclasses.replace(target, box=box, mask=mask[by : by + bh, bx : bx + bw], at=(top + by, left + bx)), True
 
 

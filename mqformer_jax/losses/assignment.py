@@ -71,8 +71,8 @@ def matching_costs(
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
     """Return the cost of every (target, query) pair of one image, and which queries lie mostly in an ignored area.
 
-    The mask of such a query may show an unlabeled object (in a crowd or a void area), so the query does not learn that
-    prompts are absent. All masks are sampled at the same `points` (x, y as fractions of the canvas). A sampled mask is
+    A query in an ignored area may show an unlabeled object (in a crowd or a void area), so it is not a negative example
+    of any prompt. All masks are sampled at the same `points` (x, y as fractions of the canvas). A sampled mask is
     the product of the mask embedding and the sampled features, so no full mask is computed.
     """
     n = targets.boxes.shape[0]
@@ -99,6 +99,9 @@ def matching_costs(
 
 
 def _of_the_other_kind(is_region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:
-    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with others."""
+    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with others.
+
+    True marks a forbidden pair. is_region: of each target.
+    """
     learnable = jnp.arange(outputs.matching.boxes.shape[2]) < outputs.num_learnable
     return is_region[..., None] != learnable

@@ -48,7 +48,7 @@ def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Fl
     """Return the focal cost of assigning each query to each target.
 
     The cost of a prompt is its focal loss with label 1 minus its focal loss with label 0. If several prompts name a
-    target, the cost is their mean. With one prompt, it is Mask DINO's cost.
+    target, the cost is the mean over them. With one prompt, it is Mask DINO's cost.
     """
     p = jax.nn.sigmoid(logits)
     yes = ALPHA * (1 - p) ** GAMMA * -jnp.log(p + 1e-8)
@@ -79,7 +79,7 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " .
 def mask_costs(
     logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, " k"]
 ) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
-    """Return the cross entropy and dice of every query against every target at k shared points.
+    """Return the cross entropy (mean over points) and dice loss of every query and target, at k shared points.
 
     weight: of each point; 0 excludes a point.
     """
@@ -94,7 +94,10 @@ def mask_costs(
 def mask_losses(
     logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Return the cross entropy (mean over points) and dice of matched pairs, each at its own k points."""
+    """Return the cross entropy (mean over points) and dice loss of matched pairs, each at its own k points.
+
+    weight: of each point; 0 excludes a point.
+    """
     entropy = (jax.nn.softplus(logits) - logits * masks) * weight
     p = jax.nn.sigmoid(logits) * weight
     known = masks * weight
@@ -105,8 +108,8 @@ def mask_losses(
 def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
     """Return the sum of two dice losses, which compare the projections of a mask and its box onto the x and y axes.
 
-    A box determines the projections of its mask and nothing else (BoxInst, sec. 3.1; also used by DaTaSeg). The target
-    of a row or column that the box covers partly is the covered fraction.
+    A box determines the projections of its mask and nothing else (BoxInst, sec. 3.1; also used by DaTaSeg). If the
+    box covers a row or column partly, the target there is the covered fraction.
 
     boxes: x0, y0, x1, y1 as fractions of the canvas.
     """

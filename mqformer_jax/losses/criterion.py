@@ -27,7 +27,7 @@ from mqformer_jax.losses.points import sample_maps, uncertain_points
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
-TERMS = ("class", "mask", "dice", "box", "giou")  # and "projection", if its weight is positive
+MASK_TERMS = ("mask", "dice", "projection")
 Terms = dict[str, Float[Array, " s"]]  # of one image, for each stage
 
 
@@ -50,7 +50,7 @@ class Normalizers:
 
 
 def image_keys(key: Array, images: int) -> Key[Array, "b 3"]:
-    """Return three keys per image, for the points of the costs, of the losses and of the denoising losses."""
+    """Return three random keys per image: they draw the points of matching costs, losses and denoising losses."""
     return jnp.stack([jax.random.split(k, images) for k in jax.random.split(key, 3)], 1)
 
 
@@ -72,7 +72,7 @@ def criterion(
     The metric of each image is its loss without denoising queries, divided by its own number of targets ("per_image").
     """
     targets = ImageTargets.of_batch(batch)
-    is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # only region prompts name it
+    is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # targets that only region prompts name
     pairs = match_queries(keys[:, 0], outputs, targets, is_region, weights)
     terms = batch_losses(keys[:, 1], outputs.matching, outputs.mask_features, targets, pairs, weights)
     loss = weights.total(jax.tree.map(jnp.sum, terms)) / normalizers.targets
@@ -82,7 +82,7 @@ def criterion(
         copies = denoising_pairs(denoising, outputs.denoising.boxes.shape[0])
         restored = batch_losses(keys[:, 2], outputs.denoising, outputs.mask_features, targets, copies, weights)
         if not weights.denoising_masks:
-            restored = {name: v for name, v in restored.items() if name not in ("mask", "dice", "projection")}
+            restored = {name: v for name, v in restored.items() if name not in MASK_TERMS}
         metrics["denoising"] = weights.total(jax.tree.map(jnp.sum, restored)) / normalizers.denoising
         loss = loss + metrics["denoising"]
 
@@ -102,9 +102,9 @@ def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
 def taken_by_learnable(
     pairs: Pairs, targets: ImageTargets, is_region: Bool[Array, "b n"], num_learnable: int
 ) -> Int[Array, "2 2"]:
-    """Return the numbers of targets that are matched to learnable queries at the last stage, and of all targets.
+    """Return a table of target counts. Its rows are instances and regions.
 
-    Rows are instances and regions. Columns are the two numbers.
+    Its columns are the targets that are matched to learnable queries at the last stage, and all targets.
     """
     real = jnp.arange(is_region.shape[1]) < targets.num_targets[:, None]
     kinds = jnp.stack([real & ~is_region, real & is_region])
@@ -124,7 +124,7 @@ def batch_losses(
 
     def one_image(key, *image):
         draw_points = functools.partial(uncertain_points, key, k=weights.num_points)
-        return image_losses(draw_points, *image, with_projection=weights.projection > 0)
+        return image_losses(draw_points, *image, weights)
 
     return jax.vmap(one_image, in_axes=(0, 1, 0, 0, 0))(keys, predictions, features, targets, pairs)
 
@@ -135,7 +135,7 @@ def image_losses(
     features: Float[Array, "h w d"],
     targets: ImageTargets,
     pairs: Pairs,
-    with_projection: bool = False,
+    weights: LossWeights,
 ) -> Terms:
     """Return each term of one image at each stage, summed over its pairs.
 
@@ -144,7 +144,7 @@ def image_losses(
     """
     return {
         "class": class_loss(predictions.class_logits, targets, pairs),
-        **mask_losses(draw_points, predictions.mask_embed, features, targets, pairs, with_projection),
+        **mask_losses(draw_points, predictions.mask_embed, features, targets, pairs, weights),
         **box_losses(predictions.boxes, targets, pairs),
     }
 
@@ -177,11 +177,11 @@ def mask_losses(
     features: Float[Array, "h w d"],
     targets: ImageTargets,
     pairs: Pairs,
-    with_projection: bool,
+    weights: LossWeights,
 ) -> Terms:
-    """Return the cross entropy and dice of targets with a mask, and the projection loss of the others.
+    """Return the cross entropy and dice loss of targets with a mask, and the projection loss of other targets.
 
-    All are summed over pairs.
+    All are summed over pairs. The projection loss is left out if its weight is 0.
     """
     embed = _of_pairs(mask_embed, pairs)
     logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)
@@ -190,7 +190,7 @@ def mask_losses(
     entropy, dice = costs.mask_losses(sample_maps(logits, points), masks, 1 - ignored)
     with_mask = pairs.valid & targets.has_mask[pairs.target]
     terms = {"mask": (entropy * with_mask).sum(1), "dice": (dice * with_mask).sum(1)}
-    if with_projection:
+    if weights.projection > 0:
         inside = jnp.where(targets.inside(logits.shape[-2:]), logits, -jnp.inf)
         projection = costs.projection_loss(inside, costs.corners(targets.boxes[pairs.target]))
         terms["projection"] = (projection * (pairs.valid & ~with_mask)).sum(1)

@@ -4,9 +4,9 @@ This is the shortest-augmenting-path form of the Hungarian algorithm (Jonker and
 to batches of problems:
 
 - Padded targets take no iterations, and each problem of a batch advances to its next row without waiting for others.
-- First, every target claims its cheapest query. The targets that get theirs are matched optimally; only the others
-  search for an augmenting path. They are few once the model is trained.
-- The search is one loop without branches or inner loops. Under `vmap`, both sides of a branch would run, and an inner
+- First, every target claims its cheapest query. The targets that get theirs are matched optimally; only the other
+  targets, which are few once the model is trained, search for an augmenting path.
+- The search is one loop without branches or inner loops. `vmap` would run both cases of a branch, and an inner
   loop would run until its slowest problem ends. One iteration either scans all queries from one row, or flips one edge
   of an augmenting path.
 - Row duals are not stored. A matched pair has zero slack, so the dual of its row is its cost minus the column's dual.
@@ -92,7 +92,7 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
 
 
 def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], Array]:
-    """Let each valid target claim its cheapest query; the first claim wins.
+    """Let each valid target claim its cheapest query; of several targets that claim a query, the first gets it.
 
     real: which targets are valid. Returns each query's owner (or -1) and the targets that are still without a query.
     """

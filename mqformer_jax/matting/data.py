@@ -16,7 +16,7 @@ from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.transforms import resize_image
 
 SEARCHED = 100  # number of first records of a data set, one of which must have a matte
-UNKNOWN = 2.0  # additional loss weight of pixels near a partly covered one
+UNKNOWN = 2.0  # additional loss weight of partly covered pixels and of pixels near them
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 
 
@@ -167,8 +167,9 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return an iterator over all batches of a training run, prefetched by threads.
 
-    Batches hold `image` uint8 [b, c, c, 3], and `guidance`, `alpha` and `weight` as float32 [b, c, c]. They depend only
-    on the seed. own: for each source, the model's own masks (see `train_matting.own_masks`).
+    Batches hold `image` uint8 [b, c, c, 3], and `guidance`, `alpha` and `weight` as float32 [b, c, c], where c is
+    `config.matting.crop`. They depend only on the seed. own: for each source, the model's masks of the foregrounds (see
+    `train_matting.own_masks`).
     """
     matting = config.matting
     shares = np.sqrt([len(source) for source in sources])

@@ -49,9 +49,9 @@ class MattingRefiner(nnx.Module):
 
     This is a U-shaped network on an image encoder. The encoder does not see the mask (the "guidance"), so any
     pre-trained encoder can be used. Each level of the decoder, down to stride 1, gets the image, the guidance and
-    alphas estimated by color (`unmixed`) at its stride. It adds a correction to those of the coarser levels. All
-    corrections start at zero, so an untrained refiner returns its guidance. Corrections apply only near the outline of
-    the guidance. Elsewhere the guidance is kept, because a few matting images cannot improve it.
+    alphas estimated by color (`unmixed`) at its stride. It adds a correction to the corrections of the coarser levels.
+    All corrections start at zero, so an untrained refiner returns its guidance. Corrections apply only near the outline
+    of the guidance. Elsewhere the guidance is kept, because a few matting images cannot improve it.
 
     config: `config.matting`. Its `width` is the number of channels at stride 4 and above; stride 2 has half of them,
         stride 1 a quarter.
@@ -138,18 +138,18 @@ def _summed(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b h w c"]:
 
 
 def _clip(x: Array) -> Array:
-    """Clip to 0 ... 1, with the gradient of the identity, so that a pixel that is wrongly 0 can still learn."""
+    """Clip to 0 ... 1, with the gradient of the identity: pixels that are wrongly clipped still get a gradient."""
     return x + jax.lax.stop_gradient(jnp.clip(x, 0, 1) - x)
 
 
 def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-    """Average 2 x 2 pixels."""
+    """Halve height and width: average 2 x 2 pixels."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Double the size bilinearly, with pixel centers at halves. `jax.image.resize` is slower on a CPU."""
+    """Double height and width bilinearly, with pixel centers at halves. `jax.image.resize` is slower on a CPU."""
     for axis in (1, 2):
         first, last = (
             jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis]))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, UInt8
 from ml_collections import ConfigDict
 
@@ -21,13 +22,14 @@ from mqformer_jax.parallel.rules import filled, flatten_paths
 FOLDER = "refiner"  # in a workdir
 
 
-def build_refiner(config: ConfigDict, shapes: bool = False) -> tuple[nnx.GraphDef, Any, Any]:
-    """Return the refiner as (graph, trained parameters, frozen constants), or with `shapes`, only their shapes."""
-    make = lambda key: nnx.split(
-        MattingRefiner(config.matting, rngs=nnx.Rngs(key), dtype=config.model.dtype), nnx.Param, ...
-    )
-    key = jax.random.key(config.seed)
-    graph, params, frozen = jax.eval_shape(make, key) if shapes else jax.jit(make)(key)
+def build_refiner(matting: ConfigDict, dtype: DTypeLike, seed: int | None) -> tuple[nnx.GraphDef, Any, Any]:
+    """Return a fresh refiner as (graph, trainable parameters, frozen constants), or only shapes if `seed` is None.
+
+    matting: `config.matting`. dtype: `config.model.dtype`.
+    """
+    make = lambda key: nnx.split(MattingRefiner(matting, rngs=nnx.Rngs(key), dtype=dtype), nnx.Param, ...)
+    key = jax.random.key(seed or 0)
+    graph, params, frozen = jax.eval_shape(make, key) if seed is None else jax.jit(make)(key)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)
 
 
@@ -38,8 +40,8 @@ class Refiner:
     >>> alphas = refiner(image, segments.masks)
     """
 
-    def __init__(self, config: ConfigDict, graph: nnx.GraphDef, params: Any, frozen: Any):
-        self.matting, self.params, self.frozen = config.matting, params, frozen
+    def __init__(self, matting: ConfigDict, graph: nnx.GraphDef, params: Any, frozen: Any):
+        self.matting, self.params, self.frozen = matting, params, frozen
         self._forward = jax.jit(
             lambda p, f, image, guidance: nnx.merge(graph, p, f)(image.astype(jnp.float32), guidance)[1]
         )
@@ -51,8 +53,9 @@ class Refiner:
         if not has_checkpoint(path):
             return None
         weights = load_weights(path)
-        graph, *trees = build_refiner(weights.config, shapes=True)
-        return cls(weights.config, graph, *filled(tuple(trees), flatten_paths((weights.params, weights.frozen))))
+        matting, loaded = weights.config.matting, flatten_paths((weights.params, weights.frozen))
+        graph, *shapes = build_refiner(matting, weights.config.model.dtype, seed=None)
+        return cls(matting, graph, *filled(tuple(shapes), loaded))
 
     def __call__(
         self, image: UInt8[np.ndarray, "h w 3"], masks: Float[np.ndarray, "n h w"] | Bool[np.ndarray, "n h w"]

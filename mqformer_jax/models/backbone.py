@@ -20,8 +20,13 @@ from mqformer_jax.models.swin import Swin
 class Backbone(Protocol):
     """The interface of an image encoder.
 
-    channels: {stride: number of channels} of the feature maps. mean, std: per-channel statistics that normalize RGB
-    pixels of 0 to 255.
+    channels: {stride: number of channels} of the feature maps. Strides are powers of two and include
+    `config.model.mask_stride` and the first of `config.model.strides`. The pixel decoder computes the coarser levels
+    that the encoder lacks. mean, std: per-channel statistics that normalize RGB pixels of 0 to 255.
+
+    Three tables match the paths of parameters (`backbone/...`), also those of a new encoder: `NO_DECAY` in
+    training/optimizer.py (norms and position tables), `SHARDING_RULES` in config.py (kernels), and `MEANING` in
+    training/warm_start.py (fields that change what weights mean, but not their shapes).
     """
 
     channels: dict[int, int]
@@ -42,7 +47,7 @@ def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLi
     """Return the image encoder that `config` describes.
 
     config: `config.model.backbone`. remat: which activations Swin stores, see `layers.scan_layers`; the other encoders
-    ignore it.
+    ignore it. Raises ValueError for an unknown name.
     """
     name = config.name
     if name.startswith("resnet"):
@@ -51,4 +56,8 @@ def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLi
         return Swin(name.removeprefix("swin_"), config.window, config.drop_path, remat, rngs=rngs, dtype=dtype)
     if name == "efficientnet_lite0":
         return EfficientNetLite0(rngs=rngs, dtype=dtype)
-    return ConvNet(tuple(config.widths), rngs=rngs, dtype=dtype)
+    if name == "convnet":
+        return ConvNet(tuple(config.widths), rngs=rngs, dtype=dtype)
+    raise ValueError(
+        f"config.model.backbone.name: backbone {name!r} is unknown; add it to make_backbone in {__name__}."
+    )

@@ -58,7 +58,9 @@ class BertTextEncoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         if context > positions:
-            raise ValueError(f"config.model.text.context = {context}: BERT has {positions} positions; lower it.")
+            raise ValueError(
+                f"config.model.text.context = {context}: BERT has {positions} positions; use at most as many tokens."
+            )
         table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
         self.dtype = dtype
         self.tokens, self.positions, self.types = table(vocab_size), table(positions), table(2)

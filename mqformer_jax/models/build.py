@@ -14,7 +14,7 @@ from mqformer_jax.models.mqformer import MQFormer
 
 
 def build_model(config: ConfigDict, seed: Array | int = 0) -> tuple[nnx.GraphDef, Any, Any]:
-    """Return a fresh model as (graph, trained parameters, frozen constants); both trees are nested dicts.
+    """Return a fresh model as (graph, trainable parameters, frozen constants); both trees are nested dicts.
 
     config: `config.model`.
     """

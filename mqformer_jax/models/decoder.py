@@ -19,7 +19,10 @@ from mqformer_jax.models.queries import Queries
 
 
 class Attention(nnx.Module):
-    """Multi-head attention. Positions are added to queries and keys, not to values (DETR)."""
+    """Multi-head attention. Positions are added to queries and keys, not to values (DETR).
+
+    zero_out: initialize the output projection to zero.
+    """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: Any, zero_out: bool = False):
         make = lambda **kwargs: linear(width, width, rngs=rngs, dtype=dtype, **kwargs)
@@ -146,8 +149,8 @@ class Decoder(nnx.Module):
         Boxes are cx, cy, w, h as fractions of the canvas. mask: True where the query of a row may attend to the query
         of a column. counts: numbers of learnable and conditional queries.
 
-        Each layer attends around a reference box, which the previous layer has refined. The layer itself gets this box
-        without gradients, but the box predicted after the layer passes gradients back to it ("look forward twice").
+        Each layer attends around a reference box, which the previous layer has refined. No gradient flows through the
+        layer to this box, but the box predicted after the layer passes gradients to it (DINO's "look forward twice").
         Reference boxes are refined from the content before the norm. Predicted boxes use the content after the norm.
         """
 

@@ -89,8 +89,8 @@ def _sample(
 ) -> Float[Array, "b q heads*c//4"]:
     """Return the weighted sum over points and corners: one vector-matrix product per query and head.
 
-    The gathered rows have 48 times the size of the maps. They are gathered again for the gradients, which is faster
-    than storing them.
+    For three levels and four points, the gathered rows have 48 times the size of the maps. They are gathered again for
+    the gradients, which is faster than storing them.
     """
     split = (*index.shape[:3], -1, rows.shape[-1] // 4)
     picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
@@ -152,7 +152,7 @@ def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "
 
 
 def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
-    """Return a 0/1 matrix of the lanes that belong to each corner."""
+    """Return the 0/1 matrix that repeats each corner's weight over the lanes of the corner."""
     return np.kron(np.eye(4), np.ones((1, lanes // 4))).astype(np.float32)
 
 
@@ -179,7 +179,7 @@ class MSDeformAttn(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         if width % heads:
-            raise ValueError(f"MSDeformAttn: width {width} is not a multiple of heads {heads}.")
+            raise ValueError(f"MSDeformAttn: width {width} must be divisible by the number of heads, {heads}.")
         self.heads, self.levels, self.num_sampling_points = heads, levels, num_sampling_points
         zeros, samples = nnx.initializers.zeros, heads * levels * num_sampling_points
         star = jnp.asarray(_star(heads, levels, num_sampling_points))

@@ -34,7 +34,7 @@ he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 def same_padding(sides: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
     """Return TensorFlow's "SAME" padding as [(before, after)] for each side.
 
-    This is the least padding that gives ceil(side / stride) outputs. If it is odd, the extra pixel goes to the end.
+    This is the least padding that gives ceil(side / stride) outputs. If it is an odd number, the end gets one more.
     """
     needed = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in sides]
     return [(n // 2, n - n // 2) for n in needed]

@@ -52,7 +52,7 @@ class Heads(nnx.Module):
         self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
     def scores(self, queries: Float[Array, "*s b q d"], prompts: Prompts) -> Float[Array, "*s b q p"]:
-        """Return class logits in float32. Padding gets a large negative number, since -inf gives NaN gradients."""
+        """Return class logits in float32. Prompts that are padding get -30, since -inf would give NaN gradients."""
         query, text = self.class_embed(queries), prompts.embeddings
         if self.cosine:
             query, text = normalize(query), normalize(text)

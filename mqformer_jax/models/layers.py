@@ -23,7 +23,7 @@ he_fan_out = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Frozen(nnx.Variable):
-    """A constant of the model: saved and restored with it, never trained."""
+    """A constant that is saved and restored together with the parameters, but never trained."""
 
 
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **kwargs: Any) -> nnx.Linear:
@@ -82,7 +82,7 @@ def _strided(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride
 
 @jax.custom_vjp
 def _convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"]) -> Float[Array, "b h w o"]:
-    """Convolve with stride 1, with custom gradients on CPU: inside a scan, XLA's are ten times slower."""
+    """Convolve with stride 1. On CPU, gradients are custom: inside a scan, XLA's gradients are ten times slower."""
     return _strided(x, kernel, 1)
 
 
@@ -92,7 +92,7 @@ def _gradients(inputs: tuple[Array, Array], g: Float[Array, "b h w o"]) -> tuple
 
 
 def _gradients_on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-    """Return the gradients of x (a convolution with the flipped kernel) and of the kernel (a matmul per tap)."""
+    """Return the gradients of x (convolution with the flipped kernel) and of the kernel (a matmul per position)."""
     (h, w), size = x.shape[1:3], kernel.shape[0]
     around = jnp.pad(x, ((0, 0), *[(size // 2,) * 2] * 2, (0, 0)))
     places = [around[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]

@@ -1,4 +1,4 @@
-"""Options in which the released Mask DINO models (Li et al., CVPR 2023) differ; converted checkpoints need them."""
+"""Options of the released Mask DINO models (Li et al., CVPR 2023), which their converted checkpoints need."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def initial_anchors(
 ) -> Float[Array, "b k 4"]:
     """Return the anchors of the conditional queries (before the sigmoid), without gradients.
 
-    box_type: `config.model.initialize_box_type`. "no" uses the proposed boxes. The others use boxes around the proposed
-    masks (see `mask_boxes`).
+    box_type: `config.model.initialize_box_type`. "no" uses the proposed boxes. The other values use boxes around the
+    proposed masks (see `mask_boxes`).
     """
     if box_type == "no":
         return jax.lax.stop_gradient(proposals.anchors)

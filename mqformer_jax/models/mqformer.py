@@ -3,7 +3,7 @@
     image -> backbone -> segmentation encoder -> memory, mask features
     text  -> text encoder -> prompts
     memory x prompts -> conditional queries        parameters -> learnable queries
-    both -> decoder (with an exchange in every layer) -> classes against the prompts, boxes, masks
+    all queries -> decoder (with an exchange in every layer) -> classes against the prompts, boxes, masks
 
 Every query of both kinds predicts a score for every prompt. The matcher (losses/) assigns targets to queries.
 """
@@ -249,7 +249,7 @@ def attention_mask(
 ) -> Bool[Array, "#b q q"]:
     """Return the mask of self-attention: True where the query of a row may attend to the query of a column.
 
-    learnable, conditional: the number of queries of each kind. They attend to their own kind, or to both kinds if
+    learnable, conditional: the number of queries of each kind. Queries attend to their own kind, or to both kinds if
     `joint`. Denoising queries attend to their group and to the conditional queries, since the anchors of both come from
     boxes (without conditional queries: to the learnable ones). No other query attends to denoising queries.
     """

@@ -74,8 +74,8 @@ class EncoderLayer(nnx.Module):
 class MaskFeatures(nnx.Module):
     """Layer that computes the mask features.
 
-    It resizes the finest level of the memory to the mask stride and merges it with the backbone's feature of that
-    stride. It merges them even if the finest level already has the mask stride, as in Mask DINO with five levels.
+    It resizes the finest level of the memory to the mask stride and merges the result with the backbone's feature of
+    that stride. It does so even if the finest level already has the mask stride, as Mask DINO does with five levels.
     """
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -211,7 +211,7 @@ class _Grid:
 
 
 def _waves(index: Int[Array, "1 n"], count: Int[Array, "b 1"], channels: int) -> Float[Array, "b n channels"]:
-    """Return alternating sines and cosines of each cell's position. Padded cells repeat the last valid one."""
+    """Return alternating sines and cosines of each cell's position. Padding repeats those of the last valid cell."""
     place = jnp.minimum(index + 1, count) / (count + 1e-6) * (2 * math.pi)
     wavelength = 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
     angle = place[..., None] / wavelength.astype(np.float32)

@@ -39,9 +39,9 @@ def concatenate(*parts: Queries) -> Queries:
 class DenoisingQueries:
     """Noised copies of targets, which the decoder must restore (made by `losses.denoising`).
 
-    prompt: index of the prompt that a copy claims to match, which noise may have replaced by a wrong one. boxes: noised
-    boxes, cx, cy, w, h in 0..1. group: copies of different groups do not attend to each other. valid: false for
-    padding.
+    prompt: index of a prompt of the target, or of the random prompt that label noise puts in its place. boxes: noised
+    boxes, cx, cy, w, h as fractions of the canvas. group: copies of different groups do not attend to each other.
+    valid: false for padding.
     """
 
     prompt: Int[Array, "b d"]
@@ -112,9 +112,9 @@ class ConditionalQueries(nnx.Module):
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
-    """Return one box per token: its cell's center and sides of 0.05 * 2^level, as fractions of the canvas.
+    """Return a box cx, cy, w, h per token: its cell's center and sides of 0.05 * 2^level, as fractions of the canvas.
 
-    Levels count from 0 in the given order. Mask DINO counts the coarsest level first, so that stride 64 has the
+    Levels count from 0 in the order of `shapes`. Mask DINO counts the coarsest level first, so that stride 64 has the
     smallest proposals; its checkpoints need this.
     """
     levels = []

@@ -16,7 +16,7 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-# `Drop`: drop path of one block: its rate, and a key per image for each of its two branches. `Drops`: of n blocks.
+# Drop path of one block: its rate, and a key per image for each of the block's two branches. `Drops`: of n blocks.
 Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]
 Drops = tuple[Float[Array, " n"], Key[Array, "n 2 b"]]
 
@@ -121,7 +121,7 @@ class Block(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A block with plain windows and a block with windows shifted by half their side. A stage repeats it."""
+    """A block with plain windows, then a block with windows shifted by half their side. A stage is a stack of pairs."""
 
     def __init__(self, width: int, window: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.plain = Block(width, window, 0, rngs=rngs, dtype=dtype)
@@ -233,9 +233,10 @@ def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Arra
 
 
 def neighbors(height: int, width: int, window: int, shift: int) -> Array:
-    """Return whether query and key of a shifted window are neighbors in the image: bool [rows, columns, 1, t, t].
+    """Return the attention mask of shifted windows: bool [rows, columns, 1, t, t] for windows of t pixels.
 
-    The mask is combined from two small ones, so that the compiled program holds no large constant.
+    It is False for a query and a key that share a window only because the windows wrap around the image. The mask is
+    combined from two small ones, so that the compiled program holds no large constant.
     """
 
     def along(length: int) -> Array:
@@ -260,7 +261,7 @@ def drop_path(
 
 
 def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> Float[np.ndarray, "*n offsets2 heads"]:
-    """Resize relative position tables from the (2 w - 1)^2 offsets of one window to those of another.
+    """Resize relative position tables from the offsets of their window, (2 w - 1)^2 for side w, to those of `window`.
 
     Bicubic (a = -0.75), corners not aligned, edges repeated: torch's `F.interpolate(..., mode="bicubic")`, as usual for
     Swin.

@@ -90,7 +90,9 @@ class WordTokenizer(_Rows):
 
     def __init__(self, vocab_size: int = 4096, context: int = 16):
         if vocab_size < 4 or context < 2:
-            raise ValueError(f"WordTokenizer(vocab_size={vocab_size}, context={context}): use at least 4 and 2.")
+            raise ValueError(
+                f"WordTokenizer(vocab_size={vocab_size}, context={context}): use at least 4 ids, 2 tokens."
+            )
         super().__init__(vocab_size, context)
 
     def _ids(self, text: str) -> list[int]:
@@ -120,7 +122,7 @@ class ClipTokenizer(_Rows):
         if list(self._special.values()) != ends or getattr(self._model, "end_of_word_suffix", None) != "</w>":
             raise ValueError(
                 f"{_name(source)} is not CLIP's tokenizer: "
-                f"expected a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}."
+                f"expected a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}. Give CLIP's tokenizer.json."
             )
 
     def __reduce__(self):
@@ -146,7 +148,10 @@ class WordPieceTokenizer(_Rows):
     def __init__(self, source: str | os.PathLike, context: int = 128):
         self._json, self._engine = _engine(source, context)
         if type(self._engine.model).__name__ != "WordPiece" or self._engine.token_to_id("[PAD]") != 0:
-            raise ValueError(f"{_name(source)} is not BERT's tokenizer: expected a WordPiece model where [PAD] is 0.")
+            raise ValueError(
+                f"{_name(source)} is not BERT's tokenizer: expected a WordPiece model where [PAD] is 0. "
+                "Give the tokenizer.json of a BERT model."
+            )
         self._engine.no_padding()
         self._engine.enable_truncation(context)
         super().__init__(self._engine.get_vocab_size(), context)
@@ -164,8 +169,8 @@ class ClassTokenizer(_Rows):
     """Tokenizer for checkpoints without a text encoder: a prompt is a class name, and its token is the class's row + 1.
 
     Case and spacing do not matter. A class "a/b", "a, b" or "a; b" is found by its full name and by each of its parts.
-    If several classes match, a full name wins over a part, then an earlier part wins, then an earlier class. "" is 0,
-    padding.
+    If several classes match, a full name wins over a part, then an earlier part wins, then an earlier class. The empty
+    text has token 0, padding.
     """
 
     def __init__(self, classes: Sequence[str]):

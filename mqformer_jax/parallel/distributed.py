@@ -38,8 +38,8 @@ def initialize() -> None:
     if jax.distributed.is_initialized() or not is_requested(os.environ):
         return
     watch_for_crash(
-        "mqformer_jax: a process died unexpectedly. It was killed, or it lost another process of the run; see the log "
-        "of that process. Run the same command to resume from the last checkpoint."
+        "mqformer_jax: a process died unexpectedly: it was killed, or it lost the connection to another process of the "
+        "run. See the logs of all processes. Run the same command to resume from the last checkpoint."
     )
     jax.distributed.initialize(
         **settings(os.environ), heartbeat_timeout_seconds=HEARTBEAT, shutdown_timeout_seconds=HEARTBEAT
@@ -71,6 +71,7 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
         or int(given["process_id"]) >= int(given["num_processes"])
     ):
         raise ValueError(
+            f"{', '.join(f'{names[argument]}={value}' for argument, value in given.items())}: "
             "set JAX_NUM_PROCESSES and JAX_PROCESS_ID together with JAX_COORDINATOR_ADDRESS: "
             "the number of processes and the index of this one, counted from 0."
         )
@@ -131,7 +132,7 @@ def gather(value: Any) -> list[Any]:
 
 
 class Preemption:
-    """Tell the training loop to save and stop after SIGTERM or Ctrl-C. Use it as a context.
+    """Tell the training loop to save and stop after SIGTERM or Ctrl-C. Use it as a context manager.
 
     Clouds send SIGTERM before they take a machine away. If one of several processes receives it, all of them stop at
     the same step. Ctrl-C is delayed until the current step is saved, if the run is a single process with unsaved steps.
@@ -193,7 +194,7 @@ _WATCH = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
 def watch_for_crash(message: str) -> None:
     """Print `message` if this process is killed, or aborted by JAX because another process died.
 
-    A child process prints it when a pipe that only this process holds is closed.
+    A child process prints the message when a pipe closes that only this process holds open.
     """
     global _watch
     _watch = subprocess.Popen([sys.executable, "-c", _WATCH, message], stdin=subprocess.PIPE, start_new_session=True)

@@ -22,11 +22,14 @@ BATCH = P(IMAGES)
 def mesh_shape(shape: Sequence[int], num_devices: int) -> tuple[int, ...]:
     """Return the sizes (data, fsdp, tensor) of a mesh. One entry of `shape` may be -1: all remaining devices.
 
-    Raises ValueError if they do not fit.
+    Raises ValueError if the product of the sizes cannot be `num_devices`.
     """
     fixed = math.prod(n for n in shape if n != -1)
     if fixed < 1 or list(shape).count(-1) > 1 or num_devices % fixed or (-1 not in shape and fixed != num_devices):
-        raise ValueError(f"config.mesh = {tuple(shape)} (data, fsdp, tensor) does not fit {num_devices} devices.")
+        raise ValueError(
+            f"config.mesh = {tuple(shape)} (data, fsdp, tensor) does not fit {num_devices} devices: "
+            "the product of the three sizes must be the number of devices; one size may be -1, for the rest."
+        )
     return tuple(num_devices // fixed if n == -1 else n for n in shape)
 
 
@@ -47,7 +50,7 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices: Sequence[jax.Device] |
     if any(len({device.process_index for device in group}) > 1 for group in mesh.devices.reshape(-1, full[2])):
         raise ValueError(
             f"config.mesh = {tuple(shape)}: the devices along the tensor axis share their images, "
-            "so they must belong to one host."
+            "so they must belong to one host. Use a smaller third size (tensor)."
         )
     return mesh
 
@@ -69,7 +72,7 @@ def gather_to_host(tree: Any, mesh: Mesh) -> Any:
 def shard_map_batch(fn: Callable, mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable:
     """Return `fn` mapped over the devices: each device calls it with its own images.
 
-    `fn` must sum over devices (over the axes IMAGES) itself. Apart from these sums, devices do not communicate. Without
+    `fn` must itself sum over devices (over the axes IMAGES). Apart from these sums, devices do not communicate. Without
     this mapping, the partitioner would make gathers, sorts and the conditions of search loops communicate, with one
     all-reduce over the pod in every iteration of a loop. in_specs, out_specs: name only axes of IMAGES; the partitioner
     handles the tensor axis.

@@ -3,8 +3,8 @@
     mqformer prepare sample --output data/records
 
 Each subcommand writes one split of one data set to OUTPUT/NAME; `public`, `small` and `sample` write several. The
-report at the end counts and names the images and annotations that were dropped. Run an interrupted command again to
-resume it. docs/data.md describes the formats.
+report at the end counts the images and annotations that were dropped, and names examples. To resume an interrupted
+command, run it again. docs/data.md describes the formats.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def _kind(
         "--output", default="data/records", help="Folder of prepared data sets. (default: %(default)s)"
     )
     command.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="Number of processes. (default: %(default)s)"
+        "--workers", type=int, default=os.cpu_count() or 1, help="Number of worker processes. (default: %(default)s)"
     )
     return command
 
@@ -76,13 +76,14 @@ def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace]
         "--val_fraction",
         type=_fraction,
         default=0.0,
-        help="Also write a split 'val' with this fraction of the images, chosen by name, e.g. 0.1. (default: 0)",
+        help="Also write a split 'val' with this fraction of the images, chosen by a hash of their names, e.g. 0.1. "
+        "(default: 0)",
     )
     return command
 
 
 def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
-    """Yield the split of the command line and, with --val_fraction, a split "val" held out from it."""
+    """Yield (name, split, plan) of --split and, with --val_fraction, of a split "val" that is held out from it."""
     if not args.val_fraction:
         yield args.name, args.split, plan
         return
@@ -102,7 +103,7 @@ def _fraction(text: str) -> float:
 
 def _add_whole_sets(kinds: Kinds) -> None:
     """Add the subcommands of known data sets."""
-    p = _kind(kinds, "sample", "the built-in synthetic sample data set", sample_plans)
+    p = _kind(kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes", sample_plans)
     p.add_argument("--train", type=int, default=4000, help="Number of training images. (default: %(default)s)")
     p.add_argument("--val", type=int, default=128, help="Number of validation images. (default: %(default)s)")
     p.add_argument("--size", type=int, default=96, help="Side of the images in pixels. (default: %(default)s)")
@@ -134,8 +135,13 @@ def _add_whole_sets(kinds: Kinds) -> None:
     )
     p.add_argument("--data_dir", help="Folder of TensorFlow Datasets. (default: ~/tensorflow_datasets)")
 
-    p = _kind(kinds, "small", "all data sets of one folder of small examples", lambda args: small.plans(args.source))
-    p.add_argument("--source", required=True, help="Folder in the layout of data/README.md.")
+    p = _kind(
+        kinds,
+        "small",
+        "small extracts of public data sets in one folder, for tests",
+        lambda args: small.plans(args.source),
+    )
+    p.add_argument("--source", required=True, help="Folder with the layout that data/README.md describes.")
 
 
 def _add_formats(kinds: Kinds) -> None:
@@ -163,7 +169,7 @@ def _add_formats(kinds: Kinds) -> None:
         "--instances",
         nargs="+",
         default=[],
-        help="COCO instances JSON files with the masks of the ann_ids, e.g. instances.json.",
+        help="COCO instances JSON files with the masks of the refs' ann_ids, e.g. instances.json.",
     )
     p.add_argument("--refs_split", help="Keep only the refs whose field 'split' has this value, e.g. testA.")
 
@@ -199,7 +205,7 @@ def _add_formats(kinds: Kinds) -> None:
         "--exclude",
         nargs="+",
         default=[],
-        help="With --json: JSON files whose images (by id) to leave out, e.g. val.json.",
+        help="With --json: JSON files that list images to leave out (by id), e.g. val.json.",
     )
     _folder_options(p)
 
@@ -222,9 +228,13 @@ def _add_formats(kinds: Kinds) -> None:
     p.add_argument(
         "--classes", help="Class list shared by several splits, e.g. classes.txt. (default: the classes of the table)"
     )
-    p.add_argument("--stuff", nargs="+", default=[], help="Classes that own one region, e.g. sky. (default: none)")
     p.add_argument(
-        "--exhaustive", action="store_true", help="Images show only the classes of their rows. (default: false)"
+        "--stuff", nargs="+", default=[], help="Classes that own one region of an image, e.g. sky. (default: none)"
+    )
+    p.add_argument(
+        "--exhaustive",
+        action="store_true",
+        help="State that every image shows only the classes of its rows. (default: false)",
     )
 
 
@@ -272,15 +282,15 @@ def _add_layouts(kinds: Kinds) -> None:
     p.add_argument("--regions", help="File region_descriptions.json with the boxes of expressions.")
     p.add_argument("--alias", help="File object_alias.txt with spellings of each class.")
     p.add_argument(
-        "--min_images", type=int, default=50, help="Number of images that must show a class. (default: %(default)s)"
+        "--min_images", type=int, default=50, help="Drop classes that fewer images show. (default: %(default)s)"
     )
     p.add_argument(
-        "--exclude", nargs="+", default=[], help="JSON files whose images (by COCO id) to leave out, e.g. val.json."
+        "--exclude", nargs="+", default=[], help="JSON files that list images to leave out (by COCO id), e.g. val.json."
     )
 
 
 def _name(text: str) -> str:
-    """Return the name of a data set or split, after checking that file names can contain it."""
+    """Return `text`, the name of a data set or split, if file names can contain it. Raises ArgumentTypeError."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a valid name: use letters, digits, '_', '.', '+' and '-', starting with a letter or digit"
@@ -291,7 +301,7 @@ def _name(text: str) -> str:
 def _coco_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", required=True, help="Annotation file, e.g. instances.json.")
     command.add_argument(
-        "--exclude", nargs="+", default=[], help="JSON files whose images (by id) to leave out, e.g. val.json."
+        "--exclude", nargs="+", default=[], help="JSON files that list images to leave out (by id), e.g. val.json."
     )
 
 
@@ -302,7 +312,7 @@ def _folder_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--mask_suffix",
         default="",
-        help="Suffix of a mask's name after the name of its image, e.g. _L. (default: none)",
+        help="Text after the image's name in the name of its mask, e.g. _L for 1.jpg and 1_L.png. (default: none)",
     )
 
 
@@ -356,7 +366,7 @@ def _table(args: argparse.Namespace) -> Plan:
 
 
 def sample_plans(args: argparse.Namespace) -> Iterator[NamedPlan]:
-    """Yield the splits of `scenes.datasets`. Write some held-out scenes to OUTPUT/sample_images."""
+    """Yield (name, split, plan) of `scenes.datasets`, after writing some held-out images to OUTPUT/sample_images."""
     datasets = scenes.datasets(args.seed, args.train, args.val, args.size)
     _write_sample_images(os.path.join(args.output, "sample_images"), datasets[0])
     for dataset in datasets:
@@ -385,7 +395,7 @@ def main(argv: Sequence[str]) -> int:
             for name, split, plan in args.plan(args):
                 try:
                     print(write_split(args.output, name, split, plan, pool), flush=True)
-                except ValueError as e:  # go on with the other splits
+                except ValueError as e:  # continue with the other splits
                     print(f"mqformer prepare: {e}", file=sys.stderr)
                     failed = True
     except (ValueError, OSError) as e:

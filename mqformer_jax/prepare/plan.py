@@ -1,4 +1,4 @@
-"""Jobs (one image each), the plan of a split, and the report about its preparation."""
+"""Jobs (one image each), the plan of a split, and the report on its preparation."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ HELD_OUT = "image: held out for evaluation by another data set"
 
 @dataclasses.dataclass
 class Job:
-    """One image to be turned into a record. id: the image's id in other annotation files. labels: input of `Plan.make`.
+    """One image to be turned into a record.
 
-    Put paths of files into `labels` directly or in tuples: a resumed preparation checks whether these files changed.
-    `labels` must pickle identically in every run, so it must not contain sets of strings.
-    origin: see `Record`. `coco_origin` recognizes COCO's images by their file names.
+    key: the record's key. id: identifies the image in annotation files (see `Plan.without`). image: path of the image
+    file. labels: the annotations, which `Plan.make` reads. Put paths of files into `labels` directly or in tuples: a
+    resumed preparation checks whether these files changed. `labels` must pickle identically in every run, so it must
+    not contain sets of strings. origin: see `Record`. `coco_origin` recognizes COCO's images by their file names.
     """
 
     key: str
@@ -42,8 +43,9 @@ def coco_origin(name: str) -> str:
 
 @dataclasses.dataclass
 class Plan:
-    """A split that is ready to be prepared. kind: the subcommand. make: turns a job into `Built` in a worker process.
+    """A split that is ready to be prepared.
 
+    kind: the subcommand. make: turns a job into `Built` in a worker process. problems: those found before the jobs run.
     exhaustive, unique_texts: see `DatasetInfo`.
     """
 
@@ -64,7 +66,7 @@ class Plan:
     def held_out(self, fraction: float) -> set[str]:
         """Return the keys of a fraction of the images, at least one and not all.
 
-        The choice depends only on the keys. Raises ValueError for fewer than two images.
+        A hash of the keys determines the choice. Raises ValueError for fewer than two images.
         """
         keys = sorted({job.key for job in self.jobs}, key=lambda key: hashlib.sha256(key.encode()).digest())
         if len(keys) < 2:
@@ -72,9 +74,9 @@ class Plan:
         return set(keys[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
     def without(self, held_out: Set[int | str]) -> Plan:
-        """Return a plan without the images that another data set evaluates on. Each is counted as dropped.
+        """Return a plan without the images that another data set evaluates on. Each such image counts as dropped.
 
-        held_out: the ids of these images.
+        held_out: the ids (`Job.id`) of these images.
         """
         plan = self.only(lambda job: job.id not in held_out)
         for job in self.jobs:
@@ -104,7 +106,10 @@ class Report:
         return "\n".join(lines + [f"  {reason}" for reason in self.reasons()])
 
     def reasons(self) -> list[str]:
-        """Return the reasons for dropped items, most frequent first, with the first few names."""
+        """Return one text per kind of problem, most frequent first: its count, the problem and up to three examples.
+
+        Problems are dropped items and notes about kept ones, e.g. boxes that were clipped to their image.
+        """
         shown = []
         for reason, count in self.problems.counts.most_common():
             names = self.problems.examples[reason]
@@ -113,7 +118,10 @@ class Report:
 
 
 def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Built:
-    """Read a job's image and make its record. Errors that make the image unusable are counted, not raised."""
+    """Return the result of a job: read its image and make its record.
+
+    An error that makes the image unusable is counted in the result, not raised.
+    """
     problems = Problems()
     try:
         record = dataclasses.replace(make_record(job, read_image(job.image), problems), origin=job.origin)
@@ -137,7 +145,7 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
 
 
 def builder(make_record: Callable[..., Record], **context: Any) -> Callable[[Job], Built]:
-    """Return a function that calls `build` with `make_record` and can be pickled.
+    """Return a picklable function that maps a job to `build(make_record, job)`.
 
     context: further keyword arguments of `make_record`.
     """

@@ -23,7 +23,7 @@ from mqformer_jax.input.record import DatasetInfo, Record, origins_path, shard_p
 
 @dataclasses.dataclass
 class Problems:
-    """Dropped items: the count and the first few names for each reason."""
+    """Dropped items, and notes about kept ones: for each reason, the count and the first three names."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -41,7 +41,7 @@ class Problems:
 
 @dataclasses.dataclass
 class Built:
-    """The result of a job: the record's bytes (None if the image was dropped), its segments by kind, its problems.
+    """The result of a job: the record's bytes (None if the image was dropped), segment counts by kind, and problems.
 
     classes: indices of the classes that the image shows. origin: see `Record`.
     """
@@ -160,9 +160,10 @@ def _write_errors(path: str) -> Generator[None]:
 
 @contextlib.contextmanager
 def locked(folder: str, busy: str = "", shared: bool = False) -> Generator[None]:
-    """Lock a folder against other processes. Waits for the lock or, if `busy` is given, raises ValueError(busy).
+    """Hold a lock on a folder inside this context.
 
-    Does nothing on file systems without locks. shared: several processes may hold a shared lock.
+    If another process holds the lock, wait or, if `busy` is given, raise ValueError with this message. On file systems
+    without locks, do nothing. shared: several processes may hold a shared lock at once.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -222,16 +223,16 @@ def prepared(folder: str, split: str, key: str) -> Contents | None:
 
 
 def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Contents]) -> list[tuple[str, str]]:
-    """Return (temporary path, final path) of each shard that holds records."""
+    """Return (temporary path, final path) of each shard that holds records.
+
+    paths: temporary paths of all shards, without extension. shards: their contents.
+    """
     made = [f"{path}.array_record" for path, shard in zip(paths, shards) if shard.records]
     return list(zip(made, shard_paths(folder, split, len(made))))
 
 
 def restore_files(folder: str, split: str, paths: Sequence[str]) -> None:
-    """Move shards back to their temporary paths if a killed preparation moved them, but did not list the split.
-
-    The list of splits is in `dataset.json`.
-    """
+    """Move shards back to `paths` if a killed preparation moved them, but did not list the split in `dataset.json`."""
     entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
     if entered or not all(os.path.exists(f"{path}.json") for path in paths):
         return

@@ -1,7 +1,7 @@
 """Prepare a split: workers turn jobs into records and write ArrayRecord shards. Atomic and resumable.
 
 Shards are made in `<name>/<split>.partial`, which keeps finished ones as long as the plan stays the same. When all are
-finished, they are moved to `<name>`. `<split>.report.json` holds the result.
+finished, they are moved to `<name>`. `<split>.report.json` holds the report.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SHARD_BYTES = 128 << 20
 SHARD_IMAGES = 2048
 FEW_IMAGES = 32
 SMALL_SHARDS = 16
-COMMANDS = ("cli.py", "public.py", "catalog.py")  # not in the fingerprint: the plan holds their effect
+COMMANDS = ("cli.py", "public.py", "catalog.py")  # code that is not in the fingerprint, since the plan holds its effect
 
 
 # ---- Worker processes ---------------------------------------------------------------------------------------------
@@ -72,7 +72,8 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     except BaseException:
-        # before the workers end: the pool's thread holds this lock while it cleans up after them
+        # Shut down before the workers end: while the pool's thread cleans up after them, it holds the lock that
+        # `shutdown` needs.
         pool.shutdown(wait=False, cancel_futures=True)
         ours.close()  # ends the workers, which may need minutes to finish their shards
         raise
@@ -109,10 +110,10 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     key = fingerprint(plan, runs, stats)
     partial = os.path.join(folder, f"{split}.partial")
     os.makedirs(partial, exist_ok=True)
-    with locked(partial, f"{title} is being prepared by another process, in {partial}"):
+    with locked(partial, f"{title} is being prepared by another process, in {partial}: wait for it to end"):
         if (before := prepared(folder, split, key)) is not None:
             print(f"{title}: already prepared from these files, nothing to do", file=sys.stderr)
-            shutil.rmtree(partial)  # may be left by a preparation that was killed at its last step
+            shutil.rmtree(partial)  # left if a preparation was killed before its last step
             return _report(name, split, plan, before)
         _open_partial(partial, key, title)
         paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
@@ -135,12 +136,14 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
         shutil.rmtree(partial)
     report = _report(name, split, plan, total)
     if not report.kept:
-        raise ValueError(f"{title} has no usable images: {'; '.join(report.reasons()) or 'it lists none'}")
+        raise ValueError(
+            f"{title} has no usable images: {'; '.join(report.reasons()) or 'its annotations list no images'}"
+        )
     return report
 
 
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
-    """Return the contents of `dataset.json` without the split, or new contents if the file or other splits are missing.
+    """Return the contents of `dataset.json` without the split, or new contents if the file does not list another split.
 
     Raises ValueError if other splits differ from the plan in their classes or labeling rules.
     """
@@ -165,7 +168,11 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
 
 
 def _open_partial(partial: str, key: str, title: str) -> None:
-    """Remove the contents of the folder `partial` unless they were made for the fingerprint `key`."""
+    """Prepare the folder `partial` for the fingerprint `key`.
+
+    If the folder has this fingerprint, remove only its unfinished files, *.tmp. Otherwise, empty it and write the
+    fingerprint.
+    """
     note = os.path.join(partial, "fingerprint")
     if os.path.exists(note) and pathlib.Path(note).read_text() == key:
         remove(partial, r".*\.tmp")
@@ -177,7 +184,7 @@ def _open_partial(partial: str, key: str, title: str) -> None:
 
 
 def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Return the jobs in consecutive runs, one per shard, with about equal bytes of images.
+    """Split the jobs into consecutive runs, one per shard, whose images have about equally many bytes in total.
 
     sizes: bytes of each job's image. The result does not depend on the number of workers.
     """
@@ -200,7 +207,7 @@ def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
 
 
 def _files(job: Any) -> list[str]:
-    """Return the image of a job and the paths in its labels; nothing for the sample, whose jobs are seeds."""
+    """Return the paths of a job's image and of the files in its labels, or [] for the sample, whose jobs are seeds."""
     return [job.image, *_paths(job.labels)] if isinstance(job, Job) else []
 
 
@@ -241,7 +248,7 @@ def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolEx
         yield from (_make_shard(make, jobs, path) for path, jobs in todo.items())
         return
     try:
-        with block_ctrl_c_in_children():  # the first one starts the workers
+        with block_ctrl_c_in_children():  # the first `submit` starts the workers
             shards = [pool.submit(_make_shard, make, jobs, path) for path, jobs in todo.items()]
         for done in as_completed(shards):
             yield done.result()

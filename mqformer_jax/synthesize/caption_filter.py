@@ -14,7 +14,7 @@ MAX_WORDS = 20
 MAX_CHARACTERS = 200
 MAX_REPEATS = 2  # in a row: "very very big" is English, "the the the" is a loop of the beam search
 
-# The word list is made for chat rooms. These entries of it describe what is visible in images.
+# The profanity list (`_profane`) is made for chat rooms. These of its entries may describe an image and are allowed.
 ALLOWED_WORDS = frozenset(
     """
     blue waffle/breasts/brown shower/cock/cocks/cow girl/cow girls/cowgirl/cowgirls/crotch/drunk/dummy/enlargement/erect
@@ -63,9 +63,9 @@ def rejection_reason(text: str, longest: int = MAX_WORDS) -> str | None:
 
 
 def distinct(captions: Sequence[Caption], most: int) -> list[Caption]:
-    """Return up to `most` cleaned captions.
+    """Return the `most` best captions, cleaned and sorted by score.
 
-    Captions are sorted by score. One that differs from a better one only in articles is dropped.
+    Of captions that differ only in articles, only the best is kept.
     """
     kept: dict[str, Caption] = {}
     for caption in sorted(captions, key=lambda caption: -caption.score):

@@ -56,7 +56,7 @@ class Captions:
     def _verified(
         self, pictures: Sequence[Picture], found: list[list[list[Caption]]], rejected: list[list[collections.Counter]]
     ) -> list[list[list[Caption]]]:
-        """Return the captions that fit their own box best among all boxes of the image. Count the others."""
+        """Return the captions that fit their own box best of all boxes of the image. Count the others in `rejected`."""
         scores = self._verifier(pictures, [[[c.text for c in captions] for captions in boxes] for boxes in found])
         kept = []
         for picture, boxes, rows, counts in zip(pictures, found, scores, rejected):
@@ -68,7 +68,7 @@ class Captions:
 
 
 def _well_formed(captions: Sequence[Caption], count: collections.Counter) -> list[Caption]:
-    """Return the captions that pass `caption_filter`, cleaned and without duplicates. Count the others by reason."""
+    """Return the captions that pass `caption_filter`, cleaned, without duplicates. Count the others in `count`."""
     kept = []
     for caption in captions:
         caption = dataclasses.replace(caption, text=caption_filter.clean(caption.text))

@@ -31,7 +31,10 @@ from mqformer_jax.synthesize.report import Tally, sample_grid
 
 
 def default_name(kind: str, data: str) -> str:
-    """Return the paper's name: objects365 -> objects365_syn_m -> objects365_syn; coco -> coco_syn."""
+    """Return the new data set's name as in the paper.
+
+    Masks: objects365 -> objects365_syn_m. Captions: objects365_syn_m -> objects365_syn, coco -> coco_syn.
+    """
     return f"{data}_syn_m" if kind == "masks" else f"{data.removesuffix('_syn_m')}_syn"
 
 
@@ -56,7 +59,7 @@ def parse_worker(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
         raise ValueError(
-            f"--worker={text}: give the number of this process and the number of processes, from 0/4 to 3/4."
+            f"--worker={text}: give the number of this process and the number of processes, e.g. 0/4 to 3/4 for four."
         )
     return int(found[1]), int(found[2])
 
@@ -103,7 +106,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("split", "train", "Split to annotate, e.g. val.", flag_values=values)
     flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.", flag_values=values)
     flags.DEFINE_string(
-        "output", None, "Name of the new data set, e.g. objects365_syn. (default: the paper's name)", flag_values=values
+        "output",
+        None,
+        "Name of the new data set, e.g. mine_syn. (default: DATA_syn_m for masks, DATA_syn for captions)",
+        flag_values=values,
     )
     flags.DEFINE_string(
         "teacher",
@@ -153,14 +159,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer(
         "num_jittered_boxes",
         Quality.num_jittered_boxes,
-        "Masks: number of jittered boxes, e.g. 4.",
+        "Masks: jittered copies of each box, for --min_stability, e.g. 4.",
         lower_bound=0,
         flag_values=values,
     )
     flags.DEFINE_float(
         "box_jitter",
         Quality.box_jitter,
-        "Masks: largest move of a box's sides, as a fraction of the sides, e.g. 0.1.",
+        "Masks: largest shift of the edges of a jittered box, as a fraction of its width or height, e.g. 0.1.",
         flag_values=values,
     )
     flags.DEFINE_float(

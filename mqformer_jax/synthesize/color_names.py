@@ -68,8 +68,8 @@ _PROTOTYPES = {
 # Fractions of pixels above which a term may be certain, and below which it does not fit; for masks and for boxes.
 _MASK_LIMITS = (0.6, 0.12)
 _BOX_LIMITS = (0.7, 0.08)
-_MIDDLE = 0.6  # of a box's width and height
-_MIN_PIXELS = 30
+_MIDDLE = 0.6  # the middle of a box is an ellipse with this fraction of its width and height
+_MIN_PIXELS = 30  # an object with fewer visible pixels has no certain color
 _NIGHT = 90  # of 255: at night, three quarters of the pixels are darker
 _WARM = 18  # limit of CIELAB's b for the brightest tenth of the image
 _STEP = 8  # the lookup table holds every eighth level of red, green and blue

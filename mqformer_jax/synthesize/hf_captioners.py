@@ -24,7 +24,7 @@ from mqformer_jax.synthesize.hugging_face import PIXELS, crop, device, load
 from mqformer_jax.synthesize.teachers import Caption, Picture
 
 CAPTIONS = 5  # per box
-TOKENS = 32  # limit of a caption
+TOKENS = 32  # length of the longest caption
 # Boxes per batch. The search holds TOKENS x 5 x CHUNK rows of the vocabulary: 0.5 GB for 50,000 tokens.
 CHUNK = 16
 
@@ -56,7 +56,7 @@ class Blip:
     @torch.inference_mode()
     def _search(self, regions: Regions) -> list[list[Caption]]:
         inputs = self._inputs(regions).to(*device())  # not model.dtype: parts of BLIP-2 stay in float32
-        # Override the generation_config of the checkpoint. The length penalty makes the scores means.
+        # Override the generation_config of the checkpoint. With this length penalty, scores are means over tokens.
         search = dict(
             num_beams=CAPTIONS, num_return_sequences=CAPTIONS, do_sample=False, early_stopping=False, length_penalty=1.0
         )
@@ -94,7 +94,8 @@ class Florence2(Blip):
         vocabulary = tokenizer.get_vocab()
         if "<loc_999>" not in vocabulary:
             raise ValueError(
-                f"florence2:{where}: its tokenizer has no location tokens. Give a folder such as florence-community's."
+                f"florence2:{where}: its tokenizer has no location tokens. "
+                "Give a model such as florence-community/Florence-2-large."
             )
         locations = torch.tensor([vocabulary[f"<loc_{i}>"] for i in range(1000)], device=self.model.device)
         self.processors = [WordsOnly(tokenizer.eos_token_id, locations)]

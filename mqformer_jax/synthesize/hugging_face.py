@@ -23,7 +23,7 @@ PIXELS = dict(input_data_format="channels_last", return_tensors="pt")
 def load(
     family: str, model_class: type[transformers.PreTrainedModel], where: str
 ) -> tuple[transformers.PreTrainedModel, transformers.ProcessorMixin, str]:
-    """Load a model for inference. Return the model on its `device`, its processor, and its name for records.
+    """Load a model for inference. Return the model on the `device()`, its processor, and its `teacher_name`.
 
     family: the name on the command line. where: a local folder, or a name on the Hugging Face hub, from which the JSON,
     text and safetensors files are downloaded. Nothing is unpickled, and no code of the repository is run.
@@ -49,17 +49,17 @@ def load(
         # the same result with and without torchvision
         processor = AutoProcessor.from_pretrained(folder, backend="pil", **options)
         if not isinstance(processor, transformers.ProcessorMixin):  # some of its files are missing
-            raise ValueError(f"its processor is incomplete, there is only a {type(processor).__name__}")
+            raise ValueError(f"its processor is incomplete: its files describe only a {type(processor).__name__}")
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise ValueError("its tokenizer has no vocabulary, tokenizer.json is missing")
+            raise ValueError("its tokenizer has no vocabulary: tokenizer.json is missing")
     except Exception as e:  # broken files raise errors of json, safetensors, tokenizers, torch or transformers
         reason = " ".join(str(e).split())[:300].rstrip(" .")
         raise ValueError(
             f"{given}: {reason}. Give a folder with safetensors written by save_pretrained of {model_class.__name__} "
             "and its processor."
         ) from e
-    return model.to(place).eval(), processor, mark(family, where, folder)
+    return model.to(place).eval(), processor, teacher_name(family, where, folder)
 
 
 def device() -> tuple[torch.device, torch.dtype]:
@@ -67,10 +67,11 @@ def device() -> tuple[torch.device, torch.dtype]:
     return (torch.device("cuda"), torch.float16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
 
 
-def mark(family: str, where: str, folder: str) -> str:
-    """Return a teacher's name for records.
+def teacher_name(family: str, where: str, folder: str) -> str:
+    """Return the name of a teacher, which records store, e.g. "blip:my_blip 0f3a9c1e (transformers 5.4.0)".
 
-    It consists of the family, the name of `where`, a digest of config and weights, and the version.
+    Its parts are the family, the name of the folder or hub repository, eight hex digits of a digest of the config and
+    the weights, and the version of transformers. family, where: see `load`. folder: the local folder of the model.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors")):
@@ -89,7 +90,7 @@ def crop(image: UInt8[ndarray, "h w 3"], box: Float[ndarray, " 4"]) -> UInt8[nda
 
 
 def find(given: str, where: str) -> str:
-    """Return the local folder of a model, downloading it if necessary.
+    """Return the local folder of a model. Download the model if necessary.
 
     given: the teacher as the user wrote it. Raises ValueError with a one-line message.
     """

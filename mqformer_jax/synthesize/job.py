@@ -77,8 +77,8 @@ def is_complete(job: Job) -> bool:
 def open_job(job: Job) -> Generator[None]:
     """Lock the folder of a job while the context is open. Processes of the same job share the lock.
 
-    Deletes shards that were made with other settings. Raises ValueError if the data set has other splits of another
-    kind, or if a process with other settings uses the folder.
+    Deletes unfinished shards that were made with other settings. Raises ValueError if `output` equals `data` or holds
+    another data set, or if a process with other settings uses the folder.
     """
     if job.output == job.data:
         raise ValueError(f"--output={job.output}: give the new data set another name than --data.")
@@ -153,7 +153,7 @@ def _tally_path(job: Job) -> str:
 
 
 def _entry(job: Job, unique: bool) -> DatasetInfo:
-    """Return the new data set's DatasetInfo, merged with that of its other splits.
+    """Return the new data set's DatasetInfo, including the splits that the folder already holds.
 
     Raises ValueError if the folder holds a data set of another kind.
     """

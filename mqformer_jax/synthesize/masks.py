@@ -28,9 +28,9 @@ class Quality:
     min_stability: lowest mean IoU with the masks of `num_jittered_boxes` boxes.
     min_box_iou: lowest IoU of the mask's tight box with the given box.
     min_box_area: lowest fraction of the box that the mask covers.
-    num_jittered_boxes: how many jittered boxes to try.
-    box_jitter: how far their sides move at most, as a fraction of the box's sides.
-    min_component_area: islands and holes smaller than this fraction of the mask are removed and filled.
+    num_jittered_boxes: number of jittered copies of each box.
+    box_jitter: largest shift of the edges of a jittered box, as a fraction of the box's width or height.
+    min_component_area: islands smaller than this fraction of the mask are removed, and such holes are filled.
     """
 
     min_score: float = 0.5
@@ -43,7 +43,7 @@ class Quality:
 
 
 class Masks:
-    """An `annotators.Annotator` that predicts masks for the boxes without one."""
+    """An `annotators.Annotator` that predicts masks for the boxes without a mask."""
 
     kind, unique = "masks", True
 
@@ -115,7 +115,7 @@ def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, " 4"]) -> Bool
 
 
 def cleaned(mask: Bool[np.ndarray, "h w"], share: float) -> Bool[np.ndarray, "h w"]:
-    """Return a mask without islands and holes smaller than `share` of it. The largest part is always kept."""
+    """Return a mask without islands and holes smaller than the fraction `share` of it. Keep the largest part."""
     least = share * mask.sum()
     if not least:
         return mask

@@ -26,13 +26,13 @@ from mqformer_jax.segments import CanvasMasks
 from mqformer_jax.synthesize.teachers import BoxMasks, Picture
 
 NAMELESS = "object"  # the prompt of boxes that have neither a class nor expressions
-MIN_IOU = 0.5  # of the predicted box with the box that a caption fits
+MIN_IOU = 0.5  # a caption fits a box if its predicted box has at least this IoU with the box
 
 
 class MqformerMasks:
     """A `MaskTeacher` that uses a checkpoint of this project.
 
-    Raises ValueError if it was not trained to restore masks from boxes.
+    where: workdir of the training run. Raises ValueError if the model was not trained to restore masks from boxes.
     """
 
     def __init__(self, where: str):
@@ -43,7 +43,7 @@ class MqformerMasks:
                 f"{where} cannot predict masks from boxes: "
                 "train it with denoising.num_queries > 0 and denoising.masks = True."
             )
-        self.name = mark(where)
+        self.name = teacher_name(where)
         self._predictor, self._canvas = predictor, predictor.canvas
 
         def forward(
@@ -96,7 +96,7 @@ class MqformerScorer:
     """
 
     def __init__(self, where: str):
-        self._predictor, self.name = Predictor.from_checkpoint(where), mark(where)
+        self._predictor, self.name = Predictor.from_checkpoint(where), teacher_name(where)
 
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
@@ -125,8 +125,8 @@ class MqformerScorer:
         return found
 
 
-def mark(where: str) -> str:
-    """Return a checkpoint's name for records: its folder and step."""
+def teacher_name(where: str) -> str:
+    """Return the name of a checkpoint that records store: its folder and step, e.g. "ours:demo, step 1300"."""
     return f"ours:{os.path.basename(os.path.abspath(where))}, step {latest_step(where)}"
 
 

@@ -61,10 +61,10 @@ class Nouns:
 
 
 def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
-    """Return how certainly the noun names objects of the class: 1 if it is its name, 0 if it may be, -1 if not.
+    """Return how certainly the noun names objects of the class: 1 if it is a name of the class, 0 if maybe, -1 if not.
 
-    The result is 0 if one name ends in the other: "bear" may mean a teddy bear. With `narrower`, "teddy bear" may also
-    mean a bear.
+    The result is 0 if a name of the class ends in the noun ("bear" may mean a teddy bear), if both are words for
+    people, and with `narrower` also if the noun ends in a name of the class ("teddy bear" may mean a bear).
     """
     return max(_compare(_words(noun), _words(text), narrower) for text in of.texts)
 
@@ -89,8 +89,8 @@ def _compare(noun: tuple[str, ...], name: tuple[str, ...], narrower: bool) -> fl
 def _usable(noun: str) -> bool:
     """Return whether a caption can use the noun.
 
-    It must have no brackets, no general word such as "object", and no "left" or "right", which would be wrong in a
-    mirrored image.
+    The noun must have no digits or brackets, no general word such as "object", and no "left" or "right", which would be
+    wrong in a mirrored image.
     """
     mirrored = mirror(Prompt((f"the right {noun}",), True)) == Prompt((f"the left {noun}",), True)
     return bool(_PLAIN.fullmatch(noun)) and not _GENERAL.intersection(_words_kept(noun)) and mirrored

@@ -1,8 +1,8 @@
 """Referring phrases, and how certainly each object of an image fits them.
 
-A certainty is a number. From above 0 up to 1 the phrase certainly fits the object, more clearly at higher values; at 0
-it may fit; at -1 it does not fit. A phrase identifies an object if it certainly fits this object and fits no other
-(`identifies`).
+A certainty is a number. If it is above 0 (up to 1), the phrase certainly fits the object, and higher values mean a
+clearer case. If it is 0, the phrase may fit; if it is -1, the phrase does not fit. A phrase identifies an object if it
+certainly fits this object and does not fit any other (`identifies`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _EXTREMES = {**OF_TWO, **OF_MORE}
 # Fractions of the image's width or height. Beyond CLEAR a relation certainly holds, and below DENIED it does not.
 # LEAD is the distance of an extreme object from the next one.
 CLEAR, DENIED, LEAD = 0.1, -0.03, 0.07
-REACH = 0.3  # of the image's diagonal, between the boxes: "left of" is uncertain for objects farther away
+REACH = 0.3  # fraction of the image's diagonal; if the gap between two boxes is larger, "left of" is uncertain
 # Ratios of lengths, the square roots of areas: from SMALLER on, one object is small beside the other; up to SAME, both
 # have the same size.
 SMALLER, SAME = 1.5, 1.2
@@ -82,7 +82,7 @@ class Phrase:
 
 
 def identifies(phrase: Phrase, target: int, scene: Scene) -> float:
-    """Return the certainty that `phrase` fits the target if it fits no other object, else at most 0."""
+    """Return the certainty that `phrase` fits the target if it fits no other object, else a number of at most 0."""
     held = certainties(phrase, scene)
     return float(held[target]) if (np.delete(held, target) < 0).all() else min(float(held[target]), 0.0)
 

@@ -20,7 +20,7 @@ from mqformer_jax.synthesize.annotations import Annotation, usable_box
 from mqformer_jax.visualization.overlays import grid
 
 SHOWN = 24  # accepted boxes on the grid, and as many rejected ones
-COLUMNS, SIDE = 6, 260  # of the grid; the side of a panel in pixels
+COLUMNS, SIDE = 6, 260  # columns of the grid; side of a panel in pixels
 SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's limits for the area of the box in pixels
 SEGMENT, BOX = (255, 221, 51), (64, 156, 255)
 
@@ -29,10 +29,11 @@ SEGMENT, BOX = (255, 221, 51), (64, 156, 255)
 class Tally:
     """Counts over boxes. Tallies of shards add up to the tally of the split.
 
-    boxes, accepted: by class. boxes_by_size, accepted_by_size: by size.
-    reasons: of boxes without a mask or caption. examples: a record for each reason.
-    rejected_captions: by reason. captions: number of accepted captions.
-    score: the sum over the accepted boxes.
+    boxes, accepted: number of all boxes and of the accepted ones, by class name. boxes_by_size, accepted_by_size: the
+        same by size (`SIZES`).
+    reasons: number of rejected boxes by reason. examples: the key of one record for each reason.
+    rejected_captions: number of rejected captions by reason. captions: number of accepted captions.
+    score: sum of the scores of the accepted boxes.
     samples: the boxes shown on the grid, chosen by a hash of record and segment.
     """
 
@@ -51,11 +52,11 @@ class Tally:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, record: Record, info: DatasetInfo, place: tuple[int, int], annotations: Sequence[Annotation]) -> None:
-        """Count the annotations of a record. place: the number of its shard, and its number in the shard."""
+        """Count the annotations of a record. place: the number of its shard, and the record's number in the shard."""
         self.images += 1
         for annotation in annotations:
             class_id, box = record.segments[annotation.segment].class_id, usable_box(record, annotation.segment)
-            name = "(words only)" if class_id is None else info.classes[class_id].name
+            name = "(expressions only)" if class_id is None else info.classes[class_id].name
             area = 0 if isinstance(box, str) else float(np.prod(box[2:] - box[:2]))
             size = next(size for size, end in SIZES.items() if area < end)
             self.boxes[name] += 1
@@ -90,7 +91,7 @@ class Tally:
         self._thin()
 
     def _thin(self) -> None:
-        """Keep at most `SHOWN` random samples of accepted boxes, and as many of rejected ones."""
+        """Keep at most `SHOWN` random samples of accepted boxes, and at most `SHOWN` of rejected ones."""
         kinds = ([s for s in self.samples if bool(s["reason"]) == rejected] for rejected in (False, True))
         self.samples = [s for kind in kinds for s in heapq.nsmallest(SHOWN, kind, key=lambda s: s["draw"])]
 

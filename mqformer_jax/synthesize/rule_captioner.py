@@ -22,18 +22,19 @@ from mqformer_jax.synthesize.referring_grammar import OF_MORE, OF_TWO, RELATIONS
 from mqformer_jax.synthesize.teachers import Caption, Picture
 
 MAX_CAPTIONS = 5  # per box
-_MAX_PER_KIND = 2  # captions by looks, by position and by neighbor
+_MAX_PER_KIND = 2  # captions of each kind: by looks, by position and by neighbor
 _MAX_ANCHORS = 5  # nearest neighbors that a relation may refer to
-_MIN_ANCHOR_AREA = 1 / 8  # of the object's own area: a cup is a poor reference for a bus
+_MIN_ANCHOR_AREA = 1 / 8  # smallest area of a neighbor, relative to the object: a cup is a poor reference for a bus
 
 
 class RuleCaptioner:
     """A `Captioner` that captions objects by rules.
 
     The score of a caption is the certainty of its least certain part. For a color it is the fraction of the object's
-    pixels with that color. For a position it is 0.5 plus the lead or the distance as a fraction of the image's side.
-    For "large" it is a third of the largest ratio of the object's length to that of another object with its noun, at
-    most 1; for "small", the ratio is inverted. A caption of a noun alone scores 1.
+    pixels with that color. For an extreme position it is 0.5 plus the lead over the next object, for a relation 0.5
+    plus the distance to the other object, as fractions of the image's width or height. For "large" it is a third of the
+    largest ratio of the object's length to that of another object with its noun, at most 1; for "small", the ratio is
+    inverted. A caption of a noun alone scores 1.
     """
 
     name = "rules 1"
@@ -87,7 +88,7 @@ def _draw(rng: np.random.Generator, words: Sequence[str], count: int) -> list[st
 
 
 def look(record: Record, info: DatasetInfo, image: UInt8[np.ndarray, "h w 3"]) -> Scene:
-    """Return the objects of a record and what their pixels show.
+    """Return the scene of a record: its objects, and what their pixels show.
 
     Crowds, regions, foregrounds and segments without a class are not objects.
     """
@@ -172,7 +173,10 @@ def _free(box: np.ndarray, others: np.ndarray) -> Bool[np.ndarray, "h w"]:
 
 
 def _heads(target: int, noun: str, scene: Scene) -> list[Phrase]:
-    """Return the phrases without a position that certainly fit an object, shortest first."""
+    """Return the phrases "the [size] [color] noun" that certainly fit the object `target`, shortest first.
+
+    Captions with a position or a neighbor extend these phrases.
+    """
     phrases = [Phrase(noun)]
     if has_looks(noun):
         own = [
@@ -220,9 +224,9 @@ def _by_neighbor(target: int, noun: str, scene: Scene) -> Iterator[Phrase]:
 
 
 def _neighbors(target: int, scene: Scene) -> Iterator[tuple[int, Phrase]]:
-    """Yield the index of a neighbor and the shortest phrase that identifies it by its looks, nearest first.
+    """Yield (index, phrase) of neighbors, nearest first. The phrase is the shortest that identifies the neighbor.
 
-    Only the `_MAX_ANCHORS` nearest objects that are large enough are tried.
+    Phrases describe looks (`_by_looks`). Only the `_MAX_ANCHORS` nearest objects that are large enough are tried.
     """
     low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
     gap = np.maximum(np.maximum(low, low[target]) - np.minimum(high, high[target]), 0)

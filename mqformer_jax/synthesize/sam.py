@@ -16,13 +16,13 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 
 from mqformer_jax.segments import CanvasMasks
-from mqformer_jax.synthesize.hugging_face import device, find, mark
+from mqformer_jax.synthesize.hugging_face import device, find, teacher_name
 from mqformer_jax.synthesize.teachers import BoxMasks, Picture
 
 PICTURES = 2  # images per call of the encoder: one image of 1024 x 1024 already fills a device
 BOXES = 32  # boxes of an image per call of the decoder: each box has its own copy of the image's features
-# The model type of a config.json: the teacher that reads it. SAM 2 is published as its video model, which contains the
-# image model.
+# {model_type of a config.json: name of the teacher that reads it}. SAM 2 is published as its video model, which
+# contains the image model.
 FAMILIES = {"sam": "sam", "sam_hq": "hq-sam", "sam2": "sam2", "sam2_video": "sam2"}
 
 transformers.logging.set_verbosity_error()  # otherwise it warns about the unused video parts
@@ -53,7 +53,7 @@ class Sam:
             with open(os.path.join(folder, "config.json")) as f:
                 found = FAMILIES.get(json.load(f)["model_type"], "")
             if found != self.family:
-                raise ValueError(f"it holds {found or 'something else'}")
+                raise ValueError(f"its config.json describes {found or 'another model'}")
             self.image_processor = self.image_processor_type.from_pretrained(folder)
             model, report = self.model_type.from_pretrained(
                 folder,
@@ -71,7 +71,7 @@ class Sam:
             files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
             mend = f"give a folder with its {files}" if found in ("", self.family) else f"use {found}:{where}"
             raise ValueError(f"{self.family}:{where} cannot be read ({_gist(e)}): {mend}.") from e
-        self.name, (self.device, _) = mark(self.family, where, folder), device()
+        self.name, (self.device, _) = teacher_name(self.family, where, folder), device()
         self.model = model.to(self.device).eval()
 
     @torch.inference_mode()
@@ -133,9 +133,9 @@ class HqSam(Sam):
 
 
 class _Sam2Pixels(PilBackend):
-    """An image processor without torchvision, which transformers' `Sam2ImageProcessor` needs.
+    """An image processor that does not need torchvision, unlike transformers' `Sam2ImageProcessor`.
 
-    Its results differ from that processor's by at most one 8-bit level.
+    The pixels of both differ by at most one 8-bit level.
     """
 
     size = {"height": 1024, "width": 1024}

@@ -1,6 +1,6 @@
 """The interfaces of teachers, which annotate boxes with masks or captions, and the list of teachers by name.
 
-To add one, write a class with one of the interfaces below and add a line to the table of its kind at the end.
+To add a teacher, write a class with one of the interfaces below and add a line to its table at the end of this file.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ def make_teacher(
 ) -> MaskTeacher | Captioner | CaptionScorer:
     """Make the teacher that "name:where" describes.
 
-    Raises ValueError with a one-line message if there is no such teacher or a package that it needs is missing.
+    among: the table of its kind, e.g. `MASK_TEACHERS`. option: the command-line option, for messages. Raises ValueError
+    with a one-line message if there is no such teacher or a package that it needs is missing.
     """
     name, _, where = given.partition(":")
     if name not in among:

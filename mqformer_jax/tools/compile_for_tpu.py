@@ -68,7 +68,10 @@ REMEDIES = (
 
 
 def get_topology(name: str) -> list[jax.Device]:
-    """Return the devices of a slice such as "v5e:4x4", which exist only for the compiler. Raises ValueError."""
+    """Return the devices of a slice such as "v5e:4x4", which exist only for the compiler.
+
+    Raises ValueError if there is no such slice or the TPU compiler is not installed.
+    """
     kind, _, shape = name.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
         raise ValueError(f"--topology={name}: give one of {', '.join(CHIPS)} and a shape, e.g. v5e:16x16 or v4:4x4x8.")

@@ -29,7 +29,7 @@ SIZES = {
     "f64": 8,
     "c64": 8,
 }
-# names of existing data, containers of other instructions, and ends of instructions that were counted at their start
+# opcodes without traffic of their own: names of existing data, and containers of other instructions
 FREE = {
     "parameter",
     "constant",
@@ -52,7 +52,7 @@ Bytes = float | int | np.integer  # a 4-bit number is half a byte
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. kind: opcode. shape: that of the result, as text. source: JAX operation."""
+    """One line of a computation. kind: opcode. shape: of the result, as text. source: the JAX operation."""
 
     name: str
     kind: str
@@ -84,7 +84,8 @@ class Instruction:
 class Run:
     """An instruction, its number of executions (the product of known loop lengths), and its loops, outermost first.
 
-    known: whether the lengths of all its loops are in the program. fused: whether it is inside a fusion.
+    known: whether the lengths of all its loops are known; an unknown length counts as 1. fused: whether the instruction
+    is inside a fusion.
     """
 
     instruction: Instruction
@@ -158,9 +159,9 @@ class Program:
         )
 
     def traffic(self, once: bool = False) -> Bytes:
-        """Return the bytes of memory traffic: all operands and results, times the lengths of the loops.
+        """Return the bytes of memory traffic: operands and results, times loop lengths, without collectives.
 
-        Of an operand that is sliced, only the slice counts. once: count loop bodies once, for comparison with XLA's
+        An operand that is sliced counts with its slice only. once: count loop bodies once, for comparison with XLA's
         `bytes accessed`.
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)

@@ -61,7 +61,7 @@ def show(
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # fails early
     entries = config.data.mixture
     if dataset and dataset not in (names := [entry["name"] for entry in entries]):
-        raise ValueError(f"--dataset={dataset}: the recipe's data.mixture has {', '.join(names)}.")
+        raise ValueError(f"--dataset={dataset}: not in the recipe's data.mixture; give one of {', '.join(names)}.")
     loader = make_loader(config, _numbers)
     print("\n".join(loader.report) + "\n")
     tallies = [Tally() for _ in entries]
@@ -118,7 +118,7 @@ def _where(flags: Bool[np.ndarray, " n"]) -> tuple[int, ...]:
 def _numbers(texts: Sequence[str]) -> np.ndarray:
     """Return a different placeholder token for each text.
 
-    It replaces the tokenizer, which may need a checkpoint. The grid shows texts, not tokens.
+    This function replaces the tokenizer, which may need a checkpoint. The grid shows texts, not tokens.
     """
     return np.arange(len(texts), dtype=np.int32)[:, None]
 

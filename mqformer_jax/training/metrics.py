@@ -45,7 +45,7 @@ class Metrics:
         self.pending.append(measured)
 
     def write(self, step: int) -> str:
-        """Write the means since the last call; return a summary for the progress bar."""
+        """Write the means of the stored metrics; return a summary for the progress bar."""
         pending, self.pending = jax.device_get(self.pending), []
         now, finite = time.perf_counter(), [m for m in pending if m["finite"]]
         terms = [k for k in pending[0] if np.ndim(pending[0][k]) == 0 and k not in ("finite", "alive")]

@@ -16,7 +16,7 @@ from mqformer_jax.input.mixture import Loader
 from mqformer_jax.parallel.mesh import gather_to_host
 from mqformer_jax.training.step import TrainState
 
-IN_A_ROW = 20  # consecutive skipped steps, after which the run stops
+IN_A_ROW = 20  # largest number of consecutive skipped steps; the run stops at the next one
 KEPT = 5  # number of skipped batches that a run saves
 
 
@@ -59,12 +59,12 @@ class NotFinite:
         weights = Weights(self.config, params, frozen)
         save_weights(folder, weights, {"step": step})
         raise FloatingPointError(
-            f"{what}; {folder} holds the batch and the weights. Check these images, lower the learning rate, "
-            "or set config.not_finite='skip'."
+            f"{what}; {folder} holds the batch and the weights. Check these images or lower the learning rate; "
+            f"config.not_finite='skip' skips up to {IN_A_ROW} such steps in a row."
         )
 
     def _keep_batch(self, step: int, folder: str, measured: dict[str, Any]) -> str:
-        """Save this host's rows of a step's batch, read again from the loader, as HOST.npz and HOST.json.
+        """Save this host's rows of a step's batch, read again from the loader, as FOLDER/HOST.npz and FOLDER/HOST.json.
 
         Returns text that names the images whose loss is not finite (or all images, if every loss is finite).
         """

@@ -59,7 +59,10 @@ class Progress:
         self.bar.initial = self.bar.n + 1
 
     def update(self, step: int, last: dict[str, jax.Array]) -> None:
-        """Count a step. last: its metrics. Waits for the first and fifth step, to measure the time per step."""
+        """Advance the bar by one step. Waits for the first and fifth step of this process, to time the others.
+
+        step: number of finished steps of the run. last: metrics of the last step.
+        """
         self.bar.update()
         if self.bar.disable:
             return

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +26,7 @@ from mqformer_jax.parallel.rules import flatten_paths, path_name
 
 # parameters that are valid only for the text encoder they were trained with
 TEXT_SPACE = re.compile(r"^(text_encoder|heads/class_embed|heads/logit_|denoising_embedding|region_embedding)")
-# {path prefix: fields of config.model that change the meaning of these weights, but not their shapes}
+# {path prefix of weights: fields of config.model that change how the model uses them, but not their shapes}
 MEANING = {
     "backbone/": ("backbone.stride_in_1x1",),
     "text_encoder/": ("text.tokenizer", "text.heads", "text.norm_eps", "text.classes"),
@@ -36,58 +36,61 @@ MEANING = {
 }
 
 
-def initialize(params: Any, frozen: Any, config: ConfigDict) -> tuple[Any, Any, list[str]]:
-    """Return parameters and constants loaded from the checkpoints of `config.init_from`, and lines for the log.
+def initialize(
+    params: Any, frozen: Any, model: ConfigDict, init_from: Sequence[str], init_skip: Sequence[str] = ()
+) -> tuple[Any, Any, list[str]]:
+    """Return parameters and constants loaded from the checkpoints of `init_from`, and lines for the log.
 
     Later checkpoints override earlier ones. If the backbone or the text encoder differs, its weights (and all that
     depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Exchange layers and
     region embeddings that the trained weights lack start such that they do not change the predictions.
 
-    Raises ValueError, with a message of one line, for other differences of shape, and for weights of the right shape
-    but another meaning (MEANING). `config.init_skip` (regexes over parameter paths) skips such weights.
+    model: `config.model`, which describes `params` and `frozen`. init_skip: regexes over the paths of parameters that
+    stay as they are.
+
+    Raises ValueError, with a message of one line, if other shapes differ, or if a field of MEANING differs: then the
+    shapes fit, but the model would use the weights wrongly. `init_skip` leaves such weights out.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
-    for path in config.init_from:
+    for path in init_from:
         weights = load_weights(path)
         theirs = flatten_paths(weights.params) | flatten_paths(weights.frozen)
         foreign = {
-            why: what
-            for why, what in _foreign(weights.config.model, config.model).items()
-            if any(map(what.search, theirs))
+            why: what for why, what in _foreign(weights.config.model, model).items() if any(map(what.search, theirs))
         }
-        skipped = (*foreign.values(), *map(_pattern, config.init_skip))
+        skipped = (*foreign.values(), *map(_pattern, init_skip))
         wanted = {name: value for name, value in theirs.items() if not any(pattern.search(name) for pattern in skipped)}
-        _check_meaning(path, wanted, weights.config.model, config.model)
+        _check_meaning(path, wanted, weights.config.model, model)
         _check_shapes(path, wanted, flatten_paths(params) | flatten_paths(frozen))
         used: set[str] = set()
         take = functools.partial(_take, theirs=wanted, used=used)
         trees = {name: jax.tree_util.tree_map_with_path(take, tree) for name, tree in trees.items()}
         if not used:
             raise ValueError(
-                f"{path}: none of its arrays fits this config{''.join(f'; {reason}' for reason in foreign)}: "
-                "remove it from config.init_from."
+                f"{path}: no array of this checkpoint fits this config{''.join(f'; {reason}' for reason in foreign)}: "
+                "remove the checkpoint from config.init_from."
             )
         loaded |= used
         reasons = "".join(f"; {reason}" for reason in foreign)
         lines.append(f"{path}: {len(used)} of {len(theirs)} arrays loaded{reasons}")
         if unused := sorted(set(wanted) - used):
-            lines.append(f"{path}: not in this model: {_summary(unused)}")
+            lines.append(f"{path}: arrays that this model does not have: {_summary(unused)}")
     name = "region_embedding"
     if name in params and name not in loaded and "heads/class_embed/kernel" in loaded:
-        # the loaded class head was trained without it: start at the identity
+        # the loaded class head was trained without region embeddings: start at zero, which changes nothing
         trees["params"][name] = jax.tree.map(jnp.zeros_like, params[name])
     fresh = sorted({**flatten_paths(params), **flatten_paths(frozen)}.keys() - loaded)
     return trees["params"], trees["frozen"], lines + ([f"newly initialized: {_summary(fresh)}"] if fresh else [])
 
 
-def bring_tokenizer(config: ConfigDict, workdir: str) -> None:
-    """Copy the tokenizer that belongs to the run's text encoder from a checkpoint of `config.init_from` to the workdir.
+def bring_tokenizer(init_from: Sequence[str], tokenizer: str, workdir: str) -> None:
+    """Copy the tokenizer that belongs to the run's text encoder from a checkpoint of `init_from` to the workdir.
 
-    Afterwards, the run does not depend on that checkpoint. Raises FileNotFoundError, with a message of one line, if a
-    folder of `init_from` has no checkpoint.
+    tokenizer: `config.model.text.tokenizer`. Afterwards, the run does not depend on that checkpoint. Raises
+    FileNotFoundError, with a message of one line, if a folder of `init_from` has no checkpoint.
     """
-    kinds = {path: load_config(path).model.text.tokenizer for path in config.init_from}
-    files = [os.path.join(path, TOKENIZER) for path, kind in kinds.items() if kind == config.model.text.tokenizer]
+    kinds = {path: load_config(path).model.text.tokenizer for path in init_from}
+    files = [os.path.join(path, TOKENIZER) for path, kind in kinds.items() if kind == tokenizer]
     source = next((file for file in reversed(files) if os.path.exists(file)), None)
     if source is not None:
         with atomic_write(os.path.join(workdir, TOKENIZER)) as temporary:
@@ -105,29 +108,34 @@ def _foreign(theirs: ConfigDict, ours: ConfigDict) -> dict[str, re.Pattern]:
     """Return the parts of a checkpoint to skip, as {reason: pattern of paths}."""
     parts = {}
     if theirs.backbone.name != ours.backbone.name:
-        parts[f"skipped its backbone ({theirs.backbone.name}, here {ours.backbone.name})"] = re.compile(r"^backbone/")
+        reason = f"skipped its backbone ({theirs.backbone.name}; this config has {ours.backbone.name})"
+        parts[reason] = re.compile(r"^backbone/")
     if any(theirs.text[field] != ours.text[field] for field in ("name", "vocab_size", "width", "embed_dim")):
-        parts[f"skipped its text encoder and related weights ({theirs.text.name}, here {ours.text.name})"] = TEXT_SPACE
+        parts["skipped its text encoder, which differs in config.model.text, and related weights"] = TEXT_SPACE
     return parts
 
 
 def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: ConfigDict) -> None:
-    """Raise ValueError, naming the field, for weights that fit but have another meaning in this config."""
+    """Raise ValueError if this config uses loaded weights differently from the config they were trained with.
+
+    Their shapes cannot show this, e.g. with another number of attention heads. source: the checkpoint's folder.
+    paths: of the loaded weights. theirs, ours: `config.model` of the checkpoint and of this run.
+    """
     read = lambda model, field: functools.reduce(lambda node, name: node[name], field.split("."), model)
     value = lambda model, field: tuple(found) if isinstance(found := read(model, field), (list, tuple)) else found
     for part, fields in MEANING.items():
         for field in fields if any(path.startswith(part) for path in paths) else ():
             if (had := value(theirs, field)) != (has := value(ours, field)):
                 raise ValueError(
-                    f"{source} was made with model.{field} = {had!r}, but this config has {has!r}: "
-                    f"set config.model.{field} to the former, or skip these weights with config.init_skip=('^{part}',)."
+                    f"{source} was trained with model.{field} = {had!r}, but this config has {has!r}: "
+                    f"set config.model.{field} = {had!r}, or skip these weights with config.init_skip=('^{part}',)."
                 )
 
 
 def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[str, jax.Array]) -> None:
-    """Raise ValueError for arrays whose shapes do not fit."""
+    """Raise ValueError if a loaded array (`theirs`) has another shape than the model's array of that name (`ours`)."""
     wrong = [
-        f"{name} is {value.shape}, here {ours[name].shape}"
+        f"{name} is {value.shape}, but {ours[name].shape} in this config"
         for name, value in theirs.items()
         if name in ours and _fitted(name, value, ours[name].shape).shape != ours[name].shape
     ]
@@ -136,7 +144,7 @@ def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[st
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise ValueError(
             f"{source}: {'; '.join(wrong[:3])}{more}: "
-            f"change the config, or skip them, e.g. with config.init_skip=({names},)."
+            f"change the config, or skip these arrays, e.g. with config.init_skip=({names},)."
         )
 
 
@@ -159,7 +167,7 @@ def _fitted(name: str, value: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _summary(paths: list[str]) -> str:
-    """Return text with the number of paths for each prefix of two components."""
+    """Return the number of paths for each prefix of two components, e.g. "decoder/layers (12), heads/box (6)"."""
     groups: dict[str, int] = {}
     for path in paths:
         group = "/".join(path.split("/")[:2])

@@ -182,7 +182,7 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
     """Write a PNG with one plot per key.
 
-    runs: label to JSON-lines file of metrics; each line has "step" and some of the keys.
+    runs: {label: JSON-lines file of metrics}; each line of a file has "step" and some of the keys.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window and no global state, unlike pyplot
     from matplotlib.figure import Figure
@@ -246,7 +246,7 @@ def _draw_labels(
 
 def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: Number, h: Number) -> list[tuple[Number, Number]]:
     """Return upper left corners for a label of w x h pixels, best first."""
-    if not mask.any():  # a segment with a box only, or without both
+    if not mask.any():  # a segment that has only a box, or neither mask nor box
         return [(box[0], box[1] - h), (box[0], box[1])] if box[2] > box[0] else []
     _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
     x, y = _widest_point(mask)

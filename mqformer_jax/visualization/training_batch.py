@@ -23,7 +23,7 @@ INK, GRAY, RED = (32, 33, 36), (128, 132, 138), (200, 30, 30)
 FONT, HEAD, SMALL = (ImageFont.load_default(size) for size in (13, 15, 11))
 REGION, INSTANCES = "∎", "▢"  # drawn as icons, since the font lacks these characters
 HIDDEN = 500  # the number of a target smaller than this (in square pixels) is drawn above it
-ABSENT = 8  # prompts listed by name in a list without targets
+ABSENT = 8  # number of prompts that the lists "absent" and "no loss" name; others are only counted
 Rgb = tuple[int, int, int]
 
 
@@ -31,7 +31,8 @@ Rgb = tuple[int, int, int]
 class ShownPrompt:
     """One prompt of an example.
 
-    owned: its targets. others: targets that are known not to match it, for a prompt that is not exhaustive.
+    owned: indices of the targets that match it. others: if the prompt is not exhaustive, indices of the targets that
+        are known not to match it.
     """
 
     text: str
@@ -64,7 +65,7 @@ class ShownExample:
 
 
 def color(target: int | np.integer) -> Rgb:
-    """Return the color of a target. Hues follow in golden-ratio steps with three lightnesses, so neighbors differ."""
+    """Return the color of a target. Successive targets differ in hue by the golden ratio, and in lightness."""
     r, g, b = colorsys.hls_to_rgb((0.92 + 0.618034 * target) % 1, (0.5, 0.62, 0.42)[target % 3], 0.95)
     return round(255 * r), round(255 * g), round(255 * b)
 
@@ -190,7 +191,7 @@ class Piece:
 
 
 Item = list[Piece]
-Placed = tuple[Number, Number, Piece]  # left, top of its line
+Placed = tuple[Number, Number, Piece]  # x of the left edge, y of the top of the line, and the piece
 
 
 def prompt_items(prompts: Sequence[ShownPrompt]) -> tuple[list[Item], list[Item]]:

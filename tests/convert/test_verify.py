@@ -11,7 +11,7 @@ import pytest
 from mqformer_jax.checkpoint import load_weights, save_weights
 from mqformer_jax.convert.convert import convert
 from mqformer_jax.convert.files import write_safetensors
-from mqformer_jax.convert.verify import main, verify
+from mqformer_jax.convert.verify import _weights, main, verify
 
 STRIDES = [f"stride {s}" for s in (4, 8, 16, 32)]
 transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
@@ -127,6 +127,12 @@ def test_an_original_that_no_package_holds_is_one_line(tmp_path):
     write_safetensors(path, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
     with pytest.raises(ValueError, match="not in a package; families that can be verified are"):
         verify(path)
+
+
+def test_tensors_of_another_naming_scheme_are_one_line():
+    assert set(_weights({"model.fc.bias": np.ones(1), "other": np.ones(1)}, "fc.bias")) == {"fc.bias"}
+    with pytest.raises(ValueError, match="^no tensor is named layer1.0.conv1.weight: .*original code.$"):
+        _weights({"res2.0.conv1.weight": np.ones(1)}, "layer1.0.conv1.weight")
 
 
 @pytest.mark.slow

@@ -10,8 +10,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from tiny import get_config
 
+from mqformer_jax import tasks as registry
 from mqformer_jax.checkpoint import Weights, save_weights
-from mqformer_jax.evaluation.evaluate import evaluate, explain, named, table
+from mqformer_jax.evaluation.evaluate import evaluate, explain, ignored_fields, named, table
 from mqformer_jax.evaluation.instance import InstanceEvaluator
 from mqformer_jax.inference.predictor import Predictor
 from mqformer_jax.input.record import DatasetInfo, Record
@@ -69,6 +70,7 @@ def every_task(config):
 
 
 def test_details_hold_the_classes_and_the_worst_images_of_every_task(predictor, tiny_config, tmp_path):
+    assert {task for tasks in TASKS.values() for task in tasks} == set(registry.EVALUATED)
     found = evaluate(predictor, every_task(tiny_config), str(tmp_path))
     details = json.loads((tmp_path / "eval_details.json").read_text())
     assert {name: tuple(tasks) for name, tasks in details.items()} == {
@@ -162,11 +164,26 @@ def command(*arguments) -> subprocess.CompletedProcess:
 def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config, sample_root, tmp_path):
     save_weights(str(tmp_path), Weights(tiny_config, predictor.params, predictor.frozen), {})
     options = ["--datasets=sample_mattes/val", f"--config.data.root={sample_root}", "--config.eval.max_images=2"]
-    done = command(f"--checkpoint={tmp_path}", *options)
+    done = command(f"--checkpoint={tmp_path}", *options, "--config.data.canvas=(96,96)")
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count("ignored, because the checkpoint has other values: config.data.canvas\n") == 1
     found = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert done.stdout.startswith(table(found)) and {key.split(".")[0] for key in found} == {"foreground", "matting"}
     assert (tmp_path / "eval" / "eval_details.json").exists() and (tmp_path / "eval" / "sample_mattes_val.png").exists()
+
+
+def test_what_a_recipe_says_in_vain_is_named(tiny_config):
+    other = get_config()
+    assert ignored_fields(tiny_config, other) == []
+    other.data.update(canvas=(96, 64), templates=("a {}", "{}"))
+    assert ignored_fields(tiny_config, other) == ["config.data.canvas", "config.data.templates"]
+
+
+def test_a_task_that_nothing_updates_is_refused(predictor, tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.TASKS, "saliency", registry.TASKS["foreground"])
+    tiny_config.eval.sets = (dict(name="sample_mattes", split="val", tasks=("foreground", "saliency")),)
+    with pytest.raises(NotImplementedError, match="no code for the task 'saliency'"):
+        evaluate(predictor, tiny_config, str(tmp_path))
 
 
 def test_metrics_that_share_a_name_are_explained_for_each_task():

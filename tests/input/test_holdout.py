@@ -82,7 +82,7 @@ def test_what_cannot_be_known_is_said(root):
 
 def test_what_is_trained_on_and_evaluated_on_is_said(root):
     _, lines = read(root, [entry("coco")], [entry("coco")])
-    assert "data.leak_guard: coco/train is used for training and for evaluation" in lines
+    assert "data.leak_guard: coco/train is used for training and for evaluation; its images are kept" in lines
 
 
 def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):

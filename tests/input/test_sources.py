@@ -83,6 +83,14 @@ def test_missing_shard_is_named(root):
     assert "00000-of-00002.array_record is missing" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
 
 
+def test_a_split_that_a_teacher_made_is_made_again_by_synthesize(root):
+    folder = os.path.join(root, "toy")
+    DatasetInfo("toy", (), {"train": 5}, source="synthesize", made_from="boxes").save(folder)
+    os.remove(_shards(root)[0])
+    told = _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+    assert told.endswith("is missing: prepare the split again with `mqformer synthesize`")
+
+
 @pytest.mark.parametrize("keep", [0, 10_000, 70_000])
 def test_truncated_shard_is_named(root, keep):
     with open(_shards(root)[1], "r+b") as f:

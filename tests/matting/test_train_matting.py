@@ -37,6 +37,18 @@ def trained(sample_root, tmp_path_factory):
     return workdir, refine(recipe(sample_root), workdir)
 
 
+def test_the_encoder_starts_from_the_backbone_of_a_checkpoint(sample_root, tmp_path):
+    config, theirs = recipe(sample_root), get_config()
+    theirs.model.text.embed_dim = 99  # has no part in it
+    _, params, _ = build_refiner(config.matting, config.model.dtype, seed=1)
+    save_weights(str(tmp_path), Weights(theirs, {**params, "text_encoder": {"tokens": np.ones(3)}}, {}), {})
+    config.matting.init_from = (str(tmp_path),)
+    (found, _), _, report = refining.RefineStep(config).init()
+    _, fresh, _ = build_refiner(config.matting, config.model.dtype, config.seed)
+    jax.tree.map(np.testing.assert_array_equal, found, {**fresh, "backbone": params["backbone"]})
+    assert report[0].startswith(f"{tmp_path}: ") and report[-1].startswith("newly initialized: ")
+
+
 @pytest.mark.slow
 def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, sample_root):
     refiner, source = Refiner.load(trained[0]), ShardSource(sample_root, "sample_scenes", "val")
@@ -69,12 +81,13 @@ def test_the_loss_of_every_line_is_told_and_falls(trained):
 
 def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, tmp_path):
     config, rng = recipe(sample_root), np.random.default_rng(0)
-    graph, params, frozen = build_refiner(config)
+    graph, params, frozen = build_refiner(config.matting, config.model.dtype, seed=0)
     params = jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape).astype(np.float32)), params)
     save_weights(str(tmp_path / FOLDER), Weights(config, params, frozen), {})
     image, masks = rng.integers(0, 256, (70, 50, 3), np.uint8), np.zeros((2, 70, 50), np.float32)
     masks[0, 10:40, 5:30], masks[1, 50:, 40:] = 0.9, 1
-    before, after = Refiner(config, graph, params, frozen)(image, masks), Refiner.load(str(tmp_path))(image, masks)
+    saved = Refiner(config.matting, graph, params, frozen)
+    before, after = saved(image, masks), Refiner.load(str(tmp_path))(image, masks)
     np.testing.assert_array_equal(before, after)
     assert (
         after.shape == masks.shape
@@ -87,7 +100,7 @@ def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, t
 
 def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(sample_root, monkeypatch):
     config = recipe(sample_root)
-    refiner = Refiner(config, *build_refiner(config))
+    refiner = Refiner(config.matting, *build_refiner(config.matting, config.model.dtype, seed=0))
     for h, w in ((70, 50), (64, 64), (300, 20), (1, 1)):
         mask = np.zeros((2, h, w), np.float32)
         mask[0, : (h + 1) // 2] = 1

@@ -67,7 +67,7 @@ def test_a_caller_may_change_what_it_got():
 
 
 def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="at least 4 and 2"):
+    with pytest.raises(ValueError, match="at least 4 ids, 2 tokens"):
         WordTokenizer(vocab_size=3)
 
 

@@ -145,7 +145,7 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
     for line in (
         "2 images kept, 6 dropped",
         f"image: no mask with its name in {instances} (bare)",
-        f"mask: no image with its name for one in {maps} (ghost)",
+        f"mask: no image with the name of a mask in {maps} (ghost)",
         "image: mask file is truncated (cut)",
         "image: mask does not have 3 8-bit channels (gray)",
         "2 x image: mask size differs from its image (large, narrow)",
@@ -172,7 +172,10 @@ def test_another_class_list_ends_in_one_line(ade, capsys):
     (ade.root / "few.txt").write_text("wall\nbed\n")
     assert _prepare(ade, classes=ade.root / "few.txt")[0] is None
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "few.txt: 2 classes from value 0 on; give ADE20K's objectInfo150.txt" in error
+    assert (
+        error.count("\n") == 1
+        and "few.txt: has 2 classes, with mask values from 0 on; give ADE20K's objectInfo150.txt" in error
+    )
 
 
 def test_real_semantic_maps_keep_every_pixel(ade, real_data):

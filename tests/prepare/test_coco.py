@@ -427,7 +427,7 @@ def test_other_pickles_are_refused_in_one_line(refcoco, refs, monkeypatch):
 
 def test_refs_without_the_file_that_lists_their_images_say_so(refcoco):
     (refcoco / "refcoco" / "refs(umd).p").write_bytes(_python2(REFS[:2], 2))
-    with pytest.raises(ValueError, match=r"refs\(umd\).p: it lists no images; give --instances"):
+    with pytest.raises(ValueError, match=r"refs\(umd\).p: the file lists no images; give --instances"):
         coco.referring(str(refcoco / "refcoco" / "refs(umd).p"), str(refcoco / "train2014"))
 
 

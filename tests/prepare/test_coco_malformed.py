@@ -50,12 +50,21 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
         ),
         ({"categories": []}, "no annotation has a known 'category_id'; one has 7, no value is known"),
         ({"categories": [CAT, {**DOG, "id": 7}]}, "category id 7 occurs 2 times"),
-        ({"categories": [{**CAT, "name": None}]}, "a category without 'id' (a number) or 'name' (text)"),
+        (
+            {"categories": [{**CAT, "name": None}]},
+            "category {'id': 7, 'name': None} needs 'id' (a whole number) and 'name' (a text)",
+        ),
         ({"categories": [{**CAT, "synonyms": [None]}]}, "field 'synonyms' of category 'cat' contains non-text values"),
-        ({"categories": [{**CAT, "synonyms": 5}]}, "field 'synonyms' in 'categories' cannot be 5"),
-        ({"categories": [{**CAT, "isthing": "no"}]}, "a category whose 'isthing' is neither 0 nor 1"),
-        ({"annotations": [{**GOOD, "category_id": [7]}]}, "field 'category_id' in 'annotations' cannot be [7]"),
-        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5"),
+        (
+            {"categories": [{**CAT, "synonyms": 5}]},
+            "field 'synonyms' in 'categories' cannot be 5; expected a list or a text",
+        ),
+        ({"categories": [{**CAT, "isthing": "no"}]}, "in a category, 'isthing' is neither 0 nor 1"),
+        (
+            {"annotations": [{**GOOD, "category_id": [7]}]},
+            "field 'category_id' in 'annotations' cannot be [7]; expected a number or a text",
+        ),
+        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5; expected a text"),
         (
             {"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]},
             "the images x/a.png and y/a.png would both be read from",
@@ -169,6 +178,6 @@ def test_a_class_that_lost_a_panoptic_segment_is_not_taught_absent(tmp_path, inf
     record = _made(plan)[0]["a.png"]
     assert [s.class_id for s in record.segments] == [0] and record.partial_classes == partial
     assert plan.problems.counts == {
-        "image: annotated twice in the JSON; the first annotation is used": 1,
+        "note: image annotated twice in the JSON; the first annotation is used": 1,
         "segment: its image is not in the JSON": 1,
     }

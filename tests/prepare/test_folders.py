@@ -95,8 +95,8 @@ def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "1 x image: in the list, not in the folder (gone.jpg)" in table and "6 images kept, 1 dropped" in table
     for text, words in (
-        (b"other\n", "names an image (first line: 'other')"),
-        (b"", "train.txt: it is empty"),
+        (b"other\n", "names an image of --images (first line: 'other')"),
+        (b"", "train.txt: the file is empty"),
         (b"\xff\xd8", "in UTF-8"),
     ):
         (tmp_path / "train.txt").write_bytes(text)

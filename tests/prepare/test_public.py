@@ -380,7 +380,7 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
     [
         (["coco_2017_panoptik"], "no data set 'coco_2017_panoptik'; did you mean coco_2017_panoptic?"),
         (["imagenet"], "no data set 'imagenet'; --list shows all"),
-        ([], "name a data set"),
+        ([], "give the name of a data set"),
         (["duts", "--split", "val"], "duts has no split 'val'; it has train, test"),
     ],
 )

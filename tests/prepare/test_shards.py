@@ -260,7 +260,9 @@ def test_a_split_that_is_being_prepared_is_left_to_the_other_process(toy):
     toy.partial.mkdir(parents=True)
     handle = os.open(toy.partial, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(ValueError, match="^toy train is being prepared by another process, in .*train.partial$"):
+    with pytest.raises(
+        ValueError, match="^toy train is being prepared by another process, in .*train.partial: wait for it to end$"
+    ):
         toy.prepare()
     assert not toy.made() and toy.partial.exists()
     os.close(handle)

@@ -224,7 +224,7 @@ def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
         [str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1
     )
     assert [c.name for c in plan.classes] == ["tree"] and plan.problems.counts == {
-        "image: listed twice in objects; the first entry is used": 1
+        "note: image listed twice in objects; the first entry is used": 1
     }
 
 

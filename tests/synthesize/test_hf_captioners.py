@@ -22,7 +22,7 @@ from PIL import Image  # noqa: E402
 from mqformer_jax.input.record import DatasetInfo, Record  # noqa: E402
 from mqformer_jax.synthesize import hf_captioners, hugging_face  # noqa: E402
 from mqformer_jax.synthesize.hf_captioners import CAPTIONS, Blip, Blip2, Florence2  # noqa: E402
-from mqformer_jax.synthesize.hugging_face import crop, mark  # noqa: E402
+from mqformer_jax.synthesize.hugging_face import crop, teacher_name  # noqa: E402
 from mqformer_jax.synthesize.teachers import CAPTIONERS, Picture, make_teacher  # noqa: E402
 
 WORDS = "a red dog cat on the blue car big sits green bus with two small".split()
@@ -298,16 +298,16 @@ def test_it_is_had_by_name_and_marked_with_its_version(name, folders, captioners
     )
 
 
-def test_another_training_and_another_configuration_have_another_mark(folders, tmp_path):
+def test_another_training_and_another_configuration_have_another_name(folders, tmp_path):
     shutil.copytree(folders["blip"], tmp_path / "blip")
     there = str(tmp_path / "blip")
-    assert (first := mark("blip", there, there)) == mark("blip", folders["blip"], folders["blip"])
+    assert (first := teacher_name("blip", there, there)) == teacher_name("blip", folders["blip"], folders["blip"])
     weights = bytearray((tmp_path / "blip" / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "blip" / "model.safetensors").write_bytes(weights)
-    assert (second := mark("blip", there, there)) != first
+    assert (second := teacher_name("blip", there, there)) != first
     (tmp_path / "blip" / "config.json").write_text("{}")
-    assert mark("blip", there, there) not in (first, second)
+    assert teacher_name("blip", there, there) not in (first, second)
 
 
 def refused(where: object, kind: type = Blip) -> str:

@@ -286,7 +286,10 @@ def wider(folder: pathlib.Path) -> None:
         (lambda folder: os.remove(folder / "config.json"), "No such file.*config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), "Expecting property name"),
         (lambda folder: (folder / "config.json").write_text("[]"), "list indices"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'), "it holds something else"),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": "clip"}'),
+            "its config.json describes another model",
+        ),
         (lambda folder: os.remove(folder / "preprocessor_config.json"), "Can't load image processor"),
         (lambda folder: os.remove(folder / "model.safetensors"), "no file named model.safetensors"),
         (pickled, "no file named model.safetensors"),

@@ -1,9 +1,10 @@
 """ADE20K's 150 classes with instances: `annotations/<split>/*.png` and `annotations_instance/<split>/*.png`.
 
 The semantic map holds the class, 1 to 150, or 0 for unlabeled pixels. The instance map holds one of 100 instance
-categories in R, and the number of the instance in its image, or 0, in G. As in Mask2Former's panoptic ADE20K, the
-instance map takes precedence where the two disagree. Pixels of a thing class without an instance become a crowd of that
-class: the class is present, but the number of its instances is unknown. (Mask2Former's PNGs leave them void.)
+categories in channel R, and in channel G the number of the instance in its image, or 0. As in Mask2Former's panoptic
+ADE20K, the instance map takes precedence where the two maps disagree. Pixels of a thing class without an instance
+become a crowd of that class: the class is present, but the number of its instances is unknown. (Mask2Former's PNGs
+leave them void.)
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ THINGS = [value for value in range(1, 151) if value not in STUFF]
 
 
 def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
-    """Return the plan of a split.
+    """Return the plan of a split, e.g. of the training images.
 
     images: images/training. semantic: annotations/training. instances: annotations_instance/training. classes:
     objectInfo150.txt.
@@ -68,7 +69,8 @@ def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
     names, _, offset = read_classes(classes)
     if (len(names), offset) != (150, 1):
         raise ValueError(
-            f"{classes}: {len(names)} classes from value {offset} on; give ADE20K's objectInfo150.txt (150, from 1 on)"
+            f"{classes}: has {len(names)} classes, with mask values from {offset} on; "
+            "give ADE20K's objectInfo150.txt, which has 150, from 1 on"
         )
     infos = tuple(ClassInfo(texts, is_region=value not in THINGS) for value, texts in enumerate(names, 1))
     jobs, problems = paired(images, semantic, instances)

@@ -16,7 +16,7 @@ from mqformer_jax.prepare.formats.images import Image, read_channels, same_size
 from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# Category i + 1 is the i-th name (bdd100k/label/label.py); those after the first 30 are things.
+# The names of categories 1, 2, ... (bdd100k/label/label.py); those after the first 30 are things.
 NAMES = """dynamic, ego vehicle, ground, static, parking, rail track, road, sidewalk, bridge, building, fence, garage,
 guard rail, tunnel, wall, banner, billboard, lane divider, parking sign, pole, pole group, street light, traffic cone,
 traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus,

@@ -22,8 +22,8 @@ Path = str | tuple[str, ...]
 class Source:
     """A split of a public data set.
 
-    family: function that makes the split's plan. paths: its arguments that are files or folders, relative to the root.
-    options: its other arguments.
+    family: function that makes the split's plan. paths: the arguments of this function that are files or folders,
+    relative to the root. options: its other arguments.
     """
 
     family: Callable[..., Plan]
@@ -65,7 +65,7 @@ def _each(
 ) -> dict[str, Source]:
     """Return {split: Source} of a data set.
 
-    words: from our names of the splits to the data set's own names, which replace {} in `paths`.
+    words: {our name of a split: the data set's name of it}. The latter replaces {} in `paths`.
     """
 
     def filled(path: Path, word: str) -> Path:
@@ -88,7 +88,7 @@ def _mattes(splits: Mapping[str, Source], url: str, get: str, license: str) -> P
 
 
 def _matting(folder: str, images: str, trimaps: bool = True) -> Source:
-    """Return a split of the matting data sets by Li, Zhang, Tao and others. Training images have no trimaps."""
+    """Return a split of the matting data sets by Li, Zhang, Tao and others. trimaps: whether the split has trimaps."""
     paths = {"images": f"{folder}/{images}", "alphas": f"{folder}/mask"}
     return Source(folders.mattes, paths | ({"trimaps": f"{folder}/trimap"} if trimaps else {}))
 
@@ -135,7 +135,7 @@ TRAIN_VAL = {"train": "train", "val": "val"}
 COCO_2017 = {"train": "train2017", "val": "val2017"}
 PANOPTIC = "things and stuff with masks, exhaustive"
 INSTANCES = "things with masks, exhaustive"
-SEMANTIC = "one region a class, exhaustive"
+SEMANTIC = "one region per class, exhaustive"
 
 COCO_URL, COCO_LICENSE = "https://cocodataset.org/#download", "annotations CC BY 4.0, images Flickr's terms"
 ADE_URL, ADE_LICENSE = "http://sceneparsing.csail.mit.edu", "images for non-commercial research, annotations BSD-3"
@@ -177,7 +177,7 @@ SETS: dict[str, PublicSet] = {
         "https://www.lvisdataset.org/dataset",
         "lvis_v1_train.json and lvis_v1_val.json into lvis/, and COCO's train2017 and val2017 into coco/",
         COCO_LICENSE,
-        "things with masks, federated: each image lists the classes checked to be absent, and those labeled in part",
+        "things with masks, federated: each image lists the classes known to be absent, and those labeled only in part",
     ),
     "refcoco": _refer("refcoco", "unc", ("train", "val", "testA", "testB"), "not stated"),
     "refcoco_google": _refer("refcoco", "google", ("train", "val", "test"), "not stated"),

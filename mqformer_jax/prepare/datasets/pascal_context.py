@@ -15,16 +15,17 @@ from mqformer_jax.prepare.formats.images import Image, Unusable, same_size
 from mqformer_jax.prepare.formats.label_maps import Piece, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# Names in 59_labels.txt that differ from labels.txt, and names without spaces in both.
+# {name in 59_labels.txt: name of the same class in labels.txt}
 ALIASES = {"diningtable": "table", "bedcloth": "bedclothes", "clothes": "cloth"}
+# {name in both files: the name with spaces}
 SPELLED = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 def semantic(images: str, labels: str, names: str, classes: str | None = None, listed: str | None = None) -> Plan:
     """Return the plan of a split. images: VOC2010/JPEGImages. labels: trainval. names: labels.txt.
 
-    classes: 59_labels.txt, or None for all 459 labels; pixels of other labels are ignored. listed: file that lists the
-    images of the split (VOC2010/ImageSets/Main/val.txt), or None for all .mat files.
+    classes: 59_labels.txt, whose classes are used (pixels of other labels are ignored), or None for all 459 labels.
+    listed: file that lists the images of the split (VOC2010/ImageSets/Main/val.txt), or None for all .mat files.
     """
     for folder in (images, labels):
         if not os.path.isdir(folder):
@@ -35,7 +36,7 @@ def semantic(images: str, labels: str, names: str, classes: str | None = None, l
         wanted = [name if name in label_of else ALIASES.get(name, name) for name in _read_labels(classes).values()]
     for name in wanted:
         if name not in label_of:
-            raise ValueError(f"{classes}: class {name!r} is not in {names}")
+            raise ValueError(f"{classes}: class {name!r} is not in {names}; give the two files of PASCAL-Context")
     infos = tuple(ClassInfo((SPELLED.get(name, name),), is_region=True) for name in wanted)
     class_of = dict.fromkeys([0, *label_of.values()]) | {label_of[name]: i for i, name in enumerate(wanted)}
     stems = _read_list(listed) if listed else sorted(name[:-4] for name in os.listdir(labels) if name.endswith(".mat"))
@@ -66,17 +67,19 @@ def _read_lines(path: str) -> list[str]:
 
 
 def _read_list(path: str) -> list[str]:
-    """Return the first column of a list of images."""
+    """Return the image names in a list file, the first word of each line."""
     return [line.split()[0] for line in _read_lines(path)]
 
 
 def _read_labels(path: str) -> dict[int, str]:
-    """Read lines like "3: air conditioner". Label 0 ("background") marks unlabeled pixels and is left out."""
+    """Return {label: name} from lines like "3: air conditioner". Label 0, for unlabeled pixels, is left out."""
     found: dict[int, str] = {}
     for line in _read_lines(path):
         number, _, name = line.partition(":")
         if not number.strip().isdigit() or not name.strip():
-            raise ValueError(f"{path}: line {line!r} does not look like '3: air conditioner'")
+            raise ValueError(
+                f"{path}: line {line!r} does not look like '3: air conditioner'; give PASCAL-Context's file"
+            )
         found[int(number)] = name.strip()
     found.pop(0, None)
     twice = [name for name in found.values() if list(found.values()).count(name) > 1]
@@ -95,7 +98,7 @@ MOST_BYTES = 1 << 28  # a limit, since a small file may unpack to any size
 
 
 def read_label_map(path: str) -> np.ndarray:
-    """Return `LabelMap` of a .mat file, written by MATLAB's save -v6 or -v7, as integers [h, w]. Raises Unusable."""
+    """Return the `LabelMap` in a .mat file of MATLAB's save -v6 or -v7 as integers [h, w]. Raises Unusable."""
     try:
         with open(path, "rb") as f:
             data = f.read()

@@ -17,10 +17,10 @@ from mqformer_jax.prepare.plan import Plan
 
 
 def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, str, Plan]]:
-    """Iterate over (name, split, plan) of the named data sets, or of all that match, e.g. "seginw_*".
+    """Iterate over (name, split, plan) of the named data sets.
 
-    splits: all if empty. Before any plan is made, raises ValueError for an unknown name and FileNotFoundError for the
-    first missing file.
+    names: names or patterns, e.g. "seginw_*". root: the folder of the downloads. splits: all if empty. Before any plan
+    is made, raises ValueError for an unknown name and FileNotFoundError for the first missing file.
     """
     wanted = [(name, split) for name in _expand(names) for split in _chosen(name, splits)]
     for name, split in wanted:
@@ -31,7 +31,7 @@ def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterat
 
 
 def table(root: str) -> str:
-    """Return a list of all data sets, their annotations and their files. A + marks splits whose files all exist."""
+    """Return a text that lists all data sets with annotations and files. A + precedes splits whose files all exist."""
     lines = [f"Files expected below {root} (+: all exist):"]
     for name, entry in SETS.items():
         lines += ["", f"{name}: {entry.teaches}", f"    {entry.url}: {entry.get}; license: {entry.license}"]
@@ -43,7 +43,7 @@ def table(root: str) -> str:
 
 def _expand(names: Sequence[str]) -> list[str]:
     if not names:
-        raise ValueError("name a data set; --list shows all")
+        raise ValueError("give the name of a data set, e.g. refcoco; --list shows all")
     found: dict[str, None] = {}
     for pattern in names:
         matching = fnmatch.filter(SETS, pattern)
@@ -67,8 +67,8 @@ def _chosen(name: str, splits: Sequence[str]) -> Iterable[str]:
 def _mend(name: str, split: str, path: str) -> str:
     entry = SETS[name]
     only = (
-        f", or leave the split out with --split {' '.join(s for s in entry.splits if s != split)}"
+        f". To leave out this split, use --split {' '.join(s for s in entry.splits if s != split)}"
         if len(entry.splits) > 1
         else ""
     )
-    return f"{path}: no such file or folder. For {name} {split}, from {entry.url} unpack {entry.get}{only}"
+    return f"{path}: no such file or folder. For {name} {split}, download from {entry.url} and unpack {entry.get}{only}"

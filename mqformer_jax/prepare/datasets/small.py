@@ -1,4 +1,4 @@
-"""All data sets in one folder of small real data. No image of a val split is in a train split."""
+"""All data sets in one folder of small extracts of real data. No image of a val split is in a train split."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from collections.abc import Iterator
 from mqformer_jax.prepare.formats import coco, folders
 from mqformer_jax.prepare.plan import Job, Plan
 
-REFERRING_VAL = 4  # images that only expressions use belong to val if their id is a multiple of this
+# Of the images with expressions that no other data set trains on, those whose id is a multiple of this are in val.
+REFERRING_VAL = 4
 
 
 def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
     """Yield (name, split, plan) of every data set in a folder with the layout of data/README.md.
 
-    The COCO data sets share images. The val split of `refcoco` has the images that other data sets use for val, and a
-    quarter of the images that no other data set uses for training. No train split contains an image of a val split.
+    The COCO data sets share images. The val split of `refcoco` has the images that other data sets use for val, and the
+    images that no other data set uses for training and whose id is a multiple of REFERRING_VAL. No train split contains
+    an image of a val split.
     """
 
     def at(*parts: str) -> str:
@@ -68,7 +70,7 @@ def _ids(*plans: Plan) -> set[int]:
 
 
 def _split(name: str, plan: Plan, every: int) -> Iterator[tuple[str, str, Plan]]:
-    """Yield the splits train and val. Of the images sorted by name, every `every`-th one is in val."""
+    """Yield (name, split, plan) for train and val. Of the images sorted by name, each `every`-th one is in val."""
     val = {job.key for job in sorted(plan.jobs, key=_key)[every - 1 :: every]}
     yield name, "train", plan.only(lambda job: job.key not in val)
     yield name, "val", plan.only(lambda job: job.key in val)

@@ -34,11 +34,11 @@ class TfdsSet:
     """A TFDS builder that `plans` supports.
 
     name: name of the data set in recipes.
-    splits: from our names to the builder's.
+    splits: {our name of a split: the builder's name}.
     needs: packages that the builder needs to make the data set, but not to read it.
-    vocabulary: takes the builder's features. Returns the classes, and a map from class ids to class indices.
+    vocabulary: takes the builder's features. Returns the classes and {class id: class index}.
     key: returns the image name of an example.
-    record: the `make_record` of `plan.build`; the job's `labels` are the example.
+    record: the `make_record` of `plan.build`; `Job.labels` is the example.
     image: the feature that holds the image.
     """
 
@@ -55,7 +55,7 @@ class TfdsSet:
 def plans(
     builder: str, split: str, name: str | None = None, data_dir: str | None = None
 ) -> Iterator[tuple[str, str, Plan]]:
-    """Yield (name, split, plan) of one split of "lvis", "voc/2012", ...
+    """Yield (name, split, plan) of one split of a TFDS builder, e.g. "lvis" or "voc/2012".
 
     Downloads and makes the data set first if it is not in `data_dir`. Raises ValueError, also if the builder fails.
     """
@@ -78,9 +78,9 @@ def plans(
 
 
 def _full_name(builder: str) -> str:
-    """Return the name of a builder with its configuration, by default the first one ("voc": "voc/2007").
+    """Return the name of a builder with its configuration, by default the first one ("voc" gives "voc/2007").
 
-    Raises ValueError if it is not supported.
+    Raises ValueError if the builder is not supported.
     """
     full = next((known for known in SETS if known == builder or known.startswith(f"{builder}/")), None)
     if full is None and builder.split("/")[0] in _INSTEAD:
@@ -117,7 +117,7 @@ def _made(full: str, data_dir: str | None) -> Any:
             what = str(e).strip().split("\n")[0] or type(e).__name__
             raise ValueError(f"{full}: {what} ({page} says what the builder needs)") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
-        mend = "delete this folder to make it again from the downloads"
+        mend = "delete this folder, then run the same command to make the data set again from the downloads"
         raise ValueError(f"{builder.data_dir}: its files are not ArrayRecord files, so they need TensorFlow; {mend}")
     return builder
 
@@ -146,7 +146,10 @@ def _build(full: str, folder: str, split: str, class_of: dict[int, int], job: Jo
 
 
 def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Make a record of LVIS. The builder's masks have corners rounded down to pixels and include the outline."""
+    """Return the record of an LVIS example.
+
+    The builder rounds the corners of polygons down to whole pixels, and its masks include the outlines.
+    """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
     items = [
@@ -161,9 +164,9 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
 
 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Make a record of RefCOCO. Its expressions are the field `raw`, the text as the annotator wrote it.
+    """Return the record of a RefCOCO example. Its expressions are the field `raw`, the text as the annotator wrote it.
 
-    REFER's `sent`, the normalized text (lower case, no period), is missing in the TFDS builder.
+    The TFDS builder lacks REFER's `sent`, the normalized text (lower case, no period).
     """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
@@ -182,7 +185,7 @@ def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, in
 
 
 def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Make a record of VOC. Difficult objects become crowds, since the evaluation ignores them."""
+    """Return the record of a VOC example. Difficult objects become crowds, since the evaluation ignores them."""
     objects = job.labels["objects"]
     items = []
     for number, (label, box, difficult) in enumerate(zip(objects["label"], objects["bbox"], objects["is_difficult"])):
@@ -193,7 +196,7 @@ def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], s
 
 
 def _cityscapes(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Make a record of Cityscapes. Labels outside of the evaluation are ignored."""
+    """Return the record of a Cityscapes example. Labels that the evaluation leaves out are ignored."""
     labels = same_size(job.labels["segmentation_label"][..., 0], image)
     pieces = [Piece(class_of[label], labels == label) for label in np.unique(labels).tolist() if label in class_of]
     return panoptic_record(job.key, image, pieces, CITYSCAPES)
@@ -205,7 +208,7 @@ def _with(job: Job, items: list[dict[str, Any]], absent: tuple[int, ...] = (), p
 
 
 def _xywh(box: Any, image: Image) -> tuple[float, ...]:
-    """Convert a box ymin, xmin, ymax, xmax in 0 to 1 to COCO's x, y, width, height in pixels.
+    """Convert a box ymin, xmin, ymax, xmax (fractions, 0 to 1) to COCO's x, y, width, height in pixels.
 
     Rounds to 1/1000 pixel, the precision of float32.
     """
@@ -222,16 +225,16 @@ def _rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _named(features: Any) -> Vocabulary:
-    """Return the classes that the builder's labels name, and a map from class ids to class indices."""
+    """Return the classes, named by the builder's labels, and {class id: class index}."""
     spaced = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv/monitor"}  # VOC's
     names = enumerate(features["objects"]["label"].names)
     return vocabulary([{"id": i, "name": spaced.get(name, name)} for i, name in names], "the builder's labels")
 
 
 def _coco_ids(features: Any) -> Vocabulary:
-    """Return COCO's 80 classes, and a map from class ids to class indices.
+    """Return COCO's 80 classes and {category id: class index}.
 
-    The builder `ref_coco` has class ids, but no names.
+    The builder `ref_coco` has category ids, but no names.
     """
     return vocabulary([{"id": i, "name": name} for i, name in zip(THING_IDS, class_names(80), strict=True)], "COCO")
 

@@ -73,7 +73,7 @@ def _load(path: str) -> list[dict[str, Any]]:
         or not all(isinstance(entry, dict) for entry in data)
         or any(_image_id(e) is None for e in data)
     ):
-        raise ValueError(f"{path}: not a list of objects with 'image_id'; is it Visual Genome's file?")
+        raise ValueError(f"{path}: not a list of objects with 'image_id'; give the file that Visual Genome publishes")
     return data
 
 
@@ -84,9 +84,11 @@ def _listed(
     seen = set()
     for entry in _load(path) if path else ():
         if not isinstance(entry.get(field), list) or not all(isinstance(item, dict) for item in entry[field]):
-            raise ValueError(f"{path}: field '{field}' is not a list of objects; is it Visual Genome's file?")
+            raise ValueError(
+                f"{path}: field '{field}' is not a list of objects; give the file that Visual Genome publishes"
+            )
         if _image_id(entry) in seen:
-            problems.add(f"image: listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}")
+            problems.add(f"note: image listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}")
         elif _image_id(entry) in entries:
             seen.add(_image_id(entry))
             yield _image_id(entry), entry[field]
@@ -99,7 +101,7 @@ def _image_id(entry: dict) -> Any:
 
 
 def _box(item: dict) -> list[Any]:
-    """Return x, y, width, height of an object, whose keys are w and h, or of a region, whose keys are written out."""
+    """Return x, y, width, height of an object, with keys w and h, or of a region, with keys width and height."""
     return [item.get("x"), item.get("y"), item.get("w", item.get("width")), item.get("h", item.get("height"))]
 
 
@@ -111,7 +113,7 @@ def _clean(text: Any) -> str:
 
 
 def _aliases(path: str | None) -> dict[str, str]:
-    """Map each spelling to the first spelling of its line in object_alias.txt ("tv,television,tv set")."""
+    """Return {spelling: first spelling in its line} of object_alias.txt, e.g. television: tv for "tv,television"."""
     first: dict[str, str] = {}
     try:
         with open(path or os.devnull, encoding="utf-8") as f:
@@ -127,10 +129,10 @@ def _aliases(path: str | None) -> dict[str, str]:
 def _vocabulary(
     named: dict[Any, list[dict]], alias: dict[str, str], min_images: int
 ) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
-    """Return the classes sorted by name, and a map from spellings to class indices.
+    """Return the classes sorted by name, and {spelling: class index}.
 
-    The texts of a class are its most frequent spelling and all others that occur in at least `min_images` images, in
-    order of frequency.
+    The texts of a class are its most frequent spelling and all its other spellings that occur in at least `min_images`
+    images, in order of frequency. alias: see `_aliases`.
     """
     images_of: collections.Counter[str] = collections.Counter()
     spelled: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -201,7 +203,7 @@ def _objects(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterator[Segment]:
-    """Return one segment per box, with its phrases. A phrase that describes two boxes is ambiguous and dropped."""
+    """Return a segment for each box with its phrases. A phrase that describes two boxes is ambiguous and dropped."""
     boxes_of: dict[str, list[Box]] = collections.defaultdict(list)
     for phrase, xywh in scene.phrases:
         try:
@@ -221,7 +223,7 @@ def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _new(box: Box, boxes: list[Box]) -> bool:
-    """Return whether a box differs from all `boxes`. If so, add it to them."""
+    """Return whether the IoU of a box with all `boxes` is below SAME. If so, add the box to them."""
     if boxes and (box_iou(np.array(box), np.array(boxes)) >= SAME).any():
         return False
     boxes.append(box)

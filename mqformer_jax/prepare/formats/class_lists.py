@@ -13,21 +13,25 @@ NUMBERED = re.compile(r"\s*\d+[\s:,]")
 
 
 def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, ...]], list[int], int]:
-    """Read a class list: names with synonyms, mask values of unlabeled pixels, and the first class's mask value.
+    """Return the names and synonyms of each class, the mask values of unlabeled pixels, and that of the first class.
 
     Formats: JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
     synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table with the mask value in the
     first column and the name in the last), CamVid's label_colors.txt ("Void" is unlabeled), and plain text with one
     class per line. Commas separate synonyms; those that two classes share are left out. offset: mask value of the first
-    class, if not the list's. Raises ValueError or FileNotFoundError.
+    class (default: that of the list). Raises ValueError or FileNotFoundError.
     """
     entries, ignore, own_offset = _read_list(path)
     offset = own_offset if offset is None else offset
     names = [name for name, _ in entries]
     first = [name[0] for name in names if name]
     twice = [name for name in first if first.count(name) > 1]
-    if not names or len(first) < len(names) or twice:
-        raise ValueError(f"{path}: " + (f"class {twice[0]!r} occurs twice" if twice else "a class without a name"))
+    if not names:
+        raise ValueError(f"{path}: the class list is empty; write at least one class name")
+    if len(first) < len(names):
+        raise ValueError(f"{path}: class {names.index(()) + 1} of {len(names)} has no name; name or remove it")
+    if twice:
+        raise ValueError(f"{path}: class {twice[0]!r} occurs twice; rename or remove one of the two")
     if ignore is None:  # not given: 255, unless that is a class
         ignore = [] if offset <= 255 < offset + len(names) else [255]
     return distinct(names), ignore, offset
@@ -38,12 +42,12 @@ def read_colors(path: str) -> dict[int, int]:
     colors = [color for _, color in _read_list(path)[0]]
     found = {color: i for i, color in enumerate(colors) if color is not None}
     if len(found) < len(colors) - colors.count(None):
-        raise ValueError(f"{path}: two classes have the same color")
+        raise ValueError(f"{path}: two classes have the same color; give each class its own")
     return found
 
 
 def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int] | None, int]:
-    """Return the names and colors of a class list, the values of unlabeled pixels (None: not given) and the offset."""
+    """Return (names, color) of each class, the mask values of unlabeled pixels (None: not given), and the offset."""
     text = read_text(path)
     lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(path, text)
     try:

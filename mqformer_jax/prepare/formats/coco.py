@@ -51,7 +51,7 @@ _MENDED = {
     "monitor_(computer_equipment) computer_monitor": ("monitor (computer equipment)", "computer monitor"),
 }
 
-# "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
+# A slash between two names: "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
 _OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
 
 # ---- Plans, made from JSON files -----------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
             problems.add("image: no annotation", _name(entry))
             continue
         if more:
-            problems.add("image: annotated twice in the JSON; the first annotation is used", _name(entry))
+            problems.add("note: image annotated twice in the JSON; the first annotation is used", _name(entry))
         png = os.path.join(masks, annotation.get("file_name") or os.path.splitext(_name(entry))[0] + ".png")
         jobs.append(_job(entry, images, (png, annotation.get("segments_info") or ())))
     _one_file_each(jobs, json_path, problems)
@@ -98,7 +98,7 @@ def instances(json_path: str, images: str) -> Plan:
     _need_known(json_path, "category_id", data["annotations"], class_of)
     federated = any("neg_category_ids" in entry for entry in entries)
     for entry in entries:
-        if of_image and entry["id"] not in of_image and not federated:  # perhaps it was not annotated
+        if of_image and entry["id"] not in of_image and not federated:  # perhaps nobody annotated the image
             problems.add("note: image without annotations; all classes count as absent", _name(entry))
     jobs = [_job(entry, images, of_image.get(entry["id"], [])) for entry in entries]
     _one_file_each(jobs, json_path, problems)
@@ -115,9 +115,9 @@ def instances(json_path: str, images: str) -> Plan:
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
     """Return the plan of a JSON file of expressions.
 
-    An item of its `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
+    An item of the file's `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
     An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the JSON
-    file does not. refs_split: keep only this split. Splits other than train are for evaluation and keep every
+    file does not. refs_split: keep only refs of this split. Splits other than train are for evaluation and keep every
     expression: see `referring_record`.
     """
     data = load_json(json_path, "refs")
@@ -140,7 +140,7 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
     listed = {e["id"]: e for e in _entries(data.get("images", list(entries.values())), problems)}
     if not listed:
         raise ValueError(
-            f"{json_path}: it lists no images; give --instances with a file that does (RefCOCO's instances.json)"
+            f"{json_path}: the file lists no images; give --instances with a file that does (RefCOCO's instances.json)"
         )
     for image_id in of_image.keys() - listed.keys():
         problems.add("expression: its image is not in the JSON", f"image_id {image_id}")
@@ -150,7 +150,10 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
 
 
 def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
-    """Return the plan of foregrounds: `items` of {image_id, ann_ids}, unions of shapes from `instance_files`."""
+    """Return the plan of a JSON file of salient foregrounds.
+
+    Each of its `items`, {image_id, ann_ids}, is the union of these annotations of `instance_files`.
+    """
     data = load_json(json_path, "items")
     need_folders(images)
     shapes, entries, _ = _instance_index(instance_files)
@@ -170,6 +173,7 @@ def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Pl
 
 
 _ID, _TEXT, _LIST = (int, float, str), str, list
+_KINDS = {int: "a number", float: "a number", str: "a text", list: "a list"}
 _TYPES: dict[str, dict[str, Any]] = {
     "images": {
         "id": _ID,
@@ -208,7 +212,9 @@ def load_json(path: str, *fields: str) -> dict[str, Any]:
                 value for value in (item.get(name) for item in items) if not (value is None or isinstance(value, types))
             ][:1]
             if wrong:
-                raise ValueError(f"{path}: field '{name}' in '{field}' cannot be {wrong[0]!r}")
+                kinds = types if isinstance(types, tuple) else (types,)
+                expected = " or ".join(dict.fromkeys(_KINDS[kind] for kind in kinds))
+                raise ValueError(f"{path}: field '{name}' in '{field}' cannot be {wrong[0]!r}; expected {expected}")
     return data
 
 
@@ -241,16 +247,14 @@ class _PlainUnpickler(pickle.Unpickler):
 def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
     """Return the classes sorted by category id, and a map from category ids to class indices. Raises ValueError.
 
-    Texts of a class are its name, split at slashes ("Cabinet/shelf"), and its `synonyms`, without those that another
-    class has too. Qualifiers in brackets stay ("bow (weapon)"), since names in LVIS would otherwise repeat. Stuff names
-    lose "-merged", "-other" and "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get stays
-    unchanged.
+    The texts of a class are its name, split at slashes ("Cabinet/shelf"), and its `synonyms`, without synonyms that
+    another class also has. Qualifiers in brackets stay ("bow (weapon)"), since names in LVIS would otherwise repeat.
+    Stuff names lose "-merged", "-other" and "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get
+    stays unchanged.
     """
-    if any(
-        not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip()
-        for c in categories
-    ):
-        raise ValueError(f"{path}: a category without 'id' (a number) or 'name' (text)")
+    for c in categories:
+        if not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip():
+            raise ValueError(f"{path}: category {str(c)[:100]} needs 'id' (a whole number) and 'name' (a text)")
     for category_id, count in collections.Counter(c["id"] for c in categories).items():
         if count > 1:
             raise ValueError(f"{path}: category id {category_id} occurs {count} times; ids must differ")
@@ -259,7 +263,7 @@ def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tupl
             {**c, "isthing": flag({"isthing": 1, **c}, "isthing")} for c in sorted(categories, key=lambda c: c["id"])
         ]
     except Unusable as e:
-        raise ValueError(f"{path}: a category whose {e}") from None
+        raise ValueError(f"{path}: in a category, {e}") from None
     words = [_words(c) for c in categories]
     counts = collections.Counter(w[0] for w in words)
     names = [w[0] if counts[w[0]] == 1 else _spaced(c["name"].replace("-", " ")) for c, w in zip(categories, words)]
@@ -301,9 +305,9 @@ def _spaced(name: str) -> str:
 def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
     """Return the categories without the super-category of all others, which Roboflow adds for the project.
 
-    It has no annotations, so as a class it would count as absent in every image. Two kinds of categories are kept: one
-    with annotations, and one whose super-category has the same name as itself (Hand-Segmentation of SeginW, which lacks
-    the project's category).
+    That category has no annotations, so as a class it would count as absent in every image. It is kept if it has
+    annotations, or if its own super-category has its name (Hand-Segmentation of SeginW, which lacks the project's
+    category).
     """
     above = collections.Counter(c.get("supercategory") for c in categories)
     for root in categories:
@@ -338,7 +342,7 @@ def need_folders(*folders: str) -> None:
 
 
 def _entries(entries: list[dict], problems: Problems) -> list[dict]:
-    """Return the images that have an id and a file name, without repeated ids. The others count as problems."""
+    """Return the images that have an id and a file name, without repeated ids. Count the others as problems."""
     known: dict[Any, dict] = {}
     for entry in entries:
         if "id" not in entry or not _name(entry):
@@ -377,7 +381,7 @@ def _below(folder: str, parent: str) -> str:
 
 
 def _by_image(annotations: list[dict], entries: list[dict], path: str, problems: Problems) -> dict[Any, list[dict]]:
-    """Group annotations by image id. Images that are not listed are counted as problems."""
+    """Return {image id: annotations}. Count images that are not among the `entries` as problems."""
     listed = {entry["id"] for entry in entries}
     _need_known(path, "image_id", annotations, listed)
     of_image = collections.defaultdict(list)
@@ -389,7 +393,7 @@ def _by_image(annotations: list[dict], entries: list[dict], path: str, problems:
 
 
 def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
-    """Raise ValueError if there are annotations, but none has a known image or class.
+    """Raise ValueError if there are annotations, but in none is the value of `field` (an image or class id) `known`.
 
     This happens if ids have different types ("0" and 0). Then all classes would count as absent everywhere.
     """
@@ -410,7 +414,7 @@ def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
             )
     for key, count in collections.Counter(job.key for job in jobs).items():
         if count > 1:
-            problems.add("note: file of several images in the JSON", key)
+            problems.add("note: several images in the JSON have this file", key)
 
 
 def _instance_index(paths: Sequence[str]) -> tuple[dict[int, dict], dict[int, dict], list[dict]]:

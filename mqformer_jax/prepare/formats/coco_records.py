@@ -1,4 +1,4 @@
-"""Turn the COCO annotations of an image into a record, in a worker process. Errors are counted, never corrected."""
+"""Turn the COCO annotations of an image into a record, in a worker process. Unusable ones are dropped and counted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 class Labels(NamedTuple):
     """The JSON annotations of one image.
 
-    items: annotations in the form of their format (panoptic, instances, ...). height, width: in pixels, if given.
+    items: annotations, as their format stores them (panoptic, instances, ...). height, width: in pixels, if given.
     negative: LVIS's ids of categories that are verified as absent. not_exhaustive: LVIS's ids of categories that are
     labeled only in part.
     """
@@ -61,7 +61,7 @@ def panoptic_record(
     partial = {class_of[c] for c in _lost(infos, pieces) if c in class_of}
     for segment_id in sorted(present - {info.get("id") for info in infos}):
         problems.add("segment: in the PNG, not in the JSON", f"{job.key} segment {segment_id}")
-        partial |= set(range(len(classes))) - kept  # it could be any of them
+        partial |= set(range(len(classes))) - kept  # its class may be any of these
     return label_maps.panoptic_record(job.key, image, pieces.values(), classes, partial)
 
 
@@ -104,8 +104,8 @@ def referring_record(
     """Return a record with one segment for each object, with all its expressions.
 
     The classes of the objects count as labeled in part. An expression of two objects is ambiguous and dropped. If an
-    expression of an object is also marked as `no_target`, the mark is ignored. every: keep all expressions, with
-    duplicates, for evaluation: published metrics count each one as often as it occurs.
+    expression of an object also occurs with `no_target`, `no_target` is ignored. every: keep all expressions, also
+    ambiguous and repeated ones, for evaluation: published metrics count each one as often as it occurs.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
     absent: list[str] = []
@@ -162,7 +162,7 @@ def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def items_of(job: Job, image: Image) -> Any:
-    """Return the annotations. Raises Unusable if they are for another image size, e.g. before EXIF rotation."""
+    """Return the annotations of a job. Raises Unusable if the image has another size than they state."""
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
         turned = " (rotated by EXIF)" if said == real[::-1] else ""
@@ -177,7 +177,7 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
 
 
 def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[str]:
-    """Return the expressions of a ref: one string, several, or RefCOCO's {"sent": cleaned, "raw": original}."""
+    """Return the expressions of a ref. Its `sentences` is a string, RefCOCO's {"sent": ...}, or a list of either."""
     if flag(ref, "uncertain"):
         raise Unusable("marked as uncertain")
     said = ref.get("sentences", [])
@@ -216,7 +216,7 @@ def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what:
             box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
             given, tight = np.array(box), np.array(segment.box)
             if box_iou(given, tight) >= 0.9 or np.abs(given - tight).max() <= 2:
-                return dataclasses.replace(segment, box=box)  # exact to fractions of a pixel
+                return dataclasses.replace(segment, box=box)  # the given box, exact to fractions of a pixel
             problems.add("note: box disagrees with its mask; the mask's box is kept", what)
             return segment
         if not annotation.get("bbox"):
@@ -250,7 +250,7 @@ def _masked(counts: bytes, image: Image, **fields: Any) -> Segment:
 
 
 def _rle(segmentation: Any, image: Image) -> bytes:
-    """Convert polygons, counts or compressed counts to a compressed run-length code. Raises Unusable if it is empty."""
+    """Convert polygons or a run-length code to a compressed code. Raises Unusable, also for an empty mask."""
     height, width = image.height, image.width
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
@@ -282,9 +282,8 @@ def _runs(counts: str | bytes) -> list[int]:
     for byte in counts.encode() if isinstance(counts, str) else counts:
         value |= (byte - 48 & 31) << shift
         shift += 5
-        if (
-            not byte - 48 & 32
-        ):  # the last five bits of a run; the fifth is the sign. From the fourth run on, values are differences.
+        # The last five bits of a run; the fifth is the sign. From the fourth run on, values are differences.
+        if not byte - 48 & 32:
             value -= (byte - 48 & 16) << shift - 4
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))
             value = shift = 0

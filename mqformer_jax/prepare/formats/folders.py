@@ -62,7 +62,9 @@ def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | No
     jobs, problems = pairs(images, alphas, names, suffix)
     found = files_by_stem(trimaps) if trimaps else {}
     if trimaps and not any(job.key in found for job in jobs):
-        raise ValueError(f"{trimaps}: no trimap has the name of an image in {images}")
+        raise ValueError(
+            f"{trimaps}: no trimap has the name of an image in {images}; rename them, e.g. 1.png for 1.jpg"
+        )
     for job in jobs:
         job.labels = (job.labels, found.get(job.key))
         if trimaps and job.key not in found:
@@ -76,8 +78,9 @@ def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | No
 def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -> tuple[list[Job], Problems]:
     """Return a job for each image with a mask of the same name (plus `suffix`), and count files without a partner.
 
-    names: a file that lists the images of this split. `images` and `masks` may be the same folder: then the masks are
-    the files that end in `suffix` or, without a suffix, those that are not JPEGs. Raises ValueError without any pair.
+    Names are compared without extension. names: a file that lists the images of this split. `images` and `masks` may
+    be the same folder: then the masks are the files that end in `suffix` or, without a suffix, those that are not
+    JPEGs. Raises ValueError without any pair.
     """
     problems = Problems()
     if not os.path.isdir(images) or not os.path.isdir(masks) or not os.path.samefile(images, masks):
@@ -100,12 +103,13 @@ def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -
         raise ValueError(
             f"{masks}: no mask has the name of an image in {names or images}"
             + f" and the suffix {suffix}" * bool(suffix)
+            + f"; rename them, e.g. 1{suffix}.png for 1.jpg"
         )
     return jobs, problems
 
 
 def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
-    """Return the images that a list file names, sorted. Names without a file are counted."""
+    """Return the keys of the images that a list file names, sorted. Count the names without an image."""
     lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     found = set()
     for line in lines:
@@ -116,7 +120,9 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
             found.add(key)
     if not found:
         raise ValueError(
-            f"{path}: no line names an image (first line: {lines[0]!r})" if lines else f"{path}: it is empty"
+            f"{path}: no line names an image of --images (first line: {lines[0]!r})"
+            if lines
+            else f"{path}: the file is empty; write one image name per line"
         )
     return sorted(found)
 
@@ -124,7 +130,8 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
 def _names(line: str) -> list[str]:
     """Return the image names that a line of a list file may mean.
 
-    They are the whole line and, if the text after the first space is a number or a mask's path, the part before it.
+    They are the whole line and, if the text after the first space is a number or a mask's path, the text before this
+    space.
     """
     first, _, rest = line.partition(" ")
     paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
@@ -134,8 +141,8 @@ def _names(line: str) -> list[str]:
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
     """Yield the keys that an image name in a list file may refer to.
 
-    A key is the name without its extension and, possibly, without its first folders. In that case, the last removed
-    folder must also contain the key on disk. keys: {key: path on disk}.
+    A key is the name without its extension and, possibly, without its first folders: x/photos/1.jpg may refer to the
+    key "1" if the path on disk is .../photos/1.jpg. keys: {key: path on disk}.
     """
     stem, extension = os.path.splitext(posixpath.normpath(name))
     parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")

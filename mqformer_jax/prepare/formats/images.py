@@ -28,7 +28,7 @@ EXTENSIONS = (
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
-_CHROMA = 32  # a gray JPEG's channels differ by less
+_CHROMA = 32  # the channels of a gray JPEG differ by at most this
 MOST_PIXELS = 178_956_970  # Pillow's limit, since a small file may unpack to any size
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are counted with the name of the file
@@ -67,7 +67,7 @@ def read_index(path: str, colors: Mapping[int, int] | None = None) -> np.ndarray
     if data.startswith(_PNG) and data[25] == 3:
         data, depth = _palette_to_gray(data), data[24]
     elif data.startswith(_PNG) and data[24] == 1:
-        depth = 1  # PIL reads 0 and 1, OpenCV 0 and 255
+        depth = 1  # one bit per pixel: PIL reads 0 and 1, OpenCV 0 and 255
     mask = _decode(data, cv2.IMREAD_UNCHANGED)
     if mask.ndim == 3 and mask.shape[2] == 4 and (mask[..., 3] == 255).all():
         mask = mask[..., :3]
@@ -131,8 +131,8 @@ def _read(path: str, kind: str) -> bytes:
             data = f.read()
     except OSError:
         raise Unusable(f"{kind} file is missing") from None
-    # OpenCV fills the missing part of a truncated file with gray. A JPEG's end marker cannot occur inside or before its
-    # scan.
+    # OpenCV fills the missing part of a truncated file with gray. A complete JPEG has an end marker after
+    # the start of its last scan. The data of a scan cannot contain one; an earlier end marker belongs to a thumbnail.
     cut_jpeg = data.startswith(_JPEG) and data.find(b"\xff\xd9", max(data.rfind(b"\xff\xda"), 0)) < 0
     if not data or cut_jpeg or (data.startswith(_PNG) and data.find(b"IEND", max(33, len(data) - 64)) < 0):
         raise Unusable(f"{kind} file is truncated")
@@ -171,7 +171,7 @@ def _pixels(data: bytes) -> int:
 
 
 def _palette_to_gray(data: bytes) -> bytes:
-    """Return the bytes of a palette PNG with a header that declares it to be gray, and without its palette.
+    """Return the bytes of a palette PNG as a gray PNG: the header declares gray, and the palette is removed.
 
     OpenCV then reads the indices instead of the colors.
     """
@@ -188,7 +188,7 @@ def _palette_to_gray(data: bytes) -> bytes:
 
 
 def _by_color(bgr: np.ndarray, colors: Mapping[int, int]) -> np.ndarray:
-    """Return the mask values of a color image as int32 [h, w]; see `read_index`."""
+    """Return the mask values of a color mask, BGR uint8 [h, w, 3], as int32 [h, w]; see `read_index`."""
     packed = bgr.astype(np.int32) @ np.array([1, 1 << 8, 1 << 16], np.int32)
     known = np.array(sorted(colors), np.int32)
     at = np.searchsorted(known, packed).clip(max=len(known) - 1)
@@ -213,8 +213,8 @@ def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[s
             if key in found:
                 other = os.path.basename(found[key])
                 raise ValueError(
-                    f"{os.path.join(parent, name)}: {other} has the same name; "
-                    "remove one, or keep masks in their own folder"
+                    f"{os.path.join(parent, name)}: its name differs from {other} only in the extension; "
+                    "remove one of the two files, or move masks to their own folder"
                 )
             found[key] = os.path.join(parent, name)
     return dict(sorted(found.items()))

@@ -26,7 +26,7 @@ def panoptic_record(
 ) -> Record:
     """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored.
 
-    Pieces must not overlap. partial: classes with a dropped piece. Raises Unusable if there is no piece.
+    Pieces must not overlap. partial: indices of classes with a dropped piece. Raises Unusable if there is no piece.
     """
     merged: dict[object, Piece] = {}
     ignore = np.ones((image.height, image.width), bool)
@@ -47,7 +47,7 @@ def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> t
     """Return a job for each image with a map of the same name in every folder of `maps`.
 
     `Job.labels` are the paths of the maps. Files without a partner are counted. Names are compared without `image_end`
-    and `map_end` ("_leftImg8bit"); files with other endings are skipped.
+    and `map_end`, e.g. "_leftImg8bit"; files with other endings are skipped.
     """
     pictures, found = _files(images, image_end), [_files(folder, map_end) for folder in maps]
     jobs, problems = [], Problems()
@@ -59,7 +59,7 @@ def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> t
             jobs.append(Job(key, key, path, tuple(files[key] for files in found)))
     for folder, files in zip(maps, found):
         for key in sorted(files.keys() - pictures.keys()):
-            problems.add(f"mask: no image with its name for one in {folder}", key)
+            problems.add(f"mask: no image with the name of a mask in {folder}", key)
     if not jobs:
         raise ValueError(
             f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* in {images}"
@@ -72,7 +72,7 @@ def _files(folder: str, end: str) -> dict[str, str]:
 
 
 def distinct(names: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Return the names of each class, without synonyms that another class has too.
+    """Return the names of each class without the synonyms that another class also has.
 
     For example, "stool" is a synonym of two classes of ADE20K, stool and toilet. A class always keeps its first name.
     """

@@ -25,8 +25,8 @@ _YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
 class Row(NamedTuple):
     """A row of a table.
 
-    where: "file:line". mask: path, or "". bbox: x, y, width, height. absent: whether the row has `no_target` set.
-    wrong: the reason why the row cannot be used, or "".
+    where: "file:line". mask: path, or "". bbox: x, y, width, height, or (). name: class, or "". texts: expressions.
+    absent: whether the row has `no_target` set. wrong: the reason why the row cannot be used, or "".
     """
 
     where: str
@@ -49,10 +49,10 @@ def table(
 ) -> Plan:
     """Return the plan of a table.
 
-    All rows of an image become one record. Rows with the same mask or box become one segment of it. masks: folder of
-    the masks (default: the table's). classes: a class list (default: all classes of the table). stuff: classes that own
-    one region; the others are things. exhaustive: an image shows only the classes of its rows, so a row with only an
-    image states that the image shows no class.
+    All rows of an image become one record. Rows with the same mask or box become one segment. masks: folder of the
+    masks (default: the folder of the table). classes: path of a class list (default: all classes of the table). stuff:
+    classes that own one region; the others are things. exhaustive: an image shows only the classes of its rows, so a
+    row with only an image states that the image shows no class.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):
@@ -76,7 +76,7 @@ def table(
         elif (
             row.name and row.name not in class_of and exhaustive
         ):  # not dropped: its correct class would then count as absent
-            raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}")
+            raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}; add it there, or correct the row")
         elif row.name and row.name not in class_of:
             problems.add(f"row: class {row.name!r} is not in --classes", row.where)
         else:
@@ -92,7 +92,7 @@ def table(
 
 
 def _read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield "file:line" and the fields of every row; `expression` is a list. Raises ValueError for other files."""
+    """Yield "file:line" and the fields of every row; `expression` is a list. Raises ValueError unless CSV or JSONL."""
     kinds = {".csv": _read_csv, ".jsonl": _read_jsonl}
     kind = os.path.splitext(path)[1].lower()
     if kind not in kinds:
@@ -241,8 +241,8 @@ def _settled(
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
     """Return the segments and the absent expressions of an image, without contradictions.
 
-    An expression of two segments is dropped. One that is both present and absent stays present. A segment that is left
-    without expression and class is dropped.
+    An expression of two segments is dropped. An expression that is both present and absent stays present. A segment
+    without class that loses all its expressions is dropped.
     """
     uses = collections.Counter(text for segment in found for text in set(segment.texts))
     for text in sorted(uses):
@@ -258,7 +258,7 @@ def _settled(
 
 
 def _shape(row: Row, image: Image, problems: Problems) -> Segment:
-    """Return the segment of a row, without texts. If there is a mask, the box is that of the mask. Raises Unusable."""
+    """Return the segment of a row, without class and texts. A mask's tight box replaces `bbox`. Raises Unusable."""
     if row.mask:
         mask = read_mask(row.mask, image)
         if not mask.any():

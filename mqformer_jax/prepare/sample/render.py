@@ -1,4 +1,4 @@
-"""Draw the scenes of the sample: colored things on textured ground, with the owner of each pixel.
+"""Draw the scenes of the sample: colored things on textured ground, with the thing or ground that each pixel shows.
 
 Lengths of a `Thing` are fractions of the image's side, so a scene looks the same at every size. All randomness comes
 from one `numpy.random.Generator`. Only numpy and OpenCV are used.
@@ -26,12 +26,12 @@ COLORS = {
 RADII = {"small": (0.065, 0.082), "large": (0.125, 0.155)}
 SALIENT_RADIUS = (0.165, 0.195)
 MIN_VISIBLE = 0.45  # least visible fraction of a thing's area
-FINE = 4  # outlines are drawn at this multiple of the resolution, then averaged
+FINE = 4  # outlines are drawn at this multiple of the image's resolution, then averaged
 
 
 @dataclasses.dataclass(frozen=True)
 class Thing:
-    """One thing of a scene. x, y (center) and radius are fractions of the side; angle in radians."""
+    """One thing of a scene. x, y (center) and radius: fractions of the image's side. angle: in radians."""
 
     shape: str
     color: str
@@ -47,7 +47,7 @@ class Scene:
     """A drawn scene of s x s pixels.
 
     things: from front to back; the first is the salient one. image: RGB. alpha: matte of the salient thing.
-    owner: of every pixel, an index into `things`, or len(things) + an index into STUFF.
+    owner: what each pixel shows, as an index into `things`, or len(things) + an index into STUFF.
     """
 
     things: tuple[Thing, ...]
@@ -75,9 +75,10 @@ def draw(rng: np.random.Generator, size: int) -> Scene:
 
 
 def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...], list[np.ndarray], np.ndarray]:
-    """Return things from front to back, their coverage (0 to 1) without occlusion, and each pixel's owner (-1: none).
+    """Return things from front to back, the coverage of each (0 to 1, without occlusion), and each pixel's owner.
 
-    A new thing lies behind all others, so it hides none of them. It is kept if enough of it is visible.
+    The owner is an index into the things, or -1. A new thing lies behind all others, so it hides none of them. It is
+    kept if enough of it is visible.
     """
     wanted = int(rng.integers(2, 7))
     owner = np.full((size, size), -1)
@@ -100,7 +101,7 @@ def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...
 
 
 def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
-    """Return a random thing that often repeats the shape or color of another and often lies partly behind one."""
+    """Return a random thing, which often has the shape or color of another thing and often lies partly behind one."""
     shape, color, size = _pick(rng, SHAPES), _pick(rng, tuple(COLORS)), _pick(rng, tuple(RADII))
     if others:
         model, fate = _pick(rng, others), rng.random()
@@ -120,7 +121,7 @@ def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
 
 
 def _outline(thing: Thing) -> Float[np.ndarray, "n 2"]:
-    """Return the corners of the outer outline as x, y fractions of the side.
+    """Return the corners x, y of the outer outline, as fractions of the image's side.
 
     Radii are scaled so that all shapes look equally large.
     """
@@ -192,7 +193,7 @@ def _ground_map(rng: np.random.Generator, size: int, seen: Bool[np.ndarray, "s s
 
     Each kind of ground has one site, and a pixel belongs to the kind of the nearest site. Noise shifts the coordinates
     of the pixels, which makes the borders ragged. In some scenes, horizontal distances count less, so that the kinds
-    form bands with a horizon instead of blobs. Kinds with too few `seen` pixels are left out.
+    form bands with a horizon instead of blobs. Kinds with too few `seen` pixels, which no thing covers, are left out.
     """
     kinds = rng.permutation(len(STUFF))[: int(rng.integers(2, 5))]
     bands = rng.random() < 0.6
@@ -270,7 +271,7 @@ _TEXTURES = {"sky": _sky, "grass": _grass, "water": _water, "sand": _sand, "rock
 def _noise(rng: np.random.Generator, size: int, rows: int, cols: int | None = None) -> Float32[np.ndarray, "s s"]:
     """Return smooth noise around 0.5, mostly within 0 to 1: a grid of random values, enlarged to `size` x `size`.
 
-    rows, cols: size of the grid. cols: `rows` by default.
+    rows, cols: size of the grid (by default, cols = rows).
     """
     grid = rng.random((rows, cols or rows), np.float32)
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)

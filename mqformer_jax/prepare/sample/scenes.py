@@ -2,7 +2,7 @@
 
 One scene graph provides panoptic segments (five kinds of things, five kinds of ground), expressions that name exactly
 one thing, expressions that name nothing, and the salient foreground with its matte. `datasets` defines three data sets
-of scenes; `render` makes one record of one of them, in any process.
+of scenes; `render` makes one record of one of these data sets, in any process.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from mqformer_jax.prepare.sample.render import COLORS, SHAPES, STUFF, Scene, Thi
 
 CLASSES = tuple(ClassInfo((name,)) for name in SHAPES) + tuple(ClassInfo((name,), is_region=True) for name in STUFF)
 
-# Words of a relation: the axis along which it compares centers (0: x, 1: y), and the sign of its direction.
+# {words: (the axis along which they compare centers (0: x, 1: y), the sign of their direction)}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-# Fractions of the side. A relation holds above CLEAR, does not hold below DENIED, and is ambiguous in between. An
-# extreme thing is ahead of the next by more than LEAD.
+# Fractions of the image's side. A relation holds above CLEAR, does not hold below DENIED, and is ambiguous in
+# between. An extreme thing, e.g. the leftmost one, is ahead of the next one by more than LEAD.
 CLEAR, DENIED, LEAD = 0.1, 0.03, 0.06
 
-_BLOCK = 100_000  # seeds reserved for each split: splits share no scenes and do not depend on the size of others
+_BLOCK = 100_000  # seeds reserved for each split: splits share no scenes and do not depend on each other's size
 
 
 # ---- Records ------------------------------------------------------------------------------------------------------
 
 
 def scene(seed: int, size: int = 96) -> Record:
-    """Return the scene of `seed`, `size` x `size` pixels (48 or more), with all annotations.
+    """Return the record of the scene of `seed`, `size` x `size` pixels (48 or more), with all annotations.
 
     Segments: the things (front to back, with the expressions that name them), the ground, the salient foreground with
     its matte. Every run returns the same bytes; another build of numpy or OpenCV may round a pixel differently.
@@ -42,7 +42,7 @@ def scene(seed: int, size: int = 96) -> Record:
 
 
 def scene_graph(seed: int, size: int = 96) -> Scene:
-    """Return the scene that `scene` draws for this seed and size, before it becomes a record."""
+    """Return the drawn scene behind `scene(seed, size)`, with its things and the owner of each pixel."""
     return draw(np.random.Generator(np.random.PCG64(seed)), size)
 
 
@@ -84,8 +84,9 @@ class SampleSet:
 def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -> list[SampleSet]:
     """Return three data sets that share no scenes: full scenes, boxes only and mattes only.
 
-    train: number of training scenes of the full data set. The one with boxes has a quarter of it, the one with mattes
-    an eighth. Raises ValueError for more than 100,000 scenes per split.
+    train, val: number of scenes in the splits of the full data set. The data set of boxes has train // 4 training
+    scenes, the data set of mattes train // 8 training and val // 4 validation scenes. size: side of the images in
+    pixels. Raises ValueError for more than 100,000 scenes per split.
     """
     if max(train, val) > _BLOCK:
         raise ValueError(f"sample: {max(train, val)} scenes are too many: a split holds at most {_BLOCK}.")
@@ -143,7 +144,7 @@ class Phrase:
 
 
 def expression_kind(text: str) -> str:
-    """Return the kind of an expression of this module: extremal, relation, class (only a shape) or attribute."""
+    """Return the kind of an expression of this module: "extremal", "relation", "class" (only a noun) or "attribute"."""
     words = text.split()
     if words[1] in EXTREMES:
         return "extremal"
@@ -153,7 +154,7 @@ def expression_kind(text: str) -> str:
 
 
 def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[int]]:
-    """Return the indices of the things that `phrase` certainly names, and of those that it may name.
+    """Return the indices of the things that `phrase` certainly names, and of the things that it may name.
 
     The second list includes the first. The phrase names nothing if the anchor of its relation does not name exactly one
     thing.
@@ -184,8 +185,8 @@ def sole(phrase: Phrase, things: Sequence[Thing]) -> int | None:
 def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) -> tuple[str, ...]:
     """Return up to three phrases that name only `things[target]`.
 
-    The first describes its looks and the second its place relative to another thing. The third is extremal ("leftmost")
-    or a phrase about its looks again.
+    The first describes the looks of the thing, the second its position relative to another thing. The third is extremal
+    ("leftmost") or describes the looks again.
 
     Phrases that need all their words are preferred, e.g. a relation whose noun alone would name several things.
     """
@@ -205,7 +206,7 @@ def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) 
 
 
 def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]:
-    """Return one or two phrases that name nothing here, although a part of each matches something in the image."""
+    """Return one or two phrases that name none of the things, although a part of each phrase fits one of them."""
     color = _pick(rng, things).color
     shapes = [s for s in SHAPES if not any((t.shape, t.color) == (s, color) for t in things)]
     colors = [c for c in COLORS if not any(t.color == c for t in things)]
@@ -224,7 +225,7 @@ def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]
 
 
 def _related(rng: np.random.Generator, target: int, things: Sequence[Thing], heads: list[Phrase]) -> list[Phrase]:
-    """Return one phrase that names the target by its place relative to another thing, or none after a few tries."""
+    """Return [a phrase that names the target by its position relative to another thing], or [] after a few tries."""
     others = [i for i in range(len(things)) if i != target]
     for _ in range(12):
         anchor = _anchor(rng, _pick(rng, others), things)
