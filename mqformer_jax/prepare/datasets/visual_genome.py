@@ -88,7 +88,9 @@ def _listed(
                 f"{path}: field '{field}' is not a list of objects; give the file that Visual Genome publishes"
             )
         if _image_id(entry) in seen:
-            problems.add(f"note: image listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}")
+            problems.add(
+                f"note: image listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}"
+            )
         elif _image_id(entry) in entries:
             seen.add(_image_id(entry))
             yield _image_id(entry), entry[field]
