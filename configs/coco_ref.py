@@ -93,7 +93,7 @@ def laptop() -> ConfigDict:
         )
     )  # fmt: skip
     config.loss.update(class_=8.0, num_points=256)
-    config.denoising.num_queries = 0  # does not help in a run this short
+    config.denoising.num_queries = 24  # two copies of max_targets targets
     config.optimizer.update(
         learning_rate=1.5e-3,
         weight_decay=0.02,
@@ -103,7 +103,7 @@ def laptop() -> ConfigDict:
         backbone_lr_mult=1.0,
         text_lr_mult=1.0,
     )
-    config.data.update(max_targets=12, max_prompts=20, threads=2)
+    config.data.update(max_targets=12, max_prompts=32, threads=2)
     config.matting.backbone.name = "convnet"
     config.matting.update(width=32, steps=400, batch_size=8, learning_rate=2e-3, encoder=1.0)
     config.batch_size = 8

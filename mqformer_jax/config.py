@@ -160,6 +160,7 @@ def base() -> ConfigDict:
     return ConfigDict(
         dict(
             about="",  # for users: what the trained model knows. Shown after training and in the web page
+            expected="",  # for users: the results of this recipe, over seeds. Shown after training
             seed=0,
             steps=368_750,
             batch_size=16,  # images per step, over all devices

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         return interrupts.PREEMPTED
     if distributed.is_first():
         print(table(results))
-        print("\n".join(["", *explain(results)]))
+        print("\n".join(["", *explain(results), *([given.config.expected] if given.config.expected else [])]))
         print(f"\nResults in {given.workdir}: eval.json, pictures, metrics.jsonl, checkpoints")
         print("\n".join(next_commands(given.config, given.workdir)))
     return 0

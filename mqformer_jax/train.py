@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import jax
@@ -44,9 +45,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     train_step = TrainStep(config, mesh)
     with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Preemption() as preemption:
         if checkpoints.latest() is None:
-            state, step = train_step.init(), 0
+            state, step, loaded = train_step.init(), 0, set()
             if config.init_from:
-                params, frozen, report = initialize(
+                params, frozen, report, loaded = initialize(
                     state.params, state.frozen, config.model, config.init_from, config.init_skip
                 )
                 state = state.replace(params=params, frozen=frozen)
@@ -56,6 +57,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             state, data = checkpoints.restore(train_step.abstract)
             step = int(state.step)
             loader.check_state(data)
+            loaded = {"region_embedding"}
         if is_first():
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
             print("\n".join([*loader.report, f"{workdir}: {describe(state, config.steps)}"]), flush=True)
@@ -67,6 +69,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             batches = map(
                 TextCache(config.model, gather_to_host(state.params["text_encoder"], train_step.mesh)), batches
             )
+        if not loaded & {"region_embedding", "heads/class_embed/kernel"}:
+            first = next(batches)
+            state, batches = train_step.center_prompts(state, train_step.put(first)), itertools.chain([first], batches)
         stops, previous = False, None
         # On CPUs, two concurrent steps on several devices can deadlock.
         one_at_a_time = jax.default_backend() == "cpu"

@@ -127,7 +127,7 @@ class RefineStep:
         params, frozen = jax.device_put((self.params, self.frozen), everywhere)
         if matting.init_from:
             model = ConfigDict({**self.config.model, "backbone": matting.backbone})
-            params, frozen, report = initialize(params, frozen, model, matting.init_from, ("^(?!backbone/)",))
+            params, frozen, report, _ = initialize(params, frozen, model, matting.init_from, ("^(?!backbone/)",))
         return jax.device_put((params, self.optimizer.init(params)), everywhere), frozen, report
 
     def __call__(

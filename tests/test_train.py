@@ -9,6 +9,7 @@ import os
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from mqformer_jax.checkpoint import Checkpoints, load_weights
@@ -17,7 +18,7 @@ from mqformer_jax.input.batch import Batch
 from mqformer_jax.input.mixture import Loader
 from mqformer_jax.models.tokenizer import make_tokenizer
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.parallel.rules import path_name
+from mqformer_jax.parallel.rules import flatten_paths, path_name
 from mqformer_jax.train import train
 from mqformer_jax.training.metrics import Metrics
 from mqformer_jax.training.step import TrainStep
@@ -139,10 +140,25 @@ def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkey
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
+def test_the_prompts_of_a_fresh_run_have_a_mean_of_zero(tiny_run, tiny_batch):
+    config = tiny_run
+    step = TrainStep(config, make_mesh(config.mesh))
+    fresh = jax.device_get(step.init())
+    state = jax.device_get(step.center_prompts(step.init(), step.put(tiny_batch)))
+    embed = lambda state: nnx.merge(step.graph, state.params, state.frozen).embed_text(
+        tiny_batch.tokens, tiny_batch.is_region
+    )[tiny_batch.prompt_valid]
+    before, after = embed(fresh), embed(state)
+    assert np.abs(before.mean(0)).max() > 0.1 > 1e-5 > np.abs(after.mean(0)).max()
+    np.testing.assert_allclose(before - before[:1], after - after[:1], atol=1e-5, err_msg="all move alike")
+    others = lambda state: [x for k, x in flatten_paths(state.params).items() if k != "region_embedding"]
+    assert all(map(np.array_equal, others(fresh), others(state)))
+
+
 def first_step(config, shape, batch) -> dict:
-    """The metrics of a fresh model's first step on a mesh."""
+    """The metrics of a run's first step on a mesh."""
     step = TrainStep(config, make_mesh(shape, jax.devices()[: math.prod(shape)]))
-    state, metrics = step(step.init(), step.put(batch))
+    state, metrics = step(step.center_prompts(step.init(), step.put(batch)), step.put(batch))
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     return jax.device_get(metrics)
 

@@ -11,9 +11,10 @@ import numpy as np
 class Prompt:
     """One text prompt.
 
-    texts: wordings with the same meaning (synonyms, several captions); training draws one each time the image is used.
+    texts: wordings with the same meaning (synonyms of a class); training draws one each time the image is used.
     is_region: True if the prompt owns exactly one region (semantic, referring, foreground), False if it may own several
-        segments (instances). It is an input of the model (`is_region` in the Batch).
+        segments (instances). It is an input of the model (`is_region` in the Batch). Only an ambiguous expression owns
+        several regions.
     exhaustive: whether everything in the image that fits the prompt is labeled. If so, unmatched queries learn that the
         prompt is absent. If not, they have no loss for this prompt.
     weight: relative probability that the prompt is drawn as a negative if there are too many (`choose_prompts`).

@@ -26,8 +26,10 @@ def to_example(
     """Return the prompts and targets of one record for the given tasks.
 
     panoptic: one target per thing, one region per class of stuff. instance: things only. detection: things, boxes only.
-    semantic: one region per class. referring: expressions. foreground: all salient segments as one region. Several
-    tasks share targets: a group of segments is one Target, even if several prompts fit it.
+    semantic: one region per class. referring: one prompt per expression, so that an object with three expressions
+    teaches three in each step, and one for all synthetic captions of an object, of which one is drawn (as in the
+    paper). foreground: all salient segments as one region. Several tasks share targets: a group of
+    segments is one Target, even if several prompts fit it.
 
     Classes without a segment become negative prompts if the data set (`info.exhaustive`) or the record
     (`absent_classes`) says that they are absent. Our choice (unpublished): a class with a crowd is never exhaustive,
@@ -69,9 +71,15 @@ def _prompts(
     labeled = [(i, s) for i, s in enumerate(record.segments) if not s.crowd]
     yield from _class_prompts(record, info, tasks, templates)
     if "referring" in tasks:
+        groups: dict[str, list[tuple[int, ...]]] = {}
         for i, segment in labeled:
-            if segment.expressions:
-                yield Prompt(segment.expressions, is_region=True, exhaustive=info.unique_texts), [(i,)], True
+            for text in dict.fromkeys(segment.texts):
+                groups.setdefault(text, []).append((i,))
+        for text, named in groups.items():
+            yield Prompt((text,), is_region=True, exhaustive=info.unique_texts), named, True
+        for i, segment in labeled:
+            if captions := tuple(text for text, _ in segment.captions):
+                yield Prompt(captions, is_region=True, exhaustive=info.unique_texts), [(i,)], True
         for text in record.absent_texts:
             yield Prompt((text,), is_region=True), [], True
     salient = tuple(i for i, s in labeled if s.foreground)

@@ -113,9 +113,8 @@ class MQFormer(nnx.Module):
 
         The paper does not say how one model distinguishes COCO's "person" (each person) from ADE's "person" (all people
         as one region). Here, one of two learned region embeddings is added to the text (unless `model.region_embedding`
-        is off). They start random; a start at zero was tried with one seed only, which shows nothing
-        (docs/benchmarks.md). In a run that starts from trained weights without region embeddings, they start at zero
-        (`training.warm_start`).
+        is off). In a fresh run, both start near minus the mean of the texts (`TrainStep.center_prompts`). In a run that
+        starts from trained weights without region embeddings, they start at zero (`training.warm_start`).
         """
         encoded = jnp.issubdtype(tokens.dtype, jnp.floating)
         embeddings = tokens.astype(self.dtype) if encoded else self.text_encoder(tokens)

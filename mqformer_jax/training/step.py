@@ -90,6 +90,19 @@ class TrainStep:
         """Return a fresh state."""
         return self._init(self._init_key)
 
+    def center_prompts(self, state: TrainState, batch: Batch) -> TrainState:
+        """Return a fresh state whose prompt embeddings have a mean of zero over the prompts of a batch.
+
+        The texts of a batch share most of their embedding: the start and end tokens, common words, and what layers add
+        to any input. Their cosines are then 0.8 to 0.95, in CLIP too, and a model learns the words that distinguish
+        prompts late or never. The region embeddings, which are added to all texts, start at minus the mean instead, so
+        that class scores compare what distinguishes the prompts. The paper does not mention this.
+        """
+        center = jax.jit(
+            self._center_prompts, in_shardings=(self.layout, batch_sharding(self.mesh)), out_shardings=self.layout
+        )
+        return center(state, batch)
+
     def __call__(
         self, state: TrainState, batch: Batch, alive: Bool[Array, ""] | None = None
     ) -> tuple[TrainState, dict[str, Array]]:
@@ -109,6 +122,14 @@ class TrainStep:
     def _fresh(self, key: Array) -> TrainState:
         _, params, frozen = build_model(self._model, key)
         return TrainState(jnp.int32(0), params, frozen, self._optimizer.init(params))
+
+    def _center_prompts(self, state: TrainState, batch: Batch) -> TrainState:
+        model = nnx.merge(self.graph, state.params, state.frozen)
+        if model.region_embedding is None:
+            return state
+        embeddings = model.embed_text(batch.tokens, batch.is_region).astype(jnp.float32)
+        mean = embeddings.mean((0, 1), where=batch.prompt_valid[..., None])
+        return state.replace(params={**state.params, "region_embedding": model.region_embedding[...] - mean})
 
     def _train_step(
         self, state: TrainState, batch: Batch, alive: Bool[Array, ""]

@@ -38,8 +38,8 @@ MEANING = {
 
 def initialize(
     params: Any, frozen: Any, model: ConfigDict, init_from: Sequence[str], init_skip: Sequence[str] = ()
-) -> tuple[Any, Any, list[str]]:
-    """Return parameters and constants loaded from the checkpoints of `init_from`, and lines for the log.
+) -> tuple[Any, Any, list[str], set[str]]:
+    """Return parameters and constants loaded from the checkpoints of `init_from`, a report, and the loaded paths.
 
     Later checkpoints override earlier ones. If the backbone or the text encoder differs, its weights (and all that
     depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Exchange layers and
@@ -80,7 +80,8 @@ def initialize(
         # the loaded class head was trained without region embeddings: start at zero, which changes nothing
         trees["params"][name] = jax.tree.map(jnp.zeros_like, params[name])
     fresh = sorted({**flatten_paths(params), **flatten_paths(frozen)}.keys() - loaded)
-    return trees["params"], trees["frozen"], lines + ([f"newly initialized: {_summary(fresh)}"] if fresh else [])
+    lines += [f"newly initialized: {_summary(fresh)}"] if fresh else []
+    return trees["params"], trees["frozen"], lines, loaded
 
 
 def bring_tokenizer(init_from: Sequence[str], tokenizer: str, workdir: str) -> None:

@@ -58,13 +58,21 @@ def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
     assert example.prompts[0].texts == ("cat", "kitty")
 
 
-def test_an_object_with_a_class_and_an_expression_is_one_target_with_two_prompts():
+def test_an_object_with_a_class_and_expressions_is_one_target_with_a_prompt_for_each():
     rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("left cat", "small one")), segment(6, 0, 9, 4, class_id=CAT))
     example = to_example(rec, INFO, ("instance", "referring"), "toy/a")
     assert len(example.targets) == 2
     both, other = sorted(example.targets, key=lambda t: -len(t.prompts))
-    assert sorted(example.prompts[i].texts for i in both.prompts) == [("cat", "kitty"), ("left cat", "small one")]
+    texts = [example.prompts[i].texts for i in both.prompts]
+    assert sorted(texts) == [("cat", "kitty"), ("left cat",), ("small one",)]
     assert len(other.prompts) == 1 and example.prompts[max(both.prompts)].is_region
+
+
+def test_an_expression_of_two_objects_is_one_prompt_with_two_targets():
+    rec = record(segment(0, 0, 4, 4, texts=("a cat", "a cat", "left")), segment(6, 0, 9, 4, texts=("a cat",)))
+    example = to_example(rec, INFO, ("referring",), "toy/a")
+    assert [p.texts for p in example.prompts] == [("a cat",), ("left",)]
+    assert [t.prompts for t in example.targets] == [(0, 1), (0,)]
 
 
 def test_semantic_unites_the_segments_of_a_class():
@@ -172,10 +180,9 @@ def test_contradictions_name_the_record():
 def test_phrases_that_may_fit_other_things_are_not_taught_absent():
     phrases = record(segment(0, 0, 4, 4, texts=("a shirt", "blue cloth")))
     for unique in (True, False):
-        (prompt,) = to_example(
-            phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k"
-        ).prompts
-        assert prompt.texts == ("a shirt", "blue cloth") and prompt.is_region and prompt.exhaustive == unique
+        prompts = to_example(phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k").prompts
+        assert [prompt.texts for prompt in prompts] == [("a shirt",), ("blue cloth",)]
+        assert all(prompt.is_region and prompt.exhaustive == unique for prompt in prompts)
 
 
 def test_a_frequent_class_is_asked_for_more_readily():

@@ -91,3 +91,21 @@ def test_leading_axes_are_kept():
     output = model(tokens.reshape(2, 2, 8))
     assert output.shape == (2, 2, 12) and output.dtype == jnp.bfloat16
     np.testing.assert_array_equal(output.reshape(4, 12), model(tokens))
+
+
+def test_a_new_encoder_separates_all_words_whatever_the_seed():
+    """Without the mean over texts, two words of a text have the same share in the embedding, for every seed."""
+    colors, shapes = ["red", "blue", "white", "orange"], ["ball", "square", "star", "ring"]
+    texts = [f"the {color} {shape}" for color in colors for shape in shapes]
+    tokens = WordTokenizer(1024, 12)(texts)
+    graph, params = nnx.split(
+        nnx.vmap(lambda key: TextEncoder(1024, 12, 64, 2, 2, 96, rngs=nnx.Rngs(key)))(
+            jax.random.split(jax.random.key(0), 8)
+        )
+    )
+    embeddings = jax.vmap(lambda p: nnx.merge(graph, p)(tokens))(params)
+    centered = embeddings - embeddings.mean(1, keepdims=True)
+    unit = (centered / jnp.linalg.norm(centered, axis=-1, keepdims=True)).reshape(8, 4, 4, -1)
+    of_colors, of_shapes = (jnp.sum(unit.mean(axis) ** 2, -1).mean(1) for axis in (2, 1))
+    np.testing.assert_allclose(of_colors, 0.5, atol=0.12)
+    np.testing.assert_allclose(of_shapes, 0.5, atol=0.12)

@@ -23,11 +23,13 @@ MADE = Segment(
 )
 
 
-def test_captions_are_wordings_of_one_prompt_beside_peoples():
+def test_captions_are_wordings_of_one_prompt_beside_those_of_peoples():
     info = DatasetInfo("toy", CLASSES, {}, unique_texts=False)
     example = to_example(record(0, MADE), info, ("referring",), "toy/0")
-    assert [p.texts for p in example.prompts] == [("mine", "a cat", "a pet")] and not example.prompts[0].exhaustive
-    assert example.targets[0].mask is not None
+    assert [p.texts for p in example.prompts] == [("mine",), ("a cat", "a pet")]
+    assert not any(p.exhaustive for p in example.prompts)
+    (target,) = example.targets
+    assert target.prompts == (0, 1) and target.mask is not None
     silent = record(0, Segment(0, box=(1.0, 1.0, 20.0, 20.0), captions=(("a cat", 0.9),)))
     assert needs_whole_image(silent, ("referring",)) and not needs_whole_image(silent, ("instance",))
 

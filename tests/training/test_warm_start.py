@@ -20,7 +20,7 @@ def model(seed: int, **changes):
 
 
 def start(params, frozen, config):
-    return initialize(params, frozen, config.model, config.init_from, config.init_skip)
+    return initialize(params, frozen, config.model, config.init_from, config.init_skip)[:3]
 
 
 @pytest.fixture(scope="module")
