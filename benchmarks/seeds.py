@@ -70,7 +70,7 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
 
 
 def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> dict[str, float]:
-    """Train one run, unless it is finished, and return its metrics and its wall time in seconds."""
+    """Train one run, unless it is finished, and return its metrics and "seconds", the wall time of its last start."""
     command = [sys.executable, "-m", "mqformer_jax.main", f"--config={_CONFIG.value}", f"--workdir={folder}"]
     command += [f"--config.{change}" for change in [f"seed={seed}", *_SET.value, *changes]]
     if _CURVE_EVERY.value:
@@ -125,7 +125,11 @@ def run_all(arms: dict[str, list[str]], seeds: list[int]) -> Results:
 
     with concurrent.futures.ThreadPoolExecutor(_PARALLEL.value) as pool:
         futures = {(arm, seed): pool.submit(one, arm, seed) for seed in seeds for arm in arms}
-        return {arm: {seed: futures[arm, seed].result() for seed in seeds} for arm in arms}
+        try:
+            return {arm: {seed: futures[arm, seed].result() for seed in seeds} for arm in arms}
+        except BaseException:  # a failed run or Ctrl-C: do not start the runs that wait
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def tables(results: Results, metrics: list[str]) -> str:

@@ -45,19 +45,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
     train_step = TrainStep(config, mesh)
     with checkpoint.Checkpoints(workdir, config.keep_checkpoints) as checkpoints, Preemption() as preemption:
         if checkpoints.latest() is None:
-            state, step, loaded = train_step.init(), 0, set()
-            if config.init_from:
-                params, frozen, report, loaded = initialize(
-                    state.params, state.frozen, config.model, config.init_from, config.init_skip
-                )
-                state = state.replace(params=params, frozen=frozen)
-                if is_first():
-                    print("\n".join(report), flush=True)
+            (state, centers_prompts), step = start(config, train_step), 0
         else:
             state, data = checkpoints.restore(train_step.abstract)
-            step = int(state.step)
+            centers_prompts, step = False, int(state.step)
             loader.check_state(data)
-            loaded = {"region_embedding"}
         if is_first():
             write_json(os.path.join(workdir, "config.json"), config.to_dict())
             print("\n".join([*loader.report, f"{workdir}: {describe(state, config.steps)}"]), flush=True)
@@ -69,7 +61,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             batches = map(
                 TextCache(config.model, gather_to_host(state.params["text_encoder"], train_step.mesh)), batches
             )
-        if not loaded & {"region_embedding", "heads/class_embed/kernel"}:
+        if centers_prompts:
             first = next(batches)
             state, batches = train_step.center_prompts(state, train_step.put(first)), itertools.chain([first], batches)
         stops, previous = False, None
@@ -115,6 +107,23 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
             metrics.write_evaluation(step, results)
         metrics.close()
         return results
+
+
+def start(config: ConfigDict, train_step: TrainStep) -> tuple[TrainState, bool]:
+    """Return the state of a new run, with the weights of `config.init_from`, and whether to center its prompts.
+
+    Trained class heads and region embeddings fit the prompts as they are, so these prompts are not centered.
+    """
+    state = train_step.init()
+    if not config.init_from:
+        return state, True
+    params, frozen, report, loaded = initialize(
+        state.params, state.frozen, config.model, config.init_from, config.init_skip
+    )
+    if is_first():
+        print("\n".join(report), flush=True)
+    trained = {"region_embedding", "heads/class_embed/kernel"} & loaded
+    return state.replace(params=params, frozen=frozen), not trained
 
 
 def describe(state: TrainState, steps: int) -> str:

@@ -26,10 +26,9 @@ def to_example(
     """Return the prompts and targets of one record for the given tasks.
 
     panoptic: one target per thing, one region per class of stuff. instance: things only. detection: things, boxes only.
-    semantic: one region per class. referring: one prompt per expression, so that an object with three expressions
-    teaches three in each step, and one for all synthetic captions of an object, of which one is drawn (as in the
-    paper). foreground: all salient segments as one region. Several tasks share targets: a group of
-    segments is one Target, even if several prompts fit it.
+    semantic: one region per class. referring: one prompt per expression; the synthetic captions of an object are the
+    wordings of one more prompt, as in the paper. foreground: all salient segments as one region. Several tasks share
+    targets: a group of segments is one Target, even if several prompts fit it.
 
     Classes without a segment become negative prompts if the data set (`info.exhaustive`) or the record
     (`absent_classes`) says that they are absent. Our choice (unpublished): a class with a crowd is never exhaustive,

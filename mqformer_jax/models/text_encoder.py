@@ -66,9 +66,9 @@ class TextEncoder(nnx.Module):
     LayerNorms; OpenSeeD's is 1e-12.
 
     A new encoder starts as a bag of words: the first attention averages the words of a text, and all later branches
-    start at zero. Each word that distinguishes two texts then moves their embeddings equally far apart, whatever the
-    seed. With CLIP's initial values, the cosine of "the red star" and "the blue star" is 0.9 on average, and the number
-    of steps until a model knows colors depends on the seed (docs/benchmarks.md).
+    start at zero. Each word that distinguishes two texts then has the same share in the difference of their embeddings,
+    whatever the seed. With Xavier kernels, the cosine of "the red star" and "the blue star" is 0.9 on average, and the
+    share of each word depends on the seed.
     """
 
     def __init__(

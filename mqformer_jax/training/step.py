@@ -93,10 +93,10 @@ class TrainStep:
     def center_prompts(self, state: TrainState, batch: Batch) -> TrainState:
         """Return a fresh state whose prompt embeddings have a mean of zero over the prompts of a batch.
 
-        The texts of a batch share most of their embedding: the start and end tokens, common words, and what layers add
-        to any input. Their cosines are then 0.8 to 0.95, in CLIP too, and a model learns the words that distinguish
-        prompts late or never. The region embeddings, which are added to all texts, start at minus the mean instead, so
-        that class scores compare what distinguishes the prompts. The paper does not mention this.
+        Any two texts share a part of their embeddings: the start and end tokens, common words, and what the layers add
+        to every text. This part hides the words that distinguish prompts (docs/benchmarks.md). The region embeddings
+        are added to all texts. Here, they start at minus the mean, so that class scores compare only what differs. The
+        paper does not mention this.
         """
         center = jax.jit(
             self._center_prompts, in_shardings=(self.layout, batch_sharding(self.mesh)), out_shardings=self.layout
