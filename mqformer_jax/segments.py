@@ -323,7 +323,8 @@ def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt:
 def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
     """Return the labeled masks of a record as Segments whose prompts are the classes of `info`, without crowds.
 
-    The segments of a stuff class are merged to one. Where masks overlap, a `panoptic` pixel belongs to the smaller one.
+    The segments of a stuff class are merged into one. Where masks overlap, a `panoptic` pixel belongs to the smaller
+    one.
     """
     masks: list[np.ndarray] = []
     labels: list[int] = []

@@ -29,8 +29,11 @@ def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
     if name is not None and name not in FAMILIES:
         raise ValueError(f"--from {name}: families are {', '.join(FAMILIES)}.")
     if name is not None and name not in likely:
-        hint = f"it looks like {likely[0]}" if likely else f"its first tensors are {', '.join(list(shapes)[:3])}"
-        raise ValueError(f"{source} is not a checkpoint of {FAMILIES[name].originals} ({hint}).")
+        found = (
+            f"its tensors look like {likely[0]}" if likely else f"its first tensors are {', '.join(list(shapes)[:3])}"
+        )
+        hint = f"use --from {likely[0]}" if likely else f"families are {', '.join(FAMILIES)}"
+        raise ValueError(f"{source} is not a checkpoint of {FAMILIES[name].originals}: {found}; {hint}.")
     if not likely:
         raise ValueError(
             f"{source}: no known family has these {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "

@@ -55,7 +55,7 @@ def hugging_face_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """Return the conversion rules for detectron2's ResNet, also in Mask2Former and Mask DINO.
+    """Return the conversion rules for detectron2's ResNet, which Mask2Former and Mask DINO also use.
 
     ours, depth: see `torchvision_entries`. theirs: prefix of the tensor names ("backbone." in these two models).
     """

@@ -1,4 +1,4 @@
-"""Read torch's checkpoint files: zip archives, the older stream format and plain pickles, as views of the file."""
+"""Read torch's checkpoint files: zip archives, the older stream format and plain pickles."""
 
 from __future__ import annotations
 

@@ -45,9 +45,9 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
 
     Each process evaluates its share of the images, and the first one writes. Returns the metrics. Their keys are
     "task.metric" ("panoptic.pq") for the first set of a task, and "name/split/task.metric" for its other sets. Values
-    are in percent (mattes: see `AlphaEvaluator`).
-    eval_details.json holds the metrics of each class and the worst images, by set and task. save_predictions: also
-    write predictions/NAME_SPLIT in the formats of benchmarks (`Submission`).
+    are in percent (mattes: see `AlphaEvaluator`). eval_details.json holds the metrics of each class and the worst
+    images, by set and task. save_predictions: also write predictions/NAME_SPLIT in the formats of benchmarks
+    (`Submission`).
     """
     results: dict[str, float] = {}
     details: dict[str, Any] = {}
@@ -62,22 +62,18 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
         for task, evaluator in evaluators.items():
             prefix = f"{source.name}/{source.split}/{task}" if task in known else task
             metrics = evaluator.result()
-            results.update({f"{prefix}.{name}": value for name, value in metrics.items()})
+            results |= {f"{prefix}.{name}": value for name, value in metrics.items()}
             if source.name.startswith("seginw_") and "mask_ap" in metrics:
                 in_the_wild.append(metrics["mask_ap"])
         if is_first():
-            details[f"{source.name}/{source.split}"] = {
-                task: evaluator.details() for task, evaluator in evaluators.items()
-            }
-        if evaluation.shown and is_first():
-            overlays.prediction_grid(
-                evaluation.shown, source.info, os.path.join(folder, f"{source.name}_{source.split}.png")
-            )
+            name = f"{source.name}/{source.split}"
+            details[name] = {task: evaluator.details() for task, evaluator in evaluators.items()}
+            if evaluation.shown:
+                grid = os.path.join(folder, f"{source.name}_{source.split}.png")
+                overlays.prediction_grid(evaluation.shown, source.info, grid)
     if len(in_the_wild) > 1:  # the two metrics of X-Decoder for Segmentation in the Wild
-        results["seginw.mean_mask_ap"], results["seginw.median_mask_ap"] = (
-            float(np.mean(in_the_wild)),
-            float(np.median(in_the_wild)),
-        )
+        results["seginw.mean_mask_ap"] = float(np.mean(in_the_wild))
+        results["seginw.median_mask_ap"] = float(np.median(in_the_wild))
     if is_first():
         write_json(os.path.join(folder, "eval.json"), results)
         write_json(os.path.join(folder, "eval_details.json"), details)
@@ -189,7 +185,10 @@ class SetEvaluation:
         return [mean_regions(a, f) for a, f in zip(raws, flips)]
 
     def _update_classes(self, items: list[Shown]) -> None:
-        """Update the tasks whose prompts are classes. Only semantic maps use all views."""
+        """Pass predictions to the evaluators of the tasks whose prompts are classes.
+
+        Only semantic maps are averaged over all views (scales and flips).
+        """
         raws = {}
         for canvas, flip in dict.fromkeys([self.plain, *(self.views if "semantic" in self.tasks else [])]):
             images = [mirrored_image(item.image) if flip else item.image for item in items]
@@ -265,7 +264,7 @@ def _read(source: ShardSource, index: int) -> Shown:
 def _expressions(record: Record) -> list[tuple[str, bytes | None]]:
     """Return (expression, mask) for each expression of an image. The mask is None if the expression has no target.
 
-    Expressions whose target has only a box are left out.
+    Expressions whose target has only a box or is a crowd are left out.
     """
     named = [(text, s.mask) for s in record.segments if s.mask is not None and not s.crowd for text in s.texts]
     return named + [(text, None) for text in record.absent_texts]

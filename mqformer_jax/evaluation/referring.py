@@ -43,7 +43,10 @@ class ReferringEvaluator:
             self.scores[key].append(float(self.rejected[-1]))
             return
         if prediction.shape != target.shape:
-            raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
+            raise ValueError(
+                f"{key or 'expression'}: the predicted mask has shape {prediction.shape}, but the true mask has "
+                f"{target.shape}; resize the prediction to the image."
+            )
         intersection, union = int((prediction & target).sum()), int((prediction | target).sum())
         self.areas[kind].append((intersection, union))
         self.scores[key].append(intersection / max(union, 1))

@@ -1,4 +1,4 @@
-"""Image encoders behind one interface. To add one, write its module and call it in `make_backbone`."""
+"""Image encoders behind one interface. CONTRIBUTING.md says how to add one."""
 
 from __future__ import annotations
 

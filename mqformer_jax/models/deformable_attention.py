@@ -147,7 +147,7 @@ _weigh_rows.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "b n heads q lanes"]:
-    """Repeat each corner's weight over the corner's lanes."""
+    """Repeat each corner's weight over the corner's lanes, the `lanes` / 4 channels that a row has of each corner."""
     return jnp.einsum("bnhkq,kl->bnhql", corners, _ones(lanes), precision="highest")
 
 
@@ -165,7 +165,8 @@ class MSDeformAttn(nnx.Module):
     """Attention of each query to `num_sampling_points` learned locations around its reference in each of `levels` maps.
 
     Offsets and weights are computed in float32 whatever the `dtype`, as in Mask DINO's mixed precision. Initially, each
-    head samples in its own direction, 1 to `num_sampling_points` pixels from the reference, with equal weights.
+    head samples in its own direction with equal weights: 1 to `num_sampling_points` pixels from a reference point, or
+    at equal steps from the center of a reference box to its edge.
     """
 
     def __init__(

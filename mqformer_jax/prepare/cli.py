@@ -10,7 +10,6 @@ command, run it again. docs/data.md describes the formats.
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import re
 import sys
@@ -28,13 +27,12 @@ from mqformer_jax.prepare.datasets import (
     visual_genome,
 )
 from mqformer_jax.prepare.formats import coco, folders, tables
-from mqformer_jax.prepare.plan import Built, Plan, Problems
-from mqformer_jax.prepare.sample import scenes
+from mqformer_jax.prepare.plan import Plan
+from mqformer_jax.prepare.sample import plans as sample
 from mqformer_jax.prepare.shards import worker_pool, write_split
 
 NamedPlan = tuple[str, str, Plan]
 Kinds = argparse._SubParsersAction
-SAMPLE_IMAGES = 8
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     )
     kinds = top.add_subparsers(dest="kind", required=True)
     _add_whole_sets(kinds)
-    _add_formats(kinds)
+    _add_coco_formats(kinds)
+    _add_mask_formats(kinds)
     _add_layouts(kinds)
     return top
 
@@ -103,7 +102,7 @@ def _fraction(text: str) -> float:
 
 def _add_whole_sets(kinds: Kinds) -> None:
     """Add the subcommands of known data sets."""
-    p = _kind(kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes", sample_plans)
+    p = _kind(kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes", _sample)
     p.add_argument("--train", type=int, default=4000, help="Number of training images. (default: %(default)s)")
     p.add_argument("--val", type=int, default=128, help="Number of validation images. (default: %(default)s)")
     p.add_argument("--size", type=int, default=96, help="Side of the images in pixels. (default: %(default)s)")
@@ -144,8 +143,8 @@ def _add_whole_sets(kinds: Kinds) -> None:
     p.add_argument("--source", required=True, help="Folder with the layout that data/README.md describes.")
 
 
-def _add_formats(kinds: Kinds) -> None:
-    """Add the subcommands of general formats."""
+def _add_coco_formats(kinds: Kinds) -> None:
+    """Add the subcommands of COCO's formats."""
     p = _one(
         kinds,
         "panoptic",
@@ -173,6 +172,9 @@ def _add_formats(kinds: Kinds) -> None:
     )
     p.add_argument("--refs_split", help="Keep only the refs whose field 'split' has this value, e.g. testA.")
 
+
+def _add_mask_formats(kinds: Kinds) -> None:
+    """Add the subcommands of formats with a mask file for each image, and of tables."""
     p = _one(kinds, "semantic", "index PNG files: one class per value", _semantic)
     p.add_argument("--masks", required=True, help="Folder of index PNG files named like the images, e.g. labels.")
     p.add_argument(
@@ -350,6 +352,10 @@ def _foreground(args: argparse.Namespace) -> Plan:
     return coco.foreground(args.json, args.images, args.instances).without(_excluded(args))
 
 
+def _sample(args: argparse.Namespace) -> Iterator[NamedPlan]:
+    return sample.plans(args.output, args.seed, args.train, args.val, args.size)
+
+
 def _public(args: argparse.Namespace) -> Iterator[NamedPlan]:
     if args.list:
         print(public.table(args.root))
@@ -365,30 +371,10 @@ def _table(args: argparse.Namespace) -> Plan:
     return tables.table(args.table, args.images, args.masks, args.classes, args.stuff, args.exhaustive)
 
 
-def sample_plans(args: argparse.Namespace) -> Iterator[NamedPlan]:
-    """Yield (name, split, plan) of `scenes.datasets`, after writing some held-out images to OUTPUT/sample_images."""
-    datasets = scenes.datasets(args.seed, args.train, args.val, args.size)
-    _write_sample_images(os.path.join(args.output, "sample_images"), datasets[0])
-    for dataset in datasets:
-        render = functools.partial(_render, dataset.name, dataset.size)
-        for split, seeds in dataset.seeds.items():
-            yield dataset.name, split, Plan("sample", dataset.classes, list(seeds), render)
-
-
-def _write_sample_images(folder: str, dataset: scenes.SampleSet) -> None:
-    """Write the first images of the split "val" as 1.png, 2.png, ..., for trying out a trained model."""
-    os.makedirs(folder, exist_ok=True)
-    for i, seed in enumerate(dataset.seeds["val"][:SAMPLE_IMAGES], 1):
-        with open(os.path.join(folder, f"{i}.png"), "wb") as f:
-            f.write(scenes.render(dataset.name, seed, dataset.size).image)
-
-
-def _render(name: str, size: int, seed: int) -> Built:
-    return Built.of(scenes.render(name, seed, size), Problems())
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the command. Return 0, or 1 after printing an error to stderr."""
+    # shells expand "--root ~/data", but not "--root=~/data"
+    argv = [re.sub("=~/", lambda _: f"={os.path.expanduser('~')}/", word, count=1) for word in argv]
     args, failed = parser().parse_args(argv), False
     try:
         with worker_pool(args.workers) as pool:

@@ -70,7 +70,7 @@ class Plan:
         """
         keys = sorted({job.key for job in self.jobs}, key=lambda key: hashlib.sha256(key.encode()).digest())
         if len(keys) < 2:
-            raise ValueError("--val_fraction needs at least two images")
+            raise ValueError(f"--val_fraction needs at least two images, but the split has {len(keys)}; leave it out")
         return set(keys[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
     def without(self, held_out: Set[int | str]) -> Plan:

@@ -162,7 +162,8 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
         others = ", ".join(sorted(info.splits))
         what = "classes" if info.classes != plan.classes else "labeling rules"
         raise ValueError(
-            f"{folder}/dataset.json: its splits ({others}) and {split} differ in their {what}; give another --name"
+            f"{folder}/dataset.json: its splits ({others}) and {split} differ in their {what}; "
+            "give another --output, or another --name where the command has one"
         )
     return info if info.splits else new
 

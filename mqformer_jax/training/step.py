@@ -91,12 +91,12 @@ class TrainStep:
         return self._init(self._init_key)
 
     def center_prompts(self, state: TrainState, batch: Batch) -> TrainState:
-        """Return a fresh state whose prompt embeddings have a mean of zero over the prompts of a batch.
+        """Subtract the mean prompt embedding of a batch from the region embeddings, and return the changed state.
 
-        Any two texts share a part of their embeddings: the start and end tokens, common words, and what the layers add
-        to every text. This part hides the words that distinguish prompts (docs/benchmarks.md). The region embeddings
-        are added to all texts. Here, they start at minus the mean, so that class scores compare only what differs. The
-        paper does not mention this.
+        The region embeddings are added to every text, so the prompts of the batch then have a mean of zero. Any two
+        texts share a part of their embeddings: the start and end tokens, common words, and what the layers add to every
+        text. This part hides the words that distinguish prompts (docs/benchmarks.md). Without it, class scores compare
+        only what differs. A model without region embeddings stays unchanged. The paper does not mention this.
         """
         center = jax.jit(
             self._center_prompts, in_shardings=(self.layout, batch_sharding(self.mesh)), out_shardings=self.layout

@@ -18,6 +18,7 @@ from pycocotools import mask as coco_mask
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.input.tasks import to_example
 from mqformer_jax.prepare.formats import coco
+from mqformer_jax.prepare.formats.coco_categories import vocabulary
 
 H, W = 40, 60
 SQUARE = [[10.0, 5.0, 30.0, 5.0, 30.0, 25.0, 10.0, 25.0]]
@@ -47,7 +48,7 @@ def _made(plan):
 
 
 def _texts(*categories):
-    return [c.texts for c in coco.vocabulary([{"id": i, **c} for i, c in enumerate(categories)], "x.json")[0]]
+    return [c.texts for c in vocabulary([{"id": i, **c} for i, c in enumerate(categories)], "x.json")[0]]
 
 
 # ---- Objects365 v2 ------------------------------------------------------------------------------------------------

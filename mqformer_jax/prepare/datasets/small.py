@@ -1,4 +1,7 @@
-"""All data sets in one folder of small extracts of real data. No image of a val split is in a train split."""
+"""Plans for the data sets of `mqformer prepare small`: small extracts of public data sets, in one folder.
+
+No image of a val split is in a train split.
+"""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import numpy as np
 from mqformer_jax.input.coco_classes import THING_IDS, class_names
 from mqformer_jax.input.record import ClassInfo, Record, encode_rle
 from mqformer_jax.prepare.datasets import cityscapes
-from mqformer_jax.prepare.formats.coco import vocabulary
+from mqformer_jax.prepare.formats.coco_categories import vocabulary
 from mqformer_jax.prepare.formats.coco_records import Labels, instances_record, referring_record
 from mqformer_jax.prepare.formats.images import Image, same_size
 from mqformer_jax.prepare.formats.label_maps import Piece, panoptic_record

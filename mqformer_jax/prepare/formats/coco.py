@@ -7,21 +7,17 @@ import functools
 import json
 import os
 import pickle
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from mqformer_jax.input.record import ClassInfo
+from mqformer_jax.prepare.formats.coco_categories import vocabulary, without_root
 from mqformer_jax.prepare.formats.coco_records import (
     Labels,
-    flag,
     foreground_union,
     instances_record,
     panoptic_record,
     referring_record,
 )
-from mqformer_jax.prepare.formats.images import Unusable
-from mqformer_jax.prepare.formats.label_maps import distinct
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
 
 # Fields that no record needs are dropped while a JSON file is read. This reduces peak memory from 3.9 to 3.3 times the
@@ -30,29 +26,6 @@ _UNUSED = frozenset(
     ("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url")
 )
 _UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_object_ids", "attributes"}
-
-# Corrections of names that are misspelled or joined in their data sets (Objects365, LVIS).
-_MENDED = {
-    "Moniter/TV": ("Monitor", "TV"),
-    "Bakset": ("Basket",),
-    "Ballon": ("Balloon",),
-    "Dinning Table": ("Dining Table",),
-    "Cutting/chopping Board": ("Cutting Board", "Chopping Board"),
-    "Billards": ("Billiards",),
-    "Extention Cord": ("Extension Cord",),
-    "Hotair ballon": ("Hot air balloon",),
-    "Hamimelon": ("Hami melon",),
-    "Mushroon": ("Mushroom",),
-    "Tape Measur/ Ruler": ("Tape Measure", "Ruler"),
-    "Campel": ("Camel",),
-    "Buttefly": ("Butterfly",),
-    "Noddles": ("Noodles",),
-    "Table Teniis paddle": ("Table Tennis paddle",),
-    "monitor_(computer_equipment) computer_monitor": ("monitor (computer equipment)", "computer monitor"),
-}
-
-# A slash between two names: "Cabinet/shelf" and "Tape Measure/ Ruler", but not "and/or", "w/o", "N/A" or "24/7".
-_OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
 
 # ---- Plans, made from JSON files -----------------------------------------------------------------------------------
 
@@ -87,12 +60,12 @@ def instances(json_path: str, images: str) -> Plan:
     """Return the plan of a COCO instances JSON file: polygons, run-length codes, or boxes only.
 
     A file with `neg_category_ids` is federated (LVIS). Objects365's `iscrowd` boxes are crowds; its fake and mirrored
-    objects count as objects. Roboflow's exports (SeginW) are accepted: see `_without_root`.
+    objects count as objects. Roboflow's exports (SeginW) are accepted: see `without_root`.
     """
     data = load_json(json_path, "images", "annotations", "categories")
     need_folders(images)
     problems = Problems()
-    classes, class_of = vocabulary(_without_root(data["categories"], data["annotations"], problems), json_path)
+    classes, class_of = vocabulary(without_root(data["categories"], data["annotations"], problems), json_path)
     entries = _entries(data["images"], problems)
     of_image = _by_image(data["annotations"], entries, json_path, problems)
     _need_known(json_path, "category_id", data["annotations"], class_of)
@@ -244,83 +217,6 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it contains {module}.{name}")
 
 
-def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
-    """Return the classes sorted by category id, and a map from category ids to class indices. Raises ValueError.
-
-    The texts of a class are its name, split at slashes ("Cabinet/shelf"), and its `synonyms`, without synonyms that
-    another class also has. Qualifiers in brackets stay ("bow (weapon)"), since names in LVIS would otherwise repeat.
-    Stuff names lose "-merged", "-other" and "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get
-    stays unchanged.
-    """
-    for c in categories:
-        if not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip():
-            raise ValueError(f"{path}: category {str(c)[:100]} needs 'id' (a whole number) and 'name' (a text)")
-    for category_id, count in collections.Counter(c["id"] for c in categories).items():
-        if count > 1:
-            raise ValueError(f"{path}: category id {category_id} occurs {count} times; ids must differ")
-    try:
-        categories = [
-            {**c, "isthing": flag({"isthing": 1, **c}, "isthing")} for c in sorted(categories, key=lambda c: c["id"])
-        ]
-    except Unusable as e:
-        raise ValueError(f"{path}: in a category, {e}") from None
-    words = [_words(c) for c in categories]
-    counts = collections.Counter(w[0] for w in words)
-    names = [w[0] if counts[w[0]] == 1 else _spaced(c["name"].replace("-", " ")) for c, w in zip(categories, words)]
-    for name, count in collections.Counter(names).items():
-        if count > 1:
-            raise ValueError(f"{path}: category name {name!r} occurs {count} times; names must differ")
-    synonyms = [_synonyms(c, path) for c in categories]
-    texts = distinct(
-        [tuple(dict.fromkeys((name, *more, *others))) for name, more, others in zip(names, words, synonyms)]
-    )
-    classes = tuple(ClassInfo(tuple(t), is_region=not c["isthing"]) for c, t in zip(categories, texts))
-    return classes, {c["id"]: i for i, c in enumerate(categories)}
-
-
-def _synonyms(category: Mapping[str, Any], path: str) -> list[str]:
-    synonyms = category.get("synonyms") or []
-    synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
-    if not all(isinstance(s, str) for s in synonyms):
-        raise ValueError(f"{path}: field 'synonyms' of category {category['name']!r} contains non-text values")
-    return [_spaced(s) for s in synonyms if s.strip() and s != category["name"]]
-
-
-def _words(category: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the synonyms in a category's name, which slashes separate.
-
-    Known misspellings are corrected. Stuff names lose "-merged", "-other" and "-stuff".
-    """
-    name = category["name"]
-    if name in _MENDED:
-        return _MENDED[name]
-    name = _spaced(name if category["isthing"] else re.sub("(-merged|-other|-stuff)+$", "", name).replace("-", " "))
-    return (name,) if "(" in name else tuple(_OR.split(name))
-
-
-def _spaced(name: str) -> str:
-    return " ".join(str(name).replace("_", " ").split())
-
-
-def _without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
-    """Return the categories without the super-category of all others, which Roboflow adds for the project.
-
-    That category has no annotations, so as a class it would count as absent in every image. It is kept if it has
-    annotations, or if its own super-category has its name (Hand-Segmentation of SeginW, which lacks the project's
-    category).
-    """
-    above = collections.Counter(c.get("supercategory") for c in categories)
-    for root in categories:
-        is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
-        if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
-            problems.add(
-                "note: dropped the super-category of all others, which has no annotations",
-                str(root.get("name")),
-            )
-            return [c for c in categories if c is not root]
-    return categories
-
-
 def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
     """Return the refs of one split, or all refs if `split` is None.
 
@@ -403,7 +299,10 @@ def _need_known(path: str, field: str, annotations: list[dict], known: Collectio
 
 
 def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:
-    """Raise ValueError if `_below` found one file for two images. File names that the JSON file repeats are noted."""
+    """Raise ValueError if two entries with different file names would be read from the same file on disk.
+
+    File names that occur several times in the JSON file are added to `problems`. path: the JSON file, for the message.
+    """
     keys: dict[str, str] = {}
     for job in jobs:
         other = keys.setdefault(job.image, job.key)
