@@ -16,11 +16,11 @@ version has a loop). `temporary` is the memory that it reserves.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import time
 from collections.abc import Callable
-from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mqformer_jax.models import deformable_attention
+from mqformer_jax.models.deformable_attention import ms_deform_attn
 from mqformer_jax.tools.hlo import Program
 
 HEADS, DH, POINTS = 8, 32, 4
@@ -52,33 +52,8 @@ def main() -> None:
         run_here(shapes, args.rounds, args.threads)
 
 
-def four_gathers(value, shapes, locations, weights):
-    """Gather each corner of each point separately."""
-    batch, queries, heads = locations.shape[:3]
-    total, start = 0.0, 0
-    for level, (h, w) in enumerate(shapes):
-        maps = jnp.moveaxis(value[:, start : start + h * w], 2, 1)
-        start += h * w
-        pixel = jnp.moveaxis(locations[:, :, :, level], 2, 1) * np.array([w, h], np.float32) - 0.5
-        first = jnp.floor(jax.lax.stop_gradient(pixel))
-        part, first = pixel - first, first.astype(jnp.int32)
-        for down, right in ((0, 0), (0, 1), (1, 0), (1, 1)):
-            column, row = first[..., 0] + right, first[..., 1] + down
-            inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-            index = jnp.where(inside, row * w + column, 0).reshape(batch, heads, -1)
-            picked = jax.vmap(jax.vmap(lambda m, i: m[i]))(maps, index).reshape(
-                batch, heads, queries, -1, maps.shape[-1]
-            )
-            weight = (part[..., 0] if right else 1 - part[..., 0]) * (part[..., 1] if down else 1 - part[..., 1])
-            weight = jnp.where(inside, weight, 0) * jnp.moveaxis(weights[:, :, :, level], 2, 1)
-            total += (picked * weight[..., None]).sum(3)
-    return jnp.moveaxis(total, 1, 2).reshape(batch, queries, -1)
-
-
-def packed(*inputs):
-    """Run the version for CPU and GPU on any device."""
-    with mock.patch.object(deformable_attention, "_sample_in_lanes", deformable_attention._sample):
-        return deformable_attention.ms_deform_attn(*inputs)
+four_gathers = functools.partial(ms_deform_attn, implementation="reference")
+packed = functools.partial(ms_deform_attn, implementation="rows")
 
 
 def grid_sample(value, shapes, locations, weights):
@@ -144,7 +119,7 @@ def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
     inputs = random_inputs(shapes)
     as_jax, as_torch = [jnp.asarray(x) for x in inputs], [torch.tensor(x) for x in inputs]
     peers = {
-        "ours": (jax_calls(deformable_attention.ms_deform_attn, shapes), as_jax),
+        "ours": (jax_calls(ms_deform_attn, shapes), as_jax),
         "torch grid_sample": (torch_calls(shapes), as_torch),
         "JAX, four gathers": (jax_calls(four_gathers, shapes), as_jax),
     }
@@ -186,7 +161,7 @@ def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
     abstract = [jax.ShapeDtypeStruct(shape, kind, sharding=chip) for shape, kind in arrays]
     print(f"one image, {tokens} tokens, {dtype}, {topology.partition(':')[0]}; jax {jax.__version__}\n")
     print("| | accessed, GB | operands, GB | cycles, M | temporary, GB |\n|---|---|---|---|---|", flush=True)
-    forms = {"four gathers": four_gathers, "packed": packed, "ours": deformable_attention.ms_deform_attn}
+    forms = {"four gathers": four_gathers, "packed": packed, "ours": ms_deform_attn}
     for name, op in forms.items():
         for what, call in zip(("forward", "forward + backward"), jax_calls(op, shapes)):
             compiled = call.lower(*abstract).compile()

@@ -142,8 +142,10 @@ def made_up(shapes: Batch) -> Batch:
     b, (h, w), n = batch.image.shape[0], batch.image.shape[1:3], _TARGETS.value
     top, left, height, width = rectangles(rng, (b, n), h, w)
     batch.boxes[:, :n] = np.stack([(left + width / 2) / w, (top + height / 2) / h, width / w, height / h], -1)
-    bits = height * (width // 8)
-    batch.windows[:, :n] = np.stack([np.cumsum(bits, 1) - bits, top, left // 8, height, width // 8], -1)
+    rows, columns = (4 * np.arange(side // 4)[None, None] for side in (h, w))
+    inside = lambda cells, first, size: (cells >= first[..., None]) & (cells < (first + size)[..., None])
+    masks = inside(rows, top, height)[..., None] & inside(columns, left, width)[:, :, None]
+    batch.masks[:, :n] = np.packbits(masks, axis=-1)
     batch.positive[np.arange(b)[:, None], np.arange(n), rng.integers(0, CLASSES, (b, n))] = True
     batch.has_mask[:, :n] = True
     tokens = (
@@ -153,7 +155,6 @@ def made_up(shapes: Batch) -> Batch:
     )
     return batch.replace(
         image=rng.integers(0, 256, batch.image.shape, np.uint8), size=np.full_like(batch.size, (h, w)),
-        masks=np.full_like(batch.masks, 255),
         tokens=tokens.astype(batch.tokens.dtype),
         prompt_valid=~batch.prompt_valid, prompt_exhaustive=~batch.prompt_exhaustive,
         num_targets=np.full_like(batch.num_targets, n),
@@ -161,9 +162,9 @@ def made_up(shapes: Batch) -> Batch:
 
 
 def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
-    """Return top, left, height and width of random rectangles, up to half a side, in full bytes of packed rows."""
-    height, width = rng.integers(1, h // 2, shape), 8 * rng.integers(1, w // 16, shape)
-    return rng.integers(0, h - height), 8 * (rng.integers(0, w - width) // 8), height, width
+    """Return top, left, height and width of random rectangles, up to half a side."""
+    height, width = rng.integers(1, h // 2, shape), rng.integers(1, w // 2, shape)
+    return rng.integers(0, h - height), rng.integers(0, w - width), height, width
 
 
 # --- theirs

@@ -66,6 +66,7 @@ def get_config(variant: str = "full") -> ConfigDict:
 def full() -> ConfigDict:
     """Return the full-size recipe."""
     config = base()
+    config.model.decoder_dtype = "float32"
     config.init_from = ("pretrained/resnet50", "pretrained/clip")
     config.model.text.tokenizer = "clip"
     config.data.templates = PHOTO_TEMPLATES

@@ -272,6 +272,7 @@ def config_from_json(text: str) -> ConfigDict:
     config, values = base(), json.loads(text)
     if isinstance(values["model"]["remat"], bool):  # a bool in version 0.1
         values["model"]["remat"] = "layers" if values["model"]["remat"] else "none"
+    values["data"].pop("mask_canvases", None)  # a field until version 0.2
     config.update(values)
     return config
 

@@ -24,6 +24,7 @@ CHOICES = {
     "model.text.name": ("clip", "bert", "classes"),
     "model.text.tokenizer": ("words", "clip", "wordpiece", "classes"),
     "model.dtype": ("float32", "bfloat16"),
+    "model.decoder_dtype": ("", "float32", "bfloat16"),
     "model.remat": ("none", "dots", "layers"),
     "optimizer.schedule": ("steps", "cosine"),
     "not_finite": ("stop", "skip"),
@@ -89,6 +90,7 @@ def _model() -> dict[str, Any]:
         num_conditional=300,
         interaction="exchange",  # between the two kinds of query; "joint": one self-attention over both
         dtype="bfloat16",
+        decoder_dtype="",  # of proposals, decoder and heads; "": as dtype. Mask DINO's is float32
         # what the backward pass recomputes: "none", "dots" (layers, except their matmuls) or "layers" (whole layers)
         remat="layers",
     )
@@ -104,7 +106,6 @@ def _data() -> dict[str, Any]:
         canvas=(1024, 1024),  # height, width
         max_targets=100,  # per image
         max_prompts=160,  # per image
-        mask_canvases=8.0,  # memory for an image's masks, in canvases; COCO panoptic needs 1.1 on average, at most 3
         scale_range=(0.1, 2.0),  # of large-scale jitter; 1.0 fits the image into the canvas
         flip=0.5,  # probability
         color_jitter=0.0,  # brightness, contrast and saturation change by up to this fraction
@@ -176,7 +177,7 @@ def base() -> ConfigDict:
                 box=5.0,
                 giou=2.0,
                 projection=0.0,  # for targets without a mask: the predicted mask must span the box (BoxInst, DaTaSeg)
-                num_points=12544,  # at which a predicted mask is compared with its target
+                num_points=12544,  # pixels at which a predicted mask is compared with its target, on average
             ),
             # masks: whether denoising queries have mask losses, besides class and box losses
             denoising=dict(num_queries=100, label_noise=0.2, box_noise=0.4, masks=True),
@@ -309,7 +310,6 @@ def _check_data(config: ConfigDict) -> None:
     _require(config, "data.scale_range", 0 < low <= high, "must be (smallest, largest), both positive")
     _require(config, "data.flip", 0 <= data.flip <= 1, "must be a probability, 0 to 1")
     _require(config, "data.color_jitter", 0 <= data.color_jitter < 1, "must be at least 0 and below 1")
-    _require(config, "data.mask_canvases", data.mask_canvases >= 1, "must be at least 1, to hold one mask")
     _require(
         config,
         "data.max_corrupt_fraction",

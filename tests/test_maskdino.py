@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from flax import nnx
 from originals import assert_agrees
+from pointrend import sample_maps
 
 from mqformer_jax.convert.maskdino import head_plan
 from mqformer_jax.convert.rules import apply, invert, leaves
-from mqformer_jax.losses.assignment import Pairs, matching_costs
+from mqformer_jax.losses import costs
+from mqformer_jax.losses.assignment import Pairs, Samples, matching_costs
 from mqformer_jax.losses.costs import LossWeights
-from mqformer_jax.losses.criterion import image_losses
+from mqformer_jax.losses.criterion import box_losses, class_loss
 from mqformer_jax.losses.matcher import match
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import MQFormer
@@ -134,9 +136,8 @@ def image(arrays, i: int, classes: int) -> ImageTargets:
     targets = ImageTargets(
         num_targets=np.array(n), size=np.array([h, w]), boxes=boxes, positive=np.eye(classes, dtype=bool)[labels],
         negative=np.zeros((n, classes), bool), exhaustive=np.ones(classes, bool), has_mask=np.ones(n, bool),
-        masks=np.packbits(drawn, axis=-1).reshape(-1),
-        windows=np.array([[i * h * w // 8, 0, 0, h, w // 8] for i in range(n)]),
-        ignore=np.zeros((h, w // 8), np.uint8), canvas=(h, w),
+        offset=np.zeros(2, int), masks=drawn.astype(bool), inside=np.ones((h, w), bool), known=np.ones((h, w), bool),
+        canvas=(h, w),
     )  # fmt: skip
     return jax.tree.map(jnp.asarray, targets)
 
@@ -158,12 +159,13 @@ def loss_recording(fixtures):
 def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording):
     arrays, draws, _, about = loss_recording
     _, _, _, out = converted(fixtures, "maskdino_tiny_s0")
-    costs = jax.jit(functools.partial(matching_costs, weights=LossWeights()))
+    cost_of = jax.jit(functools.partial(matching_costs, weights=LossWeights()))
     for i in range(out.mask_features.shape[0]):
         targets = image(arrays, i, about["criterion"]["num_classes"])
         for s, stage in enumerate(stages_of(about)):
             points = draws[f"{stage}/matcher_points_{i}"][0]
-            cost, in_ignored_area = costs(points, *of_image(out, i, s), targets)
+            predictions, features = of_image(out, i, s)
+            cost, in_ignored_area = cost_of(at_points(points, features, targets), predictions, targets)
             assert_agrees(
                 "Mask DINO matching cost", "forward", cost[0].T, arrays[f"{stage}/cost_total_{i}"], told=f"{stage} {i}"
             )
@@ -172,6 +174,15 @@ def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording
             target = np.argsort(query)
             np.testing.assert_array_equal(query[target], arrays[f"{stage}/match_src_{i}"])
             np.testing.assert_array_equal(target, arrays[f"{stage}/match_tgt_{i}"])
+
+
+def at_points(points, features, targets: ImageTargets) -> Samples:
+    """The mask features and masks at recorded points [k 2], instead of on the lattice."""
+    sample = lambda maps: sample_maps(maps, jnp.broadcast_to(points, (len(maps), *points.shape)))
+    known = jnp.ones(len(points))
+    return Samples(
+        sample(features.transpose(2, 0, 1)).T, sample(targets.masks.astype(jnp.float32)), known, jnp.zeros_like(known)
+    )
 
 
 def recorded_losses(outputs, arrays, about) -> dict:
@@ -187,8 +198,16 @@ def recorded_losses(outputs, arrays, about) -> dict:
         pairs = Pairs(both("match_src"), both("match_tgt"), *known)
         points = np.stack([arrays[f"{stage}/loss_points"][first : first + n] for stage in stages])
         predictions = jax.tree.map(lambda x, i=i: x[:, i], outputs.matching)
-        draw = lambda *_, points=points: points
-        terms = image_losses(draw, predictions, outputs.mask_features[i], targets, pairs, LossWeights())
+        chosen = jnp.take_along_axis(predictions.mask_embed, pairs.query[..., None], 1)
+        logits = jnp.einsum("srd,hwd->srhw", chosen, outputs.mask_features[i])
+        drawn = sample_maps(targets.masks[pairs.target].astype(jnp.float32), points)
+        entropy, dice = costs.mask_losses(sample_maps(logits, points), drawn, jnp.ones(drawn.shape))
+        terms = {
+            "class": class_loss(predictions.class_logits, targets, pairs),
+            "mask": entropy.sum(1),
+            "dice": dice.sum(1),
+            **box_losses(predictions.boxes, targets, pairs),
+        }
         found = {name: found[name] + terms[name] / count for name in NAMES}
         first += n
     return found

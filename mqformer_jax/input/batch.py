@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 from mqformer_jax.arrays import Array
-from mqformer_jax.input.example import Example, Target
+from mqformer_jax.input.example import Example
 
 PAD = 128  # gray value of the padding to the right of and below an image
 SAME_OBJECT = 0.5  # two targets may be the same object if their boxes share more than this part of the smaller one
@@ -21,7 +21,7 @@ SAME_OBJECT = 0.5  # two targets may be the same object if their boxes share mor
 @no_type_check
 @flax.struct.dataclass
 class Batch:
-    """B images on a canvas of H x W pixels, each with P prompts of L tokens, N targets and M bytes of masks.
+    """B images on a canvas of H x W pixels, each with P prompts of L tokens and N targets.
 
     Targets with an index of `num_targets` or more, and prompts that are not `prompt_valid`, are padding.
 
@@ -30,11 +30,11 @@ class Batch:
     is_region, prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
     positive: whether the prompt fits the target. negative: whether a prompt that is not exhaustive is known not to fit
         the target. If a target is neither positive nor negative for such a prompt, it is unknown whether they fit.
-    has_mask: whether the target's mask is known. masks: the masks of an image, one after the other, as bits (eight
-        pixels of a row per byte, as in `np.packbits`). Each covers a window around its target: masks of the full canvas
-        would take 13 MB per image at 1024 x 1024. windows: first byte in `masks`; top, left / 8, height, width / 8 on
-        the canvas.
-    ignore: bits of unlabeled pixels, without the padding (see `size`).
+    has_mask: whether the target's mask is known.
+    offset: row and column of the lattice's pixels in their cells. The lattice has one pixel of each cell of the mask
+        features (`losses.lattice`). The loss reads no other pixels.
+    masks: bits of the targets on the lattice, eight pixels of a row per byte, as in `np.packbits`.
+    ignore: bits of unlabeled pixels on the lattice, without the padding (see `size`).
     source: index of the data set in the mixture, for metrics only.
     """
 
@@ -49,34 +49,37 @@ class Batch:
     positive: Bool[Array, "b n p"]
     negative: Bool[Array, "b n p"]
     has_mask: Bool[Array, "b n"]
-    masks: UInt8[Array, "b m"]
-    windows: Int[Array, "b n 5"]
-    ignore: UInt8[Array, "b h w8"]
+    offset: Int[Array, "b 2"]
+    masks: UInt8[Array, "b n h4 w32"]
+    ignore: UInt8[Array, "b h4 w32"]
     source: Int[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """The fixed sizes of a Batch: the canvas (height, width), prompts, targets, and bytes of masks."""
+    """The fixed sizes of a Batch: the canvas (height, width), prompts, targets, and the stride of the mask features."""
 
     canvas: tuple[int, int]
     prompts: int
     targets: int
-    mask_bytes: int
+    mask_stride: int = 4
 
     @classmethod
-    def of(cls, data: Any) -> BatchSpec:
-        """Return the sizes set in `config.data`."""
-        height, width = data.canvas
-        return cls((height, width), data.max_prompts, data.max_targets, int(data.mask_canvases * height * (width // 8)))
+    def of(cls, config: Any) -> BatchSpec:
+        """Return the sizes set in a config."""
+        data, (height, width) = config.data, config.data.canvas
+        return cls((height, width), data.max_prompts, data.max_targets, config.model.mask_stride)
+
+    @property
+    def bits(self) -> tuple[int, int]:
+        """Return the height of the lattice, and its width in bytes."""
+        height, width = (side // self.mask_stride for side in self.canvas)
+        return height, -(-width // 8)
 
 
 @dataclasses.dataclass
 class PackedExample:
-    """One example in the format of a Batch, before padding: p prompts, n targets, an image of h x w pixels.
-
-    bits: each target's mask in its window, or None if only the box is known. windows: top, left / 8, height, width / 8.
-    """
+    """One example in the format of a Batch, before padding: p prompts, n targets, an image of h x w pixels."""
 
     image: UInt8[np.ndarray, "h w 3"]
     tokens: Int[np.ndarray, "p l"]
@@ -85,9 +88,10 @@ class PackedExample:
     boxes: Float[np.ndarray, "n 4"]
     positive: Bool[np.ndarray, "n p"]
     negative: Bool[np.ndarray, "n p"]
-    bits: list[UInt8[np.ndarray, "_h _w8"] | None]
-    windows: list[tuple[int, int, int, int]]
-    ignore: UInt8[np.ndarray, "h w8"] | None
+    has_mask: Bool[np.ndarray, " n"]
+    offset: Int[np.ndarray, " 2"]
+    masks: UInt8[np.ndarray, "n h4 w32"]
+    ignore: UInt8[np.ndarray, "h4 w32"] | None
     source: int
 
 
@@ -103,7 +107,7 @@ def pack_example(
     """Convert an example that is no larger than the canvas to the format of a Batch.
 
     texts, indices: the result of `choose_prompts`. Targets without a chosen prompt are left out. If there are too many
-    targets (or bytes of masks), a random subset is kept, and prompts of dropped targets are no longer exhaustive.
+    targets, a random subset is kept, and prompts of dropped targets are no longer exhaustive.
     """
     column = {int(old): new for new, old in enumerate(indices)}
     prompts = [example.prompts[i] for i in indices]
@@ -112,12 +116,19 @@ def pack_example(
     positive = np.zeros((len(targets), len(prompts)), bool)
     for i, target in enumerate(targets):
         positive[i, [column[p] for p in target.prompts if p in column]] = True
-    packed = [_pack(t) for t in targets]
-    kept = _select_fitting([0 if bits is None else bits.size for bits, _ in packed], spec, rng)
+    kept = np.sort(rng.permutation(len(targets))[: spec.targets])
     dropped = np.ones(len(targets), bool)
     dropped[kept] = False
     exhaustive &= ~positive[dropped].any(0)
     corners = np.array([t.box for t in targets], np.float32).reshape(-1, 4)
+    offset = rng.integers(0, spec.mask_stride, 2)
+    masks = np.zeros((len(kept), *spec.bits), np.uint8)
+    for i, k in enumerate(kept):
+        _pack(targets[k].mask, targets[k].at, offset, spec.mask_stride, masks[i])
+    ignore = None
+    if example.ignore.any():
+        ignore = np.zeros(spec.bits, np.uint8)
+        _pack(example.ignore, (0, 0), offset, spec.mask_stride, ignore)
     return PackedExample(
         image=example.image,
         tokens=tokenizer(list(texts) or [""])[: len(texts)],
@@ -126,9 +137,10 @@ def pack_example(
         boxes=_fractions(corners[kept], spec.canvas),
         positive=positive[kept],
         negative=_known_negatives(positive, corners, exhaustive)[kept],
-        bits=[packed[i][0] for i in kept],
-        windows=[packed[i][1] for i in kept],
-        ignore=np.packbits(example.ignore, axis=-1) if example.ignore.any() else None,
+        has_mask=np.array([targets[k].mask is not None for k in kept], bool),
+        offset=offset,
+        masks=masks,
+        ignore=ignore,
         source=source,
     )
 
@@ -152,13 +164,13 @@ def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
         positive=zeros(bool, spec.targets, spec.prompts),
         negative=zeros(bool, spec.targets, spec.prompts),
         has_mask=zeros(bool, spec.targets),
-        masks=zeros(np.uint8, spec.mask_bytes),
-        windows=zeros(np.int32, spec.targets, 5),
-        ignore=zeros(np.uint8, height, width // 8),
+        offset=zeros(np.int32, 2),
+        masks=zeros(np.uint8, spec.targets, *spec.bits),
+        ignore=zeros(np.uint8, *spec.bits),
         source=zeros(np.int32),
     )
     for i, example in enumerate(examples):
-        (h, w), p, n = example.image.shape[:2], len(example.tokens), len(example.bits)
+        (h, w), p, n = example.image.shape[:2], len(example.tokens), len(example.masks)
         image = batch.image[i]
         image[:h, :w], image[:h, w:], image[h:] = example.image, PAD, PAD
         batch.size[i] = h, w
@@ -170,54 +182,38 @@ def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
             example.positive,
             example.negative,
         )
+        batch.offset[i], batch.has_mask[i, :n], batch.masks[i, :n] = example.offset, example.has_mask, example.masks
         if example.ignore is not None:
-            batch.ignore[i, :h, : example.ignore.shape[1]] = example.ignore
-        start = 0
-        for j, (bits, window) in enumerate(zip(example.bits, example.windows)):
-            batch.windows[i, j] = start, *window
-            if bits is not None:
-                batch.has_mask[i, j] = True
-                batch.masks[i, start : start + bits.size] = bits.reshape(-1)
-                start += bits.size
+            batch.ignore[i] = example.ignore
     return batch
 
 
-def unpack_masks(batch: Batch) -> Bool[np.ndarray, "b n h w"]:
-    """Return the masks of a batch on its canvas, for visualization and tests; the train step reads single points."""
-    b, height, w8 = batch.ignore.shape
-    canvas = np.zeros((b, batch.windows.shape[1], height, w8), np.uint8)
-    for i, windows in enumerate(batch.windows):
-        for j, (start, top, left, h, w) in enumerate(windows):
-            canvas[i, j, top : top + h, left : left + w] = batch.masks[i, start : start + h * w].reshape(h, w)
-    return np.unpackbits(canvas, axis=-1).view(bool)
+def unpack(bits: UInt8[np.ndarray, "*n h4 w32"], canvas: tuple[int, int]) -> Bool[np.ndarray, "*n h w"]:
+    """Return masks or ignored pixels of a batch on its canvas, each pixel enlarged to its cell, for visualization."""
+    stride = canvas[0] // bits.shape[-2]
+    pixels = np.unpackbits(bits, axis=-1, count=canvas[1] // stride).view(bool)
+    return pixels.repeat(stride, -2).repeat(stride, -1)
 
 
-def _pack(target: Target) -> tuple[UInt8[np.ndarray, "h w8"] | None, tuple[int, int, int, int]]:
-    """Return the target's mask as bits, aligned to bytes of the canvas, and its window.
+def _pack(
+    mask: Bool[np.ndarray, "_h _w"] | None,
+    at: tuple[int, int],
+    offset: Int[np.ndarray, " 2"],
+    stride: int,
+    bits: UInt8[np.ndarray, "h4 w32"],
+) -> None:
+    """Write the pixels of a mask that are on the lattice into `bits`. Without a mask, do nothing.
 
-    The window is top, left / 8, height, width / 8. If only the box is known, the bits are None and the window is empty.
+    at: top and left of the mask on the canvas. offset: see `Batch`.
     """
-    if target.mask is None:
-        return None, (0, 0, 0, 0)
-    (top, left), (h, w) = target.at, target.mask.shape
-    mask, shift = target.mask, left % 8
-    if shift:
-        mask = np.zeros((h, shift + w), bool)
-        mask[:, shift:] = target.mask
-    bits = np.packbits(mask, axis=-1)
-    return bits, (top, left // 8, *bits.shape)
-
-
-def _select_fitting(sizes: Sequence[int], spec: BatchSpec, rng: np.random.Generator) -> Int[np.ndarray, " n"]:
-    """Return the indices of the targets that fit into `spec`: all, or a random subset. sizes: bytes of each mask."""
-    if len(sizes) <= spec.targets and sum(sizes) <= spec.mask_bytes:
-        return np.arange(len(sizes))
-    kept, free = [], spec.mask_bytes
-    for i in rng.permutation(len(sizes)):
-        if len(kept) < spec.targets and sizes[i] <= free:
-            kept.append(i)
-            free -= sizes[i]
-    return np.sort(np.array(kept, np.int64))
+    if mask is None:
+        return
+    top, left = (-((first - o) // -stride) for o, first in zip(offset.tolist(), at))  # the first cells, rounded up
+    y, x = (stride * cell + o - first for cell, o, first in zip((top, left), offset.tolist(), at))
+    pixels = mask[y::stride, x::stride]
+    row = np.zeros((len(pixels), 8 * bits.shape[1]), bool)
+    row[:, left : left + pixels.shape[1]] = pixels
+    bits[top : top + len(pixels)] = np.packbits(row, axis=-1)
 
 
 def _known_negatives(

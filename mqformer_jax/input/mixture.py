@@ -88,8 +88,6 @@ class Loader:
         report: Sequence[str] = (),
     ):
         data = config.data
-        if data.canvas[1] % 8:
-            raise ValueError(f"data.canvas: the width must be a multiple of 8, not {data.canvas[1]}.")
         self._config = config
         self.names = _unique_names(sources)
         self._sizes = [len(s) for s in sources]
@@ -100,7 +98,7 @@ class Loader:
         self._weights = [_weight(e, size, data.size_exponent) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
         self._read = [0] * len(sources)
-        self._spec = BatchSpec.of(data)
+        self._spec = BatchSpec.of(config)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
         self.report = [
             f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)
@@ -114,6 +112,7 @@ class Loader:
                 tuple(entry["tasks"]),
                 (entry.get("min_mask_score", 0.0), entry.get("min_caption_score", 0.0)),
                 data,
+                self._spec,
                 tokenizer,
             )
             for i, (s, entry) in enumerate(zip(sources, data.mixture))
@@ -240,6 +239,7 @@ class RecordTransform:
     tasks: tuple[str, ...]
     min_scores: tuple[float, float]
     data: Any
+    spec: BatchSpec
     tokenizer: Callable[[Sequence[str]], np.ndarray]
 
     def __call__(self, index: int, rng: np.random.Generator) -> tuple[PackedExample, Note]:
@@ -262,7 +262,7 @@ class RecordTransform:
         example = to_example(record, self.source.info, self.tasks, key, tuple(data.templates))
         example = self._augment(example, not needs_whole_image(record, self.tasks), rng)
         texts, indices = choose_prompts(example, data.max_prompts, rng)
-        return pack_example(example, texts, indices, self.tokenizer, BatchSpec.of(data), self.number, rng), key, texts
+        return pack_example(example, texts, indices, self.tokenizer, self.spec, self.number, rng), key, texts
 
     def _augment(self, example: Example, may_crop: bool, rng: np.random.Generator) -> Example:
         data, canvas = self.data, tuple(self.data.canvas)

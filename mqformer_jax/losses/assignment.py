@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import no_type_check
 
 import flax.struct
@@ -10,10 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key
 
 from mqformer_jax.arrays import Array
-from mqformer_jax.losses import costs
+from mqformer_jax.losses import costs, lattice
 from mqformer_jax.losses.costs import LossWeights
 from mqformer_jax.losses.matcher import INVALID_COST, match
-from mqformer_jax.losses.points import sample_features
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
@@ -42,15 +42,12 @@ def match_queries(
 ) -> Pairs:
     """Return the pairs with the least total cost at every stage of every image.
 
-    keys: one per image, for the points at which masks are compared. targets: of all images. is_region: targets that
+    keys: one per image, for the pixels at which masks are compared. targets: of all images. is_region: targets that
     only region prompts name. All returned arrays have a leading axis b.
     """
-    draw = lambda key, image: jax.random.uniform(key, (weights.num_points, 2)) * image.extent
-    points = jax.vmap(draw)(keys, targets)
     predictions, features = jax.lax.stop_gradient((outputs.matching, outputs.mask_features))
-    cost, in_ignored_area = jax.vmap(matching_costs, in_axes=(0, 1, 0, 0, None))(
-        points, predictions, features, targets, weights
-    )
+    samples = jax.vmap(functools.partial(shared_samples, num_points=weights.num_points))(keys, features, targets)
+    cost, in_ignored_area = jax.vmap(matching_costs, in_axes=(0, 1, 0, None))(samples, predictions, targets, weights)
     if outputs.decoupled:
         cost = jnp.where(_of_the_other_kind(is_region, outputs)[:, None], INVALID_COST, cost)
     assigned = jax.vmap(jax.vmap(match, in_axes=(0, None)))(cost, targets.num_targets)
@@ -62,29 +59,55 @@ def match_queries(
     return Pairs(query, jnp.broadcast_to(rows, assigned.shape), valid, ~in_ignored_area)
 
 
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class Samples:
+    """The k pixels of one image at which all masks are compared for the matching.
+
+    features: the mask features there. masks: of the n targets, 0 to 1. known: 1 for pixels that are labeled. ignored: 1
+    for unlabeled pixels of the image. Outside the image, both are 0.
+    """
+
+    features: Float[Array, "k d"]
+    masks: Float[Array, "n k"]
+    known: Float[Array, " k"]
+    ignored: Float[Array, " k"]
+
+
+def shared_samples(
+    key: Key[Array, ""], features: Float[Array, "h w d"], targets: ImageTargets, num_points: int
+) -> Samples:
+    """Return about `num_points` pixels of the lattice of an image: all, or every second or third row and column."""
+    step = lattice.step_of(targets.known.shape, num_points)
+    start = jax.random.randint(key, (2,), 0, step)
+    pixels = lambda x: lattice.every(x, step, start, x.ndim - 2).astype(jnp.float32).reshape(*x.shape[:-2], -1)
+    sampled = lattice.every(lattice.at_offset(features, targets.offset, targets.stride), step, start, 0)
+    return Samples(
+        sampled.reshape(-1, features.shape[-1]),
+        pixels(targets.masks),
+        pixels(targets.known),
+        pixels(targets.inside & ~targets.known),
+    )
+
+
 def matching_costs(
-    points: Float[Array, "k 2"],
+    samples: Samples,
     predictions: Predictions,
-    features: Float[Array, "h w d"],
     targets: ImageTargets,
     weights: LossWeights,
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
     """Return the cost of every (target, query) pair of one image, and which queries lie mostly in an ignored area.
 
     A query in an ignored area may show an unlabeled object (in a crowd or a void area), so it is not a negative example
-    of any prompt. All masks are sampled at the same `points` (x, y as fractions of the canvas). A sampled mask is
-    the product of the mask embedding and the sampled features, so no full mask is computed.
+    of any prompt. The masks of queries are computed at the `samples` only: the products of their mask embeddings and
+    the sampled features.
     """
-    n = targets.boxes.shape[0]
-    sampled = sample_features(features, points)
-    masks = targets.sample_masks(jnp.arange(n), jnp.broadcast_to(points, (n, *points.shape)))
-    ignored = targets.sample_ignore(points)
 
     def stage(p: Predictions) -> tuple[Float[Array, "n q"], Bool[Array, " q"]]:
         logits = jnp.einsum(
-            "qd,kd->qk", p.mask_embed, sampled.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32
+            "qd,kd->qk", p.mask_embed, samples.features.astype(p.mask_embed.dtype), preferred_element_type=jnp.float32
         )
-        entropy, dice = costs.mask_costs(logits, masks, 1 - ignored)
+        entropy, dice = costs.mask_costs(logits, samples.masks, samples.known)
         terms = {
             "class": costs.class_cost(p.class_logits, targets.positive.astype(jnp.float32)),
             "mask": jnp.where(targets.has_mask[:, None], entropy, 0.0),
@@ -93,7 +116,7 @@ def matching_costs(
             "giou": -costs.giou(costs.corners(targets.boxes)[:, None], costs.corners(p.boxes)[None]),
         }
         p_mask = jax.nn.sigmoid(logits)
-        return weights.total(terms), p_mask @ ignored > 0.5 * p_mask.sum(-1)
+        return weights.total(terms), p_mask @ samples.ignored > 0.5 * p_mask @ (samples.known + samples.ignored)
 
     return jax.vmap(stage)(predictions)
 

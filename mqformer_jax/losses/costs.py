@@ -17,9 +17,9 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, as in RetinaNet and Mask DINO
 class LossWeights:
     """Weights of the terms, for both matching costs and losses. The defaults are Mask DINO's.
 
-    projection: weight of the loss of targets without a mask (`projection_loss`). num_points: number of points at which
-    masks are compared. denoising_masks: whether denoising queries have mask losses (Mask DINO's "seg"), or only class
-    and box losses ("standard").
+    projection: weight of the loss of targets without a mask (`projection_loss`). num_points: average number of pixels
+    at which masks are compared (`lattice.point_weights`). denoising_masks: whether denoising queries have mask losses
+    (Mask DINO's "seg"), or only class and box losses ("standard").
     """
 
     class_: float = 4.0
@@ -79,9 +79,9 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " .
 def mask_costs(
     logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, " k"]
 ) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
-    """Return the cross entropy (mean over points) and dice loss of every query and target, at k shared points.
+    """Return the cross entropy (mean over pixels) and dice loss of every query and target, at k shared pixels.
 
-    weight: of each point; 0 excludes a point.
+    weight: of each pixel; 0 excludes a pixel.
     """
     known = masks * weight
     entropy = (jax.nn.softplus(logits) @ weight)[None] - known @ logits.T
@@ -94,9 +94,9 @@ def mask_costs(
 def mask_losses(
     logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Return the cross entropy (mean over points) and dice loss of matched pairs, each at its own k points.
+    """Return the cross entropy (mean over pixels) and dice loss of matched pairs at k pixels.
 
-    weight: of each point; 0 excludes a point.
+    weight: of each pixel; 0 excludes a pixel.
     """
     entropy = (jax.nn.softplus(logits) - logits * masks) * weight
     p = jax.nn.sigmoid(logits) * weight

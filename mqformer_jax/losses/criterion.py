@@ -9,7 +9,6 @@ loss. Ignored pixels are excluded.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import no_type_check
 
 import flax.struct
@@ -19,11 +18,10 @@ from jaxtyping import Bool, Float, Int, Key
 
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch
-from mqformer_jax.losses import costs
+from mqformer_jax.losses import costs, lattice
 from mqformer_jax.losses.assignment import Pairs, match_queries
 from mqformer_jax.losses.costs import LossWeights
 from mqformer_jax.losses.denoising import DenoisingTargets
-from mqformer_jax.losses.points import sample_maps, uncertain_points
 from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
@@ -50,7 +48,7 @@ class Normalizers:
 
 
 def image_keys(key: Array, images: int) -> Key[Array, "b 3"]:
-    """Return three random keys per image: they draw the points of matching costs, losses and denoising losses."""
+    """Return three random keys per image: they draw the pixels of matching costs, losses and denoising losses."""
     return jnp.stack([jax.random.split(k, images) for k in jax.random.split(key, 3)], 1)
 
 
@@ -122,29 +120,22 @@ def batch_losses(
 ) -> dict[str, Float[Array, "b s"]]:
     """Return `image_losses` of every image. targets, pairs: with a leading axis b."""
 
-    def one_image(key, *image):
-        draw_points = functools.partial(uncertain_points, key, k=weights.num_points)
-        return image_losses(draw_points, *image, weights)
-
+    one_image = functools.partial(image_losses, weights=weights)
     return jax.vmap(one_image, in_axes=(0, 1, 0, 0, 0))(keys, predictions, features, targets, pairs)
 
 
 def image_losses(
-    draw_points: Callable,
+    key: Key[Array, ""],
     predictions: Predictions,
     features: Float[Array, "h w d"],
     targets: ImageTargets,
     pairs: Pairs,
     weights: LossWeights,
 ) -> Terms:
-    """Return each term of one image at each stage, summed over its pairs.
-
-    draw_points: function from mask logits [s r h w] and the image's extent to the points [s r k 2] at which masks are
-    compared.
-    """
+    """Return each term of one image at each stage, summed over its pairs."""
     return {
         "class": class_loss(predictions.class_logits, targets, pairs),
-        **mask_losses(draw_points, predictions.mask_embed, features, targets, pairs, weights),
+        **mask_losses(key, predictions.mask_embed, features, targets, pairs, weights),
         **box_losses(predictions.boxes, targets, pairs),
     }
 
@@ -172,7 +163,7 @@ def box_losses(boxes: Float[Array, "s q 4"], targets: ImageTargets, pairs: Pairs
 
 
 def mask_losses(
-    draw_points: Callable,
+    key: Key[Array, ""],
     mask_embed: Float[Array, "s q d"],
     features: Float[Array, "h w d"],
     targets: ImageTargets,
@@ -184,14 +175,16 @@ def mask_losses(
     All are summed over pairs. The projection loss is left out if its weight is 0.
     """
     embed = _of_pairs(mask_embed, pairs)
-    logits = jnp.einsum("srd,hwd->srhw", embed, features.astype(embed.dtype), preferred_element_type=jnp.float32)
-    points = draw_points(jax.lax.stop_gradient(logits), targets.extent)
-    masks, ignored = targets.sample_masks(pairs.target, points), targets.sample_ignore(points)
-    entropy, dice = costs.mask_losses(sample_maps(logits, points), masks, 1 - ignored)
+    product = functools.partial(jnp.einsum, "srd,hwd->srhw", embed, preferred_element_type=jnp.float32)
+    logits = product(lattice.at_offset(features, targets.offset, targets.stride).astype(embed.dtype))
+    weight = lattice.point_weights(key, jax.lax.stop_gradient(logits), targets.inside, weights.num_points)
+    masks = targets.masks[pairs.target].astype(jnp.float32)
+    pixels = lambda x: x.reshape(*pairs.target.shape, -1)
+    entropy, dice = costs.mask_losses(pixels(logits), pixels(masks), pixels(weight * targets.known))
     with_mask = pairs.valid & targets.has_mask[pairs.target]
     terms = {"mask": (entropy * with_mask).sum(1), "dice": (dice * with_mask).sum(1)}
     if weights.projection > 0:
-        inside = jnp.where(targets.inside(logits.shape[-2:]), logits, -jnp.inf)
+        inside = jnp.where(targets.centers_inside(), product(features.astype(embed.dtype)), -jnp.inf)
         projection = costs.projection_loss(inside, costs.corners(targets.boxes[pairs.target]))
         terms["projection"] = (projection * (pairs.valid & ~with_mask)).sum(1)
     return terms

@@ -6,11 +6,11 @@ from typing import no_type_check
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int
 
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.batch import Batch
-from mqformer_jax.losses.points import sample_bits
+from mqformer_jax.losses import lattice
 
 
 @no_type_check  # see `Batch`
@@ -18,8 +18,9 @@ from mqformer_jax.losses.points import sample_bits
 class ImageTargets:
     """n targets and p prompts of one image; rows from `num_targets` on are padding.
 
-    exhaustive: valid prompts whose objects in the image are all labeled. canvas: height and width in pixels. For the
-    other fields, see `Batch`.
+    exhaustive: valid prompts whose objects in the image are all labeled. offset: row and column of the lattice's pixel
+    in its cell (`lattice`). masks: on the lattice. known: pixels of the lattice that are inside the image and not
+    ignored. inside: those inside the image. canvas: height and width in pixels. For the other fields, see `Batch`.
     """
 
     num_targets: Int[Array, ""]
@@ -29,46 +30,41 @@ class ImageTargets:
     negative: Bool[Array, "n p"]
     exhaustive: Bool[Array, " p"]
     has_mask: Bool[Array, " n"]
-    masks: UInt8[Array, " m"]
-    windows: Int[Array, "n 5"]
-    ignore: UInt8[Array, "h w8"]
+    offset: Int[Array, " 2"]
+    masks: Bool[Array, "n h w"]
+    inside: Bool[Array, "h w"]
+    known: Bool[Array, "h w"]
     canvas: tuple[int, int] = flax.struct.field(pytree_node=False)
 
     @classmethod
     def of_batch(cls, batch: Batch) -> ImageTargets:
         """Return the targets of all images: arrays with a leading batch axis, for `jax.vmap`."""
+        canvas = batch.image.shape[1:3]
+        stride = canvas[0] // batch.masks.shape[2]
+        width = canvas[1] // stride
+        rows, columns = (
+            stride * jnp.arange(side // stride) + batch.offset[:, i, None] < batch.size[:, i, None]
+            for i, side in enumerate(canvas)
+        )
+        inside = rows[:, :, None] & columns[:, None]
+        same = ("num_targets", "size", "boxes", "positive", "negative", "has_mask", "offset")
         return cls(
-            num_targets=batch.num_targets,
-            size=batch.size,
-            boxes=batch.boxes,
-            positive=batch.positive,
-            negative=batch.negative,
+            **{name: getattr(batch, name) for name in same},
             exhaustive=batch.prompt_valid & batch.prompt_exhaustive,
-            has_mask=batch.has_mask,
-            masks=batch.masks,
-            windows=batch.windows,
-            ignore=batch.ignore,
-            canvas=batch.image.shape[1:3],
+            masks=lattice.unpack(batch.masks, width),
+            inside=inside,
+            known=inside & ~lattice.unpack(batch.ignore, width),
+            canvas=canvas,
         )
 
     @property
-    def extent(self) -> Float[Array, " 2"]:
-        """Return the valid part of the canvas as fractions (x, y)."""
-        h, w = self.canvas
-        return self.size[::-1].astype(jnp.float32) / jnp.array([w, h], jnp.float32)
+    def stride(self) -> int:
+        """Return the side of a cell of the lattice in pixels."""
+        return self.canvas[0] // self.known.shape[-2]
 
-    def inside(self, shape: tuple[int, int]) -> Bool[Array, "h w"]:
-        """Return which cells of a map of this shape have their center in the valid part of the canvas."""
-        x, y = ((jnp.arange(n) + 0.5) / n < extent for n, extent in zip(shape[::-1], self.extent))
-        return y[:, None] & x
-
-    def sample_masks(self, rows: Int[Array, "*n"], points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-        """Return the masks of the targets `rows`, each at its own points (x, y as fractions of the canvas)."""
-        return sample_bits(self.masks, self.windows[rows], self.canvas, points)
-
-    def sample_ignore(self, points: Float[Array, "*n k 2"]) -> Float[Array, "*n k"]:
-        """Return the ignored fraction (0 to 1) at each point. Points near the border read the outermost pixel."""
-        h, w = self.canvas
-        margin = 0.5 / jnp.array([w, h], jnp.float32)
-        everywhere = jnp.broadcast_to(jnp.array([0, 0, 0, h, w // 8]), (*points.shape[:-2], 5))
-        return sample_bits(self.ignore.reshape(-1), everywhere, (h, w), jnp.clip(points, margin, 1 - margin))
+    def centers_inside(self) -> Bool[Array, "h w"]:
+        """Return which cells of the mask features have their center in the valid part of the canvas."""
+        rows, columns = (
+            (jnp.arange(side // self.stride) + 0.5) * self.stride < self.size[i] for i, side in enumerate(self.canvas)
+        )
+        return rows[:, None] & columns

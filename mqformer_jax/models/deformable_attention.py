@@ -1,7 +1,9 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021), in plain JAX.
 
-The operation is limited by memory bandwidth. Therefore, the four pixels around a sampling point are packed into one
-row, and a gather reads the whole row. With 32 channels per head, a row has 128 numbers, the number of lanes of a TPU.
+One operation, `ms_deform_attn`, with three implementations: "reference" (one gather for each corner of a point), "rows"
+(for CPUs and GPUs) and "lanes" (for TPUs). The operation is limited by memory bandwidth. Therefore, the last two pack
+the four pixels around a sampling point into one row, and a gather reads the whole row. With 32 channels per head, a row
+has 128 numbers, the number of lanes of a TPU.
 """
 
 from __future__ import annotations
@@ -28,19 +30,46 @@ def ms_deform_attn(
     shapes: Shapes,
     locations: Float[Array, "b q heads levels points 2"],
     weights: Float[Array, "b q heads levels points"],
+    implementation: str | None = None,
 ) -> Float[Array, "b q heads*dh"]:
-    """Return weighted sums of bilinear samples of several maps, in float32.
+    """Return weighted sums of bilinear samples of several maps, in float32. Gradients are summed in float32 too.
 
     value: the pixels of all maps, one map after the other, each row by row. shapes: (h, w) of each map. locations: x, y
     of the sampling points; 0 and 1 are the outer edges of a map. Outside, a map counts as zero (as in torch's
-    `grid_sample` with align_corners=False and zero padding). weights: of the sampling points.
+    `grid_sample` with align_corners=False and zero padding). weights: of the sampling points. implementation:
+    "reference", "rows" or "lanes"; None: lanes on TPUs, rows elsewhere.
     """
+    if implementation == "reference":
+        return _reference(value, shapes, locations, weights)
     batch, queries, heads, *_ = locations.shape
     rows = _pack(value, shapes)
     cell, corners = _corners(locations.astype(jnp.float32), shapes)
     index = (cell * heads + np.arange(heads)[:, None, None]).reshape(batch, queries, heads, -1)
     corners = (corners * weights[..., None].astype(jnp.float32)).reshape(*index.shape, 4)
-    return jax.lax.platform_dependent(rows, index, corners, tpu=_sample_in_lanes, default=_sample)
+    if implementation is None:
+        return jax.lax.platform_dependent(rows, index, corners, tpu=_lanes, default=_rows)
+    return {"rows": _rows, "lanes": _lanes}[implementation](rows, index, corners)
+
+
+def _reference(value, shapes, locations, weights):
+    """Return the same as `ms_deform_attn`, with one gather for each corner of a point and without packed rows."""
+    batch, queries, heads, *_ = locations.shape
+    value, start = value.astype(jnp.float32), 0
+    total = jnp.zeros((batch, heads, queries, value.shape[-1]))
+    for level, (h, w) in enumerate(shapes):
+        maps = value[:, start : start + h * w].transpose(0, 2, 1, 3)  # b heads h*w dh
+        start += h * w
+        pixel = locations[:, :, :, level].transpose(0, 2, 1, 3, 4) * np.array([w, h], np.float32) - 0.5
+        first = jnp.floor(jax.lax.stop_gradient(pixel))
+        for corner in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            x, y = jnp.moveaxis(first + np.array(corner, np.float32), -1, 0)
+            share = jnp.prod(1 - jnp.abs(pixel - jnp.stack([x, y], -1)), -1)
+            inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)
+            index = jnp.where(inside, y * w + x, 0).astype(jnp.int32).reshape(batch, heads, -1, 1)
+            picked = jnp.take_along_axis(maps, index, 2).reshape(*x.shape, -1)
+            share = jnp.where(inside, share, 0) * weights[:, :, :, level].transpose(0, 2, 1, 3)
+            total += (picked * share[..., None]).sum(3)
+    return total.transpose(0, 2, 1, 3).reshape(batch, queries, -1)
 
 
 def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b rows 4*dh"]:
@@ -78,13 +107,30 @@ def _corners(
     return offset[:, None] + row * width[:, None] + column, corner
 
 
-def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Array, "b ... c"]:
+def _pick(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Array, "b ... c"]:
     picked = jax.vmap(lambda r, i: r.at[i].get(mode="clip"))(rows, index.reshape(index.shape[0], -1))
     return picked.reshape(*index.shape, -1)
 
 
+@jax.custom_vjp
+def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Array, "b ... c"]:
+    """Return rows by their index in float32, so that their gradients are summed in float32 too."""
+    return _pick(rows, index).astype(jnp.float32)
+
+
+def _scatter(residuals, gradient):
+    """Return the gradient of the rows from that of the picked rows, which is float32."""
+    rows, index = residuals
+    zeros, flat = jnp.zeros(rows.shape, jnp.float32), index.reshape(index.shape[0], -1)
+    add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="clip"))
+    return add(zeros, flat, gradient.reshape(*flat.shape, -1)).astype(rows.dtype), None
+
+
+_gather.defvjp(lambda rows, index: (_gather(rows, index), (rows, index)), _scatter)
+
+
 @jax.checkpoint
-def _sample(
+def _rows(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
     """Return the weighted sum over points and corners: one vector-matrix product per query and head.
@@ -98,10 +144,10 @@ def _sample(
     return summed.reshape(*index.shape[:2], -1)
 
 
-def _sample_in_lanes(
+def _lanes(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
-    """Return the same as `_sample`, laid out for TPU (slow on CPU).
+    """Return the same as `_rows`, laid out for TPU (slow on CPU).
 
     The gathered rows are most of the memory traffic, so they should be written once and read once:
 
@@ -123,14 +169,14 @@ def _weigh_rows(
 
 
 def _weigh_forward(rows, index, corners):
-    picked = jax.lax.optimization_barrier(_gather(rows, index))
+    picked = jax.lax.optimization_barrier(_pick(rows, index))
     lanes = (picked * _widen(corners, rows.shape[-1])).sum(1)
     folded = jnp.einsum("bhql,ld->bqhd", lanes, _fold(rows.shape[-1]), precision="highest")
     return folded.reshape(*folded.shape[:2], -1), (rows, index, corners, picked)
 
 
 def _weigh_backward(residuals, gradient):
-    """Return the gradients of the rows (summed in float32, whatever their type) and of the corner weights."""
+    """Return the gradients of the rows and of the corner weights."""
     rows, index, corners, picked = residuals
     batch, _, heads, queries = index.shape
     # Without the barrier, XLA shares the expanded weights with the forward pass and writes them to memory.
@@ -139,8 +185,7 @@ def _weigh_backward(residuals, gradient):
     lanes = jnp.einsum("bqhd,ld->bhql", gradient, _fold(rows.shape[-1]), precision="highest")[:, None]
     of_corners = jnp.einsum("bnhql,kl->bnhkq", picked * lanes, _ones(rows.shape[-1]), precision="highest")
     of_picked = jax.lax.optimization_barrier(_widen(corners, rows.shape[-1]) * lanes)
-    (of_rows,) = jax.vjp(lambda r: _gather(r, index), jnp.zeros_like(rows, jnp.float32))[1](of_picked)
-    return of_rows.astype(rows.dtype), None, of_corners
+    return *_scatter((rows, index), of_picked), of_corners
 
 
 _weigh_rows.defvjp(_weigh_forward, _weigh_backward)

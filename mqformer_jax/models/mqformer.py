@@ -77,7 +77,7 @@ class MQFormer(nnx.Module):
     """
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs):
-        c, dtype = config, jnp.dtype(config.dtype)
+        c, dtype, decoder_dtype = config, jnp.dtype(config.dtype), jnp.dtype(config.decoder_dtype or config.dtype)
         self.dtype = dtype
         self.num_learnable, self.num_conditional = query_counts(c)
         self.joint, self.decoupled = c.interaction == "joint", c.queries == "decoupled"
@@ -94,14 +94,14 @@ class MQFormer(nnx.Module):
             self.backbone.channels, c.width, c.heads, c.num_sampling_points, c.encoder_layers, c.encoder_ffn,
             tuple(c.strides), c.mask_dim, c.mask_stride, rngs=rngs, dtype=dtype, remat=c.remat,
         )  # fmt: skip
-        self.heads = Heads(c.width, c.text.embed_dim, c.mask_dim, c.score == "cosine", rngs=rngs, dtype=dtype)
+        self.heads = Heads(c.width, c.text.embed_dim, c.mask_dim, c.score == "cosine", rngs=rngs, dtype=decoder_dtype)
         self.learnable = LearnableQueries(self.num_learnable, c.width, rngs=rngs) if self.num_learnable else None
         conditional = functools.partial(ConditionalQueries, self.num_conditional, c.width, c.learned_content)
-        self.conditional = conditional(rngs=rngs, dtype=dtype) if self.num_conditional else None
-        self.denoising_embedding = nnx.Linear(c.text.embed_dim, c.width, dtype=dtype, rngs=rngs)
+        self.conditional = conditional(rngs=rngs, dtype=decoder_dtype) if self.num_conditional else None
+        self.denoising_embedding = nnx.Linear(c.text.embed_dim, c.width, dtype=decoder_dtype, rngs=rngs)
         self.decoder = Decoder(
             c.width, c.heads, c.ffn, c.decoder_layers, len(c.strides), c.num_sampling_points,
-            mixed and c.interaction == "exchange", rngs=rngs, dtype=dtype, remat=c.remat,
+            mixed and c.interaction == "exchange", rngs=rngs, dtype=decoder_dtype, remat=c.remat,
         )  # fmt: skip
 
     def embed_text(
@@ -150,13 +150,15 @@ class MQFormer(nnx.Module):
         denoising: DenoisingQueries | None = None,
     ) -> Outputs:
         """Return the predictions from the backbone's features, {stride: feature} of a canvas (h, w)."""
-        prompts = Prompts(prompt_embeddings, prompt_valid)
-        memory, mask_features = self.encode(features, canvas, size)
-        proposals, queries = self.propose(memory, mask_features, prompts)
-        if denoising is not None:
-            queries = concatenate(queries, self.denoise(denoising, prompts))
-        content, boxes = self.decode(queries, denoising, memory)
-        return self.predict(proposals, content, boxes, mask_features, prompts)
+        # a float32 model computes exact products; TPUs and GPUs round the factors by default
+        with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else None):
+            prompts = Prompts(prompt_embeddings, prompt_valid)
+            memory, mask_features = self.encode(features, canvas, size)
+            proposals, queries = self.propose(memory, mask_features, prompts)
+            if denoising is not None:
+                queries = concatenate(queries, self.denoise(denoising, prompts))
+            content, boxes = self.decode(queries, denoising, memory)
+            return self.predict(proposals, content, boxes, mask_features, prompts)
 
     def encode(
         self, features: Features, canvas: tuple[int, int], size: Int[Array, "b 2"]

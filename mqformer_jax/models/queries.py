@@ -93,13 +93,14 @@ class ConditionalQueries(nnx.Module):
         """
         grid = grid_proposals(memory.shapes)
         inside = (jnp.all((grid > 0.01) & (grid < 0.99), -1) & memory.valid)[..., None]
-        tokens = self.norm(self.proj(jnp.where(inside, memory.tokens, 0)))
-        boxes = heads.box(tokens).astype(jnp.float32) + jnp.where(inside, inverse_sigmoid(grid), OUTSIDE)
-        best = jnp.max(heads.scores(tokens, prompts), -1)
+        tokens, anchors = jnp.where(inside, memory.tokens, 0), jnp.where(inside, inverse_sigmoid(grid), OUTSIDE)
+        project = lambda x: self.norm(self.proj(x))
+        # The choice has no gradient. The chosen tokens are projected again, so that only they have a backward pass.
+        best = jnp.max(heads.scores(project(jax.lax.stop_gradient(tokens)), prompts), -1)
         _, index = jax.lax.top_k(jax.lax.stop_gradient(best), self.k)
-        return Queries(
-            jnp.take_along_axis(tokens, index[..., None], 1), jnp.take_along_axis(boxes, index[..., None], 1)
-        )
+        chosen = lambda x: jnp.take_along_axis(x, index[..., None], 1)
+        content = project(chosen(tokens))
+        return Queries(content, heads.box(content).astype(jnp.float32) + chosen(anchors))
 
     def initial_content(self, proposals: Queries) -> Float[Array, "b k d"]:
         """Return the decoder's initial content: the proposals' content, or the parameter if the content is learned.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -275,6 +276,56 @@ def flops(jaxpr: Any) -> float:
             times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
             total += times * sum(flops(getattr(inner, "jaxpr", inner)) for inner in _inner(eqn))
     return total
+
+
+ROW = 8  # a gather or scatter of shorter rows counts as one of single numbers
+
+
+def irregular(jaxpr: Any) -> dict[str, float]:
+    """Return how much of a jaxpr's work a TPU does slowly, including all iterations of scans.
+
+    gathered_rows, scattered_rows: rows of at least `ROW` adjacent numbers that gathers read and scatters write.
+    gathered_numbers, scattered_numbers: numbers in shorter rows. sorted_numbers: of sorts and top-k. random_numbers: 32
+    random bits each. open_loops: loops whose length depends on data; their bodies count once. Gathers with one index
+    (slices at a position) count as none. Of the alternatives for different platforms, TPU's count.
+    """
+    total: dict[str, float] = dict.fromkeys(
+        ("gathered_rows", "gathered_numbers", "scattered_rows", "scattered_numbers", "sorted_numbers",
+         "random_numbers", "open_loops"), 0.0
+    )  # fmt: skip
+    for eqn in jaxpr.eqns:
+        name, times, inner = eqn.primitive.name, 1, list(_inner(eqn))
+        if name == "gather":
+            _count_rows(total, "gathered", eqn.outvars[0].aval.size, math.prod(eqn.params["slice_sizes"]))
+        elif name.startswith("scatter"):
+            index, updates = eqn.invars[1].aval, eqn.invars[2].aval
+            _count_rows(total, "scattered", updates.size, updates.size // max(1, index.size // index.shape[-1]))
+        elif name in ("sort", "top_k", "approx_top_k"):
+            total["sorted_numbers"] += eqn.invars[0].aval.size
+        elif name in ("random_bits", "threefry2x32"):
+            total["random_numbers"] += sum(out.aval.size for out in eqn.outvars)
+        elif name == "while":
+            total["open_loops"] += not _counts_up(eqn)
+        elif name == "scan":
+            times = eqn.params["length"]
+        elif name == "cond" and (platforms := eqn.params.get("branches_platforms")):
+            ours = [i for i, p in enumerate(platforms) if p is None or "tpu" in p]
+            inner = [eqn.params["branches"][ours[0]]]
+        for one in inner:
+            for kind, count in irregular(getattr(one, "jaxpr", one)).items():
+                total[kind] += times * count
+    return total
+
+
+def _count_rows(total: dict[str, float], kind: str, size: int, row: int) -> None:
+    if size > row:
+        total[f"{kind}_rows" if row >= ROW else f"{kind}_numbers"] += size / row if row >= ROW else size
+
+
+def _counts_up(eqn: Any) -> bool:
+    """Return whether a `while` ends when a counter reaches a limit (`fori_loop`), not at a condition on data."""
+    condition = eqn.params["cond_jaxpr"].jaxpr
+    return [e.primitive.name for e in condition.eqns] == ["lt"]
 
 
 def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:

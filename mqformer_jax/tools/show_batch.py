@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mqformer_jax import cli
 from mqformer_jax import config as recipes
-from mqformer_jax.input.batch import Batch, unpack_masks
+from mqformer_jax.input.batch import Batch, unpack
 from mqformer_jax.input.mixture import Note, make_loader
 from mqformer_jax.visualization.training_batch import ShownExample, ShownPrompt, grid, panel
 
@@ -103,8 +103,8 @@ def describe(row: Batch, note: Note) -> ShownExample:
         ),
         image=row.image[0],
         size=(int(row.size[0, 0]), int(row.size[0, 1])),
-        ignore=np.unpackbits(row.ignore[0], axis=-1).view(bool),
-        masks=unpack_masks(row)[0, :n],
+        ignore=unpack(row.ignore[0], (height, width)),
+        masks=unpack(row.masks[0, :n], (height, width)),
         has_mask=row.has_mask[0, :n],
         boxes=np.concatenate([centers - sizes / 2, centers + sizes / 2], axis=1),
         left_out=tuple(f"record {number}: {what}" for number, what in note.bad),

@@ -83,7 +83,7 @@ class TrainStep:
             donate_argnums=0,
         )
         encoded = config.optimizer.text_lr_mult == 0
-        batch = abstract_batch(config.batch_size, config.data, config.model.text, encoded)
+        batch = abstract_batch(config, encoded)
         self.arguments = self.abstract, batch, jax.ShapeDtypeStruct((), bool)  # the shapes to compile for
 
     def init(self) -> TrainState:
@@ -164,7 +164,7 @@ class TrainStep:
 class Images(NamedTuple):
     """Images of a batch with their random draws of a step. Every array has one row per image.
 
-    loss_keys: for the points at which masks are compared. path_keys: for the backbone's drop path.
+    loss_keys: for the pixels at which masks are compared. path_keys: for the backbone's drop path.
     """
 
     batch: Batch
@@ -225,14 +225,14 @@ class LossGradients:
         return criterion(loss_keys, outputs, batch, denoising, normalizers, self.weights)
 
 
-def abstract_batch(batch_size: int, data: ConfigDict, text: ConfigDict, encoded: bool) -> Batch:
+def abstract_batch(config: ConfigDict, encoded: bool) -> Batch:
     """Return the shapes of a global batch, to compile a step for.
 
-    data, text: `config.data`, `config.model.text`. encoded: whether prompts are vectors instead of token ids.
+    encoded: whether prompts are vectors instead of token ids.
     """
-    spec = BatchSpec.of(data)
+    spec, text = BatchSpec.of(config), config.model.text
     n, p, (h, w) = spec.targets, spec.prompts, spec.canvas
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+    array = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
     return Batch(
         image=array(jnp.uint8, h, w, 3),
         size=array(jnp.int32, 2),
@@ -245,8 +245,8 @@ def abstract_batch(batch_size: int, data: ConfigDict, text: ConfigDict, encoded:
         positive=array(bool, n, p),
         negative=array(bool, n, p),
         has_mask=array(bool, n),
-        masks=array(jnp.uint8, spec.mask_bytes),
-        windows=array(jnp.int32, n, 5),
-        ignore=array(jnp.uint8, h, w // 8),
+        offset=array(jnp.int32, 2),
+        masks=array(jnp.uint8, n, *spec.bits),
+        ignore=array(jnp.uint8, *spec.bits),
         source=array(jnp.int32),
     )

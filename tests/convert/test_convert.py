@@ -138,7 +138,7 @@ def test_a_wrong_file_is_one_line_that_names_it(make, words, tmp_path):
 
 
 def test_a_wrong_family_says_what_the_file_looks_like(resnet_file, tmp_path):
-    with pytest.raises(ValueError, match="looks like resnet"):
+    with pytest.raises(ValueError, match="look like resnet"):
         convert(resnet_file, str(tmp_path / "out"), "maskdino")
 
 

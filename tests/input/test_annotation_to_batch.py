@@ -13,7 +13,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tiny import recipe
 
-from mqformer_jax.input.batch import unpack_masks
+from mqformer_jax.input.batch import unpack
 from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
@@ -42,6 +42,7 @@ def asked(root, name, split, tasks, side, **data):
         | data
     )
     config.data.mixture = (dict(name=name, split=split, tasks=tasks),)
+    config.model.mask_stride = 1  # all pixels
     loader = make_loader(config, WordTokenizer(1 << 20, 8))
     source = ShardSource(root, name, split)
     longer_side = {
@@ -49,7 +50,7 @@ def asked(root, name, split, tasks, side, **data):
     }
     found = {}
     for batch, notes in itertools.islice(loader.stream(), 20):
-        masks, ignore = unpack_masks(batch), np.unpackbits(batch.ignore, axis=-1).view(bool)
+        masks, ignore = (unpack(bits, config.data.canvas) for bits in (batch.masks, batch.ignore))
         for i, note in enumerate(notes):
             h, w = batch.size[i]
             key = note.key.split("/", 1)[1]

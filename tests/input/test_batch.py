@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from mqformer_jax.input.batch import BatchSpec, collate, pack_example, unpack_masks
+from mqformer_jax.input.batch import BatchSpec, collate, pack_example, unpack
 from mqformer_jax.input.example import Example, Prompt, Target
 
 H, W, P, N = 16, 24, 5, 4
@@ -20,9 +20,9 @@ def example(num_targets=2, h=13, w=19, seed=0):
     return Example("t", rng.integers(0, 255, (h, w, 3), np.uint8), prompts, targets, rng.random((h, w)) > 0.5)
 
 
-def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_bytes=4 * H * W // 8):
+def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_stride=1):
     """A Batch of one."""
-    texts, spec = [ex.prompts[i].texts[0] for i in indices], BatchSpec((H, W), P, max_targets, mask_bytes)
+    texts, spec = [ex.prompts[i].texts[0] for i in indices], BatchSpec((H, W), P, max_targets, mask_stride)
     return collate(
         [pack_example(ex, texts, np.array(indices, int), tokenizer, spec, 3, np.random.default_rng(seed))], spec
     )
@@ -31,26 +31,34 @@ def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_bytes=4 * H * W // 8)
 def test_masks_come_back_from_their_bits():
     ex = example()
     out = row(ex)
-    bits = unpack_masks(out)[0]
+    bits = unpack(out.masks, (H, W))[0]
     assert bits.shape == (N, H, W)
     for i, target in enumerate(ex.targets):
         np.testing.assert_array_equal(bits[i, :13, :19], target.mask)
     assert not bits[:, 13:].any() and not bits[:, :, 19:].any() and not bits[2:].any()
-    ignore = np.unpackbits(out.ignore[0], axis=-1).astype(bool)
+    ignore = unpack(out.ignore, (H, W))[0]
     np.testing.assert_array_equal(ignore[:13, :19], ex.ignore)
     assert not ignore[13:].any() and not ignore[:, 19:].any(), "padding is told by size, not by ignore"
 
 
-def test_a_mask_is_kept_no_larger_than_its_window():
+def test_a_mask_is_read_at_one_pixel_of_each_cell_wherever_its_window_lies():
     ex = example()
-    piece = np.random.default_rng(1).random((4, 5)) > 0.3
-    for top, left in ((0, 0), (9, 14), (3, 7), (2, 8)):
-        ex.targets[1] = Target((1,), ex.targets[1].box, piece, at=(top, left))
-        out = row(ex)
-        mask = np.zeros((H, W), bool)
-        mask[top : top + 4, left : left + 5] = piece
-        np.testing.assert_array_equal(unpack_masks(out)[0, 1], mask)
-        assert out.windows[0, 1].tolist() == [13 * 3, top, left // 8, 4, 2 if left % 8 > 3 else 1]
+    offsets = set()
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        size, (top, left) = rng.integers(1, 9, 2), rng.integers(0, (6, 12))
+        piece = rng.random(size) > 0.3
+        ex.targets[1] = Target((1,), ex.targets[1].box, piece, at=(int(top), int(left)))
+        out = row(ex, seed=seed, mask_stride=4)
+        mask = np.zeros((2, H, W), bool)
+        mask[0, top : top + size[0], left : left + size[1]] = piece
+        mask[1, :13, :19] = ex.ignore
+        (y, x), bits = out.offset[0], np.stack([out.masks[0, 1], out.ignore[0]])
+        assert bits.shape == (2, H // 4, 1)
+        np.testing.assert_array_equal(np.unpackbits(bits, axis=-1, count=W // 4), mask[:, y::4, x::4])
+        np.testing.assert_array_equal(unpack(bits, (H, W))[:, y::4, x::4], mask[:, y::4, x::4])
+        offsets.add((int(y), int(x)))
+    assert len(offsets) > 10 and {o for offset in offsets for o in offset} == {0, 1, 2, 3}
 
 
 def test_image_is_padded_with_gray_and_size_is_the_valid_part():
@@ -90,14 +98,6 @@ def test_too_many_targets_leave_a_random_subset_and_unsure_prompts():
         assert not out.prompt_exhaustive.any()
 
 
-def test_too_many_bytes_of_masks_do_the_same_and_spare_the_boxes():
-    ex = example(num_targets=3)
-    ex.targets[0].mask = None
-    for seed in range(6):
-        out = row(ex, seed=seed, mask_bytes=40)  # one mask has 13 rows of 3 bytes
-        assert out.num_targets.tolist() == [2] and out.has_mask[0].tolist() == [False, True, False, False]
-
-
 def test_boxes_only_targets_say_so():
     ex = example()
     ex.targets[1].mask = None
@@ -126,14 +126,16 @@ def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_l
 
 
 def test_rows_stack_into_a_batch():
-    spec = BatchSpec((H, W), P, N, 200)
+    spec = BatchSpec((H, W), P, N)
     rows = [
         pack_example(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, spec, s, np.random.default_rng(0))
         for s in range(3)
     ]
     batch = collate(rows, spec)
     assert (
-        batch.image.shape == (3, H, W, 3) and batch.num_targets.tolist() == [2, 2, 2] and batch.masks.shape == (3, 200)
+        batch.image.shape == (3, H, W, 3)
+        and batch.num_targets.tolist() == [2, 2, 2]
+        and batch.masks.shape == (3, N, H // 4, 1)
     )
     for i in range(3):
         alone = collate([rows[i]], spec)

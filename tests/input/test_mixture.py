@@ -52,10 +52,13 @@ def source(name, size, first=0, bad=()):
 def config(mixture, batch_size=4, seed=0, root="", **data):
     fields = dict(
         root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture],
-        size_exponent=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, mask_canvases=4.0, scale_range=(1.0, 1.0),
+        size_exponent=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, scale_range=(1.0, 1.0),
         flip=0.0, color_jitter=0.0, templates=("{}",), workers=0, threads=0, leak_guard=True, max_corrupt_fraction=0.5,
     )  # fmt: skip
-    return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data, eval=dict(sets=())))
+    model = dict(mask_stride=4)
+    return ml_collections.ConfigDict(
+        dict(batch_size=batch_size, seed=seed, data=fields | data, model=model, eval=dict(sets=()))
+    )
 
 
 def two(**kwargs):
@@ -269,12 +272,8 @@ def test_a_checkpoint_of_another_mixture_is_refused():
 
 
 def test_mistakes_in_a_config_end_in_one_line():
-    for message, entries, options in (
-        ("data.canvas: the width", [dict(name="a")], dict(canvas=(16, 20))),
-        ("data.mixture: a has weight -1", [dict(name="a", weight=-1)], {}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Loader([source("a", 4)], config(entries, **options), tokenizer)
+    with pytest.raises(ValueError, match="data.mixture: a has weight -1"):
+        Loader([source("a", 4)], config([dict(name="a", weight=-1)]), tokenizer)
     with pytest.raises(ValueError, match="batch_size: 4 is not divisible by 3 hosts"):
         two().batches(num_hosts=3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import recipe
 
-from mqformer_jax.input.batch import unpack_masks
+from mqformer_jax.input.batch import unpack
 from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.models.tokenizer import make_tokenizer
 
@@ -19,11 +19,12 @@ def rows(small_root):
     """Name of a data set → its rows among 24 batches of the mixture."""
     config = recipe("small")
     config.data.root = small_root
+    config.model.mask_stride = 1  # all pixels
     loader = make_loader(config, make_tokenizer(config.model.text))
     batches, found = loader.batches(), {entry["name"]: [] for entry in config.data.mixture}
     for _ in range(24):
         batch = next(batches)
-        unpacked = unpack_masks(batch)
+        unpacked = unpack(batch.masks, config.data.canvas)
         for i, source in enumerate(batch.source):
             row = {k: v[i] for k, v in vars(batch).items()}
             found[config.data.mixture[source]["name"]].append(row | {"masks": unpacked[i]})

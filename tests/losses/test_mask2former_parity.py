@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from originals import assert_agrees
+from pointrend import sample_maps
 
 from mqformer_jax.losses import costs
 from mqformer_jax.losses.matcher import match
-from mqformer_jax.losses.points import sample_maps
 
 torch = pytest.importorskip("torch")
 mask2former = pytest.importorskip("transformers.models.mask2former.modeling_mask2former")

@@ -73,6 +73,19 @@ def test_values_and_gradients_are_those_of_grid_sample():
         assert_agrees("deformable attention (torch grid_sample)", "gradient", ours, theirs.grad, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["rows", "lanes"])
+def test_every_implementation_gives_the_values_and_gradients_of_the_reference(name):
+    value, locations, weights, cotangent = random_inputs()
+
+    def run(implementation):
+        attend = lambda v, at, w: ms_deform_attn(v, SHAPES, at, w, implementation)
+        output, pull_back = jax.vjp(attend, value, locations, weights)
+        return output, *pull_back(jnp.asarray(cotangent))
+
+    for ours, reference in zip(jax.jit(run, static_argnums=0)(name), jax.jit(run, static_argnums=0)("reference")):
+        assert_agrees("deformable attention (reference)", "forward", ours, reference, 1e-5)
+
+
 def test_a_point_far_outside_gives_zero_and_no_gradient():
     value, _, weights, cotangent = random_inputs()
     locations = np.full((2, 6, 2, 3, 4, 2), 0.5, np.float32)
@@ -97,26 +110,27 @@ def pulled_back(form, rows, index, corners, gradient):
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
 def test_the_form_for_tpu_gives_the_same_sums_and_gradients(wrap):
     inputs = random_rows()
-    expected = pulled_back(deformable_attention._sample, *inputs)
-    got = pulled_back(wrap(deformable_attention._sample_in_lanes), *inputs)
+    expected = pulled_back(deformable_attention._rows, *inputs)
+    got = pulled_back(wrap(deformable_attention._lanes), *inputs)
     for ours, default in zip(got, expected):
         np.testing.assert_allclose(ours, default, atol=1e-5)
 
 
 def test_the_form_for_tpu_gives_the_same_inside_shard_map():
     rows, index, corners, gradient = random_rows()
-    expected = pulled_back(deformable_attention._sample, rows, index, corners, gradient)
+    expected = pulled_back(deformable_attention._rows, rows, index, corners, gradient)
     mesh, split = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data")
-    form = jax.jit(jax.shard_map(deformable_attention._sample_in_lanes, mesh=mesh, in_specs=split, out_specs=split))
+    form = jax.jit(jax.shard_map(deformable_attention._lanes, mesh=mesh, in_specs=split, out_specs=split))
     for ours, default in zip(pulled_back(form, rows, index, corners, gradient), expected):
         np.testing.assert_allclose(ours, default, atol=1e-5)
 
 
-def test_the_form_for_tpu_sums_bfloat16_gradients_in_float32():
+@pytest.mark.parametrize("form", [deformable_attention._rows, deformable_attention._lanes])
+def test_bfloat16_gradients_are_summed_in_float32(form):
     """Some 40 points fall on each row: sums in bfloat16 would be off by several of its last digits."""
     rows, index, corners, gradient = random_rows(jnp.bfloat16)
-    exact = pulled_back(deformable_attention._sample, rows.astype(jnp.float32), index, corners, gradient)[1]
-    got = pulled_back(deformable_attention._sample_in_lanes, rows, index, corners, gradient)[1]
+    exact = pulled_back(deformable_attention._rows, rows.astype(jnp.float32), index, corners, gradient)[1]
+    got = pulled_back(form, rows, index, corners, gradient)[1]
     assert got.dtype == jnp.bfloat16
     np.testing.assert_array_equal(got, exact.astype(jnp.bfloat16))
 

@@ -6,6 +6,7 @@ import sys
 
 import jax
 import pytest
+from mqformer_jax.configs import coco_ref
 from tiny import get_config
 
 from mqformer_jax.parallel.mesh import make_mesh
@@ -71,6 +72,7 @@ def test_an_estimate_is_of_what_is_slowest(report):
     seconds = report["estimate"]
     assert seconds["step"] == max(seconds["compute"], seconds["memory"]) + seconds["network"]
     assert seconds["images_per_second"] == pytest.approx(8 / seconds["step"])
+    assert 0 < seconds["irregular"] == pytest.approx(seconds["step_at_most"] - seconds["step"])
 
 
 @pytest.mark.tpu_compiler
@@ -136,3 +138,14 @@ def test_a_wrong_topology_ends_the_command_in_one_line():
     command = [sys.executable, "-m", "mqformer_jax", "compile", "--config=tests/tiny.py:train", "--topology=v9:2x2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=hlo.__file__.split("mqformer_jax")[0])
     assert done.returncode == 1 and "Traceback" not in done.stderr and "--topology=v9:2x2" in done.stderr
+
+
+def test_the_full_recipe_gathers_scatters_and_sorts_few_single_numbers():
+    """Deformable attention reads rows. The rest of the step has no gather, scatter or sort of millions of numbers."""
+    config = coco_ref.full()
+    config.batch_size = 1
+    step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
+    found = hlo.irregular(step.compiled.trace(*step.arguments).jaxpr.jaxpr)
+    assert found["gathered_numbers"] <= 100_000 and found["scattered_numbers"] <= 100_000
+    assert found["sorted_numbers"] <= 100_000 and found["random_numbers"] <= 1e6 and found["open_loops"] == 1
+    assert found["gathered_rows"] < 60e6 and found["scattered_rows"] < 20e6

@@ -123,3 +123,33 @@ def test_groups_are_read_in_each_way_that_xla_writes_them():
         "channel_id=1": 1,
     }
     assert [hlo._group(text) for text in texts] == list(texts.values())
+
+
+def test_single_numbers_rows_and_sorts_are_told_apart():
+    def net(x, index):
+        rows = x[index].sum()  # 5 rows of 64
+        numbers = jnp.take_along_axis(x, jnp.broadcast_to(index[:3], (N, 3)), 1).sum()  # 64 x 3 numbers
+        largest = jax.lax.top_k(x[0], 4)[0].sum()
+        return rows + numbers + largest + x.at[index].get().sum()
+
+    found = hlo.irregular(jax.make_jaxpr(jax.grad(net))(jnp.ones((N, N)), jnp.arange(5)).jaxpr)
+    assert found["gathered_rows"] == 10 and found["scattered_rows"] == 10
+    assert found["gathered_numbers"] == 3 * N and found["scattered_numbers"] == 3 * N + 4  # 4: of top-k
+    assert found["sorted_numbers"] == N and found["open_loops"] == 0
+
+
+def test_loops_are_multiplied_and_those_that_depend_on_data_are_counted():
+    def loop(x, keys):
+        x, _ = jax.lax.scan(lambda x, key: (x + jax.random.uniform(key, x.shape), None), x, keys)
+        x = jax.lax.fori_loop(0, 3, lambda _, x: x[::-1] + x[jnp.array([1, 0, 2])].sum(), x)
+        return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x * 1.5 + 1, x)
+
+    found = hlo.irregular(jax.make_jaxpr(loop)(jnp.ones(3), jax.random.split(jax.random.key(0), 7)).jaxpr)
+    assert found["random_numbers"] == 21 and found["gathered_numbers"] == 9 and found["open_loops"] == 1
+
+
+def test_only_the_alternative_for_tpus_counts():
+    def choose(x):
+        return jax.lax.platform_dependent(x, cpu=jnp.sort, default=lambda x: x * 2)
+
+    assert hlo.irregular(jax.make_jaxpr(choose)(jnp.ones(N)).jaxpr)["sorted_numbers"] == 0
