@@ -28,7 +28,7 @@ from mqformer_jax import cli
 from mqformer_jax import config as recipes
 from mqformer_jax.arrays import Number
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.tools import hlo
+from mqformer_jax.tools import hlo, jaxprs
 from mqformer_jax.training.step import TrainStep
 
 
@@ -53,7 +53,7 @@ CHIPS = {
     "tpu7x": Chip(1153.0, 3690.0, 600.0),
 }
 GB = 1e9
-# Assumed seconds for each unit of `hlo.irregular`, beside its memory traffic. They were not measured: they stand for
+# Assumed seconds for each unit of `jaxprs.irregular`, beside its memory traffic. They were not measured: they stand for
 # one memory access for each row or number, twice that for a scatter, and several passes for a sort.
 SLOW = {
     "gathered_rows": 2e-9,
@@ -187,14 +187,14 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
         "grad_accum_steps": config.grad_accum_steps,
         "remat": config.model.remat,
     }
-    report |= {"note": note, "available": memory_of(devices[0]), "flops": hlo.flops(traced.jaxpr.jaxpr)}
-    report["irregular"] = hlo.irregular(traced.jaxpr.jaxpr)
+    report |= {"note": note, "available": memory_of(devices[0]), "flops": jaxprs.flops(traced.jaxpr.jaxpr)}
+    report["irregular"] = jaxprs.irregular(traced.jaxpr.jaxpr)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        refused = {"fits": False, "needed": _needed(str(e)), "largest": hlo.largest_traced(traced.jaxpr.jaxpr)}
+        refused = {"fits": False, "needed": _needed(str(e)), "largest": jaxprs.largest_traced(traced.jaxpr.jaxpr)}
         return report | refused | {"seconds": {"lower": lowering, "compile": time.perf_counter() - started - lowering}}
     report["seconds"] = {"lower": lowering, "compile": time.perf_counter() - started - lowering}
     memory, program = compiled.memory_analysis(), hlo.Program(compiled.as_text())
@@ -204,6 +204,7 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
     report["needed"] = sum(report["memory"].values())
     report |= {"fits": report["needed"] <= report["available"], "largest": program.largest()}
     report |= {"bytes_accessed": program.traffic(), "collectives": collectives(program)}
+    report["by_source"] = {name: float(size) for name, size in list(program.traffic_by_source().items())[:40]}
     return report | {"estimate": estimate(report, chip)}
 
 
@@ -313,6 +314,7 @@ def table(report: dict[str, Any]) -> str:
         )
         rows["FLOPs per device"] = f"{report['flops'] / 1e12:.2f} TFLOP"
         rows["bytes accessed"] = gb(report["bytes_accessed"])
+        rows |= {f"- {name}": gb(size) for name, size in list(report["by_source"].items())[:10]}
         for kind, entry in report["collectives"].items():
             rows[kind] = (
                 f"{entry['count']:.0f} per step, {gb(entry['bytes'])}, {gb(entry['sent'])} sent by each device, "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -102,6 +101,7 @@ class Program:
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry, current = "", {}
+        self._frames = _frames(text)
         for line in text.splitlines():
             if opening := _OPENING.match(line):
                 current = self.computations.setdefault(opening.group(1), {})
@@ -140,6 +140,28 @@ class Program:
         values = [int(re.search(r"constant\((-?\d+)\)", i.text).group(1)) for i in constants]
         return values[0] if len(values) == 1 else None
 
+    def traffic_by_source(self, package: str = "/mqformer_jax/") -> dict[str, Bytes]:
+        """Return the traffic of each line of this package's code, e.g. {"models/layers.py:166 MLP.__call__": 1e9}.
+
+        An instruction belongs to the innermost line of the package that led to it. Those without a line, such as copies
+        that the compiler adds, are named by opcode. Largest first.
+        """
+        found: dict[str, Bytes] = {}
+        for run in self.runs():
+            if not run.fused and (moved := self._moved(run) * run.times):
+                name = self._line(run.instruction, package) or run.instruction.kind
+                found[name] = found.get(name, 0) + moved
+        return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+    def _line(self, instruction: Instruction, package: str) -> str:
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.text)
+        number = int(frame.group(1)) if frame else 0
+        while number in self._frames:
+            file, line, function, number = self._frames[number]
+            if package in file:
+                return f"{file.rpartition(package)[2]}:{line} {function}"
+        return ""
+
     def collectives(self) -> list[tuple[Run, int]]:
         """Return each collective instruction with the number of devices in its group."""
         return [(run, _group(run.instruction.text)) for run in self.runs() if run.instruction.collective]
@@ -150,7 +172,7 @@ class Program:
         Results in S(1), which is on-chip memory, are left out.
         """
         made = (r.instruction for r in self.runs() if not r.fused and r.instruction.kind not in FREE | {"copy-done"})
-        return _largest(
+        return largest_by_shape(
             (
                 (i.bytes, re.sub(r"\{.*", "", i.shape), i.source)
                 for i in made
@@ -181,6 +203,26 @@ class Program:
     @functools.cached_property
     def _home(self) -> dict[str, dict[str, Instruction]]:
         return {name: computation for computation in self.computations.values() for name in computation}
+
+
+def _frames(text: str) -> dict[int, tuple[str, int, str, int]]:
+    """Return {frame: (file, line, function, calling frame)} from the tables at the start of a program's text."""
+    quoted = lambda title: dict(re.findall(r'^(\d+) "(.*)"$', _section(text, title), re.MULTILINE))
+    files, functions = quoted("FileNames"), quoted("FunctionNames")
+    pattern = r"^(\d+) \{file_name_id=(\d+) function_name_id=(\d+) line=(\d+)"
+    locations = {n: rest for n, *rest in re.findall(pattern, _section(text, "FileLocations"), re.MULTILINE)}
+    frames = {}
+    pattern = r"^(\d+) \{file_location_id=(\d+)(?: parent_frame_id=(\d+))?"
+    for number, location, parent in re.findall(pattern, _section(text, "StackFrames"), re.MULTILINE):
+        file, function, line = locations[location]
+        calling = int(parent or 0)
+        frames[int(number)] = files[file], int(line), functions[function], 0 if calling == int(number) else calling
+    return frames
+
+
+def _section(text: str, title: str) -> str:
+    found = re.search(rf"^{title}\n((?:\d+ .*\n)*)", text, re.MULTILINE)
+    return found.group(1) if found else ""
 
 
 def _slices(fused: dict[str, Instruction]) -> Iterator[Bytes]:
@@ -258,105 +300,10 @@ def _group(text: str) -> int:
     return 1
 
 
-def flops(jaxpr: Any) -> float:
-    """Return the FLOPs of matmuls and convolutions of a jaxpr, including all iterations of scans.
-
-    Inside shard_map, they are those of one device.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2 * eqn.outvars[0].aval.size * np.prod([eqn.invars[0].aval.shape[d] for d in contracted])
-        elif eqn.primitive.name == "conv_general_dilated":
-            kernel, numbers = eqn.invars[1].aval, eqn.params["dimension_numbers"]
-            taps = kernel.size / kernel.shape[numbers.rhs_spec[0]]
-            total += 2 * eqn.outvars[0].aval.size * taps / np.prod(eqn.params["lhs_dilation"])
-        else:
-            times = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-            total += times * sum(flops(getattr(inner, "jaxpr", inner)) for inner in _inner(eqn))
-    return total
-
-
-ROW = 8  # a gather or scatter of shorter rows counts as one of single numbers
-
-
-def irregular(jaxpr: Any) -> dict[str, float]:
-    """Return how much of a jaxpr's work a TPU does slowly, including all iterations of scans.
-
-    gathered_rows, scattered_rows: rows of at least `ROW` adjacent numbers that gathers read and scatters write.
-    gathered_numbers, scattered_numbers: numbers in shorter rows. sorted_numbers: of sorts and top-k. random_numbers: 32
-    random bits each. open_loops: loops whose length depends on data; their bodies count once. Gathers with one index
-    (slices at a position) count as none. Of the alternatives for different platforms, TPU's count.
-    """
-    total: dict[str, float] = dict.fromkeys(
-        ("gathered_rows", "gathered_numbers", "scattered_rows", "scattered_numbers", "sorted_numbers",
-         "random_numbers", "open_loops"), 0.0
-    )  # fmt: skip
-    for eqn in jaxpr.eqns:
-        name, times, inner = eqn.primitive.name, 1, list(_inner(eqn))
-        if name == "gather":
-            _count_rows(total, "gathered", eqn.outvars[0].aval.size, math.prod(eqn.params["slice_sizes"]))
-        elif name.startswith("scatter"):
-            index, updates = eqn.invars[1].aval, eqn.invars[2].aval
-            _count_rows(total, "scattered", updates.size, updates.size // max(1, index.size // index.shape[-1]))
-        elif name in ("sort", "top_k", "approx_top_k"):
-            total["sorted_numbers"] += eqn.invars[0].aval.size
-        elif name in ("random_bits", "threefry2x32"):
-            total["random_numbers"] += sum(out.aval.size for out in eqn.outvars)
-        elif name == "while":
-            total["open_loops"] += not _counts_up(eqn)
-        elif name == "scan":
-            times = eqn.params["length"]
-        elif name == "cond" and (platforms := eqn.params.get("branches_platforms")):
-            ours = [i for i, p in enumerate(platforms) if p is None or "tpu" in p]
-            inner = [eqn.params["branches"][ours[0]]]
-        for one in inner:
-            for kind, count in irregular(getattr(one, "jaxpr", one)).items():
-                total[kind] += times * count
-    return total
-
-
-def _count_rows(total: dict[str, float], kind: str, size: int, row: int) -> None:
-    if size > row:
-        total[f"{kind}_rows" if row >= ROW else f"{kind}_numbers"] += size / row if row >= ROW else size
-
-
-def _counts_up(eqn: Any) -> bool:
-    """Return whether a `while` ends when a counter reaches a limit (`fori_loop`), not at a condition on data."""
-    condition = eqn.params["cond_jaxpr"].jaxpr
-    return [e.primitive.name for e in condition.eqns] == ["lt"]
-
-
-def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
-    """Return bytes, shape and operation of the largest results of a jaxpr, one per shape."""
-
-    def made(jaxpr: Any) -> Iterator[tuple[Bytes, str, str]]:
-        for eqn in jaxpr.eqns:
-            for out in eqn.outvars:
-                if hasattr(out.aval, "dtype"):
-                    yield (
-                        out.aval.size * getattr(out.aval.dtype, "itemsize", 4),
-                        out.aval.str_short(),
-                        str(eqn.primitive),
-                    )
-            for inner in _inner(eqn):
-                yield from made(getattr(inner, "jaxpr", inner))
-
-    return _largest(made(jaxpr), count)
-
-
-def _largest(made: Iterator[tuple[Bytes, str, str]], count: int) -> list[dict[str, Any]]:
+def largest_by_shape(made: Iterator[tuple[Bytes, str, str]], count: int) -> list[dict[str, Any]]:
     by_shape = {}
     for size, shape, source in sorted(made, key=lambda item: -item[0]):
         by_shape.setdefault(shape, {"bytes": float(size), "shape": shape, "source": source})
         if len(by_shape) == count:
             break
     return list(by_shape.values())
-
-
-def _inner(eqn: Any) -> Iterator[Any]:
-    for value in eqn.params.values():
-        for item in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(getattr(item, "jaxpr", item), "eqns"):
-                yield item

@@ -53,12 +53,15 @@ def show(
 ) -> dict[str, Tally]:
     """Write the grid as a PNG file. Return the statistics of each data set ("name/split") up to the last example.
 
-    The examples are those of the training stream from `start_step` on, or only those of `dataset`.
+    The examples are those of the training stream from `start_step` on, or only those of `dataset`. Their masks are drawn
+    with all pixels, while training reads one pixel of each cell of the mask features.
     side: longer side of each image in pixels. Raises FileNotFoundError or ValueError.
     """
     if not output.lower().endswith(".png"):
         raise ValueError(f"--output={output}: the name of the file must end with .png.")
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # fails early
+    config = config.copy_and_resolve_references()
+    config.model.mask_stride = 1
     entries = config.data.mixture
     if dataset and dataset not in (names := [entry["name"] for entry in entries]):
         raise ValueError(f"--dataset={dataset}: not in the recipe's data.mixture; give one of {', '.join(names)}.")

@@ -11,7 +11,7 @@ from tiny import get_config
 
 from mqformer_jax.parallel.mesh import make_mesh
 from mqformer_jax.tools import compile_for_tpu as pods
-from mqformer_jax.tools import hlo
+from mqformer_jax.tools import hlo, jaxprs
 from mqformer_jax.training.step import TrainStep
 
 
@@ -145,7 +145,7 @@ def test_the_full_recipe_gathers_scatters_and_sorts_few_single_numbers():
     config = coco_ref.full()
     config.batch_size = 1
     step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
-    found = hlo.irregular(step.compiled.trace(*step.arguments).jaxpr.jaxpr)
+    found = jaxprs.irregular(step.compiled.trace(*step.arguments).jaxpr.jaxpr)
     assert found["gathered_numbers"] <= 100_000 and found["scattered_numbers"] <= 100_000
     assert found["sorted_numbers"] <= 100_000 and found["random_numbers"] <= 1e6 and found["open_loops"] == 1
     assert found["gathered_rows"] < 60e6 and found["scattered_rows"] < 20e6

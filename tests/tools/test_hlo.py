@@ -7,7 +7,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mqformer_jax.parallel.mesh import make_mesh
-from mqformer_jax.tools import hlo
+from mqformer_jax.tools import hlo, jaxprs
 
 N = 64
 
@@ -40,7 +40,7 @@ def test_a_search_has_no_known_length():
 
 
 def test_matmuls_are_counted_through_scans_gradients_and_recomputation():
-    count = lambda fn, *arguments: hlo.flops(jax.make_jaxpr(fn)(*arguments).jaxpr) / (2 * N**3)
+    count = lambda fn, *arguments: jaxprs.flops(jax.make_jaxpr(fn)(*arguments).jaxpr) / (2 * N**3)
     x, w = abstract(N, N), abstract(7, N, N)
     assert count(scan, x, w) == 7
     loss = lambda x, w: scan(x, w).sum()
@@ -55,9 +55,9 @@ def test_a_convolution_and_its_gradients_are_three_times_its_forward(stride):
         x, k, (stride,) * 2, [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     x, k = abstract(2, 16, 16, 8), abstract(3, 3, 8, 12)
-    forward = hlo.flops(jax.make_jaxpr(conv)(x, k).jaxpr)
+    forward = jaxprs.flops(jax.make_jaxpr(conv)(x, k).jaxpr)
     assert forward == 2 * 2 * (16 // stride) ** 2 * 12 * 9 * 8
-    both = hlo.flops(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum() * 2.0, (0, 1)))(x, k).jaxpr)
+    both = jaxprs.flops(jax.make_jaxpr(jax.grad(lambda x, k: conv(x, k).sum() * 2.0, (0, 1)))(x, k).jaxpr)
     assert both == pytest.approx(3 * forward, rel=0.01)
 
 
@@ -77,7 +77,7 @@ def test_a_slice_of_a_stack_counts_as_the_slice():
 
 
 def test_the_largest_arrays_are_named():
-    traced = hlo.largest_traced(jax.make_jaxpr(scan)(abstract(N, N), abstract(7, N, N)).jaxpr)
+    traced = jaxprs.largest_traced(jax.make_jaxpr(scan)(abstract(N, N), abstract(7, N, N)).jaxpr)
     assert traced[0]["bytes"] == 4 * N * N and traced[0]["shape"] == f"float32[{N},{N}]"
     found = compiled(lambda x: jnp.sort(x @ x.T, 0).sum(), abstract(4 * N, N)).largest(1)
     assert found[0]["bytes"] == 4 * (4 * N) ** 2 and found[0]["shape"] == f"f32[{4 * N},{4 * N}]"
@@ -132,7 +132,7 @@ def test_single_numbers_rows_and_sorts_are_told_apart():
         largest = jax.lax.top_k(x[0], 4)[0].sum()
         return rows + numbers + largest + x.at[index].get().sum()
 
-    found = hlo.irregular(jax.make_jaxpr(jax.grad(net))(jnp.ones((N, N)), jnp.arange(5)).jaxpr)
+    found = jaxprs.irregular(jax.make_jaxpr(jax.grad(net))(jnp.ones((N, N)), jnp.arange(5)).jaxpr)
     assert found["gathered_rows"] == 10 and found["scattered_rows"] == 10
     assert found["gathered_numbers"] == 3 * N and found["scattered_numbers"] == 3 * N + 4  # 4: of top-k
     assert found["sorted_numbers"] == N and found["open_loops"] == 0
@@ -144,7 +144,7 @@ def test_loops_are_multiplied_and_those_that_depend_on_data_are_counted():
         x = jax.lax.fori_loop(0, 3, lambda _, x: x[::-1] + x[jnp.array([1, 0, 2])].sum(), x)
         return jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x * 1.5 + 1, x)
 
-    found = hlo.irregular(jax.make_jaxpr(loop)(jnp.ones(3), jax.random.split(jax.random.key(0), 7)).jaxpr)
+    found = jaxprs.irregular(jax.make_jaxpr(loop)(jnp.ones(3), jax.random.split(jax.random.key(0), 7)).jaxpr)
     assert found["random_numbers"] == 21 and found["gathered_numbers"] == 9 and found["open_loops"] == 1
 
 
@@ -152,4 +152,12 @@ def test_only_the_alternative_for_tpus_counts():
     def choose(x):
         return jax.lax.platform_dependent(x, cpu=jnp.sort, default=lambda x: x * 2)
 
-    assert hlo.irregular(jax.make_jaxpr(choose)(jnp.ones(N)).jaxpr)["sorted_numbers"] == 0
+    assert jaxprs.irregular(jax.make_jaxpr(choose)(jnp.ones(N)).jaxpr)["sorted_numbers"] == 0
+
+
+def test_traffic_is_told_by_the_line_that_causes_it():
+    program = compiled(scan, abstract(N, N), abstract(7, N, N))
+    by_source = program.traffic_by_source(package="/tests/")
+    assert sum(by_source.values()) == program.traffic()
+    (largest, size), *_ = by_source.items()
+    assert largest.startswith("tools/test_hlo.py:") and "scan" in largest and size > 0.5 * program.traffic()
