@@ -70,7 +70,7 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
 
 
 def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> dict[str, float]:
-    """Train one run, unless it is finished, and return its metrics and "seconds", the wall time of its last start."""
+    """Train one run, unless it is finished. Return its metrics, and as "seconds" the time since it last started."""
     command = [sys.executable, "-m", "mqformer_jax.main", f"--config={_CONFIG.value}", f"--workdir={folder}"]
     command += [f"--config.{change}" for change in [f"seed={seed}", *_SET.value, *changes]]
     if _CURVE_EVERY.value:

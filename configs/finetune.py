@@ -101,8 +101,8 @@ def of_checkpoint(path: str) -> ConfigDict:
 def tasks_of(info: DatasetInfo, split: str) -> tuple[str, ...]:
     """Return the tasks that the annotations of a split allow.
 
-    Classes that are all regions: semantic; none of them: instance; mixed: panoptic. Expressions add referring. A set
-    without classes and expressions labels a foreground (masks or mattes).
+    If all classes are regions, the task is semantic; if none are, instance; otherwise panoptic. A split with
+    expressions also has the task referring. Without classes and expressions, the task is foreground (masks or mattes).
     """
     kinds = frozenset(c.is_region for c in info.classes)
     tasks = {frozenset(): (), frozenset([False]): ("instance",), frozenset([True]): ("semantic",)}.get(

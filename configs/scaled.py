@@ -1,6 +1,6 @@
 """The mixture of configs/coco_ref.py, scaled up by synthetic masks and captions (paper, sec. 3.4).
 
-Teacher models generate masks and captions for data sets with boxes. Behind each `synthesize` command stands the name of
+Teacher models generate masks and captions for data sets with boxes. The comment after each `synthesize` command names
 the data set that it writes.
 
     pip install -e '.[text,teachers]'

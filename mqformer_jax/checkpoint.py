@@ -146,7 +146,7 @@ class Checkpoints:
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
-    """Return text on the first array whose shape differs in the checkpoint (`theirs`) and here (`ours`), or None."""
+    """Describe the first array whose shape differs in the checkpoint (`theirs`) and here (`ours`), or return None."""
     a, b = (
         {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (theirs, ours)

@@ -270,7 +270,8 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
     for path, constant in plan.constants.items():
         if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
             raise ValueError(
-                f"{path} has changed in training, which the original's layout cannot express: export without --like."
+                f"parameter {path} was changed by training, but the original format has no tensor for it: "
+                "export without --like."
             )
     layers, columns = {}, {}
     for entry in plan.entries:

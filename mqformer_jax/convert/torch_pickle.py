@@ -59,8 +59,8 @@ class Tensor:
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
         if array.size > max(self.storage.count, LARGEST_REPEATED):
             raise Unreadable(
-                f"a tensor of {array.size} elements repeats {self.storage.count} stored ones: "
-                "save it with .contiguous()."
+                f"an expanded tensor of shape {self.shape} has {array.size} elements but stores only "
+                f"{self.storage.count}: call .contiguous() on it before torch.save."
             )
         return array
 

@@ -90,8 +90,8 @@ def _module(values: Leaves, part: str, make: Callable[[nnx.Rngs], nnx.Module]) -
     absent = [path for path, leaf in wanted.items() if path not in found or found[path].shape != leaf.shape]
     if absent:
         raise ValueError(
-            f"{len(absent)} of {len(wanted)} parameters of the {part} are missing ({absent[0]}, ...): "
-            "see the report of `mqformer convert`."
+            f"{len(absent)} of {len(wanted)} parameters of the {part} are missing or have another shape "
+            f"({absent[0]}, ...): see the report of `mqformer convert`."
         )
     return fill(module, found, part)
 

@@ -261,10 +261,10 @@ def drop_path(
 
 
 def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> Float[np.ndarray, "*n offsets2 heads"]:
-    """Resize relative position tables from the offsets of their window, (2 w - 1)^2 for side w, to those of `window`.
+    """Resize relative position bias tables for windows of side `window`.
 
-    Bicubic (a = -0.75), corners not aligned, edges repeated: torch's `F.interpolate(..., mode="bicubic")`, as usual for
-    Swin.
+    A window of side w has (2 w - 1)^2 relative offsets, one row of the table each. The interpolation is bicubic
+    (a = -0.75), with corners not aligned and edges repeated, as in torch's `F.interpolate(..., mode="bicubic")`.
     """
     old, new = round(table.shape[-2] ** 0.5), 2 * window - 1
     if old == new:

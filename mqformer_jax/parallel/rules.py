@@ -1,4 +1,7 @@
-"""Sharding rules: a list of (regex over the parameter's path, PartitionSpec); the first match applies."""
+"""Sharding rules: a list of (regex over the parameter's path, mesh axes of its last dimensions).
+
+The first match applies.
+"""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
 def of_mask(
     image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "a b"], at: tuple[int, int]
 ) -> Float[np.ndarray, " 11"]:
-    """Return the certainty of each of `TERMS` (see `referring_grammar`) for an object with a mask.
+    """Return the certainty (see `referring_grammar`) of each of `TERMS` for an object with a mask.
 
     mask: the object's pixels in a window of the image. at: top and left of the window. The rim of the mask is excluded,
     since it mixes with the background.
@@ -154,11 +154,12 @@ def _dark(pixels: UInt8[np.ndarray, "n 3"]) -> bool:
 def term_certainties(
     sure: Float[np.ndarray, " 11"], may: Float[np.ndarray, " 11"], most: float, least: float
 ) -> Float[np.ndarray, " 11"]:
-    """Return the certainty of each of `TERMS` (see `referring_grammar`) from the fractions of `term_shares`.
+    """Return the certainty (see `referring_grammar`) of each of `TERMS`.
 
-    A term is certain if a fraction `most` of the pixels may have it, nearly as many certainly have it, and no second
-    term is frequent. It does not fit if less than `least` may have it. Highlights and shadows of a colored object are
-    white, gray and black, so these terms are tolerated beside a color and need a larger fraction themselves.
+    sure, may: the results of `term_shares`, the fractions of pixels that certainly and possibly have each term. A term
+    fits if its `may` is at least `most`, its `sure` is nearly as large, and no other term is frequent. It does not fit
+    if its `may` is below `least`. Highlights and shadows of a colored object are white, gray and black, so these terms
+    are tolerated beside a color and need a larger fraction themselves.
     """
     certainties = np.where(may < least, -1.0, 0.0)
     best = int(sure.argmax())

@@ -1,6 +1,7 @@
 """The interfaces of teachers, which annotate boxes with masks or captions, and the list of teachers by name.
 
-To add a teacher, write a class with one of the interfaces below and add a line to its table at the end of this file.
+To add a teacher, write a class with one of the interfaces below and add a line to the table of that interface at the
+end of this file.
 """
 
 from __future__ import annotations

@@ -53,8 +53,9 @@ def show(
 ) -> dict[str, Tally]:
     """Write the grid as a PNG file. Return the statistics of each data set ("name/split") up to the last example.
 
-    The examples are those of the training stream from `start_step` on, or only those of `dataset`. Their masks are drawn
-    with all pixels, while training reads one pixel of each cell of the mask features.
+    The examples are those of the training stream from `start_step` on, or only those of `dataset`. Their masks are
+    drawn with all pixels, while training reads one pixel of each cell of the mask features.
+
     side: longer side of each image in pixels. Raises FileNotFoundError or ValueError.
     """
     if not output.lower().endswith(".png"):

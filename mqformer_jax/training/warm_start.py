@@ -134,7 +134,10 @@ def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: 
 
 
 def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[str, jax.Array]) -> None:
-    """Raise ValueError if a loaded array (`theirs`) has another shape than the model's array of that name (`ours`)."""
+    """Raise ValueError if a loaded array (`theirs`) does not have the shape of the model's array of that name (`ours`).
+
+    Arrays that `_fitted` adapts to this shape are accepted.
+    """
     wrong = [
         f"{name} is {value.shape}, but {ours[name].shape} in this config"
         for name, value in theirs.items()

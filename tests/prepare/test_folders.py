@@ -15,6 +15,7 @@ from PIL import Image
 from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.prepare import cli
+from mqformer_jax.prepare.formats.class_lists import read_colors
 
 H, W = 24, 36
 SOFT = np.add.outer(np.arange(H) * 5, np.arange(W) * 4).astype(np.uint8)  # 0 to 255, and across 127
@@ -404,3 +405,10 @@ def test_a_synonym_that_two_classes_claim_names_neither(tmp_path):
 def test_an_index_mask_that_is_a_jpeg_is_counted(tmp_path, capsys):
     assert _index(tmp_path, "a.jpg", "classes.txt", "sky\nroad\n") == 1
     assert "1 x image: mask is a JPEG, whose values are not exact (a)" in capsys.readouterr().err
+
+
+def test_two_classes_of_one_color_are_named(tmp_path):
+    path = tmp_path / "colors.json"
+    path.write_text(json.dumps([{"name": "road", "color": [1, 2, 3]}, {"name": ["sky", "air"], "color": [1, 2, 3]}]))
+    with pytest.raises(ValueError, match=r"colors.json: classes 'road' and 'sky, air' .* \(1, 2, 3\)"):
+        read_colors(str(path))

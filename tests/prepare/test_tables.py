@@ -185,11 +185,13 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
         ), error
 
     says(folder / "gone.csv", "gone.csv: no such file")
-    says(folder / "t.xlsx", "a table is a .csv file with a header, or a .jsonl")
+    says(folder / "t.xlsx", "unknown extension; give a .csv file with a header, or a .jsonl")
     says(
         _csv(folder, "image;mask;class", "a.jpg;left.png;cat"),
         "t.csv:1: unknown column 'image;mask;class'; columns are image, mask",
     )
+    (folder / "latin.csv").write_bytes("image,class\na.jpg,café\n".encode("latin-1"))
+    says(folder / "latin.csv", "latin.csv: not UTF-8 text", "save it as CSV in UTF-8")
     says(_csv(folder, "mask,class", "left.png,cat"), "t.csv:1: column 'image' is missing")
     says(
         _csv(folder, "image,bbox,class", "a.jpg,1,2,3,4,cat"),

@@ -39,10 +39,14 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
 
 def read_colors(path: str) -> dict[int, int]:
     """Return a map from the colors of a class list, red << 16 | green << 8 | blue, to class indices."""
-    colors = [color for _, color in _read_list(path)[0]]
-    found = {color: i for i, color in enumerate(colors) if color is not None}
-    if len(found) < len(colors) - colors.count(None):
-        raise ValueError(f"{path}: two classes have the same color; give each class its own")
+    names, found = [], {}
+    for i, (texts, color) in enumerate(_read_list(path)[0]):
+        names.append(", ".join(texts))
+        if color is not None and found.setdefault(color, i) != i:
+            rgb = color >> 16, color >> 8 & 255, color & 255
+            raise ValueError(
+                f"{path}: classes {names[found[color]]!r} and {names[i]!r} have the same color {rgb}; change one"
+            )
     return found
 
 

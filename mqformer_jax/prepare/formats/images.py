@@ -36,7 +36,10 @@ warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
 class Unusable(ValueError):
-    """Raised for a file or an annotation that cannot be used. The message is a reason without names, for counting."""
+    """Raised for a file or an annotation that cannot be used.
+
+    The message gives the reason without the name of the file, so that equal reasons can be counted together.
+    """
 
 
 class Image(NamedTuple):
@@ -92,7 +95,7 @@ def read_gray(path: str, kind: str = "mask") -> np.ndarray:
     if pixels.dtype == np.uint16:
         pixels = (pixels >> 8).astype(np.uint8)
     if pixels.dtype != np.uint8:
-        raise Unusable(f"{kind} cannot be decoded")
+        raise Unusable(f"{kind} has {pixels.dtype} pixels; save it with 8 or 16 bits per channel")
     if pixels.ndim == 2:
         return pixels
     blue, green, red, *alpha = cv2.split(pixels)

@@ -96,7 +96,9 @@ def _read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     kinds = {".csv": _read_csv, ".jsonl": _read_jsonl}
     kind = os.path.splitext(path)[1].lower()
     if kind not in kinds:
-        raise ValueError(f"{path}: a table is a .csv file with a header, or a .jsonl file with one object per line")
+        raise ValueError(
+            f"{path}: unknown extension; give a .csv file with a header, or a .jsonl file with one object per line"
+        )
     try:
         yield from kinds[kind](path)
     except OSError:
@@ -115,8 +117,10 @@ def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                         f"{where}: more fields than the header has; put a field with a comma into double quotes"
                     )
                 yield where, fields | {"expression": (fields.get("expression") or "").split(";")}
-        except (UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f"{path}:{reader.line_num + 1}: not CSV in UTF-8: {e}") from None
+        except UnicodeDecodeError as e:  # text is decoded in blocks, so the line is not known
+            raise ValueError(f"{path}: not UTF-8 text ({e}); save it as CSV in UTF-8") from None
+        except csv.Error as e:
+            raise ValueError(f"{path}:{reader.line_num + 1}: not CSV: {e}") from None
 
 
 def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
