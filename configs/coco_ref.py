@@ -104,7 +104,7 @@ def laptop() -> ConfigDict:
         backbone_lr_mult=1.0,
         text_lr_mult=1.0,
     )
-    config.data.update(max_targets=12, max_prompts=32, threads=2)
+    config.data.update(max_targets=12, max_prompts=32, lattice_stride=2, threads=2)
     config.matting.backbone.name = "convnet"
     config.matting.update(width=32, steps=400, batch_size=8, learning_rate=2e-3, encoder=1.0)
     config.batch_size = 8

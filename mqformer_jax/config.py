@@ -106,6 +106,7 @@ def _data() -> dict[str, Any]:
         canvas=(1024, 1024),  # height, width
         max_targets=100,  # per image
         max_prompts=160,  # per image
+        lattice_stride=4,  # masks are compared at one pixel of each square of this side; divides model.mask_stride
         scale_range=(0.1, 2.0),  # of large-scale jitter; 1.0 fits the image into the canvas
         flip=0.5,  # probability
         color_jitter=0.0,  # brightness, contrast and saturation change by up to this fraction
@@ -305,6 +306,12 @@ def _check_data(config: ConfigDict) -> None:
         "data.canvas",
         all(side % coarsest == 0 and side % 8 == 0 for side in data.canvas),
         f"both sides must be divisible by 8 and by the largest stride, {coarsest}",
+    )
+    _require(
+        config,
+        "data.lattice_stride",
+        data.lattice_stride > 0 and model.mask_stride % data.lattice_stride == 0,
+        f"must divide model.mask_stride = {model.mask_stride}",
     )
     low, high = data.scale_range
     _require(config, "data.scale_range", 0 < low <= high, "must be (smallest, largest), both positive")

@@ -31,8 +31,8 @@ class Batch:
     positive: whether the prompt fits the target. negative: whether a prompt that is not exhaustive is known not to fit
         the target. If a target is neither positive nor negative for such a prompt, it is unknown whether they fit.
     has_mask: whether the target's mask is known.
-    offset: row and column of the lattice's pixels in their cells. The lattice has one pixel of each cell of the mask
-        features (`losses.lattice`). The loss reads no other pixels.
+    offset: row and column of the lattice's pixels in their cells. The lattice has one pixel of each cell of
+        `data.lattice_stride` x `data.lattice_stride` pixels (`losses.lattice`). The loss reads no other pixels.
     masks: bits of the targets on the lattice, eight pixels of a row per byte, as in `np.packbits`.
     ignore: bits of unlabeled pixels on the lattice, without the padding (see `size`).
     source: index of the data set in the mixture, for metrics only.
@@ -50,30 +50,30 @@ class Batch:
     negative: Bool[Array, "b n p"]
     has_mask: Bool[Array, "b n"]
     offset: Int[Array, "b 2"]
-    masks: UInt8[Array, "b n h4 w32"]
-    ignore: UInt8[Array, "b h4 w32"]
+    masks: UInt8[Array, "b n h2 w8"]
+    ignore: UInt8[Array, "b h2 w8"]
     source: Int[Array, " b"]
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchSpec:
-    """The fixed sizes of a Batch: the canvas (height, width), prompts, targets, and the stride of the mask features."""
+    """The fixed sizes of a Batch: the canvas (height, width), prompts, targets, and the lattice's stride in pixels."""
 
     canvas: tuple[int, int]
     prompts: int
     targets: int
-    mask_stride: int = 4
+    lattice_stride: int = 4
 
     @classmethod
-    def of(cls, config: Any) -> BatchSpec:
-        """Return the sizes set in a config."""
-        data, (height, width) = config.data, config.data.canvas
-        return cls((height, width), data.max_prompts, data.max_targets, config.model.mask_stride)
+    def of(cls, data: Any) -> BatchSpec:
+        """Return the sizes set in `config.data`."""
+        height, width = data.canvas
+        return cls((height, width), data.max_prompts, data.max_targets, data.lattice_stride)
 
     @property
     def bits(self) -> tuple[int, int]:
         """Return the height of the lattice, and its width in bytes."""
-        height, width = (side // self.mask_stride for side in self.canvas)
+        height, width = (side // self.lattice_stride for side in self.canvas)
         return height, -(-width // 8)
 
 
@@ -90,8 +90,8 @@ class PackedExample:
     negative: Bool[np.ndarray, "n p"]
     has_mask: Bool[np.ndarray, " n"]
     offset: Int[np.ndarray, " 2"]
-    masks: UInt8[np.ndarray, "n h4 w32"]
-    ignore: UInt8[np.ndarray, "h4 w32"] | None
+    masks: UInt8[np.ndarray, "n h2 w8"]
+    ignore: UInt8[np.ndarray, "h2 w8"] | None
     source: int
 
 
@@ -121,14 +121,14 @@ def pack_example(
     dropped[kept] = False
     exhaustive &= ~positive[dropped].any(0)
     corners = np.array([t.box for t in targets], np.float32).reshape(-1, 4)
-    offset = rng.integers(0, spec.mask_stride, 2)
+    offset = rng.integers(0, spec.lattice_stride, 2)
     masks = np.zeros((len(kept), *spec.bits), np.uint8)
     for i, k in enumerate(kept):
-        _pack(targets[k].mask, targets[k].at, offset, spec.mask_stride, masks[i])
+        _pack(targets[k].mask, targets[k].at, offset, spec.lattice_stride, masks[i])
     ignore = None
     if example.ignore.any():
         ignore = np.zeros(spec.bits, np.uint8)
-        _pack(example.ignore, (0, 0), offset, spec.mask_stride, ignore)
+        _pack(example.ignore, (0, 0), offset, spec.lattice_stride, ignore)
     return PackedExample(
         image=example.image,
         tokens=tokenizer(list(texts) or [""])[: len(texts)],
@@ -188,7 +188,7 @@ def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
     return batch
 
 
-def unpack(bits: UInt8[np.ndarray, "*n h4 w32"], canvas: tuple[int, int]) -> Bool[np.ndarray, "*n h w"]:
+def unpack(bits: UInt8[np.ndarray, "*n h2 w8"], canvas: tuple[int, int]) -> Bool[np.ndarray, "*n h w"]:
     """Return masks or ignored pixels of a batch on its canvas, each pixel enlarged to its cell, for visualization."""
     stride = canvas[0] // bits.shape[-2]
     pixels = np.unpackbits(bits, axis=-1, count=canvas[1] // stride).view(bool)
@@ -200,7 +200,7 @@ def _pack(
     at: tuple[int, int],
     offset: Int[np.ndarray, " 2"],
     stride: int,
-    bits: UInt8[np.ndarray, "h4 w32"],
+    bits: UInt8[np.ndarray, "h2 w8"],
 ) -> None:
     """Write the pixels of a mask that are on the lattice into `bits`. Without a mask, do nothing.
 

@@ -98,7 +98,7 @@ class Loader:
         self._weights = [_weight(e, size, data.size_exponent) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
         self._read = [0] * len(sources)
-        self._spec = BatchSpec.of(config)
+        self._spec = BatchSpec.of(data)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
         self.report = [
             f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)

@@ -81,7 +81,7 @@ def shared_samples(
     step = lattice.step_of(targets.known.shape, num_points)
     start = jax.random.randint(key, (2,), 0, step)
     pixels = lambda x: lattice.every(x, step, start, x.ndim - 2).astype(jnp.float32).reshape(*x.shape[:-2], -1)
-    sampled = lattice.every(lattice.at_offset(features, targets.offset, targets.stride), step, start, 0)
+    sampled = lattice.every(targets.on_lattice(features), step, start, 0)
     return Samples(
         sampled.reshape(-1, features.shape[-1]),
         pixels(targets.masks),

@@ -176,7 +176,7 @@ def mask_losses(
     """
     embed = _of_pairs(mask_embed, pairs)
     product = functools.partial(jnp.einsum, "srd,hwd->srhw", embed, preferred_element_type=jnp.float32)
-    logits = product(lattice.at_offset(features, targets.offset, targets.stride).astype(embed.dtype))
+    logits = product(targets.on_lattice(features).astype(embed.dtype))
     weight = lattice.point_weights(key, jax.lax.stop_gradient(logits), targets.inside, weights.num_points)
     masks = targets.masks[pairs.target].astype(jnp.float32)
     pixels = lambda x: x.reshape(*pairs.target.shape, -1)
@@ -184,7 +184,7 @@ def mask_losses(
     with_mask = pairs.valid & targets.has_mask[pairs.target]
     terms = {"mask": (entropy * with_mask).sum(1), "dice": (dice * with_mask).sum(1)}
     if weights.projection > 0:
-        inside = jnp.where(targets.centers_inside(), product(features.astype(embed.dtype)), -jnp.inf)
+        inside = jnp.where(targets.centers_inside(features.shape[:2]), product(features.astype(embed.dtype)), -jnp.inf)
         projection = costs.projection_loss(inside, costs.corners(targets.boxes[pairs.target]))
         terms["projection"] = (projection * (pairs.valid & ~with_mask)).sum(1)
     return terms

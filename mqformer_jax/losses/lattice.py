@@ -1,4 +1,4 @@
-"""Compare masks on a lattice: one pixel of each cell of the mask features, at an offset drawn for each image and step.
+"""Compare masks on a lattice: one pixel of each square of pixels, at an offset drawn for each image and step.
 
 Mask2Former and Mask DINO compare masks at random points (PointRend). Reading single values at random places is slow on
 a TPU, and so are its gradient (a scatter) and the choice of uncertain points (a sort). Here, the pixels of a mask that
@@ -19,20 +19,27 @@ OVERSAMPLE, UNCERTAIN = 3.0, 0.75  # as in Mask2Former: candidates per point, an
 _BITS = 15  # of a bfloat16 without its sign
 
 
-def at_offset(features: Float[Array, "h w d"], offset: Int[Array, " 2"], stride: int) -> Float[Array, "h w d"]:
-    """Interpolate a map at one pixel of each of its cells, which cover `stride` x `stride` pixels.
+def at_offset(
+    features: Float[Array, "h w d"], offset: Int[Array, " 2"], stride: int, feature_stride: int
+) -> Float[Array, "h2 w2 d"]:
+    """Interpolate a map at one pixel of each `stride` x `stride` pixels of the image.
 
-    offset: row and column of the pixel in its cell. Equals PointRend's sampling at the centers of these pixels:
-    bilinear, with zeros outside the map.
+    offset: row and column of the pixel in its square. feature_stride: pixels per cell of the map, a multiple of
+    `stride`. Equals PointRend's sampling at the centers of these pixels: bilinear, with zeros outside the map.
     """
     for axis in (0, 1):
-        distance = ((offset[axis] + 0.5) / stride - 0.5).astype(features.dtype)  # in cells, from the cell's center
+        size, shape = features.shape[axis], list(features.shape)
         around = jnp.pad(features, [(1, 1) if i == axis else (0, 0) for i in range(3)])
-        size = features.shape[axis]
         before = jax.lax.slice_in_dim(around, 0, size, axis=axis)
         after = jax.lax.slice_in_dim(around, 2, size + 2, axis=axis)
-        near = 1 - jnp.abs(distance)
-        features = near * features + jnp.maximum(-distance, 0) * before + jnp.maximum(distance, 0) * after
+        parts = []
+        for first in range(0, feature_stride, stride):
+            # distance from the cell's center, in cells
+            distance = ((offset[axis] + first + 0.5) / feature_stride - 0.5).astype(features.dtype)
+            near = 1 - jnp.abs(distance)
+            parts.append(near * features + jnp.maximum(-distance, 0) * before + jnp.maximum(distance, 0) * after)
+        shape[axis] *= len(parts)
+        features = jnp.stack(parts, axis + 1).reshape(shape)
     return features
 
 

@@ -57,14 +57,14 @@ class ImageTargets:
             canvas=canvas,
         )
 
-    @property
-    def stride(self) -> int:
-        """Return the side of a cell of the lattice in pixels."""
-        return self.canvas[0] // self.known.shape[-2]
+    def on_lattice(self, features: Float[Array, "h2 w2 d"]) -> Float[Array, "h w d"]:
+        """Return the mask features at the pixels of the lattice."""
+        stride = self.canvas[0] // self.known.shape[-2]
+        return lattice.at_offset(features, self.offset, stride, self.canvas[0] // features.shape[0])
 
-    def centers_inside(self) -> Bool[Array, "h w"]:
-        """Return which cells of the mask features have their center in the valid part of the canvas."""
+    def centers_inside(self, shape: tuple[int, int]) -> Bool[Array, "h w"]:
+        """Return which cells of a map of this shape have their center in the valid part of the canvas."""
         rows, columns = (
-            (jnp.arange(side // self.stride) + 0.5) * self.stride < self.size[i] for i, side in enumerate(self.canvas)
+            (jnp.arange(n) + 0.5) * (side / n) < valid for n, side, valid in zip(shape, self.canvas, self.size)
         )
         return rows[:, None] & columns

@@ -54,7 +54,7 @@ def show(
     """Write the grid as a PNG file. Return the statistics of each data set ("name/split") up to the last example.
 
     The examples are those of the training stream from `start_step` on, or only those of `dataset`. Their masks are
-    drawn with all pixels, while training reads one pixel of each cell of the mask features.
+    drawn with all pixels, while training reads those of a lattice.
 
     side: longer side of each image in pixels. Raises FileNotFoundError or ValueError.
     """
@@ -62,7 +62,7 @@ def show(
         raise ValueError(f"--output={output}: the name of the file must end with .png.")
     os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # fails early
     config = config.copy_and_resolve_references()
-    config.model.mask_stride = 1
+    config.data.lattice_stride = 1
     entries = config.data.mixture
     if dataset and dataset not in (names := [entry["name"] for entry in entries]):
         raise ValueError(f"--dataset={dataset}: not in the recipe's data.mixture; give one of {', '.join(names)}.")

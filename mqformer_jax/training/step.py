@@ -230,7 +230,7 @@ def abstract_batch(config: ConfigDict, encoded: bool) -> Batch:
 
     encoded: whether prompts are vectors instead of token ids.
     """
-    spec, text = BatchSpec.of(config), config.model.text
+    spec, text = BatchSpec.of(config.data), config.model.text
     n, p, (h, w) = spec.targets, spec.prompts, spec.canvas
     array = lambda dtype, *shape: jax.ShapeDtypeStruct((config.batch_size, *shape), dtype)
     return Batch(

@@ -17,7 +17,7 @@ from mqformer_jax.models.tokenizer import WordTokenizer
 
 def config(root: str, workers: int) -> ConfigDict:
     data = dict(
-        root=root, size_exponent=0.5, canvas=(64, 64), max_targets=10, max_prompts=16,
+        root=root, size_exponent=0.5, canvas=(64, 64), max_targets=10, max_prompts=16, lattice_stride=4,
         scale_range=(0.5, 2.0), flip=0.5, color_jitter=0.2, templates=("{}",), leak_guard=True,
         max_corrupt_fraction=0.5, workers=workers, threads=2,
         mixture=[
@@ -25,7 +25,7 @@ def config(root: str, workers: int) -> ConfigDict:
             dict(name="sample_boxes", split="train", tasks=("instance",)),
         ],
     )  # fmt: skip
-    return ConfigDict(dict(seed=3, batch_size=4, data=data, model=dict(mask_stride=4), eval=dict(sets=())))
+    return ConfigDict(dict(seed=3, batch_size=4, data=data, eval=dict(sets=())))
 
 
 def digests(batches, count: int) -> list[list[str]]:

@@ -42,7 +42,7 @@ def asked(root, name, split, tasks, side, **data):
         | data
     )
     config.data.mixture = (dict(name=name, split=split, tasks=tasks),)
-    config.model.mask_stride = 1  # all pixels
+    config.data.lattice_stride = 1  # all pixels
     loader = make_loader(config, WordTokenizer(1 << 20, 8))
     source = ShardSource(root, name, split)
     longer_side = {

@@ -20,9 +20,9 @@ def example(num_targets=2, h=13, w=19, seed=0):
     return Example("t", rng.integers(0, 255, (h, w, 3), np.uint8), prompts, targets, rng.random((h, w)) > 0.5)
 
 
-def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, mask_stride=1):
+def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, lattice_stride=1):
     """A Batch of one."""
-    texts, spec = [ex.prompts[i].texts[0] for i in indices], BatchSpec((H, W), P, max_targets, mask_stride)
+    texts, spec = [ex.prompts[i].texts[0] for i in indices], BatchSpec((H, W), P, max_targets, lattice_stride)
     return collate(
         [pack_example(ex, texts, np.array(indices, int), tokenizer, spec, 3, np.random.default_rng(seed))], spec
     )
@@ -49,7 +49,7 @@ def test_a_mask_is_read_at_one_pixel_of_each_cell_wherever_its_window_lies():
         size, (top, left) = rng.integers(1, 9, 2), rng.integers(0, (6, 12))
         piece = rng.random(size) > 0.3
         ex.targets[1] = Target((1,), ex.targets[1].box, piece, at=(int(top), int(left)))
-        out = row(ex, seed=seed, mask_stride=4)
+        out = row(ex, seed=seed, lattice_stride=4)
         mask = np.zeros((2, H, W), bool)
         mask[0, top : top + size[0], left : left + size[1]] = piece
         mask[1, :13, :19] = ex.ignore

@@ -52,13 +52,10 @@ def source(name, size, first=0, bad=()):
 def config(mixture, batch_size=4, seed=0, root="", **data):
     fields = dict(
         root=root, mixture=[dict(tasks=("panoptic",), split="train") | entry for entry in mixture],
-        size_exponent=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, scale_range=(1.0, 1.0),
+        size_exponent=0.5, canvas=(SIZE, SIZE), max_targets=2, max_prompts=3, lattice_stride=4, scale_range=(1.0, 1.0),
         flip=0.0, color_jitter=0.0, templates=("{}",), workers=0, threads=0, leak_guard=True, max_corrupt_fraction=0.5,
     )  # fmt: skip
-    model = dict(mask_stride=4)
-    return ml_collections.ConfigDict(
-        dict(batch_size=batch_size, seed=seed, data=fields | data, model=model, eval=dict(sets=()))
-    )
+    return ml_collections.ConfigDict(dict(batch_size=batch_size, seed=seed, data=fields | data, eval=dict(sets=())))
 
 
 def two(**kwargs):

@@ -19,7 +19,7 @@ def rows(small_root):
     """Name of a data set → its rows among 24 batches of the mixture."""
     config = recipe("small")
     config.data.root = small_root
-    config.model.mask_stride = 1  # all pixels
+    config.data.lattice_stride = 1  # all pixels
     loader = make_loader(config, make_tokenizer(config.model.text))
     batches, found = loader.batches(), {entry["name"]: [] for entry in config.data.mixture}
     for _ in range(24):

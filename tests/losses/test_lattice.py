@@ -35,12 +35,15 @@ def test_the_oracle_samples_bilinearly_with_zeros_outside():
     assert_agrees("point sampling (SciPy)", "forward", sample_maps(maps, points), bilinear(maps, points), 1e-5)
 
 
-@pytest.mark.parametrize("offset", [(0, 0), (1, 2), (2, 1), (3, 3)])
-def test_features_on_the_lattice_are_sampled_at_its_pixels(offset):
+@pytest.mark.parametrize(
+    "stride, offset", [(4, (0, 0)), (4, (1, 2)), (4, (3, 3)), (2, (0, 1)), (2, (1, 0)), (1, (0, 0))]
+)
+def test_features_on_the_lattice_are_sampled_at_its_pixels(stride, offset):
     features = rng.normal(size=(*SHAPE, 3)).astype(np.float32)
-    points = np.tile(lattice_points(CANVAS, STRIDE, offset).reshape(-1, 2), (3, 1, 1))
-    expected = bilinear(features.transpose(2, 0, 1), points).T.reshape(*SHAPE, 3)
-    found = lattice.at_offset(features, jnp.array(offset), STRIDE)
+    points = lattice_points(CANVAS, stride, offset)
+    expected = bilinear(features.transpose(2, 0, 1), np.tile(points.reshape(-1, 2), (3, 1, 1))).T
+    found = lattice.at_offset(features, jnp.array(offset), stride, STRIDE)
+    expected = expected.reshape(*points.shape[:2], 3)
     assert_agrees("features on the lattice (SciPy)", "forward", found, expected, 1e-5)
 
 
@@ -57,7 +60,7 @@ def test_losses_on_the_lattice_are_those_at_its_chosen_pixels():
     truth = masks[:, offset[0] :: STRIDE, offset[1] :: STRIDE].reshape(2, -1).astype(np.float32)
 
     def ours(features, embed):
-        logits = jnp.einsum("nd,hwd->nhw", embed, lattice.at_offset(features, jnp.array(offset), STRIDE))
+        logits = jnp.einsum("nd,hwd->nhw", embed, lattice.at_offset(features, jnp.array(offset), STRIDE, STRIDE))
         return sum(term.sum() for term in costs.mask_losses(logits.reshape(2, -1), truth, weight))
 
     def theirs(features, embed):

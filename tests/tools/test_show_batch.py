@@ -149,7 +149,7 @@ def batch_of_one():
     targets = [target(0, 0), target(0, 12, with_mask=False), target(3, 24), target(1, 40)]
     example = Example("set/image", np.zeros((32, 64, 3), np.uint8), prompts, targets, ignore)
     texts = [p.texts[0] for p in prompts]
-    spec = BatchSpec((48, 64), prompts=6, targets=5, mask_stride=1)
+    spec = BatchSpec((48, 64), prompts=6, targets=5, lattice_stride=1)
     row = pack_example(
         example, texts, np.arange(4), lambda t: np.zeros((len(t), 1), np.int32), spec, 0, np.random.default_rng(0)
     )
