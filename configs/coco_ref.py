@@ -13,6 +13,14 @@ Mask DINO's optimizer and schedule.
 - Time: 368,750 steps, at least 31 hours by the compiler's estimate (docs/benchmarks.md).
 - Expected score: unknown, not yet run. The paper reports PQ 56.5 for mixed queries on COCO, with a Swin backbone.
 
+`gpu`: the same recipe for GPUs (not run). It stores the results of matmuls instead of computing layers again, and
+splits the images of a device into parts.
+
+    pip install -e '.[text,cuda]'
+    mqformer train --config=coco_ref:gpu --workdir=runs/coco_ref
+
+- Hardware: 8 GPUs with 40 GB or more, two images each, one after the other. Time: unknown.
+
 `sample`: the scenes that `mqformer prepare sample` draws. `make demo` runs both commands.
 
     mqformer prepare sample --output data/records
@@ -56,8 +64,8 @@ SMALL_EVAL = (
 
 
 def get_config(variant: str = "full") -> ConfigDict:
-    """Return the recipe of a variant: full, sample or small."""
-    recipes = {"full": full, "sample": sample, "small": small}
+    """Return the recipe of a variant: full, gpu, sample or small."""
+    recipes = {"full": full, "gpu": gpu, "sample": sample, "small": small}
     if variant not in recipes:
         raise ValueError(f"configs/coco_ref.py has no variant {variant!r}; variants are {', '.join(recipes)}.")
     return recipes[variant]()
@@ -79,6 +87,14 @@ def full() -> ConfigDict:
         dict(name="coco_2017_panoptic", split="val", tasks=("panoptic", "instance", "semantic")),
         *(dict(name=name, split="val", tasks=("referring",)) for name in refcoco),
     )
+    return config
+
+
+def gpu() -> ConfigDict:
+    """Return the full-size recipe for GPUs, whose memory is larger than a TPU v5e's."""
+    config = full()
+    config.model.remat = "dots"
+    config.grad_accum_steps = 2
     return config
 
 

@@ -5,7 +5,7 @@ from mqformer_jax import config as recipes
 from mqformer_jax.train import train
 
 
-@pytest.mark.parametrize("variant", ["full", "sample", "small"])
+@pytest.mark.parametrize("variant", ["full", "gpu", "sample", "small"])
 def test_every_variant_of_the_recipe_passes_the_check(variant):
     recipes.check(recipe(variant))
 
