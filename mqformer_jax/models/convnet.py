@@ -21,7 +21,7 @@ ConvLayerNorm = functools.partial(layers.ConvNorm, size=3, norm=layers.layer_nor
 class Stage(nnx.Module):
     """Downsampling by 2, then residual blocks of one convolution each.
 
-    The downsampling has a shortcut too: the mean of each 2x2 block, for a quarter of the channels. Without it, features
+    The downsampling has a shortcut too: the mean of each 2x2 block, for three eighths of the channels. Without it, features
     lose the color of a thing (docs/benchmarks.md).
     """
 
@@ -77,9 +77,9 @@ class ConvNet(nnx.Module):
 
 
 def _shortcut(x: Float[Array, "b h w i"], outputs: int) -> Float[Array, "b h/2 w/2 o"]:
-    """Average 2x2 pixels into one, keep a quarter of the channels, and fill the others with zeros."""
+    """Average 2x2 pixels into one, keep three eighths of the channels, and fill the others with zeros."""
     b, h, w, c = x.shape
-    kept = min(c // 4, outputs)
+    kept = min(3 * c // 8, outputs)
     x = x[..., :kept].reshape(b, h // 2, 2, w // 2, 2, kept).mean((2, 4))
     return jnp.pad(x, [(0, 0)] * 3 + [(0, outputs - kept)])
 

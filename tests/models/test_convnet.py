@@ -30,15 +30,15 @@ def test_space_to_depth_keeps_each_patch_together():
     assert patches[0, 0, 1].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
-def test_a_quarter_of_the_channels_passes_the_downsampling_as_means():
+def test_three_eighths_of_the_channels_pass_the_downsampling_as_means():
     stage = Stage(8, 12, 1, rngs=nnx.Rngs(0), dtype=jnp.float32)
     for branch in (stage.down, *stage.blocks):
         branch.norm.scale[...] = jnp.zeros_like(branch.norm.scale[...])
     image = np.random.default_rng(0).uniform(size=(1, 4, 6, 8)).astype(np.float32)
     halved = stage(image)
-    means = image[..., :2].reshape(1, 2, 2, 3, 2, 2).mean((2, 4))
-    np.testing.assert_allclose(halved[..., :2], means, rtol=1e-6)
-    assert halved.shape == (1, 2, 3, 12) and not np.any(halved[..., 2:])
+    means = image[..., :3].reshape(1, 2, 2, 3, 2, 3).mean((2, 4))
+    np.testing.assert_allclose(halved[..., :3], means, rtol=1e-6)
+    assert halved.shape == (1, 2, 3, 12) and not np.any(halved[..., 3:])
 
 
 def test_every_parameter_learns_and_stays_float32():
