@@ -21,8 +21,8 @@ ConvLayerNorm = functools.partial(layers.ConvNorm, size=3, norm=layers.layer_nor
 class Stage(nnx.Module):
     """Downsampling by 2, then residual blocks of one convolution each.
 
-    The downsampling has a shortcut too: the mean of each 2x2 block, for three eighths of the channels. Without it, features
-    lose the color of a thing (docs/benchmarks.md).
+    The downsampling has a shortcut too: the mean of each 2x2 block, for three eighths of the channels. Without it,
+    features lose the color of a thing (docs/benchmarks.md).
     """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
