@@ -56,10 +56,10 @@ FAST := not slow and not parity and not process and not tpu_compiler and not bro
 test: .venv/.test
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
-# all tests, and lint. Two runs, since pytest's workers keep memory until they end. Status 5: TESTS selects no test.
+# all tests, and lint. Two runs, since pytest's workers keep memory until they end; status 5: TESTS selects none of a run
 test-all: .venv/.test-all lint
-	$(PYTEST) -m "$(FAST)" $(TESTS) || test $$? = 5
-	$(PYTEST) -m "not ($(FAST))" $(TESTS) || test $$? = 5
+	failed=0; for group in "$(FAST)" "not ($(FAST))"; do \
+	  $(PYTEST) -m "$$group" $(TESTS) || test $$? = 5 || failed=1; done; exit $$failed
 
 # format, style and types of the code; `make lint && .venv/bin/pre-commit install` has git check them at each commit
 .venv/.dev: .venv/.demo

@@ -27,7 +27,7 @@ splits the images of a device into parts.
     mqformer train --config=coco_ref:sample --workdir=runs/demo
 
 - Hardware: two CPU cores. Time: 1,300 steps, about 5 minutes.
-- Expected score: PQ 68 to 72, mask AP 37 to 43, referring mIoU 62 to 67 (five seeds).
+- Expected score: PQ 70 to 73, mask AP 41 to 47, referring mIoU 62 to 67 (five seeds).
 
 `small`: a small folder with every annotation type, as a test of the whole pipeline on a laptop.
 
@@ -137,8 +137,8 @@ def sample() -> ConfigDict:
         "rock. It does not work on photographs: there, it predicts wrong segments with high scores."
     )
     config.expected = (
-        "With all 1,300 steps, five seeds reached PQ 68 to 72, mask AP 37 to 43, "
-        "mIoU 71 to 75 and referring mIoU 62 to 67."
+        "With all 1,300 steps, five seeds reached PQ 70 to 73, mask AP 41 to 47, "
+        "mIoU 73 to 79 and referring mIoU 62 to 67."
     )
     config.steps = 1300
     config.data.update(canvas=(96, 96), scale_range=(1.0, 1.0))

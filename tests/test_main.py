@@ -38,7 +38,7 @@ def parse(monkeypatch):
         ([RECIPE, "--config.model.widht=3"], ["--config.model.widht=3", "did you mean 'model.width'"]),
         ([RECIPE, "--config.steps=many"], ["config.steps", "many"]),
         ([RECIPE, "--confg=1"], ["confg", "Did you mean"]),
-        ([f"--config={REPOSITORY}/configs/coco_ref.py:huge"], ["huge", "full, sample, small"]),
+        ([f"--config={REPOSITORY}/configs/coco_ref.py:huge"], ["huge", "full, gpu, sample, small"]),
         (["--config=configs/none.py"], ["configs/none.py", "coco_ref, finetune"]),
     ],
 )

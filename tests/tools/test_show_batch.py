@@ -229,7 +229,7 @@ def test_one_data_set_alone_is_what_its_rows_in_the_stream_are(tiny_config, tmp_
         ([RECIPE, "--config.zzqq=1"], ["--config.zzqq=1", "config.py"]),
         ([RECIPE, "--confg=1"], ["confg", "Did you mean"]),
         ([RECIPE, "--count=0"], ["--count=0"]),
-        ([f"--config={REPOSITORY}/configs/coco_ref.py:huge"], ["huge", "full, sample, small"]),
+        ([f"--config={REPOSITORY}/configs/coco_ref.py:huge"], ["huge", "full, gpu, sample, small"]),
         (["--config=configs/none.py"], ["configs/none.py"]),
     ],
 )
