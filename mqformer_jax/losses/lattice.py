@@ -4,7 +4,7 @@ Mask2Former and Mask DINO compare masks at random points (PointRend). Reading si
 a TPU, and so are its gradient (a scatter) and the choice of uncertain points (a sort). Here, the pixels of a mask that
 lie on the lattice arrive as bits, and the predictions there are the product of the mask embeddings and the mask
 features, interpolated once per image. Every pixel is on the lattice with the same probability, and the pixels of one
-step cover the image evenly. Points are chosen by weights of 0 and 1. The paper says nothing on this.
+step cover the image evenly. Points are chosen by weights, 0 for most pixels. The paper says nothing on this.
 """
 
 from __future__ import annotations
