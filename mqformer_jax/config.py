@@ -307,12 +307,8 @@ def _check_data(config: ConfigDict) -> None:
         all(side % coarsest == 0 and side % 8 == 0 for side in data.canvas),
         f"both sides must be divisible by 8 and by the largest stride, {coarsest}",
     )
-    _require(
-        config,
-        "data.lattice_stride",
-        data.lattice_stride > 0 and model.mask_stride % data.lattice_stride == 0,
-        f"must divide model.mask_stride = {model.mask_stride}",
-    )
+    fits = data.lattice_stride > 0 and model.mask_stride % data.lattice_stride == 0
+    _require(config, "data.lattice_stride", fits, f"must divide model.mask_stride = {model.mask_stride}")
     low, high = data.scale_range
     _require(config, "data.scale_range", 0 < low <= high, "must be (smallest, largest), both positive")
     _require(config, "data.flip", 0 <= data.flip <= 1, "must be a probability, 0 to 1")

@@ -109,3 +109,10 @@ def test_decoupled_queries_need_both_kinds():
     config.model.update(queries="decoupled", num_conditional=0)
     with pytest.raises(ValueError, match="learnable and conditional"):
         recipes.check(config)
+
+
+def test_the_lattice_divides_the_cells_of_the_mask_features():
+    config = recipe("sample")
+    config.data.lattice_stride = 3
+    with pytest.raises(ValueError, match="config.data.lattice_stride = 3: must divide model.mask_stride = 4"):
+        recipes.check(config)
