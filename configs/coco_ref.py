@@ -9,7 +9,7 @@ Mask DINO's optimizer and schedule.
     mqformer convert --input ViT-B-32.pt --output pretrained/clip
     mqformer train --config=coco_ref --workdir=runs/coco_ref
 
-- Hardware: 16 TPU v5e chips, one image each; 12.5 GB of a chip's 16.9 GB by the compiler's estimate.
+- Hardware: 16 TPU v5e chips, one image each; 10 GB of a chip's 16.9 GB, compiled for one chip.
 - Time: 368,750 steps, at least 31 hours by the compiler's estimate (docs/benchmarks.md).
 - Expected score: unknown, not yet run. The paper reports PQ 56.5 for mixed queries on COCO, with a Swin backbone.
 
