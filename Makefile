@@ -1,10 +1,10 @@
-# `make demo` and `make test` do all the set-up. Nothing but make and Python 3.11 or newer is needed.
+# Each target first installs what it needs in .venv. You only need make and Python 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
 STEPS ?=
-# on Linux, allocate memory in huge pages: allocation in small pages takes a tenth of the time of a train step on a CPU
-# (docs/benchmarks.md)
+# On Linux, allocate memory in huge pages. With small pages, allocation takes a tenth of the time of a train step on a
+# CPU (docs/benchmarks.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo test test-all lint docs finetune clean
@@ -19,14 +19,15 @@ data/records/.sample: mqformer_jax/prepare/cli.py $(wildcard mqformer_jax/prepar
 	$(BIN)/mqformer prepare sample --output data/records
 	touch $@
 
-# train the sample recipe and evaluate it on held-out scenes: a table, and pictures and eval.json in runs/demo
+# Train the sample recipe and evaluate it on held-out scenes. Prints a table; pictures and eval.json go to runs/demo.
 demo: .venv/.demo data/records/.sample
 	$(BIN)/python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo $(if $(STEPS),--config.steps=$(STEPS))
 
-# fine-tune on your own COCO JSON, and write a table and pictures:
-# make finetune NAME=balloon IMAGES=photos JSON=annotations.json
-# [VAL=val.json, or else a fifth of the images is held out] [FROM=runs/other: the checkpoint to start from]
-# [LONG=1: the larger model, 50 minutes instead of twelve on two cores]
+# Fine-tune on your own COCO JSON file. Prints a table; writes pictures and checkpoints to runs/NAME. Example:
+#   make finetune NAME=balloon IMAGES=photos JSON=annotations.json
+# Optional: VAL=val.json: annotations of held-out images (default: a fifth of the images is held out).
+#   FROM=runs/other: start from this checkpoint. STEPS=200: number of steps.
+#   LONG=1: train the larger model, which takes 50 minutes instead of twelve on two cores.
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
@@ -37,7 +38,7 @@ finetune: .venv/.demo
 COMMA := ,
 
 # ---- Tests (CONTRIBUTING.md) ----
-# TESTS: files, folders or options of pytest, e.g. make test TESTS=tests/losses or make test TESTS="-k matcher"
+# TESTS: files, folders or options for pytest, e.g. make test TESTS=tests/losses or make test TESTS="-k matcher".
 TESTS ?=
 PYTEST = env -u GLIBC_TUNABLES $(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 FAST := not slow and not parity and not process and not tpu_compiler and not browser
@@ -46,22 +47,24 @@ FAST := not slow and not parity and not process and not tpu_compiler and not bro
 	$(PIP) --editable '.[test]'
 	touch $@
 
-# dependencies of all tests: torch, transformers and other originals to compare with, the TPU compiler,
-# tensorflow-datasets, the web page
+# Install the dependencies of all tests: torch, transformers and other originals to compare with, the TPU compiler,
+# tensorflow-datasets, and packages for the web page and the documentation.
 .venv/.test-all: .venv/.test
 	$(PIP) --editable '.[test,full]'
 	touch $@ .venv/.dev
 
-# the fast tests, for each change
+# Run the fast tests. Use this for each change.
 test: .venv/.test
 	$(PYTEST) -m "$(FAST)" $(TESTS)
 
-# all tests, and lint. Two runs, since pytest's workers keep memory until they end; status 5: TESTS selects none of a run
+# Run all tests and lint. There are two runs of pytest, because its workers keep memory until they end. A run may exit
+# with status 5, which means that TESTS selects none of its tests.
 test-all: .venv/.test-all lint
 	failed=0; for group in "$(FAST)" "not ($(FAST))"; do \
 	  $(PYTEST) -m "$$group" $(TESTS) || test $$? = 5 || failed=1; done; exit $$failed
 
-# format, style and types of the code; `make lint && .venv/bin/pre-commit install` has git check them at each commit
+# Check format, style and types of the code. `make lint && .venv/bin/pre-commit install` makes git check them at each
+# commit.
 .venv/.dev: .venv/.demo
 	$(PIP) --editable '.[dev]'
 	touch $@
@@ -71,7 +74,7 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/python tests/type_check.py
 
-# the documentation as a site in site/; `.venv/bin/mkdocs serve` shows it while you write
+# Build the documentation as a site in site/. `.venv/bin/mkdocs serve` shows it while you write.
 docs: .venv/.demo
 	$(PIP) --editable '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -2,9 +2,9 @@
 
     python benchmarks/compile_time.py --run [--config.batch_size=1] [--config.model.dtype=float32]
 
---run also runs two steps and times the second. The config is configs/coco_ref.py (R50, 1024 x 1024, 400 queries, 9
-layers) with one image per step, 20 targets and all prompts. Weights are zeros, which changes neither time nor memory.
-The compilation cache is not used.
+With --run, the script also runs two steps and times the second. The config is configs/coco_ref.py (ResNet-50,
+1024 x 1024, 400 queries, 9 layers) with one image per step, 20 targets and all prompts. All weights are zero, which
+does not affect time or memory. The compilation cache is not used.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from mqformer_jax.training.step import TrainStep
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-_RUN = flags.DEFINE_bool("run", False, "Also run two steps.")
-_CONFIG = config_flags.DEFINE_config_file("config", os.path.join(REPOSITORY, "configs", "coco_ref.py"), "Recipe.")
+_RUN = flags.DEFINE_bool("run", False, "Also run two steps and time the second.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", os.path.join(REPOSITORY, "configs", "coco_ref.py"), "Recipe to compile."
+)
 
 
 def main(_) -> None:
@@ -52,14 +54,14 @@ def main(_) -> None:
         f"{size(step.abstract.params['text_encoder']):.2f} M in it"
     )
     print(
-        f"seconds: {built - started:.1f} to build the model's shapes, {traced - built:.1f} to trace, "
+        f"seconds: {built - started:.1f} to compute the shapes of the model, {traced - built:.1f} to trace, "
         f"{done - traced:.1f} to compile"
     )
     print(
-        f"GB a step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, "
+        f"GB per step: {memory.argument_size_in_bytes / 1e9:.2f} arguments, "
         f"{memory.temp_size_in_bytes / 1e9:.2f} temporaries"
     )
-    print(f"GB of this process at its peak, compiling: {peak():.2f}")
+    print(f"peak memory of this process, after compiling: {peak():.2f} GB")
     if _RUN.value:
         run(compiled, step, config)
 
@@ -77,11 +79,12 @@ def run(compiled, step: TrainStep, config) -> None:
     for _ in range(2):
         started = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, step.put(batch)))
-    print(f"seconds a step: {time.perf_counter() - started:.1f}")
-    print(f"GB of this process at its peak, running: {peak():.2f}")
+    print(f"seconds per step: {time.perf_counter() - started:.1f}")
+    print(f"peak memory of this process, after running: {peak():.2f} GB")
 
 
 def peak() -> float:
+    """Return the peak memory of this process in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 

@@ -1,11 +1,12 @@
-"""Convert a random checkpoint of every public layout at full size, and report the results, time and memory.
+"""Convert a random full-size checkpoint of each public model, and report the results, time and memory.
 
     python benchmarks/conversion.py [--layouts=maskdino_r50_instance,...]
 
-The layouts (tests/convert/layouts) come from the originals' code. Each conversion is a separate process. Seconds and
-peak memory are those of the whole process, including the start of JAX. "parameters" are the floating-point numbers in
-the file, counting shared tensors once; "ours" are those in the checkpoint that was written. The other columns count
-tensors by the result of their conversion.
+The layouts in tests/convert/layouts list the tensor names, shapes and types of each public checkpoint. Each conversion
+runs in a separate process. Time and peak memory are those of the whole process, including the start of JAX.
+"parameters" counts the floating-point numbers in the original file, with shared tensors counted once. "ours" counts
+those in the checkpoint that was written. The columns "loaded" to "ignored" count tensors by the result of their
+conversion.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ COUNTS = ("loaded", "reshaped", "missing", "unused", "mismatched", "ignored")
 
 
 def measure(name: str, folder: str) -> str:
-    """Return one row of the table."""
+    """Return the row of the table for one layout. folder: for temporary files."""
     theirs, ours = os.path.join(folder, "theirs.safetensors"), os.path.join(folder, "ours")
-    # a child's peak memory includes its parent's at its start, so this process must not hold the weights
+    # A child's peak memory includes the memory of its parent at the start, so this process must not hold the weights.
     subprocess.run([sys.executable, __file__, "--write", name, theirs], check=True)
     command = [sys.executable, "-m", "mqformer_jax", "convert", "--input", theirs, "--output", ours]
     started = time.perf_counter()
@@ -71,9 +72,13 @@ def measure(name: str, folder: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layouts", default=",".join(layouts.NAMES), help="names, comma-separated (default: all)")
-    parser.add_argument("--row", metavar="NAME", help="print only this row")
-    parser.add_argument("--write", nargs=2, metavar=("NAME", "FILE"), help="only write a random checkpoint")
+    parser.add_argument(
+        "--layouts", default=",".join(layouts.NAMES), help="Names of layouts, separated by commas. (default: all)"
+    )
+    parser.add_argument("--row", metavar="NAME", help="Print only the row of this layout.")
+    parser.add_argument(
+        "--write", nargs=2, metavar=("NAME", "FILE"), help="Only write a random checkpoint to this file."
+    )
     args = parser.parse_args()
     if args.write:
         write_safetensors(args.write[1], dict(layouts.random(args.write[0])))
@@ -81,7 +86,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             print(measure(args.row, folder))
     else:
-        header = ("layout", "family", "parameters, M", "ours, M", *COUNTS, "seconds", "peak, GB")
+        header = ("layout", "family", "parameters, M", "ours, M", *COUNTS, "seconds", "peak memory, GB")
         print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
         for name in args.layouts.split(","):
             subprocess.run([sys.executable, __file__, "--row", name], check=True)

@@ -1,16 +1,22 @@
 """Compare implementations of deformable attention.
 
-    python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]  # seconds on this CPU, float32
-    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]   # TPU compiler's report, no TPU
+    python benchmarks/deformable_attention.py [--size 512] [--rounds 5] [--threads 2]  # time on this CPU, float32
+    python benchmarks/deformable_attention.py --tpu [--size 1024] [--dtype bfloat16]   # the TPU compiler's report
 
-The case is one layer with three levels (strides 8, 16, 32), every token as a query, 8 heads of width 32 and 4 points.
-Ours is compared with torch's grid_sample with one call per level, as in Deformable DETR's CPU version, and with JAX and
-four gathers, one per corner. With --tpu (`pip install libtpu`, Linux), torch is replaced by `packed`, our version for
-CPU and GPU: one gather of four packed pixels, without a layout for TPUs.
+All implementations compute one layer with three levels (strides 8, 16, 32), 8 heads of width 32 and 4 points, in which
+every token is a query:
 
-`accessed` is the compiler's "bytes accessed", which counts a tile of eight rows for each gathered row. `operands` are
-the bytes of all operands and results. `cycles` is the compiler's estimate, which lacks gathers, scatters and sorts (no
-version has a loop). `temporary` is the memory that it reserves.
+- "ours": the implementation that this project uses on the CPU ("rows") or on a TPU ("lanes").
+- "torch grid_sample" (without --tpu): one call per level, as in Deformable DETR's CPU version.
+- "four gathers": JAX with one gather for each corner of the bilinear interpolation.
+- "packed" (with --tpu): this project's implementation for CPUs and GPUs ("rows"), compiled for a TPU.
+
+--tpu needs the TPU compiler (`pip install libtpu`, Linux), but no TPU and no torch. It reports:
+
+- "accessed": the compiler's "bytes accessed", which counts a tile of eight rows for each gathered row.
+- "operands, results": the bytes of all operands and results.
+- "cycles": the compiler's estimate, which does not include gathers, scatters and sorts.
+- "temporary": the memory that the program needs for intermediate results.
 """
 
 from __future__ import annotations
@@ -37,12 +43,18 @@ Shapes = list[tuple[int, int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tpu", action="store_true")
-    parser.add_argument("--topology", default="v5e:2x2")
-    parser.add_argument("--size", type=int, help="side of the image in pixels; default 512, and 1024 with --tpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the maps, with --tpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="for torch; XLA uses all CPUs")
+    parser.add_argument("--tpu", action="store_true", help="Compile for a TPU instead of running on this CPU.")
+    parser.add_argument(
+        "--topology", default="v5e:2x2", help="With --tpu: TPU type and topology. (default: %(default)s)"
+    )
+    parser.add_argument("--size", type=int, help="Side of the image in pixels. (default: 512, or 1024 with --tpu)")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="With --tpu: type of the feature maps."
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="Number of runs; the fastest counts. (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="Threads of torch; XLA uses all CPUs.")
     args = parser.parse_args()
     size = args.size or (1024 if args.tpu else 512)
     shapes = [(size // stride, size // stride) for stride in (8, 16, 32)]
@@ -57,6 +69,7 @@ packed = functools.partial(ms_deform_attn, implementation="rows")
 
 
 def grid_sample(value, shapes, locations, weights):
+    """Return deformable attention by torch's grid_sample. The arguments are those of `ms_deform_attn`, in torch."""
     import torch
 
     batch, _, heads, dh = value.shape
@@ -72,6 +85,8 @@ def grid_sample(value, shapes, locations, weights):
 
 
 def jax_calls(op: Callable, shapes: Shapes) -> tuple[Callable, Callable]:
+    """Return jitted functions for the forward pass, and for the forward and backward pass, of an implementation."""
+
     def both(value, locations, weights, gradient):
         output, pull_back = jax.vjp(lambda v, at, w: op(v, shapes, at, w), value, locations, weights)
         return output, pull_back(gradient)
@@ -80,6 +95,7 @@ def jax_calls(op: Callable, shapes: Shapes) -> tuple[Callable, Callable]:
 
 
 def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
+    """Return functions for the forward pass, and for the forward and backward pass, of torch's grid_sample."""
     import torch
 
     def forward(value, locations, weights, _):
@@ -96,7 +112,10 @@ def torch_calls(shapes: Shapes) -> tuple[Callable, Callable]:
 
 
 def random_inputs(shapes: Shapes) -> list[np.ndarray]:
-    """Return inputs with points a few pixels around each token, as in the encoder."""
+    """Return values, sampling locations, attention weights and an output gradient.
+
+    The locations are a few pixels around each token, as in the encoder.
+    """
     rng = np.random.default_rng(0)
     centers = [
         np.stack(np.meshgrid((np.arange(w) + 0.5) / w, (np.arange(h) + 0.5) / h), -1).reshape(-1, 2) for h, w in shapes
@@ -112,7 +131,7 @@ def random_inputs(shapes: Shapes) -> list[np.ndarray]:
 
 
 def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
-    """Run all implementations in turn, `rounds` times, and print the fastest time of each."""
+    """Check that all implementations agree, run them in turn `rounds` times, and print the fastest time of each."""
     import torch
 
     torch.set_num_threads(threads)
@@ -138,13 +157,14 @@ def run_here(shapes: Shapes, rounds: int, threads: int) -> None:
     tokens = sum(h * w for h, w in shapes)
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(f"{tokens} tokens, float32; torch on {threads} threads, XLA on {cpus} CPUs; fastest of {rounds}\n")
-    print("| | forward, s | of torch's | forward + backward, s | of torch's |\n|---|---|---|---|---|")
+    print("| | forward, s | relative to torch | forward + backward, s | relative to torch |\n|---|---|---|---|---|")
     (f, b), width = seconds["torch grid_sample"], max(map(len, seconds))
     for name, (forward, both) in seconds.items():
         print(f"| {name:{width}} | {forward:.3f} | {forward / f:.2f} | {both:.3f} | {both / b:.2f} |")
 
 
 def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
+    """Compile all JAX implementations for a TPU and print the compiler's report on each."""
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not query a metadata server for the type of this machine
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no chip is opened, so several processes can compile
     from jax.experimental import topologies
@@ -160,7 +180,7 @@ def compile_for_tpu(shapes: Shapes, topology: str, dtype: jnp.dtype) -> None:
     )
     abstract = [jax.ShapeDtypeStruct(shape, kind, sharding=chip) for shape, kind in arrays]
     print(f"one image, {tokens} tokens, {dtype}, {topology.partition(':')[0]}; jax {jax.__version__}\n")
-    print("| | accessed, GB | operands, GB | cycles, M | temporary, GB |\n|---|---|---|---|---|", flush=True)
+    print("| | accessed, GB | operands, results, GB | cycles, M | temporary, GB |\n|---|---|---|---|---|", flush=True)
     forms = {"four gathers": four_gathers, "packed": packed, "ours": ms_deform_attn}
     for name, op in forms.items():
         for what, call in zip(("forward", "forward + backward"), jax_calls(op, shapes)):

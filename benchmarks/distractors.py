@@ -1,10 +1,11 @@
-"""Measure how often an expression finds its object rather than a similar one.
+"""Measure how often the model segments the object that an expression describes, and not a similar object.
 
     python benchmarks/distractors.py --checkpoint=runs/demo
 
-This uses the held-out scenes of the built-in sample, and expressions that name more than a shape. A distractor is
-another object of the scene with the same color (or shape). The result is how often the predicted mask overlaps the
-right object more than any distractor. With one distractor, a random guess is right half of the time.
+The script uses the held-out scenes of the built-in sample, and expressions that name more than a shape. A distractor is
+another object of the scene with the same color (or the same shape). An expression counts as correct if the predicted
+mask has a larger IoU with the right object than with any distractor. With one distractor, a random guess is right half
+of the time.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.prepare.sample import scenes
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "Workdir of a run of coco_ref:sample.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "runs/demo", "Workdir of a training run of the recipe coco_ref:sample.")
 _ROOT = flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.")
 
 
@@ -28,7 +29,7 @@ def main(_: list[str]) -> None:
     for i in tqdm(range(len(source)), unit="scene"):
         record = Record.from_bytes(source[i])
         things = scenes.scene_graph(int(record.key), record.width).things
-        segments = record.segments[: len(things)]  # things come first, in the graph's order
+        segments = record.segments[: len(things)]  # things come first, in the order of the scene graph
         truth = [record.decode_mask(s.mask) for s in segments]
         asked = [
             (text, k) for k, s in enumerate(segments) for text in s.texts if scenes.expression_kind(text) != "class"
@@ -47,7 +48,9 @@ def main(_: list[str]) -> None:
                 if rivals:
                     verdicts.append(overlap[k] > max(rivals))
     for trait, verdicts in right.items():
-        print(f"against others of the same {trait}: {100 * np.mean(verdicts):.1f} % of {len(verdicts)} expressions")
+        print(
+            f"distractors of the same {trait}: {100 * np.mean(verdicts):.1f} % of {len(verdicts)} expressions correct"
+        )
 
 
 if __name__ == "__main__":

@@ -3,14 +3,15 @@
     pip install -e '.[test,parity]'
     python benchmarks/input.py --source=FOLDER [--quality=99]
 
-FOLDER has the layout of `mqformer prepare small`. Its panoptic and referring training sets are mixed as in
-configs/coco_ref.py, on a 1024 x 1024 canvas. The torch loaders (benchmarks/torch_input.py) read the same images in the
-same proportions from the original JSON, PNG and JPEG files. "decoding" only decodes JPEGs in memory with OpenCV. Each
-measurement is a separate process, on one core or on all. Compared measurements alternate, and a ratio is the median of
-the ratios of all rounds. The goals per core are 1.5 times the speed of torch and half the speed of decoding.
+FOLDER holds the original files that `mqformer prepare small --source=FOLDER` reads. Its panoptic and referring training
+sets are mixed as in configs/coco_ref.py, on a 1024 x 1024 canvas. The torch loaders (benchmarks/torch_input.py) read
+the same images in the same proportions from the original JSON, PNG and JPEG files. "decoding" only decodes JPEGs in
+memory with OpenCV. Each measurement runs in a separate process, on one core or on all cores. The loaders are measured
+in turn, --repeats times, and a ratio is the median of the ratios of all rounds. The goals per core are 1.5 times the
+speed of torch and half the speed of decoding.
 
-Afterwards, the script prints the size of a batch on the device and the loader's memory over --memory_batches. Linux
-only.
+Afterwards, the script prints the size of a batch on the device and the loader's memory over --memory_batches. The
+script needs Linux.
 """
 
 from __future__ import annotations
@@ -45,14 +46,18 @@ SETS = (
     dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
     dict(name="refcoco", split="train", tasks=("referring",)),
 )
-BESIDE = ("torch", "torch, tuned", "decoding")  # rows that every row of the table is compared with
+BESIDE = ("torch", "torch, tuned", "decoding")  # each row of the table is compared with these rows
 MEMORY_CANVAS, MEMORY_BATCH, MEMORY_READINGS = 256, 4, 20
 FLAT = 0.05  # a process may grow by this fraction of its memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """Settings of all measurements. root: folder of the records. source: folder of the original files."""
+    """Settings of all measurements.
+
+    root: folder of the records. source: folder of the original files. canvas: side in pixels. batch_size: images.
+    seconds: length of a measurement. warm_up: seconds before it.
+    """
 
     root: str
     source: str
@@ -65,7 +70,8 @@ class Setting:
         """Return the config of configs/coco_ref.py with SETS."""
         config = coco_ref.full()
         config.seed, config.batch_size, config.eval.sets = seed, self.batch_size, ()
-        config.model.text.tokenizer = "words"  # CLIP's needs a file; all tokenizers cache their texts
+        # CLIP's tokenizer needs a file. All tokenizers cache their texts, so the choice does not affect the speed.
+        config.model.text.tokenizer = "words"
         config.data.update(
             root=self.root, mixture=SETS, canvas=(self.canvas, self.canvas), threads=threads, workers=workers
         )
@@ -77,19 +83,21 @@ class Setting:
         return [Record.from_bytes(source[i]) for i in range(len(source))]
 
 
-# ---------------------------------------------------------------- endless streams of batches for a setting and a seed
+# ---------------------------------------------------------------- endless streams of batches
 
 
 def ours(setting: Setting, seed: int, threads: int = 0, workers: int = 0) -> Iterator[Any]:
+    """Return the batches of this project's loader."""
     if not flags.FLAGS.is_parsed():
-        flags.FLAGS([sys.argv[0]])  # Grain hands them to its worker processes
+        flags.FLAGS([sys.argv[0]])  # Grain passes absl's flags to its worker processes
     logging.set_verbosity(logging.WARNING)
     config = setting.recipe(seed, threads, workers)
     return make_loader(config, make_tokenizer(config.model.text)).batches()
 
 
 def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = False) -> Iterator[list[dict[str, Any]]]:
-    import torch_input  # here: only the parity extra has it
+    """Return the batches of the torch DataLoader, or of its optimized version (`tuned`)."""
+    import torch_input  # here, because it needs torch, which is an optional dependency
 
     np.random.seed(seed)
     config = setting.recipe(seed)
@@ -105,7 +113,7 @@ def torch_loader(setting: Setting, seed: int, workers: int = 0, tuned: bool = Fa
 
 
 def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
-    """Yield the sizes of decoded images. No image is kept, so the next one reuses its memory."""
+    """Yield lists of the shapes of decoded images. No image is kept, so the next one reuses its memory."""
     files = [[np.frombuffer(record.image, np.uint8) for record in setting.records(i)] for i in range(len(SETS))]
     order = mixed([*map(len, files)], setting.recipe(seed).data.size_exponent, seed)
     while True:
@@ -116,7 +124,10 @@ def decoding(setting: Setting, seed: int) -> Iterator[list[tuple[int, ...]]]:
 
 
 def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, int]]:
-    """Yield (data set, index) endlessly, in the proportions of our loader. Data sets are shuffled in every epoch."""
+    """Yield (data set, index) endlessly, in the proportions of our loader. Data sets are shuffled in every epoch.
+
+    sizes: number of images of each data set. alpha: exponent of the sizes.
+    """
     rng, weights = np.random.default_rng(seed), np.array(sizes, float) ** alpha
     streams = [
         itertools.chain.from_iterable(rng.permutation(size).tolist() for _ in itertools.count()) for size in sizes
@@ -132,7 +143,7 @@ def mixed(sizes: Sequence[int], alpha: float, seed: int) -> Iterator[tuple[int, 
 
 
 def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
-    """Run a function of MEASURES in a new process, restricted to these cores. Return its result."""
+    """Run a function of MEASURES in a new process that may use only these cores. Return its result."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -143,7 +154,7 @@ def alone(cores: set[int], measure: str, setting: Setting, *args: Any) -> Any:
 
 
 def rate(setting: Setting, seed: int, stream_of: str, options: dict[str, Any]) -> float:
-    """Return the images per second over `seconds`, which start `warm_up` seconds after the first batch."""
+    """Return the images per second over `setting.seconds`, measured `setting.warm_up` seconds after the first batch."""
     stream = STREAMS[stream_of](setting, seed, **options)
     next(stream)
     _count(stream, setting.warm_up)
@@ -152,6 +163,7 @@ def rate(setting: Setting, seed: int, stream_of: str, options: dict[str, Any]) -
 
 
 def _count(stream: Iterator[Any], seconds: float) -> tuple[int, float]:
+    """Read batches for at least `seconds`. Return the number of images and the seconds that passed."""
     images, started = 0, time.perf_counter()
     while (passed := time.perf_counter() - started) < seconds:
         batch = next(stream)
@@ -160,7 +172,10 @@ def _count(stream: Iterator[Any], seconds: float) -> tuple[int, float]:
 
 
 def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting, cores: set[int], repeats: int) -> str:
-    """Return rows of the table. contestants: for each name, a stream of STREAMS and its options."""
+    """Measure the contestants in turn. Return their rows of the table.
+
+    contestants: {name: (name of the stream in STREAMS, its options)}. cores: cores that a contestant may use.
+    """
     turns = [
         [alone(cores, "rate", setting, seed, *contestant) for contestant in contestants.values()]
         for seed in range(repeats)
@@ -178,11 +193,14 @@ def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting,
     return "\n".join(rows)
 
 
-# ---------------------------------------------------------------- what goes to the device
+# ---------------------------------------------------------------- size of batches
 
 
 def weight(setting: Setting, batches: int = 8) -> str:
-    """Return the size of batches (ours by field, torch's in total) and the mean number of labels in both."""
+    """Return a table of the KB per image that each loader sends to the device, and the mean number of labels in both.
+
+    For our loader, the table also lists the five largest fields of a batch.
+    """
     found = list(itertools.islice(ours(setting, 0), batches))
     theirs = list(itertools.chain.from_iterable(itertools.islice(torch_loader(setting, 0), batches)))
     images, names = len(theirs), [field.name for field in dataclasses.fields(found[0])]
@@ -201,21 +219,24 @@ def weight(setting: Setting, batches: int = 8) -> str:
         f"{name} {a:.1f} boxes, {b:.1f} masks, {c:.1f} prompts"
         for name, (a, b, c) in (("ours", our_work), ("torch", their_work))
     ]
-    text = f"Means per image: {'; '.join(work)} (torch keeps objects that a crop leaves empty)."
-    return "\n".join(["| to the device | KB an image |", "|---|---|", *rows, "", text])
+    text = f"Means per image: {'; '.join(work)} (torch also counts objects that a crop removes)."
+    return "\n".join(["| sent to the device | KB per image |", "|---|---|", *rows, "", text])
 
 
 # ---------------------------------------------------------------- memory
 
 
 def memory(setting: Setting, workers: int, batches: int) -> str:
-    """Return the memory of this process and of its workers over time. The first tenth is warm-up."""
+    """Return a table of the memory of this process and of its worker processes over a number of batches.
+
+    "warm" is the memory after the first tenth of the batches. The memory is flat if it ends within FLAT of this value.
+    """
     stream, readings = ours(setting, 0, 1, workers), []
     for _ in range(MEMORY_READINGS):
         for _ in range(batches // MEMORY_READINGS):
             next(stream)
         readings.append((resident(os.getpid()), sum(map(resident, children()))))
-    rows = [f"| MB over {batches} batches | warm | last | most | flat |", "|---|---|---|---|---|"]
+    rows = [f"| MB over {batches} batches | warm | last | largest | flat |", "|---|---|---|---|---|"]
     for name, values in zip(("loader", f"its {workers} workers"), zip(*readings[MEMORY_READINGS // 10 - 1 :])):
         flat = values[-1] <= (1 + FLAT) * values[0]
         rows.append(f"| {name} | {values[0]:.0f} | {values[-1]:.0f} | {max(values):.0f} | {'yes' if flat else 'no'} |")
@@ -223,6 +244,7 @@ def memory(setting: Setting, workers: int, batches: int) -> str:
 
 
 def children() -> list[int]:
+    """Return the ids of this process's child processes."""
     pids = []
     for path in glob.glob("/proc/self/task/*/children"):
         with open(path) as f:
@@ -236,13 +258,13 @@ def resident(pid: int) -> float:
         return sum(int(line.split()[1]) / 1024 for line in f if line.startswith("VmRSS:"))
 
 
-# ---------------------------------------------------------------- the same files for all
+# ---------------------------------------------------------------- files that all loaders read
 
 
 def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
-    """Prepare the records. Return their folder and the folder of the original files.
+    """Prepare the records in `folder`. Return the folder of the records and the folder of the original files.
 
-    The latter is `source`, or a copy with JPEGs of another quality.
+    The original files are in `source`, or, if `quality` is given, in a copy with JPEGs of this quality.
     """
     if quality is not None:
         source = reencoded(source, os.path.join(folder, "source"), quality)
@@ -258,7 +280,7 @@ def prepare(source: str, folder: str, quality: int | None) -> tuple[str, str]:
 
 
 def reencoded(source: str, folder: str, quality: int) -> str:
-    """Return a copy of `source`/coco with JPEGs of this quality. Other files are links."""
+    """Copy SOURCE/coco to `folder` with JPEGs of this quality. Other files become links. Return `folder`."""
     theirs, own = os.path.abspath(os.path.join(source, "coco")), os.path.join(folder, "coco")
     os.makedirs(os.path.join(own, "images"))
     for entry in os.listdir(theirs):
@@ -277,24 +299,31 @@ MEASURES = {"rate": rate, "weight": weight, "memory": memory}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", help="folder of small real data")
-    what.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement: see `alone`
+    what.add_argument("--source", help="Folder that `mqformer prepare small --source` reads.")
+    what.add_argument("--alone", help=argparse.SUPPRESS)  # run one measurement; used by the function `alone`
     parser.add_argument(
-        "--quality", type=int, help="re-encode the JPEGs with this quality first (COCO's own have 163 KB on average)"
+        "--quality",
+        type=int,
+        help="Encode the JPEGs again with this quality. (default: keep the files; COCO's have 163 KB on average)",
     )
-    parser.add_argument("--canvas", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seconds", type=float, default=20, help="seconds of one measurement (default: %(default)s)")
-    parser.add_argument("--warm_up", type=float, default=10, help="seconds before a measurement (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--canvas", type=int, default=1024, help="Side of the canvas, pixels. (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="Images per batch. (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=20, help="Seconds of one measurement. (default: %(default)s)")
+    parser.add_argument(
+        "--warm_up", type=float, default=10, help="Seconds before a measurement. (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="Number of rounds. (default: %(default)s)")
     parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="worker processes when all cores are used (default: %(default)s)",
+        help="Number of threads and of worker processes when all cores are used. (default: %(default)s)",
     )
     parser.add_argument(
-        "--memory_batches", type=int, default=10_000, help="0 skips the memory measurement (default: %(default)s)"
+        "--memory_batches",
+        type=int,
+        default=10_000,
+        help="Number of batches of the memory measurement; 0 skips it. (default: %(default)s)",
     )
     args = parser.parse_args()
     if args.alone:
@@ -303,7 +332,7 @@ def main() -> None:
         return
     cores, n = os.sched_getaffinity(0), args.workers
     os.environ["PYTHONWARNINGS"] = (
-        "ignore::UserWarning:multiprocessing.resource_tracker"  # the tracker cleans up what Grain prefetched
+        "ignore::UserWarning:multiprocessing.resource_tracker"  # it warns about Grain's prefetched batches
     )
     with tempfile.TemporaryDirectory() as folder:
         root, source = prepare(args.source, folder, args.quality)
@@ -314,7 +343,8 @@ def main() -> None:
             f"batches of {args.batch_size}\n"
         )
         print(
-            f"| images/s | cores | min | median | max | {' | '.join(f'/ {name}' for name in BESIDE)} |\n|{'---|' * 8}",
+            f"| images/s | cores | min | median | max | {' | '.join(f'relative to {name}' for name in BESIDE)} |"
+            f"\n|{'---|' * 8}",
             flush=True,
         )
         one = {

@@ -1,9 +1,10 @@
-"""Compare the masks that a model (--teacher) predicts from boxes with the masks of a labeled data set.
+"""Compare masks that a teacher model predicts from boxes with the true masks of a data set.
 
     python benchmarks/masks_from_boxes.py --teacher=ours:runs/lite --data=coco_2017 --split=val
 
-Run this before `mqformer synthesize`, on data similar to yours. It prints the mean IoU of the accepted masks and of all
-masks, and of two baselines: the whole box, and the ellipse inside it.
+Run this before `mqformer synthesize`, on data similar to yours. It prints the mean IoU with the true masks, in percent,
+for the accepted masks, for all masks and for two baselines: the whole box and the ellipse inside it. A mask is accepted
+if it passes the quality tests of `mqformer synthesize`.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ from mqformer_jax.synthesize.masks import Masks, Quality
 from mqformer_jax.synthesize.report import SIZES
 from mqformer_jax.synthesize.teachers import MASK_TEACHERS, Picture, make_teacher
 
-_TEACHER = flags.DEFINE_string("teacher", None, "Teacher of masks, as for `mqformer synthesize`.", required=True)
+_TEACHER = flags.DEFINE_string(
+    "teacher", None, "Teacher of masks, as for `mqformer synthesize`. Required.", required=True
+)
 _ROOT = flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.")
-_DATA = flags.DEFINE_string("data", None, "Name of a data set with masks.", required=True)
+_DATA = flags.DEFINE_string("data", None, "Name of a data set with masks. Required.", required=True)
 _SPLIT = flags.DEFINE_string("split", "val", "Split of the data set.")
-BATCH = 8
+BATCH = 8  # images per call of the teacher
 
 
 def iou(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the IoU of two masks, bool [h, w]. It is 0 if both are empty."""
     return float((a & b).sum() / max((a | b).sum(), 1))
 
 
 def inside(box: np.ndarray, shape: tuple[int, int], round: bool) -> np.ndarray:
-    """Return the pixels of a box, or of the ellipse inside it if `round`."""
+    """Return the pixels inside a box, or inside the largest ellipse in it if `round`, bool of this shape."""
     y, x = np.ogrid[: shape[0], : shape[1]]
     center, half = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) / 2
     dx, dy = (x + 0.5 - center[0]) / half[0], (y + 0.5 - center[1]) / half[1]
@@ -74,7 +78,10 @@ def main(_: list[str]) -> None:
             ask(waiting)
             waiting = []
     found, good, area = np.array(rows), np.array(taken), np.array(areas)
-    print("| boxes | accepted | IoU of accepted | IoU of all | whole box | ellipse |\n|---|---|---|---|---|---|")
+    print(
+        "| boxes | accepted masks | IoU of accepted masks | IoU of all masks | IoU of the box | IoU of the ellipse |\n"
+        "|---|---|---|---|---|---|"
+    )
     ends = [0, *SIZES.values()]
     for name, low, high in [("all", 0, np.inf), *zip(SIZES, ends, ends[1:])]:
         k = (area >= low) & (area < high)

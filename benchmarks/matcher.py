@@ -1,15 +1,20 @@
-"""Compare the time of the matcher with SciPy's and optax's, and check that all three find the same total cost.
+"""Compare the time of this project's matcher with SciPy's and optax's, and check that the total costs are equal.
 
     python benchmarks/matcher.py [--images=16] [--queries=300] [--layers=10]
 
-There are four kinds of costs: "noise"; the criterion's costs of random scenes with "fresh" queries, which are random,
-or "trained" queries, several of which are near each target; and "alike" queries, the worst case, in which nearly all
-targets prefer the same query. The number of targets per image is uniform in 1 to 100, or about 15 as in COCO (skewed,
-at least 1).
+There are four kinds of costs:
 
-Ours is one jitted call for all images and layers, as in a train step. SciPy is called for each problem on the real
-rows, with ("SciPy and copy") or without the copy from the device. optax's matcher is slow, so it is vmapped over the
-padded problems of a few images (--optax_images), and its time is scaled up to all images.
+- "noise": random numbers.
+- "fresh": the criterion's costs for random scenes and random predictions, like those of an untrained model.
+- "trained": the criterion's costs for random scenes and predictions near the targets, several for each target.
+- "alike": the worst case, in which nearly all targets prefer the same query.
+
+The number of targets per image is uniform in 1 to 100, or as in COCO: about 15, with a skewed distribution, at least 1.
+
+Our matcher is one jitted call for all images and layers, as in a train step. SciPy is called once per
+problem, without padding. The column "SciPy and copy" also includes the time to copy the costs from the device. optax's
+matcher is slow, so it runs on the padded problems of a few images (--optax_images), and its time is scaled up to all
+images.
 """
 
 from __future__ import annotations
@@ -29,11 +34,11 @@ from mqformer_jax.losses.costs import LossWeights
 from mqformer_jax.losses.matcher import match
 
 _IMAGES = flags.DEFINE_integer("images", 16, "Number of images.")
-_LAYERS = flags.DEFINE_integer("layers", 10, "Problems per image.")
+_LAYERS = flags.DEFINE_integer("layers", 10, "Decoder layers; each image has one matching problem per layer.")
 _QUERIES = flags.DEFINE_integer("queries", 300, "Number of queries.")
-_TARGETS = flags.DEFINE_integer("targets", 100, "Rows per problem, padding included.")
-_REPEAT = flags.DEFINE_integer("repeat", 5, "Number of runs; the median counts.")
-_OPTAX = flags.DEFINE_integer("optax_images", 1, "Images for optax; 0 leaves optax out.")
+_TARGETS = flags.DEFINE_integer("targets", 100, "Rows (targets) of each problem, including padding.")
+_REPEAT = flags.DEFINE_integer("repeat", 5, "Number of timed runs, of which the median is reported.")
+_OPTAX = flags.DEFINE_integer("optax_images", 1, "Number of images for optax; 0 skips optax.")
 PROMPTS, POINTS = 133, 256
 
 ours = jax.jit(jax.vmap(jax.vmap(match, in_axes=(0, None))))
@@ -44,7 +49,7 @@ def main(_: list[str]) -> None:
     shape = f"{_IMAGES.value} images x {_LAYERS.value} layers x {_QUERIES.value} queries x {_TARGETS.value} rows"
     print(f"{shape}, {jax.devices()[0].device_kind}")
     print(
-        "| costs | targets | mean | ours, ms | SciPy, ms | SciPy and copy, ms | "
+        "| costs | targets per image | mean of targets | ours, ms | SciPy, ms | SciPy and copy, ms | "
         "optax, ms | ours / SciPy | optax / ours |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
@@ -59,7 +64,11 @@ def main(_: list[str]) -> None:
 
 
 def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
-    """Return one line of the table. cost: images x layers x targets x queries."""
+    """Measure all matchers. Return a row of the table.
+
+    name, kind: the first two columns. cost: images x layers x targets x queries. count: the number of targets of each
+    image.
+    """
     told = jnp.asarray(count)
     assigned, seconds = timed(lambda: ours(cost, told))
     on_host = np.asarray(cost)
@@ -83,17 +92,20 @@ def row(name: str, kind: str, cost: jax.Array, count: np.ndarray) -> str:
 
 
 def _columns(rows: jax.Array, columns: jax.Array) -> np.ndarray:
-    """Return optax's pairs as the column of each row."""
+    """Return optax's assignment as the column of each row. rows, columns: the indices that optax returns."""
     return np.take_along_axis(np.asarray(columns), np.argsort(np.asarray(rows), -1), -1)
 
 
 def scipy_all(cost: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """Return the total cost of every problem by SciPy, images x layers."""
+    """Return the total cost that SciPy finds for each problem, images x layers. cost, count: see `row`."""
     return np.array([[c[:k][linear_sum_assignment(c[:k])].sum() for c in image] for image, k in zip(cost, count)])
 
 
 def totals(cost: np.ndarray, count: np.ndarray, assigned: np.ndarray) -> np.ndarray:
-    """Return the total cost of every assignment, images x layers. Fails if a query is assigned twice."""
+    """Return the total cost of each assignment, images x layers. Fail if a query is assigned twice.
+
+    assigned: the query of each target, images x layers x targets.
+    """
     total = np.zeros(cost.shape[:2])
     for i, k in enumerate(count):
         for layer, columns in enumerate(assigned[i, :, :k]):
@@ -103,12 +115,12 @@ def totals(cost: np.ndarray, count: np.ndarray, assigned: np.ndarray) -> np.ndar
 
 
 def check(who: str, found: np.ndarray, oracle: np.ndarray) -> None:
-    """Check that total costs agree within the precision of float32."""
+    """Check that total costs equal SciPy's (`oracle`) within the precision of float32. who: the matcher's name."""
     np.testing.assert_allclose(found, oracle, rtol=2e-6, atol=2e-4, err_msg=f"{who}: total cost")
 
 
 def timed(run: Callable, repeat: int | None = None) -> tuple:
-    """Return the result of `run`, and the median of its seconds after one run that compiles."""
+    """Return the result of `run` and its median time in seconds. A first run, which compiles, is not timed."""
     result, seconds = jax.block_until_ready(run()), []
     for _ in range(repeat or _REPEAT.value):
         started = time.perf_counter()
@@ -118,7 +130,7 @@ def timed(run: Callable, repeat: int | None = None) -> tuple:
 
 
 def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
-    """Return the costs of one kind (see the module's docstring), images x layers x targets x queries."""
+    """Return costs, images x layers x targets x queries. name: the kind of costs (see the module's docstring)."""
     if name in ("noise", "alike"):
         target, query, both = jax.random.split(key, 3)
         draw = lambda k, n, q: jax.random.normal(k, (len(count), _LAYERS.value, n, q))
@@ -131,7 +143,10 @@ def problems(key: jax.Array, count: np.ndarray, name: str) -> jax.Array:
 
 
 def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
-    """Return the costs of one image, layers x targets x queries, with the criterion's weights and terms."""
+    """Return the criterion's costs of a random image, layers x targets x queries.
+
+    count: the number of targets. found: whether queries are near targets, as after training.
+    """
     keys = jax.random.split(key, 4)
     n, points = _TARGETS.value, jax.random.uniform(keys[0], (POINTS, 2))
     boxes = random_boxes(keys[1], n)
@@ -142,7 +157,7 @@ def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
         own_key, which_key, off_key, class_key, mask_key = jax.random.split(key, 5)
         guess = random_boxes(own_key, _QUERIES.value)
         logits = -4.0 + jax.random.normal(class_key, (_QUERIES.value, PROMPTS))
-        if found:  # two of three queries are near a target, off by up to a tenth, with a high score for its prompt
+        if found:  # two of three queries have boxes within 10 % of a target's box, and high scores for its prompt
             which = jax.random.randint(which_key, (_QUERIES.value,), 0, jnp.maximum(count, 1))
             knows = jax.random.uniform(off_key, (_QUERIES.value,)) < 0.67
             near = boxes[which] * jax.random.uniform(off_key, (_QUERIES.value, 4), minval=0.9, maxval=1.1)
@@ -164,13 +179,13 @@ def scene(key: jax.Array, count: jax.Array, found: bool) -> jax.Array:
 
 
 def random_boxes(key: jax.Array, n: int) -> jax.Array:
-    """Return n boxes, cx, cy, w, h in 0..1. Small ones are more frequent."""
+    """Return n random boxes (cx, cy, w, h as fractions of the image). Small boxes are more frequent."""
     center, side = jax.random.uniform(key, (2, n, 2))
     return jnp.concatenate([center, 0.02 + 0.6 * side**2], -1)
 
 
 def inside(boxes: jax.Array, points: jax.Array) -> jax.Array:
-    """Return 1 where a point is in a box, else 0: boxes x points."""
+    """Return an array, boxes x points, that is 1 if the point is in the box and 0 otherwise."""
     box = costs.corners(boxes)[:, None]
     return jnp.all((points >= box[..., :2]) & (points < box[..., 2:]), -1).astype(jnp.float32)
 

@@ -1,9 +1,10 @@
-"""Overfit four COCO images, to check that targets, matching, losses and post-processing agree.
+"""Overfit four COCO images, to check that targets, matching, losses and post-processing fit together.
 
     python benchmarks/overfit.py --source=FOLDER --workdir=runs/overfit
 
-FOLDER has the layout of `mqformer prepare small`. Panoptic segments and expressions are two data sets of the same four
-images, as in COCO and RefCOCO. All 133 classes are prompts. All metrics are on the training images.
+FOLDER holds the original files that `mqformer prepare small --source=FOLDER` reads. As in COCO and RefCOCO, panoptic
+segments and expressions are two data sets, here of the same four images. All 133 classes are prompts. Metrics are
+measured on the training images.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from mqformer_jax.prepare.formats import coco
 from mqformer_jax.prepare.shards import write_split
 from mqformer_jax.train import train
 
-_SOURCE = flags.DEFINE_string("source", None, "Folder for `mqformer prepare small`.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Folder that `mqformer prepare small` reads. Required.", required=True)
 _WORKDIR = flags.DEFINE_string("workdir", "runs/overfit", "Folder for records, checkpoints and pictures.")
 _STEPS = flags.DEFINE_integer("steps", 800, "Training steps.")
 
 
 def prepare(source: str, root: str) -> None:
-    """Write a panoptic and a referring data set of the same four images, preferably images with masked expressions."""
+    """Write a panoptic and a referring data set of the same four images to `root`.
+
+    Images whose expressions have masks are preferred. source: see --source.
+    """
     images = os.path.join(source, "coco", "images")
     panoptic = coco.panoptic(
         os.path.join(source, "coco", "panoptic", "train.json"),

@@ -1,19 +1,19 @@
-"""Compare latency, memory and startup of a prediction with Hugging Face's Mask2Former (PyTorch) on this machine.
+"""Compare predictions with Hugging Face's Mask2Former (PyTorch) on this CPU: latency, memory and startup time.
 
     pip install -e '.[parity]'
     python benchmarks/predict.py [--size=512] [--runs=5] [--batch=1] [--rows=theirs,like,recipe] \\
         [--checkpoint=runs/demo]
 
-A prediction turns a uint8 image of 480 x 640 into panoptic segments of that size: preprocessing, network and
-post-processing. All models have random weights (except --checkpoint) and 133 classes. The object mask threshold is set
-so that about 20 queries compete for pixels in every model. Each row runs in a separate process, so that torch and XLA
-do not affect each other; "memory" is the largest resident memory of the process.
+A prediction turns a uint8 image of 480 x 640 pixels into panoptic segments of that size. It consists of preprocessing,
+network and post-processing. All models have 133 classes and random weights, except that of --checkpoint. The object
+mask threshold is set so that about 20 queries compete for pixels in each model. Each row runs in a separate process, so
+that torch and XLA do not affect each other. "memory" is the peak resident memory of the process. Rows of the table:
 
-- "Mask2Former": R50, 6 encoder and 9 decoder layers, 100 queries, three levels; `post_process_panoptic_segmentation`.
+- "Mask2Former": ResNet-50, 6 encoder and 9 decoder layers, 100 queries, three levels.
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries. Prompt
   embeddings are cached, as in normal use.
-- "ours, the recipe": configs/coco_ref.py unchanged: 100 + 300 queries, four levels.
-- "the checkpoint": the model of --checkpoint at its own canvas.
+- "ours, the recipe": configs/coco_ref.py with 100 learnable and 300 conditional queries and four levels.
+- "the checkpoint": the model of --checkpoint with the canvas of its recipe.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-_SIZE = flags.DEFINE_integer("size", 512, "Side of the network's input in pixels.")
-_RUNS = flags.DEFINE_integer("runs", 5, "Number of warm runs; the median counts.")
+_SIZE = flags.DEFINE_integer("size", 512, "Side of the network's input in pixels, except for --checkpoint.")
+_RUNS = flags.DEFINE_integer("runs", 5, "Number of timed predictions after the first one; the median is reported.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images per prediction.")
 _ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Rows of the table to measure.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a trained model, for one more row.")
-_ROW = flags.DEFINE_string("row", None, "Used by the script itself: measure this row here.")
-CLASSES, KEPT = 133, 20
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Workdir of a trained model, which adds a row.")
+_ROW = flags.DEFINE_string("row", None, "Measure only this row in this process; the script itself uses it.")
+CLASSES, KEPT = 133, 20  # classes; queries that compete for pixels
 NAMES = {
     "theirs": "Mask2Former",
     "like": "ours, like for like",
@@ -53,7 +53,8 @@ def main(_: list[str]) -> None:
     rows = [*_ROWS.value, *(["checkpoint"] if _CHECKPOINT.value else [])]
     print(f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {CLASSES} classes, float32, {os.cpu_count()} CPUs")
     print(
-        "| | s, median (least to most) | images/s | to Mask2Former | first, s | memory, GB |\n|---|---|---|---|---|---|"
+        "| | s, median (range) | images/s | speed relative to first row | first prediction, s | memory, GB |\n"
+        "|---|---|---|---|---|---|"
     )
     baseline = None
     for row in rows:
@@ -67,7 +68,10 @@ def main(_: list[str]) -> None:
 
 
 def measured(row: str) -> dict[str, object]:
-    """Return the seconds of the first and of the warm predictions, and the peak memory of this process in GB."""
+    """Return the seconds of the first prediction, those of the later ones, and the peak memory of this process in GB.
+
+    The seconds of the first prediction include building the model.
+    """
     started = time.perf_counter()
     predict = theirs() if row == "theirs" else ours(row)
     images = list(np.random.default_rng(0).integers(0, 256, (_BATCH.value, 480, 640, 3), np.uint8))
@@ -84,6 +88,7 @@ def measured(row: str) -> dict[str, object]:
 
 
 def theirs() -> Callable[[list[np.ndarray]], object]:
+    """Return a function that predicts panoptic segments with Mask2Former."""
     import torch
     from transformers import (
         Mask2FormerConfig,
@@ -114,6 +119,10 @@ def theirs() -> Callable[[list[np.ndarray]], object]:
 
 
 def ours(row: str) -> Callable[[list[np.ndarray]], object]:
+    """Return a function that predicts panoptic segments with a model of this project.
+
+    row: "like", "recipe" or "checkpoint".
+    """
     import jax
     from mqformer_jax.configs import coco_ref
 
@@ -142,7 +151,7 @@ def ours(row: str) -> Callable[[list[np.ndarray]], object]:
     def predict(images: list[np.ndarray]) -> object:
         return predictor(images, prompts, "panoptic", regions, score=threshold)
 
-    # the score that as many queries exceed as in Mask2Former
+    # set the threshold so that as many queries as in Mask2Former exceed it
     embedded = predictor.embed(prompts, regions)
     answer = predictor.predict_raw([np.zeros((480, 640, 3), np.uint8)], [embedded])[0]
     threshold = float(np.sort(answer.class_probs.max(1))[-min(KEPT, len(answer.class_probs))])

@@ -3,14 +3,15 @@
     python benchmarks/seeds.py --config=coco_ref:sample --work=runs/seeds --seeds=0,1,2,3,4 \\
         --arm=recipe --arm='slow: optimizer.learning_rate=0.00075'
 
-An arm is a name and the config fields that it changes ("NAME" or "NAME: field=value; field=value"). The others are
-compared with the first arm. All arms use the same seeds, so differences are taken seed by seed. Each run is a process
-of its own (`mqformer train`) in WORK/ARM/SEED. Finished runs are not repeated; run the command again to resume, or with
-more arms or seeds. `--parallel=2` divides the processor cores between two runs at a time.
+An arm is a variant of the recipe: a name and the config fields that it changes ("NAME" or "NAME: field=value;
+field=value"). The second table compares each other arm with the first one. All arms use the same seeds, so differences
+are taken seed by seed. Each run is a separate process (`mqformer train`) with the workdir WORK/ARM/SEED. To resume, or
+to add arms or seeds, run the command again: finished runs are not repeated. `--parallel=2` runs two at a time and
+divides the processor cores between them.
 
-`--curve_every=100` also evaluates during training and plots each metric over steps in WORK/curves.png;
-`--set=eval.max_images=32` makes that quick. The tables are printed and written to WORK/table.md, and all results to
-WORK/results.json.
+`--curve_every=100` also evaluates during training and plots each metric over steps in WORK/curves.png. To make this
+faster, evaluate fewer images with `--set=eval.max_images=32`. The tables are printed and written to WORK/table.md, and
+all results to WORK/results.json.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from absl import app, flags
 
 from mqformer_jax.files import write_json
 
-_CONFIG = flags.DEFINE_string("config", "coco_ref:sample", "Recipe that all arms start from.")
-_WORK = flags.DEFINE_string("work", "runs/seeds", "Folder of the runs and results.")
+_CONFIG = flags.DEFINE_string("config", "coco_ref:sample", "Recipe that all arms change.")
+_WORK = flags.DEFINE_string("work", "runs/seeds", "Folder for the runs and results.")
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of each arm.")
-_ARM = flags.DEFINE_multi_string("arm", ["recipe"], '"NAME" or "NAME: field=value; field=value". Repeat for more arms.')
-_SET = flags.DEFINE_multi_string("set", [], '"field=value", changed in all arms. Repeat for more fields.')
+_ARM = flags.DEFINE_multi_string("arm", ["recipe"], '"NAME" or "NAME: field=value; field=value". May be repeated.')
+_SET = flags.DEFINE_multi_string("set", [], '"field=value", a change of all arms. May be repeated.')
 _METRICS = flags.DEFINE_list(
     "metrics",
     [
@@ -49,19 +50,23 @@ _METRICS = flags.DEFINE_list(
         "referring.miou/relation",
         "foreground.mae",
     ],
-    "Metrics of the tables, as named in eval.json; those that a recipe does not measure are left out.",
+    "Metrics of the tables, as named in eval.json. Metrics that the recipe does not measure are left out.",
 )
-_PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at the same time. Each gets its share of the processor cores.")
-_CURVE_EVERY = flags.DEFINE_integer("curve_every", 0, "Steps between evaluations during training; 0: none.")
+_PARALLEL = flags.DEFINE_integer(
+    "parallel", 1, "Number of concurrent runs. Each gets an equal share of the processor cores."
+)
+_CURVE_EVERY = flags.DEFINE_integer(
+    "curve_every", 0, "Steps between evaluations during training; 0 evaluates only at the end."
+)
 
 Results = dict[str, dict[int, dict[str, float]]]  # arm -> seed -> metric -> value
 
 
 def parse_arm(text: str) -> tuple[str, list[str]]:
-    """Return the name of an arm and its changes, as "field=value"."""
+    """Return the name of an arm, and its changes as a list of "field=value". text: the value of --arm."""
     name, _, changes = text.partition(":")
     if not re.fullmatch(r"[\w.+-]+", name):
-        raise app.UsageError(f"--arm={text!r}: a name has letters, digits and . + - _ only.")
+        raise app.UsageError(f"--arm={text!r}: give the arm a name of letters, digits and . + - _ only.")
     changes = [change.strip() for change in changes.split(";") if change.strip()]
     for change in changes:
         if "=" not in change:
@@ -70,7 +75,11 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
 
 
 def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> dict[str, float]:
-    """Train one run, unless it is finished. Return its metrics, and as "seconds" the time since it last started."""
+    """Train one run, unless it is finished, and return its metrics.
+
+    The metric "seconds" is the time of its last process. folder: the workdir. changes: "field=value". cores: the
+    processor cores of the run, or None for all.
+    """
     command = [sys.executable, "-m", "mqformer_jax.main", f"--config={_CONFIG.value}", f"--workdir={folder}"]
     command += [f"--config.{change}" for change in [f"seed={seed}", *_SET.value, *changes]]
     if _CURVE_EVERY.value:
@@ -80,7 +89,7 @@ def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> d
         with open(done) as file:
             finished = json.load(file)
         if finished["command"][1:] != command[1:]:
-            raise app.UsageError(f"{folder} holds a run with other settings: choose another --work or arm name.")
+            raise app.UsageError(f"{folder} has a run with other settings: choose another --work or name of the arm.")
         return finished["metrics"]
     os.makedirs(folder, exist_ok=True)
     start = time.monotonic()
@@ -88,7 +97,7 @@ def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> d
         pin = (lambda: os.sched_setaffinity(0, cores)) if cores else None
         status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, preexec_fn=pin).returncode
     if status:
-        raise RuntimeError(f"{folder}: the run ended with status {status}; see log.txt there.")
+        raise RuntimeError(f"{folder}: training ended with exit status {status}; see {folder}/log.txt.")
     with open(os.path.join(folder, "eval.json")) as file:
         metrics = json.load(file)
     metrics |= worst_classes(folder)
@@ -98,7 +107,10 @@ def run(folder: str, seed: int, changes: list[str], cores: set[int] | None) -> d
 
 
 def worst_classes(folder: str) -> dict[str, float]:
-    """Return the lowest PQ of any class of things and of any class of stuff, for a run with a panoptic evaluation."""
+    """Return the lowest PQ of a class of things and of a class of stuff in a run.
+
+    A metric is missing if the run has no panoptic evaluation or no class of this kind. folder: the run's workdir.
+    """
     with open(os.path.join(folder, "eval_details.json")) as file:
         details = json.load(file)
     classes = [c for tasks in details.values() for c in tasks.get("panoptic", {}).get("classes", {}).values()]
@@ -108,7 +120,10 @@ def worst_classes(folder: str) -> dict[str, float]:
 
 
 def run_all(arms: dict[str, list[str]], seeds: list[int]) -> Results:
-    """Run every seed of every arm, seed by seed, so that an interrupted study has complete pairs."""
+    """Run all arms with the first seed, then with the next seed and so on, and return all results.
+
+    If it is interrupted, the finished seeds can be compared between arms. arms: the changes of each arm by name.
+    """
     shares: queue.Queue[set[int] | None] = queue.Queue()
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     for i in range(_PARALLEL.value):
@@ -127,7 +142,7 @@ def run_all(arms: dict[str, list[str]], seeds: list[int]) -> Results:
         futures = {(arm, seed): pool.submit(one, arm, seed) for seed in seeds for arm in arms}
         try:
             return {arm: {seed: futures[arm, seed].result() for seed in seeds} for arm in arms}
-        except BaseException:  # a failed run or Ctrl-C: do not start the runs that wait
+        except BaseException:  # after a failed run or Ctrl-C, do not start the remaining runs
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
@@ -135,8 +150,8 @@ def run_all(arms: dict[str, list[str]], seeds: list[int]) -> Results:
 def tables(results: Results, metrics: list[str]) -> str:
     """Return two tables in Markdown: mean ± standard deviation (worst) of each arm, and paired differences.
 
-    The worst value is the lowest, or the highest for errors (names ending in "mae" or "mse") and seconds. Standard
-    deviations are of the sample (divided by n - 1).
+    The worst value is the highest for seconds and errors (names that end in "mae" or "mse"), and the lowest for all
+    other metrics. Standard deviations are divided by n - 1.
     """
     lines = ["| arm | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for arm, runs in results.items():
@@ -144,7 +159,7 @@ def tables(results: Results, metrics: list[str]) -> str:
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     base, *others = results
     if others:
-        lines += ["", f"Difference to {base}, seed by seed: mean ± standard deviation (seeds that are higher)", ""]
+        lines += ["", f"Difference to {base}, seed by seed: mean ± standard deviation (seeds with a higher value)", ""]
         lines += lines[:2]
     for arm in others:
         cells = []
@@ -191,7 +206,7 @@ def plot_curves(arms: list[str], seeds: list[int], metrics: list[str]) -> None:
 def main(_: list[str]) -> None:
     arms = dict(map(parse_arm, _ARM.value))
     if len(arms) < len(_ARM.value):
-        raise app.UsageError("--arm: two arms have the same name.")
+        raise app.UsageError("--arm: two arms have the same name; rename one.")
     seeds = [int(seed) for seed in _SEEDS.value]
     results = run_all(arms, seeds)
     measured = [m for m in _METRICS.value if all(m in run for runs in results.values() for run in runs.values())]

@@ -1,12 +1,13 @@
-"""Measure the time per image of the models (teachers) of `mqformer synthesize`, at full size with random weights.
+"""Measure the time per image of the teacher models of `mqformer synthesize`, at full size with random weights.
 
     pip install -e '.[teachers]'
     python benchmarks/synthesize.py --images=4
 
 Images have 640 x 480 pixels and 12 boxes, each with two jittered copies, as in `mqformer synthesize`. Speed does not
-depend on the weights. torch counts the FLOPs. "Quality control" is the other work, on the host. Days are for
-1.7 M images (Objects365): measured on this machine, and estimated for a GPU as the larger of the teacher's FLOPs at
-40 % of an A100's 312 TFLOP/s (bfloat16) and the quality control on 8 cores.
+depend on the weights. torch counts the FLOPs. "Quality tests" is the time outside of the teacher, mainly of the tests
+that reject masks. Days are for 1.7 M images (Objects365). For this machine, they are computed from the measured time.
+For a GPU, they are estimated as the larger of the teacher's FLOPs at 40 % of an A100's 312 TFLOP/s (bfloat16) and the
+quality tests on 8 cores.
 """
 
 from __future__ import annotations
@@ -29,15 +30,16 @@ from mqformer_jax.synthesize.masks import Masks, Quality
 from mqformer_jax.synthesize.rule_captioner import RuleCaptioner
 from mqformer_jax.synthesize.teachers import Picture
 
-_IMAGES = flags.DEFINE_integer("images", 4, "Number of timed images, after one for warm-up.")
+_IMAGES = flags.DEFINE_integer("images", 4, "Number of timed images, after one that is not timed.")
 _BOXES = flags.DEFINE_integer("boxes", 12, "Boxes per image.")
 _ONLY = flags.DEFINE_list("only", [], "Teachers to time. (default: all)")
-SIZE = 480, 640
-OBJECTS365, GPU, CORES = 1.7e6, 0.4 * 312e12, 8
+SIZE = 480, 640  # height and width of the images
+OBJECTS365, GPU, CORES = 1.7e6, 0.4 * 312e12, 8  # images; FLOP/s; CPU cores
 INFO = DatasetInfo("random", tuple(ClassInfo((name,)) for name in ("cat", "dog", "car", "person")), {})
 
 
 def picture(seed: int, boxes: int) -> Picture:
+    """Return a random image with this number of random boxes."""
     rng = np.random.default_rng(seed)
     corners = np.sort(rng.uniform(0, 1, (boxes, 2, 2)) * SIZE[::-1], 1).reshape(boxes, 4)
     corners[:, 2:] = np.minimum(corners[:, 2:] + 8, SIZE[::-1])
@@ -49,6 +51,7 @@ def picture(seed: int, boxes: int) -> Picture:
 
 
 def saved(model_class: type, config: transformers.PreTrainedConfig, processor: object | None) -> str:
+    """Save a model with random weights, and its processor, to a temporary folder. Return the folder."""
     folder = tempfile.mkdtemp()
     model_class(config).save_pretrained(folder)
     if processor is not None:
@@ -123,7 +126,7 @@ def main(_: list[str]) -> None:
         "teacher",
         "parameters, M",
         "s per image",
-        "of which quality control, s",
+        "quality tests, s per image",
         "GFLOP per image",
         "days here",
         "days on a GPU (estimate)",

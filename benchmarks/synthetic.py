@@ -1,12 +1,15 @@
-"""Measure the benefit of synthetic masks and captions on the built-in sample, whose labels are exact.
+"""Measure the benefit of training on synthetic masks and captions, on the built-in sample.
 
     python benchmarks/synthetic.py --work=runs/synthetic
 
-First, a model (the teacher) is trained on a few scenes with masks. It predicts masks from the boxes of 4,000 other
-scenes, which are compared with the true masks. Then the same model is trained on these scenes with the same seed and
-steps, once with each kind of label: only boxes, boxes and the projection loss, synthetic masks, true masks; no
-expressions, expressions of the rule captioner, true expressions. All are evaluated on the same held-out scenes. Run the
-same command again to resume.
+First, a teacher model is trained on a few scenes with masks. It predicts masks from the boxes of 4,000 other scenes,
+and these masks are compared with the true ones. Then models are trained on the 4,000 scenes with the same seed and
+number of steps, each with another kind of label:
+
+- only boxes; boxes and the projection loss; synthetic masks; true masks
+- no expressions; expressions of the rule captioner; true expressions
+
+All models are evaluated on the same held-out scenes. To resume, run the same command again.
 """
 
 from __future__ import annotations
@@ -29,14 +32,15 @@ from mqformer_jax.prepare.shard_writer import Built, Problems, write_shard
 from mqformer_jax.train import train
 
 HOME = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_WORK = flags.DEFINE_string("work", "runs/synthetic", "Folder of the results.")
-_STEPS = flags.DEFINE_integer("steps", 1000, "Steps of each training run.")
+_WORK = flags.DEFINE_string("work", "runs/synthetic", "Folder for data sets, runs and results.")
+_STEPS = flags.DEFINE_integer("steps", 1000, "Number of steps of each training run.")
 _SCENES = flags.DEFINE_integer("scenes", 4000, "Number of scenes that keep only their boxes.")
 _TAUGHT = flags.DEFINE_integer("taught", 500, "Number of scenes with masks that train the teacher.")
 SHARDS = 8
 
 
 def recipe(root: str, mixture: tuple[dict, ...], tasks: tuple[str, ...], steps: int) -> ConfigDict:
+    """Return the recipe of the sample with another mixture and number of steps. tasks: the evaluated tasks."""
     spec = importlib.util.spec_from_file_location("coco_ref", os.path.join(HOME, "configs", "coco_ref.py"))
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -47,6 +51,7 @@ def recipe(root: str, mixture: tuple[dict, ...], tasks: tuple[str, ...], steps: 
 
 
 def prepare(root: str, *options: str) -> None:
+    """Prepare the sample in `root`, unless it is prepared. options: flags of `mqformer prepare sample`."""
     if not os.path.exists(os.path.join(root, "sample_mattes", "dataset.json")):
         subprocess.run(
             [sys.executable, os.path.join(HOME, "data", "prepare.py"), "sample", "--output", root, *options], check=True
@@ -54,7 +59,7 @@ def prepare(root: str, *options: str) -> None:
 
 
 def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]) -> None:
-    """Write sample_scenes/train with changed records as a data set of another name."""
+    """Apply `change` to all records of sample_scenes/train and write them as the data set `name`, unless it exists."""
     source, folder = ShardSource(root, "sample_scenes", "train"), os.path.join(root, name)
     if os.path.exists(os.path.join(folder, "dataset.json")):
         return
@@ -72,25 +77,27 @@ def derive(root: str, name: str, change: Callable[[DatasetInfo, Record], Record]
 
 
 def boxes_only(info: DatasetInfo, record: Record) -> Record:
-    """Keep only the boxes of objects."""
+    """Return a record with only the boxes and classes of the things."""
     things = (s for s in record.segments if s.class_id is not None and not info.classes[s.class_id].is_region)
     return dataclasses.replace(record, segments=tuple(Segment(s.class_id, box=s.box) for s in things), absent_texts=())
 
 
 def silent(info: DatasetInfo, record: Record) -> Record:
-    """Remove expressions and foregrounds."""
+    """Return a record without expressions and foregrounds."""
     segments = tuple(dataclasses.replace(s, texts=()) for s in record.segments if not s.foreground)
     return dataclasses.replace(record, segments=segments, absent_texts=())
 
 
 def synthesize(*options: str) -> None:
+    """Run `mqformer synthesize`."""
     subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *options], check=True, cwd=HOME)
 
 
 def against_truth(root: str, name: str) -> dict[str, float]:
-    """Return the fraction of accepted masks, and the mean IoU of accepted and of all masks with the true masks.
+    """Compare synthetic masks with the true masks of the same things.
 
-    name: data set with synthetic masks of the scenes of sample_scenes. Over all masks, a rejected mask has IoU 0.
+    Return the fraction of accepted masks, the mean IoU of accepted masks and the mean IoU of all masks, in which a
+    rejected mask counts as 0. name: the data set with synthetic masks; its scenes are those of sample_scenes/train.
     """
     truth, made = ShardSource(root, "sample_scenes", "train"), ShardSource(root, name, "train")
     found, asked = [], 0
@@ -111,7 +118,7 @@ def against_truth(root: str, name: str) -> dict[str, float]:
 
 
 def run(work: str, name: str, config: ConfigDict) -> dict[str, float]:
-    """Train or resume a run, or read its result if it is complete."""
+    """Return the metrics of a run. Train or resume it first if it is not finished."""
     folder = os.path.join(work, name)
     path = os.path.join(folder, "eval.json")
     if not os.path.exists(path):

@@ -1,13 +1,16 @@
 """A typical torch DataLoader for COCO panoptic and referring expressions, for comparison in benchmarks/input.py.
 
-The panoptic part repeats the steps of Mask2Former's mapper for COCO panoptic with detectron2's transforms: Pillow
-decodes, flips are views, the full image and the full PNG of ids are resized and then cropped or padded to the canvas,
-each segment is a comparison with the ids, and boxes come from the masks. The referring part decodes polygons and
-run-length codes with pycocotools and scales the full image to the canvas. Both tokenize their prompts. The examples of
-a batch stay a list, as in detectron2, so only the canvas is padded. detectron2's deep copies of annotations and its
-second copy of each mask are left out.
+The panoptic part takes the steps of Mask2Former's mapper for COCO panoptic with detectron2's transforms. Pillow decodes
+the files, and flips are views. The full image and the full PNG of segment ids are resized, then cropped or padded to
+the canvas. Each mask is computed by comparing the ids with the id of a segment, and boxes are computed from the masks.
 
-`tuned` is an optimized version: OpenCV instead of Pillow, cropping before resizing, ids as bytes.
+The referring part decodes polygons and run-length codes with pycocotools and scales the full image to the canvas. Both
+parts tokenize their prompts. The examples of a batch stay a list, as in detectron2, so images are padded to the canvas,
+but the numbers of masks and prompts are not padded. detectron2's deep copies of annotations and its second copy of each
+mask are left out.
+
+With `tuned`, the loader is optimized: it uses OpenCV instead of Pillow, crops before it resizes, and stores ids in one
+byte.
 """
 
 from __future__ import annotations
@@ -36,12 +39,17 @@ Example = dict[str, torch.Tensor]
 def loader(
     datasets: Sequence[Any], order: Iterable[tuple[int, int]], batch_size: int, workers: int
 ) -> Iterable[list[Example]]:
-    """Iterate over batches of a mixture. order: (data set, image) of each example."""
+    """Return an iterable over batches of a mixture.
+
+    order: the indices of the data set and of the image of each example. workers: number of worker processes.
+    """
     cv2.setNumThreads(0)  # as usual with worker processes
     return torch.utils.data.DataLoader(Mixed(datasets), batch_size, sampler=order, collate_fn=list, num_workers=workers)
 
 
 class Mixed(torch.utils.data.Dataset):
+    """Several data sets as one. Its indices are pairs: the index of the data set, and the index of the image in it."""
+
     def __init__(self, datasets: Sequence[Any]):
         self._datasets = datasets
 
@@ -50,7 +58,10 @@ class Mixed(torch.utils.data.Dataset):
 
 
 class Images:
-    """Shared code of both data sets. names: the files of the images, by index. data: `config.data` of a recipe."""
+    """Base class of both data sets.
+
+    folder: the folder "coco". names: file names of the images. data: `config.data` of a recipe. tuned: see the module.
+    """
 
     def __init__(self, folder: str, names: Sequence[str], data: Mapping[str, Any], tokenizer: Tokenizer, tuned: bool):
         self._paths = [os.path.join(folder, "images", name) for name in names]
@@ -65,7 +76,7 @@ class Images:
 
 
 class Panoptic(Images):
-    """COCO panoptic with large-scale jitter."""
+    """COCO panoptic with large-scale jitter and flips."""
 
     def __init__(self, folder: str, names: Sequence[str], *rest: Any):
         super().__init__(folder, names, *rest)
@@ -113,7 +124,7 @@ class Panoptic(Images):
 
 
 class Referring(Images):
-    """Expressions on full images. Each has a box, and a mask if available."""
+    """Referring expressions on full images. Each target has a box and, if it is labeled, a mask."""
 
     def __init__(self, folder: str, names: Sequence[str], *rest: Any):
         super().__init__(folder, names, *rest)
@@ -147,35 +158,38 @@ class Referring(Images):
 
 
 def mirrored(text: str) -> str:
+    """Swap "left" and "right" in a text."""
     return re.sub(r"\b(left|right)", lambda side: OTHER_SIDE[side[0]], text)
 
 
-# ---------------------------------------------------------------- reading, resizing, boxes: each usual and tuned
+# ---------------------------------------------------------------- reading, resizing and boxes, typical and tuned
 
 
 def pil_read(path: str) -> np.ndarray:
-    """Read an image file as uint8 [h, w, 3]."""
+    """Read an image file as uint8 [h, w, 3] with Pillow."""
     with open(path, "rb") as f:
         return np.asarray(ImageOps.exif_transpose(Image.open(f)).convert("RGB"))
 
 
 def cv2_read(path: str) -> np.ndarray:
+    """Read an image file as uint8 [h, w, 3] with OpenCV."""
     return cv2.imread(path, cv2.IMREAD_COLOR_RGB)
 
 
 def pil_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
-    """Resize uint8 [h, w] or [h, w, 3]."""
+    """Resize uint8 [h, w] or [h, w, 3] with Pillow. smooth: bilinear instead of nearest-neighbor interpolation."""
     how = Image.Resampling.BILINEAR if smooth else Image.Resampling.NEAREST
     return np.asarray(Image.fromarray(pixels).resize(size[::-1], how))
 
 
 def cv2_resize(pixels: np.ndarray, size: Size, smooth: bool) -> np.ndarray:
-    how = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT  # INTER_NEAREST is half a pixel off
+    """Return the same as `pil_resize`, with OpenCV."""
+    how = cv2.INTER_LINEAR if smooth else cv2.INTER_NEAREST_EXACT  # INTER_NEAREST shifts by half a pixel
     return cv2.resize(np.ascontiguousarray(pixels), size[::-1], interpolation=how)
 
 
 def torch_boxes(masks: torch.Tensor) -> torch.Tensor:
-    """Return the tight boxes x0, y0, x1, y1 of masks bool [n, h, w]; zeros for empty masks."""
+    """Return the tight boxes (x0, y0, x1, y1) of masks bool [n, h, w], or zeros for empty masks."""
     boxes = torch.zeros(len(masks), 4)
     for box, columns, rows in zip(boxes, masks.any(1), masks.any(2)):
         x, y = columns.nonzero(), rows.nonzero()
@@ -185,6 +199,7 @@ def torch_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def cv2_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Return the same as `torch_boxes`, with OpenCV."""
     boxes = torch.tensor(
         [cv2.boundingRect(mask.view(np.uint8)) for mask in masks.numpy()], dtype=torch.float32
     ).reshape(-1, 4)
@@ -193,7 +208,7 @@ def cv2_boxes(masks: torch.Tensor) -> torch.Tensor:
 
 
 def decode(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Decode polygons, counts or compressed counts as uint8 [height, width]."""
+    """Decode a COCO segmentation to uint8 [height, width]: polygons, or run-length codes, compressed or not."""
     if isinstance(segmentation, list):
         return rle_codec.decode(rle_codec.merge(rle_codec.frPyObjects(segmentation, height, width)))
     if isinstance(segmentation["counts"], list):
@@ -211,6 +226,7 @@ def _ids(rgb: np.ndarray) -> np.ndarray:
 
 
 def _numbered(ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Return the index of the segment of each pixel, uint8, and VOID for pixels without a segment."""
     numbers = np.full(ids.shape, VOID, np.uint8)
     for number, segment in enumerate(segments):
         numbers[ids == segment["id"]] = number
@@ -218,13 +234,17 @@ def _numbered(ids: np.ndarray, segments: Sequence[Mapping[str, Any]]) -> np.ndar
 
 
 def _fitted(image: np.ndarray, canvas: Size, scale: float) -> Size:
+    """Return the size of an image after it is resized. With `scale` 1, it fits the canvas."""
     height, width = image.shape[:2]
     ratio = scale * min(canvas[0] / height, canvas[1] / width)
     return max(1, round(height * ratio)), max(1, round(width * ratio))
 
 
 def _window(image: np.ndarray, canvas: Size, scale: float) -> tuple[tuple[int, int, int, int], Size]:
-    """Return a random window of an image (top, left, height, width), and its size on the canvas."""
+    """Return a random window of an image (top, left, height, width), and the window's size after resizing.
+
+    scale: see `_fitted`.
+    """
     full = _fitted(image, canvas, scale)
     size = tuple(min(side, room) for side, room in zip(full, canvas))
     sides = [max(1, round(side * seen / whole)) for side, seen, whole in zip(image.shape, size, full)]
@@ -233,7 +253,7 @@ def _window(image: np.ndarray, canvas: Size, scale: float) -> tuple[tuple[int, i
 
 
 def _padded(pixels: np.ndarray, canvas: Size, value: int) -> np.ndarray:
-    """Return the canvas with the pixels at its top left."""
+    """Pad the pixels to the canvas, to the right and below. value: of the padding."""
     short = [(0, room - side) for room, side in zip(canvas, pixels.shape)]
     return (
         np.pad(pixels, short + [(0, 0)] * (pixels.ndim - 2), constant_values=value) if any(map(any, short)) else pixels

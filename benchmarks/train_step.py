@@ -1,21 +1,21 @@
-"""Compare the speed of the train step with Hugging Face's Mask2Former (PyTorch) on this machine, or profile it.
+"""Compare the speed of the train step with that of Hugging Face's Mask2Former (PyTorch), or profile the train step.
 
     pip install -e '.[parity]'
     python benchmarks/train_step.py [--size=512] [--batch=1] [--steps=5] [--device=cpu|gpu] [--profile]
 
-Both models start from random weights. A step is a forward pass, the loss with its matching, a backward pass, gradient
-clipping and AdamW, on images of the same size with the same number of targets. Rows of the table:
+All models start from random weights. A step consists of a forward pass, the loss with its matching, a backward pass,
+gradient clipping and AdamW, on images of the same size with the same number of targets. Rows of the table:
 
-- "Mask2Former": R50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544 points,
-  133 classes.
+- "Mask2Former": ResNet-50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544
+  points, 133 classes.
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries, a frozen text
   encoder (prompts are vectors), no denoising and no recomputation. Its loss has one more stage, the proposals.
-- "ours, the recipe": configs/coco_ref.py with --size, --batch and --dtype: 100 + 300 queries, four levels, 160 prompts,
-  up to 100 targets, a trained text encoder, 100 denoising queries.
+- "ours, the recipe": configs/coco_ref.py with --size, --batch and --dtype. It has 100 learnable and 300 conditional
+  queries, four levels, 160 prompts, up to 100 targets, a trained text encoder and 100 denoising queries.
 
-Rows alternate their steps. Seconds are the median of --steps after a first one, which compiles. CPU s is the processor
-time of all threads, which depends less on other work on the machine. --profile traces the like-for-like row and sums
-the time of its operations by the part of the model and the file that they come from.
+The models run one step each in turn. "s/step" is the median over --steps steps, after a first one, which compiles. "CPU
+s/step" is the processor time of all threads, which depends less on other work on the machine. --profile traces the
+like-for-like row and sums the time of its operations by part of the model and by source file.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ import numpy as np
 from absl import app, flags
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# torch's idle threads would spin: three times slower on a machine with other work
+# Otherwise, torch's idle threads spin, which makes a machine with other work three times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU is shared with torch
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave memory of the GPU for torch
 import jax  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 from mqformer_jax.configs import coco_ref  # noqa: E402
@@ -45,21 +45,21 @@ from mqformer_jax.training.step import TrainStep  # noqa: E402
 
 _SIZE = flags.DEFINE_integer("size", 512, "Side of the images in pixels.")
 _BATCH = flags.DEFINE_integer("batch", 1, "Images per step.")
-_STEPS = flags.DEFINE_integer("steps", 5, "Number of steps; the median counts.")
+_STEPS = flags.DEFINE_integer("steps", 5, "Number of timed steps; the median is reported.")
 _TARGETS = flags.DEFINE_integer("targets", 20, "Targets per image.")
 _DTYPE = flags.DEFINE_enum(
-    "dtype", "float32", ["float32", "bfloat16"], "Type in which both compute; torch uses autocast."
+    "dtype", "float32", ["float32", "bfloat16"], "Type in which all models compute; torch uses autocast."
 )
-_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device of both.")
+_DEVICE = flags.DEFINE_enum("device", "cpu", ["cpu", "gpu"], "Device of all models.")
 _ROWS = flags.DEFINE_list("rows", ["theirs", "like", "recipe"], "Rows of the table to measure.")
-_PROFILE = flags.DEFINE_bool("profile", False, "Also trace the like-for-like row and print where its time goes.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Also trace the like-for-like row and print the time by source file.")
 CLASSES = 133
 
 
 def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cuda" if _DEVICE.value == "gpu" else "cpu")
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_traceback_in_locations_limit", 100)  # else the outer callers are cut off
+    jax.config.update("jax_traceback_in_locations_limit", 100)  # keep all callers in the profile
     device = jax.devices()[0].device_kind
     print(
         f"{_SIZE.value} x {_SIZE.value}, batch {_BATCH.value}, {_TARGETS.value} targets, {_DTYPE.value}, {device}, "
@@ -75,11 +75,11 @@ def main(_: list[str]) -> None:
         steps[name] = rows[name][1]()
         first[name] = timed(steps[name])[0]
     taken = {name: [] for name in steps}
-    for _ in range(_STEPS.value):  # in turn, so that a machine with other work slows all alike
+    for _ in range(_STEPS.value):  # in turn, so that other work on the machine slows all models equally
         for name, step in steps.items():
             taken[name].append(timed(step))
 
-    print("| | s a step | least to most | CPU s | images/s | to Mask2Former | first step, s | loss |")
+    print("| | s/step | range | CPU s/step | images/s | speed relative to Mask2Former | first step, s | loss |")
     print("|---|---|---|---|---|---|---|---|")
     for name, results in taken.items():
         seconds, cpu, loss = np.array(results).T
@@ -93,9 +93,9 @@ def main(_: list[str]) -> None:
 
 
 def timed(step: Callable[[], float]) -> tuple[float, float, float]:
-    """Return the seconds of a step, the CPU seconds of this process in it, and its loss.
+    """Run a step. Return its time in seconds, its processor time in seconds, and its loss.
 
-    The loss is a number, so the step has finished.
+    `step` returns the loss as a number, so it waits until the device has finished.
     """
     started, cpu = time.perf_counter(), time.process_time()
     loss = step()
@@ -106,6 +106,7 @@ def timed(step: Callable[[], float]) -> tuple[float, float, float]:
 
 
 def recipe() -> ConfigDict:
+    """Return the recipe with the sizes and types of the flags."""
     config = coco_ref.full()
     config.batch_size = _BATCH.value
     config.model.dtype = _DTYPE.value
@@ -114,6 +115,7 @@ def recipe() -> ConfigDict:
 
 
 def like_for_like() -> ConfigDict:
+    """Return the recipe with the numbers of Mask2Former."""
     config = recipe()
     config.model.update(num_learnable=25, num_conditional=75, strides=(8, 16, 32), encoder_ffn=1024, remat="none")
     config.denoising.num_queries = 0
@@ -123,7 +125,7 @@ def like_for_like() -> ConfigDict:
 
 
 class Ours:
-    """One step of a config on random images. Each call continues from the new weights."""
+    """A train step of a config on random images. Each call updates the weights and returns the loss."""
 
     def __init__(self, config: ConfigDict):
         self.step = TrainStep(config, make_mesh((1, 1, 1), jax.devices()[:1]))
@@ -136,7 +138,7 @@ class Ours:
 
 
 def made_up(shapes: Batch) -> Batch:
-    """Return a batch of noise in which every target is a box with a mask that fills it."""
+    """Return a batch of random images, in which each target is a rectangle. shapes: an abstract batch."""
     rng = np.random.default_rng(0)
     batch = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     b, (h, w), n = batch.image.shape[0], batch.image.shape[1:3], _TARGETS.value
@@ -162,7 +164,7 @@ def made_up(shapes: Batch) -> Batch:
 
 
 def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
-    """Return top, left, height and width of random rectangles, up to half a side."""
+    """Return top, left, height and width of random rectangles in an image of h x w pixels, up to half its sides."""
     height, width = rng.integers(1, h // 2, shape), rng.integers(1, w // 2, shape)
     return rng.integers(0, h - height), rng.integers(0, w - width), height, width
 
@@ -171,13 +173,13 @@ def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int)
 
 
 def theirs() -> Callable[[], float]:
-    """Return a function that runs a step of Mask2Former on random images. Each call continues from the new weights."""
+    """Return a function that runs a step of Mask2Former on random images. Each call updates the weights."""
     import torch
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
     torch.manual_seed(0)
     torch.set_num_threads(os.cpu_count())
-    torch.set_float32_matmul_precision("high")  # TF32 if available, as in JAX
+    torch.set_float32_matmul_precision("high")  # allows TF32, as JAX does
     device, size = {"cpu": "cpu", "gpu": "cuda"}[_DEVICE.value], _SIZE.value
     backbone = ResNetConfig(depths=[3, 4, 6, 3], out_features=["stage1", "stage2", "stage3", "stage4"])
     config = Mask2FormerConfig(
@@ -211,11 +213,11 @@ def theirs() -> Callable[[], float]:
     return step
 
 
-# --- where the time goes
+# --- profile
 
 
 def profile(ours: Ours) -> None:
-    """Print the seconds of one step's operations by the part of the model and the file that they come from."""
+    """Print the time of one step's operations by part of the model and source file (see `sources`)."""
     where = sources(ours.step.compiled.lower(*ours.step.arguments).compile().as_text())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -231,7 +233,7 @@ def profile(ours: Ours) -> None:
 
 
 def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
-    """Yield the operations of a trace and their seconds, without those that only contain others."""
+    """Yield the name and seconds of each operation of a trace, except operations that contain other operations."""
     for plane in trace.planes:
         for line in plane.lines:
             for event in line.events:
@@ -244,7 +246,8 @@ def operations(trace: jax.profiler.ProfileData) -> Iterator[tuple[str, float]]:
 def sources(hlo: str) -> dict[str, str]:
     """Map the name of each operation of a compiled step to "part of the model: file", using its stack frames.
 
-    The part is the outermost file of the package except those of the step and the model, the file is the innermost one.
+    The file is the innermost file of this package. The part of the model is the outermost one, not counting the files
+    of the step, the mesh and the whole model. hlo: the text of the compiled step.
     """
     table = lambda name: re.search(rf"^{name}\n((?:\d+ .*\n)+)", hlo, re.M)[1].splitlines()
     files = {line.split(" ", 1)[0]: line.split(" ", 1)[1].strip('"') for line in table("FileNames")}

@@ -9,17 +9,17 @@ Mask DINO's optimizer and schedule.
     mqformer convert --input ViT-B-32.pt --output pretrained/clip
     mqformer train --config=coco_ref --workdir=runs/coco_ref
 
-- Hardware: 16 TPU v5e chips, one image each; 10 GB of a chip's 16.9 GB, compiled for one chip.
+- Hardware: 16 TPU v5e chips, one image each. Compiled for one chip, a step needs 10 GB of its 16.9 GB.
 - Time: 368,750 steps, at least 31 hours by the compiler's estimate (docs/benchmarks.md).
 - Expected score: unknown, not yet run. The paper reports PQ 56.5 for mixed queries on COCO, with a Swin backbone.
 
-`gpu`: the same recipe for GPUs (not run). It stores the results of matmuls instead of computing layers again, and
-splits the images of a device into parts.
+`gpu`: the same recipe for GPUs (not run). For the backward pass, it stores the results of matmuls instead of
+recomputing whole layers. It computes the images of a device in two parts.
 
     pip install -e '.[text,cuda]'
     mqformer train --config=coco_ref:gpu --workdir=runs/coco_ref
 
-- Hardware: 8 GPUs with 40 GB or more, two images each, one after the other. Time: unknown.
+- Hardware: 8 GPUs with 40 GB or more. Each computes two images, one after the other. Time: unknown.
 
 `sample`: the scenes that `mqformer prepare sample` draws. `make demo` runs both commands.
 
@@ -43,7 +43,7 @@ from ml_collections import ConfigDict
 from mqformer_jax.config import base
 from mqformer_jax.input.prompts import PHOTO_TEMPLATES
 
-# every annotation kind at once: any folder prepared with `mqformer prepare small`
+# the data sets of `mqformer prepare small`, with all types of annotations
 SMALL_MIXTURE = (
     dict(name="coco_2017_panoptic", split="train", tasks=("panoptic",)),
     dict(name="coco_2017", split="train", tasks=("instance",)),
@@ -67,7 +67,7 @@ def get_config(variant: str = "full") -> ConfigDict:
     """Return the recipe of a variant: full, gpu, sample or small."""
     recipes = {"full": full, "gpu": gpu, "sample": sample, "small": small}
     if variant not in recipes:
-        raise ValueError(f"configs/coco_ref.py has no variant {variant!r}; variants are {', '.join(recipes)}.")
+        raise ValueError(f"configs/coco_ref.py has no variant {variant!r}; use one of {', '.join(recipes)}.")
     return recipes[variant]()
 
 
@@ -133,8 +133,8 @@ def sample() -> ConfigDict:
     """Return the recipe for the scenes that `mqformer prepare sample` draws."""
     config = laptop()
     config.about = (
-        "This model knows ten classes of drawn scenes: ball, square, triangle, star, ring, sky, grass, water, sand and "
-        "rock. It does not work on photographs: there, it predicts wrong segments with high scores."
+        "This model was trained on ten classes of drawn scenes: ball, square, triangle, star, ring, sky, grass, water, "
+        "sand and rock. It does not work on photographs: there, it predicts wrong segments with high scores."
     )
     config.expected = (
         "With all 1,300 steps, five seeds reached PQ 70 to 73, mask AP 41 to 47, "

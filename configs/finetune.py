@@ -92,7 +92,8 @@ def of_checkpoint(path: str) -> ConfigDict:
 
     theirs, config = load_config(path), base()
     config.model, config.loss, config.denoising = theirs.model, theirs.loss, theirs.denoising
-    config.data.update({name: theirs.data[name] for name in ("canvas", "templates", "max_targets", "max_prompts")})
+    copied = ("canvas", "templates", "max_targets", "max_prompts", "lattice_stride")
+    config.data.update({name: theirs.data[name] for name in copied})
     config.update(dict(init_from=(path,), batch_size=8))
     config.optimizer.update(learning_rate=1e-4, clip_norm=1.0, warmup=100, schedule="cosine")
     return config

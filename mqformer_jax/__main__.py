@@ -9,14 +9,20 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "train": ("mqformer_jax.main", "train a recipe; run it again to resume"),
-    "evaluate": ("mqformer_jax.evaluation.evaluate", "measure a checkpoint on the data sets of a recipe"),
+    "evaluate": (
+        "mqformer_jax.evaluation.evaluate",
+        "compute the metrics of a checkpoint on the data sets of a recipe",
+    ),
     "predict": ("mqformer_jax.inference.predict", "segment images by text prompts"),
     "app": ("mqformer_jax.inference.app", "segment images in a web page"),
     "prepare": ("mqformer_jax.prepare.cli", "convert annotated images to the training format"),
-    "convert": ("mqformer_jax.convert.cli", "convert checkpoints of other projects to ours, or ours to safetensors"),
+    "convert": (
+        "mqformer_jax.convert.cli",
+        "convert other projects' checkpoints for use here, or this project's to safetensors",
+    ),
     "synthesize": ("mqformer_jax.synthesize.cli", "generate masks or captions for boxes"),
     "train-matting": ("mqformer_jax.train_matting", "train the refiner that turns masks into mattes"),
-    "export": ("mqformer_jax.inference.export", "write a checkpoint as a program that runs without this package"),
+    "export": ("mqformer_jax.inference.export", "export a checkpoint as a program that runs without this package"),
     "compile": (
         "mqformer_jax.tools.compile_for_tpu",
         "compile the train step of a recipe for TPUs, without a TPU, and report its memory",
@@ -26,7 +32,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command that `argv` (default: `sys.argv[1:]`) names. Imports only the modules of that command."""
+    """Run the command that `argv` (default: `sys.argv[1:]`) names. Only the modules of that command are imported."""
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(usage())
@@ -42,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"mqformer: unknown command {name!r}; {hint}")
     from mqformer_jax.interrupts import exit_on_ctrl_c
 
-    exit_on_ctrl_c(f"mqformer {name}: stopped.")  # until the command sets a message of its own
+    exit_on_ctrl_c(f"mqformer {name}: stopped.")  # until the command sets its own message
     importlib.import_module(COMMANDS[name][0]).run(rest)
 
 
 def usage() -> str:
-    """Return the help text."""
+    """Return the text of `mqformer --help`: all commands, each with a summary."""
     width = max(map(len, COMMANDS))
     lines = [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
     return "\n".join(

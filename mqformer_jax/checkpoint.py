@@ -44,9 +44,10 @@ class Checkpoints:
         return None if found is None else found.step
 
     def save(self, step: int, state: Any, config: ConfigDict, data: dict) -> None:
-        """Start a save in the background after the previous one ends. Raises OSError if the previous one failed.
+        """Wait until the previous save ends, then start to save this step in the background.
 
-        data: the position in the training data, `Loader.state(step)`.
+        data: the position in the training data, `Loader.state(step)`. Raises OSError if the previous save failed or if
+        this one cannot start.
         """
         self.wait()
         metadata = {"config": config_to_json(config), "data": data}
@@ -54,7 +55,7 @@ class Checkpoints:
             self._saving = step, self._orbax.save_async(step, state, custom_metadata=metadata, force=True)
 
     def wait(self) -> None:
-        """Wait for the running save. Raises OSError if it failed, e.g. because the disk is full."""
+        """Wait until the running save, if any, ends. Raises OSError if it failed, e.g. because the disk is full."""
         if self._saving is not None:
             (step, saving), self._saving = self._saving, None
             with self._one_line_errors(step):
@@ -71,10 +72,11 @@ class Checkpoints:
             ) from e
 
     def restore(self, abstract: Any) -> tuple[Any, dict]:
-        """Return the newest readable checkpoint, with the shapes and shardings of `abstract`, and its data position.
+        """Return (state, data position) of the newest readable checkpoint.
 
-        Newer checkpoints that are damaged, e.g. truncated, are logged and moved to the workdir. Raises ValueError if a
-        checkpoint belongs to another model or none can be read.
+        abstract: the shapes and shardings of the returned state. Newer checkpoints that are damaged, e.g. truncated,
+        are logged and renamed to WORKDIR/damaged_STEP_TIME. Raises ValueError if a checkpoint belongs to another model,
+        or if none can be read.
         """
         damaged: list[tuple[int, str]] = []
         for found in reversed(self._orbax.checkpoints):
@@ -94,12 +96,15 @@ class Checkpoints:
     def _read(self, step: int, abstract: Any) -> tuple[tuple[Any, dict] | None, str | None]:
         """Return ((state, data position), None), or (None, description of the damage) if the files cannot be read.
 
-        Raises ValueError if the checkpoint has other arrays than `abstract`.
+        Raises ValueError if names or shapes of arrays differ between the checkpoint and `abstract`.
         """
         try:
             metadata = self._orbax.metadata(step)
             if metadata.metadata is None:
-                raise FileNotFoundError(f"{self.folder}/{step} is incomplete: Orbax's list of arrays is missing")
+                raise FileNotFoundError(
+                    f"{self.folder}/{step} is incomplete: the file with its list of arrays is missing; "
+                    "restore it from a backup"
+                )
             difference = _difference(metadata.metadata, abstract)
             data = metadata.custom_metadata["data"]
         except Exception as e:  # Orbax does not wrap the exceptions of its parsers
@@ -137,7 +142,10 @@ class Checkpoints:
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Finish the running save, also if an exception ends the context. Raises OSError if the save failed."""
+        """Wait for the running save, also if an exception ends the context, then close Orbax.
+
+        Raises OSError if the save failed and no exception ended the context.
+        """
         try:
             if error[0] is None:
                 self.wait()
@@ -146,14 +154,17 @@ class Checkpoints:
 
 
 def _difference(theirs: Any, ours: Any) -> str | None:
-    """Describe the first array whose shape differs in the checkpoint (`theirs`) and here (`ours`), or return None."""
+    """Return a description of the first difference in array shapes, or None if all are equal.
+
+    theirs: the arrays of a checkpoint. ours: the arrays that this config needs.
+    """
     a, b = (
         {path_name(p): tuple(leaf.shape) for p, leaf in jax.tree_util.tree_leaves_with_path(tree)}
         for tree in (theirs, ours)
     )
     for name in sorted(a.keys() | b.keys()):
         if a.get(name) != b.get(name):
-            return f"{name}: {a.get(name, 'nothing')} in the checkpoint, {b.get(name, 'nothing')} in this config"
+            return f"{name}: {a.get(name, 'missing')} in the checkpoint, {b.get(name, 'missing')} in this config"
     return None
 
 
@@ -205,11 +216,13 @@ def latest_step(path: str) -> int:
 def save_weights(folder: str, weights: Weights, about: dict) -> None:
     """Write weights as a checkpoint of step 0, which `load_weights` can read.
 
-    about: a description of where the weights come from, which JSON can store. Removes the remains of an interrupted
-    save. Raises FileExistsError if the folder contains a checkpoint.
+    about: a description of where the weights come from, as a JSON-serializable dict. Files that an earlier, interrupted
+    save left in the folder are removed. Raises FileExistsError if the folder already contains a checkpoint.
     """
     if has_checkpoint(folder):
-        raise FileExistsError(f"{folder} already contains a checkpoint: remove it, or name another folder.")
+        raise FileExistsError(
+            f"{folder} already contains a checkpoint: delete {folder}/checkpoints, or give another folder."
+        )
     barrier("looked for a checkpoint")
     with ocp.training.Checkpointer(
         os.path.join(os.path.abspath(folder), "checkpoints"), cleanup_tmp_directories=True
@@ -219,9 +232,9 @@ def save_weights(folder: str, weights: Weights, about: dict) -> None:
 
 
 def load_weights(path: str) -> Weights:
-    """Load the newest checkpoint of a workdir, or of a folder written by `convert`, to the host's first device.
+    """Load the newest checkpoint of a workdir, or of a folder written by `convert`, onto this process's first device.
 
-    Raises FileNotFoundError if there is none, and ValueError if its files are damaged.
+    Raises FileNotFoundError if there is no checkpoint, and ValueError if its files are damaged.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device)
@@ -265,14 +278,14 @@ def config_to_json(config: ConfigDict) -> str:
 
 
 def config_from_json(text: str) -> ConfigDict:
-    """Return the config of a checkpoint. Fields that are newer than the checkpoint get their defaults.
+    """Return the config of a checkpoint from its JSON. Fields that did not exist when it was saved get their defaults.
 
-    The default of a new field must keep the behavior of older versions.
+    Therefore, the default of a new field must keep the behavior of older versions.
     """
     config, values = base(), json.loads(text)
-    if isinstance(values["model"]["remat"], bool):  # a bool in version 0.1
+    if isinstance(values["model"]["remat"], bool):  # in version 0.1, this field was a bool
         values["model"]["remat"] = "layers" if values["model"]["remat"] else "none"
-    values["data"].pop("mask_canvases", None)  # a field until version 0.2
+    values["data"].pop("mask_canvases", None)  # this field was removed in version 0.2
     config.update(values)
     return config
 

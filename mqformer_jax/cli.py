@@ -26,7 +26,7 @@ def run(main: Callable[[list[str]], int | None], command: str, doc: str, interru
     """Run a command whose options are absl flags, with or without a --config.
 
     main: takes the arguments that are not flags and may return an exit status. doc: text that --help prints above the
-    options. interrupted: text that Ctrl-C prints. argv: the arguments, without the program.
+    options. interrupted: text to print on Ctrl-C. argv: the arguments, without the name of the program.
     """
     program = f"mqformer {command}"
     start(program, interrupted)
@@ -38,7 +38,7 @@ def run(main: Callable[[list[str]], int | None], command: str, doc: str, interru
             sys.exit(0)
         rest = parse_flags(given, program)
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax reports every file it touches
+            logging.set_verbosity(logging.WARNING)  # Orbax logs every file that it reads or writes
         return rest[1:]
 
     app.run(lambda rest: in_one_line(lambda: main(rest), program), argv=sys.argv, flags_parser=parse)
@@ -60,7 +60,8 @@ def run_parsed(
 def start(program: str, interrupted: str, status: int = 130) -> None:
     """Set up the process of a command: Ctrl-C and the garbage collector."""
     exit_on_ctrl_c(f"{program}: {interrupted}", status)
-    # Tracing creates many long-lived objects. With the default thresholds, a quarter of its time is garbage collection.
+    # Tracing creates many long-lived objects. With the default thresholds, garbage collection takes a quarter of the
+    # tracing time.
     gc.set_threshold(100_000, 20, 10)
 
 
@@ -78,7 +79,7 @@ def in_one_line(main: Callable[[], int | None], program: str) -> int | None:
     except Exception as e:
         if not _is_one_of_several():
             raise
-        # JAX raises RuntimeError if a collective operation loses a process. Anything else is a bug.
+        # JAX raises RuntimeError if a process dies during a collective operation. Any other exception is a bug.
         if not isinstance(e, RuntimeError):
             traceback.print_exc()
         message = f"{program}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
@@ -112,7 +113,7 @@ def define_recipe(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def require_fractions(*names: str, values: flags.FlagValues = flags.FLAGS) -> None:
-    """Let the float flags `names` accept only numbers from 0 to 1, and not nan."""
+    """Restrict the float flags `names` to numbers from 0 to 1."""
     for name in names:
         is_fraction = lambda value: value is None or 0 <= value <= 1
         flags.register_validator(name, is_fraction, "give a number from 0 to 1.", flag_values=values)
@@ -127,7 +128,8 @@ def no_arguments(rest: Sequence[str]) -> None:
 def find_recipe(argv: Sequence[str]) -> list[str]:
     """Return the arguments with `--config=NAME:VARIANT` replaced by the path of the installed recipe NAME.
 
-    Paths are kept: `--config=configs/coco_ref.py:sample` and `--config=coco_ref:sample` are the same.
+    A path is left unchanged. Thus `--config=configs/coco_ref.py:sample` and `--config=coco_ref:sample` name the same
+    recipe.
     """
     found = list(argv)
     for i, argument in enumerate(found):
@@ -145,12 +147,18 @@ def _recipe_path(value: str) -> str:
     folder = str(importlib.resources.files("mqformer_jax.configs"))
     installed = sorted(name for _, name, _ in pkgutil.iter_modules([folder]))
     if path not in installed:
-        sys.exit(f"mqformer: --config={value}: no file {path}; installed recipes are {', '.join(installed)}.")
+        sys.exit(
+            f"mqformer: --config={value}: there is no file {path} and no installed recipe of this name; "
+            f"installed recipes are {', '.join(installed)}."
+        )
     return f"{os.path.join(folder, path)}.py{colon}{variant}"
 
 
 def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.FLAGS) -> list[str]:
-    """Parse absl flags and return the remaining arguments. Exit with one line for a wrong flag, field or recipe."""
+    """Parse absl flags and return the remaining arguments.
+
+    Exit with a one-line message if a flag, field or recipe is wrong.
+    """
     try:
         rest = values(argv)
         if "config" in values:
@@ -164,7 +172,10 @@ def parse_flags(argv: list[str], program: str, values: flags.FlagValues = flags.
 
 
 def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Exception) -> str:
-    """Return an error message that names the field of `argv` that the recipe does not have."""
+    """Return an error message about the first --config.FIELD in `argv` that the recipe does not have.
+
+    If there is none, the message is that of `error`.
+    """
     for argument in argv:
         option = argument.partition("=")[0]
         if not option.startswith("--config."):
@@ -179,7 +190,7 @@ def _unknown_field(argv: Sequence[str], values: flags.FlagValues, error: Excepti
 
 
 def _recipe(argv: Sequence[str]) -> ConfigDict:
-    """Return the config that --config names, without the changes by flags such as --config.steps."""
+    """Return the config that --config names, before flags such as --config.steps are applied."""
     options = [argument.partition("=") for argument in argv]
     given = [value if equals else argv[i + 1] for i, (name, equals, value) in enumerate(options) if name == "--config"]
     path, colon, variant = given[-1].partition(":")

@@ -1,4 +1,4 @@
-"""Write files atomically."""
+"""Write files atomically: write a temporary file, then rename it."""
 
 from __future__ import annotations
 

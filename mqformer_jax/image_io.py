@@ -1,4 +1,4 @@
-"""Find and read image files: any format and mode, EXIF rotation, folders, glob patterns, standard input."""
+"""Find image files in folders, by glob patterns and on standard input, and read them as RGB pixels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-RESULTS = ("_overlay.png", "_panoptic.png", "_cutout.png")  # files that `mqformer predict` writes beside STEM.json
-MAX_PIXELS = 400_000_000  # 20,000 x 20,000; larger files are damaged or decompression bombs
+# `mqformer predict` writes STEM.json and STEM with these endings
+RESULTS = ("_overlay.png", "_panoptic.png", "_cutout.png")
+MAX_PIXELS = 400_000_000  # 20,000 x 20,000; a larger image is a damaged file or a decompression bomb
 STDIN = "-"
 
 
 def find_images(given: Sequence[str]) -> list[str]:
-    """Return the image files for a list of paths, folders, glob patterns and "-", in order and without duplicates.
+    """Return the image files that paths, folders, glob patterns and "-" stand for, in order and without duplicates.
 
-    "-" is standard input, which holds an image or one path per line. Raises ValueError for a missing path, a folder
-    without images and a pattern without matches.
+    "-" is standard input, which holds an image or one path per line. Raises ValueError if a path does not exist, a
+    folder contains no images, a pattern has no matches or standard input is empty.
     """
     found: list[str] = []
     for name in given:
@@ -36,18 +37,20 @@ def find_images(given: Sequence[str]) -> list[str]:
                 for f in files
                 if f.lower().endswith(ENDINGS) and not _is_result(d, f)
             )
-            found += inside or _nothing(name, f"the folder contains no images ({', '.join(ENDINGS)})")
+            found += inside or _nothing(name, f"the folder contains no images ({', '.join(ENDINGS)}); give another one")
         elif os.path.exists(name):
             found.append(name)
         elif glob.has_magic(name):
-            found += sorted(glob.glob(name, recursive=True)) or _nothing(name, "no file matches this pattern")
+            found += sorted(glob.glob(name, recursive=True)) or _nothing(
+                name, "no file matches this pattern; correct it"
+            )
         else:
-            _nothing(name, "no such file or folder")
+            _nothing(name, "no such file or folder; check the path")
     return list(dict.fromkeys(found))
 
 
 def _is_result(folder: str, file: str) -> bool:
-    """Return whether the file is an output of `mqformer predict`, which writes a JSON file beside its outputs."""
+    """Return whether the file is an output of `mqformer predict`, which writes a JSON file beside each output."""
     stems = [os.path.join(folder, file.removesuffix(end)) for end in RESULTS if file.endswith(end)]
     if folder.endswith("_masks"):
         stems.append(folder.removesuffix("_masks"))
@@ -63,7 +66,7 @@ def _piped() -> list[str]:
     _keep_stdin()
     try:
         return [line.strip() for line in _stdin.decode().splitlines() if line.strip()] or _nothing(
-            STDIN, "standard input is empty"
+            STDIN, "standard input is empty; pipe an image to it, or one path per line"
         )
     except UnicodeDecodeError:
         return [STDIN]
@@ -73,12 +76,12 @@ _stdin = b""
 
 
 def _keep_stdin() -> None:
-    global _stdin  # standard input can be read only once, but is needed twice
+    global _stdin  # standard input can be read only once, but `_piped` and `read_image` both need it
     _stdin = _stdin or sys.stdin.buffer.read()
 
 
 def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
-    """Return an image as RGB pixels, as it should be displayed.
+    """Return the RGB pixels of an image as viewers display it. path: of a file, or "-" for standard input.
 
     Applies EXIF rotation, expands gray and palette images, blends transparency with white, reduces 16 bits to 8, and
     takes the first frame of an animation. Raises ValueError if the file is truncated, too large or not an image.
@@ -97,7 +100,8 @@ def read_image(path: str) -> UInt8[np.ndarray, "h w 3"]:
         raise ValueError(f"{name}: the image has more than {MAX_PIXELS:,} pixels; make it smaller first.") from None
     except (OSError, SyntaxError, ValueError, EOFError) as e:  # Pillow's errors for damaged files
         raise ValueError(
-            f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__})."
+            f"{name}: cannot be decoded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); "
+            "the file may be damaged: download or convert it again."
         ) from None
 
 

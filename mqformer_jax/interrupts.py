@@ -22,7 +22,7 @@ STATUS = 130  # what shells report after Ctrl-C
 # value is EX_TEMPFAIL of sysexits.h, "try again". launch_tpu.sh reads it.
 PREEMPTED = 75
 
-_socket: socket.socket | None = None  # Python writes the number of each signal to its other end
+_socket: socket.socket | None = None  # receives the number of each signal, which Python writes to `_writer`
 _writer: socket.socket | None = None
 _message, _status = "stopped.", STATUS
 _temporary: set[str] = set()
@@ -32,11 +32,11 @@ _was_postponed = _exits_on_sigterm = False
 
 
 def exit_on_ctrl_c(message: str, status: int = STATUS) -> None:
-    """Make Ctrl-C print `message` and end this process with `status`. A later call changes both.
+    """Make Ctrl-C print `message` and end this process with exit status `status`. A later call replaces both.
 
-    Call it from the main thread of a command, before slow imports. Libraries and notebooks keep Python's
-    KeyboardInterrupt. By convention, a process that was started with SIGINT ignored (by nohup, or in the background of
-    a script) continues to ignore it.
+    Call it from the main thread of a command, before slow imports. A program that only imports this package keeps
+    Python's KeyboardInterrupt. By convention, a process that was started with SIGINT ignored (by nohup, or in the
+    background of a script) continues to ignore it.
     """
     global _socket, _writer, _message, _status
     _message, _status = message, status
@@ -63,7 +63,7 @@ def exit_now(status: int, message: str) -> None:
 
 
 def before_exit(step: Callable[[], None]) -> None:
-    """Register a quick function that `exit_now` calls before it ends the process."""
+    """Register a function that `exit_now` calls before it ends the process. It should return quickly."""
     _before_exit.append(step)
 
 
@@ -79,7 +79,7 @@ def removed_on_exit(path: str | os.PathLike) -> Generator[None]:
 
 @contextlib.contextmanager
 def block_ctrl_c_in_children() -> Generator[None]:
-    """Block Ctrl-C in the processes started inside this context; `exit_now` of this process kills them."""
+    """Block Ctrl-C in child processes that are started inside this context. `exit_now` kills them instead."""
     from multiprocessing.resource_tracker import ensure_running
 
     ensure_running()  # before the block, because its first call unblocks SIGINT
@@ -92,9 +92,10 @@ def block_ctrl_c_in_children() -> Generator[None]:
 
 @contextlib.contextmanager
 def postponed(ask: Callable[[], bool]) -> Generator[None]:
-    """Ignore Ctrl-C inside this context if `ask()` returns True: the caller then stops by itself.
+    """On Ctrl-C inside this context, call `ask()` and exit only if it returns False.
 
-    SIGTERM is left to its Python handler, except inside an inner `exit_on_sigterm`.
+    If it returns True, the caller must stop soon, e.g. after a save (see `was_postponed`). SIGTERM only runs its Python
+    handler in this context, except inside a nested `exit_on_sigterm`.
     """
     global _postpone, _exits_on_sigterm
     exits, _exits_on_sigterm, _postpone = _exits_on_sigterm, False, ask
@@ -106,7 +107,7 @@ def postponed(ask: Callable[[], bool]) -> Generator[None]:
 
 @contextlib.contextmanager
 def exit_on_sigterm() -> Generator[None]:
-    """Exit with status PREEMPTED on SIGTERM inside this context. Requires a Python handler of SIGTERM."""
+    """Exit with status PREEMPTED on SIGTERM inside this context. Requires a Python handler for SIGTERM."""
     global _exits_on_sigterm
     exits, _exits_on_sigterm = _exits_on_sigterm, True
     try:
@@ -116,7 +117,7 @@ def exit_on_sigterm() -> Generator[None]:
 
 
 def was_postponed() -> bool:
-    """Return whether a Ctrl-C was postponed, so that the caller must stop by itself."""
+    """Return whether `postponed` kept a Ctrl-C from ending the process, so that the caller must stop."""
     return _was_postponed
 
 

@@ -3,7 +3,7 @@
     mqformer train --config=coco_ref:sample --workdir=runs/demo
     python -m mqformer_jax.main --config=configs/coco_ref.py:sample --workdir=runs/demo  # the same
 
---check_only checks the flags on any machine, without data or devices, e.g. for a pod of 16 chips:
+With --check_only, the command only checks the flags. This needs no data and no accelerator, e.g. for 16 TPU chips:
 
     mqformer train --config=coco_ref --workdir=runs/pod --check_only --num_devices=16
 
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     if given.num_devices is not None:
         raise ValueError("--num_devices needs --check_only: training uses all devices that it finds.")
     signal.signal(signal.SIGTERM, lambda *_: None)  # `exit_on_sigterm` needs a Python handler
-    with interrupts.exit_on_sigterm():  # until the training loop, which saves first: see `Preemption`
+    with interrupts.exit_on_sigterm():  # until the training loop starts; there, `Preemption` saves a checkpoint first
         from mqformer_jax.parallel import distributed
 
         distributed.initialize()
@@ -80,7 +80,7 @@ def next_commands(config: ConfigDict, workdir: str) -> list[str]:
     images = os.path.join(config.data.root, "sample_images")
     images = images if entries[0]["name"].startswith("sample_") and os.path.isdir(images) else "photo.jpg"
     mqformer = "mqformer"
-    if shutil.which(mqformer) is None:  # a virtual environment that is not activated
+    if shutil.which(mqformer) is None:  # the virtual environment is not activated
         mqformer = os.path.relpath(os.path.join(os.path.dirname(sys.executable), mqformer))
     return [
         "",
@@ -88,16 +88,16 @@ def next_commands(config: ConfigDict, workdir: str) -> list[str]:
         "Try:",
         f"  {mqformer} predict --checkpoint={workdir} --image={images} --task={task}"
         + (f' --prompts="{prompts}"' if prompts else ""),
-        f"  {mqformer} app --checkpoint={workdir}    # a web page; pip install 'mqformer_jax[demo]'",
+        f"  {mqformer} app --checkpoint={workdir}    # a web page; needs pip install 'mqformer_jax[demo]'",
         f"  {mqformer} export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
     ]
 
 
 def check_devices(config: ConfigDict, num_devices: int | None) -> str:
-    """Return a line with the images per device and the paths that a valid recipe reads.
+    """Return a line that says how many images each device gets and which paths the run reads.
 
-    num_devices: number of devices of the run; None leaves out the devices. Raises ValueError if the batch cannot be
-    split over them.
+    config: a valid recipe. num_devices: number of devices of the run; if it is None, the line gives only the paths.
+    Raises ValueError if the batch cannot be split over the devices.
     """
     paths = ", ".join([config.data.root, *config.init_from])
     if num_devices is None:
@@ -116,7 +116,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        "Folder for checkpoints, metrics and pictures. A run found there is resumed.",
+        "Folder for checkpoints, metrics and pictures. If it contains a run, the run is resumed.",
         flag_values=values,
     )
     flags.DEFINE_bool("check_only", False, "Check the flags and exit, without reading data.", flag_values=values)

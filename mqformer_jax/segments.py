@@ -60,7 +60,7 @@ class Segments:
 
 
 class LazyMasks(abc.ABC):
-    """Mask logits [q, h, w] of an image, computed when indexed with query ids."""
+    """Mask logits [q, h, w] of an image, which are computed only when they are indexed with query ids."""
 
     @property
     @abc.abstractmethod
@@ -69,14 +69,14 @@ class LazyMasks(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: Any, /) -> np.ndarray:
-        """Return the mask logits of the queries `index`."""
+        """Return the mask logits of the queries whose ids are `index`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CanvasMasks(LazyMasks):
-    """Mask logits as the network predicts them. Indexing with query ids resizes the masks of these queries only.
+    """Mask logits as the network predicts them. Indexing with query ids returns the masks of these queries, resized.
 
-    logits: on the padded canvas, at any stride. canvas, valid, output: see `restore`, which resizes them.
+    logits: on the padded canvas, at any stride. canvas, valid, output: arguments of `restore`, which resizes the masks.
     """
 
     logits: Float[np.ndarray, "q hc wc"]
@@ -140,12 +140,13 @@ def panoptic_segments(
     overlap_threshold: float = 0.8,
     temperature: float | None = None,
 ) -> Segments:
-    """Assign every pixel to at most one segment (Mask DINO, `panoptic_inference`).
+    """Return segments that do not overlap (Mask DINO, `panoptic_inference`).
 
-    Queries whose best prompt scores above `object_mask_threshold` compete for pixels with score x mask probability. A
-    query that wins less than `overlap_threshold` of its own mask is dropped; `is_region` prompts merge their queries
-    into one segment. `temperature` replaces the competing scores by softmax(class_probs / temperature) over the
-    prompts. Mask DINO uses 0.06 for COCO's long list of classes; use None (plain scores) for a few prompts.
+    A query takes part if its best prompt scores above `object_mask_threshold`. Each pixel goes to the query with the
+    highest score x mask probability. A query that gets less than `overlap_threshold` of the area of its own mask is
+    dropped. All queries of an `is_region` prompt are merged into one segment. With a `temperature`, pixels are assigned
+    by softmax(class_probs / temperature) over the prompts instead of by scores. Mask DINO uses 0.06 for COCO's long
+    list of classes; use None for a few prompts.
     """
     _, h, w = mask_logits.shape
     queries = np.flatnonzero(class_probs.max(1, initial=0) > object_mask_threshold)
@@ -185,7 +186,7 @@ def panoptic_segments(
 def _contest(
     mask_logits: Masks, queries: Int[np.ndarray, " k"], scores: Float[np.ndarray, " k"]
 ) -> tuple[Int[np.ndarray, "h w"], Bool[np.ndarray, "h w"], Int[np.ndarray, " k"]]:
-    """Return the query with the largest score x mask probability at each pixel (the first of equals).
+    """Return the index of the query with the largest score x mask probability at each pixel (on a tie, the first one).
 
     Also return whether the pixel is inside that query's mask, and the area of each query's mask. Masks are processed
     one by one to limit the memory for large images.
@@ -215,19 +216,19 @@ def instance_segments(
     rate_masks: bool = True,
     score_threshold: float = -1.0,
 ) -> Segments:
-    """Return the `max_detections` best (query, prompt) pairs, best first; segments may overlap.
+    """Return the `max_detections` best (query, prompt) pairs as segments, best first. Segments may overlap.
 
     Source: Mask DINO, `instance_inference`.
 
-    A score is class score x mean mask probability inside the mask; without `rate_masks` (data that has boxes only, Mask
-    DINO's `focus_on_box`) it is the class score. `wanted` selects the prompts to use. Pairs that do not score above
-    `score_threshold` are left out.
+    The score of a pair is the class score x the mean mask probability inside the mask. With `rate_masks=False`, it is
+    the class score alone, for models that were trained with boxes only (Mask DINO's `focus_on_box`). `wanted` selects
+    the prompts to use. Pairs that do not score above `score_threshold` are left out.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
     count = min(max_detections, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
     flat = candidates.ravel()
     best = np.argpartition(-flat, count - 1)[:count] if count else np.zeros(0, int)
-    best = best[flat[best] > score_threshold]  # masks can only lower a score and are expensive to compute
+    best = best[flat[best] > score_threshold]  # before the masks, which are slow to compute and can only lower a score
     queries, prompts = np.divmod(best, class_probs.shape[1])
     used, row = np.unique(queries, return_inverse=True)
     masks, scores, inside = (
@@ -284,7 +285,10 @@ def semantic_map(
 
 
 def semantic_segments(texts: Sequence[str], class_probs: Float[np.ndarray, "q p"], mask_logits: Masks) -> Segments:
-    """Return `semantic_map` as Segments: one for each prompt with a pixel, with the score of its best query."""
+    """Return `semantic_map` as Segments: one for each prompt that has a pixel.
+
+    The score of a segment is the highest class score of its prompt.
+    """
     labels = semantic_map(class_probs, mask_logits)
     present = np.unique(labels)
     masks = labels == present[:, None, None]
@@ -301,8 +305,8 @@ def region_segments(
 ) -> Segments:
     """Return one segment per prompt, in order: the mask and box of its best query (referring, foreground).
 
-    A prompt whose best score is below `no_target_threshold` has no target: its mask is empty, its box is zero, and it
-    keeps its score.
+    A prompt whose best score is below `no_target_threshold` has no target: its mask is empty and its box is zero. Its
+    score is still returned.
     """
     queries = class_probs.argmax(0)
     scores = class_probs.max(0)
@@ -316,15 +320,15 @@ def region_segments(
 
 
 def soft_mask(class_probs: Float[np.ndarray, "q p"], mask_logits: Masks, prompt: int) -> Float[np.ndarray, "h w"]:
-    """Return the mask probability of the prompt's best query, the soft mask that foreground metrics evaluate."""
+    """Return the mask probability of the best query of a prompt. The metrics of foregrounds evaluate this soft mask."""
     return _sigmoid(mask_logits[class_probs[:, prompt].argmax(keepdims=True)])[0]
 
 
 def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
-    """Return the labeled masks of a record as Segments whose prompts are the classes of `info`, without crowds.
+    """Return the labeled masks of a record as Segments. The prompts are the classes of `info`.
 
-    The segments of a stuff class are merged into one. Where masks overlap, a `panoptic` pixel belongs to the smaller
-    one.
+    Crowds are left out, and the segments of a stuff class are merged into one. In `panoptic`, a pixel that several
+    masks cover belongs to the smallest of them.
     """
     masks: list[np.ndarray] = []
     labels: list[int] = []
@@ -348,12 +352,12 @@ def ground_truth_segments(record: Record, info: DatasetInfo) -> Segments:
 
 
 def _segments(texts, masks, scores, prompt_ids, query_ids, panoptic) -> Segments:
-    """Return Segments with the boxes of their masks."""
+    """Return Segments whose boxes are computed from the masks."""
     return Segments(list(texts), masks, _boxes_of(masks), scores.astype(np.float32), prompt_ids, query_ids, panoptic)
 
 
 def _boxes_of(masks: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, "n 4"]:
-    """Return tight boxes x0, y0, x1, y1 (right and lower edges exclusive), zero for an empty mask."""
+    """Return the tight box of each mask: x0, y0, x1, y1 (right and lower edges exclusive), or zeros if it is empty."""
     cols, rows = masks.any(1), masks.any(2)
     if not masks.size:
         return np.zeros((len(masks), 4), np.float32)
@@ -370,7 +374,7 @@ def _sharpen(class_probs: np.ndarray, temperature: float | None) -> np.ndarray:
 
 
 def _sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Return the sigmoid as float32 with a single temporary array, since masks are large."""
+    """Return the sigmoid as float32. All steps write into one array, because masks are large."""
     out = np.negative(logits, dtype=np.float32)
     with np.errstate(over="ignore"):  # exp(100) is inf, and 1 / inf is the correct 0
         np.exp(out, out=out)

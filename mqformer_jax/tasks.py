@@ -16,15 +16,15 @@ class Task:
 
     help: a description for users, in one or two sentences.
     segments: how scores and masks become segments: "panoptic" (no overlaps), "instance" (ranked, may overlap),
-        "semantic" (every pixel to one prompt), "region" (one region for each prompt), or "" if it has no inference.
+        "semantic" (every pixel to one prompt), "region" (one region for each prompt), or "" if it cannot be predicted.
     evaluator: "module:class" of the evaluator, or "" if there is none.
     metrics: {name: meaning} of the metrics in the printed table.
     trained: whether a training mixture may name the task.
     by_class: whether the prompts are class names, to which templates apply.
     chooses_regions: whether the user marks the prompts that own one region ("*"). Otherwise, every prompt owns one.
     needs_prompts: False if the prompt defaults to "foreground".
-    soft: whether the output is a soft mask or matte, which can be used as an alpha channel.
-    score: default score threshold of the command line, or None for the recipe's.
+    soft: whether there is also a soft mask or matte, which can be used as an alpha channel.
+    score: default score threshold on the command line, or None for the threshold of the recipe.
     """
 
     help: str
@@ -39,7 +39,7 @@ class Task:
     score: float | None = None
 
 
-_SHARE = "true positives that learnable queries predict, %"
+_SHARE = "share of the true positives that learnable queries predict, %"
 TASKS = {
     "panoptic": Task(
         help="Every pixel belongs to at most one segment. A star makes a prompt one region (sky*); other prompts are "
@@ -63,12 +63,12 @@ TASKS = {
         metrics={
             "mask_ap": "average precision of masks, 0 to 100, mean over IoU thresholds 0.5 to 0.95 (COCO)",
             "mask_ap50": "the same at an IoU threshold of 0.5",
-            "mask_ar_100": "average recall with 100 masks an image",
-            "mask_ar_300": "average recall with 300 masks an image",
+            "mask_ar_100": "average recall with 100 masks per image",
+            "mask_ar_300": "average recall with 300 masks per image",
             "box_ap": "average precision of boxes",
             "box_ap50": "the same at an IoU threshold of 0.5",
-            "box_ar_100": "average recall with 100 boxes an image",
-            "box_ar_300": "average recall with 300 boxes an image",
+            "box_ar_100": "average recall with 100 boxes per image",
+            "box_ar_300": "average recall with 300 boxes per image",
         },
         by_class=True,
         chooses_regions=True,
@@ -92,7 +92,7 @@ TASKS = {
         metrics={
             "miou": "intersection over union, 0 to 100, mean over phrases (with /GROUP: over one group of phrases)",
             "ciou": "sum of all intersections over sum of all unions; large objects dominate it",
-            "precision@0.5": "phrases whose region has an IoU above 0.5, %",
+            "precision@0.5": "phrases whose region has an IoU of at least 0.5, %",
             "no_target_accuracy": "phrases without a target that get no region, %",
         },
         soft=True,
@@ -116,10 +116,10 @@ TASKS = {
         segments="region",
         evaluator="mqformer_jax.evaluation.alpha:AlphaEvaluator",
         metrics={
-            "sad": "sum of absolute differences to the true matte, thousands of pixels: lower is better",
-            "mse": "mean squared error, thousandths: lower is better",
-            "grad": "error of the matte's gradient, thousands: lower is better",
-            "conn": "connectivity error, thousands: lower is better",
+            "sad": "sum of absolute differences to the true matte, in thousands of pixels: lower is better",
+            "mse": "mean squared error, in thousandths: lower is better",
+            "grad": "error of the matte's gradient, in thousands: lower is better",
+            "conn": "connectivity error, in thousands: lower is better",
             **{f"refined_{name}": "the same after the matting refiner" for name in ("sad", "mse", "grad", "conn")},
         },
         trained=False,

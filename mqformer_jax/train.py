@@ -25,7 +25,7 @@ from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
-    """Train `config` in `workdir`, from its newest checkpoint if there is one, and return the last evaluation.
+    """Train the model of a config, then evaluate it and return the metrics. Resume if `workdir` has a checkpoint.
 
     Every batch and every random number depends only on the seed and the step. Resuming therefore reproduces an
     uninterrupted run (bit for bit on CPU). Returns None if SIGTERM or Ctrl-C stopped the run after a save.
@@ -85,7 +85,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 saves = step % config.checkpoint_every == 0 or step == config.steps or evaluates or stops
                 if saves:  # a state that is not finite is never saved
                     not_finite.check(step - 1, measured, state)
-                if saves or step % config.log_every == 0:  # a resumed run reads its counters from the line of this step
+                if saves or step % config.log_every == 0:  # a resumed run reads counters from this metrics line
                     progress.bar.set_postfix_str(metrics.write(step))
                 if saves:
                     checkpoints.save(step, state, config, loader.state(step))
@@ -96,7 +96,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
                 progress.update(step, measured)
         if any(loader.bad.values()):
             bad = ", ".join(f"{name} {count}" for name, count in loader.bad.items() if count)
-            print(f"Training skipped unusable records (number by data set): {bad}")
+            print(f"Training skipped unusable records (data set and number of records): {bad}")
 
         # -- last evaluation ------------------------------------------------------------------------------------------
         results = None
@@ -110,9 +110,10 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float] | None:
 
 
 def start(config: ConfigDict, train_step: TrainStep) -> tuple[TrainState, bool]:
-    """Return the state of a new run, with the weights of `config.init_from`, and whether to center its prompts.
+    """Return the state of a new run, and whether its prompts must be centered (`TrainStep.center_prompts`).
 
-    Trained class heads and region embeddings fit the prompts as they are, so these prompts are not centered.
+    The state has the weights of `config.init_from`. If these contain a class head or region embedding, prompts are not
+    centered, because the weights were trained for the prompts as they are.
     """
     state = train_step.init()
     if not config.init_from:
@@ -127,7 +128,7 @@ def start(config: ConfigDict, train_step: TrainStep) -> tuple[TrainState, bool]:
 
 
 def describe(state: TrainState, steps: int) -> str:
-    """Return a line about the model, the devices and the steps to run."""
+    """Return a line with the number of parameters, the devices and the steps to run."""
     count = sum(x.size for x in jax.tree.leaves(state.params))
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     devices = f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
@@ -138,7 +139,10 @@ def describe(state: TrainState, steps: int) -> str:
 
 
 def _evaluate(config: ConfigDict, state: TrainState, tokenizer: Tokenizer, workdir: str) -> dict[str, float]:
-    """Evaluate the model. Each process evaluates its share of the images, with a copy of the model on each device."""
+    """Evaluate the model and return the metrics.
+
+    Each process evaluates a part of the images, with a copy of the model on each of its devices.
+    """
     params, frozen = state.params, state.frozen
     if jax.process_count() > 1:
         mesh = state.step.sharding.mesh

@@ -1,8 +1,8 @@
-"""Train the matting refiner of a recipe (`config.matting`), then compare its mattes with the masks that it refines.
+"""Train the matting refiner of a recipe (`config.matting`), then measure how much it improves masks.
 
     mqformer train-matting --config=lite:small --checkpoint=runs/lite_small --workdir=runs/lite_small
 
-The refiner is saved in WORKDIR/refiner, the comparison in WORKDIR/refine_eval.json.
+The refiner is saved in WORKDIR/refiner, the metrics in WORKDIR/refine_eval.json.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mqformer_jax.segments import soft_mask
 from mqformer_jax.training.optimizer import make_optimizer
 from mqformer_jax.training.warm_start import initialize
 
-# record index → the model's soft mask of the foreground, uint8 [h, w], sides of at most OWN_SIDE
+# {record index: the segmentation model's soft mask of the foreground, uint8 [h, w], with sides of at most OWN_SIDE}
 OwnMasks = dict[int, np.ndarray]
 OWN_SIDE = 256
 SLACK = 0.02  # how far `measure` moves the outlines of rough masks, as a fraction of the image's larger side
@@ -49,12 +49,13 @@ SLACK = 0.02  # how far `measure` moves the outlines of rough masks, as a fracti
 def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> dict[str, Any]:
     """Train `config.matting` on this host's devices, save to WORKDIR/refiner, and return the metrics on `matting.sets`.
 
-    Returns {"NAME/SPLIT": result of `measure`}. Batches depend only on the seed and the step. checkpoint: workdir of a
-    model whose masks also serve as guidance.
+    The metrics are {"NAME/SPLIT": result of `measure`}. Batches depend only on the seed and the step. checkpoint:
+    workdir of a segmentation model whose masks also serve as guidance. Raises FileExistsError if the workdir already
+    has a refiner.
     """
     matting, target = config.matting, os.path.join(workdir, FOLDER)
     if has_checkpoint(target):
-        raise FileExistsError(f"{target}: a refiner already exists there: move it, or use another --workdir.")
+        raise FileExistsError(f"{target}: a refiner already exists there; move it, or use another --workdir.")
 
     # -- data, model, state -------------------------------------------------------------------------------------------
     sources = open_mattes(config.data.root, matting.mixture, "mixture")
@@ -99,7 +100,7 @@ def refine(config: ConfigDict, workdir: str, checkpoint: str | None = None) -> d
 
 
 class RefineStep:
-    """The compiled train step of the refiner, data-parallel over gcd(local devices, batch size) devices."""
+    """The compiled train step of the refiner, data-parallel over gcd(number of local devices, batch size) devices."""
 
     def __init__(self, config: ConfigDict):
         self.config, matting = config, config.matting
@@ -122,7 +123,7 @@ class RefineStep:
         )
 
     def init(self) -> tuple[tuple[Any, Any], Any, list[str]]:
-        """Return the initial state, the constants, and a report of what `config.matting.init_from` initialized."""
+        """Return the initial state, the constants, and the lines of a report on `config.matting.init_from`."""
         everywhere, report, matting = replicated(self.mesh), [], self.config.matting
         params, frozen = jax.device_put((self.params, self.frozen), everywhere)
         if matting.init_from:
@@ -133,7 +134,7 @@ class RefineStep:
     def __call__(
         self, state: tuple[Any, Any], frozen: Any, batch: dict[str, np.ndarray]
     ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
-        """Return the next state and the loss terms. state: parameters and optimizer state; donated."""
+        """Return the next state and the loss terms. state: parameters and optimizer state; its buffers are donated."""
         return self._step(state, frozen, batch)
 
     def _update(self, state: tuple[Any, Any], frozen: Any, batch: dict[str, jax.Array]):
@@ -151,7 +152,7 @@ class RefineStep:
 
 
 def own_masks(predictor: Predictor | None, source: ShardSource) -> OwnMasks:
-    """Return the model's mask of each foreground that has a matte, by record index; {} without a model."""
+    """Return {record index: the model's mask of the foreground} for foregrounds with a matte; {} without a model."""
     if predictor is None:
         return {}
     prompt, found = predictor.embed(["foreground"], [True]), {}
@@ -176,8 +177,8 @@ def measure(
 ) -> dict[str, Any]:
     """Return {kind: metrics of the masks before and after refinement} and write a grid per kind to WORKDIR/pictures.
 
-    Kinds of masks: "rough" is the matte above 0.5, alternately grown and shrunk by SLACK. "own" is the model's
-    foreground.
+    The kind "rough" is the matte thresholded at 0.5, then grown (records with even index) or shrunk (odd index) by
+    SLACK. The kind "own" is the foreground mask that `predictor` predicts, if there is one.
     """
 
     def rough(matte: Matte) -> np.ndarray:
@@ -205,7 +206,7 @@ def _finite(terms: dict[str, np.ndarray], step: int) -> dict[str, np.ndarray]:
 
 
 def _replace(folder: str, weights: Weights, about: dict) -> None:
-    """Replace the weights in a folder. The old ones stay until the new ones are complete."""
+    """Replace the weights in a folder. The old weights stay until the new weights are completely written."""
     new, old = f"{folder}.new", f"{folder}.old"
     if os.path.exists(old) and not os.path.exists(folder):  # a run was killed between the two renames below
         os.rename(old, folder)
@@ -219,7 +220,7 @@ def _replace(folder: str, weights: Weights, about: dict) -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Return a line for each data set and kind of mask, with the errors before -> after refinement.
+    """Return one line per data set and kind of mask, with the errors before -> after refinement.
 
     Units: SAD and Grad in thousands, MSE in thousandths.
     """
@@ -246,13 +247,13 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir",
         None,
-        f"Folder in which to write the folder '{FOLDER}', e.g. the workdir of a model. Required.",
+        f"Folder in which to write the folder '{FOLDER}', e.g. the workdir of a segmentation model. Required.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "checkpoint",
         None,
-        "Workdir of a trained model whose masks the refiner learns to correct, e.g. runs/lite. (default: none)",
+        "Workdir of a segmentation model whose masks the refiner learns to correct, e.g. runs/lite. (default: none)",
         flag_values=values,
     )
     flags.mark_flags_as_required(["config", "workdir"], values)

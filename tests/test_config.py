@@ -44,8 +44,8 @@ def test_the_variants_differ_in_numbers_only():
         ("model.text.tokenizer", "wordpiece", "words or clip"),
         ("model.text.name", "t5", "clip, bert, classes"),
         ("model.text.width", 65, "2 heads"),
-        ("data.templates", (), "hold"),
-        ("data.templates", ("a photo",), "hold"),
+        ("data.templates", (), "contain"),
+        ("data.templates", ("a photo",), "contain"),
         ("model.backbone.drop_path", 1.0, "below 1"),
         ("model.backbone.window", 0, "positive"),
         ("model.strides", (), "at least one stride"),
@@ -56,7 +56,13 @@ def test_the_variants_differ_in_numbers_only():
         ("data.max_prompts", 0, "positive"),
         ("data.scale_range", (2.0, 1.0), "smallest, largest"),
         ("data.color_jitter", 1.0, "below 1"),
-        ("data.max_corrupt_fraction", 1.5, "0 to 1"),
+        ("data.max_corrupt_fraction", 1.5, "at most 1"),
+        ("optimizer.learning_rate", float("nan"), "positive"),
+        ("optimizer.clip_norm", float("inf"), "positive"),
+        ("model.heads", 0, "positive"),
+        ("loss.mask", -1.0, "negative"),
+        ("denoising.label_noise", 7.0, "at most 1"),
+        ("matting.backbone.drop_path", 1.0, "below 1"),
         ("eval.scales", (), "at least one scale"),
         ("eval.sets", (dict(name="coco", split="val", tasks=("detection",)),), "unknown tasks"),
         ("matting.batch_size", 0, "positive"),
@@ -64,7 +70,7 @@ def test_the_variants_differ_in_numbers_only():
         ("matting.sets", (dict(name="mattes"),), "an entry must have the keys name, split"),
     ],
 )
-def test_a_field_that_cannot_be_is_named_with_its_mend(field, value, words):
+def test_the_message_about_a_wrong_value_names_the_field(field, value, words):
     config = recipe("sample")
     *parents, last = field.split(".")
     node = config
@@ -107,7 +113,7 @@ def test_a_table_of_classes_asks_for_no_expressions():
 def test_decoupled_queries_need_both_kinds():
     config = recipe("sample")
     config.model.update(queries="decoupled", num_conditional=0)
-    with pytest.raises(ValueError, match="learnable and conditional"):
+    with pytest.raises(ValueError, match="set num_learnable and num_conditional above 0"):
         recipes.check(config)
 
 

@@ -74,12 +74,14 @@ def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_
 
 def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
     theirs = get_config()
+    theirs.data.lattice_stride = 2
     monkeypatch.setattr("mqformer_jax.checkpoint.load_config", lambda path: theirs)
     config = recipe("things,runs/other", "finetune")
     recipes.check(config)
     assert (
         config.model == theirs.model
         and config.data.canvas == theirs.data.canvas
+        and config.data.lattice_stride == 2
         and config.init_from == ("runs/other",)
     )
 

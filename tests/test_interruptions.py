@@ -72,7 +72,7 @@ def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line_wherever_it_is(samp
         ("", "run"),
         ("parameters on 1 cpu device", "new"),
         ("", "run"),
-        ("images, 10.0% of the rows", "new"),
+        ("images, 10.0% of the training examples", "new"),
     ):
         run = Run(
             tmp_path / folder, sample_root, 1, 1, FOREVER, "--config.seed=1" if folder == "new" else "--config.seed=0"

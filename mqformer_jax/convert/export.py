@@ -15,14 +15,15 @@ from mqformer_jax.convert.files import read, write_safetensors
 from mqformer_jax.convert.rules import invert, leaves
 from mqformer_jax.models.tokenizer import TOKENIZER
 
-HEADER = "mqformer_jax"  # header entry that marks an exported file: JSON of config and tokenizer
+HEADER = "mqformer_jax"  # header entry that marks an exported file: config and tokenizer as JSON
 
 
 def export(source: str, output: str, like: str | None = None) -> int:
-    """Write our checkpoint folder `source` to a safetensors file and return the number of tensors.
+    """Write the checkpoint folder `source` of this project to a safetensors file, and return the number of tensors.
 
-    like: a checkpoint whose names and layout to use. If None, the names are our parameter paths, the header holds
-    config and tokenizer, and `restore` can read the file. Raises ValueError or OSError.
+    like: another project's checkpoint whose tensor names and layout to use. If None, the names are this project's
+    parameter paths, the header holds config and tokenizer, and `restore` can read the file. Raises ValueError if a
+    checkpoint is damaged or `like` has another model, and OSError if a file cannot be read or written.
     """
     weights = load_weights(source)
     values = {
@@ -34,7 +35,7 @@ def export(source: str, output: str, like: str | None = None) -> int:
         if absent := {entry.theirs for entry in plan.entries} - set(tensors):
             raise ValueError(
                 f"{source} lacks {len(absent)} tensors of {like} ({sorted(absent)[0]}, ...): "
-                "give --like a file of the same model."
+                "use a checkpoint of the same model for --like."
             )
         write_safetensors(output, tensors)
         return len(tensors)
@@ -47,14 +48,14 @@ def export(source: str, output: str, like: str | None = None) -> int:
 
 
 def is_ours(path: str) -> bool:
-    """Return whether `export` wrote this file with our names."""
+    """Return whether `export` wrote this file with this project's parameter names, not with other tensor names."""
     return _header(path) is not None
 
 
 def restore(source: str, output: str) -> int:
-    """Write a checkpoint folder from a file that `export` wrote with our names. Return the number of tensors.
+    """Write a checkpoint folder from a file for which `is_ours` is true, and return the number of tensors.
 
-    Raises ValueError or OSError.
+    Raises ValueError if the file is damaged, and OSError if the folder cannot be written.
     """
     check_output(output)
     header, tensors = _header(source), read(source)
@@ -64,7 +65,7 @@ def restore(source: str, output: str) -> int:
         place = (shapes[0] | shapes[1]).get(path)
         if place is None or place.shape != value.shape:
             raise ValueError(
-                f"{source}: {path} {value.shape} does not fit the model of the header: export the checkpoint again."
+                f"{source}: {path} {value.shape} does not fit the config in the file's header: export it again."
             )
     params, frozen = ({path: value for path, value in tensors.items() if path in part} for part in shapes)
     about = {"converted": [{"family": "mqformer", "file": os.path.basename(source)}]}

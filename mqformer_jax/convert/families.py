@@ -1,4 +1,4 @@
-"""All families of checkpoints that can be converted, and how to recognize them."""
+"""The families (kinds) of checkpoints that can be converted, and the function that finds a checkpoint's family."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
 def find_family(shapes: Shapes, name: str | None, source: str) -> Family:
-    """Return the family called `name`, or, if `name` is None, the first family that recognizes the tensors.
+    """Return the family called `name`. If `name` is None, return the first family that recognizes the tensors.
 
-    shapes: {tensor name: shape}. source: the checkpoint, for messages. Raises ValueError if there is no such family, or
-    if it does not recognize the tensors.
+    shapes: {tensor name: shape}. source: path of the checkpoint, for error messages. Raises ValueError if no family has
+    this name, or if the tensors do not belong to the family, or to any family.
     """
     likely = [family.name for family in FAMILIES.values() if family.recognizes(shapes)]
     if name is not None and name not in FAMILIES:
-        raise ValueError(f"--from {name}: families are {', '.join(FAMILIES)}.")
+        raise ValueError(f"--from {name}: unknown family; give one of {', '.join(FAMILIES)}.")
     if name is not None and name not in likely:
         found = (
             f"its tensors look like {likely[0]}" if likely else f"its first tensors are {', '.join(list(shapes)[:3])}"
         )
-        hint = f"use --from {likely[0]}" if likely else f"families are {', '.join(FAMILIES)}"
+        hint = f"use --from {likely[0]}" if likely else f"give a checkpoint of one of {', '.join(FAMILIES)}"
         raise ValueError(f"{source} is not a checkpoint of {FAMILIES[name].originals}: {found}; {hint}.")
     if not likely:
         raise ValueError(
             f"{source}: no known family has these {len(shapes)} tensors ({', '.join(list(shapes)[:3])}, ...); "
-            f"families are {', '.join(FAMILIES)}."
+            f"give a checkpoint of one of the families {', '.join(FAMILIES)}."
         )
     return FAMILIES[name or likely[0]]

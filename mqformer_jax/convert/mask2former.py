@@ -1,8 +1,9 @@
-"""Mask2Former (Cheng et al., CVPR 2022), original and Hugging Face's, as a warm start for MQ-Former.
+"""Convert checkpoints of Mask2Former (Cheng et al., CVPR 2022) to initial weights of MQ-Former.
 
-Backbone and pixel decoder convert exactly. So do these parts of the decoder: self-attention, FFN and norms of each
-layer, the mask head, and the content of the queries. The masked cross-attention and the classes, which are learned
-without text, have no counterpart in our model.
+The checkpoints have the tensor names of the original code or of Hugging Face. The backbone and the pixel decoder
+convert exactly. These parts of the decoder convert exactly too: the self-attention, FFN and norms of each layer, the
+mask head, and the content of the queries. The masked cross-attention and the class weights, which are learned without
+text, have no counterpart in MQ-Former.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ STRIDES, MASK_STRIDE = (8, 16, 32), 4
 POINTS = 4  # sampling points per head and level, in every released config
 LEVELS = len(STRIDES)
 LICENSE = "Mask2Former's model zoo is CC-BY-NC 4.0: no commercial use."
-NO_CROSS, NO_CLASS = "masked cross-attention: our decoder has deformable attention", "classes learned without text"
+NO_CROSS, NO_CLASS = "masked cross-attention: MQ-Former has deformable attention", "classes learned without text"
 IGNORED = {
     r"(transformer_cross_attention_layers\.\d+\.multihead_attn|layers\.\d+\.cross_attn)\.": NO_CROSS,
     r"(predictor|transformer_module)\.(level_embed|input_proj|input_projections)\.": NO_CROSS,
-    r"(query_embed|queries_embedder)\.": "query positions: ours come from anchors",
+    r"(query_embed|queries_embedder)\.": "query positions: MQ-Former computes them from anchors",
     r"(class_embed|class_predictor|^criterion)\.": NO_CLASS,
     r"encoder\.swin\.layernorm\.": "the classifier's norm",
-    r"num_batches_tracked$": "a counter of training",
-    r"relative_position_index$": "computed from the window",
+    r"num_batches_tracked$": "a training counter",
+    r"relative_position_index$": "computed from the window size",
 }
 
-# our name: (kind of layer, the original's name, Hugging Face's name)
+# path in the model: (function that returns the rules, the original's tensor name, Hugging Face's tensor name)
 ENCODER_LAYER = {
     "attention/value_proj": (linear, "self_attn.value_proj", "self_attn.value_proj"),
     "attention/output_proj": (linear, "self_attn.output_proj", "self_attn.output_proj"),
@@ -69,8 +70,9 @@ DECODER_LAYER = {  # {}: the layer's number
 class Names:
     """The tensor names of one kind of checkpoint (original or Hugging Face) that are not in the tables above.
 
-    column: the index of this kind's names in the rows of those tables. projection, lateral, merge: names of a
-    convolution and its GroupNorm.
+    column: the index of this kind's names in the rows of those tables. pixel: prefix of the next six names. predictor:
+    prefix of the last four names. projection, lateral, merge: names of a convolution and its GroupNorm. {}: the number
+    of a layer or level.
     """
 
     column: int
@@ -128,9 +130,9 @@ def pixel_decoder_entries(
 ) -> list[Entry]:
     """Return the conversion rules of the pixel decoder of Mask2Former, Mask DINO or OpenSeeD.
 
-    Mask DINO and OpenSeeD use the names of ORIGINAL. coarse_first: the checkpoint's levels run from coarse to fine.
-    Ours run from fine to coarse, so the rules then reverse the order of the levels in the projections, the level
-    embeddings, and the sampling offsets and attention weights of each head.
+    Mask DINO and OpenSeeD use the names of ORIGINAL. coarse_first: whether the checkpoint's levels run from coarse to
+    fine. The levels of this project's model run from fine to coarse. So if coarse_first is true, the rules reverse the
+    levels in the projections, the level embeddings, and the sampling offsets and attention weights of each head.
     """
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None
@@ -153,7 +155,7 @@ def pixel_decoder_entries(
 
 
 def decoder_entries(names: Names, width: int, layers: int) -> list[Entry]:
-    """Return the conversion rules of the parts that Mask2Former's decoder and heads share with ours."""
+    """Return the conversion rules of the parts that Mask2Former's decoder and heads share with MQ-Former's."""
     ours, theirs = "decoder/layers", names.predictor
     entries = [Entry("learnable/content", theirs + names.queries), *norm("heads/norm", theirs + names.decoder_norm)]
     for i in range(3):
@@ -178,7 +180,7 @@ def _conv_norm(ours: str, prefix: str, theirs: tuple[str, str] | list[str], bias
 
 
 def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[Entry]:
-    """Return the conversion rules of the backbone, after setting its fields in `config`.
+    """Set the fields of the backbone in `config`, and return the conversion rules of the backbone.
 
     Raises ValueError if the backbone is missing or unsupported.
     """
@@ -198,13 +200,14 @@ def backbone_entries(config: ConfigDict, shapes: Shapes, prefix: str) -> list[En
             depth = resnet.depth_of(shapes, prefix + bottleneck)
             ours.name = f"resnet{depth}"
             return make("backbone", prefix, depth)
-    raise ValueError(f"{prefix}*: this backbone is neither a ResNet nor a Swin, the two that can be converted.")
+    raise ValueError(f"{prefix}*: this backbone is neither a ResNet nor a Swin; only these two can be converted.")
 
 
 def _plan(shapes: Shapes, names: Names) -> Plan:
     """Return the conversion plan of a checkpoint with these names.
 
-    All sizes come from tensor shapes. The number of heads does too, because each head samples four points per level.
+    All sizes come from tensor names and shapes. Each attention head samples POINTS points per level, so the number of
+    sampled points shows the number of heads.
     """
     pixel, predictor, column = names.pixel, names.predictor, names.column
     sides = lambda key: shape_of(shapes, key, 2)
@@ -240,7 +243,7 @@ def _plan(shapes: Shapes, names: Names) -> Plan:
 
 
 def _original(shapes: Shapes) -> Names:
-    """Return the tensor names of the original code, whose first checkpoints have static_query instead of query_feat."""
+    """Return the tensor names of the original code. Its first checkpoints have static_query instead of query_feat."""
     old = f"{ORIGINAL.predictor}static_query.weight" in shapes
     return dataclasses.replace(ORIGINAL, queries="static_query.weight") if old else ORIGINAL
 
@@ -255,14 +258,14 @@ def _hugging_face(shapes: Shapes) -> Names:
 FAMILIES = (
     Family(
         "mask2former",
-        "Mask2Former's model zoo (ResNet-50 and -101, Swin-T/S/B/L), as a warm start",
+        "Mask2Former's model zoo (ResNet-50 and -101, Swin-T/S/B/L), as initial weights for training",
         lambda shapes: "sem_seg_head.predictor.transformer_cross_attention_layers.0.norm.weight" in shapes,
         lambda shapes: _plan(shapes, _original(shapes)),
         LICENSE,
     ),
     Family(
         "hf_mask2former",
-        "Hugging Face's Mask2FormerForUniversalSegmentation and Mask2FormerModel, as a warm start",
+        "Hugging Face's Mask2FormerForUniversalSegmentation and Mask2FormerModel, as initial weights for training",
         lambda shapes: (
             any(f"{root}transformer_module.queries_features.weight" in shapes for root in ("", "model."))
             and any("decoder.layers.0.cross_attn.in_proj_weight" in key for key in shapes)

@@ -1,7 +1,8 @@
-"""Mask DINO's checkpoints (detectron2 names), and conversion rules shared with OpenSeeD.
+"""Convert Mask DINO's checkpoints, which have detectron2's tensor names. OpenSeeD uses some of the conversion rules.
 
-Mask DINO's classes have their own weights and no texts. Each class becomes one row of a `ClassTable`: [weight, bias,
-denoising label]. The class head reads the first two parts and the denoising queries the third, so that nothing is lost.
+Mask DINO learns weights for each class, and has no text encoder. Each class becomes one row of a `ClassTable`: [weight,
+bias, denoising label]. The class head uses the weight and the bias, and the denoising queries use the label, so that no
+weights are lost.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def attention_entries(ours: str, theirs: str, index: int) -> list[Entry]:
 
 
 def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
-    """Return the conversion rules of the decoder and the heads, without the classes, of Mask DINO and OpenSeeD.
+    """Return the conversion rules of Mask DINO's or OpenSeeD's decoder and heads, except the class head.
 
     theirs: prefix of the tensor names. depth: number of layers.
     """
@@ -57,15 +58,15 @@ def decoder_entries(theirs: str, depth: int, width: int) -> list[Entry]:
 
 
 def proposal_entries(theirs: str) -> list[Entry]:
-    """Return the conversion rules for the tensors of the two-stage module, which selects the conditional queries."""
+    """Return the conversion rules of the two-stage module, which selects the conditional queries."""
     return linear("conditional/proj", f"{theirs}enc_output") + norm("conditional/norm", f"{theirs}enc_output_norm")
 
 
 def class_entries(theirs: str, width: int) -> tuple[list[Entry], dict[str, np.ndarray]]:
     """Return the conversion rules that pack the class weights into a ClassTable, and {path: value} of constant weights.
 
-    theirs: prefix of the tensor names. The constant weights let the class head and the denoising queries select their
-    parts of a row of the table.
+    theirs: prefix of the tensor names. With the constant weights, the class head and the denoising queries each select
+    their own part of a row of the table.
     """
     table, third = "text_encoder/rows", (width + 1, 2 * width + 1)
     entries = [
@@ -106,30 +107,33 @@ def sizes(shapes: Shapes) -> dict[str, int]:
 def strides(shapes: Shapes, levels: int) -> tuple[int, ...]:
     """Return the strides of the feature levels, from fine to coarse.
 
-    Levels with a 1x1 projection read the backbone's features, up to stride 32. Each 3x3 projection adds a coarser
-    level.
+    Levels with a 1x1 projection are features of the backbone, the coarsest at stride 32. Each 3x3 projection adds a
+    level with twice the stride.
     """
     read = sum(shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[-1] == 1 for i in range(levels))
     return tuple(64 >> read << i for i in range(levels))
 
 
 def head_plan(shapes: Shapes) -> Plan:
-    """Return the conversion plan of a checkpoint, except for its backbone. Raises ValueError."""
+    """Return the conversion plan of a checkpoint, except for its backbone.
+
+    Raises ValueError if a tensor is missing, or if the class head is a softmax.
+    """
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
     classes, width = shape_of(shapes, f"{PREDICTOR}class_embed.weight", 2)[0], model.width
     if shape_of(shapes, f"{PREDICTOR}label_enc.weight", 2)[0] != classes:
         raise ValueError(
-            f'{PREDICTOR}class_embed.weight has a row for "nothing": '
-            "a model with a softmax over classes (SEMANTIC_CE_LOSS) cannot be converted."
+            f'{PREDICTOR}class_embed.weight has a row for "no object": a model with a softmax over classes '
+            "(SEMANTIC_CE_LOSS) cannot be converted; give a model that was trained without this option."
         )
     sides = [shape_of(shapes, f"{PIXEL}input_proj.{i}.0.weight", 4)[1] for i in (0, levels - 1)]
-    reverse = sides[0] > sides[1]  # high2low: the widest feature, which is the coarsest, comes first
+    reverse = sides[0] > sides[1]  # high2low: the coarsest feature, which has the most channels, comes first
     model.update(
         strides=strides(shapes, levels), level_order="fine_to_coarse" if reverse else "coarse_to_fine",
         interaction="none", score="dot", region_embedding=False,
-        # the file does not hold this value: take that of the released recipes; `--set` can change it
+        # the file does not hold this value: use the one of Mask DINO's released configs; `--set` can change it
         initialize_box_type={80: "mask2box" if levels == 4 else "bitmask"}.get(classes, "no"),
     )  # fmt: skip
     model.text.update(
@@ -158,7 +162,7 @@ def plan(shapes: Shapes) -> Plan:
 
 FAMILY = Family(
     "maskdino",
-    "Mask DINO with R50 or Swin (detectron2 names)",
+    "Mask DINO with a ResNet-50 or Swin backbone (detectron2 names)",
     lambda shapes: f"{PREDICTOR}label_enc.weight" in shapes and f"{PREDICTOR}class_embed.bias" in shapes,
     plan,
 )

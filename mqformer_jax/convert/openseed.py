@@ -1,11 +1,11 @@
-"""OpenSeeD (Zhang et al., ICCV 2023): Mask DINO with texts as classes, and with the two kinds of queries of MQ-Former.
+"""Convert OpenSeeD (Zhang et al., ICCV 2023), which is Mask DINO with texts as classes.
 
-OpenSeeD has two decoders. The plain one has only conditional queries. The decoupled one, recognized by `query_feat`,
-also has learned queries. All queries attend to each other, but training matches learned queries with stuff and
-conditional queries with things (`model.queries = "decoupled"`).
+OpenSeeD exists with two decoders. The plain decoder has only conditional queries. The decoupled decoder, recognized by
+`query_feat`, also has learnable queries. All queries attend to each other, but training matches learnable queries with
+stuff and conditional queries with things (`model.queries = "decoupled"`).
 
-In our model, unlike in the original, the learned queries come before the conditional ones, which permutes the
-predictions, and the decoder's gradient reaches the learned queries.
+The converted model differs from the original in two ways. Learnable queries come before conditional queries, which
+permutes the predictions. And the gradient of the decoder reaches the learnable queries.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ LANGUAGE = f"{PREDICTOR}lang_encoder."
 TOWER = f"{LANGUAGE}lang_encoder."
 IGNORED = {
     r"(^|\.)criterion\w*\.empty_weight$": "a constant of the loss",
-    r"\.relative_position_index$": "computed from the window",
-    # only in files of the text encoder alone
-    r"\.lang_encoder\.logit_scale$": "the heads learn their own",
+    r"\.relative_position_index$": "computed from the window size",
+    # only in files that hold the text encoder alone
+    r"\.lang_encoder\.logit_scale$": "MQ-Former's class head learns a new scale",
 }
 
 
 def head_entries(learned: bool) -> list[Entry]:
     """Return the conversion rules of OpenSeeD's classes and queries, which differ from Mask DINO's.
 
-    learned: whether the decoder has learned queries. The checkpoint stores `class_embed` and `lang_mapper` as [in,
-    out], like our kernels, so they are not transposed.
+    learned: whether the decoder has learnable queries. The checkpoint stores `class_embed` and `lang_mapper` as [in,
+    out], like this project's kernels, so they are not transposed.
     """
     entries = [
         Entry("heads/class_embed/kernel", f"{PREDICTOR}class_embed"),
@@ -50,7 +50,10 @@ def head_entries(learned: bool) -> list[Entry]:
 
 
 def _model_plan(shapes: Shapes) -> Plan:
-    """Return the conversion plan of the complete model. shapes: by tensor names without the prefix "model."."""
+    """Return the conversion plan of the complete model.
+
+    shapes: {tensor name without the prefix "model.": shape}.
+    """
     config, known = base(), sizes(shapes)
     model, levels = config.model, known.pop("levels")
     model.update(known)
@@ -80,13 +83,13 @@ def _model_plan(shapes: Shapes) -> Plan:
 
 
 def _text_plan(shapes: Shapes) -> Plan:
-    """Return the conversion plan of the text encoder alone. shapes: by tensor names without the prefix "model."."""
+    """Return the conversion plan of the text encoder alone. shapes: see `_model_plan`."""
     config = base()
     return Plan(config, "text_encoder", _text_entries(config.model.text, shapes), ignored=IGNORED)
 
 
 def _text_entries(text: ConfigDict, shapes: Shapes) -> list[Entry]:
-    """Return the conversion rules of the text encoder, after setting its sizes in `text`."""
+    """Set the sizes of the text encoder in its config `text`, and return the conversion rules of the text encoder."""
     layers, projection = count(shapes, f"{TOWER}resblocks.{{}}."), f"{LANGUAGE}lang_proj"
     embed_dim = shape_of(shapes, projection, 2)[1]
     set_sizes(text, shapes, f"{TOWER}token_embedding.weight", f"{TOWER}positional_embedding", layers, embed_dim)
@@ -111,6 +114,6 @@ def _family(name: str, originals: str, whole: bool) -> Family:
 
 
 FAMILIES = (
-    _family("openseed", "OpenSeeD with Swin, plain and decoupled", whole=True),
-    _family("openseed_text", "OpenSeeD's text encoder alone", whole=False),
+    _family("openseed", "OpenSeeD with a Swin backbone and the plain or decoupled decoder", whole=True),
+    _family("openseed_text", "the text encoder of OpenSeeD alone", whole=False),
 )

@@ -1,4 +1,4 @@
-"""The report of a conversion, which lists every tensor by name."""
+"""The report of a conversion, with the names of all tensors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import dataclasses
 class Report:
     """The names of all tensors, grouped by the result of their conversion.
 
-    loaded: copied unchanged. reshaped: transposed, split, packed or stacked. missing: our parameters that no tensor
-    filled. unused: the checkpoint's tensors that no rule read. mismatched: shapes that do not fit, or copies of one
-    tensor that differ. ignored: the checkpoint's tensors without a counterpart in our model, with the reason.
+    loaded: tensors that were copied unchanged. reshaped: tensors that were transposed, split, packed or stacked.
+    missing: parameters of the model that the checkpoint did not fill completely. unused: tensors that no conversion
+    rule read. mismatched: tensors whose shape does not fit, or that should equal another tensor but differ.
+    ignored: tensors that are known to have no counterpart in the model, with the reason.
     """
 
     loaded: list[str] = dataclasses.field(default_factory=list)
@@ -23,7 +24,7 @@ class Report:
 
     @property
     def complete(self) -> bool:
-        """Whether every parameter is filled, every tensor is used or ignored, and nothing is mismatched."""
+        """Return whether every parameter is filled, every tensor is used or ignored, and nothing is mismatched."""
         return not (self.missing or self.unused or self.mismatched)
 
     def table(self, longest: int = 0) -> str:

@@ -1,7 +1,8 @@
-"""ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2: three naming schemes for the same tensors.
+"""Convert ResNet-50 and -101 of torchvision, timm, Hugging Face and detectron2.
 
-Weights do not show which convolution of a block has stride 2. In all three schemes it is the 3x3 convolution
-(`stride_in_1x1=False`). Only in Microsoft's first weights, detectron2's "MSRA/R-50.pkl", is it the 1x1 convolution.
+There are three naming schemes for the same tensors: torchvision and timm share one. Weights do not show which
+convolution of a block has stride 2. In all three schemes, it is the 3x3 convolution (`stride_in_1x1=False`). In
+Microsoft's first weights (detectron2's "MSRA/R-50.pkl"), it is the 1x1 convolution. They cannot be converted.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from mqformer_jax import config as recipe
 from mqformer_jax.convert.rules import Entry, Family, Plan, Shapes, batch_norm, conv, is_model, prefix_of
 from mqformer_jax.models.resnet import BLOCKS
 
-# the last convolution of every bottleneck; {} are stage and block
+# weights of the last convolution of a bottleneck block; {} are the numbers of its stage and block
 TORCHVISION = "layer{}.{}.conv3.weight"
 HUGGING_FACE = "encoder.stages.{}.layers.{}.layer.2.convolution.weight"
 DETECTRON2 = "res{}.{}.conv3.weight"
-MSRA = {"conv1_w", "res2_0_branch2a_w"}  # keys of Microsoft's first weights
+MSRA = {"conv1_w", "res2_0_branch2a_w"}  # names in Microsoft's first weights
 IGNORED = {
-    r"num_batches_tracked$": "a counter of training",
-    r"(^|\.)(fc|classifier\.1)\.": "the classifier of ImageNet",
+    r"num_batches_tracked$": "a training counter",
+    r"(^|\.)(fc|classifier\.1)\.": "the ImageNet classifier",
 }
 
 
 def torchvision_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
-    """Return the conversion rules of the backbone at path `ours` for torchvision and timm.
+    """Return the conversion rules for the ResNets of torchvision and timm.
 
-    theirs: prefix of the tensor names, e.g. "" or "backbone.". depth: 50 or 101.
+    ours: path of the backbone in the model. theirs: prefix of the tensor names, e.g. "" or "backbone.". depth: 50 or
+    101.
     """
 
     def part(stage: int, block: int, name: str) -> tuple[str, str]:
@@ -68,9 +70,9 @@ def detectron2_entries(ours: str, theirs: str, depth: int) -> list[Entry]:
 
 
 def depth_of(shapes: Shapes, bottleneck: str) -> int:
-    """Return the depth, 50 or 101, from the number of blocks per stage. Raises ValueError for other depths.
+    """Return the depth of a ResNet, 50 or 101, from its number of blocks per stage. Raises ValueError for other depths.
 
-    bottleneck: name of a tensor that every block has, with {} for the numbers of stage and block.
+    bottleneck: name of a tensor that every block has, with {} for the numbers of the stage and the block.
     """
     pattern = re.compile(re.escape(bottleneck).replace(r"\{\}", r"(\d+)"))
     found = [(int(match[1]), int(match[2])) for key in shapes if (match := pattern.fullmatch(key))]
@@ -91,10 +93,11 @@ def depth_of(shapes: Shapes, bottleneck: str) -> int:
 def _entries(
     ours: str, depth: int, stem: tuple[str, str], part: Callable[[int, int, str], tuple[str, str]]
 ) -> list[Entry]:
-    """Return the conversion rules of a ResNet at path `ours`.
+    """Return the conversion rules of a ResNet.
 
-    stem: names of the stem's convolution and norm. part(stage, block, name): returns the names of a convolution
-    ("conv1" to "conv3", or "shortcut") and of its norm.
+    ours, depth: see `torchvision_entries`. stem: tensor names of the stem's convolution and norm. part: a function that
+    returns the tensor names of a convolution and its norm for a stage, a block and a name ("conv1" to "conv3", or
+    "shortcut"). Stages and blocks are counted from 0.
     """
     entries = _conv_norm(f"{ours}/stem", stem)
     for stage, blocks in enumerate(BLOCKS[depth]):
@@ -115,9 +118,9 @@ def _family(
 ) -> Family:
     """Return the family of ResNet checkpoints with one naming scheme.
 
-    make: returns the conversion rules. bottleneck: see `depth_of`. keys: names of tensors that identify the scheme. All
-    must exist with the same prefix, which may be empty. Only one tensor name of a checkpoint may end in the first key,
-    since this name determines the prefix.
+    make: returns the conversion rules. bottleneck: see `depth_of`. keys: names of tensors that identify the scheme. A
+    checkpoint must have all of them with the same prefix, which may be empty. Only one of its tensor names may end in
+    the first key, because this name determines the prefix.
     """
 
     def recognizes(shapes: Shapes) -> bool:
@@ -128,8 +131,8 @@ def _family(
     def plan(shapes: Shapes) -> Plan:
         if MSRA <= shapes.keys():
             raise ValueError(
-                "conv1_w: Microsoft's Caffe2 weights expect BGR pixels of another scale; "
-                "use detectron2's torchvision/R-50.pkl or R-101.pkl."
+                "conv1_w: these are Microsoft's Caffe2 weights, which expect BGR pixels of another scale; "
+                "use detectron2's torchvision/R-50.pkl or R-101.pkl instead."
             )
         prefix = prefix_of(shapes, *keys) or ""
         depth = depth_of(shapes, prefix + bottleneck)

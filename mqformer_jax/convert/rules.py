@@ -1,8 +1,9 @@
-"""Convert the tensors of another project's checkpoint to ours, by a list of conversion rules (`Entry`).
+"""Convert the tensors of another project's checkpoint to parameters of this project's model.
 
-Each family of checkpoints has a module, which reads the names and shapes of a checkpoint and returns a `Plan`. With
-this plan, `apply` converts the checkpoint's tensors to our parameters, and `invert` converts them back exactly.
-"ours" are names in our model, "theirs" are names in the checkpoint.
+Each family of checkpoints has a module. From the names and shapes of a checkpoint's tensors, it makes a `Plan` with a
+list of conversion rules (`Entry`). With this plan, `apply` converts the tensors to parameters, and `invert` converts
+the parameters back exactly. In arguments, "ours" means parameter paths of the model, and "theirs" means tensor names in
+the checkpoint.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mqformer_jax.parallel.rules import path_name
 Shapes = Mapping[str, tuple[int, ...]]
 Tensors = Mapping[str, np.ndarray]
 
-# name: (theirs -> ours, ours -> theirs)
+# name: (function from the checkpoint's layout to the model's layout, its inverse)
 LAYOUTS: dict[str, tuple[Callable, Callable]] = {
     "same": (lambda x: x, lambda x: x),
     "linear": (lambda x: x.T, lambda x: x.T),  # [out, in] -> [in, out]
@@ -37,16 +38,16 @@ LAYOUTS: dict[str, tuple[Callable, Callable]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A rule that converts a tensor of the checkpoint (or a slice) to one of our parameters (or a slice).
+    """A rule that converts a tensor of the checkpoint, or a slice of it, to a parameter of the model, or a slice of it.
 
-    ours: path of our parameter ("backbone/stem/conv/kernel").
-    theirs: name of the checkpoint's tensor.
+    ours: path of the parameter ("backbone/stem/conv/kernel").
+    theirs: name of the tensor.
     layout: key of LAYOUTS.
-    index: index on the first axis of our parameter, if the parameter stacks several layers.
-    take: rows [start, stop) of the checkpoint's tensor, if that tensor packs several (q, k, v).
-    into: columns [start, stop) on the last axis of our parameter, if the parameter packs several tensors.
-    order: permutation of the first axis of the checkpoint's tensor, e.g. `reversed_levels`.
-    If two rules fill the same elements of our parameter, their tensors must be equal.
+    index: index on the first axis of the parameter, if the parameter stacks several layers.
+    take: rows [start, stop) of the tensor, if the tensor packs several parameters (q, k, v).
+    into: columns [start, stop) on the last axis of the parameter, if the parameter packs several tensors.
+    order: permutation of the first axis of the tensor, e.g. `reversed_levels`.
+    If two rules fill the same elements of a parameter, their tensors must be equal.
     """
 
     ours: str
@@ -60,12 +61,12 @@ class Entry:
 
 @dataclasses.dataclass
 class Plan:
-    """How to convert one checkpoint.
+    """A plan for the conversion of one checkpoint.
 
-    config: a complete recipe (`config.base()`) whose `model` fits the checkpoint. part: the subtree of our parameters
-    that the checkpoint fills: "backbone", "text_encoder", or "" for the whole model. constants: {path: value} of
-    our parameters that have no counterpart in the checkpoint. ignored: {regex of tensor names in the checkpoint: why
-    our model has no counterpart}.
+    config: a complete recipe (`config.base()`) whose `model` fits the checkpoint. part: the part of the model that the
+    checkpoint fills: "backbone", "text_encoder", or "" for the whole model. constants: {path: value} of parameters that
+    have no counterpart in the checkpoint. ignored: {regex of tensor names: reason why these tensors have no counterpart
+    in the model}.
     """
 
     config: ConfigDict
@@ -95,27 +96,29 @@ def shape_of(shapes: Shapes, key: str, ndim: int) -> tuple[int, ...]:
     shape = shapes.get(key)
     if shape is None or len(shape) != ndim:
         found = "is missing" if shape is None else f"has shape {tuple(shape)}"
-        raise ValueError(f"{key} {found}: it should have {ndim} dimension{'s' * (ndim > 1)}; is the file complete?")
+        raise ValueError(
+            f"{key} {found}: a tensor with {ndim} dimension{'s' * (ndim > 1)} is expected; give the complete file."
+        )
     return tuple(shape)
 
 
 def count(shapes: Shapes, pattern: str) -> int:
-    """Return the number of layers in a checkpoint. Raises ValueError if there is no layer, or a layer is missing.
+    """Return the number of layers in a checkpoint. Raises ValueError if it is 0, or if the layer numbers have a gap.
 
-    pattern: prefix of a layer's tensor names, with {} for the layer's number, counted from 0.
+    pattern: prefix of the tensor names of a layer, with {} for the layer's number, counted from 0.
     """
     layer = re.compile(re.escape(pattern).replace(r"\{\}", r"(\d+)"))
     found = {int(match[1]) for key in shapes if (match := layer.match(key))}
     absent = next(i for i in range(len(found) + 1) if i not in found)
     if absent < max(len(found), 1):
         raise ValueError(
-            f"{pattern.replace('{}', str(absent))}* is missing: layers are numbered from 0 on; is the file complete?"
+            f"{pattern.replace('{}', str(absent))}* is missing: layers are numbered from 0; give the complete file."
         )
     return len(found)
 
 
 def prefix_of(shapes: Shapes, name: str, *others: str) -> str | None:
-    """Return the prefix of `name` in a checkpoint, e.g. "model." if the checkpoint has "model.conv1" for "conv1".
+    """Return the prefix of `name` in a checkpoint, e.g. "model." if `name` is "conv1" and a tensor is "model.conv1".
 
     Return None if no tensor name ends in `name`, or if one of `others` does not exist with the same prefix.
     """
@@ -144,7 +147,7 @@ def conv(ours: str, theirs: str, index: int | None = None, bias: bool = False) -
 
 
 def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """Return the conversion rules of a LayerNorm or GroupNorm: ours/scale and ours/bias."""
+    """Return the conversion rules of a layer or group norm: theirs.weight to ours/scale, theirs.bias to ours/bias."""
     return [
         Entry(f"{ours}/scale", f"{theirs}.weight", "same", index),
         Entry(f"{ours}/bias", f"{theirs}.bias", "same", index),
@@ -152,13 +155,19 @@ def norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
 
 
 def batch_norm(ours: str, theirs: str, index: int | None = None) -> list[Entry]:
-    """Return the conversion rules of a frozen BatchNorm: ours/scale, bias, mean, var."""
+    """Return the conversion rules of a frozen BatchNorm.
+
+    theirs.weight, bias, running_mean and running_var become ours/scale, bias, mean and var.
+    """
     names = dict(scale="weight", bias="bias", mean="running_mean", var="running_var")
     return [Entry(f"{ours}/{mine}", f"{theirs}.{name}", "same", index) for mine, name in names.items()]
 
 
 def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = None) -> list[Entry]:
-    """Return the conversion rules that split torch's in_proj_weight and in_proj_bias, [q; k; v], into three layers."""
+    """Return the conversion rules that split torch's in_proj_weight and in_proj_bias, [q; k; v], into three layers.
+
+    ours: paths of the layers. theirs: prefix of the two names, which ends in "in_proj_". width: rows of each part.
+    """
     entries = []
     for k, name in enumerate(ours):
         rows = (k * width, (k + 1) * width)
@@ -168,7 +177,10 @@ def packed(ours: Sequence[str], theirs: str, width: int, index: int | None = Non
 
 
 def packing(ours: str, theirs: Sequence[str], width: int, index: int | None = None) -> list[Entry]:
-    """Return the conversion rules that pack separate q, k, v dense layers into one."""
+    """Return the conversion rules that pack separate dense layers for q, k and v into one layer.
+
+    width: output channels of each separate layer.
+    """
     entries = []
     for k, name in enumerate(theirs):
         columns = (k * width, (k + 1) * width)
@@ -190,8 +202,8 @@ def apply(
 ) -> tuple[dict[str, np.ndarray], Report]:
     """Convert a checkpoint's tensors. Return {path: value} of the completely filled parameters, and a report.
 
-    ours: shapes of the parameters in the plan's part, by path (`leaves`). Tensors that contain NaN or
-    infinity are converted too, with a warning.
+    ours: {path: shape and type} of the parameters in the plan's part. Tensors that contain NaN or infinity are also
+    converted, with a warning.
     """
     report, values, filled = Report(), {}, {}
     read, odd = set(), {}
@@ -233,11 +245,11 @@ def apply(
 
 
 def invert(plan: Plan, values: Mapping[str, Array], shapes: Shapes | None = None) -> dict[str, np.ndarray]:
-    """Convert our parameters back exactly. Return {name: tensor} of the checkpoint, in float32.
+    """Convert parameters of the model back to the tensors of the checkpoint, exactly. Return {name: tensor} in float32.
 
-    A tensor is left out if `values` lacks a parameter that holds a part of it. shapes: the tensor shapes of the plan's
-    checkpoint, to check that its layout can hold `values`. Raises ValueError if parameters have other shapes than the
-    plan fills, or if constants changed.
+    values: {path: parameter}. A tensor is left out if a parameter that holds a part of it is missing. shapes: {name:
+    shape} of the checkpoint's tensors, for a check that these can hold `values`. Raises ValueError if a parameter does
+    not have the shape that the plan fills, or if a constant of the plan has changed.
     """
     if shapes is not None:
         _check_expressible(plan, values, shapes)
@@ -261,12 +273,12 @@ def _inverted(value: Array, entry: Entry) -> Array:
     except (IndexError, ValueError) as e:
         raise ValueError(
             f"{entry.ours} {value.shape} has no {_name(entry)} for {entry.theirs}: "
-            "give --like a file of the same model."
+            "use a checkpoint of the same model for --like."
         ) from e
 
 
 def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) -> None:
-    """Raise ValueError unless parameters have the shapes that the plan fills, and constants are unchanged."""
+    """Raise ValueError if a parameter does not have the shape that the plan fills, or a constant has changed."""
     for path, constant in plan.constants.items():
         if path in values and not np.array_equal(values[path], constant.astype(np.float32)):
             raise ValueError(
@@ -287,12 +299,12 @@ def _check_expressible(plan: Plan, values: Mapping[str, Array], shapes: Shapes) 
         if values[entry.ours].shape != shape:
             raise ValueError(
                 f"{entry.ours} has shape {values[entry.ours].shape}, "
-                f"but {entry.theirs} needs {shape}: give --like a file of the same model."
+                f"but {entry.theirs} needs {shape}: use a checkpoint of the same model for --like."
             )
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Return {path: leaf} of a pytree, with paths like "backbone/stem/conv/kernel"."""
+    """Return {path: leaf} of a pytree, with paths such as "backbone/stem/conv/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 

@@ -1,6 +1,6 @@
 """Convert Swin Transformers with the tensor names of Microsoft or Hugging Face.
 
-timm and detection code use Microsoft's names. Hugging Face's names differ between models in memory and files on disk.
+timm and detection projects use Microsoft's names. Hugging Face's names in files differ from those of a loaded model.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from mqformer_jax.models.swin import SIZES, Size
 class Names:
     """The tensor names of a Swin in one kind of checkpoint.
 
-    block, merge, norm: patterns with {} for the number of the stage and, in `block`, of the block. norm: the norm of an
-    output feature. qkv: one packed layer, or three layers. norm1 and the fields after it are relative to a block.
+    block: prefix of a block's names, with {} for the numbers of the stage and the block. merge, norm: names of the
+    patch merge and of the norm of an output feature, with {} for the number of the stage. norm1 and all later fields
+    follow the prefix `block`. qkv: one packed layer, or three layers.
     """
 
     embed: str
@@ -49,7 +50,7 @@ class Names:
 
     @property
     def first_table(self) -> str:
-        """The name of the first block's position table, which identifies this kind of checkpoint."""
+        """Return the name of the first block's position bias table, which identifies this kind of checkpoint."""
         return self.block.format(0, 0) + self.table
 
 
@@ -92,7 +93,7 @@ HUGGING_FACE_ON_DISK = dataclasses.replace(
 KINDS = {"swin": (MICROSOFT,), "hf_swin": (HUGGING_FACE, HUGGING_FACE_ON_DISK)}
 
 IGNORED = {
-    r"relative_position_index$": "computed from the window",
+    r"relative_position_index$": "computed from the window size",
     r"attn_mask$": "computed from the image's size",
     r"(^|\.)(norm|layernorm)\.(weight|bias)$": (
         "the classifier's norm; features have their own norms, initially with scale 1 and bias 0"
@@ -103,7 +104,10 @@ IGNORED = {
 
 
 def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
-    """Return size ("t", "s", "b" or "l") and window of the Swin at `prefix`. Raises ValueError for other sizes."""
+    """Return the size ("t", "s", "b" or "l") and the window side of a Swin. Raises ValueError for other sizes.
+
+    prefix: prefix of the Swin's tensor names, e.g. "backbone.".
+    """
     _, root = _kind(shapes, prefix)
     size, window = _size(shapes, prefix)
     name = next((name for name, known in SIZES.items() if known == size), None)
@@ -111,20 +115,20 @@ def sizes_of(shapes: Shapes, prefix: str = "") -> tuple[str, int]:
         known = "; ".join(f"{name}: {size.width}, {size.depths}" for name, size in SIZES.items())
         raise ValueError(
             f"{root or 'the file'}: a Swin of width {size.width} and depths {size.depths} cannot be converted; "
-            f"widths and depths that can are {known}."
+            f"the supported widths and depths are {known}."
         )
     return name, window
 
 
 def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
-    """Return the conversion rules of our "backbone" for the Swin at `prefix`, e.g. "" or "backbone.".
+    """Return the conversion rules of a Swin backbone.
 
-    The tensor names determine the kind of checkpoint. Output norms are included if the checkpoint has them (see
-    `absent_norms`).
+    prefix: prefix of the Swin's tensor names, e.g. "" or "backbone.". The tensor names determine the naming scheme.
+    Output norms are included if the checkpoint has them (see `absent_norms`).
     """
     names, root = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
-    # timm merges before a stage, the others after it
+    # the patch merge belongs to the stage after it in timm, to the stage before it elsewhere
     timm = int(f"{root}{names.merge.format(3)}reduction.weight" in shapes)
     found = conv("backbone/embed", root + names.embed, bias=True) + norm("backbone/embed/norm", root + names.embed_norm)
     for stage, depth in enumerate(size.depths):
@@ -142,7 +146,10 @@ def entries(shapes: Shapes, prefix: str = "") -> list[Entry]:
 
 
 def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
-    """Return {path: value} (scale 1, bias 0) for output norms that the checkpoint lacks, e.g. as a classifier."""
+    """Return {path: value} of the output norms that the checkpoint lacks, with scale 1 and bias 0.
+
+    For example, classifiers have no output norms.
+    """
     names, _ = _kind(shapes, prefix)
     size, _ = _size(shapes, prefix)
     absent = [stage for stage in range(4) if _norm(names, prefix, stage) + ".weight" not in shapes]
@@ -154,7 +161,8 @@ def absent_norms(shapes: Shapes, prefix: str = "") -> dict[str, np.ndarray]:
 def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[Entry]:
     """Return the conversion rules of one block.
 
-    Our parameters stack the plain and the shifted blocks of a stage. pair: index of this block in its stack.
+    The model stacks the parameters of the plain blocks of a stage, and those of its shifted blocks. pair: index of this
+    block in its stack.
     """
     qkv = [theirs + name for name in names.qkv]
     found = linear(f"{ours}/qkv", qkv[0], pair) if len(qkv) == 1 else packing(f"{ours}/qkv", qkv, width, pair)
@@ -168,16 +176,16 @@ def _block(ours: str, theirs: str, names: Names, width: int, pair: int) -> list[
 def _norm(names: Names, prefix: str, stage: int) -> str:
     """Return the name of the output norm of a stage, e.g. "norm0" or "hidden_states_norms.stage1".
 
-    stage: counted from 0; Hugging Face's names count from 1. prefix: that of the whole Swin, without a final "swin.",
-    which the names of these norms do not contain.
+    stage: counted from 0; Hugging Face's names count from 1. prefix: prefix of the Swin's tensor names without a final
+    "swin.", because the names of the output norms do not contain it.
     """
     return prefix + names.norm.format(stage + (names is not MICROSOFT))
 
 
 def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
-    """Return the naming scheme of a Swin, and the prefix of its names: `prefix` or `prefix` + "swin.".
+    """Return the naming scheme of a Swin, and the full prefix of its tensor names: `prefix` or `prefix` + "swin.".
 
-    Raises ValueError if no scheme fits.
+    Raises ValueError if the first block has none of the known names.
     """
     for names in (MICROSOFT, HUGGING_FACE, HUGGING_FACE_ON_DISK):
         for root in (prefix, f"{prefix}swin."):
@@ -189,9 +197,10 @@ def _kind(shapes: Shapes, prefix: str) -> tuple[Names, str]:
 
 
 def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
-    """Return the size and the window. Tensor shapes give the width and the window, tensor names the depths.
+    """Return the size of a Swin and the side of its windows.
 
-    Raises ValueError.
+    The width and the window come from tensor shapes, the depths from tensor names. Raises ValueError if a tensor is
+    missing or has an impossible shape.
     """
     names, root = _kind(shapes, prefix)
     table = lambda stage, block: root + names.block.format(stage, block) + names.table
@@ -210,9 +219,9 @@ def _size(shapes: Shapes, prefix: str) -> tuple[Size, int]:
 
 
 def _prefix(shapes: Shapes, family: str) -> str | None:
-    """Return the prefix of a Swin with a naming scheme of this family, or None if there is no such Swin.
+    """Return the prefix of the Swin's tensor names, or None if the checkpoint has no Swin with this family's names.
 
-    A final "swin." is removed from the prefix.
+    A final "swin." is left out, because the names of the output norms do not contain it (see `_norm`).
     """
     found = (prefix_of(shapes, names.first_table) for names in KINDS[family])
     root = next((root for root in found if root is not None), None)
@@ -234,7 +243,7 @@ def _family(name: str, originals: str) -> Family:
 
 
 FAMILIES = (
-    _family("swin", "Swin-T/S/B/L of Microsoft's repositories, of timm, and of detection code"),
+    _family("swin", "Swin-T/S/B/L of Microsoft's repositories, timm and detection projects"),
     _family(
         "hf_swin", "Swin-T/S/B/L of Hugging Face transformers (SwinModel, SwinBackbone, SwinForImageClassification)"
     ),

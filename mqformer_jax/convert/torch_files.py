@@ -13,8 +13,9 @@ import numpy as np
 
 from mqformer_jax.convert.torch_pickle import Module, Unpickler, Unreadable
 
-MAGIC = 0x1950A86A20F9469CFC6C  # files of torch.save before 1.6 begin with this number, pickled
-LARGEST_UNPACKED = 1 << 26  # bytes to which any compressed member may unpack; larger ones only to 100 times their size
+MAGIC = 0x1950A86A20F9469CFC6C  # files of torch.save before torch 1.6 begin with a pickle of this number
+# A compressed file in an archive may unpack to this many bytes, or to 100 times its compressed size if that is more.
+LARGEST_UNPACKED = 1 << 26
 
 
 def read_pickle(buffer: mmap.mmap) -> Any:
@@ -88,9 +89,9 @@ def _state_names(archive: zipfile.ZipFile, buffer: mmap.mmap, prefix: str, kind:
 
 
 def _drop_attributes(module: Module, state: set[str] | None) -> None:
-    """Remove the attributes of a module that are neither submodules nor in its state_dict.
+    """Remove the attributes of a module that are neither submodules nor part of its state_dict.
 
-    state: names of the parameters and buffers; None keeps all attributes.
+    state: names of the module's parameters and buffers; None keeps all attributes.
     """
     for name in [name for name, value in module.items() if not isinstance(value, Module)]:
         if state is not None and name not in state:
@@ -103,7 +104,8 @@ def member(archive: zipfile.ZipFile, buffer: mmap.mmap, name: str) -> Any:
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
         if info.file_size > max(LARGEST_UNPACKED, 100 * info.compress_size):
             raise Unreadable(
-                f"{name} unpacks from {info.compress_size} to {info.file_size} bytes: save it without compression."
+                f"{name} in the archive unpacks from {info.compress_size} to {info.file_size} bytes, which is refused: "
+                "save the checkpoint without compression."
             )
         return archive.read(info)
     start, name_length, extra_length = struct.unpack_from("<4s22xHH", buffer, info.header_offset)

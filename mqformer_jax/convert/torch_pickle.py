@@ -1,7 +1,7 @@
-"""Read the pickles in checkpoints without torch and without running anything that they name.
+"""Read the pickles in checkpoints without torch and without running the functions that they name.
 
-A pickle is a program that may call any function by name. Here, only the names in the table `KNOWN` are allowed, and
-their replacements only store their arguments. Any other name is an error.
+A pickle is a program that may call any function by name. Here, only the names in the table `KNOWN` are allowed. The
+table maps them to placeholders and harmless functions. Any other name is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-LARGEST_REPEATED = 1 << 26  # largest number of elements of a view that repeats stored ones: a file may claim any number
+# Largest number of elements of a tensor that repeats stored elements. Without a limit, a small file could fill memory.
+LARGEST_REPEATED = 1 << 26
 
 
 class Unreadable(ValueError):
@@ -30,7 +31,7 @@ STORAGES = dict(
 
 
 class Storage:
-    """A placeholder for a torch storage, which holds the elements of tensors. `raw`, its bytes, is set later."""
+    """A placeholder for a torch storage, which holds the elements of tensors. Its bytes, `raw`, are set later."""
 
     def __init__(self, dtype: np.dtype, key: str, count: int):
         self.dtype, self.key, self.count = dtype, key, count
@@ -52,21 +53,21 @@ class Tensor:
     def array(self) -> np.ndarray:
         """Return the tensor as a view of its storage.
 
-        numpy raises an error if the view exceeds the storage. Raises Unreadable if it repeats too many elements.
+        numpy raises an error if the view exceeds the storage. Raises Unreadable if the view repeats too many elements.
         """
         dtype = self.dtype or self.storage.dtype
         strides = [stride * dtype.itemsize for stride in self.strides]
         array = np.ndarray(self.shape, dtype, self.storage.raw, self.offset * dtype.itemsize, strides)
         if array.size > max(self.storage.count, LARGEST_REPEATED):
             raise Unreadable(
-                f"an expanded tensor of shape {self.shape} has {array.size} elements but stores only "
+                f"an expanded tensor of shape {self.shape} has {array.size} elements, but the file stores only "
                 f"{self.storage.count}: call .contiguous() on it before torch.save."
             )
         return array
 
 
 class Array:
-    """A placeholder for a numpy array in a pickle. It stores the bytes; `array()` returns the array."""
+    """A placeholder for a numpy array in a pickle. It stores the bytes, from which `array()` makes the array."""
 
     def __init__(self, raw: Any = b"", dtype: Any = None, shape: tuple = (), order: str = "C"):
         self.raw, self.dtype, self.shape, self.order = raw, dtype, shape, order
@@ -83,7 +84,7 @@ class Array:
 class ArrayType:
     """A placeholder for a numpy dtype in a pickle.
 
-    code: letter and size, e.g. "f4". `__setstate__` sets the byte order.
+    code: numpy's letter of the type and the size in bytes, e.g. "f4". `__setstate__` sets the byte order.
     """
 
     def __init__(self, code: str, *flags: Any):
@@ -94,7 +95,7 @@ class ArrayType:
 
     def numpy(self) -> np.dtype:
         if not re.fullmatch(r"[fiubc]\d+", self.code):
-            raise Unreadable(f"an array of numpy type '{self.code}', which is not a number: save only the weights.")
+            raise Unreadable(f"an array has the numpy type '{self.code}', which is not numeric: save only the weights.")
         return np.dtype(self.code).newbyteorder(self.byte_order)
 
 
@@ -115,7 +116,7 @@ class Module(dict):
 
 
 class Inert:
-    """A placeholder for an object without weights in a training checkpoint.
+    """A placeholder for an object in a training checkpoint that holds no weights.
 
     Its methods accept any arguments and store nothing.
     """
@@ -137,7 +138,7 @@ def _rebuild(
 ) -> Tensor:
     if bits:
         raise Unreadable(
-            "a tensor whose negation or conjugation is pending: save it with .resolve_neg().resolve_conj()."
+            "a tensor has a pending negation or conjugation: call .resolve_neg().resolve_conj() before torch.save."
         )
     return Tensor(storage, offset, shape, strides)
 
@@ -175,7 +176,7 @@ KNOWN = {
     "torch.Size": tuple,
     "torch.device": Inert,
     "_codecs.encode": _encode,
-    "numpy.ndarray": Inert,  # _reconstruct's argument
+    "numpy.ndarray": Inert,  # an argument of _reconstruct, which is ignored
     "numpy.dtype": ArrayType,
     # TorchScript's typed lists and dictionaries
     **{
@@ -203,7 +204,8 @@ for _name in (*DTYPES, *OLD_NAMES):
 class Unpickler(pickle._Unpickler):
     """An unpickler that allows only the names in `KNOWN` and TorchScript's modules.
 
-    It extends pickle's implementation in Python. The one in C allocates memory for any memo index that a file claims.
+    It extends pickle's Python implementation. The C implementation allocates memory for any memo index in the file, no
+    matter how large.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -220,7 +222,7 @@ class Unpickler(pickle._Unpickler):
             return KNOWN[f"{module}.{name}"]
         except KeyError:
             raise Unreadable(
-                f"refused to run {module}.{name}: weights need no code; "
+                f"refused to run {module}.{name} from the file, since weights need no code: "
                 "if you trust the file, load it with the program that made it and save only the weights."
             ) from None
 
@@ -229,14 +231,14 @@ class Unpickler(pickle._Unpickler):
         storage = self.storages.setdefault(key, Storage(dtype, key, count))
         if kind != "storage" or any(view) or not isinstance(dtype, np.dtype) or storage.dtype != dtype:
             raise Unreadable(
-                "a torch object that is not a plain tensor: load the file with torch and save only the state_dict."
+                "it holds a torch object that is not a plain tensor: load it with torch and save only the state_dict."
             )
         return storage
 
     def load_build(self) -> None:
-        """Set the state of a placeholder by its `__setstate__`. Raises Unreadable for any other object.
+        """Set the state of a placeholder with its `__setstate__`. Raises Unreadable for any other object.
 
-        pickle's own method also sets attributes by the names in the file, which could alter the placeholder classes.
+        pickle's own method also sets attributes that the file names, which could alter the placeholder classes.
         """
         state, built = self.stack.pop(), self.stack[-1]
         if not isinstance(built, (Array, ArrayType, Ordered, Module, Inert)):
@@ -249,7 +251,7 @@ class Unpickler(pickle._Unpickler):
             self.modules.append(built)
 
     def load_global(self) -> None:
-        """Read a name as pickle's own method does, but reject a truncated name."""
+        """Read a global name like pickle's own method, but raise EOFError if the name is truncated."""
         module, name = self.readline(), self.readline()
         if not name.endswith(b"\n"):
             raise EOFError("the pickle ends inside a name")

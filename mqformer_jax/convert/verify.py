@@ -1,13 +1,14 @@
-"""Compare a converted model with its original, stage by stage.
+"""Compare the outputs of a converted model with those of the original code, stage by stage.
 
     python -m mqformer_jax.convert.verify --input FILE_OR_FOLDER [--converted FOLDER] [--image photo.jpg]
 
+Stages are the features of the backbone, the outputs of the pixel decoder, or the output of the text encoder.
 --converted is a folder that `mqformer convert` wrote. Without it, the original is converted in memory.
 
-Needs torch, and the package that holds the original's code: transformers (for a Hugging Face folder with its
-config.json), timm (for ResNets), clip-anytorch, efficientnet_lite_pytorch. The original code of Mask DINO, Mask2Former,
-OpenSeeD and the detection Swin is not in a package (timm's Swin computes another function: it shifts windows before it
-pads them). tests/test_maskdino.py compares our outputs with numbers recorded from Mask DINO's code.
+This requires torch and the package with the original code: transformers (for Hugging Face folders with a config.json,
+and for MiniLM), timm (for ResNets), clip-anytorch, or efficientnet_lite_pytorch. No package contains the original code
+of Mask DINO, Mask2Former, OpenSeeD or the Swin for detection (timm's Swin differs: it shifts windows before it pads
+them). For Mask DINO, tests/test_maskdino.py compares this project's outputs with recorded outputs of the original code.
 """
 
 from __future__ import annotations
@@ -45,14 +46,15 @@ def verify(
 ) -> list[tuple[str, float, float]]:
     """Return for each stage its name, the largest absolute difference, and the largest absolute value of the original.
 
-    path: the original checkpoint. family: the name of its family (default: guessed). image: RGB uint8 of any size
-    (default: noise). converted: the folder that `convert` wrote for `path` (default: convert in memory). Raises
-    ValueError, also if no package contains the original code of the family, or OSError.
+    path: the original checkpoint. family: the name of its family (default: determined from the tensor names). image:
+    RGB uint8 of any size (default: noise). converted: the folder that `convert` wrote for `path` (default: convert in
+    memory). Raises ValueError if a checkpoint does not fit, if no package contains the family's original code, or if
+    the package is not installed, and OSError if a file cannot be read.
     """
     name, plan, tensors = plan_of(path, family)
     if name not in ORIGINALS:
         raise ValueError(
-            f"{path}: the original code of {name} is not in a package; "
+            f"{path}: the original code of the family {name} is not in a package; "
             f"families that can be verified are {', '.join(ORIGINALS)}."
         )
     if converted is None:
@@ -153,12 +155,15 @@ def _torch():
 
 
 def _package(module: str, name: str | None = None):
-    """Import and return a module. name: the package to install with pip (default: `module`). Raises ValueError."""
+    """Import and return a module. Raises ValueError if it is not installed.
+
+    name: the package to install with pip (default: `module`).
+    """
     try:
         return importlib.import_module(module)
     except ImportError as e:
         name = name or module
-        raise ValueError(f"the original code needs the package {name} ({e}): pip install {name}.") from e
+        raise ValueError(f"the original code requires the package {name} ({e}): run `pip install {name}`.") from e
 
 
 def _nhwc(x) -> np.ndarray:
@@ -173,7 +178,7 @@ def _weights(tensors: Tensors, known: str = "") -> dict:
     """Return the tensors as torch tensors in float32, by name.
 
     known: a tensor name of the original code. If the checkpoint has this name with a prefix, only tensors with this
-    prefix are returned, and their names lose it. Raises ValueError if no tensor has this name.
+    prefix are returned, and the prefix is removed. Raises ValueError if the checkpoint does not have this name.
     """
     prefix = prefix_of({key: () for key in tensors}, known) if known else ""
     if prefix is None:
@@ -186,15 +191,23 @@ def _weights(tensors: Tensors, known: str = "") -> dict:
 
 
 def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
-    """Load weights into a torch module. unused: prefixes of names that do not affect the stages. Raises ValueError."""
+    """Load weights into a torch module. Raises ValueError if the module has tensors that `weights` lacks.
+
+    unused: prefixes of the names of tensors that do not affect the stages. These may be missing.
+    """
     kept = {key: value for key, value in weights.items() if not key.startswith(unused)}
     absent = [key for key in module.load_state_dict(kept, strict=False).missing_keys if not key.startswith(unused)]
     if absent := [key for key in absent if not key.endswith("num_batches_tracked")]:
-        raise ValueError(f"{len(absent)} original tensors are missing ({absent[0]}, ...): give the complete file.")
+        raise ValueError(
+            f"{len(absent)} tensors of the original model are missing ({absent[0]}, ...): give the complete file."
+        )
 
 
 def _from_folder(path: str, model: str, **settings: Any):
-    """Return the model in a local Hugging Face folder. model: its class in transformers. Raises ValueError."""
+    """Return the model in a local Hugging Face folder. Raises ValueError if transformers cannot load it.
+
+    model: the name of its class in transformers.
+    """
     if not os.path.isfile(os.path.join(path, "config.json")):
         raise ValueError(f"{path}: transformers loads models from folders; give the folder with its config.json.")
     transformers = _package("transformers")
@@ -302,14 +315,12 @@ def arguments() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", required=True, help="File or folder of the original checkpoint.")
-    parser.add_argument(
-        "--from", dest="family", help="Family of the checkpoint, e.g. resnet. (default: guessed from the tensor names)"
-    )
+    parser.add_argument("--input", required=True, help="File or folder of the original checkpoint, e.g. resnet50.pth.")
+    parser.add_argument("--from", dest="family", help="Family of the checkpoint, e.g. resnet. (default: detected)")
     parser.add_argument(
         "--converted", metavar="FOLDER", help="Folder that `mqformer convert` wrote. (default: convert in memory)"
     )
-    parser.add_argument("--image", help="Test image, e.g. photo.jpg. (default: noise)")
+    parser.add_argument("--image", help="Test image, e.g. photo.jpg. (default: random noise)")
     return parser
 
 
@@ -319,7 +330,7 @@ def main() -> None:
     if args.image:
         image = cv2.imread(args.image)
         if image is None:
-            raise ValueError(f"--image {args.image}: the file is missing or not an image.")
+            raise ValueError(f"--image {args.image}: the file is missing or not an image; give an image file.")
         image = image[..., ::-1]
     rows = verify(args.input, args.family, image, args.converted)
     print(f"{'stage':24} {'largest difference':>20} {'largest value':>15}")

@@ -12,7 +12,7 @@ from mqformer_jax.evaluation import worst
 
 SIGMA = 1.4  # standard deviation of the Gaussian derivatives in `grad`
 STEP = 10  # `conn` has thresholds k / STEP
-TOLERANCE = 0.15  # in `conn`, alphas that exceed the level of their pixel by less than this have no error
+TOLERANCE = 0.15  # in `conn`, an alpha that exceeds the level of its pixel by less than this counts as equal to it
 BAND = 10  # pixels; without a trimap, the unknown region reaches this far around pixels with 0 < alpha < 1
 Mask = Float[np.ndarray, "h w"]
 
@@ -20,9 +20,9 @@ Mask = Float[np.ndarray, "h w"]
 class AlphaEvaluator:
     """Errors of alpha mattes, averaged over images.
 
-    They are measured on the whole image, and (with the prefix `unknown_`) on the unknown region of the trimap. Units
-    are those of the papers: sad, grad and conn in thousands (sums over pixels), mse and mad in thousandths (means over
-    pixels). The prediction is used as it is: its pixels in the known region are not replaced by the trimap's, and its
+    Each error is measured on the whole image and, with the prefix `unknown_`, on the unknown region of the trimap. As
+    in the papers, sad, grad and conn (sums over pixels) are in thousands, mse and mad (means over pixels) in
+    thousandths. The prediction is used as it is: pixels in the known region do not get the values of the trimap, and
     values are not rescaled to 0 to 1.
     """
 
@@ -44,7 +44,10 @@ class AlphaEvaluator:
         metrics, so that several predictions can be compared, e.g. "refined_".
         """
         if prediction.shape != target.shape:
-            raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
+            raise ValueError(
+                f"{key or 'image'}: the prediction has shape {prediction.shape}, but the target has {target.shape}; "
+                "resize the prediction to the image."
+            )
         prediction, target = prediction.astype(np.float64), target.astype(np.float64)
         self.errors[prefix].append((key, matting_errors(prediction, target, unknown_of(target, trimap))))
 
@@ -54,10 +57,10 @@ class AlphaEvaluator:
             self.errors[prefix] += errors
 
     def result(self) -> dict[str, float]:
-        """Return the mean errors as {prefix + name: mean over images}, for each `prefix` that `update` was given.
+        """Return {prefix + name: mean error over images}, for each `prefix` that was passed to `update`.
 
         Names are sad, mse, mad, grad and conn for the whole image, and unknown_sad to unknown_conn for the unknown
-        region, averaged over the images that have one.
+        region. The latter are means over the images that have an unknown region.
         """
         results = {}
         for prefix, images in self.errors.items():
@@ -66,13 +69,16 @@ class AlphaEvaluator:
         return results
 
     def details(self) -> dict:
-        """Return the images with the largest mad (mean absolute difference), for the first prefix given to `update`."""
+        """Return the images with the largest mad (mean absolute difference), for the first prefix that `update` got."""
         images = next(iter(self.errors.values()), [])
         return {"worst_images": worst("mad", [(key, errors["mad"]) for key, errors in images], error=True)}
 
 
 def unknown_of(target: Mask, trimap: UInt8[np.ndarray, "h w"] | None) -> Bool[np.ndarray, "h w"]:
-    """Return the trimap's unknown region; without a trimap, all pixels within `BAND` of one with 0 < alpha < 1."""
+    """Return the unknown region of the trimap.
+
+    Without a trimap, it consists of all pixels at most `BAND` pixels away from a pixel with 0 < alpha < 1.
+    """
     if trimap is not None:
         return (trimap > 0) & (trimap < 255)
     partial = ((target > 0) & (target < 1)).astype(np.uint8)
@@ -80,7 +86,7 @@ def unknown_of(target: Mask, trimap: UInt8[np.ndarray, "h w"] | None) -> Bool[np
 
 
 def matting_errors(prediction: Mask, target: Mask, unknown: Bool[np.ndarray, "h w"]) -> dict[str, float]:
-    """Return the errors of one image: over all pixels, and with the prefix `unknown_` over the unknown ones, if any."""
+    """Return the errors of one image over all pixels and, with the prefix `unknown_`, over unknown pixels, if any."""
     difference = np.abs(prediction - target)
     gradient = (_gradient(prediction) - _gradient(target)) ** 2
     connectivity = _connectivity(prediction, target)
@@ -97,9 +103,9 @@ def matting_errors(prediction: Mask, target: Mask, unknown: Bool[np.ndarray, "h 
 
 
 def _gradient(alpha: Mask) -> Mask:
-    """Return the gradient magnitude, from derivatives of a Gaussian.
+    """Return the magnitude of the gradient at each pixel, computed with derivatives of a Gaussian.
 
-    The kernels have norm 1 and end where the Gaussian falls below 0.01.
+    The kernels are cut off where the Gaussian falls below 0.01, and have an L2 norm of 1.
     """
     reach = int(np.ceil(SIGMA * np.sqrt(-2 * np.log(np.sqrt(2 * np.pi) * SIGMA * 0.01))))
     x = np.arange(-reach, reach + 1.0)
@@ -115,8 +121,8 @@ def _connectivity(prediction: Mask, target: Mask) -> Mask:
     """Return the connectivity error of each pixel.
 
     Each pixel has a level: the highest threshold at which it is in the largest connected component (4 neighbors) of the
-    pixels where both alphas reach the threshold. The error is the absolute difference between prediction - level and
-    target - level, of which values below TOLERANCE count as 0.
+    pixels where both alphas reach the threshold. For both alphas, the excess is alpha - level, or 0 if that is below
+    TOLERANCE. The error is the absolute difference of the two excesses.
     """
     level = np.full(prediction.shape, -1.0)
     for k in range(1, STEP + 1):

@@ -2,7 +2,7 @@
 
     mqformer evaluate --config=coco_ref:sample --checkpoint=runs/demo --save_predictions
 
-Prints a table and writes eval.json, eval_details.json and a grid of pictures for each data set.
+Prints a table. Writes eval.json, eval_details.json and, for each data set, a picture of predictions.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
             if evaluation.shown:
                 grid = os.path.join(folder, f"{source.name}_{source.split}.png")
                 overlays.prediction_grid(evaluation.shown, source.info, grid)
-    if len(in_the_wild) > 1:  # the two metrics of X-Decoder for Segmentation in the Wild
+    if len(in_the_wild) > 1:  # the two metrics that X-Decoder reports for Segmentation in the Wild
         results["seginw.mean_mask_ap"] = float(np.mean(in_the_wild))
         results["seginw.median_mask_ap"] = float(np.median(in_the_wild))
     if is_first():
@@ -81,7 +81,7 @@ def evaluate(predictor: Predictor, config: ConfigDict, folder: str, save_predict
 
 
 class SetEvaluation:
-    """The evaluation of one data set: all its tasks in one pass. predictions: folder for the predictions, or None."""
+    """The evaluation of one data set on all its tasks in one pass. predictions: folder for the predictions, or None."""
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class SetEvaluation:
     ):
         self.predictor, self.options, self.source, self.tasks, info = predictor, options, source, tasks, source.info
         if unknown := sorted(set(tasks) - UPDATED):
-            raise NotImplementedError(f"SetEvaluation._update has no code for the task {unknown[0]!r}.")
+            raise NotImplementedError(f"SetEvaluation._update has no code for the task {unknown[0]!r}; add it.")
         by_class = [task for task in tasks if TASKS[task].by_class]
         if by_class and not info.classes:
             raise ValueError(f"config.eval.sets: {source.name} has no classes; remove its tasks {', '.join(by_class)}.")
@@ -114,7 +114,7 @@ class SetEvaluation:
         self.evaluators: dict[str, Any] = {task: make_evaluator(task, info, learnable) for task in tasks}
 
     def run(self) -> dict[str, Any]:
-        """Evaluate the images of all processes. Return {task: evaluator}. Unreadable images are logged and left out."""
+        """Evaluate all images, split among the processes. Return {task: evaluator}. Log and skip unreadable images."""
         count, bad, pending = min(len(self.source), self.options.max_images or len(self.source)), 0, []
         mine = np.array_split(np.arange(count), jax.process_count())[jax.process_index()]
         name = f"evaluate {self.source.name} {self.source.split}"
@@ -185,7 +185,7 @@ class SetEvaluation:
         return [mean_regions(a, f) for a, f in zip(raws, flips)]
 
     def _update_classes(self, items: list[Shown]) -> None:
-        """Pass predictions to the evaluators of the tasks whose prompts are classes.
+        """Predict all classes, and add the results to the evaluators of panoptic, instance and semantic segmentation.
 
         Only semantic maps are averaged over all views (scales and flips).
         """
@@ -230,7 +230,7 @@ class SetEvaluation:
             self.submission.referring(item.record, item.regions)
 
     def _update_soft(self, item: Shown, raw: RawPredictions) -> None:
-        """Evaluate the foreground's soft mask as a saliency map and as a matte, and the refined matte, if any."""
+        """Evaluate the foreground's soft mask for the tasks foreground and matting, and the refined matte, if any."""
         record, soft = item.record, soft_mask(raw.class_probs, raw.masks, 0)
         truth, matte, refiner = _foreground(record), _matte(record), getattr(self.predictor, "refiner", None)
         if "foreground" in self.tasks and truth is not None:
@@ -285,7 +285,7 @@ def _foreground(record: Record) -> np.ndarray | None:
 
 
 def _matte(record: Record) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Return the foreground's alpha as floats 0 to 1 and its trimap or None; None if the record has no matte."""
+    """Return (alpha as floats 0 to 1, trimap or None) of the foreground, or None if the record has no matte."""
     for segment in record.segments:
         if segment.foreground and segment.alpha is not None:
             return record.decode_alpha(segment.alpha) / 255.0, None if segment.trimap is None else record.decode_alpha(
@@ -304,9 +304,9 @@ def make_evaluator(task: str, info: DatasetInfo, learnable: int) -> Any:
 
 
 def explain(results: dict[str, float]) -> list[str]:
-    """Return one line for each metric of the printed table: task, name and explanation.
+    """Return a line for each metric of the printed table, with the task, the metric's name and an explanation.
 
-    The task is given because metrics of different tasks may share a name, such as mse.
+    The lines name the task because metrics of different tasks may have the same name, such as mse.
     """
     meanings: dict[str, str] = {}
     for key in results:
@@ -318,10 +318,10 @@ def explain(results: dict[str, float]) -> list[str]:
 
 
 def table(results: dict[str, float]) -> str:
-    """Format the metrics of `Task.metrics` as a table. eval.json has all metrics.
+    """Return a table of the main metrics (`Task.metrics`). eval.json has all metrics.
 
-    The table has one line for each task of each data set: for each part of the keys before the dot, e.g. "panoptic" or
-    "refcoco/val/referring".
+    results: {"TASK.METRIC" or "NAME/SPLIT/TASK.METRIC": value}, as from `evaluate`. The table has a line for each task
+    of each data set, which starts with the part before the dot, e.g. "panoptic" or "refcoco/val/referring".
     """
     tasks: dict[str, list[str]] = {}
     for key, value in results.items():
@@ -336,7 +336,7 @@ def table(results: dict[str, float]) -> str:
 
 
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
-    """Return the sets whose NAME/SPLIT is in `names`; all without names. Raises ValueError for unknown names."""
+    """Return the sets whose NAME/SPLIT is in `names`, or all if it is empty. Raises ValueError for an unknown name."""
     known = [f"{entry['name']}/{entry['split']}" for entry in sets]
     for name in names:
         if name not in known:
@@ -345,7 +345,7 @@ def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
 
 
 def ignored_fields(recipe: ConfigDict, checkpoint: ConfigDict) -> list[str]:
-    """Return the fields of a recipe whose values in the checkpoint differ, and are used instead."""
+    """Return the fields of a recipe that are ignored because the checkpoint has other values, which are used."""
     fields = ("canvas", "templates")
     return [f"config.data.{name}" for name in fields if tuple(recipe.data[name]) != tuple(checkpoint.data[name])]
 
@@ -357,12 +357,12 @@ def main(argv: list[str]) -> None:
     recipes.check(config)
     config.eval.sets = named(config.eval.sets, given.datasets)
     if not config.eval.sets:
-        raise ValueError("config.eval.sets is empty: name the data sets to evaluate.")
+        raise ValueError("config.eval.sets is empty: list the data sets to evaluate there.")
     distributed.initialize()
     cli.keep_compiled()
     predictor = Predictor.from_checkpoint(given.checkpoint, jax.local_devices())
     if is_first() and (ignored := ignored_fields(config, predictor.config)):
-        logging.warning("ignored, because the checkpoint has other values: %s", ", ".join(ignored))
+        logging.warning("fields that are ignored, because the checkpoint has other values: %s", ", ".join(ignored))
     results = evaluate(predictor, config, out, given.save_predictions)
     if is_first():
         print(table(results))
@@ -381,7 +381,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_list(
         "datasets",
         [],
-        "Data sets of the recipe's eval.sets to evaluate, e.g. refcoco/val,lvis/val. (default: all)",
+        "The data sets in the recipe's eval.sets to evaluate, e.g. refcoco/val,lvis/val. (default: all)",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -390,7 +390,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_bool(
         "save_predictions",
         False,
-        "Also write the predictions in the formats of the benchmarks. (default: false)",
+        "Also write the predictions in the file formats of benchmarks. (default: false)",
         flag_values=values,
     )
     flags.mark_flags_as_required(["config", "checkpoint"], values)

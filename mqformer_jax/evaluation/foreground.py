@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 
 from mqformer_jax.evaluation import worst
 
-BETA2 = 0.3  # of the F-measure, weights precision higher than recall: Achanta et al., CVPR 2009
+BETA2 = 0.3  # beta squared of the F-measure; below 1, it favors precision over recall (Achanta et al., CVPR 2009)
 EPS = np.spacing(1)
 Mask = Float[np.ndarray, "h w"]
 
@@ -16,20 +16,23 @@ class ForegroundEvaluator:
     """Salient-object metrics, averaged over images.
 
     mae, mse: mean absolute and mean squared error of the pixels. s_measure: Fan et al., "Structure-measure", ICCV 2017.
-    max_f: the F-measure at each of 256 thresholds is averaged over images; this is the maximum over thresholds. mean_e,
-    max_e: mean and maximum over the same thresholds of the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI
-    2018), averaged over images. Some toolboxes rescale predictions to 0 to 1; this evaluator does not.
+    max_f: the F-measure is averaged over images at each of 256 thresholds; max_f is its maximum over the thresholds.
+    mean_e, max_e: the same for the E-measure (Fan et al., "Enhanced-alignment Measure", IJCAI 2018), with the mean and
+    the maximum over the thresholds. Some toolboxes rescale predictions to 0 to 1; this evaluator does not.
     """
 
     def __init__(self):
         self.keys: list[str] = []
         self.values: list[tuple[float, float, float]] = []  # mae, mse, s_measure of each image
-        self.curves: list[np.ndarray] = []  # F and E, [2, 256]
+        self.curves: list[np.ndarray] = []  # F- and E-measure of each image at all thresholds, [2, 256]
 
     def update(self, prediction: Mask, target: Mask | Bool[np.ndarray, "h w"], key: str = "") -> None:
-        """Add one image: its mask probability (`soft_mask`) and target, both 0 to 1. Divide 8-bit mattes by 255."""
+        """Add one image. prediction: `soft_mask`. target: the true mask or matte. The values of both are 0 to 1."""
         if prediction.shape != target.shape:
-            raise ValueError(f"the prediction has shape {prediction.shape}, but the target has {target.shape}.")
+            raise ValueError(
+                f"{key or 'image'}: the prediction has shape {prediction.shape}, but the target has {target.shape}; "
+                "resize the prediction to the image."
+            )
         prediction, hard = prediction.astype(np.float64), target > 0.5
         error = prediction - target
         self.keys.append(key)
@@ -60,7 +63,8 @@ class ForegroundEvaluator:
 def s_measure(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
     """Return the structure measure: the mean of an object-aware and a region-aware similarity.
 
-    The first compares object and background, the second four quadrants that meet at the object's center.
+    The object-aware similarity compares prediction and target separately in the target's object and in its background.
+    The region-aware similarity compares them in each of the four quadrants that meet at the centroid of that object.
     """
     share = float(target.mean())
     if share in (0.0, 1.0):
@@ -93,7 +97,7 @@ def _similarity(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> float:
 
 
 def _curves(prediction: Mask, target: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "2 256"]:
-    """Return the F- and E-measure of prediction >= t / 255 for t = 255 to 0, with the prediction rounded to 8 bits."""
+    """Return the F- and E-measure at the thresholds 255 to 0, for the prediction rounded to 8 bits."""
     levels = np.round(np.clip(prediction, 0, 1) * 255).astype(np.uint8)
     hits = np.bincount(levels[target], minlength=256)[::-1].cumsum()
     chosen = np.bincount(levels.ravel(), minlength=256)[::-1].cumsum()

@@ -8,7 +8,7 @@ from mqformer_jax.evaluation import shifted, worst
 from mqformer_jax.input.record import DatasetInfo, Record, box_of, encode_rle
 from mqformer_jax.segments import Segments
 
-FEDERATED_MAX_DETECTIONS = 300  # segments per image; COCO uses 100: Gupta et al., "LVIS", CVPR 2019
+FEDERATED_MAX_DETECTIONS = 300  # segments per image (Gupta et al., "LVIS", CVPR 2019); COCO uses 100
 _PRECISIONS = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "APs": "ap_s", "APm": "ap_m", "APl": "ap_l"}
 _COCO = _PRECISIONS | {"AR1": "ar_1", "AR10": "ar_10", "AR100": "ar_100", "ARs": "ar_s", "ARm": "ar_m", "ARl": "ar_l"}
 _LVIS = _PRECISIONS | {"APr": "ap_r", "APc": "ap_c", "APf": "ap_f"}
@@ -20,7 +20,7 @@ _LVIS |= {
 class InstanceEvaluator:
     """AP and AR of the things of one data set. Prompt i of the evaluated `Segments` is class i of `info`.
 
-    Images that have a labeled object without a mask count for box AP only. If the data set is not exhaustive (LVIS),
+    An image that has a labeled object without a mask counts for box AP only. If the data set is not exhaustive (LVIS),
     the federated protocol applies: predictions of classes that are not labeled in the image do not count.
     """
 
@@ -94,7 +94,7 @@ class InstanceEvaluator:
         return results
 
     def details(self) -> dict:
-        """Return the AP of each class in percent, and the images with the lowest mask AP50 (box AP50 without masks)."""
+        """Return the AP of each class in percent, and the images with the lowest AP50 (of masks, else of boxes)."""
         classes: dict[str, dict[str, float]] = {}
         for name, evaluation in self._evaluations().items():
             measured = evaluation.report()["per_class"]  # only classes that occur, unordered

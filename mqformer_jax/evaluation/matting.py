@@ -1,4 +1,4 @@
-"""Compare the alphas that a matting refiner returns with the masks that it refines, in metrics and images."""
+"""Measure how much a matting refiner improves masks: metrics and images before and after."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def compare(
     guide: Callable[[Matte], Mask | None],
     num_visualizations: int,
 ) -> tuple[dict[str, dict[str, float]], list[UInt8[np.ndarray, "_h _w 3"]]]:
-    """Compare masks, and the alphas that are refined from them, with the true alphas.
+    """Return the metrics of masks and of the alphas that a refiner makes from them, and rows of images.
 
-    Return {"mask": metrics, "refined": metrics} (see `AlphaEvaluator.result`) and rows of images. refine: a `Refiner`.
+    The metrics are {"mask": metrics, "refined": metrics} (see `AlphaEvaluator.result`). refine: a `Refiner`.
     guide: returns the mask to refine for a matte, or None to leave the matte out. Each of the first
     `num_visualizations` mattes has a row: image, mask, refined alpha and true alpha.
     """
@@ -50,7 +50,7 @@ def _sized(row: np.ndarray) -> np.ndarray:
 
 
 def save_grid(path: str, rows: list[UInt8[np.ndarray, "_h _w 3"]]) -> None:
-    """Write the rows as one image, one below the other, padded on the right to equal widths."""
+    """Write the rows as one image file, one below the other, padded on the right to the same width."""
     width = max(row.shape[1] for row in rows)
     grid = np.concatenate(
         [np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0)), constant_values=128) for row in rows]

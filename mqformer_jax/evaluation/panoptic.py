@@ -18,13 +18,13 @@ class PanopticEvaluator:
 
     Pixels without a labeled segment (including `Record.ignore`) are void: they do not count, and a prediction that lies
     mostly on void or on a crowd of its own class is not a false positive.
-    learnable: the number of learnable queries (they come first), to report their share of the true positives; None: do
-        not report it.
+    learnable: the number of learnable queries, which come first. If it is given, their share of the true positives is
+        reported too.
     """
 
     def __init__(self, info: DatasetInfo, learnable: int | None = None):
         self.info, self.learnable = info, learnable
-        # rows: things, stuff; columns: true positives, those of learnable queries
+        # rows: things, stuff; columns: all true positives, true positives of learnable queries
         self.matched = np.zeros((2, 2), int)
         self.images: list[dict] = []
         self.truth: list[dict] = []
@@ -72,8 +72,8 @@ class PanopticEvaluator:
         """Return pq, sq and rq in percent, averaged over the classes that occur.
 
         If the data set has things and stuff, also return the three metrics for each, with the suffix _things or _stuff.
-        learnable_share_things, learnable_share_stuff: share of the true positives that learnable queries predict (a
-        region of several queries counts for the first one).
+        learnable_share_things, learnable_share_stuff: share of the true positives that learnable queries predict. A
+        region that several queries predict counts for the first of them.
         """
         results = self._evaluate(self.images, self.truth, self.found)
         groups = {"": "All"}
@@ -88,7 +88,10 @@ class PanopticEvaluator:
         }
 
     def details(self) -> dict:
-        """Return is_region, pq, sq, rq (percent), tp, fp, fn of each class that occurs, and the images of lowest PQ."""
+        """Return the metrics of each class that occurs, and the images with the lowest PQ.
+
+        Each class has is_region, pq, sq and rq in percent, and the counts tp, fp and fn.
+        """
         classes = {}
         for i, values in sorted(self._evaluate(self.images, self.truth, self.found)["per_class"].items()):
             if values["tp"] + values["fp"] + values["fn"]:

@@ -1,4 +1,4 @@
-"""Metrics of referring segmentation: each expression has one region or none."""
+"""Metrics of referring segmentation, in which each expression has one region or none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class ReferringEvaluator:
-    """IoU of expressions with a target, and the share of empty predictions for expressions without a target.
+    """IoU metrics of expressions with a target, and the share of empty predictions for expressions without a target.
 
     ciou: sum of all intersections over sum of all unions; large objects dominate it (Yu et al., RefCOCO). miou: mean
     IoU over expressions. precision@t: share of expressions with an IoU of at least t. no_target_accuracy: share of
@@ -21,10 +21,10 @@ class ReferringEvaluator:
     """
 
     def __init__(self):
-        # kind → (intersection, union) in pixels
+        # kind → (intersection, union) of each expression, in pixels
         self.areas: dict[str | None, list[tuple[int, int]]] = defaultdict(list)
         self.rejected: list[bool] = []
-        # image → IoU of its expressions; 1 or 0 for an expression without a target
+        # record key → IoU of each expression; for one without a target, 1 if the prediction is empty, else 0
         self.scores: dict[str, list[float]] = defaultdict(list)
 
     def update(
@@ -34,9 +34,10 @@ class ReferringEvaluator:
         kind: str | None = None,
         key: str = "",
     ) -> None:
-        """Add one expression: its predicted mask and its true mask (`target`), None if it has no target.
+        """Add one expression with its predicted mask. target: the true mask, or None if there is no target.
 
-        kind: a group of expressions with its own metrics, e.g. "relation". key: of the record, for `details`.
+        kind: the group of the expression, e.g. "relation"; each group has metrics of its own. key: of the record, for
+        `details`.
         """
         if target is None:
             self.rejected.append(not prediction.any())
@@ -62,7 +63,7 @@ class ReferringEvaluator:
     def result(self) -> dict[str, float]:
         """Return ciou, miou, precision@0.5 to 0.9 and no_target_accuracy, in percent.
 
-        Also ciou/KIND and miou/KIND for each group of expressions, where KIND is the argument `kind` of `update`.
+        Also return ciou/KIND and miou/KIND for each group, where KIND is the argument `kind` of `update`.
         """
         results = {}
         all_areas = [pair for pairs in self.areas.values() for pair in pairs]

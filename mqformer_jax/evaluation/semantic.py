@@ -12,7 +12,7 @@ from mqformer_jax.input.record import DatasetInfo, Record
 
 
 class SemanticEvaluator:
-    """mIoU over the classes of one data set. The evaluated maps hold class indices."""
+    """mIoU over the classes of one data set. Predictions are maps of class indices."""
 
     def __init__(self, info: DatasetInfo):
         self.info = info
@@ -23,7 +23,10 @@ class SemanticEvaluator:
         """Add one image. prediction: the result of `semantic_map` at the record's size."""
         size = (record.height, record.width)
         if prediction.shape != size:
-            raise ValueError(f"{record.key}: the prediction has shape {prediction.shape}, but the image has {size}.")
+            raise ValueError(
+                f"{record.key}: the prediction has shape {prediction.shape}, but the image has {size}; "
+                "resize the prediction to the image."
+            )
         truth = ground_truth_map(record, self.info)
         prediction = prediction.astype(np.int32)
         count = len(self.info.classes)
@@ -56,9 +59,9 @@ class SemanticEvaluator:
 
 
 def ground_truth_map(record: Record, info: DatasetInfo) -> Int[np.ndarray, "h w"]:
-    """Return the class index of each pixel. Unknown pixels are `len(info.classes)` and do not count.
+    """Return the class index of each pixel. Unlabeled pixels have the index `len(info.classes)` and do not count.
 
-    A crowd has its class like other segments. Where masks overlap, the later segment wins.
+    Crowds have class indices too. Where masks overlap, the later segment in the record wins.
     """
     unknown = len(info.classes)
     out = np.full((record.height, record.width), unknown, np.int32)

@@ -1,4 +1,4 @@
-"""Write the predictions for a data set in the file formats of benchmarks and their servers."""
+"""Write the predictions for a data set in the file formats of benchmarks and their evaluation servers."""
 
 from __future__ import annotations
 
@@ -48,16 +48,17 @@ COCO_STUFF += [161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201
 
 
 class Submission:
-    """The prediction files of one data set in `folder`. PNG files are written at once, JSON files by `save`.
+    """The prediction files of one data set in `folder`. PNG files are written immediately, JSON files by `save`.
 
         segm.json, bbox.json         COCO results of the things
         panoptic.json, panoptic/     COCO panoptic: colors are segment ids (R + 256 G + 65536 B)
-        semantic/                    the class index of each pixel from 0, 8 or 16 bits
+        semantic/                    PNGs with the class index of each pixel, from 0, in 8 or 16 bits
         referring.json               image_id, text, score, and the mask as run-length code (empty: no target)
-        foreground/, matting/        probability or alpha, 8 bits
+        foreground/, matting/        PNGs with the probability or alpha, 8 bits
         categories.json              the class of each category id: COCO's ids for its 80 and 133 classes, else from 1
 
-    image_id is the record's key without extension; names as in COCO ("000000000139.jpg") become numbers (139).
+    image_id is the record's key without the file extension. A name as in COCO ("000000000139.jpg") becomes a number
+    (139).
     """
 
     def __init__(self, folder: str, info: DatasetInfo):
@@ -116,7 +117,7 @@ class Submission:
         path = os.path.join(self.folder, task, f"{stem(record)}.png")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         if not cv2.imwrite(path, pixels):
-            raise OSError(f"{path}: the image could not be written.")
+            raise OSError(f"{path}: the image could not be written. Free disk space or fix the folder.")
 
 
 def class_ids(info: DatasetInfo) -> list[int]:

@@ -3,7 +3,7 @@
     pip install -e '.[demo]'
     mqformer app --checkpoint=runs/demo
 
-Needs the package gradio, and no network.
+The page needs the package gradio, but no network connection.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Row:
 class Reply:
     """The results that the page shows.
 
-    overlay: the image with its segments drawn over it. archive: the zip file that the function `archive` returns.
+    overlay: the image with its segments drawn over it. rows: the legend. archive: bytes of the zip file to download.
     """
 
     overlay: UInt8[np.ndarray, "H W 3"]
@@ -76,7 +76,7 @@ def answer(
     for the user if an input is missing or does not fit the task.
     """
     if image is None:
-        raise ValueError("Drop an image first.")
+        raise ValueError("Upload or paste an image first.")
     texts, regions = read_prompts(text)
     if task == "foreground" or (not TASKS[task].needs_prompts and not texts):
         texts, regions = [FOREGROUND], [True]
@@ -106,7 +106,7 @@ def in_order(found: Segments) -> Segments:
 
 
 def legend(found: Segments) -> list[Row]:
-    """Return one row for each segment, with the color that the segment has in the overlay."""
+    """Return the legend: one row for each segment, with the segment's color in the overlay."""
     shades = colors(found.prompt_ids, range(len(found.texts)))
     cover = found.masks if found.alphas is None else found.alphas
     return [
@@ -186,7 +186,7 @@ PLAIN = dict(
 
 
 def tasks_of(predictor: Predictor) -> list[str]:
-    """Return the tasks that the page offers: all tasks of prediction, but matting only if the model has a refiner."""
+    """Return the tasks that the page offers: all prediction tasks, without matting if the model has no refiner."""
     return [task for task in PREDICTED if task != "matting" or getattr(predictor, "refiner", None)]
 
 
@@ -202,7 +202,7 @@ def page(predictor: Predictor, name: str, folder: str) -> Any:
     def respond(path: str | None, *options: Any):
         try:
             reply = answer(predictor, None if path is None else read_image(path), *options)
-        except ValueError as e:  # the user must change an input; the page keeps its last results
+        except ValueError as e:  # the user must change an input; the page keeps showing the last results
             gr.Warning(html.escape(str(e).replace(f"{os.path.dirname(path or '')}{os.sep}", "")), title="Invalid input")
             return gr.skip()
         zipped = os.path.join(tempfile.mkdtemp(dir=folder), "segments.zip")
@@ -275,7 +275,7 @@ def _gradio() -> ModuleType:
     try:
         import gradio
     except ModuleNotFoundError:
-        raise ValueError("the page needs the package gradio: pip install 'mqformer_jax[demo]'.") from None
+        raise ValueError("the page needs the package gradio. Run pip install 'mqformer_jax[demo]'.") from None
     return gradio
 
 

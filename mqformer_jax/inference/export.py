@@ -2,9 +2,9 @@
 
     mqformer export --checkpoint=runs/demo --output=exported/demo
 
-The folder holds the functions `encode` and `segment` as StableHLO for CPUs, GPUs and TPUs (`jax.export`), their
-weights, the tokenizer's file if there is one, and export.json, which describes inputs and outputs. The script
-docs/serve.py runs `segment` on an image.
+The folder contains the functions `encode` (texts to embeddings) and `segment` (images and embeddings to masks) as
+StableHLO for CPUs, GPUs and TPUs (`jax.export`), their weights, the tokenizer's file if there is one, and export.json,
+which describes inputs and outputs. The script docs/serve.py runs `segment` on an image.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
     if prompts < 1 or batch < 1:
         raise ValueError(f"--prompts={prompts} --batch={batch}: both must be at least 1.")
     if importlib.util.find_spec("flatbuffers") is None:
-        raise ValueError("the export needs the package flatbuffers: pip install 'mqformer_jax[export]'.")
+        raise ValueError("the export needs the package flatbuffers. Run pip install 'mqformer_jax[export]'.")
     predictor = Predictor.from_checkpoint(source)
     tokenizer = pathlib.Path(source, TOKENIZER)
     with _atomic_folder(output) as folder:
@@ -78,12 +78,12 @@ def export(source: str, output: str, prompts: int = 32, batch: int = 1) -> int:
 
 
 def _named_weights(predictor: Predictor) -> dict[str, jax.Array]:
-    """Return parameters and frozen constants by path: the first argument of `encode` and of `segment`."""
+    """Return the parameters and frozen constants by path. `encode` and `segment` take them as the first argument."""
     return rules.flatten_paths(predictor.params) | rules.flatten_paths(predictor.frozen)
 
 
 def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, ...]]]:
-    """Return the functions to export by name. Their first argument is `_named_weights`; their outputs are float32."""
+    """Return the exported functions {name: function}. They take `_named_weights` first and return float32 arrays."""
 
     def trees(weights: dict[str, Any]) -> Iterator[Any]:
         for tree in (predictor.params, predictor.frozen):
@@ -105,7 +105,7 @@ def functions(predictor: Predictor) -> dict[str, Callable[..., tuple[jax.Array, 
 
 
 def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Return {function: {input: shape and dtype}} for all inputs after the weights."""
+    """Return {function: {input: shape and dtype}} for all inputs except the weights."""
     text, struct = config.model.text, jax.ShapeDtypeStruct
     return {
         "encode": {"tokens": struct((prompts, text.context), jnp.int32), "is_region": struct((prompts,), bool)},
@@ -119,7 +119,7 @@ def inputs(config: ConfigDict, prompts: int, batch: int) -> dict[str, dict[str, 
 
 
 def _exported(predictor: Predictor, prompts: int, batch: int) -> Iterator[tuple[str, tuple[jax.export.Exported, dict]]]:
-    """Export both functions. Yield (name, (exported function, its part of `inputs`))."""
+    """Export `encode` and `segment`. Yield (name, (exported function, its entry of `inputs`)) for each."""
     weights = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in _named_weights(predictor).items()}
     specs = inputs(predictor.config, prompts, batch)
     for name, function in functions(predictor).items():

@@ -1,4 +1,4 @@
-"""Segment images by text prompts. Writes an overlay, a JSON file and masks for each image.
+"""Segment images by text prompts, and write an overlay and a JSON file with the masks for each image.
 
     mqformer predict --checkpoint=runs/demo --image=photo.jpg --prompts="sky*; road*; car" --output=found
 
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from absl import flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from mqformer_jax import cli, image_io
@@ -26,7 +27,10 @@ from mqformer_jax.tasks import FOREGROUND, PREDICTED, TASKS
 
 
 def read_prompts(text: str) -> tuple[list[str], list[bool]]:
-    """Split text at ";" and line breaks. Return the distinct prompts without stars, and which had one ("sky*")."""
+    """Split text at ";" and line breaks. Return the distinct prompts, and whether each one ended in a star ("sky*").
+
+    The returned prompts have no stars.
+    """
     parts = [" ".join(part.split()) for part in re.split("[;\n]", text)]
     prompts: dict[str, bool] = {}
     for part in parts:
@@ -58,21 +62,36 @@ def main(argv: list[str]) -> None:
     paths = image_io.find_images([*given.image, *argv])  # a shell expands --image *.jpg to arguments without a flag
     cli.keep_compiled()
     predictor = Predictor.from_checkpoint(given.checkpoint)
-    for option in given.set:
-        field, _, value = option.partition("=")
-        recipes.set_field(predictor.config, field, literal(value), "--set ")
+    change_settings(predictor.config, given.set)
     score = TASKS[given.task].score if given.score is None else given.score
     segment = lambda image: predictor(image, prompts, given.task, regions, given.queries, score)
     bad = predict_files(segment, paths, given.task, given.output, given.masks)
     if bad == len(paths):
-        raise ValueError("--image: none of the images could be read; the lines above say why.")
+        raise ValueError("--image: none of the images could be read; see the reasons above.")
     print(f"{given.output}: results of {len(paths) - bad} images" + (f"; {bad} could not be read" if bad else ""))
+
+
+def change_settings(config: ConfigDict, settings: Sequence[str]) -> None:
+    """Change the fields of a trained model's config that matter for predictions. settings: "field=value" texts.
+
+    Raises ValueError if a field cannot be changed after training, or does not exist, or if its value is not valid.
+    """
+    for setting in settings:
+        field, _, value = setting.partition("=")
+        if not field.startswith("eval.") and field != "data.templates":
+            raise ValueError(f"--set {field}: only data.templates and the fields of eval can be changed here.")
+        recipes.set_field(config, field, literal(value), "--set ")
+    recipes.check_values(config)
 
 
 def predict_files(
     segment: Callable[[np.ndarray], Segments], paths: Sequence[str], task: str, out: str, masks: bool
 ) -> int:
-    """Segment the images and write the results to `out`. Return the number of unreadable images, which are reported."""
+    """Segment images, write the results to the folder `out`, and return the number of unreadable images.
+
+    segment: returns the segments of an RGB image. masks: also write each mask as a PNG file. Unreadable images are
+    reported and skipped.
+    """
     os.makedirs(out, exist_ok=True)
     bad = 0
     bar = tqdm(zip(paths, output_stems(paths, out)), desc="predict", unit="image", total=len(paths), dynamic_ncols=True)
@@ -81,7 +100,7 @@ def predict_files(
             image = image_io.read_image(path)
         except ValueError as e:
             bad += 1
-            tqdm.write(f"left out: {e}")
+            tqdm.write(f"skipped: {e}")
             continue
         segments = segment(image)
         save_results.save(stem, image, segments, task, path, masks)
@@ -135,8 +154,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "prompts",
         None,
-        'Prompts separated by ";", or @FILE with one prompt per line; a star marks a prompt that owns one region, '
-        'e.g. "sky*; car".',
+        'Prompts separated by ";", or @FILE with one prompt per line. A prompt with a star is one region; '
+        'other prompts may have several instances, e.g. "sky*; car".',
         flag_values=values,
     )
     flags.DEFINE_enum("task", "panoptic", PREDICTED, "Segmentation task, e.g. referring.", flag_values=values)
@@ -144,14 +163,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "score",
         None,
-        "Lowest score of a segment, 0 to 1, e.g. 0.5. (default: 0.3 for instance, else the recipe's)",
+        "Lowest score of a segment, 0 to 1, e.g. 0.5. (default: 0.3 for --task=instance, else the recipe's threshold)",
         flag_values=values,
     )
     flags.DEFINE_enum(
         "queries",
         "all",
         ("all", "learnable", "conditional"),
-        "Queries to use, e.g. learnable.",
+        "Queries whose predictions are used, e.g. learnable.",
         flag_values=values,
     )
     flags.DEFINE_bool(
@@ -169,4 +188,4 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(argv: Sequence[str]) -> None:
     define_flags(flags.FLAGS)
-    cli.run(main, "predict", __doc__, "stopped; files that were written are complete.", argv)
+    cli.run(main, "predict", __doc__, "stopped; the files written so far are complete.", argv)

@@ -41,7 +41,7 @@ ENCODED_AT_ONCE = 256  # texts per call of the text encoder
 MAX_CACHED_TEXTS = 100_000
 
 
-@no_type_check  # see `Batch`
+@no_type_check  # see `input.batch.Batch`
 @flax.struct.dataclass
 class PromptBatch:
     """The embedded prompts of a batch of images, p per image. `valid` is False for padding."""
@@ -54,7 +54,8 @@ class PromptBatch:
 class RawPredictions:
     """The predictions of the network for one image, on the host, before postprocessing.
 
-    boxes: x0, y0, x1, y1 in pixels of the image. masks: logits at the image's size.
+    class_probs: 0 to 1, for each query and prompt. boxes: x0, y0, x1, y1 in pixels of the image. masks: logits at the
+    image's size.
     """
 
     class_probs: Float[np.ndarray, "q p"]
@@ -63,7 +64,7 @@ class RawPredictions:
 
 
 class IncompleteModel(ValueError):
-    """The error for weights that lack some arrays of the model that their config describes."""
+    """The error that is raised if weights lack some arrays of the model that their config describes."""
 
 
 class Predictor:
@@ -83,8 +84,8 @@ class Predictor:
     ):
         """Build the model from its parameters.
 
-        devices: devices of this host that share the images of a batch, each with a copy of the model; default: the
-        device of `params`.
+        devices: devices of this host among which the images of a batch are divided, each with a copy of the model;
+        default: the device of `params`. Raises IncompleteModel if `params` and `frozen` lack arrays of the model.
         """
         self.config, self.tokenizer = config, tokenizer
         self.canvas = tuple(config.data.canvas)
@@ -97,7 +98,7 @@ class Predictor:
         self.params, self.frozen = (filled(tree, given) for tree in shapes)
         self.shares = len(devices or [None])
         self.model = lambda params, frozen: nnx.merge(graph, params, frozen)
-        # compiled functions of (params, frozen, ...), which `export` writes too
+        # Compiled functions of (params, frozen, ...). `export` exports them too.
         self.encode_tokens = jax.jit(lambda p, f, tokens: self.model(p, f).text_encoder(tokens).astype(jnp.float32))
         self.embed_vectors = jax.jit(lambda p, f, vectors, is_region: self.model(p, f).embed_text(vectors, is_region))
 
@@ -116,14 +117,18 @@ class Predictor:
 
     @classmethod
     def from_checkpoint(cls, path: str, devices: Sequence[jax.Device] | None = None) -> Predictor:
-        """Load a model with its config. path: workdir of a training run, or folder of a converted model."""
+        """Load a model with its config.
+
+        path: workdir of a training run, or folder of a converted model. devices: see `Predictor`. Raises ValueError if
+        the checkpoint lacks arrays of the model.
+        """
         weights = load_weights(path)
         tokenizer = make_tokenizer(weights.config.model.text, path)
         try:
             predictor = cls(weights.config, weights.params, weights.frozen, tokenizer, devices)
         except IncompleteModel as e:
             raise ValueError(
-                f"{path} is not a complete model ({e}): name it in config.init_from to train a model from it."
+                f"{path} is not a complete model ({e}): it can only be used in config.init_from, to start training."
             ) from e
         predictor.refiner = Refiner.load(path)
         return predictor
@@ -133,8 +138,9 @@ class Predictor:
     ) -> Float[Array, "p e"]:
         """Return the embeddings of prompts. The outputs of the text encoder are cached.
 
-        regions: which prompts own one region. templates: sentences into which each text is inserted, such as "a photo
-        of a {}."; the directions of their vectors are averaged (CLIP, OpenSeeD). Raises ValueError if `texts` is empty.
+        regions: True for each prompt that owns one region (stuff, expressions) rather than several instances.
+        templates: sentences into which each text is inserted, such as "a photo of a {}."; the normalized embeddings of
+        the sentences are averaged, as in CLIP and OpenSeeD. Raises ValueError if `texts` is empty.
         """
         if not texts:
             raise ValueError("no prompts: give at least one text to look for.")
@@ -167,9 +173,9 @@ class Predictor:
     ) -> list[RawPredictions]:
         """Return the network's predictions for uint8 RGB images of any sizes, each with its own embedded prompts.
 
-        The network runs once, for `batch` images (default: `len(images)`) with `padded_length` prompts each; padding
-        fills the difference, so that few shapes are compiled. canvas: height and width into which the images are
-        fitted; default: the recipe's.
+        The network runs once. The input is padded to `batch` images (default: `len(images)`) with `padded_length`
+        prompts each, so that few shapes are compiled. canvas: height and width into which the images are fitted;
+        default: the config's.
         """
         count, batch, canvas = len(images), batch or len(images), canvas or self.canvas
         batch += -batch % self.shares
@@ -212,22 +218,24 @@ class Predictor:
         task: "panoptic" (no overlaps), "instance" (ranked, may overlap), "semantic" (every pixel to a prompt),
             "referring" or "foreground" (one region per prompt), "matting" (one region per prompt, with `alphas`; the
             checkpoint needs a refiner).
-        regions: which prompts own one region (stuff) rather than several segments (things); default: none of them for
-            panoptic and instance, all otherwise.
+        regions: True for each prompt that owns one region (stuff) rather than several instances (things); default:
+            False for panoptic and instance, else True.
         queries: the queries to use: "all", "learnable" or "conditional".
         score: the lowest score of a segment. Replaces the recipe's `eval.object_mask_threshold` (panoptic),
             `eval.score_threshold` (instance) and `eval.no_target_threshold` (one region per prompt).
+
+        Raises ValueError if an argument is invalid, or if the model has no such queries or no refiner.
         """
         images = [image] if isinstance(image, np.ndarray) else list(image)
         for i in images:
             if not isinstance(i, np.ndarray) or i.dtype != np.uint8 or i.ndim != 3 or i.shape[2] != 3 or not i.size:
                 raise ValueError(f"the image is {_describe(i)}: give uint8 RGB of shape (height, width, 3).")
         if regions is not None and len(regions) != len(prompts):
-            raise ValueError(f"{len(regions)} regions for {len(prompts)} prompts: give True or False for each prompt.")
+            raise ValueError(f"regions has {len(regions)} values for {len(prompts)} prompts: give one bool per prompt.")
         if task not in PREDICTED:
-            raise ValueError(f"task {task!r} is not one of {', '.join(PREDICTED)}.")
+            raise ValueError(f"task={task!r} is not supported; give one of {', '.join(PREDICTED)}.")
         if task == "matting" and self.refiner is None:
-            raise ValueError("task 'matting': this checkpoint has no refiner; train one with `mqformer train-matting`.")
+            raise ValueError("task='matting': this checkpoint has no refiner; train one with `mqformer train-matting`.")
         regions = (
             np.full(len(prompts), not TASKS[task].chooses_regions) if regions is None else np.asarray(regions, bool)
         )
@@ -235,7 +243,7 @@ class Predictor:
         embedded = self.embed(prompts, regions, templates)
         selected, thresholds = self._select_queries(queries), with_score(self.config.eval, score)
         if queries != "all":
-            # Queries that are not selected get a score of 0. This threshold removes them.
+            # Queries that are not selected get a score of 0. A threshold of at least 0 removes them.
             thresholds = ConfigDict({**thresholds, "score_threshold": max(0.0, thresholds.score_threshold)})
         found = []
         for start in range(0, len(images), self.config.eval.batch_size):
@@ -252,16 +260,16 @@ class Predictor:
         return found[0] if isinstance(image, np.ndarray) else found
 
     def _select_queries(self, queries: str) -> Bool[np.ndarray, "q 1"]:
-        """Return for each query whether it is used. queries: see `__call__`. Learnable queries come first."""
+        """Return for each query whether it is used. Learnable queries come first. queries: see `__call__`."""
         learnable, conditional = query_counts(self.config.model)
         counts = {"all": (1, 1), "learnable": (1, 0), "conditional": (0, 1)}
         if queries not in counts:
-            raise ValueError(f"queries {queries!r} is not one of {', '.join(counts)}.")
+            raise ValueError(f"queries={queries!r} is not supported; give one of {', '.join(counts)}.")
         selected = np.repeat(np.array(counts[queries], bool), [learnable, conditional])
         if not selected.any():
             raise ValueError(
-                f"queries {queries!r}: this model has no such queries "
-                f"(config.model.queries = {self.config.model.queries!r}); use 'all'."
+                f"queries={queries!r}: this model has no such queries "
+                f"(config.model.queries = {self.config.model.queries!r}); give 'all'."
             )
         return selected[:, None]
 
@@ -276,7 +284,7 @@ def padded_length(count: int) -> int:
 
 
 def with_score(thresholds: ConfigDict, score: float | None) -> ConfigDict:
-    """Return `config.eval` with `score` as the score threshold of all tasks, or unchanged if it is None."""
+    """Return `config.eval` with `score` as the score threshold of all tasks, or unchanged if `score` is None."""
     if score is None:
         return thresholds
     names = ("object_mask_threshold", "no_target_threshold", "score_threshold")
@@ -288,7 +296,7 @@ def _describe(image: object) -> str:
 
 
 def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
-    """Return for each text the mean direction of its vectors, scaled to their mean length.
+    """Return for each text the average of its vectors: their mean direction, scaled to their mean length.
 
     vectors: one array for each template, with one vector for each text.
     """
@@ -299,7 +307,7 @@ def average(vectors: Sequence[Float[np.ndarray, "p e"]]) -> Float[Array, "p e"]:
 def postprocess(
     raw: RawPredictions, texts: Sequence[str], regions: np.ndarray, task: str, thresholds: ConfigDict
 ) -> Segments:
-    """Turn raw predictions into the segments of a task, with the thresholds of `config.eval`."""
+    """Return the segments of a task. thresholds: `config.eval`."""
     kind = TASKS[task].segments
     if kind == "panoptic":
         limits = thresholds.object_mask_threshold, thresholds.overlap_threshold

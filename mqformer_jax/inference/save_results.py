@@ -1,4 +1,4 @@
-"""Write the results of `mqformer predict`: an overlay, COCO JSON, index and mask PNGs, cut-outs."""
+"""Write the results of `mqformer predict`: an overlay, a COCO JSON file, a panoptic PNG, a cut-out and mask PNGs."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ LARGEST = 2048  # longest side of an overlay, pixels; masks keep the image's siz
 def save(
     stem: str, image: UInt8[np.ndarray, "h w 3"], segments: Segments, task: str, source: str, masks: bool = False
 ) -> list[str]:
-    """Write STEM.json, STEM_overlay.png and, depending on the task, STEM_panoptic.png or STEM_cutout.png.
+    """Write the results of an image and return the paths of the files. Each file is written atomically.
 
-    source: path of the image, for the JSON file. masks: also write a PNG file for each mask. Returns the paths. Each
-    file is written atomically.
+    The files are STEM.json, STEM_overlay.png and, depending on the task, STEM_panoptic.png or STEM_cutout.png. stem:
+    path without extension. source: path of the image, for the JSON file. masks: also write a PNG file for each mask.
     """
     written = [f"{stem}.json"]
     write_json(written[0], to_json(segments, task, source, image.shape[:2]))
@@ -78,7 +78,10 @@ def to_json(segments: Segments, task: str, source: str, size: tuple[int, int]) -
 
 
 def cutout(image: UInt8[np.ndarray, "h w 3"], segments: Segments) -> UInt8[np.ndarray, "h w 4"]:
-    """Return the segments on a transparent background, cut out by their mattes, or by their masks without mattes."""
+    """Return the image as RGBA with the segments on a transparent background.
+
+    The alpha channel is the maximum of the mattes if there are any, else of the masks.
+    """
     alpha: Float[np.ndarray, "h w"] = np.zeros(image.shape[:2], np.float32)
     for mask in segments.masks if segments.alphas is None else segments.alphas:
         np.maximum(alpha, mask, out=alpha)
@@ -107,7 +110,7 @@ def panoptic_image(ids: Int[np.ndarray, "h w"], count: int) -> Image.Image:
     if count > 255:
         return Image.fromarray(ids.astype(np.uint16))
     image = Image.fromarray(ids.astype(np.uint8), mode="P")
-    # Steps of the golden angle around the color circle keep neighboring ids apart.
+    # Steps of the golden angle around the color circle give successive ids different hues.
     colors = [colorsys.hsv_to_rgb(i * 0.618034 % 1, 0.75, 0.95) for i in range(count)]
     image.putpalette([0, 0, 0, *(round(255 * channel) for color in colors for channel in color)])
     return image

@@ -1,4 +1,4 @@
-"""A cache of the outputs of a frozen text encoder."""
+"""`TextCache`: cache the outputs of a frozen text encoder during training."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from ml_collections import ConfigDict
 from mqformer_jax.input.batch import Batch
 from mqformer_jax.models.text_encoder import make_text_encoder
 
-CHUNK = 64  # texts per call, so that one shape is compiled
-MAX_TEXTS = 1 << 19  # in the cache: 1 GB at 512 floats a text; RefCOCO, RefCOCO+ and RefCOCOg have fewer in all
+CHUNK = 64  # texts per call of the encoder; fixed, so that one shape is compiled
+# The cache is emptied above this number of texts: 1 GB at 512 floats per text. RefCOCO, RefCOCO+ and RefCOCOg together
+# have fewer texts.
+MAX_TEXTS = 1 << 19
 
 
 class TextCache:
-    """A function that replaces a Batch's token ids by their embeddings, so that the train step skips the encoder.
+    """A callable that replaces the token ids of a Batch by the outputs of the text encoder.
 
-    It needs a frozen text encoder (`optimizer.text_lr_mult = 0`). params: the unsharded parameters of the text encoder.
-    Each host caches the texts of its own batches.
+    The train step then skips the encoder. The text encoder must be frozen (`optimizer.text_lr_mult = 0`). params: its
+    unsharded parameters. Each host caches the texts of its own batches.
     """
 
     def __init__(self, config: ConfigDict, params: Any):

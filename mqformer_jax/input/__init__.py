@@ -1,1 +1,1 @@
-"""The input pipeline: from prepared shards to batches of NumPy arrays. It uses no JAX device."""
+"""The input pipeline: read prepared shards and make batches of NumPy arrays. It uses no JAX device."""

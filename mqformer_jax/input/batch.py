@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 from mqformer_jax.arrays import Array
 from mqformer_jax.input.example import Example
 
-PAD = 128  # gray value of the padding to the right of and below an image
-SAME_OBJECT = 0.5  # two targets may be the same object if their boxes share more than this part of the smaller one
+PAD = 128  # gray value of the padding, which is to the right of and below an image
+SAME_OBJECT = 0.5  # if their boxes share more than this fraction of the smaller one, two targets may be one object
 
 
 # Shapes are not checked: under jax.vmap and jax.tree.map, fields lose an axis or are not arrays.
@@ -25,16 +25,16 @@ class Batch:
 
     Targets with an index of `num_targets` or more, and prompts that are not `prompt_valid`, are padding.
 
-    image: 0 to 255, padded to the right and below. size: height and width of the valid part, pixels.
-    tokens: token ids, or their embeddings by a frozen text encoder (`TextCache`).
+    image: 0 to 255, padded to the right and below. size: height and width of the image without padding, in pixels.
+    tokens: token ids or, if the text encoder is frozen, the embeddings of the prompts (`TextCache`).
     is_region, prompt_exhaustive: see `Prompt`. boxes: cx, cy, w, h as fractions of the canvas.
     positive: whether the prompt fits the target. negative: whether a prompt that is not exhaustive is known not to fit
         the target. If a target is neither positive nor negative for such a prompt, it is unknown whether they fit.
     has_mask: whether the target's mask is known.
-    offset: row and column of the lattice's pixels in their cells. The lattice has one pixel of each cell of
-        `data.lattice_stride` x `data.lattice_stride` pixels (`losses.lattice`). The loss reads no other pixels.
-    masks: bits of the targets on the lattice, eight pixels of a row per byte, as in `np.packbits`.
-    ignore: bits of unlabeled pixels on the lattice, without the padding (see `size`).
+    offset: position of the lattice (`losses.lattice`), which has one pixel of each cell of `data.lattice_stride` x
+        `data.lattice_stride` pixels: the row and column of this pixel in its cell. The loss reads no other pixels.
+    masks: masks of the targets on the lattice, eight pixels of a row per byte, as in `np.packbits`.
+    ignore: unlabeled pixels on the lattice, packed like `masks`. The padding is not marked (see `size`).
     source: index of the data set in the mixture, for metrics only.
     """
 
@@ -72,7 +72,7 @@ class BatchSpec:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """Return the height of the lattice, and its width in bytes."""
+        """Return the shape of a packed mask: the height of the lattice, and the bytes in a row."""
         height, width = (side // self.lattice_stride for side in self.canvas)
         return height, -(-width // 8)
 
@@ -106,8 +106,9 @@ def pack_example(
 ) -> PackedExample:
     """Convert an example that is no larger than the canvas to the format of a Batch.
 
-    texts, indices: the result of `choose_prompts`. Targets without a chosen prompt are left out. If there are too many
-    targets, a random subset is kept, and prompts of dropped targets are no longer exhaustive.
+    texts, indices: the result of `choose_prompts`. source: index of the data set in the mixture. Targets without a
+    chosen prompt are left out. If there are more targets than `spec.targets`, a random subset is kept, and the prompts
+    of the other targets are no longer exhaustive.
     """
     column = {int(old): new for new, old in enumerate(indices)}
     prompts = [example.prompts[i] for i in indices]
@@ -189,7 +190,7 @@ def collate(examples: Sequence[PackedExample], spec: BatchSpec) -> Batch:
 
 
 def unpack(bits: UInt8[np.ndarray, "*n h2 w8"], canvas: tuple[int, int]) -> Bool[np.ndarray, "*n h w"]:
-    """Return masks or ignored pixels of a batch on its canvas, each pixel enlarged to its cell, for visualization."""
+    """Return packed masks (or ignored pixels) as images of the canvas for visualization. Each pixel fills its cell."""
     stride = canvas[0] // bits.shape[-2]
     pixels = np.unpackbits(bits, axis=-1, count=canvas[1] // stride).view(bool)
     return pixels.repeat(stride, -2).repeat(stride, -1)
@@ -202,7 +203,7 @@ def _pack(
     stride: int,
     bits: UInt8[np.ndarray, "h2 w8"],
 ) -> None:
-    """Write the pixels of a mask that are on the lattice into `bits`. Without a mask, do nothing.
+    """Write the pixels of a mask that are on the lattice into `bits`. If `mask` is None, do nothing.
 
     at: top and left of the mask on the canvas. offset: see `Batch`.
     """
@@ -221,9 +222,9 @@ def _known_negatives(
 ) -> Bool[np.ndarray, "n p"]:
     """Return for each target and prompt whether the prompt is not exhaustive but known not to fit the target.
 
-    Our choice (unpublished): a prompt of one labeled object does not fit the other labeled objects of the image, unless
-    their boxes mostly overlap ("a man", "the man in a hat"). Without this rule, a data set that is never exhaustive
-    (Visual Genome) would have no negatives.
+    This rule is not in the paper: a prompt of one labeled object is assumed not to fit the other labeled objects of the
+    image, unless their boxes mostly overlap, because they may then be the same object ("a man", "the man in a hat").
+    Without this rule, a data set that is never exhaustive (Visual Genome) would have no negatives.
     """
     uncertain = ~exhaustive
     if not uncertain.any() or not len(corners):

@@ -26,7 +26,7 @@ rug
 def class_names(count: int) -> tuple[str, ...]:
     """Return the names of COCO's classes if `count` is 80 (things) or 133 (panoptic), else "class 0", "class 1", ...
 
-    Users of `mqformer convert` can give other names with its option `--classes`.
+    The option `--classes` of `mqformer convert` gives other names.
     """
     things, stuff = (tuple(" ".join(name.split()) for name in text.split("|")) for text in (_THINGS, _STUFF))
     return {80: things, 133: things + stuff}.get(count, tuple(f"class {i}" for i in range(count)))

@@ -12,11 +12,11 @@ class Prompt:
     """One text prompt.
 
     texts: wordings with the same meaning (synonyms of a class); training draws one each time the image is used.
-    is_region: True if the prompt owns exactly one region (semantic, referring, foreground), False if it may own several
-        segments (instances). It is an input of the model (`is_region` in the Batch). Only an ambiguous expression owns
-        several regions.
-    exhaustive: whether everything in the image that fits the prompt is labeled. If so, unmatched queries learn that the
-        prompt is absent. If not, they have no loss for this prompt.
+    is_region: True if the prompt owns one region (semantic, referring, foreground), False if it may own several
+        segments (instances). It is an input of the model (`Batch.is_region`). Exception: an expression that labels
+        several segments has a target for each of them.
+    exhaustive: whether everything in the image that fits the prompt is labeled. If so, the prompt is a negative for
+        unmatched queries. If not, unmatched queries have no loss for it.
     weight: relative probability that the prompt is drawn as a negative if there are too many (`choose_prompts`).
     """
 
@@ -32,8 +32,9 @@ class Target:
 
     prompts: indices into `Example.prompts` of all prompts that the segment fits (its class, its expressions).
     box: float32 [4], x0, y0, x1, y1 in pixels of the image.
-    mask: bool [h, w], or None if only the box is known. It covers a window of the image: pixel (0, 0) lies at `at`
-        (top, left), and no pixel outside belongs to the target. A window saves time because most segments are small.
+    mask: bool [h, w], or None if only the box is known. It is a crop of the mask of the whole image, which saves time
+        because most segments are small. No pixel outside the crop belongs to the target.
+    at: row and column in the image of the mask's first pixel.
     """
 
     prompts: tuple[int, ...]

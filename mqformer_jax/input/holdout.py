@@ -18,7 +18,7 @@ Split = tuple[str, str]  # name, split
 
 
 class Part:
-    """A subset of the records of a source. indices: their indices in that source."""
+    """A subset of the records of a source. indices: the indices of these records in the source."""
 
     def __init__(self, source: ShardSource, indices: Sequence[int]):
         self.info, self.name, self.split = source.info, source.name, source.split
@@ -36,10 +36,10 @@ def exclude_eval_images(
 ) -> tuple[list[ShardSource | Part], list[str]]:
     """Return the training sources without the images of evaluation sets, and log lines about the excluded images.
 
-    Evaluation sets are `eval_sets` and every prepared split under `root` that has expressions and whose name does not
-    start with "train", since it may be evaluated later. A split that is one of `sources` does not count as an
-    evaluation set. Raises FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source
-    are excluded or a file of origins is damaged.
+    Evaluation sets are `eval_sets`, and also every prepared split under `root` that has expressions and whose name does
+    not start with "train", because it may be evaluated later. A split in `sources` never counts as an evaluation set.
+    Raises FileNotFoundError if one of `eval_sets` is not prepared, ValueError if all images of a source are excluded or
+    a file of origins is damaged.
     """
     trained = {(source.name, source.split) for source in sources}
     evaluated = {(entry["name"], entry["split"]) for entry in eval_sets}
@@ -62,21 +62,25 @@ def exclude_eval_images(
     if has_origins and not expressions:
         lines.append(
             f"data.leak_guard: {root} has no val or test split of RefCOCO/+/g; "
-            "prepare these splits first if you will evaluate on them"
+            "if you will evaluate on them, prepare these splits before training"
         )
     if outdated := [
         f"{name}/{split}"
         for name, split in sorted(evaluated | trained)
         if split not in _info(root, name, split).expressions
     ]:
-        lines.append(f"data.leak_guard: the origins of these images are unknown; prepare again: {', '.join(outdated)}")
+        lines.append(
+            f"data.leak_guard: evaluation images in {', '.join(outdated)} cannot be recognized, because these sets "
+            "were prepared by an older version; prepare them again"
+        )
     return parts, lines
 
 
 def read_origins(root: str, name: str, split: str) -> list[str]:
     """Return the `origin` of each record, or [] if all are "".
 
-    Raises FileNotFoundError if the split is not prepared, ValueError if its file of origins has a wrong length.
+    Raises FileNotFoundError if the split is not prepared, ValueError if its file of origins has too few or too many
+    lines.
     """
     info, path = _info(root, name, split), origins_path(os.path.join(root, name), split)
     if not os.path.exists(path):

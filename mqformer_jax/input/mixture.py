@@ -1,4 +1,4 @@
-"""Mix prepared data sets into one endless stream of batches that resumes exactly."""
+"""Mix prepared data sets into one endless stream of batches, which can be resumed exactly at any step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mqformer_jax.input.tasks import needs_whole_image, to_example
 from mqformer_jax.input.transforms import color_jitter, fit, random_flip, resize_crop
 from mqformer_jax.interrupts import block_ctrl_c_in_children
 
-MAX_IN_A_ROW = 64  # consecutive unusable records that stop the run
+MAX_IN_A_ROW = 64  # the run stops after this many consecutive unusable records
 MIN_RECORDS = 1000  # the fraction of unusable records is computed over at least this many
 
 # The loader processes many images in parallel. Threads of OpenCV would compete for the same cores.
@@ -31,7 +31,7 @@ cv2.setNumThreads(1)
 
 @runtime_checkable
 class Source(Protocol):
-    """The interface of a data set: random access to the bytes of its records."""
+    """The interface of a data set: `source[i]` returns the bytes of record i."""
 
     info: DatasetInfo
     name: str
@@ -44,9 +44,10 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """Information about a row of a Batch, for logs. key: "dataset/image". texts: the wordings of its prompts.
+    """Information about one row of a Batch, for logs.
 
-    bad: the unusable records that this row replaces: (index, problem).
+    key: "dataset/image". texts: the wordings of its prompts. bad: (index, problem) of each unusable record that this
+    row replaces.
     """
 
     key: str
@@ -55,10 +56,10 @@ class Note:
 
 
 def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -> Loader:
-    """Return the loader of the data sets of `config.data.mixture`, without evaluation images.
+    """Return a loader of the data sets in `config.data.mixture`, without evaluation images (`exclude_eval_images`).
 
-    `config.data.leak_guard=False` keeps evaluation images. Raises FileNotFoundError if a data set is not prepared,
-    ValueError if it is damaged or the config does not fit it.
+    With `config.data.leak_guard=False`, evaluation images are kept. Raises FileNotFoundError if a data set is not
+    prepared, ValueError if it is damaged or the config does not fit it.
     """
     data = config.data
     sources = [ShardSource(data.root, entry["name"], entry["split"]) for entry in data.mixture]
@@ -69,7 +70,7 @@ def make_loader(config: Any, tokenizer: Callable[[Sequence[str]], np.ndarray]) -
 
 
 class Loader:
-    """The loader of training batches. It reads `data`, `batch_size` (over all hosts) and `seed` of a config.
+    """A loader of training batches. It uses the fields `data`, `batch_size` (over all hosts) and `seed` of a config.
 
     The rows of the global batch of a step depend only on the seed and the step, not on interruptions or on the number
     of hosts, workers or threads. Data sets are interleaved by weight (`weight`, or size^`data.size_exponent`). Records
@@ -94,14 +95,17 @@ class Loader:
         if not sources:
             raise ValueError("data.mixture is empty: name at least one data set.")
         if 0 in self._sizes:
-            raise ValueError(f"data.mixture: {self.names[self._sizes.index(0)]} has no images.")
+            raise ValueError(
+                f"data.mixture: {self.names[self._sizes.index(0)]} has no images; remove it, or prepare it again."
+            )
         self._weights = [_weight(e, size, data.size_exponent) for e, size in zip(data.mixture, self._sizes)]
         self._bad: list[set[int]] = [set() for _ in sources]
         self._read = [0] * len(sources)
         self._spec = BatchSpec.of(data)
         shares = [f"{w / sum(self._weights):.1%}" for w in self._weights]
         self.report = [
-            f"{n}: {size} images, {share} of the rows" for n, size, share in zip(self.names, self._sizes, shares)
+            f"{n}: {size} images, {share} of the training examples"
+            for n, size, share in zip(self.names, self._sizes, shares)
         ] + [*report]
         for source in sources:
             _warn_of_equal_classes(source, tokenizer)
@@ -128,19 +132,22 @@ class Loader:
         self._rows = WindowShuffle(mixed, config.batch_size, (config.seed, len(sources)))[: 1 << 53]
 
     def batches(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[Batch]:
-        """Return an endless iterator over this host's batches of batch_size / num_hosts rows, from `start_step` on."""
+        """Return an endless iterator over the batches of one host, from `start_step` on.
+
+        A batch has batch_size / num_hosts rows. host: index of the host.
+        """
         return (batch for batch, _ in self.stream(start_step, host, num_hosts))
 
     def stream(self, start_step: int = 0, host: int = 0, num_hosts: int = 1) -> Iterator[tuple[Batch, list[Note]]]:
-        """Return the same as `batches`, with a note for every row.
+        """Return the same iterator as `batches`, but over (batch, notes). There is one note for each row of the batch.
 
-        An unusable record is logged once and replaced by the next usable one. Raises ValueError if more than
-        `data.max_corrupt_fraction` of the records that this host has read of a data set are unusable. One unusable
+        An unusable record is logged once and replaced by the next usable one. Raises ValueError if, in a data
+        set, more than `data.max_corrupt_fraction` of the records that this host has read are unusable. One unusable
         record is always allowed, and the fraction is computed over at least MIN_RECORDS records.
         """
         size, data = self._config.batch_size, self._config.data
         if size % num_hosts:
-            raise ValueError(f"batch_size: {size} is not divisible by {num_hosts} hosts.")
+            raise ValueError(f"batch_size: {size} is not divisible by {num_hosts} hosts; use a multiple.")
         batches = self._rows.batch(size // num_hosts, batch_fn=functools.partial(_collate, spec=self._spec))[
             host::num_hosts
         ][start_step:]
@@ -171,8 +178,8 @@ class Loader:
             limit, seen = self._config.data.max_corrupt_fraction, min(size, max(self._read[source], MIN_RECORDS))
             if len(bad) > max(1, limit * seen):
                 raise ValueError(
-                    f"{name}: {len(bad)} of {seen} records are unusable, data.max_corrupt_fraction is {limit}; "
-                    "prepare the data set again."
+                    f"{name}: {len(bad)} of {seen} records are unusable, more than data.max_corrupt_fraction = "
+                    f"{limit}; prepare the data set again."
                 )
         return item
 
@@ -190,16 +197,16 @@ class Loader:
         for field in ("mixture", "batch_size", "seed"):
             if state[field] != current[field]:
                 raise ValueError(
-                    f"{field}: the checkpoint was written with {state[field]}, the config says {current[field]}; "
-                    "change it back, or start a new run."
+                    f"{field}: the checkpoint was saved with {state[field]}, but the config has {current[field]}; "
+                    "restore the old value, or start a new run with another --workdir."
                 )
 
 
 class WindowShuffle(grain.MapDataset):
-    """A shuffle within consecutive windows of `window` elements: epochs, or global batches.
+    """A dataset that shuffles `parent` within consecutive windows of `window` elements (epochs or global batches).
 
-    Each window has its own order. Grain's own shuffle is slow for small windows, because it draws from 2^16 indices
-    until one is below `window`: a batch of 8 takes 3 ms per element.
+    Each window has its own order. Grain's shuffle is slow for small windows, because it draws from 2^16 indices until
+    one is below `window`: with windows of 8, it takes 3 ms per element.
     """
 
     def __init__(self, parent: grain.MapDataset, window: int, seed: tuple[int, ...]):
@@ -228,10 +235,10 @@ class WindowShuffle(grain.MapDataset):
 
 @dataclasses.dataclass(frozen=True)
 class RecordTransform:
-    """The transform of one data set from (record index, rng) to a packed example and its note.
+    """A function that reads a record of one data set, augments it, and returns the packed example and its note.
 
-    number: index of the data set in the mixture. min_scores: lowest scores of a teacher's masks and of its captions.
-    data: `config.data`.
+    Its arguments are the index of the record and a random generator. number: index of the data set in the mixture.
+    min_scores: lowest scores of synthetic masks and of synthetic captions. data: `config.data`.
     """
 
     source: Source
@@ -272,7 +279,7 @@ class RecordTransform:
 
 
 def _block_ctrl_c(stream: Iterator[Any]) -> Iterator[Any]:
-    """Yield from an endless stream. Block Ctrl-C in the worker processes that start with the first elements."""
+    """Yield the elements of an endless stream. Block Ctrl-C in the workers, which start with the first elements."""
     while True:
         with block_ctrl_c_in_children():
             item = next(stream)
@@ -293,8 +300,8 @@ def _warn_of_equal_classes(source: Source, tokenizer: Callable[[Sequence[str]], 
         other_info, other = seen.setdefault(row.tobytes(), (info, name))
         if other_info is not info:
             logging.warning(
-                "%s: the classes %r and %r tokenize identically; with the tokenizer 'words', raise "
-                "config.model.text.vocab_size.",
+                "%s: the classes %r and %r tokenize identically; rename one of them or, with the tokenizer 'words', "
+                "raise config.model.text.vocab_size.",
                 source.name,
                 other,
                 name,

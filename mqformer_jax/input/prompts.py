@@ -18,7 +18,7 @@ PHOTO_TEMPLATES = (
     "a photo of a {} indoors.", "a photo of a {} outdoors.", "there is a {} in the scene.", "a {} in the background.",
 )  # fmt: skip
 
-# RefCOCO's annotators write "rightmost", "topleft" and "lft"; "bright", "upright" and "leftover" must not change.
+# RefCOCO's annotators also write "rightmost", "topleft" and "lft". "bright", "upright" and "leftover" must not change.
 _SWAP = {"left": "right", "right": "left", "lft": "rgt", "rgt": "lft"}
 _SIDE_WORD = re.compile(
     r"\b((?:top|bottom|upper|lower|far|front|back|mid|middle|center|centre)?)(left|right|lft|rgt)"
@@ -40,16 +40,16 @@ _NO_SIDE = re.compile(r"\w*(?:bright|upright|fright|outright|forthright|copyrigh
 def choose_prompts(example: Example, budget: int, rng: np.random.Generator) -> tuple[list[str], np.ndarray]:
     """Draw at most `budget` of the example's prompts, in random order, and one wording of each.
 
-    Prompts with a target have priority (a random subset if there are too many), then known negatives, drawn by weight.
-    Other prompts are left out because they have no loss. A negative with the wording of a positive is left out too: an
-    expression that fits nothing may equal the name of a class.
+    Prompts with a target come first (a random subset if there are too many). Known negatives, drawn by weight, fill the
+    rest of the budget. Other prompts are left out because they have no loss. A negative is also left out if its wording
+    is that of a positive: an expression without a target may be equal to a class name.
 
-    Returns the wordings, and their indices into `example.prompts`, int [n].
+    Returns the wordings, and the indices of their prompts in `example.prompts`, int [n].
     """
     present = {p for target in example.targets for p in target.prompts}
     absent = [i for i, prompt in enumerate(example.prompts) if prompt.exhaustive and i not in present]
     positives = rng.permutation(np.array(sorted(present), np.int64))[:budget]
-    # The smallest of exponential variables whose rates are the weights are a weighted draw without replacement.
+    # A weighted draw without replacement: the smallest of exponential variables whose rates are the weights.
     times = rng.exponential(size=len(absent)) / np.array([example.prompts[i].weight for i in absent])
     negatives = np.array(absent, np.int64)[np.argsort(times)[: budget - len(positives)]]
     indices = rng.permutation(np.concatenate([positives, negatives]))

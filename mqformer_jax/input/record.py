@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 class BadRecord(ValueError):
-    """An error in one record. The message names the record and the problem."""
+    """An error in one record. The message describes the problem."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,10 +55,10 @@ class DatasetInfo:
 
     exhaustive: whether every class is labeled wherever it occurs, so that a class without a segment is absent.
         Federated sets (LVIS) are not exhaustive; their records list the classes that are known to be absent.
-    unique_texts: whether an expression fits its segment and nothing else in the image (RefCOCO). If not (Visual
+    unique_texts: whether an expression fits its segment and nothing else in the image (RefCOCO). If False (Visual
         Genome's region phrases), it may also fit unlabeled objects.
-    splits, class_images, expressions: by split, the number of records, the number of images that show each class, and
-        the number of expressions.
+    splits: number of records of each split. class_images: for each split, the number of images that show each class.
+    expressions: number of expressions of each split.
     source: the subcommand of `mqformer prepare` that made the set, or "synthesize".
     made_from: the data set to which a teacher added annotations (`mqformer synthesize`), or "".
     """
@@ -91,7 +91,7 @@ class DatasetInfo:
                 return cls._of(json.load(f))
             except (ValueError, TypeError, KeyError, AttributeError) as e:
                 raise ValueError(
-                    f"{path} cannot be read ({e}): delete its folder and prepare the data set again"
+                    f"{path} cannot be read ({e}): delete the folder of this file and prepare the data set again"
                 ) from None
 
     @classmethod
@@ -108,12 +108,12 @@ class Segment:
     """One annotated segment of an image.
 
     class_id: index into `DatasetInfo.classes`, or None if the segment has no class (a referred object, a foreground).
-    texts: expressions that refer to this segment and to no other in the image.
+    texts: expressions that refer to this segment (see `DatasetInfo.unique_texts`).
     box: x0, y0, x1, y1 in pixels (continuous; right and lower edges are exclusive), or None.
     mask: COCO compressed run-length code at the image's size, or None if only a box is labeled.
     alpha: the matte, an 8-bit gray PNG at the image's size (0 to 255), or None.
-    trimap: 8-bit gray PNG or None: 0 is outside, 255 inside, other values unknown. Selects the pixels of some matting
-        metrics.
+    trimap: 8-bit gray PNG or None: 0 is outside, 255 inside, other values unknown. Matting metrics with the
+        prefix "unknown_" use only the unknown pixels.
     crowd: a region of several objects that are not separated. It is never a target, and its pixels have no loss.
     foreground: whether the segment is the salient foreground of the image, not an instance of a class.
 
@@ -142,9 +142,10 @@ class Segment:
         return (*self.texts, *(text for text, _ in self.captions))
 
     def trusting(self, mask: float, caption: float) -> Segment:
-        """Return the segment without a teacher's mask that scores below `mask` and captions that score below `caption`.
+        """Return the segment without synthetic annotations of low score.
 
-        The box and the annotations of people are kept.
+        A teacher's mask is removed if it scores below `mask`, and its captions if they score below `caption`. The box
+        and the annotations of people are kept.
         """
         captions = tuple(item for item in self.captions if item[1] >= caption)
         drop_mask = bool(self.mask_by) and self.mask_score < mask
@@ -184,14 +185,14 @@ class Record:
         try:
             fields = msgpack.unpackb(data, raw=False)
             if fields.pop("format") != FORMAT:
-                raise ValueError("unknown record format; prepare the data set again")
+                raise ValueError("unknown record format")
             fields["segments"] = tuple(Segment(**_tuples(s)) for s in fields["segments"])
             return cls(**_tuples(fields))
         except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as e:
-            raise BadRecord(f"the record cannot be read: {e}") from e
+            raise BadRecord(f"the record cannot be read ({e}); prepare the data set again") from e
 
     def trusting(self, mask: float, caption: float) -> Record:
-        """Return the record without teachers' masks that score below `mask` and captions that score below `caption`."""
+        """Return the record without synthetic masks that score below `mask` and captions that score below `caption`."""
         if not (mask or caption):
             return self
         return dataclasses.replace(self, segments=tuple(segment.trusting(mask, caption) for segment in self.segments))
@@ -200,10 +201,13 @@ class Record:
         """Return the image as uint8 [height, width, 3], RGB. Raises BadRecord if it is damaged."""
         image = cv2.imdecode(np.frombuffer(self.image, np.uint8), cv2.IMREAD_COLOR_RGB)
         if image is None:
-            raise BadRecord(f"{self.key}: the image cannot be decoded")
+            raise BadRecord(f"{self.key}: the image cannot be decoded; prepare the data set again")
         if image.shape[:2] != (self.height, self.width):
             actual = f"{image.shape[1]}x{image.shape[0]}"
-            raise BadRecord(f"{self.key}: the image is {actual}, but the record says {self.width}x{self.height}")
+            raise BadRecord(
+                f"{self.key}: the image is {actual}, but its labels are for {self.width}x{self.height}; "
+                "prepare the data set again"
+            )
         return image
 
     def decode_mask(self, mask: bytes) -> np.ndarray:
@@ -211,9 +215,9 @@ class Record:
         return decode_rle(mask, self.height, self.width)
 
     def decode_window(self, mask: bytes) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return a mask cropped to its box, bool [h, w], and the box's top and left.
+        """Return a mask cropped to its box, bool [h, w], and (top, left) of the box in the image.
 
-        An empty mask gives a single False pixel.
+        An empty mask is cropped to a single False pixel.
         """
         rle = {"size": [self.height, self.width], "counts": mask}
         try:
@@ -222,7 +226,7 @@ class Record:
             )
             columns = rle_codec.decode(rle).T
         except (ValueError, TypeError) as e:
-            raise BadRecord(f"{self.key}: invalid run-length code: {e}") from e
+            raise BadRecord(f"{self.key}: a mask cannot be decoded ({e}); prepare the data set again") from e
         part = np.ascontiguousarray(columns[left : left + width, top : top + height])
         return cv2.transpose(part).view(bool), (top, left)
 
@@ -230,7 +234,10 @@ class Record:
         """Decode a matte of this record to uint8 [height, width]."""
         matte = cv2.imdecode(np.frombuffer(alpha, np.uint8), cv2.IMREAD_GRAYSCALE)
         if matte is None or matte.shape != (self.height, self.width):
-            raise BadRecord(f"{self.key}: the matte cannot be decoded, or is not {self.width}x{self.height}")
+            raise BadRecord(
+                f"{self.key}: the matte cannot be decoded, or is not {self.width}x{self.height}; "
+                "prepare the data set again"
+            )
         return matte
 
 
@@ -245,25 +252,25 @@ def decode_rle(counts: bytes, height: int, width: int) -> np.ndarray:
     try:
         columns = rle_codec.decode(rle).T  # the code is column-major, so this view is contiguous
     except (ValueError, TypeError) as e:
-        raise BadRecord(f"invalid run-length code: {e}") from e
+        raise BadRecord(f"a mask cannot be decoded ({e}); prepare the data set again") from e
     return cv2.transpose(columns).view(bool)
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float] | None:
-    """Return the tight box x0, y0, x1, y1 of bool [h, w] (pixels; right and lower edges exclusive), None if empty."""
+    """Return the tight box x0, y0, x1, y1 of a mask, bool [h, w], in pixels (x1 and y1 exclusive); None if empty."""
     left, top, width, height = cv2.boundingRect(mask.view(np.uint8))
     return (float(left), float(top), float(left + width), float(top + height)) if width else None
 
 
 def box_iou(a: Float[np.ndarray, "*#n 4"], b: Float[np.ndarray, "*#n 4"]) -> Float[np.ndarray, "*n"] | np.floating:
-    """Return the IoU of boxes x0, y0, x1, y1 that broadcast together; 0 for two boxes without area."""
+    """Return the IoU of boxes (x0, y0, x1, y1). `a` and `b` broadcast. The IoU of two boxes without area is 0."""
     area = lambda box: np.prod(np.maximum(box[..., 2:] - box[..., :2], 0), -1)
     common = area(np.concatenate([np.maximum(a[..., :2], b[..., :2]), np.minimum(a[..., 2:], b[..., 2:])], -1))
     return common / (area(a) + area(b) - common + 1e-9)
 
 
 def _tuples(fields: dict) -> dict:
-    """Convert the lists of msgpack, which has no tuples, to tuples."""
+    """Convert the lists in a decoded record to tuples, which msgpack does not have."""
     return {k: _tuple(v) for k, v in fields.items()}
 
 

@@ -1,4 +1,4 @@
-"""Read prepared data sets: a split of ArrayRecord shards as a Grain random access source of record bytes."""
+"""Read the records of a prepared data set. `ShardSource` is a random access source for Grain."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from mqformer_jax.input.record import BadRecord, DatasetInfo, shard_paths
 class ShardSource:
     """One split of the prepared data set `<root>/<name>`. `source[i]` returns the bytes for `Record.from_bytes`.
 
-    paths: the shards. Sources can be pickled for worker processes. Raises FileNotFoundError if the split is not
-    prepared, ValueError if shards are missing or damaged, BadRecord if one record is damaged.
+    paths: the shards. A source can be pickled, e.g. for worker processes. Raises FileNotFoundError if the split is not
+    prepared, and ValueError if shards are missing or damaged. `source[i]` raises BadRecord if that record is damaged.
     """
 
     def __init__(self, root: str, name: str, split: str) -> None:
@@ -38,11 +38,13 @@ class ShardSource:
     def __getitem__(self, index: SupportsIndex) -> bytes:
         i = operator.index(index)
         if not 0 <= i < len(self):
-            raise IndexError(f"{self!r} has {len(self)} records, no record {i}")
+            raise IndexError(f"record {i} is out of range: {self!r} has {len(self)} records")
         try:
             return self._records[i]
         except RuntimeError as e:
-            raise BadRecord(f"{self._folder}, split {self.split}: record {i} is damaged: {e}") from e
+            raise BadRecord(
+                f"{self._folder}, split {self.split}: record {i} is damaged ({e}): {prepare_again(self.info)}"
+            ) from e
 
     def __repr__(self) -> str:
         return f"ShardSource({self._folder!r}, {self.split!r})"
@@ -51,7 +53,7 @@ class ShardSource:
 def _find_shards(folder: str, split: str, expected: int, again: str) -> Sequence[str]:
     """Return the shards of a split. Raises ValueError if one is missing or damaged.
 
-    expected: number of records. again: what to do then.
+    expected: number of records of the split. again: advice for the end of error messages (`prepare_again`).
     """
     found = {
         name
@@ -70,13 +72,13 @@ def _find_shards(folder: str, split: str, expected: int, again: str) -> Sequence
         if not count:
             raise ValueError(f"{path} is damaged or incomplete: {again}")
     if sum(counts) != expected:
-        counted = f"the {split} shards hold {sum(counts)} records, dataset.json says {expected}"
+        counted = f"the {split} shards hold {sum(counts)} records, but dataset.json lists {expected}"
         raise ValueError(f"{folder}: {counted}: {again}")
     return paths
 
 
 def _count(path: str) -> int:
-    """Return the number of records of a shard; 0 if it is damaged, since a truncated shard opens as an empty one."""
+    """Return the number of records of a shard, or 0 if it is damaged (a truncated shard opens as an empty one)."""
     try:
         reader = ArrayRecordReader(path)
         count = reader.num_records()
@@ -87,7 +89,7 @@ def _count(path: str) -> int:
 
 
 def prepare_again(info: DatasetInfo) -> str:
-    """Return the advice for a split that is damaged: the command that makes it again."""
+    """Return advice for the end of a message about a damaged split: which command to run again."""
     command = "synthesize" if info.source == "synthesize" else "prepare"
     return f"prepare the split again with `mqformer {command}`"
 

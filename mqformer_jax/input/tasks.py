@@ -15,9 +15,9 @@ from mqformer_jax.tasks import TRAINED
 
 FOREGROUND = Prompt(("foreground",), is_region=True)
 
-# A prompt, the groups of segments that it fits (each group becomes one target), and whether targets need masks.
+# A prompt, the groups of segments that it fits (each group becomes one target), and whether its targets need masks.
 PromptGroups = tuple[Prompt, list[tuple[int, ...]], bool]
-Window = tuple[np.ndarray, tuple[int, int]]  # a part of a mask, and its top and left in the image
+Window = tuple[np.ndarray, tuple[int, int]]  # a crop of a mask, and its top and left in the image
 
 
 def to_example(
@@ -25,14 +25,20 @@ def to_example(
 ) -> Example:
     """Return the prompts and targets of one record for the given tasks.
 
-    panoptic: one target per thing, one region per class of stuff. instance: things only. detection: things, boxes only.
-    semantic: one region per class. referring: one prompt per expression; the synthetic captions of an object are the
-    wordings of one more prompt, as in the paper. foreground: all salient segments as one region. Several tasks share
-    targets: a group of segments is one Target, even if several prompts fit it.
+    - panoptic: one target per thing, and one region per class of stuff.
+    - instance: things only.
+    - detection: things only, with boxes and without masks.
+    - semantic: one region per class.
+    - referring: one prompt per expression. If an object has synthetic captions, they are the wordings of one additional
+      prompt, as in the paper.
+    - foreground: all salient segments together are one region.
 
-    Classes without a segment become negative prompts if the data set (`info.exhaustive`) or the record
-    (`absent_classes`) says that they are absent. Our choice (unpublished): a class with a crowd is never exhaustive,
-    since the members of the crowd are not labeled. `templates` wrap class names, never expressions.
+    If the same segments are a target of several prompts, even of different tasks, they become one Target.
+
+    A class without a segment becomes a negative prompt if it is known to be absent: because the data set labels all
+    objects of its classes (`info.exhaustive`), or because the record lists the class (`absent_classes`). A class with a
+    crowd is not exhaustive, because the members of the crowd are not labeled (this rule is not in the paper).
+    Templates apply to class names, not to expressions.
 
     Raises BadRecord for an invalid record (e.g. a class that the data set does not have), ValueError for an unknown
     task.
@@ -53,13 +59,15 @@ def to_example(
         if (target := _target(record, group, tuple(ids), group in masked)) is not None:
             targets.append(target)
             continue
-        for i in ids:  # the mask is empty, e.g. a matte of glass: the prompt is present, but has no target
+        for i in (
+            ids
+        ):  # the mask is empty, e.g. in a matte of glass: what the prompt names is in the image, but has no target
             prompts[i] = dataclasses.replace(prompts[i], exhaustive=False)
     return Example(key, np.ascontiguousarray(record.decode_image()), prompts, targets, _ignored(record))
 
 
 def needs_whole_image(record: Record, tasks: Sequence[str]) -> bool:
-    """Return whether a crop could make a prompt wrong: expressions and salience depend on the whole image."""
+    """Return whether a crop could make a prompt wrong, because expressions and salience depend on the whole image."""
     referring = "referring" in tasks and (record.absent_texts or any(s.expressions for s in record.segments))
     return bool(referring) or ("foreground" in tasks and any(s.foreground for s in record.segments))
 
@@ -96,7 +104,8 @@ def _class_prompts(
             continue
         if not 0 <= segment.class_id < len(info.classes):
             raise BadRecord(
-                f"{record.key}: segment {i} has class {segment.class_id}, but there are {len(info.classes)} classes"
+                f"{record.key}: segment {i} has class {segment.class_id}, but there are {len(info.classes)} classes; "
+                "correct the label and prepare the data set again"
             )
         if segment.crowd:
             crowded.add(segment.class_id)
@@ -118,9 +127,9 @@ def _class_prompts(
 def _prompts_of_class(
     info: DatasetInfo, c: int, tasks: tuple[str, ...], templates: tuple[str, ...], exhaustive: bool
 ) -> tuple[tuple[Prompt, bool], ...]:
-    """Return the prompts of a class as (prompt, whether its targets need masks).
+    """Return (prompt, whether its targets need masks) for each prompt of a class.
 
-    There is at most one prompt for instances and one for a region.
+    There is at most one prompt for all instances of the class, and at most one for its region.
     """
     is_region = info.classes[c].is_region
     texts = tuple(t.format(text) for text in info.classes[c].texts for t in templates)
@@ -135,7 +144,10 @@ def _prompts_of_class(
 
 
 def _target(record: Record, group: tuple[int, ...], prompts: tuple[int, ...], with_mask: bool) -> Target | None:
-    """Return a group of segments as one Target, or None if it is empty. prompts: indices of the prompts that fit it."""
+    """Return a group of segments as one Target, or None if they are empty.
+
+    prompts: indices of the prompts that fit the group.
+    """
     segments = [record.segments[i] for i in group]
     if with_mask and all(s.mask is not None or s.alpha is not None for s in segments):
         mask, at = _union([_window(record, s) for s in segments])
@@ -173,19 +185,19 @@ def _union(parts: list[Window]) -> Window:
 
 
 def _box(record: Record, i: int) -> tuple[float, float, float, float] | None:
-    """Return the box of segment i: the labeled one, else that of its mask; None if the mask is empty."""
+    """Return the labeled box of segment i or, without one, the box of its mask; None if the mask is empty."""
     segment = record.segments[i]
     if segment.box is not None:
         return segment.box
     if segment.mask is None and segment.alpha is None:
-        raise BadRecord(f"{record.key}: segment {i} has neither a box nor a mask")
+        raise BadRecord(f"{record.key}: segment {i} has neither a box nor a mask; prepare the data set again")
     return box_of(
         record.decode_mask(segment.mask) if segment.alpha is None else record.decode_alpha(segment.alpha) > 127
     )
 
 
 def _ignored(record: Record) -> np.ndarray:
-    """Return the unlabeled pixels and crowds (their boxes if they have no masks), bool [h, w]."""
+    """Return which pixels are unlabeled or belong to a crowd, bool [h, w]. A crowd without a mask covers its box."""
     ignore = (
         np.zeros((record.height, record.width), bool) if record.ignore is None else record.decode_mask(record.ignore)
     )

@@ -21,11 +21,11 @@ MIN_AREA = 4.0  # pixels; smaller targets are dropped
 def resize_crop(
     example: Example, canvas: tuple[int, int], rng: np.random.Generator, scale_range: tuple[float, float]
 ) -> Example:
-    """Resize by a random factor and crop a random window that fits the canvas (large-scale jitter).
+    """Resize by a random factor and crop to a random window that fits the canvas (large-scale jitter).
 
     scale_range: range of the factor. A factor of 1 fits the whole image into the canvas; Mask DINO draws factors from
-    0.1 to 2.0 for a canvas of 1024 x 1024. Cropping comes before resizing, so that only pixels of the result are
-    computed. canvas: height, width. The result may be smaller than the canvas; `collate` pads it.
+    0.1 to 2.0 for a canvas of 1024 x 1024. The image is cropped before it is resized, so that only pixels of the result
+    are computed. canvas: height, width. The result may be smaller than the canvas; `collate` pads it.
     """
     h, w = example.image.shape[:2]
     ratio = _fill_ratio(h, w, canvas) * rng.uniform(*scale_range)
@@ -78,7 +78,10 @@ def color_jitter(example: Example, rng: np.random.Generator, strength: float) ->
 
 
 def resize_image(image: Num[np.ndarray, "h w *c"], size: tuple[int, int]) -> Num[np.ndarray, "H W *c"]:
-    """Resize bilinearly, or by area averaging below half the size, where bilinear interpolation skips pixels."""
+    """Resize an image bilinearly, or by averaging areas if it shrinks to less than half its height.
+
+    Bilinear interpolation would then skip pixels.
+    """
     if image.shape[:2] == size:
         return image
     shrinks = size[0] * 2 < image.shape[0]
@@ -96,8 +99,8 @@ def _scaled(h: int, w: int, ratio: float, canvas: tuple[int, int]) -> tuple[int,
 def _place(example: Example, window: tuple[int, int, int, int], size: tuple[int, int]) -> Example:
     """Crop the window (top, left, height, width) of the image and resize it to `size`.
 
-    A prompt whose targets are all outside the window becomes absent. If parts of its targets are inside but too small
-    to be kept, the prompt is no longer exhaustive.
+    A prompt whose targets are all outside the window becomes a negative. A prompt is no longer exhaustive if some of
+    its targets are partly inside but none is large enough to be kept.
     """
     y, x, h, w = window
     cut = np.s_[y : y + h, x : x + w]
@@ -131,9 +134,9 @@ def _move_box(target: Target, window: tuple[int, int, int, int], size: tuple[int
 def _move_mask(
     target: Target, window: tuple[int, int, int, int], sources: tuple[np.ndarray, np.ndarray]
 ) -> tuple[Target | None, bool]:
-    """Return the same as `_move_box` for a target with a mask.
+    """Return the same as `_move_box`, but for a target with a mask.
 
-    sources: for each new row and for each new column, the row or column of the image from which it is taken.
+    sources: the row of the image from which each new row is taken, and the column for each new column.
     """
     y, x, h, w = window
     top, left = target.at
@@ -148,17 +151,20 @@ def _move_mask(
         return None, bool(target.mask[inside].any())
     top, left = int(rows[0]), int(columns[0])
     box = np.array([left + bx, top + by, left + bx + bw, top + by + bh], np.float32)
-    # The mask's old window may be too large: cropping can remove all pixels at one of its edges.
+    # Crop the mask again: the crop of the image can remove all pixels at an edge of the mask.
     return dataclasses.replace(target, box=box, mask=mask[by : by + bh, bx : bx + bw], at=(top + by, left + bx)), True
 
 
 def _nearest(start: int, length: int, size: int) -> np.ndarray:
-    """Return the nearest pixel in start ... start + length - 1 for each of `size` new pixels, by pixel centers."""
+    """Return the source pixel of each of `size` new pixels in nearest-neighbor resizing.
+
+    The source pixels are start to start + length - 1. A new pixel takes the source pixel that contains its center.
+    """
     return start + ((2 * np.arange(size) + 1) * length) // (2 * size)
 
 
 def _resample(mask: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Return mask[rows][:, columns]. Selecting columns as rows of the transpose makes it three times as fast."""
+    """Return mask[rows][:, columns]. To select columns as rows of the transpose is three times as fast."""
     transposed = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8)).take(columns, 0)
     return cv2.transpose(transposed).take(rows, 0).view(bool)
 

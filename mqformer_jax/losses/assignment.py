@@ -1,4 +1,7 @@
-"""Assignment of queries to targets: one Hungarian matching over both kinds of query per stage (paper sec. 3.3)."""
+"""Assign queries to targets: at each stage, one Hungarian matching over learnable and conditional queries together.
+
+See sec. 3.3 of the paper.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,11 @@ from mqformer_jax.models.mqformer import Outputs, Predictions
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Pairs:
-    """The r (query, target) pairs of one image at each of s decoder stages. Rows that are not `valid` are padding.
+    """The matched (query, target) pairs of one image: r pairs at each of s stages.
 
-    supervise_absent: whether an unmatched query is a negative for every exhaustive prompt (whose objects in the image
-    are all labeled). Where it is false, an unmatched query has no loss.
+    query, target: indices. valid: False for pairs that are padding. supervise_absent: for each query, whether it is a
+    negative example for all exhaustive prompts if it is unmatched. (All objects of an exhaustive prompt are labeled in
+    the image.) If False, the query has no loss if it is unmatched.
     """
 
     query: Int[Array, "s r"]
@@ -40,10 +44,10 @@ def match_queries(
     is_region: Bool[Array, "b n"],
     weights: LossWeights,
 ) -> Pairs:
-    """Return the pairs with the least total cost at every stage of every image.
+    """Return the (query, target) pairs with the least total cost, at every stage of every image.
 
-    keys: one per image, for the pixels at which masks are compared. targets: of all images. is_region: targets that
-    only region prompts name. All returned arrays have a leading axis b.
+    keys: one random key per image, to draw the pixels at which masks are compared. targets: with a leading axis b.
+    is_region: whether only region prompts (see `Prompt`) name the target. The returned arrays have a leading axis b.
     """
     predictions, features = jax.lax.stop_gradient((outputs.matching, outputs.mask_features))
     samples = jax.vmap(functools.partial(shared_samples, num_points=weights.num_points))(keys, features, targets)
@@ -54,7 +58,7 @@ def match_queries(
 
     query, rows = jnp.maximum(assigned, 0), jnp.arange(assigned.shape[-1])
     valid = jnp.broadcast_to((rows < targets.num_targets[:, None])[:, None], assigned.shape)
-    if outputs.decoupled:  # if a kind has too few queries, some of its targets stay unmatched
+    if outputs.decoupled:  # if there are too few queries of a kind, some of its targets stay unmatched
         valid &= jnp.take_along_axis(cost, query[..., None], -1)[..., 0] < INVALID_COST
     return Pairs(query, jnp.broadcast_to(rows, assigned.shape), valid, ~in_ignored_area)
 
@@ -62,10 +66,10 @@ def match_queries(
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Samples:
-    """The k pixels of one image at which all masks are compared for the matching.
+    """The k pixels of one image at which the matching compares all masks.
 
-    features: the mask features there. masks: of the n targets, 0 to 1. known: 1 for pixels that are labeled. ignored: 1
-    for unlabeled pixels of the image. Outside the image, both are 0.
+    features: the mask features at these pixels. masks: the masks of the n targets, 0 or 1. known: 1 for labeled pixels.
+    ignored: 1 for unlabeled pixels of the image. Padding has 0 in `known` and in `ignored`.
     """
 
     features: Float[Array, "k d"]
@@ -77,7 +81,10 @@ class Samples:
 def shared_samples(
     key: Key[Array, ""], features: Float[Array, "h w d"], targets: ImageTargets, num_points: int
 ) -> Samples:
-    """Return about `num_points` pixels of the lattice of an image: all, or every second or third row and column."""
+    """Return the samples at about `num_points` pixels of an image's lattice (see losses/lattice.py).
+
+    They are every k-th row and column from a random start. k is 1 if the lattice has only about `num_points` pixels.
+    """
     step = lattice.step_of(targets.known.shape, num_points)
     start = jax.random.randint(key, (2,), 0, step)
     pixels = lambda x: lattice.every(x, step, start, x.ndim - 2).astype(jnp.float32).reshape(*x.shape[:-2], -1)
@@ -96,11 +103,11 @@ def matching_costs(
     targets: ImageTargets,
     weights: LossWeights,
 ) -> tuple[Float[Array, "s n q"], Bool[Array, "s q"]]:
-    """Return the cost of every (target, query) pair of one image, and which queries lie mostly in an ignored area.
+    """Return the costs of all (target, query) pairs of one image, and which queries lie mostly in an ignored area.
 
-    A query in an ignored area may show an unlabeled object (in a crowd or a void area), so it is not a negative example
-    of any prompt. The masks of queries are computed at the `samples` only: the products of their mask embeddings and
-    the sampled features.
+    A query whose mask lies mostly in an ignored area may have found an unlabeled object (in a crowd or a void area).
+    It is therefore not a negative example for any prompt. The masks of the queries are computed at the `samples` only,
+    as products of the mask embeddings and the sampled features.
     """
 
     def stage(p: Predictions) -> tuple[Float[Array, "n q"], Bool[Array, " q"]]:
@@ -122,9 +129,10 @@ def matching_costs(
 
 
 def _of_the_other_kind(is_region: Bool[Array, "b n"], outputs: Outputs) -> Bool[Array, "b n q"]:
-    """Return the pairs that OpenSeeD's hard split forbids: instances with learnable queries, regions with others.
+    """Return which (target, query) pairs OpenSeeD's hard split forbids.
 
-    True marks a forbidden pair. is_region: of each target.
+    The split matches regions only to learnable queries, and instances only to conditional queries. is_region: whether
+    the target is a region.
     """
     learnable = jnp.arange(outputs.matching.boxes.shape[2]) < outputs.num_learnable
     return is_region[..., None] != learnable

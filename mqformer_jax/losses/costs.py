@@ -1,4 +1,4 @@
-"""The terms of matching costs and losses: focal, GIoU, point-wise cross entropy and dice, projection."""
+"""Terms of the matching costs and losses: focal, GIoU, cross entropy and dice at sampled pixels, and projection."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss, as in RetinaNet and Mask DINO
 
 @dataclasses.dataclass(frozen=True)
 class LossWeights:
-    """Weights of the terms, for both matching costs and losses. The defaults are Mask DINO's.
+    """Weights of the terms in the matching costs and in the losses. The defaults are Mask DINO's.
 
-    projection: weight of the loss of targets without a mask (`projection_loss`). num_points: average number of pixels
-    at which masks are compared (`lattice.point_weights`). denoising_masks: whether denoising queries have mask losses
-    (Mask DINO's "seg"), or only class and box losses ("standard").
+    projection: weight of `projection_loss`, a loss of targets that have a box but no mask. num_points: average number
+    of pixels at which a predicted mask is compared with its target (`lattice.point_weights`). denoising_masks: whether
+    denoising queries have mask losses (DN "seg" in Mask DINO), or only class and box losses (DN "standard").
     """
 
     class_: float = 4.0
@@ -47,8 +47,9 @@ def focal(logits: Float[Array, " ..."], labels: Float[Array, " ..."]) -> Float[A
 def class_cost(logits: Float[Array, "q p"], positive: Float[Array, "n p"]) -> Float[Array, "n q"]:
     """Return the focal cost of assigning each query to each target.
 
-    The cost of a prompt is its focal loss with label 1 minus its focal loss with label 0. If several prompts name a
-    target, the cost is the mean over them. With one prompt, it is Mask DINO's cost.
+    positive: 1 if the prompt names the target, else 0. The cost for a prompt is the query's focal loss with label 1
+    minus its focal loss with label 0. If several prompts name a target, the cost is the mean over these prompts. For a
+    single prompt, it equals Mask DINO's cost.
     """
     p = jax.nn.sigmoid(logits)
     yes = ALPHA * (1 - p) ** GAMMA * -jnp.log(p + 1e-8)
@@ -64,9 +65,9 @@ def corners(boxes: Float[Array, "... 4"]) -> Float[Array, "... 4"]:
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " ..."]:
-    """Return the generalized IoU of boxes (x0, y0, x1, y1) that broadcast together.
+    """Return the generalized IoU of the boxes a and b (x0, y0, x1, y1), whose shapes broadcast.
 
-    1e-6 is added to both denominators, as in Mask DINO.
+    1e-6 is added to the areas that are denominators (union and enclosing box), as in Mask DINO.
     """
     area = lambda box: jnp.prod(box[..., 2:] - box[..., :2], -1)
     between = lambda low, high: jnp.prod(jnp.maximum(high - low, 0), -1)
@@ -79,9 +80,10 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, " .
 def mask_costs(
     logits: Float[Array, "q k"], masks: Float[Array, "n k"], weight: Float[Array, " k"]
 ) -> tuple[Float[Array, "n q"], Float[Array, "n q"]]:
-    """Return the cross entropy (mean over pixels) and dice loss of every query and target, at k shared pixels.
+    """Return the cross entropy and the dice loss of each (target, query) pair, at k pixels that all pairs share.
 
-    weight: of each pixel; 0 excludes a pixel.
+    logits: mask logits of the queries. masks: target masks, 0 or 1. weight: weight of each pixel; 0 excludes it. The
+    cross entropy is the weighted mean over pixels.
     """
     known = masks * weight
     entropy = (jax.nn.softplus(logits) @ weight)[None] - known @ logits.T
@@ -94,9 +96,10 @@ def mask_costs(
 def mask_losses(
     logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
-    """Return the cross entropy (mean over pixels) and dice loss of matched pairs at k pixels.
+    """Return the cross entropy and the dice loss of each matched pair, at k pixels.
 
-    weight: of each pixel; 0 excludes a pixel.
+    logits: mask logits of the pair's query. masks: mask of the pair's target, 0 or 1. weight: weight of each pixel; 0
+    excludes it. The cross entropy is the weighted mean over pixels.
     """
     entropy = (jax.nn.softplus(logits) - logits * masks) * weight
     p = jax.nn.sigmoid(logits) * weight
@@ -106,12 +109,13 @@ def mask_losses(
 
 
 def projection_loss(logits: Float[Array, "*n h w"], boxes: Float[Array, "*n 4"]) -> Float[Array, "*n"]:
-    """Return the sum of two dice losses, which compare the projections of a mask and its box onto the x and y axes.
+    """Return a loss that compares a predicted mask with a box (BoxInst, sec. 3.1; also used by DaTaSeg).
 
-    A box determines the projections of its mask and nothing else (BoxInst, sec. 3.1; also used by DaTaSeg). If the
-    box covers a row or column partly, the target there is the covered fraction.
+    It is the sum of two dice losses, of the projections of mask and box onto the x and onto the y axis. The projection
+    of a mask is its maximum over each column or row. If the box covers a column or row partly, its projection there is
+    the covered fraction.
 
-    boxes: x0, y0, x1, y1 as fractions of the canvas.
+    logits: mask logits. boxes: x0, y0, x1, y1 as fractions of the canvas.
     """
     p = jax.nn.sigmoid(logits)
 

@@ -1,9 +1,10 @@
 """The loss over matched pairs of queries and targets (paper sec. 3.3) and over denoising queries.
 
-The class label of a query for a prompt is positive if the query is matched to a target that the prompt names. It is
-negative if all objects of the prompt in the image are labeled, or if the query's target is known to be something else
-(`Batch.negative`). Otherwise the label is unknown and has no loss. A target without a mask has no mask cost and no mask
-loss. Ignored pixels are excluded.
+A query has one class label for each prompt. It is positive if the query is matched to a target that the prompt names.
+Otherwise it is negative if all objects of the prompt in the image are labeled, or if the query's target is known to be
+something else (`Batch.negative`). In all other cases, and for an unmatched query in an ignored area, the label is
+unknown and has no loss. A target without a mask has no mask cost, and no mask loss except `projection_loss`. Ignored
+pixels are excluded.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mqformer_jax.losses.targets import ImageTargets
 from mqformer_jax.models.mqformer import Outputs, Predictions
 
 MASK_TERMS = ("mask", "dice", "projection")
-Terms = dict[str, Float[Array, " s"]]  # of one image, for each stage
+Terms = dict[str, Float[Array, " s"]]  # the loss terms of one image by name, each with one value per stage
 
 
 @no_type_check  # see `Batch`
@@ -34,7 +35,7 @@ Terms = dict[str, Float[Array, " s"]]  # of one image, for each stage
 class Normalizers:
     """Denominators of the losses: the numbers of targets and denoising queries in the global batch of all devices.
 
-    Both are at least 1, so that an empty batch does not divide by zero.
+    Both numbers are at least 1, so that a batch without targets causes no division by zero.
     """
 
     targets: Int[Array, ""]
@@ -48,7 +49,7 @@ class Normalizers:
 
 
 def image_keys(key: Array, images: int) -> Key[Array, "b 3"]:
-    """Return three random keys per image: they draw the pixels of matching costs, losses and denoising losses."""
+    """Return three random keys per image, to draw pixels for the matching costs, losses and denoising losses."""
     return jnp.stack([jax.random.split(k, images) for k in jax.random.split(key, 3)], 1)
 
 
@@ -62,12 +63,13 @@ def criterion(
 ) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
     """Return the loss of a part of the global batch, the part's metrics, and the metrics of each image.
 
-    keys: the part's rows of `image_keys`. normalizers: of the global batch, so that the losses and metrics of its parts
-    sum to those of the global batch.
+    keys: the part's rows of `image_keys`. normalizers: those of the global batch, so that the losses and metrics of the
+    parts sum to those of the global batch.
 
-    The loss sums the terms of all stages. The metrics are the terms of the last layer, the loss of the denoising
-    queries ("denoising", if there are any), the total loss ("total") and the result of `taken_by_learnable` ("taken").
-    The metric of each image is its loss without denoising queries, divided by its own number of targets ("per_image").
+    The loss is the sum over all terms and stages. The metrics of the part are the terms of the last stage, the loss of
+    the denoising queries ("denoising", if there are any), the total loss ("total") and the table of
+    `taken_by_learnable` ("taken"). The metric of an image is its loss without denoising queries, divided by the image's
+    number of targets ("per_image").
     """
     targets = ImageTargets.of_batch(batch)
     is_region = ~jnp.any(batch.positive & ~batch.is_region[:, None], -1)  # targets that only region prompts name
@@ -90,7 +92,10 @@ def criterion(
 
 
 def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
-    """Return each denoising query and its target as a pair at every stage. Arrays have a leading axis b."""
+    """Return each denoising query and its target as a pair, at each of `stages` stages.
+
+    The returned arrays have a leading axis b.
+    """
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (len(x), stages, *x.shape[1:]))
     target, valid = denoising.target, per_stage(denoising.queries.valid)
     query = jnp.broadcast_to(jnp.arange(target.shape[1]), target.shape)
@@ -100,9 +105,10 @@ def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
 def taken_by_learnable(
     pairs: Pairs, targets: ImageTargets, is_region: Bool[Array, "b n"], num_learnable: int
 ) -> Int[Array, "2 2"]:
-    """Return a table of target counts. Its rows are instances and regions.
+    """Count the targets that are matched to learnable queries at the last stage.
 
-    Its columns are the targets that are matched to learnable queries at the last stage, and all targets.
+    is_region: whether each target is a region rather than an instance. Returns a table with one row for instances and
+    one for regions. Its columns are the number of targets matched to learnable queries, and the number of all targets.
     """
     real = jnp.arange(is_region.shape[1]) < targets.num_targets[:, None]
     kinds = jnp.stack([real & ~is_region, real & is_region])
@@ -118,7 +124,7 @@ def batch_losses(
     pairs: Pairs,
     weights: LossWeights,
 ) -> dict[str, Float[Array, "b s"]]:
-    """Return `image_losses` of every image. targets, pairs: with a leading axis b."""
+    """Return the terms of `image_losses` for every image. targets, pairs: with a leading axis b."""
 
     one_image = functools.partial(image_losses, weights=weights)
     return jax.vmap(one_image, in_axes=(0, 1, 0, 0, 0))(keys, predictions, features, targets, pairs)
@@ -132,7 +138,10 @@ def image_losses(
     pairs: Pairs,
     weights: LossWeights,
 ) -> Terms:
-    """Return each term of one image at each stage, summed over its pairs."""
+    """Return the loss terms of one image at each stage, before they are weighted.
+
+    The class term is a sum over queries and prompts, all other terms are sums over pairs. features: the mask features.
+    """
     return {
         "class": class_loss(predictions.class_logits, targets, pairs),
         **mask_losses(key, predictions.mask_embed, features, targets, pairs, weights),
@@ -141,7 +150,10 @@ def image_losses(
 
 
 def class_loss(class_logits: Float[Array, "s q p"], targets: ImageTargets, pairs: Pairs) -> Float[Array, " s"]:
-    """Return the focal loss, summed over the queries and prompts whose label is known."""
+    """Return the focal loss at each stage: the sum over all (query, prompt) combinations whose label is known.
+
+    The module's docstring explains which labels are positive, negative and unknown.
+    """
     stages, valid = jnp.arange(pairs.query.shape[0])[:, None], pairs.valid[..., None]
     of_queries = lambda empty, values: empty.at[stages, pairs.query].max(values)  # scatter from pairs to queries
     nothing = jnp.zeros(class_logits.shape, bool)
@@ -153,7 +165,7 @@ def class_loss(class_logits: Float[Array, "s q p"], targets: ImageTargets, pairs
 
 
 def box_losses(boxes: Float[Array, "s q 4"], targets: ImageTargets, pairs: Pairs) -> Terms:
-    """Return the L1 and GIoU losses, summed over pairs."""
+    """Return the L1 and GIoU losses of the boxes at each stage, summed over pairs."""
     boxes, wanted = _of_pairs(boxes, pairs), targets.boxes[pairs.target]
     giou = costs.giou(costs.corners(boxes), costs.corners(wanted))
     return {
@@ -170,9 +182,10 @@ def mask_losses(
     pairs: Pairs,
     weights: LossWeights,
 ) -> Terms:
-    """Return the cross entropy and dice loss of targets with a mask, and the projection loss of other targets.
+    """Return the mask losses at each stage, summed over pairs.
 
-    All are summed over pairs. The projection loss is left out if its weight is 0.
+    Targets with a mask have a cross entropy and a dice loss. Targets without a mask have a projection loss, which is
+    left out if its weight is 0.
     """
     embed = _of_pairs(mask_embed, pairs)
     product = functools.partial(jnp.einsum, "srd,hwd->srhw", embed, preferred_element_type=jnp.float32)
@@ -191,5 +204,5 @@ def mask_losses(
 
 
 def _of_pairs(values: Float[Array, "s q d"], pairs: Pairs) -> Float[Array, "s r d"]:
-    """Select the values of each pair's query."""
+    """Return one row per pair: the row of `values` that belongs to the pair's query. values: one row per query."""
     return jnp.take_along_axis(values, pairs.query[..., None], 1)

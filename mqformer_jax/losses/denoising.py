@@ -1,4 +1,4 @@
-"""Denoising queries (DN-DETR, Mask DINO): noised copies of the targets, which the decoder must restore."""
+"""Denoising queries (DN-DETR, Mask DINO): noised copies of the targets, from which the decoder predicts the targets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mqformer_jax.models.queries import DenoisingQueries
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class DenoisingTargets:
-    """Denoising queries and the index of the target that each must restore."""
+    """Denoising queries, and for each query the index of the target of which it is a noised copy."""
 
     queries: DenoisingQueries
     target: Int[Array, "b d"]
@@ -26,12 +26,14 @@ class DenoisingTargets:
 def noise_targets(
     key: Array, batch: Batch, num_queries: int, label_noise: float = 0.2, box_noise: float = 0.4
 ) -> DenoisingTargets:
-    """Return `num_queries` denoising queries per image: noised copies of its targets.
+    """Return `num_queries` denoising queries per image: noised copies of the image's targets, then padding.
 
     A group has one copy of each target. An image gets as many complete groups as fit, or one truncated group if it has
-    more targets than queries. (In Mask DINO, all images get as many groups as the image with the most targets.) A copy
-    claims one of its target's prompts or, with probability `label_noise`, a random prompt of the image. Its center
-    moves by up to `box_noise` times half its size, and its size changes by up to `box_noise` times itself.
+    more targets than `num_queries`. (In Mask DINO, all images get as many groups as the image with the most targets.)
+
+    The prompt of a copy is a random prompt of the target or, with probability `label_noise`, a random prompt of the
+    image. The center of its box moves by up to `box_noise` / 2 times the box's width and height. The width and height
+    change by up to `box_noise` times themselves.
     """
     label_key, other_key, flip_key, box_key = jax.random.split(key, 4)
     count = batch.num_targets[:, None]

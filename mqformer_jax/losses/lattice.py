@@ -1,10 +1,12 @@
 """Compare masks on a lattice: one pixel of each square of pixels, at an offset drawn for each image and step.
 
-Mask2Former and Mask DINO compare masks at random points (PointRend). Reading single values at random places is slow on
-a TPU, and so are its gradient (a scatter) and the choice of uncertain points (a sort). Here, the pixels of a mask that
-lie on the lattice arrive as bits, and the predictions there are the product of the mask embeddings and the mask
-features, interpolated once per image. Every pixel is on the lattice with the same probability, and the pixels of one
-step cover the image evenly. Points are chosen by weights, 0 for most pixels. The paper says nothing on this.
+Mask2Former and Mask DINO compare masks at random points (PointRend). This is slow on a TPU: it reads single values at
+random places, its gradient is a scatter, and it sorts points to find the uncertain ones.
+
+Here, a batch contains the target masks only at the pixels of the lattice, as bits. The predicted masks are computed at
+the same pixels, as products of the mask embeddings and the mask features, which are interpolated once per image. Every
+pixel is on the lattice with the same probability, and the pixels of one step cover the image evenly. Points are chosen
+by a weight for each pixel, which is 0 for most pixels. The paper does not say at which points masks are compared.
 """
 
 from __future__ import annotations
@@ -15,17 +17,18 @@ from jaxtyping import Bool, Float, Int, Key, UInt8
 
 from mqformer_jax.arrays import Array
 
-OVERSAMPLE, UNCERTAIN = 3.0, 0.75  # as in Mask2Former: candidates per point, and the share of uncertain points
-_BITS = 15  # of a bfloat16 without its sign
+OVERSAMPLE, UNCERTAIN = 3.0, 0.75  # as in Mask2Former: candidates per point, and fraction of points that are uncertain
+_BITS = 15  # number of bits of a bfloat16 without the sign
 
 
 def at_offset(
     features: Float[Array, "h w d"], offset: Int[Array, " 2"], stride: int, feature_stride: int
 ) -> Float[Array, "h2 w2 d"]:
-    """Interpolate a map at one pixel of each `stride` x `stride` pixels of the image.
+    """Interpolate a feature map at one pixel of each square of `stride` x `stride` image pixels.
 
-    offset: row and column of the pixel in its square. feature_stride: pixels per cell of the map, a multiple of
-    `stride`. Equals PointRend's sampling at the centers of these pixels: bilinear, with zeros outside the map.
+    offset: row and column of the pixel in its square. feature_stride: side of a cell of the feature map in image
+    pixels, a multiple of `stride`. The result equals PointRend's sampling at the centers of these pixels: bilinear
+    interpolation, with zeros outside the map.
     """
     for axis in (0, 1):
         size, shape = features.shape[axis], list(features.shape)
@@ -44,18 +47,22 @@ def at_offset(
 
 
 def unpack(bits: UInt8[Array, "*n h w8"], width: int) -> Bool[Array, "*n h w"]:
-    """Return the first `width` pixels of each row of bits (`np.packbits`)."""
+    """Unpack the bits written by `np.packbits`. Return the first `width` pixels of each row."""
     pixels = (bits[..., None] >> jnp.arange(7, -1, -1, dtype=jnp.uint8)) & 1
     return pixels.reshape(*bits.shape[:-1], -1)[..., :width].astype(bool)
 
 
 def step_of(shape: tuple[int, int], num_points: int) -> int:
-    """Return the step between the rows and columns of a lattice of this shape that leaves about `num_points` pixels."""
+    """Return k such that every k-th row and column of a lattice of this shape leaves about `num_points` pixels."""
     return max(1, int((shape[0] * shape[1] / num_points) ** 0.5))
 
 
 def every(x: Array, step: int, start: Int[Array, " 2"], axis: int) -> Array:
-    """Keep the rows and columns start, start + step, ... of a map. axis: of the rows; that of the columns follows."""
+    """Return every `step`-th row and column of a map, from row `start[0]` and column `start[1]` on.
+
+    axis: the axis of the rows; the next one is the axis of the columns. Rows and columns beyond the last multiple of
+    `step` are dropped.
+    """
     for i in (0, 1):
         size = x.shape[axis + i] - x.shape[axis + i] % step
         parts = [jax.lax.slice_in_dim(x, first, size, step, axis=axis + i) for first in range(step)]
@@ -66,14 +73,15 @@ def every(x: Array, step: int, start: Int[Array, " 2"], axis: int) -> Array:
 def point_weights(
     key: Key[Array, ""], logits: Float[Array, "*n h w"], inside: Bool[Array, "h w"], num_points: int
 ) -> Float[Array, "*n h w"]:
-    """Return how often each pixel counts in the loss of each mask: 0, 1 or 2 (PointRend on a lattice).
+    """Return the weight of each pixel in the loss of each mask: 0, 1 or 2 (PointRend on a lattice).
 
-    `OVERSAMPLE * num_points` pixels are candidates, drawn at random for all masks of the image. Of these, each mask
-    takes the quarter with the smallest |logit|, that is, three quarters of `num_points`. The last quarter are pixels
-    drawn at random. All numbers are on average, for an image that fills the canvas. A lattice with fewer pixels than
-    candidates has as many fewer points.
+    `OVERSAMPLE * num_points` pixels are drawn at random as candidates, the same for all masks of the image. For each
+    mask, the quarter of the candidates with the smallest |logit| gets weight 1; these are three quarters of
+    `num_points`. Then a quarter of `num_points` pixels are drawn at random for all masks, and their weight increases by
+    1. All numbers are averages, for an image that fills the canvas. If the lattice has fewer than
+    `OVERSAMPLE * num_points` pixels, all pixels are candidates, and a third of their number replaces `num_points`.
 
-    inside: pixels of the image; others count 0.
+    inside: True for pixels of the image; all other pixels have weight 0.
     """
     size = inside.size
     points = min(num_points, size / OVERSAMPLE)
@@ -87,10 +95,13 @@ def point_weights(
 
 
 def _quantile(values: Array, candidates: Bool[Array, "h w"], fraction: float, step: int) -> Array:
-    """Return the smallest limit such that at least this fraction of the candidates' values are at most the limit.
+    """Return a quantile of the candidates' values, one for each map.
 
-    values: uint16 [*n h w], below 2^15 for candidates and above for others. Only every `step`-th row and column is
-    read. The bits of the limit are found one by one, from the highest.
+    It is the smallest limit that at least `fraction` of these values do not exceed. It is found bit by bit, starting
+    with the highest bit.
+
+    values: uint16 [*n h w], less than 2^15 for candidates and 2^15 for all other pixels. Only every `step`-th row and
+    column is read.
     """
     values, candidates = values[..., ::step, ::step], candidates[::step, ::step]
     wanted = fraction * candidates.sum()

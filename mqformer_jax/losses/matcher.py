@@ -1,14 +1,16 @@
 """Exact minimum-cost bipartite matching inside a jitted step, on any device.
 
-This is the shortest-augmenting-path form of the Hungarian algorithm (Jonker and Volgenant 1987; also SciPy's), adapted
-to batches of problems:
+The rows of a cost matrix are targets, and its columns are queries. The algorithm is the shortest-augmenting-path form
+of the Hungarian algorithm (Jonker and Volgenant 1987), which SciPy also uses. It is adapted to batches of problems:
 
-- Padded targets take no iterations, and each problem of a batch advances to its next row without waiting for others.
-- First, every target claims its cheapest query. The targets that get theirs are matched optimally; only the other
-  targets, which are few once the model is trained, search for an augmenting path.
-- The search is one loop without branches or inner loops. `vmap` would run both cases of a branch, and an inner
-  loop would run until its slowest problem ends. One iteration either scans all queries from one row, or flips one edge
-  of an augmenting path.
+- Padded targets take no iterations. Each problem of a batch advances to its next target without waiting for the other
+  problems.
+- First, each target is matched to its cheapest query, unless an earlier target has the same cheapest query. This is
+  optimal for the matched targets. Only the remaining targets, which are few once the model is trained, search for an
+  augmenting path.
+- The search is one loop without branches or inner loops. Under `vmap`, both cases of a branch would run, and an inner
+  loop would run until the slowest problem of the batch ends. One iteration either scans all columns from one row, or
+  flips one edge of an augmenting path.
 - Row duals are not stored. A matched pair has zero slack, so the dual of its row is its cost minus the column's dual.
 """
 
@@ -20,29 +22,30 @@ from jaxtyping import Float, Int
 
 from mqformer_jax.arrays import Array
 
-INVALID_COST = 1e6  # replaces NaN and infinite costs; such a pair is matched only if no other is left
+INVALID_COST = 1e6  # replaces NaN and infinite costs; such a pair is matched only if no other pair is possible
 
 
 def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[Array, " n"]:
-    """Return a different query for each target, with the least total cost over the first `num_targets` rows.
+    """Return the index of a different query for each of the first `num_targets` targets, with the least total cost.
 
-    cost: n targets x q queries, n <= q. Rows from `num_targets` on are ignored and get -1. NaN and infinite costs count
-    as a large finite cost. On the first `num_targets` rows, the result equals `scipy.optimize.linear_sum_assignment`.
-    Raises ValueError if n > q.
+    cost: one row per target and one column per query, n <= q. Rows from `num_targets` on are padding and get -1. Costs
+    are clipped to plus or minus INVALID_COST, which also replaces NaN. For the first `num_targets` rows, the result
+    equals that of `scipy.optimize.linear_sum_assignment`. Raises ValueError if n > q.
     """
     n, q = cost.shape
     if n > q:
         raise ValueError(
-            f"more target rows ({n}) than queries ({q}): raise the number of queries or lower data.max_targets."
+            f"more target rows ({n}) than queries ({q}): raise config.model.num_learnable or num_conditional, "
+            "or lower config.data.max_targets."
         )
     cost = cost.astype(jnp.float32)
     rows, columns = jnp.arange(n, dtype=jnp.int32), jnp.arange(q, dtype=jnp.int32)
     row, waiting = _claims(cost, rows < num_targets)
 
-    # `waiting`: targets without a query. `row` and `v`: owner (or -1) and dual of each column. The current search has a
-    # `target`, its current column `at` (or -1) and the distance of that column, `reach`. For each column it has the
-    # least `distance`, the previous column on that path, `before` (or -1), and whether it was `visited`. `turning`: the
-    # column of the augmenting path whose owner changes next, or -1.
+    # `waiting`: whether each target still has no query. `row` and `v`: the target of each column (or -1), and its dual.
+    # State of the current search: `target`, the target it starts from; `at`, the column visited last (or -1), and
+    # `reach`, its distance; `turning`, the column of the augmenting path whose target changes next (or -1). For each
+    # column: `distance`, the least distance found; `before`, the previous column on that path (or -1); `visited`.
     start = {
         "waiting": waiting, "target": _first(waiting), "at": jnp.int32(-1), "reach": jnp.float32(0),
         "turning": jnp.int32(-1), "row": row, "v": jnp.zeros(q), "distance": jnp.full(q, jnp.inf),
@@ -52,14 +55,15 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
     def step(s):
         turning, at, v, row = s["turning"] >= 0, s["at"], s["v"], s["row"]
 
-        # Scan: relax the distance of each column from the row that owns `at`.
+        # Scan: shorten the distances of all columns by paths through the row matched to `at` (at first, `target`).
         line = _finite(cost[_or_else(row, at, s["target"])]) - v
         length = s["reach"] + (line - _or_else(line, at, 0.0))
         open_ = ~s["visited"]
         distance = jnp.where(open_, jnp.minimum(length, s["distance"]), s["distance"])
         before = jnp.where(open_ & (length < s["distance"]) & ~turning, at, s["before"])
         reach = jnp.min(jnp.where(open_, distance, jnp.inf))
-        # Among equally near columns, prefer a free one, as in SciPy. Ranks are floats, whose minimum is faster on CPU.
+        # Among equally near columns, prefer an unmatched one, as in SciPy. Ranks are floats because their minimum is
+        # faster on CPU than that of integers.
         rank = jnp.where(row < 0, columns, columns + q).astype(jnp.float32)
         nearest = jnp.min(jnp.where(open_ & (distance <= reach), rank, 2 * q)).astype(jnp.int32)
         free = nearest < q
@@ -67,7 +71,7 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
         visited = s["visited"] | (columns == nearest)
         v = jnp.where(visited & free & ~turning, v - (reach - distance), v)
 
-        # Flip: a column on the path gets the owner of the previous column; the path's first column gets the target.
+        # Flip: match a column on the path to the target of the previous column, and the first column to `target`.
         turn = free | turning
         column = jnp.where(turning, s["turning"], nearest)
         previous = before[column]
@@ -92,15 +96,15 @@ def match(cost: Float[Array, "n q"], num_targets: Int[Array, ""] | int) -> Int[A
 
 
 def _claims(cost: Float[Array, "n q"], real: Array) -> tuple[Int[Array, " q"], Array]:
-    """Let each valid target claim its cheapest query; of several targets that claim a query, the first gets it.
+    """Match each valid target to its cheapest query, unless an earlier target has the same cheapest query.
 
-    real: which targets are valid. Returns each query's owner (or -1) and the targets that are still without a query.
+    real: which targets are valid. Returns the target of each query (or -1), and which valid targets have no query.
     """
     n, q = cost.shape
     rows = jnp.arange(n, dtype=jnp.int32)
     # on CPU, six times as fast as `argmin`
     cheapest = jnp.where(cost <= cost.min(1, keepdims=True), jnp.arange(q, dtype=jnp.float32), q)
-    best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # no claim for a row with a NaN
+    best = jnp.where(real, cheapest.min(1).astype(jnp.int32), q)  # a row with a NaN is not matched here
     row = jnp.full(q, n, jnp.int32).at[best].min(rows, mode="drop")
     return jnp.where(row < n, row, -1), real & (row.at[best].get(mode="fill", fill_value=n) != rows)
 

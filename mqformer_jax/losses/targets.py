@@ -1,4 +1,4 @@
-"""The targets of one image, in the form that costs and losses use."""
+"""The targets of an image as arrays for the matching costs and losses, unpacked from a `Batch`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from mqformer_jax.losses import lattice
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class ImageTargets:
-    """n targets and p prompts of one image; rows from `num_targets` on are padding.
+    """The n targets and p prompts of one image. Targets from index `num_targets` on are padding.
 
-    exhaustive: valid prompts whose objects in the image are all labeled. offset: row and column of the lattice's pixel
-    in its cell (`lattice`). masks: on the lattice. known: pixels of the lattice that are inside the image and not
-    ignored. inside: those inside the image. canvas: height and width in pixels. For the other fields, see `Batch`.
+    exhaustive: whether the prompt is valid and all its objects in the image are labeled. offset: row and column of the
+    lattice's pixel in its square (see losses/lattice.py). masks: the target masks at the pixels of the lattice. inside:
+    whether a pixel of the lattice is inside the image. known: whether it is inside the image and not ignored. canvas:
+    height and width of the padded image in pixels. For the remaining fields, see `Batch`.
     """
 
     num_targets: Int[Array, ""]
@@ -63,7 +64,7 @@ class ImageTargets:
         return lattice.at_offset(features, self.offset, stride, self.canvas[0] // features.shape[0])
 
     def centers_inside(self, shape: tuple[int, int]) -> Bool[Array, "h w"]:
-        """Return which cells of a map of this shape have their center in the valid part of the canvas."""
+        """Return which cells of a map of this shape (height, width) have their center inside the image."""
         rows, columns = (
             (jnp.arange(n) + 0.5) * (side / n) < valid for n, side, valid in zip(shape, self.canvas, self.size)
         )

@@ -15,7 +15,7 @@ from mqformer_jax.input.record import Record
 from mqformer_jax.input.sources import ShardSource
 from mqformer_jax.input.transforms import resize_image
 
-SEARCHED = 100  # number of first records of a data set, one of which must have a matte
+SEARCHED = 100  # of this many first records of a data set, at least one must have a matte
 UNKNOWN = 2.0  # additional loss weight of partly covered pixels and of pixels near them
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels of the image
 
@@ -25,7 +25,7 @@ class Matte:
     """An image and the alpha (0 to 1) of one object in it.
 
     index: index of the record in its data set. foreground: whether the object is the salient foreground of the image.
-    trimap: as in `Segment`, decoded, or None.
+    trimap: the decoded trimap (see `Segment`), or None.
     """
 
     image: UInt8[np.ndarray, "h w 3"]
@@ -38,24 +38,25 @@ class Matte:
 def open_mattes(root: str, entries: Sequence[dict], field: str) -> list[ShardSource]:
     """Open the data sets of `config.matting.mixture` or `config.matting.sets`.
 
-    field: "mixture" or "sets", for messages. Raises ValueError if there are no entries or a data set has no mattes.
+    field: "mixture" or "sets", for error messages. Raises ValueError if there are no entries, or if a data set has no
+    matte in its first `SEARCHED` records.
     """
     if not entries:
         raise ValueError(
-            f"config.matting.{field} is empty: name data sets with mattes, e.g. dict(name='mattes', split='train')."
+            f"config.matting.{field} is empty: list data sets with mattes, e.g. dict(name='mattes', split='train')."
         )
     sources = [ShardSource(root, entry["name"], entry["split"]) for entry in entries]
     for source in sources:
         if not any(mattes_of(Record.from_bytes(source[i]), i) for i in range(min(SEARCHED, len(source)))):
             raise ValueError(
                 f"config.matting.{field}: the first records of '{source.name}' split '{source.split}' have no matte: "
-                "remove this data set, or prepare it with mattes."
+                "remove this data set from the config, or prepare it with mattes."
             )
     return sources
 
 
 def find(source: ShardSource, start: int) -> list[Matte]:
-    """Return the mattes of the first record that has any, from `start` on, wrapping around at the end."""
+    """Return the mattes of the first record that has mattes. Search from index `start` and wrap around at the end."""
     candidates = (
         mattes_of(Record.from_bytes(source[i]), i) for i in ((start + k) % len(source) for k in range(len(source)))
     )
@@ -76,9 +77,10 @@ def mattes_of(record: Record, index: int) -> list[Matte]:
 
 
 def window_around(mask: Float[np.ndarray, "h w"], margin: float) -> Window | None:
-    """Return a window around the pixels above 0.5, or None if there are none.
+    """Return a window around the pixels of a mask above 0.5, or None if there are no such pixels.
 
-    The window is their box with a margin (a fraction of the larger side), square if the image is large enough.
+    The window is the bounding box of these pixels with a margin (a fraction of the longer side) on each side. It is
+    square if the image is large enough.
     """
     left, top, width, height = cv2.boundingRect((mask > 0.5).astype(np.uint8))
     if not width:
@@ -98,7 +100,10 @@ def _span(start: int, length: int, wanted: int, room: int) -> tuple[int, int]:
 
 
 def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
-    """Return a random part of a window. Its sides are `share` of the window's, times a factor of 0.7 to 1.4."""
+    """Return a random part of a window.
+
+    Its sides are the window's sides times `share` and a random factor of 0.7 to 1.4, but at most the window's sides.
+    """
     share = min(1.0, share * 2 ** rng.uniform(-0.5, 0.5))
     height, width = (max(1, round(share * side)) for side in window[2:])
     return (
@@ -110,15 +115,15 @@ def part_of(window: Window, rng: np.random.Generator, share: float) -> Window:
 
 
 def fitted(window: Window, canvas: int) -> tuple[int, int]:
-    """Return the height and width of a window after it is resized, at its aspect ratio, to fit a square canvas."""
+    """Return the height and width of a window that is resized to a square canvas and keeps its aspect ratio."""
     ratio = canvas / max(window[2:])
     return max(1, round(window[2] * ratio)), max(1, round(window[3] * ratio))
 
 
 def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
-    """Crop a window of an image or mask [h, w, ...] and resize it into the upper left corner of the canvas.
+    """Return a window of an image or mask [h, w, ...], resized into the upper left corner of a square canvas.
 
-    The rest repeats the edge, so that no artificial outline appears.
+    The rest of the canvas repeats the edge of the window, so that no artificial outline appears.
     """
     top, left, height, width = window
     size = fitted(window, canvas)
@@ -130,17 +135,17 @@ def cut(pixels: np.ndarray, window: Window, canvas: int) -> np.ndarray:
 
 
 def rough_mask(alpha: Float[np.ndarray, "h w"], threshold: float, grow: int) -> Float[np.ndarray, "h w"]:
-    """Threshold a matte and return the hard mask, grown by `grow` pixels (shrunk if `grow` is negative)."""
+    """Threshold a matte and return the hard mask, grown by `grow` pixels, or shrunk if `grow` is negative."""
     mask = (alpha > threshold).astype(np.float32)
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * abs(grow) + 1,) * 2)
     return cv2.dilate(mask, disc) if grow > 0 else cv2.erode(mask, disc)
 
 
 def perturb(alpha: Float[np.ndarray, "h w"], rng: np.random.Generator) -> Float[np.ndarray, "h w"]:
-    """Return a mask made from the matte, with random errors like those of a segmentation model (MGMatting).
+    """Return a mask made from the matte, with random errors like those of a segmentation model.
 
-    The matte is thresholded, then grown or shrunk. Sometimes it is also reduced in resolution or blurred, or one of its
-    patches is copied to another place.
+    The matte is thresholded, then grown or shrunk. Sometimes the mask is also reduced in resolution or blurred, or a
+    patch of it is copied to another place. Source: MGMatting.
     """
     reach = max(2, max(alpha.shape) // 20)
     mask = rough_mask(alpha, rng.uniform(0.05, 0.95), int(rng.integers(-reach, reach + 1)))
@@ -167,9 +172,9 @@ def make_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
     """Return an iterator over all batches of a training run, prefetched by threads.
 
-    Batches hold `image` uint8 [b, c, c, 3], and `guidance`, `alpha` and `weight` as float32 [b, c, c], where c is
-    `config.matting.crop`. They depend only on the seed. own: for each source, the model's masks of the foregrounds (see
-    `train_matting.own_masks`).
+    A batch holds `image` as uint8 [b, c, c, 3], and `guidance`, `alpha` and `weight` (of each pixel in the loss) as
+    float32 [b, c, c], where c is `config.matting.crop`. Batches depend only on the seed. own: the result of
+    `train_matting.own_masks` for each source.
     """
     matting = config.matting
     shares = np.sqrt([len(source) for source in sources])
@@ -191,8 +196,8 @@ def make_example(
 ) -> dict[str, np.ndarray]:
     """Return image, guidance, alpha and weight (see `make_batches`) of a random crop of the object.
 
-    The crop is mirrored with probability `flip`. own: the model's mask as guidance, 0 to 255, of any size. If it is
-    None, the guidance is a perturbed matte.
+    The crop is mirrored with probability `flip`. own: a mask of the whole image to use as guidance, 0 to 255, of any
+    size. If it is None, the guidance is a perturbed matte.
     """
     h, w = matte.alpha.shape
     crop = matting.crop
@@ -214,7 +219,7 @@ def make_example(
 
 
 def near_soft(alpha: Float[np.ndarray, "h w"]) -> UInt8[np.ndarray, "h w"]:
-    """Return 1 for partly covered pixels and pixels close to them, otherwise 0."""
+    """Return a map that is 1 at partly covered pixels and at pixels close to them, and 0 elsewhere."""
     reach = max(alpha.shape) // 40
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * reach + 1,) * 2)
     return cv2.dilate(((alpha > 0.02) & (alpha < 0.98)).astype(np.uint8), disc)

@@ -20,10 +20,10 @@ def matting_loss(
 ) -> dict[str, Float[Array, ""] | float]:
     """Return the terms of the refiner's loss. The loss is their sum.
 
-    alphas: {stride: alpha}; stride 1 is the final prediction. weight: of each pixel: 0 on padding, larger near partly
-        covered pixels.
-    coarse: weight of each coarser alpha, which is compared with the target at its own resolution (MGMatting's deep
-        supervision).
+    alphas: {stride: alpha}. The alpha at stride 1 is the final prediction.
+    weight: the weight of each pixel, which is 0 on padding and larger near partly covered pixels.
+    coarse: the weight of the L1 term of each alpha at a larger stride. The target is averaged to the same stride (deep
+        supervision, as in MGMatting).
     """
     terms = {"l1": _l1(alphas[1], target, weight), "coarse": 0.0}
     inside = (weight > 0).astype(jnp.float32)
@@ -40,11 +40,11 @@ def _l1(a: Array, b: Array, weight: Array) -> Float[Array, ""]:
 
 
 def laplacian_loss(a: Float[Array, "b h w"], b: Float[Array, "b h w"], levels: int = 5) -> Float[Array, ""]:
-    """Return the sum over i = 0, 1, ... of 2^i times the L1 distance of level i of the Laplacian pyramids.
+    """Return the L1 distance of the Laplacian pyramids of `a` and `b`. Level i = 0, 1, ... has the weight 2^i.
 
     Source: Hou and Liu, ICCV 2019. A level is the difference between an image and its 5 x 5 binomial blur. Every second
-    pixel of the blurred image forms the image of the next level. Distances are summed and divided by the b * h * w
-    pixels of the input. Sides must be at least 3 << (levels - 1).
+    pixel of the blurred image forms the image of the next level. Differences are summed over all levels and divided by
+    the b * h * w pixels of the input. Height and width must be at least 3 << (levels - 1).
     """
     x, total = a - b, 0.0  # the pyramid is linear: one pyramid of the difference is enough
     for i in range(levels):

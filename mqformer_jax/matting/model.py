@@ -14,14 +14,15 @@ from mqformer_jax.models import layers
 from mqformer_jax.models.backbone import make_backbone
 from mqformer_jax.models.convnet import ConvLayerNorm
 
-WINDOWS = (17, 41)  # sides, in pixels of stride 4, of the windows in which colors are averaged
-INPUT_CHANNELS = 4 + len(WINDOWS)  # image, guidance, alphas by color
+WINDOWS = (17, 41)  # sides of the windows in which colors are averaged, in pixels at stride 4
+INPUT_CHANNELS = 4 + len(WINDOWS)  # image, guidance, and an alpha estimated from colors for each window
 
 
 class Level(nnx.Module):
-    """One stride of the decoder: fuses the coarser level, the encoder's features and the inputs, predicts a correction.
+    """One stride of the decoder. It fuses the coarser level, the encoder's features and the inputs.
 
-    above: channels of the coarser level. feature: channels of the encoder's features, 0 if there are none.
+    It returns its features and a correction of alpha. above: channels of the coarser level. feature: channels of the
+    encoder's features, 0 if the encoder has none at this stride.
     """
 
     def __init__(self, above: int, feature: int, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -47,11 +48,12 @@ class Level(nnx.Module):
 class MattingRefiner(nnx.Module):
     """Mask-guided matting with progressive refinement, in the spirit of MGMatting (Yu et al., CVPR 2021).
 
-    This is a U-shaped network on an image encoder. The encoder does not see the mask (the "guidance"), so any
-    pre-trained encoder can be used. Each level of the decoder, down to stride 1, gets the image, the guidance and
-    alphas estimated by color (`unmixed`) at its stride. It adds a correction to the corrections of the coarser levels.
-    All corrections start at zero, so an untrained refiner returns its guidance. Corrections apply only near the outline
-    of the guidance. Elsewhere the guidance is kept, because a few matting images cannot improve it.
+    This is a U-shaped network on an image encoder. The mask (the "guidance") is not an input of the encoder, so any
+    pre-trained encoder can be used. The inputs of each level of the decoder, down to stride 1, are the image, the
+    guidance and alphas estimated from colors (see `unmixed`), all at the level's stride. Each level adds a correction
+    to the corrections of the coarser levels. All corrections start at zero, so an untrained refiner returns its
+    guidance. Corrections apply only near the outline of the guidance. Elsewhere the guidance is kept, because training
+    on a few matting images cannot improve it.
 
     config: `config.matting`. Its `width` is the number of channels at stride 4 and above; stride 2 has half of them,
         stride 1 a quarter.
@@ -59,7 +61,7 @@ class MattingRefiner(nnx.Module):
 
     def __init__(self, config: ConfigDict, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         self.dtype, self.backbone = dtype, make_backbone(config.backbone, "none", rngs, dtype)
-        self.reach = max(1, round(config.reach * config.canvas / 4))  # in pixels of stride 4
+        self.reach = max(1, round(config.reach * config.canvas / 4))  # in pixels at stride 4
         self.blend = nnx.Param(jnp.zeros(len(WINDOWS)))
         coarsest = max(self.backbone.channels)
         self.strides = tuple(coarsest >> k for k in range(coarsest.bit_length()))  # coarsest, ..., 4, 2, 1
@@ -73,9 +75,10 @@ class MattingRefiner(nnx.Module):
     def __call__(
         self, image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"]
     ) -> dict[int, Float[Array, "b _h _w"]]:
-        """Return the alpha, 0 to 1, at each stride of the decoder. Stride 1 is the final prediction; all have a loss.
+        """Return {stride: alpha} with alphas of 0 to 1. The alpha at stride 1 is the final prediction.
 
-        image: 0 to 255, sides that are multiples of the coarsest stride. guidance: a hard or soft mask, 0 to 1.
+        Training has a loss at every stride. image: 0 to 255; its sides are multiples of the coarsest stride. guidance:
+        a hard or soft mask, 0 to 1.
         """
         image = (image - jnp.array(self.backbone.mean)) / jnp.array(self.backbone.std)
         features = self.backbone(image)
@@ -96,13 +99,12 @@ class MattingRefiner(nnx.Module):
 def unmixed(
     image: Float[Array, "b h w 3"], guidance: Float[Array, "b h w"], reach: int
 ) -> tuple[Float[Array, "b h w 1"], Float[Array, "b h w k"]]:
-    """Return a map of where the guidance is uncertain (0 to 1), and alphas that are estimated from colors there.
+    """Return a map of how uncertain the guidance is (0 to 1), and one alpha for each of the k `WINDOWS`.
 
-    There is one alpha for each of `WINDOWS`.
-
-    Pixels within `reach` pixels (of stride 4) of the outline are uncertain. The others are known to be object or
-    background. The color of an uncertain pixel is projected on the line between the mean colors of known object and
-    background pixels around it, as in sampling-based matting. Elsewhere the alphas equal the guidance.
+    Pixels within `reach` pixels (at stride 4) of the guidance's outline are uncertain. All other pixels are known to be
+    object or background. At uncertain pixels, the alphas are estimated from colors, as in sampling-based matting: the
+    pixel's color is projected on the line between the mean colors of the known object pixels and of the known
+    background pixels in the window. At known pixels, the alphas equal the guidance.
     """
     small = halve(halve(jnp.concatenate([image, (guidance > 0.5).astype(image.dtype)[..., None]], -1)))
     color, inside = small[..., :3], small[..., 3:]
@@ -111,7 +113,7 @@ def unmixed(
     near = 1.0 - known[0] - known[1]
     everywhere = [(k * color).sum((1, 2), keepdims=True) / (k.sum((1, 2), keepdims=True) + 1e-6) for k in known]
     color_alphas, means = [], [jnp.broadcast_to(mean, color.shape) for mean in everywhere]
-    for window in WINDOWS[::-1]:  # a window without known pixels has the mean of the next larger one
+    for window in WINDOWS[::-1]:  # a window without known pixels uses the mean color of the next larger window
         counts = [_summed(k, window) for k in known]
         means = [
             jnp.where(n > 0.5, _summed(k * color, window) / jnp.maximum(n, 0.5), m)
@@ -138,18 +140,18 @@ def _summed(x: Float[Array, "b h w c"], window: int) -> Float[Array, "b h w c"]:
 
 
 def _clip(x: Array) -> Array:
-    """Clip to 0 ... 1, with the gradient of the identity: pixels that are wrongly clipped still get a gradient."""
+    """Clip to 0 ... 1, but with the gradient of the identity, so that clipped pixels also have a gradient."""
     return x + jax.lax.stop_gradient(jnp.clip(x, 0, 1) - x)
 
 
 def halve(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 c"]:
-    """Halve height and width: average 2 x 2 pixels."""
+    """Halve height and width by averaging 2 x 2 pixels."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
 
 
 def double(x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w c"]:
-    """Double height and width bilinearly, with pixel centers at halves. `jax.image.resize` is slower on a CPU."""
+    """Double height and width like bilinear `jax.image.resize`, which is slower on a CPU."""
     for axis in (1, 2):
         first, last = (
             jax.lax.slice_in_dim(x, *span, axis=axis) for span in ((0, 1), (x.shape[axis] - 1, x.shape[axis]))

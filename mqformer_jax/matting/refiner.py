@@ -1,4 +1,4 @@
-"""`Refiner`: turn masks of an image into alpha mattes with a trained matting refiner."""
+"""Turn masks of an image into alpha mattes with a trained matting refiner (`Refiner`)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mqformer_jax.matting.data import cut, fitted, window_around
 from mqformer_jax.matting.model import MattingRefiner
 from mqformer_jax.parallel.rules import filled, flatten_paths
 
-FOLDER = "refiner"  # in a workdir
+FOLDER = "refiner"  # folder of the refiner in a workdir
 
 
 def build_refiner(matting: ConfigDict, dtype: DTypeLike, seed: int | None) -> tuple[nnx.GraphDef, Any, Any]:
-    """Return a fresh refiner as (graph, trainable parameters, frozen constants), or only shapes if `seed` is None.
+    """Return a new refiner as (graph, trainable parameters, frozen constants).
 
-    matting: `config.matting`. dtype: `config.model.dtype`.
+    matting: `config.matting`. dtype: `config.model.dtype`. If `seed` is None, the leaves are shapes without values.
     """
     make = lambda key: nnx.split(MattingRefiner(matting, rngs=nnx.Rngs(key), dtype=dtype), nnx.Param, ...)
     key = jax.random.key(seed or 0)
@@ -67,7 +67,8 @@ class Refiner:
         """
         if masks.shape[1:] != image.shape[:2]:
             raise ValueError(
-                f"the masks are {masks.shape[1:]}, the image {image.shape[:2]}: give masks of the image's size."
+                f"the masks have height and width {masks.shape[1:]}, but the image has {image.shape[:2]}: "
+                "give masks of the image's size."
             )
         alphas = np.zeros(masks.shape, np.float32)
         for mask, alpha in zip(masks, alphas):

@@ -1,1 +1,1 @@
-"""The network of the paper's figure. It does not depend on data sets, tasks or optimizers."""
+"""The MQ-Former network. This code does not depend on data sets, tasks or optimizers."""

@@ -1,4 +1,4 @@
-"""Image encoders behind one interface. CONTRIBUTING.md says how to add one."""
+"""The interface of all image encoders, and `make_backbone`. CONTRIBUTING.md explains how to add an encoder."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Backbone(Protocol):
     `config.model.mask_stride` and the first of `config.model.strides`. The pixel decoder computes the coarser levels
     that the encoder lacks. mean, std: per-channel statistics that normalize RGB pixels of 0 to 255.
 
-    Three tables match the paths of parameters (`backbone/...`), also those of a new encoder: `NO_DECAY` in
+    For a new encoder, check three tables that match the paths of its parameters (`backbone/...`): `NO_DECAY` in
     training/optimizer.py (norms and position tables), `SHARDING_RULES` in config.py (kernels), and `MEANING` in
-    training/warm_start.py (fields that change what weights mean, but not their shapes).
+    training/warm_start.py (config fields that change what weights mean, but not their shapes).
     """
 
     channels: dict[int, int]
@@ -36,7 +36,7 @@ class Backbone(Protocol):
     def __call__(
         self, image: Float[Array, "b h w 3"], keys: Key[Array, " b"] | None = None
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
-        """Return the features as {stride: feature}.
+        """Return the feature maps as {stride: feature}.
 
         image: normalized. keys: one per image, for drop path in training; None in evaluation.
         """
@@ -46,8 +46,8 @@ class Backbone(Protocol):
 def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLike) -> Backbone:
     """Return the image encoder that `config` describes.
 
-    config: `config.model.backbone`. remat: which activations Swin stores, see `layers.scan_layers`; the other encoders
-    ignore it. Raises ValueError for an unknown name.
+    config: `config.model.backbone` or `config.matting.backbone`. remat: the activations that Swin stores for the
+    backward pass (see `layers.scan_layers`); all other encoders ignore it. Raises ValueError if the name is unknown.
     """
     name = config.name
     if name.startswith("resnet"):
@@ -59,5 +59,7 @@ def make_backbone(config: ConfigDict, remat: str, rngs: nnx.Rngs, dtype: DTypeLi
     if name == "convnet":
         return ConvNet(tuple(config.widths), rngs=rngs, dtype=dtype)
     raise ValueError(
-        f"config.model.backbone.name: backbone {name!r} is unknown; add it to make_backbone in {__name__}."
+        f"backbone {name!r} is unknown: set config.model.backbone.name (for matting, config.matting.backbone.name) "
+        "to resnet50, resnet101, swin_t, swin_s, swin_b, swin_l, efficientnet_lite0 or convnet, "
+        f"or add a new encoder to make_backbone in {__name__}."
     )

@@ -16,7 +16,7 @@ from mqformer_jax.models import layers
 
 
 class BertBlock(nnx.Module):
-    """Post-norm self-attention and an MLP with the exact GELU. `qkv` packs queries, keys and values, in that order."""
+    """Post-norm self-attention and an MLP with the exact GELU. `qkv` computes queries, keys, values, in that order."""
 
     def __init__(self, width: int, heads: int, norm_eps: float, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.heads = heads
@@ -36,12 +36,12 @@ class BertBlock(nnx.Module):
 
 
 class BertTextEncoder(nnx.Module):
-    """BERT text encoder: turns token ids into one vector of size `width` per text, not normalized.
+    """BERT text encoder, which maps token ids to one vector of size `width` per text, without normalization.
 
-    MiniLM-L6 has vocab_size 30522, width 384, heads 12 and depth 6. context: number of tokens of the longest prompt.
-    positions: number of rows of the position table. Rows beyond `context` are unused, but kept so that a checkpoint
-    can be exported completely. norm_eps: epsilon of the LayerNorms. Raises ValueError if `context` is larger than
-    `positions`.
+    MiniLM-L6 has vocab_size 30522, width 384, heads 12 and depth 6. context: largest number of tokens of a text.
+    positions: number of rows of the position table. Rows beyond `context` are unused; they are kept so that a
+    checkpoint can be exported completely. norm_eps: epsilon of the LayerNorms. Raises ValueError if `context` is larger
+    than `positions`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class BertTextEncoder(nnx.Module):
     ):
         if context > positions:
             raise ValueError(
-                f"config.model.text.context = {context}: BERT has {positions} positions; use at most as many tokens."
+                f"config.model.text.context = {context}: BERT has {positions} positions; set context to at most that."
             )
         table = lambda rows: nnx.Param(0.02 * jax.random.normal(rngs.params(), (rows, width)))
         self.dtype = dtype

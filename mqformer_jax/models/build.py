@@ -1,4 +1,4 @@
-"""Build a model from a config, as plain pytrees."""
+"""Build a model from a config, as a graph and plain trees of arrays."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mqformer_jax.models.mqformer import MQFormer
 
 
 def build_model(config: ConfigDict, seed: Array | int = 0) -> tuple[nnx.GraphDef, Any, Any]:
-    """Return a fresh model as (graph, trainable parameters, frozen constants); both trees are nested dicts.
+    """Return a newly initialized model as (graph, trainable parameters, frozen constants).
 
-    config: `config.model`.
+    The parameters and the constants (the values of frozen BatchNorms) are nested dicts of arrays.
+    `nnx.merge(graph, parameters, constants)` returns the model. config: `config.model`. seed: an integer or a key.
     """
     graph, params, frozen = nnx.split(MQFormer(config, rngs=nnx.Rngs(seed)), nnx.Param, ...)
     return graph, nnx.to_pure_dict(params), nnx.to_pure_dict(frozen)

@@ -21,8 +21,8 @@ ConvLayerNorm = functools.partial(layers.ConvNorm, size=3, norm=layers.layer_nor
 class Stage(nnx.Module):
     """Downsampling by 2, then residual blocks of one convolution each.
 
-    The downsampling has a shortcut too: the mean of each 2x2 block, for three eighths of the channels. Without it,
-    features lose the color of a thing (docs/benchmarks.md).
+    The downsampling has a shortcut too: the mean of each 2x2 block of pixels, for three eighths of the input channels.
+    Without it, features lose the color of an object (docs/benchmarks.md).
     """
 
     def __init__(self, inputs: int, outputs: int, blocks: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -39,10 +39,10 @@ class Stage(nnx.Module):
 
 
 class ConvNet(nnx.Module):
-    """Small convolutional encoder with features at strides 4, 8, 16 (and 32 with a fifth width).
+    """Small convolutional encoder with features at strides 4, 8 and 16 (and 32 if there is a fifth width).
 
     widths: number of channels at strides 2, 4, 8, ... blocks: number of residual blocks at each stride from 4 on.
-    Stride 2 has no residual blocks, since they would cost as much as all the others together. The default has 0.24 M
+    Stride 2 has no residual blocks, since they would cost as much as all other blocks together. The default has 0.24 M
     parameters; a forward and a backward pass of eight 96 x 96 images take 27 ms on two CPU cores. `channels` is
     {stride: number of channels} of the features.
     """
@@ -77,7 +77,7 @@ class ConvNet(nnx.Module):
 
 
 def _shortcut(x: Float[Array, "b h w i"], outputs: int) -> Float[Array, "b h/2 w/2 o"]:
-    """Average 2x2 pixels into one, keep three eighths of the channels, and fill the others with zeros."""
+    """Average 2x2 pixels into one, keep the first three eighths of the channels, and pad to `outputs` with zeros."""
     b, h, w, c = x.shape
     kept = min(3 * c // 8, outputs)
     x = x[..., :kept].reshape(b, h // 2, 2, w // 2, 2, kept).mean((2, 4))
@@ -85,6 +85,6 @@ def _shortcut(x: Float[Array, "b h w i"], outputs: int) -> Float[Array, "b h/2 w
 
 
 def _space_to_depth(x: Float[Array, "b h w c"]) -> Float[Array, "b h/2 w/2 4*c"]:
-    """Pack each 2x2 patch into one pixel, so that no convolution runs at full resolution."""
+    """Stack the channels of each 2x2 patch into one pixel, so that no convolution runs at full resolution."""
     b, h, w, c = x.shape
     return x.reshape(b, h // 2, 2, w // 2, 2, c).swapaxes(2, 3).reshape(b, h // 2, w // 2, 4 * c)

@@ -19,7 +19,7 @@ from mqformer_jax.models.queries import Queries
 
 
 class Attention(nnx.Module):
-    """Multi-head attention. Positions are added to queries and keys, not to values (DETR).
+    """Multi-head attention. Position embeddings are added to queries and keys but not to values, as in DETR.
 
     zero_out: initialize the output projection to zero.
     """
@@ -149,9 +149,10 @@ class Decoder(nnx.Module):
         Boxes are cx, cy, w, h as fractions of the canvas. mask: True where the query of a row may attend to the query
         of a column. counts: numbers of learnable and conditional queries.
 
-        Each layer attends around a reference box, which the previous layer has refined. No gradient flows through the
-        layer to this box, but the box predicted after the layer passes gradients to it (DINO's "look forward twice").
-        Reference boxes are refined from the content before the norm. Predicted boxes use the content after the norm.
+        Each layer attends around reference boxes, which the previous layer has refined. No gradients flow from a layer
+        to its reference boxes, but the boxes predicted after the layer pass gradients to them (DINO's "look forward
+        twice"). Reference boxes are refined from the content before `heads.norm`. Predicted boxes are computed from the
+        content after `heads.norm`.
         """
 
         def layer_step(layer: DecoderLayer, carry, _):
@@ -173,7 +174,10 @@ class Decoder(nnx.Module):
 
 
 def anchor_embedding(boxes: Float[Array, "b q 4"], width: int) -> Float[Array, "b q e"]:
-    """Return the sine embedding of cx, cy, w, h (0..1): width/2 channels each, in DAB-DETR's order y, x, w, h."""
+    """Return the sine embedding of boxes cx, cy, w, h (0 to 1), with width / 2 channels for each of the four numbers.
+
+    Their order is DAB-DETR's: cy, cx, w, h.
+    """
     half = width // 2
     frequency = 2 * np.pi / 10000.0 ** (2 * (np.arange(half) // 2) / half)
     angle = boxes[..., jnp.array([1, 0, 2, 3]), None] * jnp.asarray(frequency, jnp.float32)

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention (Zhu et al., Deformable DETR, ICLR 2021), in plain JAX.
 
-One operation, `ms_deform_attn`, with three implementations: "reference" (one gather for each corner of a point), "rows"
-(for CPUs and GPUs) and "lanes" (for TPUs). The operation is limited by memory bandwidth. Therefore, the last two pack
-the four pixels around a sampling point into one row, and a gather reads the whole row. With 32 channels per head, a row
-has 128 numbers, the number of lanes of a TPU.
+The operation `ms_deform_attn` has three implementations: "reference" (a gather for each of the four pixels around a
+sampling point, its corners), "rows" (for CPUs and GPUs) and "lanes" (for TPUs). The operation is limited by memory
+bandwidth. Therefore, "rows" and "lanes" pack the four corners into one row, and one gather reads the whole row. With 32
+channels per head, a row has 128 numbers, which is the number of lanes of a TPU.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def ms_deform_attn(
 
     value: the pixels of all maps, one map after the other, each row by row. shapes: (h, w) of each map. locations: x, y
     of the sampling points; 0 and 1 are the outer edges of a map. Outside, a map counts as zero (as in torch's
-    `grid_sample` with align_corners=False and zero padding). weights: of the sampling points. implementation:
-    "reference", "rows" or "lanes"; None: lanes on TPUs, rows elsewhere.
+    `grid_sample` with align_corners=False and zero padding). weights: weight of each sampling point. implementation:
+    "reference", "rows" or "lanes"; None selects "lanes" on TPUs and "rows" elsewhere.
     """
     if implementation == "reference":
         return _reference(value, shapes, locations, weights)
@@ -52,7 +52,7 @@ def ms_deform_attn(
 
 
 def _reference(value, shapes, locations, weights):
-    """Return the same as `ms_deform_attn`, with one gather for each corner of a point and without packed rows."""
+    """Return the same as `ms_deform_attn`, with one gather for each of the four pixels around a sampling point."""
     batch, queries, heads, *_ = locations.shape
     value, start = value.astype(jnp.float32), 0
     total = jnp.zeros((batch, heads, queries, value.shape[-1]))
@@ -92,9 +92,10 @@ def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "
 def _corners(
     locations: Float[Array, "b q heads levels points 2"], shapes: Shapes
 ) -> tuple[Int[Array, "b q heads levels points"], Float[Array, "b q heads levels points 4"]]:
-    """Return the index of the cell around each point (see `_pack`) and the bilinear weights of its four pixels.
+    """Return the index of the cell around each sampling point (see `_pack`), and the bilinear weights of its pixels.
 
-    Points are clipped to one pixel outside the map, where all their weight falls on the zeros around the map.
+    Points more than one pixel outside the map are clipped to one pixel outside. There, all weight falls on the zeros
+    with which the map is padded.
     """
     size = np.array([(w, h) for h, w in shapes], np.float32)[:, None]
     pixel = jnp.clip(locations * size - 0.5, -1.0, size)
@@ -114,12 +115,12 @@ def _pick(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Arra
 
 @jax.custom_vjp
 def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Array, "b ... c"]:
-    """Return rows by their index in float32, so that their gradients are summed in float32 too."""
+    """Return the rows at `index` in float32, so that their gradients are summed in float32 too."""
     return _pick(rows, index).astype(jnp.float32)
 
 
 def _scatter(residuals, gradient):
-    """Return the gradient of the rows from that of the picked rows, which is float32."""
+    """Return the gradient of the rows, given the float32 gradient of the gathered rows."""
     rows, index = residuals
     zeros, flat = jnp.zeros(rows.shape, jnp.float32), index.reshape(index.shape[0], -1)
     add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="clip"))
@@ -133,10 +134,10 @@ _gather.defvjp(lambda rows, index: (_gather(rows, index), (rows, index)), _scatt
 def _rows(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
-    """Return the weighted sum over points and corners: one vector-matrix product per query and head.
+    """Return the weighted sum over points and corners, as one vector-matrix product per query and head.
 
-    For three levels and four points, the gathered rows have 48 times the size of the maps. They are gathered again for
-    the gradients, which is faster than storing them.
+    With three levels and four points, each query gathers 48 times as many numbers as it returns. The backward pass
+    gathers the rows again, which is faster than storing them.
     """
     split = (*index.shape[:3], -1, rows.shape[-1] // 4)
     picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
@@ -147,16 +148,18 @@ def _rows(
 def _lanes(
     rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
-    """Return the same as `_rows`, laid out for TPU (slow on CPU).
+    """Return the same as `_rows`, with a memory layout for TPUs (slow on CPUs).
 
-    The gathered rows are most of the memory traffic, so they should be written once and read once:
+    The gathered rows cause most of the memory traffic. Several measures ensure that they are written and read only
+    once. A lane is one number of a row.
 
-    - Their last two axes are queries and lanes, so that no reshape moves data. If points came before lanes instead, the
-      12 points of three levels would be padded to 16, a multiple of the tile's eight rows.
-    - Matmuls with zeros and ones expand the four weights to lanes and sum the corners, so that lanes are never split.
+    - The last two axes of the gathered rows are queries and lanes, so that no reshape moves data. If they were points
+      and lanes, the 12 points of three levels would be padded to 16, a multiple of the eight rows of a tile.
+    - Matmuls with matrices of zeros and ones repeat the four corner weights over lanes and sum the corners. So the axis
+      of lanes is never split.
     - Barriers fix the layout of the rows and their gradients. Without them, XLA converts or broadcasts the rows in
-      memory in separate passes. The gradient is custom, so that it reads the gathered rows once and expands the weights
-      again.
+      memory in separate passes.
+    - A custom gradient reads the gathered rows once, and repeats the corner weights over lanes again.
     """
     return _weigh_rows(rows, index.transpose(0, 3, 2, 1), corners.transpose(0, 3, 2, 4, 1))
 
@@ -192,7 +195,7 @@ _weigh_rows.defvjp(_weigh_forward, _weigh_backward)
 
 
 def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "b n heads q lanes"]:
-    """Repeat each corner's weight over the corner's lanes, the `lanes` / 4 channels that a row has of each corner."""
+    """Repeat each corner's weight over the corner's lanes: the `lanes` / 4 numbers of a row that belong to it."""
     return jnp.einsum("bnhkq,kl->bnhql", corners, _ones(lanes), precision="highest")
 
 
@@ -202,16 +205,17 @@ def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
 
 
 def _fold(lanes: int) -> Float[np.ndarray, "lanes dh"]:
-    """Return the 0/1 matrix that adds the four corners' lanes of each channel."""
+    """Return the 0/1 matrix that sums the four corners: the four lanes of each channel."""
     return np.kron(np.ones((4, 1)), np.eye(lanes // 4)).astype(np.float32)
 
 
 class MSDeformAttn(nnx.Module):
-    """Attention of each query to `num_sampling_points` learned locations around its reference in each of `levels` maps.
+    """Attention of each query to learned locations around its reference point or box, in each of `levels` maps.
 
-    Offsets and weights are computed in float32 whatever the `dtype`, as in Mask DINO's mixed precision. Initially, each
-    head samples in its own direction with equal weights: 1 to `num_sampling_points` pixels from a reference point, or
-    at equal steps from the center of a reference box to its edge.
+    Each head has `num_sampling_points` locations per map. Offsets and weights are computed in float32 for any `dtype`,
+    as in Mask DINO's mixed precision. Initially, each head samples in its own direction with equal weights: 1 to
+    `num_sampling_points` pixels from a reference point, or at equal steps from the center of a reference box to its
+    edge.
     """
 
     def __init__(
@@ -225,7 +229,9 @@ class MSDeformAttn(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):
         if width % heads:
-            raise ValueError(f"MSDeformAttn: width {width} must be divisible by the number of heads, {heads}.")
+            raise ValueError(
+                f"config.model.width = {width} must be divisible by config.model.heads = {heads}: change one of them."
+            )
         self.heads, self.levels, self.num_sampling_points = heads, levels, num_sampling_points
         zeros, samples = nnx.initializers.zeros, heads * levels * num_sampling_points
         star = jnp.asarray(_star(heads, levels, num_sampling_points))
@@ -273,7 +279,7 @@ class MSDeformAttn(nnx.Module):
 def _star(heads: int, levels: int, num_sampling_points: int) -> np.ndarray:
     """Return the initial offsets x, y of all sampling points as a flat array.
 
-    Head i samples in direction 2 pi i / heads. The larger of |x| and |y| of point k is k + 1.
+    Head i samples in the direction of the angle 2 pi i / heads. For its point k (from 0), max(|x|, |y|) is k + 1.
     """
     angle = np.arange(heads) * (2 * math.pi / heads)
     direction = np.stack([np.cos(angle), np.sin(angle)], -1)

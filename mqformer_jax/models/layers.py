@@ -29,7 +29,7 @@ class Frozen(nnx.Variable):
 def linear(inputs: int, outputs: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **kwargs: Any) -> nnx.Linear:
     """Return a dense layer with a Xavier-uniform kernel and a zero bias, as in DETR.
 
-    In float32, its products are exact on TPUs and GPUs too, where the default rounds the factors.
+    With dtype float32, TPUs and GPUs multiply in full float32 precision. By default, they would round the factors.
     """
     precision = "highest" if jnp.dtype(dtype) == jnp.float32 else None
     defaults: dict[str, Any] = {"kernel_init": xavier, "precision": precision}
@@ -87,7 +87,7 @@ def _strided(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"], stride
 
 @jax.custom_vjp
 def _convolve(x: Float[Array, "b h w i"], kernel: Float[Array, "s s i o"]) -> Float[Array, "b h w o"]:
-    """Convolve with stride 1. On CPU, gradients are custom: inside a scan, XLA's gradients are ten times slower."""
+    """Convolve with stride 1. On CPU, the gradients are custom: XLA's gradients are ten times slower inside a scan."""
     return _strided(x, kernel, 1)
 
 
@@ -97,7 +97,7 @@ def _gradients(inputs: tuple[Array, Array], g: Float[Array, "b h w o"]) -> tuple
 
 
 def _gradients_on_cpu(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
-    """Return the gradients of x (convolution with the flipped kernel) and of the kernel (a matmul per position)."""
+    """Return the gradients of x (convolution with the flipped kernel) and of the kernel (a matmul per element)."""
     (h, w), size = x.shape[1:3], kernel.shape[0]
     around = jnp.pad(x, ((0, 0), *[(size // 2,) * 2] * 2, (0, 0)))
     places = [around[:, i : i + h, j : j + w] for i in range(size) for j in range(size)]
@@ -123,7 +123,7 @@ class FrozenBatchNorm(nnx.Module):
 
 
 def frozen_batch_norm(width: int, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32) -> FrozenBatchNorm:
-    """Return a FrozenBatchNorm. rngs: unused, for the same signature as the other norms."""
+    """Return a FrozenBatchNorm. rngs: unused; the signature is that of `layer_norm` and `group_norm`."""
     return FrozenBatchNorm(width, dtype=dtype)
 
 
@@ -168,7 +168,7 @@ class MLP(nnx.Module):
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Make n modules and return them as one module whose arrays have a leading axis of n. Run it with `scan_layers`."""
+    """Create n modules and return them as one module, whose arrays have a leading axis n. `scan_layers` runs it."""
     graph, state = jax.vmap(lambda key: nnx.split(make(nnx.Rngs(key))))(jax.random.split(rngs.params(), n))
     return nnx.merge(graph, state)
 

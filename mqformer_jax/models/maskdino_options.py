@@ -16,8 +16,8 @@ from mqformer_jax.models.queries import Queries
 def order_levels(memory: Memory, level_order: str) -> Memory:
     """Return the memory with its levels in the decoder's order (`config.model.level_order`).
 
-    memory: with its levels from fine to coarse, as the pixel decoder returns it. Mask DINO calls "fine_to_coarse" the
-    feature order high2low. The order determines the sizes of the proposals (`grid_proposals`) and which sampling
+    memory: the pixel decoder's output, with its levels from fine to coarse. Mask DINO's name for "fine_to_coarse" is
+    the feature order high2low. The order determines the sizes of the proposals (`grid_proposals`) and which sampling
     offsets belong to each level.
     """
     if level_order == "fine_to_coarse":

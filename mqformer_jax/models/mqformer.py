@@ -1,11 +1,12 @@
-"""MQ-Former (Wang et al., CVPR 2025): the paper's figure, top to bottom.
+"""The MQ-Former model (Wang et al., CVPR 2025), in the order of the paper's overview figure.
 
     image -> backbone -> segmentation encoder -> memory, mask features
     text  -> text encoder -> prompts
     memory x prompts -> conditional queries        parameters -> learnable queries
-    all queries -> decoder (with an exchange in every layer) -> classes against the prompts, boxes, masks
+    all queries -> decoder (with an exchange in every layer) -> scores for the prompts, boxes, masks
 
-Every query of both kinds predicts a score for every prompt. The matcher (losses/) assigns targets to queries.
+Every query, learnable or conditional, predicts a score for every prompt. The matcher (losses/) assigns targets to
+queries.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ from mqformer_jax.models.text_encoder import make_text_encoder
 class Predictions:
     """The predictions of q queries at s stages, for p prompts.
 
-    Stages: the proposals (if there are conditional queries), the initial queries, then one per decoder layer.
-    boxes: cx, cy, w, h as fractions of the canvas. mask_embed: its dot products with `Outputs.mask_features` are the
-    mask logits.
+    The stages are the proposals (only if there are conditional queries), the decoder's initial queries (only with
+    `model.initial_pred`) and each decoder layer. boxes: cx, cy, w, h as fractions of the canvas. mask_embed: mask
+    embeddings, whose dot products with `Outputs.mask_features` are the mask logits.
     """
 
     class_logits: Float[Array, "s b q p"]
@@ -107,14 +108,15 @@ class MQFormer(nnx.Module):
     def embed_text(
         self, tokens: Int[Array, "*n l"] | Float[Array, "*n e"], is_region: Bool[Array, "*n"]
     ) -> Float[Array, "*n e"]:
-        """Return the prompt embeddings: the output of the text encoder plus the region embedding.
+        """Return the prompt embeddings: the output of the text encoder plus a region embedding.
 
-        tokens: token ids, or vectors that the text encoder has already computed.
+        tokens: token ids, or vectors that the text encoder has already computed. is_region: see `Prompt`.
 
         The paper does not say how one model distinguishes COCO's "person" (each person) from ADE's "person" (all people
-        as one region). Here, one of two learned region embeddings is added to the text (unless `model.region_embedding`
-        is off). In a fresh run, both start near minus the mean of the texts (`TrainStep.center_prompts`). In a run that
-        starts from trained weights without region embeddings, they start at zero (`training.warm_start`).
+        as one region). Here, one of two learned region embeddings is added to the text's embedding (unless
+        `model.region_embedding` is off). In a new run, both start near the negative mean of the text embeddings
+        (`TrainStep.center_prompts`). In a run that starts from trained weights without region embeddings, they start at
+        zero (`training.warm_start`).
         """
         encoded = jnp.issubdtype(tokens.dtype, jnp.floating)
         embeddings = tokens.astype(self.dtype) if encoded else self.text_encoder(tokens)
@@ -134,7 +136,8 @@ class MQFormer(nnx.Module):
         """Return the predictions for a batch of images.
 
         image: 0 to 255, padded on the right and at the bottom to one canvas. size: height and width of the valid part,
-        pixels. prompt_embeddings: from `embed_text`. keys: for the backbone's drop path, None in evaluation.
+        pixels. prompt_embeddings: from `embed_text`. denoising: queries to decode in addition, in training. keys: one
+        per image, for the backbone's drop path; None in evaluation.
         """
         pixels = (image.astype(jnp.float32) - jnp.asarray(self.backbone.mean)) / jnp.asarray(self.backbone.std)
         features = self.backbone(pixels.astype(self.dtype), keys)
@@ -149,8 +152,12 @@ class MQFormer(nnx.Module):
         prompt_valid: Bool[Array, "b p"],
         denoising: DenoisingQueries | None = None,
     ) -> Outputs:
-        """Return the predictions from the backbone's features, {stride: feature} of a canvas (h, w)."""
-        # a float32 model computes exact products; TPUs and GPUs round the factors by default
+        """Return the predictions, given the features that the backbone has computed.
+
+        features: {stride: feature}. canvas: height and width of the padded images in pixels. For the other arguments,
+        see `__call__`.
+        """
+        # a float32 model multiplies in full precision; by default, TPUs and GPUs would round the factors
         with jax.default_matmul_precision("highest" if self.dtype == jnp.float32 else None):
             prompts = Prompts(prompt_embeddings, prompt_valid)
             memory, mask_features = self.encode(features, canvas, size)
@@ -170,9 +177,9 @@ class MQFormer(nnx.Module):
     def propose(
         self, memory: Memory, mask_features: Float[Array, "b h w m"], prompts: Prompts
     ) -> tuple[Queries | None, Queries]:
-        """Return the proposals and the decoder's initial queries, with learnable queries first in both.
+        """Return the proposals and the decoder's initial queries.
 
-        Without conditional queries, the proposals are None.
+        In both, learnable queries come before conditional queries. Without conditional queries, the proposals are None.
         """
         learnable = None if self.learnable is None else self.learnable(len(memory.tokens))
         if self.conditional is None:
@@ -182,13 +189,15 @@ class MQFormer(nnx.Module):
         conditional = Queries(self.conditional.initial_content(proposals), anchors)
         if learnable is None:
             return proposals, conditional
-        # Learnable queries are also matched in this stage. Their gradients come from the initial stage, which is equal.
+        # The stage of the proposals includes the learnable queries, but passes no gradients to them. The stage of the
+        # initial queries includes the same learnable queries and trains them.
         return concatenate(jax.lax.stop_gradient(learnable), proposals), concatenate(learnable, conditional)
 
     def denoise(self, denoising: DenoisingQueries, prompts: Prompts) -> Queries:
-        """Return the denoising queries as input of the decoder.
+        """Return the denoising queries in the form that the decoder reads.
 
-        The content is computed from the embedding of the prompt that a query claims; the anchors are the noised boxes.
+        The content is computed from the embedding of the query's prompt (`DenoisingQueries.prompt`). The anchors are
+        the noised boxes.
         """
         claimed = jnp.take_along_axis(prompts.embeddings, denoising.prompt[..., None], 1)
         content = self.denoising_embedding(normalize(claimed) if self.heads.cosine else claimed)
@@ -237,7 +246,7 @@ class MQFormer(nnx.Module):
 def query_counts(config: ConfigDict) -> tuple[int, int]:
     """Return the numbers of learnable and conditional queries for the strategy `config.queries`.
 
-    All strategies have the same total (400 in the paper's ablations).
+    The total is the same for all strategies (400 in the paper's ablations). config: `config.model`.
     """
     total = config.num_learnable + config.num_conditional
     return {"learnable": (total, 0), "conditional": (0, total)}.get(
@@ -250,9 +259,9 @@ def attention_mask(
 ) -> Bool[Array, "#b q q"]:
     """Return the mask of self-attention: True where the query of a row may attend to the query of a column.
 
-    learnable, conditional: the number of queries of each kind. Queries attend to their own kind, or to both kinds if
-    `joint`. Denoising queries attend to their group and to the conditional queries, since the anchors of both come from
-    boxes (without conditional queries: to the learnable ones). No other query attends to denoising queries.
+    learnable, conditional: the number of queries of each kind. These queries attend to their own kind, or to both kinds
+    if `joint`. Denoising queries attend to their group and to the conditional queries, whose anchors also come from
+    boxes (or to the learnable queries, if there are no conditional ones). No other query attends to denoising queries.
     """
     kind = np.repeat([0, 1], [learnable, conditional])
     own = np.full((len(kind),) * 2, True) if joint else kind[:, None] == kind[None]

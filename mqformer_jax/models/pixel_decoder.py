@@ -28,7 +28,7 @@ Features = dict[int, Float[Array, "b _h _w _c"]]  # {stride: feature}
 class Memory:
     """The encoded image: tokens of several levels, each level row by row.
 
-    shapes: height and width of each level. valid: tokens whose cell touches the valid part of the image. The others are
+    shapes: height and width of each level. valid: whether a token's cell touches the image. Tokens in the padding are
     masked in attention.
     """
 
@@ -75,7 +75,7 @@ class MaskFeatures(nnx.Module):
     """Layer that computes the mask features.
 
     It resizes the finest level of the memory to the mask stride and merges the result with the backbone's feature of
-    that stride. It does so even if the finest level already has the mask stride, as Mask DINO does with five levels.
+    that stride. It does this even if the finest level already has the mask stride, as Mask DINO does with five levels.
     """
 
     def __init__(self, width: int, lateral: int, mask_dim: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -92,10 +92,10 @@ class PixelDecoder(nnx.Module):
     """Encoder that turns backbone features into memory (tokens of several strides) and mask features.
 
     channels: {stride: number of channels} of the backbone's features. width: number of channels of the memory.
-    strides: of the memory's levels, from fine to coarse, each double the one before. 3x3 convolutions of stride 2
-    compute the levels that are coarser than the backbone's. depth: number of encoder layers, each with `heads` heads,
-    `num_sampling_points` per head and level, and `ffn` hidden channels. mask_stride: of the mask features; must be a
-    stride of the backbone. remat: see `scan_layers`.
+    strides: strides of the memory's levels, from fine to coarse, each double the one before. Levels coarser than the
+    backbone's features are computed by 3x3 convolutions of stride 2. depth: number of encoder layers, each with `heads`
+    heads, `num_sampling_points` per head and level, and `ffn` hidden channels. mask_dim, mask_stride: number of
+    channels and stride of the mask features; the backbone must have this stride. remat: see `scan_layers`.
     """
 
     def __init__(
@@ -121,8 +121,8 @@ class PixelDecoder(nnx.Module):
             or strides != tuple(strides[0] << k for k in range(len(strides)))
         ):
             raise ValueError(
-                f"strides {strides}, mask_stride {mask_stride}: each stride must be double the one before, "
-                f"and the first stride and mask_stride must be strides of the backbone, {tuple(channels)}."
+                f"config.model.strides = {strides}, mask_stride = {mask_stride}: each stride must be double the one "
+                f"before, and the first stride and mask_stride must be strides of the backbone, {tuple(channels)}."
             )
         self.strides, self.mask_stride, self.coarsest, self.remat = strides, mask_stride, max(channels), remat
         make = functools.partial(ConvGroupNorm, use_bias=True, rngs=rngs, dtype=dtype)
@@ -148,7 +148,8 @@ class PixelDecoder(nnx.Module):
         """
         if any(side % self.coarsest for side in canvas):
             raise ValueError(
-                f"canvas {canvas[0]}x{canvas[1]}: its sides must be multiples of the backbone's stride {self.coarsest}."
+                f"canvas {canvas[0]}x{canvas[1]}: its sides must be multiples of the backbone's stride "
+                f"{self.coarsest}; change config.data.canvas."
             )
         maps = self._levels(features)
         shapes = tuple(m.shape[1:3] for m in maps)
@@ -167,10 +168,10 @@ class PixelDecoder(nnx.Module):
         return Memory(tokens, shapes, valid), self.mask_features(finest, features, self.mask_stride)
 
     def _levels(self, features: Features) -> list[Float[Array, "b _h _w c"]]:
-        """Return a map of the encoder's width for each stride.
+        """Return one map for each of `strides`, with the number of channels of the memory.
 
-        The first stride beyond the backbone is computed from the backbone's coarsest feature, each further one from the
-        map before.
+        The first level that is coarser than the backbone's features is computed from the coarsest of them. Each further
+        level is computed from the level before it.
         """
         maps = []
         for stride, project in zip(self.strides, self.input_proj):
@@ -180,9 +181,9 @@ class PixelDecoder(nnx.Module):
 
 
 class _Grid:
-    """The cells of one level.
+    """The cells of one level of the memory.
 
-    count [b, 2]: the numbers of valid rows and columns. shape: (h, w) of the whole level, padding included.
+    count [b, 2]: the numbers of rows and columns that touch each image. shape: (h, w) of the level, with padding.
     """
 
     def __init__(self, count: Int[Array, "b 2"], shape: tuple[int, int]):
@@ -193,14 +194,14 @@ class _Grid:
 
     @property
     def center(self) -> Float[Array, "b h w 2"]:
-        """Return x, y of each cell's center, scaled so that the valid part is 0 to 1."""
+        """Return x, y of each cell's center, scaled so that the valid part spans 0 to 1."""
         y, x = (self.rows + 0.5) / self.height, (self.columns + 0.5) / self.width
         return self._pair(x[:, None, :, None], y[:, :, None, None])
 
     def sine(self, width: int) -> Float[Array, "b h w c"]:
-        """Return DETR's sine position encoding: width / 2 channels of y, then as many of x.
+        """Return DETR's sine position encoding: width / 2 channels for y, then as many for x.
 
-        The valid part is scaled to 2 pi.
+        Positions are scaled so that the valid part spans 0 to 2 pi.
         """
         y, x = (_waves(i, n, width // 2) for i, n in ((self.rows, self.height), (self.columns, self.width)))
         return self._pair(y[:, :, None], x[:, None])
@@ -211,7 +212,7 @@ class _Grid:
 
 
 def _waves(index: Int[Array, "1 n"], count: Int[Array, "b 1"], channels: int) -> Float[Array, "b n channels"]:
-    """Return alternating sines and cosines of each cell's position. Padding repeats those of the last valid cell."""
+    """Return alternating sines and cosines of each cell's position. Padding gets the values of the last valid cell."""
     place = jnp.minimum(index + 1, count) / (count + 1e-6) * (2 * math.pi)
     wavelength = 10000.0 ** (2 * (np.arange(channels) // 2) / channels)
     angle = place[..., None] / wavelength.astype(np.float32)
@@ -225,6 +226,9 @@ def _resize(x: Float[Array, "b h w c"], shape: tuple[int, int]) -> Float[Array, 
 
 
 def _interpolation(n: int, m: int) -> np.ndarray:
-    """Return the [m, n] matrix that interpolates n inputs linearly at m outputs; the ends are repeated."""
+    """Return the [m, n] matrix that resizes a row of n pixels to m pixels by linear interpolation.
+
+    A new pixel whose center lies before the first or after the last old center has the value of the nearest old pixel.
+    """
     place = np.clip((np.arange(m) + 0.5) * n / m - 0.5, 0, n - 1)
     return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(n))).astype(np.float32)

@@ -22,14 +22,17 @@ OUTSIDE = 1e4  # box logit of an invalid proposal (in padding or near the border
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class Queries:
-    """q object queries. anchors: cx, cy, w, h as fractions of the canvas, before the sigmoid."""
+    """q object queries.
+
+    content: feature vectors. anchors: logits (inverse sigmoid) of boxes cx, cy, w, h as fractions of the canvas.
+    """
 
     content: Float[Array, "b q d"]
     anchors: Float[Array, "b q 4"]
 
 
 def concatenate(*parts: Queries) -> Queries:
-    """Return the queries of all parts, in float32."""
+    """Join the queries of all parts, with their content converted to float32."""
     content = jnp.concatenate([part.content.astype(jnp.float32) for part in parts], 1)
     return Queries(content, jnp.concatenate([part.anchors for part in parts], 1))
 
@@ -37,7 +40,7 @@ def concatenate(*parts: Queries) -> Queries:
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class DenoisingQueries:
-    """Noised copies of targets, which the decoder must restore (made by `losses.denoising`).
+    """Noised copies of targets, from which the decoder predicts the targets. `losses.denoising` creates them.
 
     prompt: index of a prompt of the target, or of the random prompt that label noise puts in its place. boxes: noised
     boxes, cx, cy, w, h as fractions of the canvas. group: copies of different groups do not attend to each other.
@@ -53,9 +56,9 @@ class DenoisingQueries:
 class LearnableQueries(nnx.Module):
     """n queries whose content and anchors (4-d) are parameters.
 
-    The paper does not say where the anchors come from. Here they are learned. They start large and spread over the
+    The paper does not say where the anchors come from. Here they are learned. They start as large boxes spread over the
     image, since the paper's learnable queries mostly predict stuff. The decoder passes gradients to them. (OpenSeeD
-    stops these gradients, and its anchors hardly learn.)
+    stops these gradients, and its anchors hardly change in training.)
     """
 
     def __init__(self, n: int, width: int, *, rngs: nnx.Rngs):
@@ -87,9 +90,9 @@ class ConditionalQueries(nnx.Module):
         self.content = nnx.Param(jax.random.normal(rngs.params(), (k, width))) if learned else None
 
     def __call__(self, memory: Memory, heads: Heads, prompts: Prompts) -> Queries:
-        """Return the proposals: the best k tokens and their boxes, with gradients.
+        """Return the proposals: the k best tokens and their boxes, with gradients.
 
-        memory: with its levels in the decoder's order.
+        memory: its levels must have the decoder's order.
         """
         grid = grid_proposals(memory.shapes)
         inside = (jnp.all((grid > 0.01) & (grid < 0.99), -1) & memory.valid)[..., None]
@@ -113,10 +116,10 @@ class ConditionalQueries(nnx.Module):
 
 
 def grid_proposals(shapes: tuple[tuple[int, int], ...]) -> Float[np.ndarray, "s 4"]:
-    """Return a box cx, cy, w, h per token: its cell's center and sides of 0.05 * 2^level, as fractions of the canvas.
+    """Return one box cx, cy, w, h per token, as fractions of the canvas.
 
-    Levels count from 0 in the order of `shapes`. Mask DINO counts the coarsest level first, so that stride 64 has the
-    smallest proposals; its checkpoints need this.
+    A box has the center of the token's cell, and sides of 0.05 * 2^level. Levels count from 0 in the order of `shapes`.
+    Mask DINO counts from the coarsest level, so that stride 64 has the smallest proposals; its checkpoints need this.
     """
     levels = []
     for level, (h, w) in enumerate(shapes):

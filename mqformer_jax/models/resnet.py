@@ -20,7 +20,7 @@ ConvBatchNorm = functools.partial(layers.ConvNorm, norm=layers.frozen_batch_norm
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3 and 1x1 convolutions with a shortcut, which is a projection if the width changes."""
+    """1x1, 3x3 and 1x1 convolutions with a shortcut, which is a projection if the number of channels changes."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int = 1, *, stride_in_1x1: bool, rngs: nnx.Rngs, dtype: DTypeLike
@@ -39,7 +39,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """The blocks of one resolution. All but the first have the same shape, so they are stacked."""
+    """The blocks of one resolution. All blocks but the first have the same shape, so they run as a stack."""
 
     def __init__(
         self,
@@ -63,9 +63,9 @@ class Stage(nnx.Module):
 class ResNet(nnx.Module):
     """ResNet with features at strides 4, 8, 16 and 32.
 
-    depth: 50 or 101. stride_in_1x1: whether a stage's stride is in the first 1x1 convolution (Microsoft's original
-    weights, detectron2's "R-50") or in the 3x3 (torchvision, the default). `channels` is {stride: width} of the
-    features.
+    depth: 50 or 101. stride_in_1x1: whether the stride of a stage is in the first 1x1 convolution (as in Microsoft's
+    original weights, detectron2's "R-50") or in the 3x3 convolution (as in torchvision, the default). `channels` is
+    {stride: number of channels} of the features.
     """
 
     channels = {4: 256, 8: 512, 16: 1024, 32: 2048}
@@ -73,7 +73,7 @@ class ResNet(nnx.Module):
 
     def __init__(self, depth: int, *, stride_in_1x1: bool = False, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         if depth not in BLOCKS:
-            raise ValueError(f"ResNet depth {depth}: it must be one of {sorted(BLOCKS)}.")
+            raise ValueError(f"ResNet depth {depth}: it must be one of {sorted(BLOCKS)}; change backbone.name.")
         self.stem = ConvBatchNorm(3, 64, 7, 2, rngs=rngs, dtype=dtype)
         widths = [64, *self.channels.values()]
         self.stages = nnx.List(

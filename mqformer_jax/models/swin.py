@@ -1,4 +1,4 @@
-"""Swin Transformer (Liu et al., ICCV 2021) as a backbone for detection: any image size, a norm on each feature."""
+"""Swin Transformer (Liu et al., ICCV 2021) as a detection backbone: for any image size, with normalized features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mqformer_jax.models import layers
 
 HEAD_WIDTH = 32  # channels of an attention head, in every stage of every size
 STRIDES = (4, 8, 16, 32)
-# Drop path of one block: its rate, and a key per image for each of the block's two branches. `Drops`: of n blocks.
+# `Drop` is the drop path of one block: the rate, and one key per image for each of the block's two branches. `Drops` is
+# that of n blocks.
 Drop = tuple[Float[Array, ""], Key[Array, "2 b"]]
 Drops = tuple[Float[Array, " n"], Key[Array, "n 2 b"]]
 
@@ -42,7 +43,7 @@ SIZES = {
 
 
 class PatchEmbed(nnx.Module):
-    """Embedding of each 4 x 4 patch of pixels. The image is padded with zeros to a multiple of 4."""
+    """Layer that embeds each 4 x 4 patch of pixels. The image is padded with zeros to a multiple of 4."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
         self.dtype = dtype
@@ -57,7 +58,7 @@ class PatchEmbed(nnx.Module):
 
 
 class PatchMerge(nnx.Module):
-    """Merge of each 2 x 2 pixels into one pixel with twice the channels.
+    """Layer that merges each 2 x 2 pixels into one pixel with twice the channels.
 
     The four pixels are concatenated in the order (0, 0), (1, 0), (0, 1), (1, 1) of (row, column).
     """
@@ -73,10 +74,10 @@ class PatchMerge(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention inside windows, then an MLP. `qkv` packs queries, keys and values, in that order.
+    """Pre-norm attention inside windows, then an MLP. `qkv` computes queries, keys and values, in that order.
 
-    shift: offset of the windows to the right and down, in pixels. position_bias: [(2 window - 1)^2, heads], a bias for
-    each offset (rows, columns) of a query from a key, row by row.
+    shift: offset of the windows to the right and down, in pixels of the feature map. position_bias:
+    [(2 window - 1)^2, heads], a bias for each offset (rows, columns) of a query from a key, row by row.
     """
 
     def __init__(self, width: int, window: int, shift: int, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -103,8 +104,8 @@ class Block(nnx.Module):
     def attend(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Return the window attention.
 
-        The image is padded with zeros on the right and at the bottom to whole windows. Shifted windows wrap around;
-        pixels from opposite borders do not attend to each other.
+        The feature map is padded with zeros on the right and at the bottom to whole windows. Shifted windows wrap
+        around, but pixels from opposite borders do not attend to each other.
         """
         height, width = x.shape[1:3]
         x = jnp.roll(pad(x, self.window), (-self.shift, -self.shift), (1, 2))
@@ -137,8 +138,8 @@ class Swin(nnx.Module):
 
     size: "t", "s", "b" or "l", or a `Size`.
     window: side of the attention windows (7 for weights pre-trained at 224 pixels, 12 at 384).
-    drop_path: probability in training that a sample skips a branch of the last block, growing linearly from 0 at the
-        first block.
+    drop_path: probability in training that an image skips a branch of the last block. The probability grows linearly
+        over the blocks, from 0 at the first block.
     remat: see `scan_layers` ("layers" halves Swin-L's memory at 1024 x 1024).
     """
 
@@ -149,7 +150,7 @@ class Swin(nnx.Module):
         dtype: DTypeLike = jnp.float32,
     ):  # fmt: skip
         if isinstance(size, str) and size not in SIZES:
-            raise ValueError(f"Swin size {size!r}: it must be one of {', '.join(SIZES)}.")
+            raise ValueError(f"Swin size {size!r}: it must be one of {', '.join(SIZES)}; change backbone.name.")
         self.size = SIZES[size] if isinstance(size, str) else size
         self.drop_path, self.remat = drop_path, remat
         widths = list(self.channels.values())
@@ -170,8 +171,8 @@ class Swin(nnx.Module):
     ) -> dict[int, Float[Array, "b _h _w _c"]]:
         """Return {stride: feature}.
 
-        image: normalized; sides of any length, rounded up at each stride. keys: one per image, for drop path; None in
-        evaluation.
+        image: normalized, of any size. The sides of a feature are the image's sides divided by the stride and rounded
+        up. keys: one per image, for drop path; None in evaluation.
         """
         x, features = self.embed(image), {}
         for k, (stride, stage) in enumerate(zip(STRIDES, self.stages)):
@@ -202,7 +203,7 @@ def pad(x: Float[Array, "b h w c"], multiple: int) -> Float[Array, "b h2 w2 c"]:
 
 
 def to_windows(x: Float[Array, "b h w c"], side: int) -> Float[Array, "b rows columns t c"]:
-    """Split an image into windows of t = side^2 pixels, row by row. Its sides must be multiples of `side`.
+    """Split an image into windows of t = side^2 pixels, row by row. The image's sides must be multiples of `side`.
 
     The batch stays a separate axis, which preserves its sharding.
     """
@@ -221,10 +222,11 @@ def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Floa
 
 
 def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Array, "heads t t"]:
-    """Return the bias of each query and key of a window from a relative position table.
+    """Return the attention bias of each (query, key) pair of a window with t pixels.
 
-    Indexing first the rows and then the columns of the table gathers 2 window^2 slices, and scatters as many in the
-    gradient. The usual single index gathers window^4 numbers.
+    table: relative position biases, see `Block.position_bias`. It is indexed first by rows and then by columns. This
+    gathers 2 window^2 slices (and scatters as many in the gradient), where the usual single index gathers window^4
+    rows.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
     # query row, key row, query column, key column
@@ -235,8 +237,8 @@ def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Arra
 def neighbors(height: int, width: int, window: int, shift: int) -> Array:
     """Return the attention mask of shifted windows: bool [rows, columns, 1, t, t] for windows of t pixels.
 
-    It is False for a query and a key that share a window only because the windows wrap around the image. The mask is
-    combined from two small ones, so that the compiled program holds no large constant.
+    It is False for a query and a key that share a window only because the windows wrap around the image. It is computed
+    from one small mask for rows and one for columns, so that the compiled program contains no large constant.
     """
 
     def along(length: int) -> Array:
@@ -254,7 +256,7 @@ def drop_path(
 ) -> Float[Array, "b h w c"]:
     """Apply stochastic depth (Huang et al., ECCV 2016).
 
-    Zero each sample with probability `rate` and scale the others to keep the mean.
+    For each image, set the branch to zero with probability `rate`; otherwise scale it, which preserves the mean.
     """
     keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, (1, 1, 1)))(keys)
     return branch * (keep / (1 - rate)).astype(branch.dtype)
@@ -263,7 +265,7 @@ def drop_path(
 def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> Float[np.ndarray, "*n offsets2 heads"]:
     """Resize relative position bias tables for windows of side `window`.
 
-    A window of side w has (2 w - 1)^2 relative offsets, one row of the table each. The interpolation is bicubic
+    A window of side w has (2 w - 1)^2 relative offsets; the table has one row for each. The interpolation is bicubic
     (a = -0.75), with corners not aligned and edges repeated, as in torch's `F.interpolate(..., mode="bicubic")`.
     """
     old, new = round(table.shape[-2] ** 0.5), 2 * window - 1
@@ -283,7 +285,7 @@ def resize_table(table: Float[np.ndarray, "*n offsets heads"], window: int) -> F
 
 
 def _cubic(distance: np.ndarray) -> np.ndarray:
-    """Return Keys' cubic convolution kernel with a = -0.75 at distances up to 2."""
+    """Return the cubic convolution kernel of R. Keys (1981) with a = -0.75, for distances up to 2."""
     near = (1.25 * distance - 2.25) * distance**2 + 1
     far = -0.75 * (((distance - 5) * distance + 8) * distance - 4)
     return np.where(distance <= 1, near, far)

@@ -1,7 +1,8 @@
-"""Text encoders behind one interface: token ids [*n, l] to vectors [*n, embed_dim], not normalized.
+"""Text encoders, which map token ids [*n, l] to one vector per text [*n, embed_dim], without normalization.
 
-- `TextEncoder`: CLIP's text tower (Radford et al., ICML 2021), a causal transformer read at the end token.
-- `BertTextEncoder` (bert.py): MiniLM.
+- `TextEncoder`: CLIP's text encoder (Radford et al., ICML 2021), a causal transformer. The vector is its output at the
+  end token.
+- `BertTextEncoder` (bert.py): BERT, used for MiniLM.
 - `ClassTable`: one vector per class, for converted checkpoints without a text encoder.
 """
 
@@ -24,7 +25,7 @@ orthogonal, zeros = nnx.initializers.orthogonal(), nnx.initializers.zeros
 def make_text_encoder(
     config: ConfigDict, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> TextEncoder | BertTextEncoder | ClassTable:
-    """Return the text encoder of `config.model.text`."""
+    """Return the text encoder that `config` (`config.model.text`) describes."""
     c = config
     if c.name == "classes":
         return ClassTable(len(c.classes), c.embed_dim, rngs=rngs)
@@ -38,9 +39,9 @@ def make_text_encoder(
 
 
 class TextBlock(nnx.Module):
-    """Pre-norm causal self-attention and an MLP with QuickGELU. `qkv` packs queries, keys and values, in that order.
+    """Pre-norm causal self-attention and an MLP with QuickGELU. `qkv` computes queries, keys and values, in that order.
 
-    Both branches start at zero, see `TextEncoder`.
+    The outputs of the attention and of the MLP start at zero. `TextEncoder` changes this for its first attention.
     """
 
     def __init__(self, width: int, heads: int, norm_eps: float, *, rngs: nnx.Rngs, dtype: DTypeLike):
@@ -60,15 +61,15 @@ class TextBlock(nnx.Module):
 
 
 class TextEncoder(nnx.Module):
-    """CLIP's text tower: token ids to one vector per text, not normalized.
+    """CLIP's text encoder, which maps token ids to one vector per text, without normalization.
 
     Sizes of CLIP ViT-B: vocab_size 49408, context 77, width 512, heads 8, depth 12, embed_dim 512. norm_eps: of the
     LayerNorms; OpenSeeD's is 1e-12.
 
-    A new encoder starts as a bag of words: the first attention averages the words of a text, and all later branches
-    start at zero. Each word that distinguishes two texts then has the same share in the difference of their embeddings,
-    whatever the seed. With Xavier kernels, the cosine of "the red star" and "the blue star" is 0.9 on average, and the
-    share of each word depends on the seed.
+    A new encoder starts as a bag of words: the first attention averages the words of a text, and the outputs of all
+    later attentions and MLPs start at zero. So each word that distinguishes two texts contributes equally to the
+    difference of their embeddings, for any seed. With Xavier kernels instead, the cosine of "the red star" and "the
+    blue star" is 0.9 on average, and the contribution of each word depends on the seed.
     """
 
     def __init__(
@@ -99,8 +100,8 @@ class TextEncoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "*n l"]) -> Float[Array, "*n embed_dim"]:
         """Return one vector per text.
 
-        tokens: from a `Tokenizer`; zeros after the end token may be cut off. The vector is read at the end token, which
-        is the token with the highest id (as in OpenAI's code).
+        tokens: from a `Tokenizer`; zeros after the end token may be cut off. The vector is the output at the end token,
+        which is the token with the highest id (as in OpenAI's code).
         """
         flat = tokens.reshape(-1, tokens.shape[-1])
         x = (self.tokens[...][flat] + self.positions[: flat.shape[1]]).astype(self.dtype)
@@ -110,7 +111,7 @@ class TextEncoder(nnx.Module):
 
 
 def _near_uniform_attention(key: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    """Return small kernels of queries and keys, and an orthogonal kernel of values, side by side."""
+    """Return an initial `qkv` kernel, with small kernels of queries and keys and an orthogonal kernel of values."""
     width = shape[0]
     some, other = jax.random.split(key)
     queries_keys = 0.3 * layers.xavier(some, (width, 2 * width), dtype)
@@ -118,7 +119,7 @@ def _near_uniform_attention(key: Array, shape: tuple[int, int], dtype: DTypeLike
 
 
 class ClassTable(nnx.Module):
-    """A table of one vector per class, for closed-set checkpoints. A token is the index of a row + 1."""
+    """A table of one vector per class, for closed-set checkpoints. Token k stands for row k - 1; 0 is padding."""
 
     def __init__(self, classes: int, embed_dim: int, *, rngs: nnx.Rngs):
         self.rows = nnx.Param(0.02 * jax.random.normal(rngs.params(), (classes, embed_dim)))

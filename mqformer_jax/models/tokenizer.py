@@ -1,4 +1,7 @@
-"""Tokenizers: CLIP's byte-pair encoding, BERT's word pieces, a fixed list of classes, and hashed words (no file)."""
+"""Tokenizers: CLIP's byte-pair encoding, BERT's word pieces, a fixed list of class names, and hashed words.
+
+CLIP's and BERT's tokenizers read a file, tokenizer.json.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ if TYPE_CHECKING:
 
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 TOKENIZER = "tokenizer.json"  # file name in a checkpoint's folder
-CLIP_MERGES = 49152 - 256 - 2  # how many merges CLIP uses of the longer list that OpenAI published
+CLIP_MERGES = 49152 - 256 - 2  # CLIP uses this many merges, the first of a longer list that OpenAI published
 CLIP_PIECES = r"<\|startoftext\|>|<\|endoftext\|>|'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
-# Byte-level BPE represents each byte by one visible character: itself if it is visible, else a letter from U+0100 on.
-# The order is that of CLIP's ids.
+# Byte-level BPE represents each byte by one visible character: the byte's own if it is visible, else one from U+0100
+# on. The symbols are in the order of CLIP's ids.
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 BYTE_SYMBOLS = {b: chr(b) for b in _VISIBLE} | {
     b: chr(0x100 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))
@@ -41,10 +44,10 @@ class Tokenizer(Protocol):
     A call returns one row of `context` ids per text: the start token, the text, the end token, then zeros. A text that
     is too long for `context` loses its last tokens but keeps its end token.
 
-    - Hashed words and CLIP: the end token has the highest id, and `TextEncoder` finds it by this property. A zero need
-      not be padding, since 0 is also CLIP's "!".
-    - BERT: only padding has id 0, and `BertTextEncoder` finds it by this property.
-    - Classes: a text is one token without start and end; 0 is padding.
+    - Hashed words and CLIP: the end token has the highest id, by which `TextEncoder` finds it. An id of 0 is not always
+      padding, since it also stands for "!" in CLIP.
+    - BERT: only padding has id 0, by which `BertTextEncoder` finds it.
+    - Classes: a text is one token, without start and end tokens; 0 is padding.
     """
 
     vocab_size: int
@@ -54,9 +57,9 @@ class Tokenizer(Protocol):
 
 
 class _Rows(abc.ABC):
-    """Base class that pads rows to `context` tokens and caches them by text, since prompts repeat.
+    """Base class that pads each text's ids to `context` and caches them, since prompts repeat.
 
-    Threads may share a tokenizer. It can be pickled, for the processes of a data loader.
+    Threads may share a tokenizer. It can be pickled, so that a data loader can send it to its processes.
     """
 
     def __init__(self, vocab_size: int, context: int):
@@ -77,21 +80,22 @@ class _Rows(abc.ABC):
 
     @abc.abstractmethod
     def _ids(self, text: str) -> list[int]:
-        """Return the tokens of one text with its start and end tokens, at most `context` of them."""
+        """Return the ids of one text, at most `context`. They include the start and end tokens, if there are any."""
 
 
 class WordTokenizer(_Rows):
-    """Tokenizer that hashes each word to one token, so that it needs no vocabulary file. The hash never changes.
+    """Tokenizer that hashes each word to one token (CRC-32), so that it needs no vocabulary file.
 
     Words are lower-cased and punctuation is dropped. Ids: 0 is padding, 1 to vocab_size - 3 are words, vocab_size - 2
-    is the start token, vocab_size - 1 the end token. Two words may share an id: with 4,096 ids and a hundred different
-    words, a given word collides with a probability of 2 %.
+    is the start token, and vocab_size - 1 is the end token. Two words may share an id: with 4,096 ids and a hundred
+    different words, the probability that a given word shares its id is 2 %.
     """
 
     def __init__(self, vocab_size: int = 4096, context: int = 16):
         if vocab_size < 4 or context < 2:
             raise ValueError(
-                f"WordTokenizer(vocab_size={vocab_size}, context={context}): use at least 4 ids, 2 tokens."
+                f"config.model.text has vocab_size = {vocab_size} and context = {context}: "
+                "hashed words need a vocab_size of at least 4 and a context of at least 2."
             )
         super().__init__(vocab_size, context)
 
@@ -122,7 +126,7 @@ class ClipTokenizer(_Rows):
         if list(self._special.values()) != ends or getattr(self._model, "end_of_word_suffix", None) != "</w>":
             raise ValueError(
                 f"{_name(source)} is not CLIP's tokenizer: "
-                f"expected a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}. Give CLIP's tokenizer.json."
+                f"expected a BPE with </w> whose last ids are {CLIP_START} and {CLIP_END}. Use CLIP's tokenizer.json."
             )
 
     def __reduce__(self):
@@ -143,14 +147,14 @@ class ClipTokenizer(_Rows):
 
 
 class WordPieceTokenizer(_Rows):
-    """BERT's word pieces (Devlin et al., NAACL 2019). source: path or contents of a tokenizer.json."""
+    """BERT's WordPiece tokenizer (Devlin et al., NAACL 2019). source: path or contents of a tokenizer.json."""
 
     def __init__(self, source: str | os.PathLike, context: int = 128):
         self._json, self._engine = _engine(source, context)
         if type(self._engine.model).__name__ != "WordPiece" or self._engine.token_to_id("[PAD]") != 0:
             raise ValueError(
                 f"{_name(source)} is not BERT's tokenizer: expected a WordPiece model where [PAD] is 0. "
-                "Give the tokenizer.json of a BERT model."
+                "Use the tokenizer.json of a BERT model."
             )
         self._engine.no_padding()
         self._engine.enable_truncation(context)
@@ -160,7 +164,7 @@ class WordPieceTokenizer(_Rows):
         return WordPieceTokenizer, (self._json, self.context)
 
     def _ids(self, text: str) -> list[int]:
-        # replace lone surrogates, on which the engine fails
+        # replace lone surrogates, which the engine cannot encode
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return self._engine.encode(text).ids
 
@@ -188,7 +192,7 @@ class ClassTokenizer(_Rows):
             closest = difflib.get_close_matches(name, self._tokens, n=1, cutoff=0)
             raise ValueError(
                 f"{text!r} is not among the {self.vocab_size - 1} classes of this checkpoint, "
-                f"which has no text encoder; the closest is {closest[0]!r}."
+                f"which has no text encoder: use a name in config.model.text.classes; the closest is {closest[0]!r}."
             )
         return [self._tokens[name]]
 
@@ -196,8 +200,9 @@ class ClassTokenizer(_Rows):
 def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
     """Return the tokenizer that `text` (`config.model.text`) describes.
 
-    folder: folder of a converted text encoder, where "clip" and "wordpiece" read tokenizer.json. Raises ValueError or
-    FileNotFoundError, with a message of one line, if a file or package is missing or if `text` does not fit the file.
+    folder: a folder with a tokenizer.json, which "clip" and "wordpiece" read (a workdir or a converted text encoder).
+    Raises ValueError or FileNotFoundError, with a message of one line, if a file or package is missing or if `text`
+    does not fit the file.
     """
     if text.tokenizer == "words":
         return WordTokenizer(text.vocab_size, text.context)
@@ -211,7 +216,7 @@ def make_tokenizer(text: ConfigDict, folder: str | None = None) -> Tokenizer:
     if folder is None or not os.path.isfile(path):
         raise FileNotFoundError(
             f"config.model.text.tokenizer = {text.tokenizer!r} reads {path}, which does not exist: "
-            "convert the text encoder first (mqformer convert); its folder holds tokenizer.json."
+            "convert the text encoder first (mqformer convert), then list the converted folder in config.init_from."
         )
     tokenizer = {"clip": ClipTokenizer, "wordpiece": WordPieceTokenizer}[text.tokenizer](path, text.context)
     if tokenizer.vocab_size > text.vocab_size:
@@ -228,8 +233,8 @@ def clip_tokenizer_json(merges: str) -> str:
     merges: contents of CLIP's bpe_simple_vocab_16e6.txt: a header, then two symbols per line.
 
     The 49,408 ids are, in this order: the bytes, the bytes at the end of a word, the merges, the start token and the
-    end token. Other programs can read the file, but they clean and split texts as Hugging Face does. Raises ValueError
-    if a line is malformed.
+    end token. Other programs can read the file, but they clean and split texts as Hugging Face does (see
+    `ClipTokenizer`). Raises ValueError if a line is malformed.
     """
     pairs = [line.split() for line in merges.strip().split("\n")[1 : CLIP_MERGES + 1]]
     wrong = [number for number, pair in enumerate(pairs, 2) if len(pair) != 2]
@@ -290,13 +295,17 @@ def _name(source: str | os.PathLike) -> str:
 def _engine(source: str | os.PathLike, context: int) -> tuple[str, tokenizers.Tokenizer]:
     """Return the contents of a tokenizer.json and the Hugging Face tokenizer made from it."""
     if context < 2:
-        raise ValueError(f"context = {context}: use at least 2 tokens, for the start and the end of a text.")
+        raise ValueError(
+            f"config.model.text.context = {context}: use at least 2 tokens, for the start and the end of a text."
+        )
     contents = source if _is_json(source) else pathlib.Path(source).read_text(encoding="utf-8")
     engine = _package("tokenizers").Tokenizer
     try:
         return contents, engine.from_str(contents)
     except Exception as e:  # the library raises no narrower type
-        raise ValueError(f"{_name(source)} is not a valid tokenizer.json: {e}.") from None
+        raise ValueError(
+            f"{_name(source)} is not a valid tokenizer.json ({e}): replace it, or convert the text encoder again."
+        ) from None
 
 
 def _package(name: str) -> ModuleType:

@@ -1,1 +1,1 @@
-"""The device mesh, parameter sharding and runs of several processes."""
+"""The device mesh, parameter sharding, and training runs with several processes."""

@@ -1,4 +1,4 @@
-"""Runs of several processes: start, communication, preemption and crashes."""
+"""Training runs with several processes: start, communication, preemption and crashes."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from jax.sharding import PartitionSpec as P
 
 from mqformer_jax import interrupts
 
-HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead and the others exit
-# Seconds that processes wait for each other: one may compile while the others load the program from a cache.
+HEARTBEAT = 60  # seconds without a heartbeat after which a process counts as dead and the other ones exit
+# Longest wait, in seconds, for another process, which may compile while this one loads the program from a cache.
 BARRIER = 3600
 _barriers = itertools.count()  # each barrier needs a new name
 
@@ -47,7 +47,10 @@ def initialize() -> None:
 
 
 def is_requested(environment: Mapping[str, str]) -> bool:
-    """Return whether the environment defines several processes, or this is a TPU VM, whose metadata lists them."""
+    """Return whether the run may have several processes: the environment defines them, or this is a TPU VM.
+
+    On a TPU VM, JAX reads the number of processes from the VM's metadata.
+    """
     several = lambda name: environment.get(name, "1").isdigit() and int(environment.get(name, "1")) > 1
     if "JAX_COORDINATOR_ADDRESS" in environment or several("SLURM_NTASKS") or several("OMPI_COMM_WORLD_SIZE"):
         return True
@@ -72,8 +75,8 @@ def settings(environment: Mapping[str, str]) -> dict[str, Any]:
     ):
         raise ValueError(
             f"{', '.join(f'{names[argument]}={value}' for argument, value in given.items())}: "
-            "set JAX_NUM_PROCESSES and JAX_PROCESS_ID together with JAX_COORDINATOR_ADDRESS: "
-            "the number of processes and the index of this one, counted from 0."
+            "these settings are incomplete or inconsistent. Set JAX_NUM_PROCESSES, the number of processes, and "
+            "JAX_PROCESS_ID, the index of this one, counted from 0, together with JAX_COORDINATOR_ADDRESS."
         )
     return {argument: int(value) for argument, value in given.items()}
 
@@ -84,9 +87,9 @@ def is_first() -> bool:
 
 
 def barrier(name: str, timeout: int = BARRIER) -> None:
-    """Wait at most `timeout` seconds until every process has called this.
+    """Wait at most `timeout` seconds until every process has called this function.
 
-    This uses the coordination service because collectives of devices have time limits of their own.
+    The wait uses JAX's coordination service, because collective operations on devices have other time limits.
     """
     if jax.process_count() == 1:
         return
@@ -96,10 +99,11 @@ def barrier(name: str, timeout: int = BARRIER) -> None:
 
 
 def connect(mesh: Mesh) -> None:
-    """Open the connections of all collectives over axes of `mesh` while every process is ready.
+    """Wait until every process is ready, then open the connections of all collectives over axes of `mesh`.
 
-    On CPUs, Gloo connects a group of devices at the first collective of the group, and a process fails if another one
-    arrives more than 30 seconds later, e.g. because it compiles longer. TPUs and GPUs have no such limit.
+    On CPUs, collectives use Gloo. It connects a group of devices at the group's first collective, and a process fails
+    if another process arrives more than 30 seconds later, e.g. because it compiles longer. TPUs and GPUs have no such
+    limit.
     """
     if jax.process_count() == 1 or jax.default_backend() != "cpu":
         return
@@ -112,11 +116,11 @@ def connect(mesh: Mesh) -> None:
     compiled = jax.jit(sums).lower(zero).compile()
     barrier("connect")
     jax.block_until_ready(compiled(zero))
-    gather(None)  # uses its own mesh of all processes
+    gather(None)  # which communicates over a mesh of its own
 
 
 def gather(value: Any) -> list[Any]:
-    """Return the `value` of every process, in order, on every process.
+    """Return a list with the `value` of each process, ordered by process index. Every process must call this.
 
     Values are pickled, which is safe because only processes of this run send them.
     """
@@ -134,15 +138,15 @@ def gather(value: Any) -> list[Any]:
 class Preemption:
     """Tell the training loop to save and stop after SIGTERM or Ctrl-C. Use it as a context manager.
 
-    Clouds send SIGTERM before they take a machine away. If one of several processes receives it, all of them stop at
-    the same step. Ctrl-C is delayed until the current step is saved, if the run is a single process with unsaved steps.
-    Otherwise, and for a second Ctrl-C, the process ends without saving.
+    Clouds send SIGTERM before they take a machine away. If one of several processes receives it, all processes stop at
+    the same step. If the run is a single process with unsaved steps, Ctrl-C stops it after the current step is saved.
+    In all other cases, and at a second Ctrl-C, the process ends at once without saving.
     """
 
     def __init__(self):
         self._stops = False
-        self._unsaved = False  # whether some steps may be in no checkpoint
-        self._alone = jax.process_count() == 1  # else JAX's coordination service handles SIGTERM
+        self._unsaved = False  # whether some steps may not be in a checkpoint yet
+        self._alone = jax.process_count() == 1  # otherwise JAX's coordination service handles SIGTERM
 
     def __enter__(self) -> Preemption:
         self._stack = contextlib.ExitStack()
@@ -169,8 +173,8 @@ class Preemption:
     def exit_on_signals(self) -> Generator[None]:
         """Let SIGTERM and Ctrl-C end the process at once inside this context, for work that can be repeated.
 
-        Save all steps before entering it. If a signal has already arrived, the process ends on entry. A run of several
-        processes is not ended inside the context, but at the next `should_stop`.
+        Save all steps before entering the context. If a signal has already arrived, the process ends on entry. With
+        several processes, SIGTERM does not end a process inside the context: the next `should_stop` reports it.
         """
         if self._stops and interrupts.was_postponed():
             interrupts.exit_now(interrupts.STATUS, "stopped; checkpoint saved. Run the same command to resume.")
@@ -192,9 +196,9 @@ _WATCH = "import sys; sys.stdin.read(1) or print(sys.argv[1], file=sys.stderr)"
 
 
 def watch_for_crash(message: str) -> None:
-    """Print `message` if this process is killed, or aborted by JAX because another process died.
+    """Print `message` if this process is killed, or if JAX aborts it because another process died.
 
-    A child process prints the message when a pipe closes that only this process holds open.
+    A child process waits on a pipe that only this process holds open, and prints the message when the pipe closes.
     """
     global _watch
     _watch = subprocess.Popen([sys.executable, "-c", _WATCH, message], stdin=subprocess.PIPE, start_new_session=True)

@@ -1,6 +1,7 @@
-"""Sharding rules: a list of (regex over the parameter's path, mesh axes of its last dimensions).
+"""Sharding rules for parameters, and functions that address the leaves of a tree by path.
 
-The first match applies.
+A rule is (regex over a parameter's path, mesh axes of the parameter's last dimensions). The first rule that matches
+applies.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ def path_name(path: tuple) -> str:
 
 
 def flatten_paths(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree by their paths, such as "decoder/layers/ffn/0/kernel"."""
+    """Return {path: leaf} of a tree, with paths such as "decoder/layers/ffn/0/kernel"."""
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
-    """Return a tree with the structure of `tree`, whose leaves are looked up in `leaves` by their paths.
+    """Return a tree with the structure of `tree` and the values of `leaves`, a dictionary {path: value}.
 
-    The structure of a checkpoint cannot be used instead, because it sorts entry 10 of a list before entry 2.
+    The structure of a checkpoint cannot be used instead, because there, entry 10 of a list comes before entry 2.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[path_name(path)], tree)
 
@@ -38,8 +39,9 @@ def filled(tree: Any, leaves: Mapping[str, Any]) -> Any:
 def shardings(tree: Any, mesh: Mesh, rules: Rules) -> Any:
     """Return a NamedSharding for each leaf of `tree` (arrays or their shapes).
 
-    The axes of a rule apply to the trailing dimensions of a leaf (scanned layers have one more in front). An axis that
-    does not divide its dimension is dropped, so that one list serves every model size.
+    The axes of a rule apply to the last dimensions of a leaf. Dimensions before these, such as the axis of scanned
+    layers, are not sharded. A dimension that is not divisible by the size of its axis is not sharded either, so
+    one list of rules serves every model size. Leaves without a matching rule are replicated.
     """
 
     def spec(path, leaf):

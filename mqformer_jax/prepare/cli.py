@@ -2,9 +2,9 @@
 
     mqformer prepare sample --output data/records
 
-Each subcommand writes one split of one data set to OUTPUT/NAME; `public`, `small` and `sample` write several. The
-report at the end counts the images and annotations that were dropped, and names examples. To resume an interrupted
-command, run it again. docs/data.md describes the formats.
+Most subcommands write one split of one data set to the folder OUTPUT/NAME. `public`, `small` and `sample` can write
+several data sets and splits. A report for each split counts the images and annotations that were dropped, with
+examples. To resume an interrupted command, run it again. docs/data.md describes the formats.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Kinds = argparse._SubParsersAction
 
 
 def parser() -> argparse.ArgumentParser:
-    """Return the parser, which has one subcommand for each kind of annotation."""
+    """Return the parser, with a subcommand for each annotation format and each collection of data sets."""
     top = argparse.ArgumentParser(
         prog="mqformer prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -54,10 +54,13 @@ def _kind(
     command = kinds.add_parser(name, help=text, description=text)
     command.set_defaults(plan=plan)
     command.add_argument(
-        "--output", default="data/records", help="Folder of prepared data sets. (default: %(default)s)"
+        "--output", default="data/records", help="Folder to write the data sets to. (default: %(default)s)"
     )
     command.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="Number of worker processes. (default: %(default)s)"
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="Number of worker processes. (default: one per CPU core, here %(default)s)",
     )
     return command
 
@@ -65,29 +68,37 @@ def _kind(
 def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace], Plan]) -> argparse.ArgumentParser:
     """Add a subcommand that prepares one split of one data set. Return its parser.
 
-    plan: makes the split's plan from the parsed arguments.
+    plan: function that makes the split's plan from the parsed arguments.
     """
     command = _kind(kinds, name, text, lambda args: _splits(args, plan(args)))
-    command.add_argument("--name", type=_name, required=True, help="Name of the data set in recipes, e.g. balloon.")
-    command.add_argument("--split", type=_name, required=True, help="Name of the split, e.g. train.")
-    command.add_argument("--images", required=True, help="Folder of images, e.g. photos.")
+    command.add_argument(
+        "--name", type=_name, required=True, help="Name of the data set, for use in recipes, e.g. balloon."
+    )
+    command.add_argument("--split", type=_name, required=True, help="Name of the split to write, e.g. train.")
+    command.add_argument("--images", required=True, help="Folder of the images, e.g. photos.")
     command.add_argument(
         "--val_fraction",
         type=_fraction,
         default=0.0,
-        help="Also write a split 'val' with this fraction of the images, chosen by a hash of their names, e.g. 0.1. "
-        "(default: 0)",
+        help="Hold out this fraction of the images for a second split, 'val', e.g. 0.1. A hash of the image names "
+        "determines the choice. (default: 0)",
     )
     return command
 
 
 def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
-    """Yield (name, split, plan) of --split and, with --val_fraction, of a split "val" that is held out from it."""
+    """Yield (name, split, plan) of the split --split.
+
+    With --val_fraction, also yield a split "val", whose images --split then lacks. Raises ValueError if --split is
+    already "val".
+    """
     if not args.val_fraction:
         yield args.name, args.split, plan
         return
     if args.split == "val":
-        raise ValueError("--val_fraction creates the split 'val' from another split; give --split=train")
+        raise ValueError(
+            "--val_fraction moves images from --split to the split 'val'; give another --split, e.g. train"
+        )
     val = plan.held_out(args.val_fraction)
     yield args.name, args.split, plan.only(lambda job: job.key not in val)
     yield args.name, "val", plan.only(lambda job: job.key in val)
@@ -96,28 +107,50 @@ def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: give a number from 0 to below 1, e.g. 0.2")
+        raise argparse.ArgumentTypeError(f"{text} is out of range; give at least 0 and less than 1, e.g. 0.2")
     return value
 
 
 def _add_whole_sets(kinds: Kinds) -> None:
-    """Add the subcommands of known data sets."""
-    p = _kind(kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes", _sample)
-    p.add_argument("--train", type=int, default=4000, help="Number of training images. (default: %(default)s)")
-    p.add_argument("--val", type=int, default=128, help="Number of validation images. (default: %(default)s)")
-    p.add_argument("--size", type=int, default=96, help="Side of the images in pixels. (default: %(default)s)")
+    """Add the subcommands for collections of data sets whose files and classes are known."""
+    p = _kind(
+        kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes, without a download", _sample
+    )
+    p.add_argument(
+        "--train",
+        type=int,
+        default=4000,
+        help="Number of training images of sample_scenes; sample_boxes has a quarter as many, sample_mattes an eighth. "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--val",
+        type=int,
+        default=128,
+        help="Number of validation images of sample_scenes; sample_mattes has a quarter as many. "
+        "(default: %(default)s)",
+    )
+    p.add_argument(
+        "--size", type=int, default=96, help="Height and width of the images in pixels. (default: %(default)s)"
+    )
     p.add_argument("--seed", type=int, default=0, help="Random seed. (default: %(default)s)")
 
-    p = _kind(kinds, "public", "public data sets by name, as downloaded and unpacked from their websites", _public)
-    p.add_argument("names", nargs="*", metavar="NAME", help="Names of data sets, e.g. refcoco 'seginw_*'.")
+    p = _kind(
+        kinds,
+        "public",
+        "public data sets, chosen by name, from the files that their websites offer for download",
+        _public,
+    )
+    p.add_argument("names", nargs="*", metavar="NAME", help="Names or patterns, e.g. refcoco 'seginw_*'; see --list.")
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
     p.add_argument(
         "--root",
         default=root,
-        help="Folder of the downloads. (default: $DETECTRON2_DATASETS or datasets, here %(default)s)",
+        help="Folder of the unpacked downloads. (default: $DETECTRON2_DATASETS or, if it is not set, datasets; here "
+        "%(default)s)",
     )
     p.add_argument("--split", nargs="+", default=[], help="Splits to prepare, e.g. val. (default: all)")
-    p.add_argument("--list", action="store_true", help="List all data sets and the files they need, then exit.")
+    p.add_argument("--list", action="store_true", help="List all data sets and the files that they need, then exit.")
 
     p = _kind(
         kinds,
@@ -125,14 +158,14 @@ def _add_whole_sets(kinds: Kinds) -> None:
         "a data set of TensorFlow Datasets",
         lambda a: tfds_sets.plans(a.builder, a.split, a.name, a.data_dir),
     )
-    p.add_argument("builder", help=f"Name of the builder: {', '.join(tfds_sets.SETS)}.")
-    p.add_argument("--split", type=_name, required=True, help="Name of the split, e.g. train.")
+    p.add_argument("builder", help=f"Name of the TFDS builder: {', '.join(tfds_sets.SETS)}.")
+    p.add_argument("--split", type=_name, required=True, help="Name of the split to prepare, e.g. train.")
     p.add_argument(
         "--name",
         type=_name,
-        help="Name of the data set in recipes, e.g. lvis. (default: the name that `public` uses)",
+        help="Name of the data set, for use in recipes. (default: set by the builder, e.g. lvis_v1 for lvis)",
     )
-    p.add_argument("--data_dir", help="Folder of TensorFlow Datasets. (default: ~/tensorflow_datasets)")
+    p.add_argument("--data_dir", help="Folder where TFDS stores its data sets. (default: ~/tensorflow_datasets)")
 
     p = _kind(
         kinds,
@@ -140,15 +173,15 @@ def _add_whole_sets(kinds: Kinds) -> None:
         "small extracts of public data sets in one folder, for tests",
         lambda args: small.plans(args.source),
     )
-    p.add_argument("--source", required=True, help="Folder with the layout that data/README.md describes.")
+    p.add_argument("--source", required=True, help="Folder of the extracts; data/README.md describes its layout.")
 
 
 def _add_coco_formats(kinds: Kinds) -> None:
-    """Add the subcommands of COCO's formats."""
+    """Add the subcommands for COCO's formats."""
     p = _one(
         kinds,
         "panoptic",
-        "COCO panoptic: JSON and PNG files",
+        "COCO panoptic: JSON file and PNG files",
         lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)),
     )
     _coco_options(p)
@@ -157,57 +190,68 @@ def _add_coco_formats(kinds: Kinds) -> None:
     p = _one(
         kinds,
         "instances",
-        "COCO or LVIS instances, or boxes only: JSON",
+        "COCO or LVIS instances, with masks or only boxes: JSON file",
         lambda a: coco.instances(a.json, a.images).without(_excluded(a)),
     )
     _coco_options(p)
 
-    p = _one(kinds, "referring", "referring expressions: JSON", _referring)
+    p = _one(kinds, "referring", "referring expressions: JSON file, or RefCOCO's refs(*).p", _referring)
     _coco_options(p)
     p.add_argument(
         "--instances",
         nargs="+",
         default=[],
-        help="COCO instances JSON files with the masks of the refs' ann_ids, e.g. instances.json.",
+        help="COCO instances JSON files with the annotations to which 'ann_id' refers, e.g. instances.json.",
     )
-    p.add_argument("--refs_split", help="Keep only the refs whose field 'split' has this value, e.g. testA.")
+    p.add_argument("--refs_split", help="Keep only refs with this value of 'split', e.g. testA. (default: all)")
 
 
 def _add_mask_formats(kinds: Kinds) -> None:
-    """Add the subcommands of formats with a mask file for each image, and of tables."""
-    p = _one(kinds, "semantic", "index PNG files: one class per value", _semantic)
-    p.add_argument("--masks", required=True, help="Folder of index PNG files named like the images, e.g. labels.")
+    """Add the subcommands for formats with a mask file for each image, and for tables."""
+    p = _one(
+        kinds, "semantic", "masks whose pixel values are class indices, or whose colors stand for classes", _semantic
+    )
     p.add_argument(
-        "--classes", required=True, help="Class list: JSON, objectInfo150.txt, or text with one class per line."
+        "--masks",
+        required=True,
+        help="Folder of PNG masks named like the images, e.g. labels. Their pixel values are class indices, or their "
+        "colors are those in --classes.",
+    )
+    p.add_argument(
+        "--classes",
+        required=True,
+        help="Class list: JSON, ADE20K's objectInfo150.txt, CamVid's label_colors.txt, or text (one class per line).",
     )
     p.add_argument(
         "--ignore_index",
         type=int,
         nargs="+",
-        help="Mask values of unlabeled pixels, e.g. 0. (default: those of the class list, else 255)",
+        help="Mask values of unlabeled pixels, e.g. 0. (default: those in the class list or, if it has none, 255)",
     )
     p.add_argument(
         "--index_offset",
         type=int,
-        help="Mask value of the first class, e.g. 1. (default: that of the class list, else 0)",
+        help="Mask value of the first class, e.g. 1. (default: the one in the class list or, if it has none, 0)",
     )
     _folder_options(p)
 
-    p = _one(kinds, "foreground", "salient foregrounds: JSON of annotation ids, or a folder of masks", _foreground)
+    p = _one(
+        kinds, "foreground", "salient foregrounds: a folder of masks, or a JSON file of annotation ids", _foreground
+    )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--masks", help="Folder of black and white masks named like the images, e.g. masks.")
-    source.add_argument("--json", help="JSON file with a list of {image_id, ann_ids}, e.g. salient.json.")
+    source.add_argument("--json", help="JSON file whose field 'items' lists {image_id, ann_ids}, e.g. salient.json.")
     p.add_argument(
         "--instances",
         nargs="+",
         default=[],
-        help="With --json: COCO instances JSON files with the annotations, e.g. instances.json.",
+        help="With --json: COCO instances JSON files that contain these annotations, e.g. instances.json.",
     )
     p.add_argument(
         "--exclude",
         nargs="+",
         default=[],
-        help="With --json: JSON files that list images to leave out (by id), e.g. val.json.",
+        help="With --json: COCO JSON files, e.g. val.json; images whose ids they list are left out.",
     )
     _folder_options(p)
 
@@ -215,37 +259,46 @@ def _add_mask_formats(kinds: Kinds) -> None:
     p.add_argument(
         "--alphas",
         required=True,
-        help="Folder of 8-bit mattes, or cutouts with an alpha channel, named like the images, e.g. alpha.",
+        help="Folder of mattes named like the images, e.g. alpha: gray images, or cutouts with an alpha channel.",
     )
     p.add_argument(
-        "--trimaps", help="Folder of trimaps named like the images: 0 outside, 255 inside, other values unknown."
+        "--trimaps",
+        help="Folder of trimaps named like the images, e.g. trimaps. Pixels of 0 are outside the foreground, pixels of "
+        "255 inside; all others are unknown. (default: none)",
     )
     _folder_options(p)
 
     p = _one(kinds, "table", "your own data: a CSV or JSONL table", _table)
     p.add_argument(
-        "--table", required=True, help=f"CSV file with a header, or JSONL file; columns: {', '.join(tables.COLUMNS)}."
-    )
-    p.add_argument("--masks", help="Folder that the paths of masks are relative to. (default: the folder of the table)")
-    p.add_argument(
-        "--classes", help="Class list shared by several splits, e.g. classes.txt. (default: the classes of the table)"
+        "--table", required=True, help=f"CSV file with a header, or JSONL file. Columns: {', '.join(tables.COLUMNS)}."
     )
     p.add_argument(
-        "--stuff", nargs="+", default=[], help="Classes that own one region of an image, e.g. sky. (default: none)"
+        "--masks",
+        help="Folder to which the mask paths in the table are relative. (default: the folder of the table)",
+    )
+    p.add_argument(
+        "--classes",
+        help="Class list, e.g. classes.txt; all splits need the same one. (default: the classes found in the table)",
+    )
+    p.add_argument(
+        "--stuff",
+        nargs="+",
+        default=[],
+        help="Classes without instances, e.g. sky: in each image, the class is one region. (default: none)",
     )
     p.add_argument(
         "--exhaustive",
         action="store_true",
-        help="State that every image shows only the classes of its rows. (default: false)",
+        help="State that the table is complete: an image shows no classes but those of its rows. (default: false)",
     )
 
 
 def _add_layouts(kinds: Kinds) -> None:
-    """Add the subcommands of formats that only one public data set uses."""
+    """Add the subcommands for formats that only one public data set uses."""
     p = _one(
         kinds, "cityscapes", "Cityscapes: instanceIds PNG files", lambda a: cityscapes.panoptic(a.images, a.labels)
     )
-    p.add_argument("--labels", required=True, help="Folder gtFine/train.")
+    p.add_argument("--labels", required=True, help="Folder of the label maps, e.g. gtFine/train.")
 
     p = _one(
         kinds,
@@ -253,18 +306,22 @@ def _add_layouts(kinds: Kinds) -> None:
         "ADE20K's 150 classes with instances",
         lambda a: ade20k.panoptic(a.images, a.semantic, a.instances, a.classes),
     )
-    p.add_argument("--semantic", required=True, help="Folder annotations/training.")
-    p.add_argument("--instances", required=True, help="Folder annotations_instance/training.")
-    p.add_argument("--classes", required=True, help="File objectInfo150.txt.")
+    p.add_argument("--semantic", required=True, help="Folder of the class maps, e.g. annotations/training.")
+    p.add_argument(
+        "--instances", required=True, help="Folder of the instance maps, e.g. annotations_instance/training."
+    )
+    p.add_argument("--classes", required=True, help="ADE20K's file objectInfo150.txt.")
 
-    p = _one(kinds, "bdd100k", "BDD100K panoptic: bitmasks", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
-    p.add_argument("--bitmasks", required=True, help="Folder labels/pan_seg/bitmasks/train.")
+    p = _one(kinds, "bdd100k", "BDD100K panoptic: bitmask PNG files", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
+    p.add_argument("--bitmasks", required=True, help="Folder of the bitmasks, e.g. labels/pan_seg/bitmasks/train.")
 
     p = _one(kinds, "pascal_context", "PASCAL-Context: .mat files", _pascal_context)
-    p.add_argument("--labels", required=True, help="Folder trainval of .mat files.")
-    p.add_argument("--names", required=True, help="File labels.txt with the names of the 459 labels.")
-    p.add_argument("--classes", help="File 59_labels.txt. (default: all labels of --names)")
-    p.add_argument("--list", help="File VOC2010/ImageSets/Main/val.txt. (default: all .mat files)")
+    p.add_argument("--labels", required=True, help="Folder of the .mat files, e.g. trainval.")
+    p.add_argument("--names", required=True, help="File labels.txt, with the names of the 459 labels.")
+    p.add_argument("--classes", help="File 59_labels.txt, to use only its 59 classes. (default: all labels of --names)")
+    p.add_argument(
+        "--list", help="File that lists the images of the split, e.g. VOC2010/ImageSets/Main/val.txt. (default: all)"
+    )
 
     p = _kind(
         kinds,
@@ -276,23 +333,23 @@ def _add_layouts(kinds: Kinds) -> None:
         "--name",
         type=_name,
         default="visual_genome",
-        help="Name of the data set in recipes. (default: %(default)s)",
+        help="Name of the data set, for use in recipes. (default: %(default)s)",
     )
     p.add_argument("--images", nargs="+", required=True, help="Folders VG_100K and VG_100K_2.")
     p.add_argument("--image_data", required=True, help="File image_data.json.")
-    p.add_argument("--objects", help="File objects.json with the boxes of classes.")
-    p.add_argument("--regions", help="File region_descriptions.json with the boxes of expressions.")
-    p.add_argument("--alias", help="File object_alias.txt with spellings of each class.")
+    p.add_argument("--objects", help="File objects.json, with a box and a class for each object.")
+    p.add_argument("--regions", help="File region_descriptions.json, with a box and a phrase for each region.")
+    p.add_argument("--alias", help="File object_alias.txt, with spellings of the same class on each line.")
     p.add_argument(
-        "--min_images", type=int, default=50, help="Drop classes that fewer images show. (default: %(default)s)"
+        "--min_images", type=int, default=50, help="Drop classes that occur in fewer images. (default: %(default)s)"
     )
     p.add_argument(
-        "--exclude", nargs="+", default=[], help="JSON files that list images to leave out (by COCO id), e.g. val.json."
+        "--exclude", nargs="+", default=[], help="COCO JSON files, e.g. val.json; images that they list are left out."
     )
 
 
 def _name(text: str) -> str:
-    """Return `text`, the name of a data set or split, if file names can contain it. Raises ArgumentTypeError."""
+    """Return `text` if it is a valid name of a data set or split. Raises ArgumentTypeError if it is not."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", text):
         raise argparse.ArgumentTypeError(
             f"{text!r} is not a valid name: use letters, digits, '_', '.', '+' and '-', starting with a letter or digit"
@@ -303,18 +360,21 @@ def _name(text: str) -> str:
 def _coco_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", required=True, help="Annotation file, e.g. instances.json.")
     command.add_argument(
-        "--exclude", nargs="+", default=[], help="JSON files that list images to leave out (by id), e.g. val.json."
+        "--exclude",
+        nargs="+",
+        default=[],
+        help="COCO JSON files, e.g. val.json; images whose ids they list are left out.",
     )
 
 
 def _folder_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--list", help="Text file with one image name per line, e.g. val.txt. (default: all images of --images)"
+        "--list", help="Text file with the images to use, one name per line, e.g. val.txt. (default: all of --images)"
     )
     command.add_argument(
         "--mask_suffix",
         default="",
-        help="Text after the image's name in the name of its mask, e.g. _L for 1.jpg and 1_L.png. (default: none)",
+        help="Text that mask names add to image names, e.g. _L if the mask of 1.jpg is 1_L.png. (default: none)",
     )
 
 
@@ -345,10 +405,12 @@ def _pascal_context(args: argparse.Namespace) -> Plan:
 def _foreground(args: argparse.Namespace) -> Plan:
     if args.masks:
         if args.exclude or args.instances:
-            raise ValueError("--exclude and --instances require --json")
+            raise ValueError(
+                "--exclude and --instances require --json; leave them out, or give --json instead of --masks"
+            )
         return folders.foreground(args.images, args.masks, args.list, args.mask_suffix)
     if args.list or args.mask_suffix:
-        raise ValueError("--list and --mask_suffix require --masks")
+        raise ValueError("--list and --mask_suffix require --masks; leave them out, or give --masks instead of --json")
     return coco.foreground(args.json, args.images, args.instances).without(_excluded(args))
 
 
@@ -372,8 +434,8 @@ def _table(args: argparse.Namespace) -> Plan:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command. Return 0, or 1 after printing an error to stderr."""
-    # shells expand "--root ~/data", but not "--root=~/data"
+    """Run the command. Return the exit status: 0, or 1 if an error was printed to stderr."""
+    # expand "--root=~/data" here, because shells expand only "--root ~/data"
     argv = [re.sub("=~/", lambda _: f"={os.path.expanduser('~')}/", word, count=1) for word in argv]
     args, failed = parser().parse_args(argv), False
     try:

@@ -1,4 +1,4 @@
-"""Jobs (one image each), the plan of a split, and the report on its preparation."""
+"""Jobs (one for each image), plans (one for each split), and the report of a finished preparation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ HELD_OUT = "image: held out for evaluation by another data set"
 
 @dataclasses.dataclass
 class Job:
-    """One image to be turned into a record.
+    """One image to be converted to a record.
 
-    key: the record's key. id: identifies the image in annotation files (see `Plan.without`). image: path of the image
-    file. labels: the annotations, which `Plan.make` reads. Put paths of files into `labels` directly or in tuples: a
-    resumed preparation checks whether these files changed. `labels` must pickle identically in every run, so it must
-    not contain sets of strings. origin: see `Record`. `coco_origin` recognizes COCO's images by their file names.
+    key: the record's key.
+    id: the image's id in annotation files (see `Plan.without`).
+    image: path of the image file.
+    labels: the annotations, in the form that `Plan.make` expects. If they are in a file of their own, give its path or
+        a tuple that contains it: a resumed preparation then checks whether the file changed. (Only strings with a "/"
+        count as paths.) `labels` must pickle to the same bytes in every run, so it must not contain sets of strings.
+    origin: see `Record`. `coco_origin` returns it for images of COCO.
     """
 
     key: str
@@ -36,7 +39,7 @@ class Job:
 
 
 def coco_origin(name: str) -> str:
-    """Return "coco/391895" for the file name of a COCO image (2014 or 2017), and "" for any other file name."""
+    """Return the origin of the COCO image with this file name, e.g. "coco/391895", or "" for any other name."""
     found = re.fullmatch(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", os.path.basename(name))
     return f"coco/{int(found[1])}" if found else ""
 
@@ -45,8 +48,8 @@ def coco_origin(name: str) -> str:
 class Plan:
     """A split that is ready to be prepared.
 
-    kind: the subcommand. make: turns a job into `Built` in a worker process. problems: those found before the jobs run.
-    exhaustive, unique_texts: see `DatasetInfo`.
+    kind: the subcommand of `mqformer prepare`. make: function that converts a job to a `Built` in a worker process.
+    problems: problems that were found before any job ran. exhaustive, unique_texts: see `DatasetInfo`.
     """
 
     kind: str
@@ -58,19 +61,19 @@ class Plan:
     unique_texts: bool = True
 
     def only(self, keep: Callable[[Job], bool]) -> Plan:
-        """Return a plan with only the jobs for which `keep` is true."""
+        """Return a copy of the plan with only the jobs for which `keep` returns true."""
         problems = Problems()
         problems.update(self.problems)
         return dataclasses.replace(self, jobs=[job for job in self.jobs if keep(job)], problems=problems)
 
     def held_out(self, fraction: float) -> set[str]:
-        """Return the keys of a fraction of the images, at least one and not all.
+        """Return the keys of the images to hold out: `fraction` of all images, but at least one and not all.
 
-        A hash of the keys determines the choice. Raises ValueError for fewer than two images.
+        A hash of the keys determines the choice. Raises ValueError if there are fewer than two images.
         """
         keys = sorted({job.key for job in self.jobs}, key=lambda key: hashlib.sha256(key.encode()).digest())
         if len(keys) < 2:
-            raise ValueError(f"--val_fraction needs at least two images, but the split has {len(keys)}; leave it out")
+            raise ValueError(f"--val_fraction needs at least two images, but there are {len(keys)}; leave it out")
         return set(keys[: min(max(round(fraction * len(keys)), 1), len(keys) - 1)])
 
     def without(self, held_out: Set[int | str]) -> Plan:
@@ -106,9 +109,9 @@ class Report:
         return "\n".join(lines + [f"  {reason}" for reason in self.reasons()])
 
     def reasons(self) -> list[str]:
-        """Return one text per kind of problem, most frequent first: its count, the problem and up to three examples.
+        """Return a line for each kind of problem, most frequent first: the count, the problem, up to three examples.
 
-        Problems are dropped items and notes about kept ones, e.g. boxes that were clipped to their image.
+        A problem is a dropped item, or a note about a kept one, e.g. a box that was clipped to its image.
         """
         shown = []
         for reason, count in self.problems.counts.most_common():
@@ -118,9 +121,10 @@ class Report:
 
 
 def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Built:
-    """Return the result of a job: read its image and make its record.
+    """Read the image of a job, make its record, and return both the record and the problems as a `Built`.
 
-    An error that makes the image unusable is counted in the result, not raised.
+    An error that makes the image unusable is not raised. Instead, the result has no record and counts the error as a
+    problem.
     """
     problems = Problems()
     try:
@@ -134,7 +138,7 @@ def build(make_record: Callable[[Job, Image, Problems], Record], job: Job) -> Bu
         IndexError,
         AttributeError,
         RecursionError,
-    ) as e:  # a JSON file can contain anything
+    ) as e:  # what malformed annotations can cause
         problems.add(
             "image: its annotation is malformed",
             f"{job.key}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}",

@@ -1,7 +1,7 @@
-"""Write shards atomically, and show a split to readers only when all of its shards are finished.
+"""Write shards atomically, and list a split in `dataset.json` only when all of its shards are finished.
 
-The `Contents` of each shard are written beside it as JSON, after the shard. `<split>.report.json` holds the `Contents`
-of the whole split.
+After a shard is written, its statistics (`Contents`) are written beside it as JSON. `<split>.report.json` holds the
+statistics of the whole split.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mqformer_jax.input.record import DatasetInfo, Record, origins_path, shard_p
 
 @dataclasses.dataclass
 class Problems:
-    """Dropped items, and notes about kept ones: for each reason, the count and the first three names."""
+    """Dropped items, and notes about kept items: for each reason, the count and the names of the first three."""
 
     counts: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -59,7 +59,7 @@ class Built:
 
 
 def count_segments(record: Record) -> collections.Counter[str]:
-    """Count the segments of a record by kind (mask, box only, crowd, matte, ...) and its expressions."""
+    """Return the numbers of segments of each kind (mask, box only, crowd, matte, ...) and of expressions."""
     counts: collections.Counter[str] = collections.Counter()
     for s in record.segments:
         shape = "matte" if s.alpha else "mask" if s.mask else "box only"
@@ -75,9 +75,9 @@ def count_segments(record: Record) -> collections.Counter[str]:
 class Contents:
     """Statistics of one or more shards.
 
-    shards: number of shards that hold records; other shards have no file. bytes: size of the files. class_images:
-    number of images that show each class. origins: the origin of each record, in order (see `Record`). fingerprint:
-    fingerprint of the plan, only for a whole split.
+    shards: number of shards that hold records; a shard without records has no file. bytes: size of the files.
+    class_images: {class index: number of images that show the class}. origins: the `origin` of each record (see
+    `Record`), in order. fingerprint: the fingerprint of the plan; only a whole split has one.
     """
 
     shards: int = 0
@@ -120,9 +120,10 @@ class Contents:
 
 
 def write_shard(made: Iterable[Built], path: str) -> Contents:
-    """Write records to `path`.array_record as they are made, then their statistics to `path`.json.
+    """Write the records of a shard to `path`.array_record and their statistics to `path`.json. Return the statistics.
 
-    Return the statistics. Raises OSError.
+    made: the results of the jobs. Each record is written as soon as it is made. Raises OSError if a file cannot be
+    written.
     """
     contents, temporary = Contents(), f"{path}.{os.getpid()}.tmp"
     try:
@@ -138,7 +139,10 @@ def write_shard(made: Iterable[Built], path: str) -> Contents:
             written = reader.num_records()
             reader.close()
         if written != contents.records:
-            raise OSError(f"{path}: {written} of {contents.records} records were written; is the disk full?")
+            raise OSError(
+                f"{path}: only {written} of {contents.records} records were written; "
+                "check that the disk has free space, then run the same command to resume"
+            )
         if contents.records:
             contents.bytes = os.path.getsize(temporary)
             replace_file(temporary, f"{path}.array_record")
@@ -151,11 +155,14 @@ def write_shard(made: Iterable[Built], path: str) -> Contents:
 
 @contextlib.contextmanager
 def _write_errors(path: str) -> Generator[None]:
-    """Turn ArrayRecord's RuntimeErrors into OSErrors with the first clause of their messages."""
+    """Convert ArrayRecord's RuntimeErrors to OSErrors. Of each message, keep only the first clause."""
     try:
         yield
     except RuntimeError as e:
-        raise OSError(f"{path}: {str(e).split(';')[0]}") from None
+        raise OSError(
+            f"{path}: cannot be written ({str(e).split(';')[0]}); "
+            "check that the disk has free space, then run the same command to resume"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -191,7 +198,7 @@ def publish_files(
     moves: (temporary path, final path) of each shard. info: `dataset.json` without this split. total: statistics of all
     shards. key: fingerprint of the plan.
     """
-    # Until the last line, dataset.json does not list the split, so that no reader mixes old and new shards.
+    # Only the last line lists the split in dataset.json, so that no reader mixes old and new shards.
     info.save(folder)
     remove(folder, rf"{re.escape(split)}-\d{{5}}-of-\d{{5}}\.array_record")
     remove(folder, re.escape(os.path.basename(origins_path(folder, split))))
@@ -211,7 +218,7 @@ def publish_files(
 
 
 def prepared(folder: str, split: str, key: str) -> Contents | None:
-    """Return the contents of the split if it is complete and has the fingerprint `key`, else None."""
+    """Return the statistics of the split if it is complete and has the fingerprint `key`, else None."""
     try:
         contents = Contents.load(report_path(folder, split))
         shards = shard_paths(folder, split, contents.shards)
@@ -232,12 +239,16 @@ def moves(folder: str, split: str, paths: Sequence[str], shards: Sequence[Conten
 
 
 def restore_files(folder: str, split: str, paths: Sequence[str]) -> None:
-    """Move shards back to `paths` if a killed preparation moved them, but did not list the split in `dataset.json`."""
+    """Move shards back to `paths` if a preparation was killed while it published them.
+
+    `publish_files` moves the shards before it lists the split in `dataset.json`. paths: see `moves`.
+    """
     entered = os.path.exists(os.path.join(folder, "dataset.json")) and split in DatasetInfo.load(folder).splits
     if entered or not all(os.path.exists(f"{path}.json") for path in paths):
         return
     for made, live in moves(folder, split, paths, [Contents.load(f"{path}.json") for path in paths]):
-        if not os.path.exists(made) and os.path.exists(live):  # old shards are removed before the first move
+        # Old shards are removed before the first move, so `live` is a new shard.
+        if not os.path.exists(made) and os.path.exists(live):
             os.replace(live, made)
 
 

@@ -1,7 +1,8 @@
-"""Prepare a split: workers turn jobs into records and write ArrayRecord shards. Atomic and resumable.
+"""Prepare a split: worker processes convert jobs to records and write ArrayRecord shards.
 
-Shards are made in `<name>/<split>.partial`, which keeps finished ones as long as the plan stays the same. When all are
-finished, they are moved to `<name>`. `<split>.report.json` holds the report.
+Shards are written to `<name>/<split>.partial`. After an interruption, the next run reuses the finished shards in this
+folder if the plan is unchanged. When all shards are finished, they are moved to `<name>`, and the report is written to
+`<name>/<split>.report.json`.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ from mqformer_jax.prepare.shard_writer import (
     write_shard,
 )
 
-# Largest size of a shard: bytes of its image files (about), and number of images. A smaller data set is split further,
-# into up to SMALL_SHARDS shards of about FEW_IMAGES images, so that all cores have work.
+# A shard holds at most about SHARD_BYTES of image files and about SHARD_IMAGES images. A small split has more shards,
+# so that all cores have work: up to SMALL_SHARDS shards of about FEW_IMAGES images.
 SHARD_BYTES = 128 << 20
 SHARD_IMAGES = 2048
 FEW_IMAGES = 32
 SMALL_SHARDS = 16
-COMMANDS = ("cli.py", "public.py", "catalog.py")  # code that is not in the fingerprint, since the plan holds its effect
+COMMANDS = ("cli.py", "public.py", "catalog.py")  # left out of the fingerprint, since they only affect the plan
 
 
 # ---- Worker processes ---------------------------------------------------------------------------------------------
@@ -72,10 +73,10 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     try:
         yield pool
     except BaseException:
-        # Shut down before the workers end: while the pool's thread cleans up after them, it holds the lock that
-        # `shutdown` needs.
+        # Call `shutdown` before the workers end: when they end, the pool's thread cleans up, and meanwhile holds the
+        # lock that `shutdown` needs.
         pool.shutdown(wait=False, cancel_futures=True)
-        ours.close()  # ends the workers, which may need minutes to finish their shards
+        ours.close()  # ends the workers at once; finishing their shards could take minutes
         raise
     pool.shutdown()
     ours.close()
@@ -98,13 +99,14 @@ def _end_with(parent: Connection) -> None:
 def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolExecutor | None = None) -> Report:
     """Write one split to `<out>/<name>`, list it in `dataset.json` and return a report.
 
-    pool: the worker processes; None makes the shards in this process. After an exception, a kill or a full disk, the
-    split is unchanged or missing, and the next call resumes from the finished shards. Raises ValueError if the data set
-    already has other classes or if no image is usable.
+    pool: the worker processes; None makes the shards in this process. If the call is killed or raises an error (e.g.
+    because the disk is full), the split is unchanged or missing, and the next call resumes from the finished shards.
+    Raises ValueError if other splits of the data set differ in classes or labeling rules, if another process is
+    preparing the split, or if no image is usable.
     """
     folder, title = os.path.join(out, name), f"{name} {split}"
     os.makedirs(folder, exist_ok=True)
-    _entry(folder, name, split, plan)  # fails early
+    _entry(folder, name, split, plan)  # raises its errors before the long work starts
     stats = [[_stat(path) for path in _files(job)] for job in plan.jobs]
     runs = partition(plan.jobs, [files[0][0] if files else 0 for files in stats])
     key = fingerprint(plan, runs, stats)
@@ -113,7 +115,7 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     with locked(partial, f"{title} is being prepared by another process, in {partial}: wait for it to end"):
         if (before := prepared(folder, split, key)) is not None:
             print(f"{title}: already prepared from these files, nothing to do", file=sys.stderr)
-            shutil.rmtree(partial)  # left if a preparation was killed before its last step
+            shutil.rmtree(partial)  # remains if a preparation was killed just before its last step
             return _report(name, split, plan, before)
         _open_partial(partial, key, title)
         paths = [os.path.join(partial, f"{i:05d}") for i in range(len(runs))]
@@ -137,15 +139,16 @@ def write_split(out: str, name: str, split: str, plan: Plan, pool: ProcessPoolEx
     report = _report(name, split, plan, total)
     if not report.kept:
         raise ValueError(
-            f"{title} has no usable images: {'; '.join(report.reasons()) or 'its annotations list no images'}"
+            f"{title} has no usable images: {'; '.join(report.reasons()) or 'the annotations list no images'}"
         )
     return report
 
 
 def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
-    """Return the contents of `dataset.json` without the split, or new contents if the file does not list another split.
+    """Return the contents of `dataset.json` without the split, or new contents if the file lists no other split.
 
-    Raises ValueError if other splits differ from the plan in their classes or labeling rules.
+    Raises ValueError if the other splits differ from the plan in their classes or labeling rules (`exhaustive`,
+    `unique_texts`).
     """
     new = DatasetInfo(name, plan.classes, {}, plan.exhaustive, plan.kind, plan.unique_texts)
     if not os.path.exists(os.path.join(folder, "dataset.json")):
@@ -162,16 +165,16 @@ def _entry(folder: str, name: str, split: str, plan: Plan) -> DatasetInfo:
         others = ", ".join(sorted(info.splits))
         what = "classes" if info.classes != plan.classes else "labeling rules"
         raise ValueError(
-            f"{folder}/dataset.json: its splits ({others}) and {split} differ in their {what}; "
-            "give another --output, or another --name where the command has one"
+            f"{folder}/dataset.json: the split {split} and the existing splits ({others}) differ in their {what}; "
+            "give another --output, or another --name if the command has this option"
         )
     return info if info.splits else new
 
 
 def _open_partial(partial: str, key: str, title: str) -> None:
-    """Prepare the folder `partial` for the fingerprint `key`.
+    """Make the folder `partial` ready for the shards of the plan with the fingerprint `key`.
 
-    If the folder has this fingerprint, remove only its unfinished files, *.tmp. Otherwise, empty it and write the
+    If the folder has this fingerprint, remove only the unfinished files in it, *.tmp. Otherwise, empty it and write the
     fingerprint.
     """
     note = os.path.join(partial, "fingerprint")
@@ -185,9 +188,9 @@ def _open_partial(partial: str, key: str, title: str) -> None:
 
 
 def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
-    """Split the jobs into consecutive runs, one per shard, whose images have about equally many bytes in total.
+    """Return the jobs of each shard: consecutive runs of `jobs` whose images have about the same total size.
 
-    sizes: bytes of each job's image. The result does not depend on the number of workers.
+    sizes: size of each job's image in bytes. The result does not depend on the number of workers.
     """
     small = min(SMALL_SHARDS, math.ceil(len(jobs) / FEW_IMAGES))
     count = max(small, math.ceil(sum(sizes) / SHARD_BYTES), math.ceil(len(jobs) / SHARD_IMAGES))
@@ -197,7 +200,11 @@ def partition(jobs: Sequence[Any], sizes: Sequence[int]) -> list[list[Any]]:
 
 
 def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
-    """Return a hash of everything that affects the shards' contents: jobs, their files, the code that makes records."""
+    """Return a hash of everything that affects the contents of the shards.
+
+    These are the plan, the jobs of each shard (`runs`), the sizes and modification times of their files (`stats`), and
+    the code that makes records.
+    """
     digest = hashlib.sha256()
     code = [path for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")) if path.name not in COMMANDS]
     for path in (*code, pathlib.Path(record.__file__)):
@@ -208,7 +215,7 @@ def fingerprint(plan: Plan, runs: Sequence[Sequence[Any]], stats: Any) -> str:
 
 
 def _files(job: Any) -> list[str]:
-    """Return the paths of a job's image and of the files in its labels, or [] for the sample, whose jobs are seeds."""
+    """Return the paths of a job's image and of the files in its labels. Jobs of the sample are seeds: return []."""
     return [job.image, *_paths(job.labels)] if isinstance(job, Job) else []
 
 
@@ -244,7 +251,7 @@ def _make_shard(make: Callable[[Any], Built], jobs: Sequence[Any], path: str) ->
 
 
 def _make_shards(make: Callable, todo: dict[str, list[Any]], pool: ProcessPoolExecutor | None) -> Iterator[int]:
-    """Make the shards in any order. Yield the number of jobs of each finished shard."""
+    """Make the shards in any order. Whenever one is finished, yield the number of its jobs."""
     if pool is None:
         yield from (_make_shard(make, jobs, path) for path, jobs in todo.items())
         return

@@ -1,1 +1,1 @@
-"""Generate masks and captions for data sets that have boxes only (paper sec. 3.4): `mqformer synthesize`."""
+"""`mqformer synthesize`: generate masks and captions for boxes, as in section 3.4 of the MQ-Former paper."""

@@ -1,4 +1,4 @@
-"""Annotations, the generated mask or captions of each box, and the functions that add them to records."""
+"""`Annotation`, the generated mask or captions of one box, and functions that add annotations to records."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Annotation:
     """The generated mask or captions of one box.
 
     segment: index into `Record.segments`.
-    reason: why the box gets no mask or caption; "" if it gets one.
-    score: 0 to 1, of the mask or the best caption.
-    mask: COCO run-length code of the image's size. A rejected mask is kept for the report.
-    captions: (text, score) pairs, best first.
-    rejected: (reason, number of captions) pairs.
+    reason: why the annotation is rejected, e.g. "the box is empty"; "" if it is accepted.
+    score: the score of the mask or of the best accepted caption, 0 to 1.
+    mask: COCO run-length code at the image's size, or None. A rejected mask is kept for the report.
+    captions: the accepted captions as (text, score) pairs, best first.
+    rejected: (reason, number of captions rejected for it) pairs.
     """
 
     segment: int
@@ -33,13 +33,16 @@ class Annotation:
 
     @classmethod
     def of(cls, fields: dict) -> Annotation:
-        """Return the Annotation of a dictionary that msgpack decoded."""
+        """Make an Annotation from its fields as msgpack decodes them, with lists instead of tuples."""
         pairs: dict[str, Any] = {name: tuple(map(tuple, fields[name])) for name in ("captions", "rejected")}
         return cls(**fields | pairs)
 
 
 def with_annotations(record: Record, annotations: Iterable[Annotation], teacher: str) -> Record:
-    """Return the record with the accepted masks and captions, marked with the name of the teacher."""
+    """Return a copy of the record with the accepted masks and captions.
+
+    teacher: the teacher's name, which each annotated segment stores.
+    """
     segments = list(record.segments)
     for annotation in annotations:
         if annotation.reason:
@@ -51,7 +54,10 @@ def with_annotations(record: Record, annotations: Iterable[Annotation], teacher:
 
 
 def usable_box(record: Record, index: int) -> Float[np.ndarray, " 4"] | str:
-    """Return the box of a segment, clipped to the image, or the reason why the segment has no usable box."""
+    """Return the box of a segment, clipped to the image, or the reason why the segment has no usable box.
+
+    A segment without a box gets the tight box of its mask or matte. Raises BadRecord if it has none of these.
+    """
     segment = record.segments[index]
     box = segment.box if segment.box is not None else _of_its_mask(record, segment)
     if box is None or not np.isfinite(box).all() or box[2] - box[0] < 1 or box[3] - box[1] < 1:
@@ -62,7 +68,7 @@ def usable_box(record: Record, index: int) -> Float[np.ndarray, " 4"] | str:
 
 def _of_its_mask(record: Record, segment: Segment) -> tuple[float, ...] | None:
     if segment.mask is None and segment.alpha is None:
-        raise BadRecord(f"{record.key}: a segment has neither box nor mask")
+        raise BadRecord(f"{record.key}: a segment has neither a box nor a mask; prepare the data set again")
     return box_of(
         record.decode_mask(segment.mask) if segment.mask is not None else record.decode_alpha(segment.alpha) > 127
     )

@@ -1,4 +1,4 @@
-"""The interface of the classes that generate masks or captions, and a function that makes one for the command line."""
+"""`Annotator`, the interface of `Masks` and `Captions`, and `make_annotator`, which makes one from the flags."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ KINDS = ("masks", "captions")
 
 @runtime_checkable
 class Annotator(Protocol):
-    """The interface of `Masks` and `Captions`: run a teacher on the boxes of images and check its output.
+    """The interface of `Masks` and `Captions`, which run a teacher on boxes and check the teacher's output.
 
     kind: "masks" or "captions".
     name: the teacher and its version, as written to the records.
-    settings: everything that affects the output, as text.
-    unique: whether each new expression names exactly one object of its image.
+    settings: text that contains everything that affects the output.
+    unique: whether each generated caption fits exactly one object of its image (True for masks).
     wanted: returns the indices of the segments to annotate.
+    __call__: returns a list of annotations for each image, one annotation for each box.
     """
 
     kind: str
@@ -37,10 +38,14 @@ class Annotator(Protocol):
 
 
 def make_annotator(kind: str, teacher: str, quality: Quality, verifier: str | None) -> Annotator:
-    """Make the annotator that the command line describes. Raises ValueError with a one-line message."""
+    """Make the annotator that the command's flags describe.
+
+    kind: "masks" or "captions". teacher, verifier: see `make_teacher`. quality: used for masks only. Raises ValueError
+    if masks are given a verifier, and the errors of `make_teacher`.
+    """
     if kind == "masks":
         if verifier:
-            raise ValueError(f"--verifier={verifier}: only `synthesize captions` takes a verifier.")
+            raise ValueError(f"--verifier={verifier}: only `synthesize captions` takes a verifier; remove this flag.")
         return Masks(teachers.make_teacher(teacher, teachers.MASK_TEACHERS), quality)
     captioner = teachers.make_teacher(teacher, teachers.CAPTIONERS)
     scorer = teachers.make_teacher(verifier, teachers.CAPTION_SCORERS, "verifier") if verifier else None

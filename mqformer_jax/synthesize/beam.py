@@ -1,4 +1,4 @@
-"""Run a job as an Apache Beam pipeline with one element per shard (`pip install 'mqformer_jax[beam]'`)."""
+"""Run a job as an Apache Beam pipeline, one element per shard. Needs `pip install 'mqformer_jax[beam]'`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mqformer_jax.synthesize.shard import make_shard
 
 
 def _make(job: Job, options: tuple[Any, ...], shard: int) -> int:
-    """Make one shard in a worker. Each process loads the teacher once."""
+    """Annotate one shard in a worker and return its number. Each process loads the teacher once."""
     make_shard(job.source, shard, job.path(shard), _annotator(options), job.batch)
     return shard
 
@@ -30,9 +30,9 @@ def _annotator(options: tuple[Any, ...]) -> Annotator:
 
 
 def run_pipeline(job: Job, options: tuple[Any, ...], beam_options: Sequence[str]) -> Tally | None:
-    """Make all shards in the workers of a pipeline, then complete the data set in this process.
+    """Annotate all shards in the workers of a pipeline, then complete the data set in this process.
 
-    Return what `job.finish` returns. options: the arguments of `make_annotator`. beam_options: Beam's own flags. The
+    Return the result of `job.finish`. options: the arguments of `make_annotator`. beam_options: Beam's own flags. The
     workers must have access to the folder of records.
     """
     with open_job(job), beam.Pipeline(options=PipelineOptions(list(beam_options))) as pipeline:

@@ -1,4 +1,4 @@
-"""Rules for the text of captions from any captioner."""
+"""Clean the text of captions, and drop malformed, profane and duplicate ones. The rules apply to every captioner."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mqformer_jax.synthesize.teachers import Caption
 
 MAX_WORDS = 20
 MAX_CHARACTERS = 200
-MAX_REPEATS = 2  # in a row: "very very big" is English, "the the the" is a loop of the beam search
+MAX_REPEATS = 2  # in a row: "very very big" is English, "the the the" is a typical failure of beam search
 
-# The profanity list (`_profane`) is made for chat rooms. These of its entries may describe an image and are allowed.
+# The profanity list (`_profane`) is made for chat rooms. Its entries below are allowed, as they may describe an image.
 ALLOWED_WORDS = frozenset(
     """
     blue waffle/breasts/brown shower/cock/cocks/cow girl/cow girls/cowgirl/cowgirls/crotch/drunk/dummy/enlargement/erect
@@ -43,9 +43,9 @@ def clean(text: str) -> str:
 def rejection_reason(text: str, longest: int = MAX_WORDS) -> str | None:
     """Return why a cleaned caption is rejected, or None if it passes.
 
-    Reasons are "empty", "too long" (more than `longest` words or `MAX_CHARACTERS`), "not words" (no letter, a special
-    token of a tokenizer, or up to four words that occur more than `MAX_REPEATS` times in a row) and "profane". Raises
-    ValueError if the package better-profanity, whose word list is used, is not installed.
+    Reasons are "empty", "too long" (more than `longest` words or `MAX_CHARACTERS` characters), "not words" (no letter,
+    a special token of a tokenizer, or a group of up to four words that occurs more than `MAX_REPEATS` times in a row)
+    and "profane". Raises ValueError if the package better-profanity, whose word list is used, is not installed.
     """
     if not text:
         return "empty"
@@ -63,9 +63,9 @@ def rejection_reason(text: str, longest: int = MAX_WORDS) -> str | None:
 
 
 def distinct(captions: Sequence[Caption], most: int) -> list[Caption]:
-    """Return the `most` best captions, cleaned and sorted by score.
+    """Return at most `most` captions, cleaned, best first.
 
-    Of captions that differ only in articles, only the best is kept.
+    If several captions differ only in articles, only the one with the highest score is kept.
     """
     kept: dict[str, Caption] = {}
     for caption in sorted(captions, key=lambda caption: -caption.score):
@@ -80,15 +80,15 @@ def distinct(captions: Sequence[Caption], most: int) -> list[Caption]:
 def _profane() -> tuple[frozenset[str], int]:
     """Return the word list of better-profanity (MIT) without `ALLOWED_WORDS`, and the length of its longest entry.
 
-    The search of that package is not used: it takes 7 ms per sentence, joins adjacent words ("the pen is on the
-    table") and reads digits as letters.
+    The length is a number of words. The package's own search is not used: it takes 7 ms per sentence, finds words
+    across spaces ("the pen is on the table") and reads digits as letters.
     """
     try:
         text = (importlib.resources.files("better_profanity") / "profanity_wordlist.txt").read_text("utf-8")
     except ModuleNotFoundError:
         raise ValueError("better_profanity is not installed: pip install 'mqformer_jax[captions]'.") from None
     entries = [line.strip().lower() for line in text.splitlines()]
-    # Skip spellings with signs ("sh!t"): captioners do not write them, and without the sign they are other words.
+    # Skip spellings with symbols ("sh!t"): captioners do not write them, and without the symbol they are other words.
     found = {
         " ".join(_WORD.findall(entry)) for entry in entries if re.fullmatch(r"[a-z][a-z .'_-]*", entry)
     } - ALLOWED_WORDS

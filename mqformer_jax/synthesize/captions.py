@@ -24,7 +24,7 @@ class Captions:
     kind = "captions"
 
     def __init__(self, captioner: Captioner, verifier: CaptionScorer | None = None):
-        """Make the annotator. verifier: scores captions, to drop those that fit another box better than their own."""
+        """Make the annotator. verifier: scores captions, so that captions that fit another box better are dropped."""
         self.name = captioner.name + (f", verified by {verifier.name}" if verifier else "")
         self.settings, self.unique = f"captions by {self.name}", captioner.unique
         self._captioner, self._verifier = captioner, verifier
@@ -32,7 +32,7 @@ class Captions:
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
         """Return the indices of the segments to caption.
 
-        These are single objects and segments that have only expressions, not regions, crowds or foregrounds.
+        Instances of a class and segments with only expressions are captioned. Regions, crowds and foregrounds are not.
         """
         return [
             i
@@ -56,7 +56,7 @@ class Captions:
     def _verified(
         self, pictures: Sequence[Picture], found: list[list[list[Caption]]], rejected: list[list[collections.Counter]]
     ) -> list[list[list[Caption]]]:
-        """Return the captions that fit their own box best of all boxes of the image. Count the others in `rejected`."""
+        """Return the captions that fit their own box best (`_fit_own_box`). Count the dropped ones in `rejected`."""
         scores = self._verifier(pictures, [[[c.text for c in captions] for captions in boxes] for boxes in found])
         kept = []
         for picture, boxes, rows, counts in zip(pictures, found, scores, rejected):
@@ -68,7 +68,7 @@ class Captions:
 
 
 def _well_formed(captions: Sequence[Caption], count: collections.Counter) -> list[Caption]:
-    """Return the captions that pass `caption_filter`, cleaned, without duplicates. Count the others in `count`."""
+    """Return the cleaned captions that pass `caption_filter`, without duplicates. Count the dropped ones in `count`."""
     kept = []
     for caption in captions:
         caption = dataclasses.replace(caption, text=caption_filter.clean(caption.text))
@@ -84,9 +84,9 @@ def _well_formed(captions: Sequence[Caption], count: collections.Counter) -> lis
 def _drop_shared(
     picture: Picture, boxes: list[list[Caption]], counts: list[collections.Counter]
 ) -> list[list[Caption]]:
-    """Return the captions of each box without those that several objects of the image have.
+    """Return each box's captions without those that another object of the image also has.
 
-    Such captions identify none of these objects. They are counted in `counts`.
+    Such captions do not identify an object. counts: the counter of dropped captions of each box, which is updated.
     """
     owners = collections.defaultdict(list)
     for j, captions in enumerate(boxes):
@@ -103,9 +103,10 @@ def _are_several_objects(boxes: Float[np.ndarray, "n 4"]) -> bool:
 
 
 def _fit_own_box(boxes: Float[np.ndarray, "n 4"], own: int, scores: Float[np.ndarray, "c n"]) -> list[bool]:
-    """Return for each caption of the box `own` whether its best-scoring box is this box, or may be the same object.
+    """Return for each caption of the box `own` whether the caption fits this box best.
 
-    scores: of each caption for each box. A caption without a score above 0 fits no box.
+    It does if its score is highest for this box, or for a box that may be the same object (an IoU of at least
+    `SAME_OBJECT_IOU`). A caption without a score above 0 fits no box. scores: of each caption for each box.
     """
     best = scores.argmax(1) if len(scores) else np.zeros(0, int)
     return [

@@ -4,8 +4,8 @@
     mqformer synthesize captions --data=objects365_syn_m --teacher=florence2:florence-community/Florence-2-large
 
 The result is a new data set beside the old one. Its name follows the paper: objects365_syn_m has generated masks,
-objects365_syn generated masks and captions, and coco_syn captions for COCO's own masks. Run a killed command again to
-resume it. To divide the shards among four processes, give them --worker=0/4 to --worker=3/4.
+objects365_syn has generated masks and captions, and coco_syn has generated captions for COCO's own masks. Run a killed
+command again to resume it. To divide the shards among four processes, give them --worker=0/4 to --worker=3/4.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mqformer_jax.synthesize.report import Tally, sample_grid
 
 
 def default_name(kind: str, data: str) -> str:
-    """Return the new data set's name as in the paper.
+    """Return the default name of the new data set, which follows the paper.
 
     Masks: objects365 -> objects365_syn_m. Captions: objects365_syn_m -> objects365_syn, coco -> coco_syn.
     """
@@ -39,7 +39,7 @@ def default_name(kind: str, data: str) -> str:
 
 
 def show(job: Job, tally: Tally) -> None:
-    """Print the report and write the grid of samples."""
+    """Print the report of a finished job, and write a PNG grid of sample boxes."""
     print(f"{job.title}: {tally}")
     path = os.path.join(job.folder, f"{job.split}.synthesis.png")
     if sample_grid(tally, lambda shard, number: _image(job.source.paths[shard], number), path):
@@ -55,11 +55,11 @@ def _image(path: str, number: int) -> np.ndarray:
 
 
 def parse_worker(text: str) -> tuple[int, int]:
-    """Parse the number of a process and the number of processes: "0/4" gives (0, 4)."""
+    """Return the index of a process and the number of processes: (0, 4) for "0/4"."""
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
         raise ValueError(
-            f"--worker={text}: give the number of this process and the number of processes, e.g. 0/4 to 3/4 for four."
+            f"--worker={text}: give INDEX/COUNT with an INDEX from 0 to COUNT - 1, e.g. 0/4 to 3/4 for four processes."
         )
     return int(found[1]), int(found[2])
 
@@ -67,12 +67,14 @@ def parse_worker(text: str) -> tuple[int, int]:
 def main(argv: list[str]) -> None:
     given = flags.FLAGS
     if len(argv) != 1 or argv[0] not in KINDS:
-        raise ValueError(f"give one of {', '.join(KINDS)}: mqformer synthesize masks --data=NAME --teacher=TEACHER.")
+        raise ValueError(
+            f"say what to generate, {' or '.join(KINDS)}: mqformer synthesize masks --data=NAME --teacher=TEACHER."
+        )
     kind, worker = argv[0], parse_worker(given.worker)
     quality = Quality(**{f.name: given[f.name].value for f in dataclasses.fields(Quality)})
     cv2.setNumThreads(1)
     cli.keep_compiled()
-    ShardSource(given.root, given.data, given.split)  # fails before a teacher is loaded
+    ShardSource(given.root, given.data, given.split)  # report a missing data set before loading the teacher
     options = kind, given.teacher, quality, given.verifier
     annotator = make_annotator(*options)
     job = Job(
@@ -101,10 +103,10 @@ def main(argv: list[str]) -> None:
 def define_flags(values: flags.FlagValues) -> None:
     """Define the flags of the command."""
     flags.DEFINE_string(
-        "data", None, "Name of a prepared data set with boxes, e.g. objects365. Required.", flag_values=values
+        "data", None, "Name of the prepared data set to annotate, e.g. objects365. Required.", flag_values=values
     )
     flags.DEFINE_string("split", "train", "Split to annotate, e.g. val.", flag_values=values)
-    flags.DEFINE_string("root", "data/records", "Folder of prepared data sets.", flag_values=values)
+    flags.DEFINE_string("root", "data/records", "Folder of the old and the new data set.", flag_values=values)
     flags.DEFINE_string(
         "output",
         None,
@@ -114,19 +116,20 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "teacher",
         None,
-        "Teacher as NAME:WEIGHTS, e.g. sam2:facebook/sam2.1-hiera-large. "
-        f"For masks: {', '.join(teachers.MASK_TEACHERS)}. For captions: {', '.join(teachers.CAPTIONERS)}. Required.",
+        "Model that annotates the boxes, as NAME:WEIGHTS, e.g. sam2:facebook/sam2.1-hiera-large. NAME for masks: "
+        f"{', '.join(teachers.MASK_TEACHERS)}; for captions: {', '.join(teachers.CAPTIONERS)}. "
+        "For ours, WEIGHTS is the workdir of a training run; rules needs no WEIGHTS. Required.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "verifier",
         None,
-        "Captions: model as NAME:WEIGHTS that drops captions which fit another box better, e.g. "
-        f"clip:openai/clip-vit-large-patch14. One of {', '.join(teachers.CAPTION_SCORERS)}. (default: none)",
+        "Captions: model that scores captions, as NAME:WEIGHTS, e.g. clip:openai/clip-vit-large-patch14. Captions that "
+        f"fit another box better are dropped. NAME: {' or '.join(teachers.CAPTION_SCORERS)}. (default: none)",
         flag_values=values,
     )
     flags.DEFINE_string(
-        "worker", "0/1", "Number of this process and number of processes, e.g. 2/8.", flag_values=values
+        "worker", "0/1", "Index of this process, from 0, and number of processes, e.g. 2/8.", flag_values=values
     )
     flags.DEFINE_integer("batch", BATCH, "Images per call of the teacher, e.g. 16.", lower_bound=1, flag_values=values)
     flags.DEFINE_string(
@@ -136,43 +139,46 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_float(
-        "min_score", Quality.min_score, "Masks: lowest score of the teacher, 0 to 1, e.g. 0.8.", flag_values=values
+        "min_score",
+        Quality.min_score,
+        "Masks: drop a mask with a score below this, 0 to 1, e.g. 0.8.",
+        flag_values=values,
     )
     flags.DEFINE_float(
         "min_stability",
         Quality.min_stability,
-        "Masks: lowest mean IoU with the masks of jittered boxes, e.g. 0.8.",
+        "Masks: drop a mask whose mean IoU with the masks of jittered boxes is below this, e.g. 0.8.",
         flag_values=values,
     )
     flags.DEFINE_float(
         "min_box_iou",
         Quality.min_box_iou,
-        "Masks: lowest IoU of a mask's tight box with the given box, e.g. 0.8.",
+        "Masks: drop a mask if the IoU of its tight box with the given box is below this, e.g. 0.8.",
         flag_values=values,
     )
     flags.DEFINE_float(
         "min_box_area",
         Quality.min_box_area,
-        "Masks: lowest fraction of the box that a mask covers, e.g. 0.1.",
+        "Masks: drop a mask that covers less than this fraction of its box, e.g. 0.1.",
         flag_values=values,
     )
     flags.DEFINE_integer(
         "num_jittered_boxes",
         Quality.num_jittered_boxes,
-        "Masks: jittered copies of each box, for --min_stability, e.g. 4.",
+        "Masks: number of jittered copies of each box, for --min_stability, e.g. 4.",
         lower_bound=0,
         flag_values=values,
     )
     flags.DEFINE_float(
         "box_jitter",
         Quality.box_jitter,
-        "Masks: largest shift of the edges of a jittered box, as a fraction of its width or height, e.g. 0.1.",
+        "Masks: largest shift of the edges of a jittered box, as a fraction of the box's width or height, e.g. 0.1.",
         flag_values=values,
     )
     flags.DEFINE_float(
         "min_component_area",
         Quality.min_component_area,
-        "Masks: islands and holes below this fraction of the mask are removed and filled, e.g. 0.05.",
+        "Masks: remove islands and fill holes smaller than this fraction of the mask, e.g. 0.05.",
         flag_values=values,
     )
     flags.mark_flags_as_required(["data", "teacher"], values)

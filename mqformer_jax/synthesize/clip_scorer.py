@@ -1,4 +1,4 @@
-"""Score how well captions fit boxes with Hugging Face's CLIP (Radford et al. 2021, arXiv:2103.00020)."""
+"""`ClipScorer`: use CLIP from Hugging Face (Radford et al. 2021, arXiv:2103.00020) to score captions of boxes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ CHUNK = 64  # crops or texts per batch
 
 
 class ClipScorer:
-    """Score captions by the cosine similarity, -1 to 1, of a text and the crop of a box with a margin (`crop`).
+    """A `CaptionScorer` that uses CLIP: a score is the cosine similarity, -1 to 1, of a caption and the crop of a box.
 
-    The crop is resized to CLIP's square without keeping its aspect ratio: a center crop would show only the middle of
-    a long box.
+    The crop has a margin (see `crop`). It is resized to CLIP's square input without keeping the aspect ratio, because
+    a center crop would show only the middle of a long box.
     where: a local folder or a name on the Hugging Face hub, such as openai/clip-vit-large-patch14.
     Raises ValueError with a one-line message if the model cannot be loaded.
     """
@@ -32,7 +32,7 @@ class ClipScorer:
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Return for each of the n boxes of each image the cosines of its c captions with all n boxes.
+        """Return, for each of the n boxes of each image, the similarity of the box's c captions to all n boxes.
 
         Captions are cut at CLIP's context length, 77 tokens. Each crop and each distinct text is encoded once.
         """

@@ -1,8 +1,11 @@
-"""Find which of the eleven basic color terms (Berlin & Kay) fit an object, certainly or possibly.
+"""Rate how certainly each of the eleven basic color terms (Berlin & Kay) fits an object.
+
+A certainty is a number, as in `referring_grammar`: if it is above 0, the term certainly fits; if it is 0, the term may
+fit; if it is -1, the term does not fit.
 
 A pixel gets the terms of the nearest prototype in CIELAB. The prototypes are colors of the XKCD color survey
-(https://xkcd.com/color/rgb, public domain), in which 200,000 people named colors on their screens. Colors between two
-terms (teal, maroon, cream) belong to both: each term possibly fits such a pixel, but neither certainly fits. Terms and
+(https://xkcd.com/color/rgb, public domain), in which 200,000 people named colors on their screens. Some prototypes
+(teal, maroon, cream) have two terms: each of the two may fit such a pixel, but neither certainly fits. Terms and color
 names are spelled as in the survey.
 """
 
@@ -16,7 +19,7 @@ from jaxtyping import Bool, Float, UInt8
 
 TERMS = ("black", "white", "grey", "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown")
 
-# The survey's colors for each term or pair of terms, in light and shade.
+# The survey's colors (hex RGB) for each term or pair of terms, with light and dark shades.
 _PROTOTYPES = {
     "black": "000000 070d0d",  # black, almost black
     "white": "ffffff fdfdfe d8dcd6",  # white, pale grey, light grey: white is rarely fully lit
@@ -65,13 +68,13 @@ _PROTOTYPES = {
     "purple pink": "c20078 ae7181 cea2fd",  # magenta, mauve, lilac
     "pink brown": "b17261",  # pinkish brown
 }
-# Fractions of pixels above which a term may be certain, and below which it does not fit; for masks and for boxes.
+# (fraction of pixels above which a term may certainly fit, fraction below which it does not fit), for masks and boxes
 _MASK_LIMITS = (0.6, 0.12)
 _BOX_LIMITS = (0.7, 0.08)
 _MIDDLE = 0.6  # the middle of a box is an ellipse with this fraction of its width and height
 _MIN_PIXELS = 30  # an object with fewer visible pixels has no certain color
-_NIGHT = 90  # of 255: at night, three quarters of the pixels are darker
-_WARM = 18  # limit of CIELAB's b for the brightest tenth of the image
+_NIGHT = 90  # brightness, 0 to 255: a set of pixels is dark if three quarters of them are below
+_WARM = 18  # CIELAB's b (yellow): if its mean over the brightest tenth of the image is larger, the light may be warm
 _STEP = 8  # the lookup table holds every eighth level of red, green and blue
 
 
@@ -92,7 +95,7 @@ def fair_light(image: UInt8[np.ndarray, "h w 3"]) -> bool:
     lab = _lab(small)
     bright = lab[lab[:, 0] >= np.percentile(lab[:, 0], 90)].mean(0)
     cold = (lab[:, 0] > 40) & (lab[:, 2] < 3)  # under warm lamps no pixel is white or blue; in sunlight some are
-    # grass is bright and green, and has a high b too
+    # Bright grass also has a high b. Its low a (green) tells it from warm light.
     warm = bright[2] > _WARM and bright[1] > -_WARM / 2 and cold.mean() < 0.03
     return not (_dark(small) or warm)
 
@@ -103,7 +106,7 @@ def of_mask(
     """Return the certainty (see `referring_grammar`) of each of `TERMS` for an object with a mask.
 
     mask: the object's pixels in a window of the image. at: top and left of the window. The rim of the mask is excluded,
-    since it mixes with the background.
+    because its pixels mix with the background.
     """
     (top, left), (height, width) = at, mask.shape
     rim = max(1, round(0.03 * float(mask.sum()) ** 0.5))
@@ -118,11 +121,12 @@ def of_mask(
 def of_box(
     image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int], free: Bool[np.ndarray, "a b"]
 ) -> Float[np.ndarray, " 11"]:
-    """Return the certainty of each of `TERMS` for an object with a box only.
+    """Return the certainty (see `referring_grammar`) of each of `TERMS` for an object that has a box but no mask.
 
-    box: x0, y0, x1, y1 in whole pixels, not empty. free: the pixels of the box that no other box covers. A color is
-    certain if the middle of the box has it and the surroundings do not. If the surroundings have it too, it may belong
-    to the background, seen through a ring or between legs. Every color in the box is possible.
+    box: x0, y0, x1, y1 in whole pixels, not empty. free: the pixels of the box that no other box covers. A color
+    certainly fits if most of the middle of the box has it and the pixels around the box do not. If they have it too,
+    the color only may fit, because the background may show through the object, e.g. through a ring. Any other color
+    that occurs in the box may also fit.
     """
     x0, y0, x1, y1 = box
     pixels, around = image[y0:y1, x0:x1], _around(image, box)
@@ -138,7 +142,7 @@ def of_box(
 
 
 def _around(image: UInt8[np.ndarray, "h w 3"], box: tuple[int, int, int, int]) -> UInt8[np.ndarray, "n 3"]:
-    """Return the pixels around a box, up to a quarter of its size on each side."""
+    """Return the pixels around a box, up to a quarter of its width or height away."""
     x0, y0, x1, y1 = box
     left, top = max(x0 - (x1 - x0 + 3) // 4, 0), max(y0 - (y1 - y0 + 3) // 4, 0)
     part = image[top : y1 + (y1 - y0 + 3) // 4, left : x1 + (x1 - x0 + 3) // 4]
@@ -157,9 +161,10 @@ def term_certainties(
     """Return the certainty (see `referring_grammar`) of each of `TERMS`.
 
     sure, may: the results of `term_shares`, the fractions of pixels that certainly and possibly have each term. A term
-    fits if its `may` is at least `most`, its `sure` is nearly as large, and no other term is frequent. It does not fit
-    if its `may` is below `least`. Highlights and shadows of a colored object are white, gray and black, so these terms
-    are tolerated beside a color and need a larger fraction themselves.
+    certainly fits if its `may` is at least `most`, its `sure` is at least three quarters of that, and no other term is
+    frequent. It does not fit if its `may` is below `least`. Otherwise, it may fit. Highlights and shadows of a colored
+    object are white, gray and black. So these three terms may be more frequent beside a color, and need a larger
+    fraction to fit.
     """
     certainties = np.where(may < least, -1.0, 0.0)
     best = int(sure.argmax())
@@ -180,7 +185,7 @@ def _terms_of_prototypes() -> Bool[np.ndarray, "k 11"]:
 
 @functools.cache
 def _table() -> UInt8[np.ndarray, "32 32 32"]:
-    """Return a lookup table of the index into `_PROTOTYPES`, for 32 levels each of red, green and blue."""
+    """Return the lookup table from 32 levels each of red, green and blue to the nearest index into `_PROTOTYPES`."""
     group = np.array([k for k, colors in enumerate(_PROTOTYPES.values()) for _ in colors.split()], np.uint8)
     prototypes = np.array([list(bytes.fromhex(c)) for colors in _PROTOTYPES.values() for c in colors.split()], np.uint8)
     levels = np.arange(_STEP // 2, 256, _STEP, dtype=np.uint8)

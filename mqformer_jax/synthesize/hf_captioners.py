@@ -24,16 +24,17 @@ from mqformer_jax.synthesize.hugging_face import PIXELS, crop, device, load
 from mqformer_jax.synthesize.teachers import Caption, Picture
 
 CAPTIONS = 5  # per box
-TOKENS = 32  # length of the longest caption
-# Boxes per batch. The search holds TOKENS x 5 x CHUNK rows of the vocabulary: 0.5 GB for 50,000 tokens.
+TOKENS = 32  # largest length of a caption
+# Boxes per batch. Beam search holds TOKENS x CAPTIONS x CHUNK scores per vocabulary entry: 0.5 GB for 50,000 entries.
 CHUNK = 16
 
 Regions = Sequence[tuple[Picture, Float[ndarray, "4"]]]
 
 
 class Blip:
-    """Caption the crop of a box with a margin (`crop`) with BLIP (Li et al. 2022, arXiv:2201.12086), without a prompt.
+    """A `Captioner` that uses BLIP (Li et al. 2022, arXiv:2201.12086), without a prompt.
 
+    The input is the crop of a box with a margin (see `crop`).
     where: a local folder or a name on the Hugging Face hub, such as Salesforce/blip-image-captioning-large.
     Raises ValueError with a one-line message if the model cannot be loaded.
     """
@@ -46,7 +47,7 @@ class Blip:
         self.processors: list[LogitsProcessor] = []
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[list[Caption]]]:
-        """Return `CAPTIONS` captions for each box of each image, best first. Some may be equal."""
+        """Return `CAPTIONS` captions for each box of each image, best first. Several may be equal."""
         regions = [(picture, box) for picture in pictures for box in picture.boxes]
         found = iter(
             [captions for i in range(0, len(regions), CHUNK) for captions in self._search(regions[i : i + CHUNK])]
@@ -55,7 +56,7 @@ class Blip:
 
     @torch.inference_mode()
     def _search(self, regions: Regions) -> list[list[Caption]]:
-        inputs = self._inputs(regions).to(*device())  # not model.dtype: parts of BLIP-2 stay in float32
+        inputs = self._inputs(regions).to(*device())  # not model.dtype, because parts of BLIP-2 stay in float32
         # Override the generation_config of the checkpoint. With this length penalty, scores are means over tokens.
         search = dict(
             num_beams=CAPTIONS, num_return_sequences=CAPTIONS, do_sample=False, early_stopping=False, length_penalty=1.0
@@ -74,16 +75,17 @@ class Blip:
 
 
 class Blip2(Blip):
-    """Caption crops with BLIP-2 (Li et al. 2023, arXiv:2301.12597), e.g. Salesforce/blip2-opt-2.7b."""
+    """A `Captioner` like `Blip` that uses BLIP-2 (Li et al. 2023, arXiv:2301.12597), e.g. Salesforce/blip2-opt-2.7b."""
 
     family, model_class = "blip2", Blip2ForConditionalGeneration
 
 
 class Florence2(Blip):
-    """Describe a box of the whole image with Florence-2 (Xiao et al. 2023, arXiv:2311.06242).
+    """A `Captioner` that uses Florence-2 (Xiao et al. 2023, arXiv:2311.06242).
 
-    The prompt gives the box as four location tokens; the vocabulary has 1,000 of them. where: such as
-    florence-community/Florence-2-large; Microsoft's folder of these weights has another layout.
+    The input is the whole image. The prompt contains the box as four location tokens, of which the vocabulary has
+    1,000. where: see `Blip`, e.g. florence-community/Florence-2-large. Microsoft's own repositories of these weights
+    have another layout, which is not supported.
     """
 
     family, model_class = "florence2", Florence2ForConditionalGeneration
@@ -94,8 +96,8 @@ class Florence2(Blip):
         vocabulary = tokenizer.get_vocab()
         if "<loc_999>" not in vocabulary:
             raise ValueError(
-                f"florence2:{where}: its tokenizer has no location tokens. "
-                "Give a model such as florence-community/Florence-2-large."
+                f"florence2:{where}: the model's tokenizer has no location tokens (<loc_0> to <loc_999>). "
+                "Give another model, e.g. florence-community/Florence-2-large."
             )
         locations = torch.tensor([vocabulary[f"<loc_{i}>"] for i in range(1000)], device=self.model.device)
         self.processors = [WordsOnly(tokenizer.eos_token_id, locations)]
@@ -116,8 +118,8 @@ class WordsOnly(LogitsProcessor):
     """End a caption where a location token would follow.
 
     Florence-2 repeats the box after its caption ("turquoise car<loc_52><loc_332><loc_932><loc_774>"), and most of the
-    five beams would differ only there. So the probabilities of all location tokens are added to that of the end token:
-    the sum is the probability that the caption is complete.
+    five beams would differ only in these tokens. So the probabilities of all location tokens are added to that of the
+    end token. The sum is the probability that the caption is complete.
     """
 
     def __init__(self, end: int, locations: Int[torch.Tensor, " l"]) -> None:

@@ -14,9 +14,10 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from transformers import AutoProcessor, PreTrainedConfig
 
-# Margin on each side, as a fraction of the box's width and height. R-CNN uses 0.08 (16 of 227 pixels), ViLD 0 and 0.25.
+# Margin on each side, as a fraction of the box's width and height. R-CNN uses 0.08 (16 of 227 pixels); ViLD combines
+# crops with 0 and 0.25.
 MARGIN = 0.1
-# Without the format, an image of three rows would be read as one of three channels.
+# Without this format, an image with three rows would be read as an image with its three channels first.
 PIXELS = dict(input_data_format="channels_last", return_tensors="pt")
 
 
@@ -27,7 +28,7 @@ def load(
 
     family: the name on the command line. where: a local folder, or a name on the Hugging Face hub, from which the JSON,
     text and safetensors files are downloaded. Nothing is unpickled, and no code of the repository is run.
-    Raises ValueError with a one-line message that names `family:where` and what to do.
+    Raises ValueError if the model cannot be loaded, with a one-line message that tells the user what to do.
     """
     given = f"{family}:{where}"
     folder = find(given, where)
@@ -35,7 +36,7 @@ def load(
     try:
         found = PreTrainedConfig.get_config_dict(folder)[0].get("model_type")
         if found != wanted:
-            raise ValueError(f'its config.json says model_type "{found}", not "{wanted}"')
+            raise ValueError(f'its config.json has model_type "{found}", not "{wanted}"')
         place, dtype = device()
         options = dict(local_files_only=True, trust_remote_code=False)
         model, report = model_class.from_pretrained(
@@ -43,40 +44,40 @@ def load(
         )
         if report["missing_keys"]:  # they would keep random values
             raise ValueError(
-                f"its weights for {model_class.__name__} lack {len(report['missing_keys'])} tensors, "
+                f"the weights of {model_class.__name__} lack {len(report['missing_keys'])} tensors, "
                 f"such as {sorted(report['missing_keys'])[0]}"
             )
-        # the same result with and without torchvision
+        # The backend "pil" gives the same result with and without torchvision.
         processor = AutoProcessor.from_pretrained(folder, backend="pil", **options)
         if not isinstance(processor, transformers.ProcessorMixin):  # some of its files are missing
-            raise ValueError(f"its processor is incomplete: its files describe only a {type(processor).__name__}")
+            raise ValueError(f"the processor is incomplete: only the files of a {type(processor).__name__} were found")
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_ids):
-            raise ValueError("its tokenizer has no vocabulary: tokenizer.json is missing")
+            raise ValueError("the tokenizer has no vocabulary: tokenizer.json is missing")
     except Exception as e:  # broken files raise errors of json, safetensors, tokenizers, torch or transformers
         reason = " ".join(str(e).split())[:300].rstrip(" .")
         raise ValueError(
-            f"{given}: {reason}. Give a folder with safetensors written by save_pretrained of {model_class.__name__} "
-            "and its processor."
+            f"{given}: {reason}. Give a folder with safetensors, written by save_pretrained of {model_class.__name__} "
+            "and of its processor."
         ) from e
     return model.to(place).eval(), processor, teacher_name(family, where, folder)
 
 
 def device() -> tuple[torch.device, torch.dtype]:
-    """Return the GPU and half precision if there is a GPU, else the CPU and float32."""
+    """Return the device and dtype for inference: GPU and float16 if there is a GPU, else CPU and float32."""
     return (torch.device("cuda"), torch.float16) if torch.cuda.is_available() else (torch.device("cpu"), torch.float32)
 
 
 def teacher_name(family: str, where: str, folder: str) -> str:
-    """Return the name of a teacher, which records store, e.g. "blip:my_blip 0f3a9c1e (transformers 5.4.0)".
+    """Return the name under which records store a teacher, e.g. "blip:my_blip 0f3a9c1e (transformers 5.4.0)".
 
-    Its parts are the family, the name of the folder or hub repository, eight hex digits of a digest of the config and
-    the weights, and the version of transformers. family, where: see `load`. folder: the local folder of the model.
+    The name consists of the family, the name of the folder or hub repository, eight hex digits of a digest of the
+    config and the weights, and the version of transformers. family, where: see `load`. folder: the local folder.
     """
     digest = hashlib.sha256()
     for name in sorted(name for name in os.listdir(folder) if name == "config.json" or name.endswith(".safetensors")):
         with open(os.path.join(folder, name), "rb") as f:
-            # whole files: fine-tuned weights may differ in nothing else
+            # Hash whole files: a fine-tuned model may differ only in the values of its weights.
             digest.update(hashlib.file_digest(f, "sha256").digest())
     label = os.path.basename(os.path.abspath(where)) if os.path.isdir(where) else where
     return f"{family}:{label} {digest.hexdigest()[:8]} (transformers {transformers.__version__})"
@@ -92,13 +93,15 @@ def crop(image: UInt8[ndarray, "h w 3"], box: Float[ndarray, " 4"]) -> UInt8[nda
 def find(given: str, where: str) -> str:
     """Return the local folder of a model. Download the model if necessary.
 
-    given: the teacher as the user wrote it. Raises ValueError with a one-line message.
+    given: the teacher as the user wrote it, for messages. Raises ValueError if `where` is neither a folder nor a model
+    that can be downloaded.
     """
     if os.path.isdir(where):
         return where
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", where):
         raise ValueError(
-            f"{given}: there is no such folder, and this is not a name on the Hugging Face hub (OWNER/NAME)."
+            f"{given}: there is no such folder, and this is not a name on the Hugging Face hub. "
+            "Give a local folder or a name such as OWNER/NAME."
         )
     try:
         return snapshot_download(

@@ -4,8 +4,8 @@
     <output>/<split>.partial/00003.*                 unfinished shards (see `shard`)
     <output>/<split>-00003-of-00010.array_record     finished shards, once all are finished
 
-Each output shard holds the records of the input shard with the same number, so several processes can divide the shards
-by number.
+Each output shard holds the records of the input shard with the same number, so several processes can annotate
+different shards at the same time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ BATCH = 8  # images per call of the teacher
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The annotation of one split. data, output: names of data sets in `root`. settings: those of the annotator."""
+    """One split to annotate.
+
+    root: folder of the data sets. data, output: names of the old and the new data set in `root`. settings: see
+    `Annotator`. batch: images per call of the teacher.
+    """
 
     root: str
     data: str
@@ -69,7 +73,7 @@ class Job:
 
 
 def is_complete(job: Job) -> bool:
-    """Return whether the split already exists, made from the same input with the same settings."""
+    """Return whether the new split already exists and was made from the same input with the same settings."""
     return prepared(job.folder, job.split, job.fingerprint()) is not None
 
 
@@ -78,7 +82,7 @@ def open_job(job: Job) -> Generator[None]:
     """Lock the folder of a job while the context is open. Processes of the same job share the lock.
 
     Deletes unfinished shards that were made with other settings. Raises ValueError if `output` equals `data` or holds
-    another data set, or if a process with other settings uses the folder.
+    another data set, or if a process is writing the split with other settings.
     """
     if job.output == job.data:
         raise ValueError(f"--output={job.output}: give the new data set another name than --data.")
@@ -86,7 +90,7 @@ def open_job(job: Job) -> Generator[None]:
     os.makedirs(job.partial, exist_ok=True)
     path = os.path.join(job.partial, "fingerprint")
     fingerprint = job.fingerprint()
-    busy = f"another process makes {job.title} with other settings: wait for it, or give another --output."
+    busy = f"another process is writing {job.title} with other settings: wait until it ends, or give another --output."
     if not _contains(path, fingerprint):
         with locked(job.partial, busy):
             if not _contains(path, fingerprint):
@@ -105,9 +109,9 @@ def _contains(path: str, text: str) -> bool:
 
 
 def synthesize(job: Job, annotator: Annotator, worker: tuple[int, int] = (0, 1)) -> Tally | None:
-    """Annotate the shards of this process, and complete the data set if all shards are finished.
+    """Annotate the shards of this process. If all shards are then finished, complete the split and return its tally.
 
-    worker: the number of this process and the number of processes. Return None if other processes are not finished.
+    Return None if other processes are not finished. worker: index of this process and number of processes.
     """
     index, count = worker
     with (
@@ -120,7 +124,10 @@ def synthesize(job: Job, annotator: Annotator, worker: tuple[int, int] = (0, 1))
 
 
 def finish(job: Job, annotator: Annotator) -> Tally | None:
-    """If all shards are finished, move them to their final place and return the tally of the split, else None."""
+    """If all shards are finished, move them into the new data set and return the tally of the split. Else return None.
+
+    Raises ValueError if no record of the split can be read.
+    """
     with locked(job.folder):
         if is_complete(job):
             return Tally.load(_tally_path(job))
@@ -153,9 +160,10 @@ def _tally_path(job: Job) -> str:
 
 
 def _entry(job: Job, unique: bool) -> DatasetInfo:
-    """Return the new data set's DatasetInfo, including the splits that the folder already holds.
+    """Return the new data set's DatasetInfo, including the splits that its folder already holds.
 
-    Raises ValueError if the folder holds a data set of another kind.
+    unique: see `Annotator`. Raises ValueError if the folder holds a data set that was not made from `job.data` by this
+    command, or that has other classes.
     """
     info = job.source.info
     unique = unique and (info.unique_texts or not any(info.expressions.values()))

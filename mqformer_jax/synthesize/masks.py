@@ -22,15 +22,17 @@ from mqformer_jax.synthesize.teachers import BoxMasks, MaskTeacher, Picture
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """The quality tests of masks. The defaults are loose: training can require higher scores with `min_mask_score`.
+    """The limits of the quality tests of masks.
+
+    The defaults are loose. A training mixture can require a higher score with `min_mask_score`.
 
     min_score: lowest score of the teacher.
-    min_stability: lowest mean IoU with the masks of `num_jittered_boxes` boxes.
+    min_stability: lowest mean IoU of the mask with the masks of the jittered boxes.
     min_box_iou: lowest IoU of the mask's tight box with the given box.
     min_box_area: lowest fraction of the box that the mask covers.
     num_jittered_boxes: number of jittered copies of each box.
     box_jitter: largest shift of the edges of a jittered box, as a fraction of the box's width or height.
-    min_component_area: islands smaller than this fraction of the mask are removed, and such holes are filled.
+    min_component_area: a fraction of the mask's area. Smaller islands are removed, and smaller holes are filled.
     """
 
     min_score: float = 0.5
@@ -52,7 +54,7 @@ class Masks:
         self.settings = f"masks by {teacher.name}, {quality}"
 
     def wanted(self, record: Record, info: DatasetInfo) -> list[int]:
-        """Return the indices of the segments without a mask, except crowds.
+        """Return the indices of the segments without a mask or matte, except crowds.
 
         No teacher is trained to segment many objects at once.
         """
@@ -115,7 +117,7 @@ def clipped(mask: Bool[np.ndarray, "h w"], box: Float[np.ndarray, " 4"]) -> Bool
 
 
 def cleaned(mask: Bool[np.ndarray, "h w"], share: float) -> Bool[np.ndarray, "h w"]:
-    """Return a mask without islands and holes smaller than the fraction `share` of it. Keep the largest part."""
+    """Remove islands and fill holes smaller than the fraction `share` of the mask's area. Keep the largest island."""
     least = share * mask.sum()
     if not least:
         return mask

@@ -1,8 +1,8 @@
-"""Use a checkpoint of this project as a teacher: it predicts the masks of boxes, and scores captions.
+"""Teachers that use a checkpoint of this project: one predicts masks from boxes, the other scores captions.
 
-A box becomes a query in the same way as a noised target in training (`DenoisingQueries`): the query starts at the box
-and has the prompt of its class, and the decoder restores the object. So a teacher of masks must have been trained with
-denoising queries that restore masks, as in Mask DINO's recipe. This module does not need torch.
+To predict a mask, a box becomes a denoising query (`DenoisingQueries`), like a noised target in training: the query
+starts from the box and the prompt of its class, and the decoder predicts the object's mask. So the checkpoint must have
+been trained with denoising queries that restore masks, as in Mask DINO's recipe. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mqformer_jax.segments import CanvasMasks
 from mqformer_jax.synthesize.teachers import BoxMasks, Picture
 
 NAMELESS = "object"  # the prompt of boxes that have neither a class nor expressions
-MIN_IOU = 0.5  # a caption fits a box if its predicted box has at least this IoU with the box
+MIN_IOU = 0.5  # a caption fits a box if the best detection for the caption has at least this IoU with the box
 
 
 class MqformerMasks:
@@ -54,14 +54,14 @@ class MqformerMasks:
             masks = jnp.einsum(
                 "bqd,bhwd->bqhw", embed, outputs.mask_features.astype(embed.dtype), preferred_element_type=jnp.float32
             )
-            # mean probability inside the mask, Mask DINO's score of masks
+            # The score is Mask DINO's: the mean probability inside the mask.
             inside = masks > 0
             return masks, (jax.nn.sigmoid(masks) * inside).sum((2, 3)) / jnp.maximum(inside.sum((2, 3)), 1)
 
         self._forward = jax.jit(forward)
 
     def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[BoxMasks]:
-        """Return the masks of the boxes, see `MaskTeacher`."""
+        """Return the masks for the boxes of each image (see `MaskTeacher`)."""
         prompts = [[_prompt(p, i) for i in p.segments] for p in pictures]
         texts = [list(dict.fromkeys(some)) for some in prompts]
         embedded = [self._predictor.embed([t for t, _ in some], [region for _, region in some]) for some in texts]
@@ -76,7 +76,7 @@ class MqformerMasks:
             n, k = len(picture.boxes), len(boxes[i])
             prompt[i, :k] = [texts[i].index(prompts[i][j % n]) for j in range(k)]
             corners[i, :k], real[i, :k] = _on_canvas(boxes[i], picture.image.shape[:2], size[i], self._canvas), True
-        # Each box is a group of its own, so that boxes do not attend to each other.
+        # Each query is a group of its own, so that the queries do not attend to each other.
         denoising = DenoisingQueries(prompt, corners, np.broadcast_to(np.arange(d, dtype=np.int32), (b, d)), real)
         params, frozen = self._predictor.params, self._predictor.frozen
         masks, scores = jax.device_get(self._forward(params, frozen, image, size, text, valid, denoising))
@@ -92,7 +92,8 @@ class MqformerMasks:
 class MqformerScorer:
     """A `CaptionScorer` that uses a checkpoint of this project.
 
-    A caption's score for a box is the IoU of the box with the best detection for the caption.
+    A caption's score for a box is the IoU of the box with the best detection for the caption, or 0 below `MIN_IOU`.
+    where: workdir of the training run.
     """
 
     def __init__(self, where: str):
@@ -101,9 +102,9 @@ class MqformerScorer:
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Return the IoU of each caption's best detection with each box of the image, or 0 below `MIN_IOU`.
+        """Return the IoU of the best detection for each caption with each box of the image, or 0 below `MIN_IOU`.
 
-        The shapes are those of `CaptionScorer`.
+        The shapes are those of `CaptionScorer.__call__`.
         """
         found = []
         for picture, boxes in zip(pictures, captions):
@@ -126,7 +127,7 @@ class MqformerScorer:
 
 
 def teacher_name(where: str) -> str:
-    """Return the name of a checkpoint that records store: its folder and step, e.g. "ours:demo, step 1300"."""
+    """Return the name under which records store a checkpoint: its folder and step, e.g. "ours:demo, step 1300"."""
     return f"ours:{os.path.basename(os.path.abspath(where))}, step {latest_step(where)}"
 
 
@@ -147,6 +148,9 @@ def _prompt(picture: Picture, index: int) -> tuple[str, bool]:
 def _on_canvas(
     boxes: Float[np.ndarray, "k 4"], image: tuple[int, int], valid: np.ndarray, canvas: tuple[int, int]
 ) -> Float[np.ndarray, "k 4"]:
-    """Convert x0, y0, x1, y1 in pixels of the image to cx, cy, w, h as fractions of the canvas."""
+    """Convert x0, y0, x1, y1 in pixels of the image to cx, cy, w, h as fractions of the canvas.
+
+    image, valid, canvas: (height, width) of the original image, of the image on the canvas, and of the canvas.
+    """
     scaled = boxes * np.tile(valid[::-1] / np.array(image[::-1]) / np.array(canvas[::-1]), 2)
     return np.concatenate([(scaled[:, :2] + scaled[:, 2:]) / 2, scaled[:, 2:] - scaled[:, :2]], 1).astype(np.float32)

@@ -9,7 +9,7 @@ from mqformer_jax.input.example import Prompt
 from mqformer_jax.input.prompts import mirror
 from mqformer_jax.input.record import ClassInfo, DatasetInfo, Record
 
-# Each of these may mean any other: a data set with "person" and "man" labels most men as one of the two.
+# These words may mean the same object: with the classes "person" and "man", a man may be labeled as either of the two.
 _PEOPLE = frozenset(
     "person people human man men woman women boy girl child children kid baby toddler lady gentleman guy adult "
     "pedestrian rider passenger driver cyclist biker player skier surfer skater skateboarder snowboarder swimmer "
@@ -20,7 +20,7 @@ _BODY = frozenset("body skin head face hair eye ear nose mouth lip neck arm hand
 _GENERAL = frozenset(
     "thing object item animal vehicle food fruit vegetable furniture clothing clothes toy tool container other".split()
 )
-# Transparent, reflecting or thin objects, whose pixels show other colors than their own.
+# Transparent, reflective or thin objects: their pixels also show the colors of other things.
 _SEE_THROUGH = frozenset(
     "glass window mirror tv television screen monitor laptop goggles sunglasses racket racquet net fence "
     "cage spoon fork knife".split()
@@ -29,12 +29,13 @@ _PLAIN = re.compile(r"[a-z][a-z' -]*")
 
 
 class Nouns:
-    """The words for the classes of one record.
+    """The words that captions may use for the classes of one record.
 
-    A word is used only if every object that it may mean is labeled. So every class that it may mean must be complete:
-    the record has no crowd and no region of the class, and the class is not in `partial_classes`. If the data set is
-    not exhaustive, the class must also have segments in the record or be known to be absent. Data sets whose objects
-    are labeled selectively, such as Visual Genome and RefCOCO, list every class in `partial_classes`.
+    A word is allowed only if all objects in the image to which it could refer are labeled. So every class to which the
+    word could refer must be completely labeled: the record has no crowd and no region of the class, and does not list
+    the class in `partial_classes`. If the data set is not exhaustive, the record must also have segments of the class
+    or list it in `absent_classes`. Data sets that label objects selectively, such as Visual Genome and RefCOCO, list
+    all classes in `partial_classes`, so no word is allowed.
     """
 
     def __init__(self, record: Record, info: DatasetInfo):
@@ -50,7 +51,7 @@ class Nouns:
             self._incomplete |= set(range(len(info.classes))) - present - set(record.absent_classes)
 
     def of(self, class_id: int) -> tuple[str, ...]:
-        """Return the words that captions may use for a class, its display name first; () if there are none."""
+        """Return the words that captions may use for a class, its display name first, or () if there are none."""
         if class_id in self._incomplete:
             return ()
         texts = (" ".join(text.replace("_", " ").lower().split()) for text in self._info.classes[class_id].texts)
@@ -61,10 +62,10 @@ class Nouns:
 
 
 def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
-    """Return how certainly the noun names objects of the class: 1 if it is a name of the class, 0 if maybe, -1 if not.
+    """Return how certainly the noun names objects of the class: 1 (it is a name of the class), 0 (maybe) or -1 (no).
 
-    The result is 0 if a name of the class ends in the noun ("bear" may mean a teddy bear), if both are words for
-    people, and with `narrower` also if the noun ends in a name of the class ("teddy bear" may mean a bear).
+    The result is 0 if a name of the class ends with the noun (a "bear" may be a teddy bear), if both are words for
+    people, and, with `narrower`, if the noun ends with a name of the class (a "teddy bear" may be labeled as a bear).
     """
     return max(_compare(_words(noun), _words(text), narrower) for text in of.texts)
 
@@ -72,7 +73,8 @@ def certainty(noun: str, of: ClassInfo, narrower: bool = True) -> float:
 def has_looks(noun: str) -> bool:
     """Return whether captions may describe the color and size of objects of this noun.
 
-    False for people, where such words have another meaning, and for transparent, reflecting or thin objects.
+    Return False for people and body parts, where such words have another meaning, and for transparent, reflective or
+    thin objects.
     """
     return _words(noun)[-1] not in _PEOPLE | _BODY and not _SEE_THROUGH.intersection(_words_kept(noun))
 

@@ -17,18 +17,18 @@ from mqformer_jax.input.record import ClassInfo
 from mqformer_jax.synthesize import nouns
 from mqformer_jax.synthesize.color_names import TERMS
 
-# The axis that a word compares (0: x, 1: y), and the direction along it.
+# The axis along which each word compares objects (0: x, 1: y), and the direction along this axis.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 OF_TWO = {"left": (0, -1), "right": (0, 1), "upper": (1, -1), "lower": (1, 1)}
 OF_MORE = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
 _EXTREMES = {**OF_TWO, **OF_MORE}
 
-# Fractions of the image's width or height. Beyond CLEAR a relation certainly holds, and below DENIED it does not.
-# LEAD is the distance of an extreme object from the next one.
+# Distances of centers, as fractions of the image's width or height. A relation may certainly hold beyond CLEAR, and it
+# does not hold below DENIED. An extreme object must be more than LEAD ahead of the next one.
 CLEAR, DENIED, LEAD = 0.1, -0.03, 0.07
-REACH = 0.3  # fraction of the image's diagonal; if the gap between two boxes is larger, "left of" is uncertain
-# Ratios of lengths, the square roots of areas: from SMALLER on, one object is small beside the other; up to SAME, both
-# have the same size.
+REACH = 0.3  # fraction of the image's diagonal; beyond this gap between two boxes, a relation is uncertain
+# Ratios of the lengths of two objects, where a length is the square root of an area. From SMALLER on, one object is
+# clearly smaller than the other. Up to SAME, the two count as equally large.
 SMALLER, SAME = 1.5, 1.2
 
 
@@ -36,10 +36,10 @@ SMALLER, SAME = 1.5, 1.2
 class Scene:
     """All objects of an image, including those without a caption.
 
-    segments: index of each object in the record.
+    segments: the index of each object in `Record.segments`.
     nouns: the words that captions may use for each object (see `Nouns`).
     boxes: x0, y0, x1, y1 in pixels.
-    lengths: lower and upper bound of the square root of the area in pixels; parts may be hidden.
+    lengths: lower and upper bound of the square root of the area in pixels. They differ if parts may be hidden.
     colors: the certainty of each of `TERMS`.
     width, height: of the image in pixels.
     """
@@ -58,7 +58,7 @@ class Scene:
 class Phrase:
     """The phrase 'the [extreme] [size] [color] noun [relation anchor]'.
 
-    anchor: index of an object and a phrase that identifies it.
+    anchor: the object that `relation` refers to, as its index in the scene and a phrase that identifies it.
     """
 
     noun: str
@@ -82,13 +82,13 @@ class Phrase:
 
 
 def identifies(phrase: Phrase, target: int, scene: Scene) -> float:
-    """Return the certainty that `phrase` fits the target if it fits no other object, else a number of at most 0."""
+    """Return the certainty that `phrase` fits the target, or at most 0 if the phrase may fit another object."""
     held = certainties(phrase, scene)
     return float(held[target]) if (np.delete(held, target) < 0).all() else min(float(held[target]), 0.0)
 
 
 def certainties(phrase: Phrase, scene: Scene) -> Float[np.ndarray, " n"]:
-    """Return how certainly `phrase` fits each object: the minimum over its parts."""
+    """Return how certainly `phrase` fits each object: the minimum over the noun, size, color, position and relation."""
     found = np.array([nouns.certainty(phrase.noun, of) for of in scene.classes])
     if phrase.size is not None:
         found = np.minimum(found, _sized(phrase.size, found, scene.lengths))
@@ -102,9 +102,11 @@ def certainties(phrase: Phrase, scene: Scene) -> Float[np.ndarray, " n"]:
 
 
 def _sized(size: str, noun: Float[np.ndarray, " n"], lengths: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, " n"]:
-    """Return how certainly each object is "large" or "small" among the objects of its noun.
+    """Return how certainly each object is "large" or "small" among the objects that the noun fits.
 
-    The largest objects are "large" if another one is certainly smaller and none is certainly larger; likewise "small".
+    noun: the certainty of the noun for each object. An object is certainly "large" if another one is clearly smaller
+    (`SMALLER`) and none may be more than `SAME` times as large. It is not "large" if another one is clearly larger.
+    "small" has the same rules with the ratios inverted.
     """
     least, most = lengths.T if size == "large" else 1 / lengths.T[::-1]
     ratio = least[:, None] / most  # [i, j]: lower bound of the ratio of i to j
@@ -117,7 +119,7 @@ def _sized(size: str, noun: Float[np.ndarray, " n"], lengths: Float[np.ndarray, 
 
 
 def _extreme(head: Float[np.ndarray, " n"], axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
-    """Return how certainly each object is the outermost in one direction, by its center and both edges.
+    """Return how certainly each object is the outermost one in a direction, judged by its center and both edges.
 
     head: how certainly each object fits the rest of the phrase. Only objects that may fit it are compared.
     """
@@ -133,11 +135,15 @@ def _extreme(head: Float[np.ndarray, " n"], axis: int, sign: int, scene: Scene) 
 
 
 def _related(anchor: int, axis: int, sign: int, scene: Scene) -> Float[np.ndarray, " n"]:
-    """Return how certainly each object is on one side of the anchor: mostly on that side, not overlapping, and near."""
+    """Return how certainly each object is on one side of the object `anchor`.
+
+    The relation is certain if the object's center lies mainly in that direction, and if the object is near the anchor
+    and hardly overlaps it.
+    """
     low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
     away = (low + high - low[anchor] - high[anchor]) / 2
     along = sign * away[:, axis] / (scene.height if axis else scene.width)
-    gap = np.maximum(low, low[anchor]) - np.minimum(high, high[anchor])  # negative if they overlap
+    gap = np.maximum(low, low[anchor]) - np.minimum(high, high[anchor])  # negative if the boxes overlap
     apart = gap[:, axis] > -0.25 * np.minimum(high - low, high[anchor] - low[anchor])[:, axis]
     near = np.hypot(*np.maximum(gap, 0).T) < REACH * np.hypot(scene.width, scene.height)
     clear = (along > CLEAR) & (abs(away[:, axis]) >= abs(away[:, 1 - axis])) & apart & near

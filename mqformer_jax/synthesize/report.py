@@ -19,21 +19,22 @@ from mqformer_jax.input.record import DatasetInfo, Record, decode_rle
 from mqformer_jax.synthesize.annotations import Annotation, usable_box
 from mqformer_jax.visualization.overlays import grid
 
-SHOWN = 24  # accepted boxes on the grid, and as many rejected ones
+SHOWN = 24  # largest number of accepted boxes on the grid, and of rejected boxes
 COLUMNS, SIDE = 6, 260  # columns of the grid; side of a panel in pixels
-SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # COCO's limits for the area of the box in pixels
+SIZES = {"small": 32**2, "medium": 96**2, "large": float("inf")}  # upper limits of the box's area in pixels, from COCO
 SEGMENT, BOX = (255, 221, 51), (64, 156, 255)
 
 
 @dataclasses.dataclass
 class Tally:
-    """Counts over boxes. Tallies of shards add up to the tally of the split.
+    """Statistics of the annotations of a shard or a split. `update` adds up the tallies of shards.
 
+    kind, teacher: the kind and the name of the `Annotator`. images: number of images.
     boxes, accepted: number of all boxes and of the accepted ones, by class name. boxes_by_size, accepted_by_size: the
         same by size (`SIZES`).
     reasons: number of rejected boxes by reason. examples: the key of one record for each reason.
     rejected_captions: number of rejected captions by reason. captions: number of accepted captions.
-    score: sum of the scores of the accepted boxes.
+    score: sum of the scores of the accepted annotations.
     samples: the boxes shown on the grid, chosen by a hash of record and segment.
     """
 
@@ -52,7 +53,7 @@ class Tally:
     samples: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     def add(self, record: Record, info: DatasetInfo, place: tuple[int, int], annotations: Sequence[Annotation]) -> None:
-        """Count the annotations of a record. place: the number of its shard, and the record's number in the shard."""
+        """Count the annotations of a record. place: the number of the shard, and of the record in the shard."""
         self.images += 1
         for annotation in annotations:
             class_id, box = record.segments[annotation.segment].class_id, usable_box(record, annotation.segment)
@@ -110,7 +111,7 @@ class Tally:
         boxes, accepted = self.boxes.total(), self.accepted.total()
         share = lambda part, whole: f"{100 * part / max(whole, 1):.1f} %"
         if not boxes:
-            return f"none of the {self.images} images has a box without {self.kind}"
+            return f"none of the {self.images} images has a box to annotate with {self.kind}"
         lines = [
             f"{accepted} of {boxes} boxes ({share(accepted, boxes)}) in {self.images} images "
             f"have {self.kind} by {self.teacher}"
@@ -118,28 +119,28 @@ class Tally:
         if accepted:
             lines[0] += f", mean score {self.score / accepted:.2f}"
         if self.captions:
-            lines[0] += f", {self.captions / accepted:.1f} per box"
+            lines[0] += f", {self.captions / accepted:.1f} captions each"
         sizes = [
             f"{size} {share(self.accepted_by_size[size], self.boxes_by_size[size])} of {self.boxes_by_size[size]}"
             for size in SIZES
         ]
-        lines.append(f"  by size: {', '.join(sizes)}")
+        lines.append(f"  accepted by size: {', '.join(sizes)}")
         classes = sorted(self.boxes, key=lambda name: (self.accepted[name] / self.boxes[name], name))
         shown = [*classes[:5], *classes[5:][-5:]]
         by_class = [f"{name} {share(self.accepted[name], self.boxes[name])} of {self.boxes[name]}" for name in shown]
-        lines.append(f"  by class{', worst and best' if len(classes) > 10 else ''}: {', '.join(by_class)}")
+        lines.append(f"  accepted by class{', worst and best' if len(classes) > 10 else ''}: {', '.join(by_class)}")
         lines += [
-            f"  {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})"
+            f"  rejected boxes: {count} x {reason} ({self.examples[reason]}{', …' * (count > 1)})"
             for reason, count in self.reasons.most_common()
         ]
-        lines += [f"  {count} x caption: {reason}" for reason, count in self.rejected_captions.most_common()]
+        lines += [f"  rejected captions: {count} x {reason}" for reason, count in self.rejected_captions.most_common()]
         return "\n".join(lines)
 
 
 def sample_grid(tally: Tally, image_of: Callable[[int, int], np.ndarray], path: str) -> bool:
-    """Write a PNG grid of accepted boxes, then of rejected boxes with the reasons.
+    """Write a PNG grid of the tally's samples: accepted boxes, then rejected boxes with the reasons.
 
-    Return False, without writing a file, if there are no boxes. image_of: returns the RGB image for the numbers of a
+    Return whether the file was written: there may be no samples. image_of: returns the RGB image for the numbers of a
     shard and a record.
     """
     cells = [(_label(sample), _picture(sample, image_of(*sample["place"]))) for sample in tally.samples]

@@ -24,17 +24,20 @@ from mqformer_jax.synthesize.teachers import Caption, Picture
 MAX_CAPTIONS = 5  # per box
 _MAX_PER_KIND = 2  # captions of each kind: by looks, by position and by neighbor
 _MAX_ANCHORS = 5  # nearest neighbors that a relation may refer to
-_MIN_ANCHOR_AREA = 1 / 8  # smallest area of a neighbor, relative to the object: a cup is a poor reference for a bus
+_MIN_ANCHOR_AREA = 1 / 8  # smallest box area of a neighbor, relative to the object's: a bus is not "left of the cup"
 
 
 class RuleCaptioner:
     """A `Captioner` that captions objects by rules.
 
-    The score of a caption is the certainty of its least certain part. For a color it is the fraction of the object's
-    pixels with that color. For an extreme position it is 0.5 plus the lead over the next object, for a relation 0.5
-    plus the distance to the other object, as fractions of the image's width or height. For "large" it is a third of the
-    largest ratio of the object's length to that of another object with its noun, at most 1; for "small", the ratio is
-    inverted. A caption of a noun alone scores 1.
+    The score of a caption is the smallest certainty of its words, at most 1:
+
+    - a noun: 1;
+    - a color: the fraction of the object's pixels with this color;
+    - "large": a third of the largest ratio of the object's length to that of another object of the same noun;
+    - "small": the same with the inverse ratio;
+    - an extreme position: 0.5 plus the lead over the next object, as a fraction of the image's width or height;
+    - a relation: 0.5 plus the distance to the other object, as a fraction of the same length.
     """
 
     name = "rules 1"
@@ -46,10 +49,11 @@ class RuleCaptioner:
             raise ValueError(f"--teacher=rules:{where}: this teacher has no weights; give --teacher=rules.")
 
     def __call__(self, pictures: Sequence[Picture]) -> list[list[list[Caption]]]:
-        """Return up to `MAX_CAPTIONS` captions for each box of each image, best first.
+        """Return up to `MAX_CAPTIONS` captions for each box of each image.
 
-        Captions by looks, by extreme position and by neighbor alternate. A box gets none if its segment is not an
-        instance of a class, or if no caption identifies it. The result depends on the record alone.
+        Three kinds of captions alternate: by looks ("the red ball"), by extreme position ("the leftmost ball") and by
+        neighbor ("the ball above the dog"). A box gets no captions if its segment is not an instance of a class, or if
+        no caption identifies the object. The result is deterministic.
         """
         return [_captions(picture) for picture in pictures]
 
@@ -78,7 +82,7 @@ def _captions(picture: Picture) -> list[list[Caption]]:
 def _draw(rng: np.random.Generator, words: Sequence[str], count: int) -> list[str]:
     """Return `count` random words, or [] if `words` is empty.
 
-    At least half of the draws take the first word on average, since it is the most common one.
+    On average, at least half of the draws are the first word, usually the class's display name.
     """
     draws = rng.integers(2, size=count) * rng.integers(len(words), size=count) if words else ()
     return [words[i] for i in draws]
@@ -88,9 +92,10 @@ def _draw(rng: np.random.Generator, words: Sequence[str], count: int) -> list[st
 
 
 def look(record: Record, info: DatasetInfo, image: UInt8[np.ndarray, "h w 3"]) -> Scene:
-    """Return the scene of a record: its objects, and what their pixels show.
+    """Return the scene of a record: its objects, with their sizes and colors.
 
-    Crowds, regions, foregrounds and segments without a class are not objects.
+    Crowds, regions, foregrounds and segments without a class are not objects. If `fair_light` is
+    False, no color is certain.
     """
     kept = [(i, s, _whole_box(record, s)) for i, s in enumerate(record.segments) if _is_object(s, info)]
     kept = [(i, s, box) for i, s, box in kept if box is not None]
@@ -123,7 +128,7 @@ def _is_object(segment: Segment, info: DatasetInfo) -> bool:
 
 
 def _whole_box(record: Record, segment: Segment) -> tuple[int, ...] | None:
-    """Return the box in whole pixels, clipped to the image, or None if it is empty."""
+    """Return the box of a segment in whole pixels, clipped to the image, or None if it is empty."""
     box = segment.box or (segment.mask and box_of(record.decode_mask(segment.mask)))
     if not box:
         return None
@@ -134,7 +139,7 @@ def _whole_box(record: Record, segment: Segment) -> tuple[int, ...] | None:
 def _look_at(
     record: Record, segment: Segment, k: int, boxes: np.ndarray, image: np.ndarray
 ) -> tuple[tuple[float, float], Float[np.ndarray, " 11"]]:
-    """Return the bounds of an object's length in pixels, and the certainty of each of its colors."""
+    """Return the bounds of the length of object `k` (see `Scene`), and the certainty of each color term for it."""
     x0, y0, x1, y1 = boxes[k].tolist()
     others = np.delete(boxes, k, 0)
     others = others[(np.minimum(others[:, 2:], boxes[k, 2:]) > np.maximum(others[:, :2], boxes[k, :2])).all(1)]
@@ -151,9 +156,11 @@ def _look_at(
 
 
 def _hidden(box: np.ndarray, others: np.ndarray, record: Record) -> float:
-    """Return an upper bound of the hidden pixels of an object.
+    """Return an upper bound of the number of pixels of an object that are not visible.
 
-    Objects that overlap its box may hide some. The bound is infinity if the box touches the image's border.
+    others: the boxes that overlap the object's box, since their objects may hide parts of it. The bound is the area of
+    the box around all of these boxes minus that of the object's box. It is infinity if the object's box touches the
+    image's border, since the object may continue outside.
     """
     if box[:2].min() <= 1 or box[2] >= record.width - 1 or box[3] >= record.height - 1:
         return np.inf
@@ -226,7 +233,8 @@ def _by_neighbor(target: int, noun: str, scene: Scene) -> Iterator[Phrase]:
 def _neighbors(target: int, scene: Scene) -> Iterator[tuple[int, Phrase]]:
     """Yield (index, phrase) of neighbors, nearest first. The phrase is the shortest that identifies the neighbor.
 
-    Phrases describe looks (`_by_looks`). Only the `_MAX_ANCHORS` nearest objects that are large enough are tried.
+    The phrase describes only looks (`_by_looks`). Only the `_MAX_ANCHORS` nearest objects that are large enough are
+    tried.
     """
     low, high = scene.boxes[:, :2], scene.boxes[:, 2:]
     gap = np.maximum(np.maximum(low, low[target]) - np.minimum(high, high[target]), 0)

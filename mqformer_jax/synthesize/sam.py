@@ -25,27 +25,29 @@ BOXES = 32  # boxes of an image per call of the decoder: each box has its own co
 # contains the image model.
 FAMILIES = {"sam": "sam", "sam_hq": "hq-sam", "sam2": "sam2", "sam2_video": "sam2"}
 
-transformers.logging.set_verbosity_error()  # otherwise it warns about the unused video parts
+transformers.logging.set_verbosity_error()  # otherwise transformers warns about the unused video parts
 transformers.logging.disable_progress_bar()
 
 
 class Sam:
-    """Segment Anything, a `MaskTeacher` (Kirillov et al., arXiv:2304.02643;
-    github.com/facebookresearch/segment-anything).
+    """A `MaskTeacher` that uses Segment Anything (Kirillov et al., arXiv:2304.02643).
+
+    Source: github.com/facebookresearch/segment-anything.
 
     where: a folder written by save_pretrained, or a name on the Hugging Face hub, such as "facebook/sam-vit-huge".
-    Raises ValueError with a one-line message if it cannot be read or belongs to another family. Runs on the GPU if
-    torch finds one, else on the CPU.
+    Raises ValueError with a one-line message if the model cannot be read or belongs to another family. The model runs
+    on the GPU if torch finds one, else on the CPU.
 
-    Each box gets one mask (`multimask_output=False`), as in the authors' code: the other three masks are for single
-    points, which may mean a part or the whole. The score is the IoU that the model predicts.
+    Each box gets one mask (`multimask_output=False`), as in the authors' code. The model's other three masks are for
+    prompts of a single point, which may mean a part or the whole of an object. The score is the IoU that the model
+    predicts.
     """
 
     family = "sam"
     model_type: type = transformers.SamModel
-    # The authors resize with Pillow too. The masks do not depend on whether torchvision is installed.
+    # Resize with Pillow, like the authors, so that the masks do not depend on whether torchvision is installed.
     image_processor_type: type = transformers.SamImageProcessorPil
-    pads = True  # whether to resize the longer side to the canvas and pad the rest; else resize both sides
+    pads = True  # whether to keep the aspect ratio and pad the image; else resize both sides to the canvas
 
     def __init__(self, where: str) -> None:
         found, folder = self.family, find(f"{self.family}:{where}", where)
@@ -68,8 +70,8 @@ class Sam:
             }:  # these have random values
                 raise ValueError(f"{min(lacking)} is missing or has an unexpected shape")
         except Exception as e:  # broken files raise errors of json, safetensors, torch or transformers
-            files = "config.json, preprocessor_config.json and model.safetensors, as transformers saves them"
-            mend = f"give a folder with its {files}" if found in ("", self.family) else f"use {found}:{where}"
+            files = "config.json, preprocessor_config.json and model.safetensors, as save_pretrained writes them"
+            mend = f"give a folder with {files}" if found in ("", self.family) else f"use {found}:{where}"
             raise ValueError(f"{self.family}:{where} cannot be read ({_gist(e)}): {mend}.") from e
         self.name, (self.device, _) = teacher_name(self.family, where, folder), device()
         self.model = model.to(self.device).eval()
@@ -107,7 +109,7 @@ class Sam:
         valid: tuple[int, int],
         output: tuple[int, int],
     ) -> BoxMasks:
-        """Return the masks of one image. canvas, valid, output: sizes as in `CanvasMasks`."""
+        """Return the masks of one image. encoded: see `_encode`. canvas, valid, output: sizes as in `CanvasMasks`."""
         scale = np.tile([valid[1] / output[1], valid[0] / output[0]], 2)
         prompts = torch.from_numpy(boxes * scale)[None].to(self.device)
         answers = [self.model(input_boxes=some, multimask_output=False, **encoded) for some in prompts.split(BOXES, 1)]
@@ -119,10 +121,11 @@ class Sam:
 
 
 class HqSam(Sam):
-    """SAM with finer edges (Ke et al., Segment Anything in High Quality, arXiv:2306.01567; github.com/SysCV/sam-hq).
+    """A `MaskTeacher` that uses HQ-SAM, a SAM with finer edges (Ke et al., arXiv:2306.01567; github.com/SysCV/sam-hq).
 
-    The logits are the sum of SAM's and those of the high-quality token (`hq_token_only=False`), the authors' default
-    and their advice for images with many objects. The score is the predicted IoU of SAM's mask.
+    The mask logits are SAM's plus those of the high-quality token. This is the authors' default
+    (`hq_token_only=False`), which they recommend for images with many objects. The score is the IoU that the model
+    predicts for SAM's mask. where: see `Sam`.
     """
 
     family = "hq-sam"
@@ -133,9 +136,10 @@ class HqSam(Sam):
 
 
 class _Sam2Pixels(PilBackend):
-    """An image processor that does not need torchvision, unlike transformers' `Sam2ImageProcessor`.
+    """An image processor for SAM 2 that does not need torchvision.
 
-    The pixels of both differ by at most one 8-bit level.
+    The result differs from that of transformers' `Sam2ImageProcessor`, which needs torchvision, by at most one of 256
+    levels.
     """
 
     size = {"height": 1024, "width": 1024}
@@ -145,10 +149,10 @@ class _Sam2Pixels(PilBackend):
 
 
 class Sam2(Sam):
-    """SAM 2 and 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2).
+    """A `MaskTeacher` that uses SAM 2 or 2.1 (Ravi et al., arXiv:2408.00714; github.com/facebookresearch/sam2).
 
-    where: such as "facebook/sam2.1-hiera-large". If the single mask is unstable, the model returns the best of the
-    other three, as in the authors' code.
+    where: see `Sam`, e.g. "facebook/sam2.1-hiera-large". If the single mask is unstable, the model returns the best of
+    its other three masks instead, as in the authors' code.
     """
 
     family = "sam2"

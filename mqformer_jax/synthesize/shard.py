@@ -38,10 +38,10 @@ def make_shard(
     batch: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Annotate one shard of a source, resuming an interrupted call.
+    """Annotate one shard of a source. Resume if an earlier call was interrupted.
 
-    path: of the shard's files, without extension. batch: images per call of the teacher. progress: called with the
-    number of records that are newly done. Raises ValueError if another process works on the same shard.
+    path: path of the new shard's files, without extension. batch: images per call of the teacher. progress: called with
+    the number of records that are newly done. Raises ValueError if another process is working on the same shard.
     """
     if os.path.exists(f"{path}.json"):
         return progress(Contents.load(f"{path}.json").records)
@@ -50,10 +50,10 @@ def make_shard(
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(
-                f"{path}: another process works on this shard; give each process its own --worker."
+                f"{path}: another process is working on this shard; give each process its own --worker."
             ) from None
         except OSError:
-            pass  # a file system without locks
+            pass  # the file system has no locks
         done = _count_complete(log)
         progress(done)
         for current in _prefetch(_batches(_records(source.paths[shard], done), source.info, annotator, batch)):
@@ -72,8 +72,8 @@ class Batch:
     """Records that are annotated in one call of the teacher.
 
     done: the numbers of all records of the batch. pictures: the images with at least one usable box. owners: the record
-    number of each picture. unusable: {record number: annotations of its unusable boxes}, which the teacher does not
-    get.
+    number of each picture. unusable: {record number: annotations of its unusable boxes}. The teacher does not see these
+    boxes.
     """
 
     done: list[int]
@@ -109,7 +109,7 @@ def _prefetch(batches: Iterator[Batch]) -> Iterator[Batch]:
 
 
 def _picture(data: bytes | None, info: DatasetInfo, annotator: Annotator) -> tuple[Picture | None, list[Annotation]]:
-    """Return the image and its usable boxes (None if there are none), and the annotations of unusable boxes."""
+    """Return a record's image with its usable boxes (None if it has none), and annotations of its unusable boxes."""
     try:
         record = Record.from_bytes(data or b"")
         boxes = {i: usable_box(record, i) for i in annotator.wanted(record, info)}
@@ -135,7 +135,7 @@ def _annotate(annotator: Annotator, batch: Batch) -> Iterator[list[Annotation]]:
 def _records(path: str, start: int = 0) -> Iterator[tuple[int, bytes | None]]:
     """Yield (number, bytes) of the records of a shard, starting at number `start`.
 
-    A damaged record is yielded as None.
+    The bytes of a damaged record are None.
     """
     reader = ArrayRecordReader(path)
     try:

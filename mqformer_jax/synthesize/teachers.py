@@ -1,4 +1,4 @@
-"""The interfaces of teachers, which annotate boxes with masks or captions, and the list of teachers by name.
+"""The interfaces of teachers and the tables of all teachers. A teacher generates masks or captions, or scores captions.
 
 To add a teacher, write a class with one of the interfaces below and add a line to the table of that interface at the
 end of this file.
@@ -22,7 +22,7 @@ from mqformer_jax.segments import CanvasMasks
 class Picture:
     """An image and the boxes that a teacher annotates.
 
-    record, info: the labels of the image and of its data set, which teachers may use.
+    record, info: the record of the image and the DatasetInfo of its data set. Teachers may use these labels.
     image: RGB.
     segments: index into `record.segments` of each box.
     boxes: x0, y0, x1, y1 in pixels, inside the image and not empty.
@@ -39,8 +39,8 @@ class Picture:
 class BoxMasks:
     """A teacher's masks for the boxes of an image.
 
-    masks: logits, resized one by one to bound the memory. scores: 0 to 1, the predicted IoU if the teacher predicts
-    one.
+    masks: logits. Each mask is resized to the image only when it is indexed, to save memory. scores: 0 to 1; the
+    predicted IoU if the teacher predicts it.
     """
 
     masks: CanvasMasks
@@ -67,7 +67,7 @@ class MaskTeacher(Protocol):
     def __call__(self, pictures: Sequence[Picture], boxes: Sequence[Float[np.ndarray, "_k 4"]]) -> list[BoxMasks]:
         """Return the masks for k boxes of each image: its n boxes and jittered copies of them.
 
-        Box j belongs to the segment `segments[j % n]`.
+        boxes: x0, y0, x1, y1 in pixels. Box j of a picture belongs to its segment `segments[j % n]`.
         """
         ...
 
@@ -76,8 +76,8 @@ class MaskTeacher(Protocol):
 class Captioner(Protocol):
     """The interface of teachers that caption boxes.
 
-    name: the teacher and its version, as written to the records. unique: whether its captions fit no other object of
-    the image.
+    name: the teacher and its version, as written to the records. unique: whether each caption fits only its own object
+    in the image.
     """
 
     name: str
@@ -97,15 +97,15 @@ class CaptionScorer(Protocol):
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Return for each of the n boxes of each image the scores of its c captions for all n boxes.
+        """Return, for each of the n boxes of each image, the scores of the box's c captions for all n boxes.
 
         A caption fits the box with the largest score, and no box if no score is above 0.
         """
         ...
 
 
-# Name: module and class. The class takes the text after the colon, a folder or a name on the Hugging Face hub. The
-# module is imported when the teacher is made.
+# {name: (module, class)}. The module is imported when a teacher of this name is made. The class is called with `where`
+# from "name:where": a folder, a name on the Hugging Face hub, or "".
 MASK_TEACHERS = {
     "ours": ("mqformer_teacher", "MqformerMasks"),
     "sam": ("sam", "Sam"),
@@ -127,18 +127,19 @@ CAPTION_SCORERS = {
 def make_teacher(
     given: str, among: dict[str, tuple[str, str]], option: str = "teacher"
 ) -> MaskTeacher | Captioner | CaptionScorer:
-    """Make the teacher that "name:where" describes.
+    """Make the teacher that `given` describes, as "name:where".
 
-    among: the table of its kind, e.g. `MASK_TEACHERS`. option: the command-line option, for messages. Raises ValueError
-    with a one-line message if there is no such teacher or a package that it needs is missing.
+    among: the table with the name, e.g. `MASK_TEACHERS`. option: the command-line option, for messages. Raises
+    ValueError if there is no such teacher or a package that it needs is missing, and ValueError or OSError if the
+    weights cannot be loaded.
     """
     name, _, where = given.partition(":")
     if name not in among:
-        raise ValueError(f"--{option}={given}: give one of {', '.join(among)}.")
+        raise ValueError(f"--{option}={given}: {name!r} is not supported; give one of {', '.join(among)}.")
     if not where and name != "rules":
         raise ValueError(
-            f"--{option}={given}: give the weights: {name}:"
-            + ("WORKDIR of a training run." if name == "ours" else "FOLDER or a name on the Hugging Face hub.")
+            f"--{option}={given}: the weights are missing; give {name}:"
+            + ("WORKDIR of a training run." if name == "ours" else f"FOLDER or {name}:NAME of the Hugging Face hub.")
         )
     module, kind = among[name]
     try:

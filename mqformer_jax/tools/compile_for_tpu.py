@@ -1,9 +1,10 @@
-"""Compile the train step of a recipe for TPUs without using one, and report memory, traffic and estimated speed.
+"""Compile the train step of a recipe for TPUs without using a TPU. Report its memory, traffic and estimated time.
 
     mqformer compile --config=coco_ref --topology=v5e:16x16
 
 Needs the TPU compiler (`pip install 'mqformer_jax[tpu]'`, Linux) and no TPU. Supports topologies of v4, v5e, v5p, v6e
-and tpu7x. If the step does not fit, the report names the largest buffers and a change of the recipe that makes it fit.
+and tpu7x. If the step does not fit in memory, the report lists the largest arrays, and the command tries changes of the
+recipe until it fits.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from mqformer_jax.training.step import TrainStep
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Published peaks of one device (tpu7x: half a chip).
+    """Published peak rates of one device, which is a chip (tpu7x: half a chip).
 
-    teraflops: bfloat16 TFLOP/s. memory: GB/s. network: GB/s to all neighbors together.
+    teraflops: bfloat16 TFLOP/s. memory: bandwidth, GB/s. network: bandwidth to all neighbors together, GB/s.
     """
 
     teraflops: float
@@ -44,7 +45,7 @@ class Chip:
     network: float
 
 
-# cloud.google.com/tpu/docs/v4 to tpu7x, November 2026
+# from cloud.google.com/tpu/docs/v4 to .../tpu7x, November 2026
 CHIPS = {
     "v4": Chip(275.0, 1228.0, 300.0),
     "v5e": Chip(197.0, 819.0, 200.0),
@@ -53,8 +54,8 @@ CHIPS = {
     "tpu7x": Chip(1153.0, 3690.0, 600.0),
 }
 GB = 1e9
-# Assumed seconds for each unit of `jaxprs.irregular`, beside its memory traffic. They were not measured: they stand for
-# one memory access for each row or number, twice that for a scatter, and several passes for a sort.
+# Assumed seconds for each row, number or loop that `jaxprs.irregular` counts, in addition to its memory traffic. These
+# are guesses, not measurements: one memory access per row or number, two for a scatter, several passes for a sort.
 SLOW = {
     "gathered_rows": 2e-9,
     "gathered_numbers": 5e-9,
@@ -63,7 +64,7 @@ SLOW = {
     "sorted_numbers": 10e-9,
     "open_loops": 5e-3,
 }
-# changes if a step does not fit, the mildest first; each is added to the previous ones
+# (flag, whether it applies, change of the config) to save memory, the mildest first. `advice` adds them one by one.
 REMEDIES = (
     ('config.model.remat="dots"', lambda c: c.model.remat == "none", lambda c: c.model.update(remat="dots")),
     ('config.model.remat="layers"', lambda c: c.model.remat != "layers", lambda c: c.model.update(remat="layers")),
@@ -78,7 +79,7 @@ REMEDIES = (
 
 
 def get_topology(name: str) -> list[jax.Device]:
-    """Return the devices of a slice such as "v5e:4x4", which exist only for the compiler.
+    """Return the devices of a TPU slice such as "v5e:4x4". They exist only for compilation.
 
     Raises ValueError if there is no such slice or the TPU compiler is not installed.
     """
@@ -96,7 +97,7 @@ def get_topology(name: str) -> list[jax.Device]:
             return list(topologies.get_topology_desc(name, platform="tpu", **options).devices)
     except (RuntimeError, ValueError, jax.errors.JaxRuntimeError) as e:
         if "libtpu" in str(e) or "tpu plugin" in str(e).lower():
-            raise ValueError("the TPU compiler is not installed: pip install -e '.[tpu]' (Linux, x86-64).") from e
+            raise ValueError("the TPU compiler is not installed. Run pip install -e '.[tpu]' (Linux, x86-64).") from e
         raise ValueError(f"--topology={name}: {str(e).splitlines()[0]}") from e
 
 
@@ -120,18 +121,18 @@ def _quiet() -> Generator[None]:
 def memory_of(device: jax.Device) -> float:
     """Return the bytes of a device's memory that the compiler may use.
 
-    Compiles a program with a too large array and reads the number from the error message.
+    Compiles a program with an array that is too large, and reads the number from the compiler's error message.
     """
     everything = jax.ShapeDtypeStruct((1 << 40,), "uint8", sharding=jax.sharding.SingleDeviceSharding(device))
     try:
         jax.jit(lambda x: x + 1).lower(everything).compile()
     except jax.errors.JaxRuntimeError as e:
         return _size(re.search(r"available HBM \(([\d.]+\w)\)", str(e)).group(1))
-    raise AssertionError("an array of a terabyte fits the device")
+    raise AssertionError("the compiler accepts an array of 1 TiB, so its memory limit is unknown: adapt `memory_of`")
 
 
 def _size(text: str) -> float:
-    """Convert "15.75G" to bytes."""
+    """Return the number of bytes of a size such as "15.75G"."""
     return float(text[:-1]) * 1024 ** ("KMGT".index(text[-1]) + 1)
 
 
@@ -150,7 +151,7 @@ def adapted(config: ConfigDict, devices: int) -> tuple[ConfigDict, str]:
         config,
         (
             f"batch_size {was} is not divisible by {mesh[0]} x {mesh[1]} x grad_accum_steps {config.grad_accum_steps}: "
-            f"compiled for {images}"
+            f"compiled with batch_size {images}"
         ),
     )
 
@@ -165,8 +166,9 @@ def _product(values: Any) -> int:
 def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dict[str, Any]:
     """Compile the train step of a config for the devices and return a report.
 
-    `needed` and `available` are bytes per device. If the compiler rejects the program, `needed` is from its message.
-    `largest` are the largest arrays of the program or, if it was rejected, of the traced program before fusion.
+    In the report, `needed` and `available` are bytes per device. If the compiler rejects the program, `needed` is taken
+    from its message, or None. `largest` lists the largest arrays of the program or, if it is rejected, of the traced
+    program before fusion.
     """
     chip, config, note = CHIPS[topology.partition(":")[0]], *adapted(config, len(devices))
     mesh = make_mesh(config.mesh, devices)
@@ -209,16 +211,16 @@ def measure(config: ConfigDict, topology: str, devices: list[jax.Device]) -> dic
 
 
 def _needed(message: str) -> float | None:
-    """Return the bytes in the compiler's out-of-memory message, or None."""
+    """Return the bytes that a program needs according to the compiler's out-of-memory message, or None."""
     found = re.search(r"[Uu]sed ([\d.]+[KMGT]) of|temporaries \(([\d.]+[KMGT])\)", message)
     return _size(next(filter(None, found.groups()))) if found else None
 
 
 def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
-    """Return counts of the program's collectives, by kind.
+    """Return {kind of collective: {"count", "bytes", "sent", "in_loops"}} of a program.
 
-    count: executions per step. bytes: size of the results. sent: bytes that each device sends (ring algorithms).
-    in_loops: number of instructions in loops.
+    count: executions per step. bytes: size of the results. sent: bytes that each device sends, by ring algorithms.
+    in_loops: number of instructions that are inside loops.
     """
     found: dict[str, dict[str, Number]] = defaultdict(lambda: {"count": 0, "bytes": 0.0, "sent": 0.0, "in_loops": 0})
     for run, group in program.collectives():
@@ -237,11 +239,11 @@ def collectives(program: hlo.Program) -> dict[str, dict[str, Number]]:
 
 
 def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
-    """Return a range for the time of a step in seconds ("step" to "step_at_most"), and the images per second of both.
+    """Return bounds of the time of a step in seconds, their parts, and the images per second for both bounds.
 
-    The shortest step is the roofline: the slower of arithmetic ("compute") and memory traffic ("memory"), plus the
-    network. The longest step adds the assumed costs of gathers, scatters, sorts and loops ("irregular"; `SLOW`). It
-    still assumes that float32 matmuls reach the peak.
+    "step" is the roofline: the slower of arithmetic ("compute") and memory traffic ("memory"), plus the time of
+    collectives ("network"). "step_at_most" adds the assumed costs of gathers, scatters, sorts and loops ("irregular",
+    see `SLOW`). Even "step_at_most" assumes that float32 matmuls reach the bfloat16 peak.
     """
     seconds = {
         "compute": report["flops"] / (chip.teraflops * 1e12),
@@ -258,9 +260,9 @@ def estimate(report: dict[str, Any], chip: Chip) -> dict[str, float]:
 
 
 def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Try memory-saving changes of the config one after another, keeping the earlier ones.
+    """Try changes of the config that save memory, each in addition to the previous ones, until the step fits.
 
-    Yield the changes so far and the report of the step with them; stop when the step fits in memory.
+    Yield (the changes so far, the report with them) for each try.
     """
     config, changes = adapted(config, len(devices))[0], []
     for words, applies, change in REMEDIES:
@@ -280,7 +282,7 @@ def advice(config: ConfigDict, topology: str, devices: list[jax.Device]) -> Iter
 
 
 def table(report: dict[str, Any]) -> str:
-    """Return the report as lines of a name and a value."""
+    """Return the report as text. Each line has a name and a value."""
     gb = lambda value: f"{value / GB:.2f} GB"
     rows = {
         "topology": f"{report['topology']}: {report['devices']} devices, {report['hosts']} hosts",
@@ -295,7 +297,7 @@ def table(report: dict[str, Any]) -> str:
         ", ".join(f"{name} {gb(size)}" for name, size in report.get("memory", {}).items()) or "rejected by the compiler"
     )
     rows["memory per device"] = (
-        f"{gb(report['needed']) if report['needed'] else 'more'} of {gb(report['available'])}: {kinds}"
+        f"{gb(report['needed']) if report['needed'] else 'an unknown amount'} of {gb(report['available'])}: {kinds}"
     )
     if report["fits"]:
         rows["fits"] = f"true, {gb(report['available'] - report['needed'])} to spare"
@@ -328,7 +330,8 @@ def table(report: dict[str, Any]) -> str:
             f"{seconds['images_per_second_at_least']:.0f} to {seconds['images_per_second']:.0f} images/s ({parts})"
         )
         rows["assumes"] = (
-            "published peaks; compute and memory overlap, the network does not; ring algorithms; for the longer time "
+            "published peaks; compute and memory overlap, the network does not; ring algorithms. "
+            "The longer time adds, for each of: "
             + ", ".join(f"{name.replace('_', ' ')} {1e9 * cost:g} ns" for name, cost in SLOW.items())
         )
     rows["seconds"] = (
@@ -340,7 +343,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> None:
     cli.no_arguments(argv)
-    jax.config.update("jax_platforms", "cpu")  # constants of the program are made on this machine
+    jax.config.update("jax_platforms", "cpu")  # so that constants of the program are computed on this machine
     jax.config.update("jax_enable_compilation_cache", False)  # the compilation is measured
     given = flags.FLAGS
     config, topology = given.config, given.topology
@@ -351,13 +354,15 @@ def main(argv: list[str]) -> None:
     if not report["fits"] and given.advise:
         for change, tried in advice(config, topology, devices):
             print(
-                f"with {change}: fits: {str(tried['fits']).lower()}, {(tried['needed'] or 0) / GB:.2f} GB", flush=True
+                f"with {change}: {'fits' if tried['fits'] else 'does not fit'}, needs "
+                + (f"{tried['needed'] / GB:.2f} GB" if tried["needed"] else "an unknown amount of memory"),
+                flush=True,
             )
             report.setdefault("tried", []).append({"change": change, "fits": tried["fits"], "needed": tried["needed"]})
     path = given.output or f"{report['backbone']}_{topology.replace(':', '_')}.json"
     with open(path, "w") as f:
         json.dump(report, f, indent=1)
-    print(path)
+    print(f"Wrote {path}")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -375,7 +380,12 @@ def define_flags(values: flags.FlagValues) -> None:
         "JSON file for the report, e.g. report.json. (default: BACKBONE_TOPOLOGY.json)",
         flag_values=values,
     )
-    flags.DEFINE_bool("advise", True, "If the step does not fit, search for settings that fit.", flag_values=values)
+    flags.DEFINE_bool(
+        "advise",
+        True,
+        "If the step does not fit in memory, try changes of the recipe until it fits.",
+        flag_values=values,
+    )
     flags.mark_flags_as_required(["config", "topology"], values)
 
 

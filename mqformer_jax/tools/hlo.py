@@ -1,6 +1,6 @@
-"""Analyze the text of a compiled program: loops, collectives, memory traffic.
+"""Analyze the text of a compiled program (XLA's HLO): loops, collectives and memory traffic.
 
-XLA's own cost analysis counts the body of a loop only once.
+Unlike XLA's own cost analysis, this counts the body of a loop once per iteration.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = {
     "f64": 8,
     "c64": 8,
 }
-# opcodes without traffic of their own: names of existing data, and containers of other instructions
+# opcodes without memory traffic: they name existing data, or contain other instructions
 FREE = {
     "parameter",
     "constant",
@@ -47,12 +47,16 @@ _LINE = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
 _CALLED = re.compile(
     r"(?:calls|to_apply|condition|body|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
-Bytes = float | int | np.integer  # a 4-bit number is half a byte
+Bytes = float | int | np.integer  # not only integers, because a 4-bit number is half a byte
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation. kind: opcode. shape: of the result, as text. source: the JAX operation."""
+    """One line of a computation.
+
+    kind: opcode. shape: shape of the result, as text. source: name of the JAX operation. root: whether its result is
+    that of the computation.
+    """
 
     name: str
     kind: str
@@ -72,9 +76,9 @@ class Instruction:
 
     @property
     def collective(self) -> str | None:
-        """The kind of a collective, or None for other instructions.
+        """Return the kind of a collective, or None for other instructions.
 
-        An asynchronous collective consists of two instructions. Only the first one counts.
+        An asynchronous collective consists of two instructions, "-start" and "-done". Only "-start" counts.
         """
         kind = self.kind.removesuffix("-start")
         return kind if kind in COLLECTIVES else None
@@ -82,10 +86,11 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An instruction, its number of executions (the product of known loop lengths), and its loops, outermost first.
+    """An instruction and how it is executed.
 
-    known: whether the lengths of all its loops are known; an unknown length counts as 1. fused: whether the instruction
-    is inside a fusion.
+    times: number of executions, the product of the lengths of its loops; an unknown length counts as 1. loops: names of
+    the loops around it, outermost first. known: whether the lengths of all loops are known. fused: whether the
+    instruction is inside a fusion.
     """
 
     instruction: Instruction
@@ -141,10 +146,10 @@ class Program:
         return values[0] if len(values) == 1 else None
 
     def traffic_by_source(self, package: str = "/mqformer_jax/") -> dict[str, Bytes]:
-        """Return the traffic of each line of this package's code, e.g. {"models/layers.py:166 MLP.__call__": 1e9}.
+        """Return the bytes of traffic by line of code, largest first, e.g. {"models/layers.py:166 MLP.__call__": 1e9}.
 
-        An instruction belongs to the innermost line of the package that led to it. Those without a line, such as copies
-        that the compiler adds, are named by opcode. Largest first.
+        An instruction counts for the innermost line of the package in its stack trace. Instructions without a line,
+        such as copies that the compiler adds, are named by opcode.
         """
         found: dict[str, Bytes] = {}
         for run in self.runs():
@@ -167,9 +172,9 @@ class Program:
         return [(run, _group(run.instruction.text)) for run in self.runs() if run.instruction.collective]
 
     def largest(self, count: int = 5) -> list[dict[str, Any]]:
-        """Return bytes, shape and source of the largest results in device memory, one per shape.
+        """Return bytes, shape and source of the largest results in device memory, one for each shape.
 
-        Results in S(1), which is on-chip memory, are left out.
+        Results in on-chip memory, S(1) in the program's text, are left out.
         """
         made = (r.instruction for r in self.runs() if not r.fused and r.instruction.kind not in FREE | {"copy-done"})
         return largest_by_shape(
@@ -182,10 +187,10 @@ class Program:
         )
 
     def traffic(self, once: bool = False) -> Bytes:
-        """Return the bytes of memory traffic: operands and results, times loop lengths, without collectives.
+        """Return the bytes that the program reads and writes in memory: operands and results of all instructions.
 
-        An operand that is sliced counts with its slice only. once: count loop bodies once, for comparison with XLA's
-        `bytes accessed`.
+        Collectives are left out. Of an operand that is sliced, only the slice counts. An instruction in a loop counts
+        once per iteration, or only once if `once` is true, for comparison with XLA's "bytes accessed".
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
 
@@ -273,11 +278,11 @@ def _closing(text: str) -> int:
         depth += 1 if at.group() == "(" else -1
         if depth == 0:
             return at.start()
-    raise ValueError(f"unbalanced parentheses: {text[:80]}")
+    raise ValueError(f"the program's text cannot be parsed, parentheses are not balanced: {text[:80]}")
 
 
 def shape_bytes(shape: str) -> Bytes:
-    """Return the size in bytes of a shape or tuple of shapes as XLA prints it, without the padding of layouts."""
+    """Return the bytes of a shape, or tuple of shapes, as XLA prints it. Padding that a layout adds does not count."""
     found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
     return sum(
         SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n])
@@ -286,9 +291,9 @@ def shape_bytes(shape: str) -> Bytes:
 
 
 def _group(text: str) -> int:
-    """Return the number of devices in a group of a collective, or 1 if it is not given.
+    """Return the number of devices in each group of a collective, or 1 if the instruction has no groups.
 
-    Formats: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}.
+    Formats of groups: replica_groups={{0,1},{2,3}}, [2,4]<=[8] or mesh['a'=4,'b'=2] {'a'}.
     """
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return len(found.group(1).split(","))

@@ -1,4 +1,4 @@
-"""Analyze a traced program (a jaxpr): FLOPs, large arrays, and gathers, scatters and sorts."""
+"""Analyze a traced program (a jaxpr): FLOPs, the largest arrays, and gathers, scatters and sorts."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 from mqformer_jax.tools.hlo import Bytes, largest_by_shape
 
-ROW = 8  # a gather or scatter of shorter rows counts as one of single numbers
+ROW = 8  # numbers; the numbers of shorter rows are counted one by one
 
 
 def flops(jaxpr: Any) -> float:
     """Return the FLOPs of matmuls and convolutions of a jaxpr, including all iterations of scans.
 
-    Inside shard_map, they are those of one device.
+    Operations inside shard_map count for one device.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -34,12 +34,12 @@ def flops(jaxpr: Any) -> float:
 
 
 def irregular(jaxpr: Any) -> dict[str, float]:
-    """Return how much of a jaxpr's work a TPU does slowly, including all iterations of scans.
+    """Return counts of the operations in a jaxpr that are slow on TPUs, including all iterations of scans.
 
     gathered_rows, scattered_rows: rows of at least `ROW` adjacent numbers that gathers read and scatters write.
-    gathered_numbers, scattered_numbers: numbers in shorter rows. sorted_numbers: of sorts and top-k. random_numbers: 32
-    random bits each. open_loops: loops whose length depends on data; their bodies count once. Gathers with one index
-    (slices at a position) count as none. Of the alternatives for different platforms, TPU's count.
+    gathered_numbers, scattered_numbers: numbers in shorter rows. sorted_numbers: inputs of sorts and top-k.
+    random_numbers: random numbers of 32 bits. open_loops: loops whose length depends on data; their bodies count once.
+    A gather with a single index is a slice and does not count. Of code that differs by platform, only the TPU's counts.
     """
     total: dict[str, float] = dict.fromkeys(
         ("gathered_rows", "gathered_numbers", "scattered_rows", "scattered_numbers", "sorted_numbers",
@@ -75,13 +75,13 @@ def _count_rows(total: dict[str, float], kind: str, size: int, row: int) -> None
 
 
 def _counts_up(eqn: Any) -> bool:
-    """Return whether a `while` ends when a counter reaches a limit (`fori_loop`), not at a condition on data."""
+    """Return whether a `while` ends when a counter reaches a limit (`fori_loop`), not by a condition on data."""
     condition = eqn.params["cond_jaxpr"].jaxpr
     return [e.primitive.name for e in condition.eqns] == ["lt"]
 
 
 def largest_traced(jaxpr: Any, count: int = 5) -> list[dict[str, Any]]:
-    """Return bytes, shape and operation of the largest results of a jaxpr, one per shape."""
+    """Return bytes, shape and operation of the largest results in a jaxpr, one for each shape."""
 
     def made(jaxpr: Any) -> Iterator[tuple[Bytes, str, str]]:
         for eqn in jaxpr.eqns:

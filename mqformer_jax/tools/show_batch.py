@@ -2,8 +2,8 @@
 
     mqformer show --config=coco_ref:small --output=grid.png
 
-The grid shows augmented images, targets and prompts. The command prints statistics of each data set. It needs no model
-and no accelerator.
+The examples are drawn as a grid of augmented images with their targets and prompts. The command also prints statistics
+of each data set. It needs no model and no accelerator.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ class Tally:
 
     def __str__(self) -> str:
         if not self.rows:
-            return "no rows"
+            return "no examples"
         share = f", {self.masks / self.targets:.0%} of them with masks" if self.targets else ""
-        rows = "1 row" if self.rows == 1 else f"{self.rows} rows"
+        rows = "1 example" if self.rows == 1 else f"{self.rows} examples"
         prompts, targets = self.prompts / self.rows, self.targets / self.rows
         return f"{rows}, on average {prompts:.1f} prompts and {targets:.1f} targets{share}"
 
@@ -51,16 +51,17 @@ class Tally:
 def show(
     config: ConfigDict, output: str, count: int, start_step: int = 0, dataset: str | None = None, side: int = 320
 ) -> dict[str, Tally]:
-    """Write the grid as a PNG file. Return the statistics of each data set ("name/split") up to the last example.
+    """Write a grid of `count` examples as a PNG file. Return {"name/split": statistics of the examples that were read}.
 
-    The examples are those of the training stream from `start_step` on, or only those of `dataset`. Their masks are
-    drawn with all pixels, while training reads those of a lattice.
+    The examples are those of the training stream from `start_step` on, or only those of `dataset`. Masks are drawn with
+    all pixels, although training reads only the pixels of a lattice.
 
-    side: longer side of each image in pixels. Raises FileNotFoundError or ValueError.
+    side: longer side of each image in pixels. Raises FileNotFoundError if a data set is not prepared, ValueError if
+    `output` does not end with .png, or if `dataset` is not in the mixture.
     """
     if not output.lower().endswith(".png"):
         raise ValueError(f"--output={output}: the name of the file must end with .png.")
-    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # fails early
+    os.makedirs(os.path.dirname(output) or ".", exist_ok=True)  # before the slow part, so that errors come early
     config = config.copy_and_resolve_references()
     config.data.lattice_stride = 1
     entries = config.data.mixture
@@ -84,9 +85,9 @@ def show(
 
 
 def rows(stream: Iterable[tuple[Batch, Sequence[Note]]]) -> Iterator[tuple[Batch, Note]]:
-    """Yield each example as a batch of one.
+    """Yield each example as a batch of one, with its note.
 
-    Examples are unpacked one by one, because the unpacked masks of a whole batch can take gigabytes.
+    Later code then unpacks masks one example at a time, because those of a whole batch can take gigabytes.
     """
     for batch, notes in stream:
         for i, note in enumerate(notes):
@@ -94,7 +95,7 @@ def rows(stream: Iterable[tuple[Batch, Sequence[Note]]]) -> Iterator[tuple[Batch
 
 
 def describe(row: Batch, note: Note) -> ShownExample:
-    """Return the only example of a batch of one: its image, prompts and targets, with boxes and masks in pixels."""
+    """Return the example of a batch of one, in the form that `panel` draws: boxes in pixels, masks as images."""
     n, (height, width) = int(row.num_targets[0]), row.image.shape[1:3]
     centers, sizes = np.split(row.boxes[0, :n] * np.array([width, height] * 2, np.float32), 2, axis=1)
     positive, negative = row.positive[0, :n], row.negative[0, :n]
@@ -155,7 +156,7 @@ def main(argv: list[str]) -> None:
     width = max(map(len, tallies))
     for name, tally in tallies.items():
         print(f"{name:{width}}  {tally}")
-    print(f"\n{given.output}")
+    print(f"\nWrote {given.output}")
 
 
 def run(argv: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# What launch_tpu.sh runs on the workers of a TPU: it sends this file, followed by a call of one function.
-# ~/mqformer holds the tree, the virtual environment, the log and the state of the run; ~/bucket is the mounted bucket.
+# Functions that launch_tpu.sh runs on the workers of a TPU. It sends this file, followed by a call of one function.
+# ~/mqformer has the code, the virtual environment, the log and the state of the run; ~/bucket is the mounted bucket.
 set -euo pipefail
 
 # The run and its children hold a lock. Unlike a process id, it ends with a reboot and never belongs to another program.
@@ -23,11 +23,11 @@ worker_unpack() { # TREE
   rm -rf tree.old # does not follow the link to the bucket
 }
 
-worker_mount() { # BUCKET; also after a reboot or a crash of gcsfuse
+worker_mount() { # BUCKET; mounts it again after a reboot or a crash of gcsfuse
   [ "$(findmnt --noheadings --output SOURCE ~/bucket)" != "$1" ] || return 0
   fusermount -uz ~/bucket 2> /dev/null || true
   mkdir -p ~/bucket
-  # On TPU machines, the cache of gcsfuse never expires by default. Workers must see each other's files.
+  # On TPU machines, the cache of gcsfuse never expires by default. A worker would then miss files of other workers.
   gcsfuse --metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 "$1" ~/bucket
 }
 
@@ -54,13 +54,13 @@ worker_install() { # BUCKET
   echo "$wanted" > ../venv/installed
 }
 
-worker_may_run() { # BUCKET FLAGS...; all workers must agree before any of them starts
+worker_may_run() { # BUCKET FLAGS...; called on all workers before any of them starts the run
   [ -e ~/mqformer/tree ] && [ -e ~/mqformer/venv/installed ] || worker_refuse "not set up: sync and install first"
   ! worker_running || [ "$(cat ~/mqformer/flags)" = "$*" ] || worker_refuse "another run is active: stop it first"
 }
 
 worker_start() { # BUCKET FLAGS...
-  worker_mount "$1" # before the lock: gcsfuse would hold it
+  worker_mount "$1" # before the lock is taken, because gcsfuse would inherit it
   cd ~/mqformer
   exec 9> lock
   flock --nonblock 9 || { echo "$(hostname): this run is already active"; return 0; }
@@ -69,14 +69,14 @@ worker_start() { # BUCKET FLAGS...
   rm -f status stopped
   [ ! -e log ] || mv log log.before
   cd tree
-  export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30 # the log is a file
-  # The trap lets the shell outlive a SIGTERM to all processes, as in a shutdown, and write the exit status.
+  export PYTHONUNBUFFERED=1 TQDM_MININTERVAL=30 # few lines of progress, because the log is a file
+  # In a shutdown, all processes get SIGTERM. The trap keeps the shell alive, so that it can write the exit status.
   nohup setsid bash -c 'trap : TERM; "$@"; echo $? > ../status' run ../venv/bin/python -m mqformer_jax.main "$@" \
     > ../log 2>&1 < /dev/null &
   echo $! > ../pid
 }
 
-worker_state() { # from the exit status of the run
+worker_state() { # prints the state of the run, from its exit status
   local state=none code
   if worker_running; then
     state=running

@@ -1,4 +1,4 @@
-"""Training metrics: metrics.jsonl, TensorBoard and the text of the progress bar."""
+"""Write training metrics to metrics.jsonl and TensorBoard, and summarize them for the progress bar."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class Metrics:
 
     Metrics stay on the device until `write`, so that `add` never waits for a step.
 
-    sources: names of the data sets, which `Batch.source` indexes. step: the step at which the run starts; lines after
-    it are dropped from an existing file.
+    sources: names of the data sets, which `Batch.source` indexes. step: the step at which the run starts; lines of
+    later steps are dropped from an existing file.
     """
 
     def __init__(self, workdir: str, config: ConfigDict, sources: list[str], step: int):
         self.sources, self.batch_size = sources, config.batch_size
         self.rate = schedule(config.optimizer, config.steps)
         self.pending: list[dict[str, Any]] = []
-        self.images = dict.fromkeys(sources, 0)  # of each source, since step 0
+        self.images = dict.fromkeys(sources, 0)  # number of images used from each data set since step 0
         self.started = time.perf_counter()
         self.writes = is_first()
         if self.writes:
@@ -45,7 +45,7 @@ class Metrics:
         self.pending.append(measured)
 
     def write(self, step: int) -> str:
-        """Write the means of the stored metrics; return a summary for the progress bar."""
+        """Write the means of the metrics stored since the last `write`; return a summary for the progress bar."""
         pending, self.pending = jax.device_get(self.pending), []
         now, finite = time.perf_counter(), [m for m in pending if m["finite"]]
         terms = [k for k in pending[0] if np.ndim(pending[0][k]) == 0 and k not in ("finite", "alive")]
@@ -69,7 +69,7 @@ class Metrics:
         return f"loss {values['loss/total']:.3f}, {values['images_per_second']:.1f} images/s"
 
     def write_evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Write evaluation results. The time since the last write does not count towards images_per_second."""
+        """Write evaluation results. The time since the last write is not included in images_per_second."""
         self._emit(step, {f"eval/{k}": v for k, v in results.items()})
         self.started = time.perf_counter()
 

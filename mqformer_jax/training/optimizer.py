@@ -17,9 +17,10 @@ NO_DECAY = re.compile(
 
 
 def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
-    """Return the learning rate schedule: linear warm-up, then a cosine decay to zero or ten-fold drops.
+    """Return the learning rate schedule: linear warm-up, then a cosine decay to zero or divisions by ten.
 
-    The drops are at `config.lr_milestones`, which are fractions of the run.
+    The rate is divided by ten at each of `config.lr_milestones`, which are fractions of the run. config:
+    `config.optimizer`. steps: length of the run.
     """
     peak, warmup = config.learning_rate, config.warmup
     if config.schedule == "cosine":
@@ -29,10 +30,11 @@ def schedule(config: ConfigDict, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: ConfigDict, steps: int, params: Any) -> optax.GradientTransformation:
-    """Return AdamW with clipping by global norm and a learning rate per parameter group.
+    """Return AdamW with clipping of the global gradient norm and a learning rate per parameter group.
 
-    A frozen group (rate 0) has no optimizer state and does not count in the global norm. Weight decay excludes norms
-    and embeddings, but includes the biases of Linear and Conv (Mask DINO).
+    The groups are the backbone, the text encoder and the rest. A group with the multiplier 0 is frozen: it has no
+    optimizer state and is excluded from the global norm. Weight decay excludes norms and embeddings, but includes the
+    biases of Linear and Conv, as in Mask DINO.
     """
     rates = {"rest": 1.0, "backbone": config.backbone_lr_mult, "text_encoder": config.text_lr_mult}
     rate = schedule(config, steps)

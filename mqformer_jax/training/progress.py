@@ -12,14 +12,14 @@ from tqdm import tqdm
 
 from mqformer_jax.arrays import Number
 
-ESTIMATE_AFTER = 5  # steps; the first of them compiles
+ESTIMATE_AFTER = 5  # number of steps, including the first one, which compiles
 
 
 class Progress:
     """A progress bar that also shows the compilation of the first step and prints the estimated remaining time once.
 
-    total: the step at which training ends. initial: the step at which it starts. shown: whether to print; it should be
-    False for all but the first process of a pod.
+    total: the step at which training ends. initial: the step at which it starts. shown: whether to print anything. If a
+    run has several processes, only the first should.
     """
 
     def __init__(self, total: int, initial: int, shown: bool):
@@ -59,7 +59,9 @@ class Progress:
         self.bar.initial = self.bar.n + 1
 
     def update(self, step: int, last: dict[str, jax.Array]) -> None:
-        """Advance the bar by one step. Waits for the first and fifth step of this process, to time the others.
+        """Advance the bar by one step.
+
+        Waits for the results of the first and the fifth step of this process, to measure the time between them.
 
         step: number of finished steps of the run. last: metrics of the last step.
         """

@@ -41,7 +41,7 @@ from mqformer_jax.training.optimizer import make_optimizer
 @no_type_check  # see `Batch`
 @flax.struct.dataclass
 class TrainState:
-    """The variables that a step updates and the constants it reads (`frozen`: statistics of frozen norms)."""
+    """The variables that a step updates, and the constants that it reads (`frozen`: values of frozen BatchNorms)."""
 
     step: Int[Array, ""]
     params: Any
@@ -52,9 +52,9 @@ class TrainState:
 class TrainStep:
     """The compiled training step of a config on a mesh, with the shardings of its arguments.
 
-    `graph` is the model's structure, `abstract` the shapes of the state. `init()` returns a fresh sharded state. A call
-    takes a state, which is donated, and a Batch, and returns the next state and metrics. Randomness depends only on the
-    seed and the step.
+    `graph` is the model's structure, and `abstract` has the shapes of the state. `init()` returns a new sharded state.
+    A call takes a state and a Batch and returns the next state and the metrics. The given state is donated (its memory
+    is reused). Randomness depends only on the seed and the step.
     """
 
     def __init__(self, config: ConfigDict, mesh: Mesh):
@@ -87,16 +87,17 @@ class TrainStep:
         self.arguments = self.abstract, batch, jax.ShapeDtypeStruct((), bool)  # the shapes to compile for
 
     def init(self) -> TrainState:
-        """Return a fresh state."""
+        """Return a newly initialized state, sharded over the mesh."""
         return self._init(self._init_key)
 
     def center_prompts(self, state: TrainState, batch: Batch) -> TrainState:
         """Subtract the mean prompt embedding of a batch from the region embeddings, and return the changed state.
 
-        The region embeddings are added to every text, so the prompts of the batch then have a mean of zero. Any two
-        texts share a part of their embeddings: the start and end tokens, common words, and what the layers add to every
-        text. This part hides the words that distinguish prompts (docs/benchmarks.md). Without it, class scores compare
-        only what differs. A model without region embeddings stays unchanged. The paper does not mention this.
+        A region embedding is added to every prompt, so the prompts of the batch then have a mean of zero. The reason:
+        the embeddings of any two texts have a large part in common, from the start and end tokens, from common words
+        and from what the layers add to every text. This part hides the words that distinguish prompts
+        (docs/benchmarks.md). Without it, class scores depend only on what differs. A model without region embeddings
+        stays unchanged. The paper does not mention this.
         """
         center = jax.jit(
             self._center_prompts, in_shardings=(self.layout, batch_sharding(self.mesh)), out_shardings=self.layout
@@ -116,7 +117,10 @@ class TrainStep:
         return self.compiled(state, batch, alive)
 
     def put(self, batch: Batch) -> Batch:
-        """Put this host's rows of a batch on its devices and return the global batch."""
+        """Copy this host's images to its devices and return the batch of all hosts, as sharded arrays.
+
+        batch: numpy arrays with only the images of this host.
+        """
         return jax.tree.map(lambda x: jax.make_array_from_process_local_data(batch_sharding(self.mesh), x), batch)
 
     def _fresh(self, key: Array) -> TrainState:
@@ -136,8 +140,9 @@ class TrainStep:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Return the next state and the metrics.
 
-        If the loss or the gradient is not finite, the step leaves the weights unchanged. If its metric `alive` is
-        passed on, later steps leave them unchanged too, so that the weights that caused the failure are preserved.
+        If the loss or the gradient is not finite, the step leaves the weights unchanged. If its metric "alive" is
+        passed to the next step, and so on, later steps leave them unchanged too. This preserves the weights that caused
+        the failure.
         """
         images = self._images(batch, jax.random.fold_in(self._step_key, state.step))
         normalizers = Normalizers.of(batch, images.denoising)
@@ -162,9 +167,9 @@ class TrainStep:
 
 
 class Images(NamedTuple):
-    """Images of a batch with their random draws of a step. Every array has one row per image.
+    """The images of a batch, with the denoising queries and random keys of a step. Each array has one row per image.
 
-    loss_keys: for the pixels at which masks are compared. path_keys: for the backbone's drop path.
+    loss_keys: to draw the pixels at which masks are compared (`image_keys`). path_keys: for the backbone's drop path.
     """
 
     batch: Batch
@@ -177,11 +182,12 @@ class Images(NamedTuple):
 class LossGradients:
     """The gradient of the loss over all images of a global batch.
 
-    Each device computes the loss of its own images, in `num_parts` parts one after the other, divided by the number of
-    targets in the global batch. So gradients are summed over devices only once, at the end. Sharded parameters (fsdp)
-    are gathered only once, at the start, since a full copy fits in the memory that the activations of one image need.
+    Each device computes the loss of its own images, in `num_parts` parts one after the other. The loss is divided by
+    the number of targets in the global batch. Gradients can therefore be summed over devices only once, at the end.
+    Sharded parameters (fsdp) are gathered only once, at the start: a full copy fits in the memory that the activations
+    of one image need.
 
-    specs: the PartitionSpec of every parameter.
+    specs: the PartitionSpec of each parameter.
     """
 
     graph: nnx.GraphDef
@@ -190,14 +196,18 @@ class LossGradients:
     specs: Any
 
     def on(self, mesh: Mesh) -> Callable:
-        """Return `__call__` as a function of sharded arguments on a mesh."""
+        """Return `__call__` as a function of global arrays, mapped over the devices of the mesh."""
         slices = jax.tree.map(lambda spec: P(*(axis if axis in IMAGES else None for axis in spec)), self.specs)
         return shard_map_batch(self, mesh, (slices, P(), BATCH, P()), (slices, P(), BATCH))
 
     def __call__(
         self, params: Any, frozen: Any, images: Images, normalizers: Normalizers
     ) -> tuple[Any, dict[str, Array], dict[str, Array]]:
-        """Return this device's slice of the gradient, the metrics of the global batch, and its images' own metrics."""
+        """Return the gradient, the metrics of the global batch, and the metrics of each image.
+
+        images: the images of this device. The gradient is this device's slice, summed over all images. The metrics of
+        each image cover the images of this device only.
+        """
         params = gather_slices(params, self.specs)
         gradient = jax.grad(self._loss, has_aux=True)
         parts = jax.tree.map(lambda x: x.reshape(self.num_parts, -1, *x.shape[1:]), images)
@@ -226,9 +236,9 @@ class LossGradients:
 
 
 def abstract_batch(config: ConfigDict, encoded: bool) -> Batch:
-    """Return the shapes of a global batch, to compile a step for.
+    """Return the shapes and dtypes of a global batch, which are needed to compile a step.
 
-    encoded: whether prompts are vectors instead of token ids.
+    encoded: whether `tokens` are the outputs of a frozen text encoder instead of token ids.
     """
     spec, text = BatchSpec.of(config.data), config.model.text
     n, p, (h, w) = spec.targets, spec.prompts, spec.canvas

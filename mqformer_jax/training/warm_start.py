@@ -1,6 +1,6 @@
 """Start a run from converted or trained weights: `config.init_from`, one or more checkpoints.
 
-Each checkpoint provides the parts of the model that it has.
+Each checkpoint provides the parts of the model that it contains.
 """
 
 from __future__ import annotations
@@ -39,17 +39,19 @@ MEANING = {
 def initialize(
     params: Any, frozen: Any, model: ConfigDict, init_from: Sequence[str], init_skip: Sequence[str] = ()
 ) -> tuple[Any, Any, list[str], set[str]]:
-    """Return parameters and constants loaded from the checkpoints of `init_from`, a report, and the loaded paths.
+    """Load the checkpoints of `init_from`. Return the parameters, the constants, a report, and the loaded paths.
 
-    Later checkpoints override earlier ones. If the backbone or the text encoder differs, its weights (and all that
-    depend on the text encoder) are skipped and reported. Position tables are truncated or resized. Exchange layers and
-    region embeddings that the trained weights lack start such that they do not change the predictions.
+    Later checkpoints override earlier ones. If a checkpoint has another backbone or text encoder than the model, this
+    part is skipped and reported. All weights that depend on a skipped text encoder are skipped with it. Position tables
+    are truncated or resized. If trained weights have no exchange layers or region embeddings, these start without an
+    effect on the predictions.
 
-    model: `config.model`, which describes `params` and `frozen`. init_skip: regexes over the paths of parameters that
-    stay as they are.
+    params, frozen: the initial values; `model` is their `config.model`. init_skip: regexes over the paths of parameters
+    that keep their initial values.
 
-    Raises ValueError, with a message of one line, if other shapes differ, or if a field of MEANING differs: then the
-    shapes fit, but the model would use the weights wrongly. `init_skip` leaves such weights out.
+    Raises ValueError, with a message of one line, if the shape of any other loaded array differs, or if a field of
+    MEANING differs. In the latter case the shapes fit, but the model would use the weights wrongly. `init_skip`
+    excludes such weights.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in init_from:
@@ -74,10 +76,10 @@ def initialize(
         reasons = "".join(f"; {reason}" for reason in foreign)
         lines.append(f"{path}: {len(used)} of {len(theirs)} arrays loaded{reasons}")
         if unused := sorted(set(wanted) - used):
-            lines.append(f"{path}: arrays that this model does not have: {_summary(unused)}")
+            lines.append(f"{path}: ignored arrays that this model does not have: {_summary(unused)}")
     name = "region_embedding"
     if name in params and name not in loaded and "heads/class_embed/kernel" in loaded:
-        # the loaded class head was trained without region embeddings: start at zero, which changes nothing
+        # the loaded class head was trained without region embeddings: zeros do not change its predictions
         trees["params"][name] = jax.tree.map(jnp.zeros_like, params[name])
     fresh = sorted({**flatten_paths(params), **flatten_paths(frozen)}.keys() - loaded)
     lines += [f"newly initialized: {_summary(fresh)}"] if fresh else []
@@ -85,10 +87,11 @@ def initialize(
 
 
 def bring_tokenizer(init_from: Sequence[str], tokenizer: str, workdir: str) -> None:
-    """Copy the tokenizer that belongs to the run's text encoder from a checkpoint of `init_from` to the workdir.
+    """Copy tokenizer.json from a checkpoint of `init_from` to the workdir. A resumed run then needs only the workdir.
 
-    tokenizer: `config.model.text.tokenizer`. Afterwards, the run does not depend on that checkpoint. Raises
-    FileNotFoundError, with a message of one line, if a folder of `init_from` has no checkpoint.
+    The source is the last checkpoint that has this file and whose config has the same `tokenizer`. If there is none,
+    nothing is copied. tokenizer: `config.model.text.tokenizer`. Raises FileNotFoundError, with a message of one line,
+    if a folder of `init_from` has no checkpoint.
     """
     kinds = {path: load_config(path).model.text.tokenizer for path in init_from}
     files = [os.path.join(path, TOKENIZER) for path, kind in kinds.items() if kind == tokenizer]
@@ -102,25 +105,28 @@ def _pattern(text: str) -> re.Pattern:
     try:
         return re.compile(text)
     except re.error as e:
-        raise ValueError(f"config.init_skip: {text!r} is not a valid regular expression ({e}).") from e
+        raise ValueError(f"config.init_skip: {text!r} is not a valid regular expression ({e}); correct it.") from e
 
 
 def _foreign(theirs: ConfigDict, ours: ConfigDict) -> dict[str, re.Pattern]:
-    """Return the parts of a checkpoint to skip, as {reason: pattern of paths}."""
+    """Return the parts of a checkpoint to skip, as {reason: regex over the paths of the weights}.
+
+    theirs, ours: `config.model` of the checkpoint and of this run.
+    """
     parts = {}
     if theirs.backbone.name != ours.backbone.name:
-        reason = f"skipped its backbone ({theirs.backbone.name}; this config has {ours.backbone.name})"
+        reason = f"skipped its backbone ({theirs.backbone.name}, but this config has {ours.backbone.name})"
         parts[reason] = re.compile(r"^backbone/")
     if any(theirs.text[field] != ours.text[field] for field in ("name", "vocab_size", "width", "embed_dim")):
-        parts["skipped its text encoder, which differs in config.model.text, and related weights"] = TEXT_SPACE
+        parts["skipped its text encoder, whose config.model.text differs, and weights that depend on it"] = TEXT_SPACE
     return parts
 
 
 def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: ConfigDict) -> None:
     """Raise ValueError if this config uses loaded weights differently from the config they were trained with.
 
-    Their shapes cannot show this, e.g. with another number of attention heads. source: the checkpoint's folder.
-    paths: of the loaded weights. theirs, ours: `config.model` of the checkpoint and of this run.
+    Shapes do not always show this: another number of attention heads, for example, changes no shape. source: the
+    checkpoint's folder. paths: of the loaded weights. theirs, ours: `config.model` of the checkpoint and of this run.
     """
     read = lambda model, field: functools.reduce(lambda node, name: node[name], field.split("."), model)
     value = lambda model, field: tuple(found) if isinstance(found := read(model, field), (list, tuple)) else found
@@ -136,7 +142,7 @@ def _check_meaning(source: str, paths: Iterable[str], theirs: ConfigDict, ours: 
 def _check_shapes(source: str, theirs: Mapping[str, jax.Array], ours: Mapping[str, jax.Array]) -> None:
     """Raise ValueError if a loaded array (`theirs`) does not have the shape of the model's array of that name (`ours`).
 
-    Arrays that `_fitted` adapts to this shape are accepted.
+    Arrays that `_fitted` can adapt to this shape are accepted. source: the checkpoint's folder.
     """
     wrong = [
         f"{name} is {value.shape}, but {ours[name].shape} in this config"
@@ -161,7 +167,10 @@ def _take(path: tuple, leaf: jax.Array, theirs: dict[str, jax.Array], used: set[
 
 
 def _fitted(name: str, value: jax.Array, shape: tuple[int, ...]) -> np.ndarray:
-    """Return a value adapted to `shape`: truncate text positions, resize Swin's position tables to another window."""
+    """Adapt an array to `shape` if possible: truncate text positions, resize Swin's position tables to the window.
+
+    Other arrays are returned unchanged. name: the path of the array.
+    """
     value = np.asarray(value)
     if name == "text_encoder/positions" and len(value) > shape[0]:
         return value[: shape[0]]

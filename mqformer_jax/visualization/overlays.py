@@ -1,4 +1,4 @@
-"""Draw segments over their image, grids of images, and curves of metrics."""
+"""Draw segments over an image, grids of images, and curves of metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mqformer_jax.arrays import Number
 from mqformer_jax.input.record import DatasetInfo, Record
 from mqformer_jax.segments import Segments, ground_truth_segments
 
-SMALL = 384  # images with a shorter long side (in pixels) are enlarged, so that labels are legible
+SMALL = 384  # small images are enlarged to at most this longer side, in pixels, so that labels are legible
 GAP = 10
 GOLDEN = 0.618034
 INK = (32, 33, 36)
@@ -32,14 +32,15 @@ def overlay(
     labels: bool = True,
     among: Ids | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw the segments in color over the image, with contours and labels: the prompt, and the score from 0 to 1.
+    """Return the image with the segments drawn over it in color, with contours and labels (see `label_of`).
 
-    Each prompt has a color, with a shade for each of its segments, so overlays with the same prompts are comparable.
-    among: the prompts among which colors are distributed (default: all). If only a few of many prompts have segments,
-    pass these few, so that their colors differ more.
-    boxes: draw the boxes too.
-    Images smaller than `SMALL` are enlarged by an integer factor. Labels without room are omitted, those of small
-    segments first. Ground truth (query id -1) has no scores.
+    Each prompt has a color, and each of its segments has a shade of it, so overlays with the same prompts are
+    comparable. A small image is enlarged by the largest integer factor with which its longer side stays within `SMALL`
+    pixels. Large segments are labeled first, and a label without room is omitted.
+
+    opacity: of the colors, 0 to 1. boxes, labels: whether to draw them.
+    among: indices of the prompts among which colors are distributed (default: all). If only a few of many prompts have
+    segments, pass these few, so that their colors differ more.
     """
     factor = max(1, SMALL // max(image.shape[:2]))
     masks = [_enlarge(m, factor) for m in segments.masks]
@@ -52,13 +53,13 @@ def overlay(
     canvas, faded = (
         image.astype(np.float32),
         0.3 * image + 0.7 * gray,
-    )  # partly gray, so that the image's colors do not mix with ours
+    )  # partly gray, so that the image's colors do not mix with those of the segments
     for i in largest_first:
         canvas[masks[i]] = (1 - opacity) * faded[masks[i]] + opacity * shades[i]
     canvas = np.ascontiguousarray(canvas.round().astype(np.uint8))
     thickness = max(1, round(max(canvas.shape) / 600))
     for i in largest_first:
-        # avoids contours along the image's edge
+        # Extend the mask beyond the image, so that no contour follows the image's edge.
         wider = cv2.copyMakeBorder(masks[i].astype(np.uint8), 4, 4, 4, 4, cv2.BORDER_REPLICATE)
         outlines, _ = cv2.findContours(wider, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(
@@ -75,16 +76,16 @@ def overlay(
 
 
 def label_of(segments: Segments, index: int) -> str:
-    """Return the label of a segment: the prompt, and the score of a prediction."""
+    """Return the label of a segment: the prompt and the score, 0 to 1. Ground truth (query id -1) has no score."""
     text = segments.texts[segments.prompt_ids[index]]
     return text if segments.query_ids[index] < 0 else f"{text} {segments.scores[index]:.2f}"
 
 
 def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
-    """Return one RGB color (0 to 255) per segment: a hue per prompt, shifted for its second and further segments.
+    """Return one RGB color (0 to 255) per segment: the hue of its prompt, shifted for further segments of the prompt.
 
-    among: the prompts among which colors are distributed. Their hues, in sorted order, are golden-ratio steps apart, so
-    that up to about twenty prompts are distinguishable.
+    among: indices of the prompts among which colors are distributed. The hues of successive prompts are golden-ratio
+    steps apart, so that up to about twenty prompts are distinguishable.
     """
     rank = {prompt: i for i, prompt in enumerate(sorted(set(map(int, among))))}
     seen: dict[int, int] = {}
@@ -97,9 +98,10 @@ def colors(prompt_ids: Ids, among: Ids) -> Float[np.ndarray, "n 3"]:
 
 
 def grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: Sequence[str] = ()) -> None:
-    """Write a PNG of rows of captioned images under column titles. Images of a row are resized to one height.
+    """Write a PNG with rows of captioned images. The images of a row are resized to the same height.
 
-    rows: (caption, uint8 [h, w, 3]) for each cell. Captions are wrapped to the width of the image and may be empty.
+    columns: titles above the columns. rows: (caption, uint8 [h, w, 3]) for each cell. Captions are wrapped to the width
+    of the image and may be empty.
     """
     rows = [[(text, _to_height(image, max(i.shape[0] for _, i in row))) for text, image in row] for row in rows]
     widths = [max(row[k][1].shape[1] for row in rows if k < len(row)) for k in range(max(map(len, rows)))]
@@ -126,7 +128,11 @@ def grid(rows: Sequence[Sequence[tuple[str, np.ndarray]]], path: str, columns: S
 
 @dataclasses.dataclass
 class Shown:
-    """One image of a prediction grid with its predictions. A task that was not evaluated is None."""
+    """One image of a prediction grid.
+
+    panoptic: the predicted segments. regions: the predicted region of each expression. None if the task was
+    not evaluated.
+    """
 
     record: Record
     image: UInt8[np.ndarray, "h w 3"]
@@ -155,14 +161,14 @@ def prediction_grid(shown: Sequence[Shown], info: DatasetInfo, path: str) -> Non
 
 
 def _region_cells(item: Shown, most: int = 3) -> list[tuple[str, np.ndarray]]:
-    """Return one panel per expression, with the expression as caption, for up to `most` evenly spaced expressions."""
+    """Return (caption, panel) for up to `most` evenly spaced expressions. The caption has the expression and score."""
     regions = item.regions
     rows = np.unique(np.linspace(0, len(regions) - 1, most).round().astype(int))
     return [(f"“{regions.texts[i]}” {regions.scores[i]:.2f}", spotlight(item.image, regions.masks[i])) for i in rows]
 
 
 def spotlight(image: UInt8[np.ndarray, "h w 3"], mask: Bool[np.ndarray, "h w"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Draw the masked part in its own colors with an outline, and the rest in dark gray.
+    """Return the image with the masked part outlined in its original colors, and the rest in dark gray.
 
     Small images are enlarged as in `overlay`.
     """
@@ -180,9 +186,10 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
-    """Write a PNG with one plot per key.
+    """Write a PNG with one plot per key, and one curve per run in each plot.
 
-    runs: {label: JSON-lines file of metrics}; each line of a file has "step" and some of the keys.
+    runs: {label: JSON-lines file of metrics}; each line of a file has "step" and some of the keys. Raises
+    FileNotFoundError if a file is missing.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # no window and no global state, unlike pyplot
     from matplotlib.figure import Figure
@@ -190,7 +197,7 @@ def curves(runs: Mapping[str, str], keys: Sequence[str], path: str) -> None:
     logs = {}
     for label, file in runs.items():
         if not os.path.exists(file):
-            raise FileNotFoundError(f"{file}: no such file; `runs` maps labels to JSON-lines files of metrics.")
+            raise FileNotFoundError(f"{file}: no such file; give the JSON-lines file of metrics of the run {label!r}.")
         with open(file) as f:
             logs[label] = [json.loads(line) for line in f if line.strip()]
     figure = Figure(figsize=(4.2 * len(keys), 3.2), layout="constrained")
@@ -221,8 +228,8 @@ def _draw_labels(
 ) -> None:
     """Draw the label of each segment on `canvas`, which is changed in place.
 
-    A label stands where its segment is widest, or beside the segment if it would cover a large part of it.
-    Labels without room are omitted. order: segments, most important first.
+    A label stands where its segment is widest, or above or below the segment if it would cover a large part of it.
+    order: the indices of the segments in the order of labeling. A label that finds no room is omitted.
     """
     height, width = canvas.shape[:2]
     size = max(14, round(max(height, width) / 34))
@@ -245,7 +252,7 @@ def _draw_labels(
 
 
 def _label_places(mask: Bool[np.ndarray, "h w"], box: np.ndarray, w: Number, h: Number) -> list[tuple[Number, Number]]:
-    """Return upper left corners for a label of w x h pixels, best first."""
+    """Return possible upper left corners for a label of w x h pixels, best first; [] if it should be omitted."""
     if not mask.any():  # a segment that has only a box, or neither mask nor box
         return [(box[0], box[1] - h), (box[0], box[1])] if box[2] > box[0] else []
     _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8))
@@ -303,7 +310,7 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width: Number) -> str:
 
 
 def _oklch(lightness: float, chroma: float, hue: float) -> Float[np.ndarray, " 3"]:
-    """Convert OKLCH (Ottosson 2020), whose lightness looks equal in all hues, to sRGB from 0 to 255. hue: in turns."""
+    """Convert OKLCH (Ottosson 2020), whose lightness looks equal in all hues, to sRGB, 0 to 255. hue: 0 to 1."""
     a, b = chroma * np.cos(2 * np.pi * hue), chroma * np.sin(2 * np.pi * hue)
     lms = np.array([[0.3963377774, 0.2158037573], [-0.1055613458, -0.0638541728], [-0.0894841775, -1.2914855480]]) @ [
         a,

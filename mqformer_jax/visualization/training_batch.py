@@ -17,13 +17,13 @@ from PIL import Image, ImageDraw, ImageFont
 from mqformer_jax.arrays import Number
 from mqformer_jax.input.batch import PAD
 
-TEXT_WIDTH = 340  # pixels, of the text beside an image
+TEXT_WIDTH = 340  # width of the text beside an image, in pixels
 COLUMNS, GAP, LINE = 3, 16, 18
 INK, GRAY, RED = (32, 33, 36), (128, 132, 138), (200, 30, 30)
 FONT, HEAD, SMALL = (ImageFont.load_default(size) for size in (13, 15, 11))
 REGION, INSTANCES = "∎", "▢"  # drawn as icons, since the font lacks these characters
-HIDDEN = 500  # the number of a target smaller than this (in square pixels) is drawn above it
-ABSENT = 8  # number of prompts that the lists "absent" and "no loss" name; others are only counted
+HIDDEN = 500  # area of a box in pixels; the number of a smaller target is drawn above the target
+ABSENT = 8  # number of prompts named in the lists "absent" and "no loss"; further prompts are only counted
 Rgb = tuple[int, int, int]
 
 
@@ -31,8 +31,8 @@ Rgb = tuple[int, int, int]
 class ShownPrompt:
     """One prompt of an example.
 
-    owned: indices of the targets that match it. others: if the prompt is not exhaustive, indices of the targets that
-        are known not to match it.
+    owned: indices of the targets that match the prompt. others: if the prompt is not exhaustive, indices of the targets
+        that are known not to match it.
     """
 
     text: str
@@ -47,7 +47,7 @@ class ShownExample:
     """One example of a batch, unpacked.
 
     key: "dataset/image". size: height and width of the image on the canvas, without padding.
-    boxes: x0, y0, x1, y1 in pixels of the canvas. left_out: records that were skipped as unusable before this example.
+    boxes: x0, y0, x1, y1 in pixels of the canvas. left_out: unusable records that were skipped before this example.
     """
 
     key: str
@@ -71,7 +71,7 @@ def color(target: int | np.integer) -> Rgb:
 
 
 def picture(shown: ShownExample, side: int) -> Image.Image:
-    """Draw the canvas with its numbered targets, its longer side resized to `side` pixels.
+    """Return a picture of the canvas with its numbered targets. The longer side has `side` pixels.
 
     Masks are filled and outlined. Boxes without a mask are dashed.
     """
@@ -93,7 +93,7 @@ def picture(shown: ShownExample, side: int) -> Image.Image:
     for i in np.flatnonzero(~shown.has_mask):
         _dashed(draw, shown.boxes[i] * scale, color(i))
     bottom, right = (round(v * scale) for v in shown.size)
-    # The border of the padding. Without padding it is outside the image.
+    # Draw the border between image and padding. Without padding, it is outside the picture.
     draw.line([(right, 0), (right, bottom), (0, bottom)], INK)
     _number(
         draw,
@@ -176,7 +176,7 @@ def _badge(draw: ImageDraw.ImageDraw, x: Number, y: Number, text: str, fill: Rgb
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """A word, an icon (`REGION`, `INSTANCES` or `image`), or a number on the color `fill`."""
+    """A piece of a text: a word, an icon (`REGION`, `INSTANCES` or `image`), or a number on the color `fill`."""
 
     text: str
     ink: Rgb = INK
@@ -229,7 +229,7 @@ def _say(text: str, ink: Rgb = INK) -> Item:
 
 
 def facts(shown: ShownExample) -> list[Item]:
-    """Return the numbers of targets and prompts, and the skipped records."""
+    """Return items with the numbers of targets and prompts, and with the skipped records."""
     n, masks, prompts = len(shown.masks), int(shown.has_mask.sum()), len(shown.prompts)
     kind = "boxes only" if not masks else "with masks" if masks == n else f"{masks} with masks, {n - masks} boxes only"
     words = _count(n, "target") + (f" ({kind})" if n else "") + f" · {_count(prompts, 'prompt')}"
@@ -267,7 +267,7 @@ def flow(
 def fitted(owning: list[Item], rest: list[Item], room: Number, most: Number) -> tuple[list[Placed], Number]:
     """Lay out the prompts of an example. Return the placed pieces and the total height.
 
-    owning, rest: the result of `prompt_items`. Each item has its own line if this fits the height `room`. Otherwise,
+    owning, rest: the result of `prompt_items`. If the height `room` suffices, each item has its own line. Otherwise,
     items share lines, and prompts that would exceed the height `most` are only counted.
     """
     placed, height = flow(owning + rest, TEXT_WIDTH)

@@ -445,7 +445,7 @@ def objects_of_numpy() -> bytes:
         (b"hello world, this is no checkpoint", "unknown format"),
         (pickle.dumps({"epoch": 3, "name": "x"}), "no tensors"),
         (pickle.dumps(np.ones(3)), "without a name"),
-        (pickle.dumps({"a": np.array([{}], object)}), "not a number"),
+        (pickle.dumps({"a": np.array([{}], object)}), "not numeric"),
     ],
 )
 def test_other_files_are_named_with_a_mend(tmp_path, content, told):

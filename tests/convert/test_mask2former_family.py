@@ -272,5 +272,5 @@ def test_another_backbone_and_half_a_file_are_refused():
     with pytest.raises(ValueError, match="neither a ResNet nor a Swin"):
         families["mask2former"].plan(headed | {"backbone.stage1.conv.weight": (64, 3, 3, 3)})
     del sizes["sem_seg_head.predictor.query_feat.weight"]
-    with pytest.raises(ValueError, match="query_feat.weight is missing: .* is the file complete"):
+    with pytest.raises(ValueError, match="query_feat.weight is missing: .* give the complete file"):
         families["mask2former"].plan(sizes)

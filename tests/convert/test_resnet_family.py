@@ -135,7 +135,7 @@ def test_the_classifier_of_hugging_face_is_ignored_by_name():
     plan = families["hf_resnet"].plan(shapes)
     assert all(entry.theirs in shapes for entry in plan.entries)
     _, report = apply(plan, {"classifier.1.weight": np.zeros((2, 2))}, {})
-    assert report.ignored == ["classifier.1.weight: the classifier of ImageNet"]
+    assert report.ignored == ["classifier.1.weight: the ImageNet classifier"]
 
 
 def test_other_depths_are_refused_in_one_line():

@@ -125,7 +125,7 @@ def test_the_foreground_needs_no_prompt():
 @pytest.mark.parametrize(
     "image, text, task, said",
     [
-        (None, "ball", "panoptic", "Drop an image"),
+        (None, "ball", "panoptic", "Upload or paste an image"),
         (IMAGE, " ; *", "panoptic", "at least one thing"),
         (IMAGE, "sky*", "instance", "remove the [*] from"),
     ],
@@ -274,7 +274,7 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
 def test_a_visitors_mistakes_are_told_kindly(browser, site, tmp_path):
     page = Page(browser, site.url)
     page.all("#segment")[0].click()
-    page.wait(lambda: "Drop an image first" in page.toast())
+    page.wait(lambda: "Upload or paste an image first" in page.toast())
     (tmp_path / "notes.png").write_text("no picture")
     page.upload(tmp_path / "notes.png")
     page.all("#prompts textarea")[0].send_keys("ball")

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mqformer_jax.config import base
 from mqformer_jax.image_io import find_images
-from mqformer_jax.inference.predict import literal, output_stems, parse_prompts, predict_files
+from mqformer_jax.inference.predict import change_settings, literal, output_stems, parse_prompts, predict_files
 from mqformer_jax.inference.save_results import cutout, save
 from mqformer_jax.input.record import decode_rle
 from mqformer_jax.segments import Segments
@@ -54,6 +55,22 @@ def test_images_of_one_name_do_not_overwrite_each_other():
 
 def test_settings_are_numbers_where_they_read_as_such():
     assert [literal(t) for t in ("0.5", "(1, 2)", "True", "instance")] == [0.5, (1, 2), True, "instance"]
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ("model.width=64", "--set model.width: only data.templates and the fields of eval"),
+        ("eval.overlap=0.5", "--set eval.overlap: there is no such field"),
+        ("eval.overlap_threshold=7", "config.eval.overlap_threshold = 7.0: must be at least 0 and at most 1"),
+    ],
+)
+def test_a_setting_that_cannot_be_changed_is_refused(setting, message):
+    config = base()
+    change_settings(config, ["eval.overlap_threshold=0.5", "data.templates=('a {}',)"])
+    assert config.eval.overlap_threshold == 0.5 and config.data.templates == ("a {}",)
+    with pytest.raises(ValueError, match=message):
+        change_settings(config, [setting])
 
 
 def test_files_hold_what_the_segments_say(tmp_path, image, segments):

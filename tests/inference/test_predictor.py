@@ -82,7 +82,7 @@ def test_an_image_that_is_not_rgb_bytes_is_one_line(predictor, wrong):
 
 
 def test_regions_must_be_one_a_prompt(predictor, image):
-    with pytest.raises(ValueError, match="1 regions for 2 prompts"):
+    with pytest.raises(ValueError, match="1 values for 2 prompts"):
         predictor(image, ["sky", "ball"], regions=[True])
 
 

@@ -180,7 +180,7 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
 
 def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
     loader = Loader([broken()], config([dict(name="a")], max_corrupt_fraction=0.2), tokenizer)
-    message = "a/train: 2 of 8 records are unusable, data.max_corrupt_fraction is 0.2; prepare"
+    message = "a/train: 2 of 8 records are unusable, more than data.max_corrupt_fraction = 0.2; prepare"
     with pytest.raises(ValueError, match=message):
         take(loader, 6)
     one_bad = Loader([source("a", 8, bad=(2,))], config([dict(name="a")], max_corrupt_fraction=0.0), tokenizer)
@@ -246,7 +246,7 @@ def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
     assert [r.getMessage() for r in caplog.records] == [
-        "a: the classes 'cat' and 'dog' tokenize identically; with the tokenizer 'words', raise "
+        "a: the classes 'cat' and 'dog' tokenize identically; rename one of them or, with the tokenizer 'words', raise "
         "config.model.text.vocab_size."
     ]
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_mixture_is_refused():
     state = json.loads(json.dumps(two().state(7)))
     assert state["step"] == 7
     two().check_state(state)
-    with pytest.raises(ValueError, match="^batch_size: the checkpoint was written with 4, the config says 8"):
+    with pytest.raises(ValueError, match="^batch_size: the checkpoint was saved with 4, but the config has 8"):
         two(batch_size=8).check_state(state)
     other = Loader([source("a", 16)], config([dict(name="a")]), tokenizer)
     with pytest.raises(ValueError, match="^mixture: "):

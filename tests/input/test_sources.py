@@ -100,7 +100,9 @@ def test_truncated_shard_is_named(root, keep):
 
 def test_wrong_record_count_is_an_error(root):
     DatasetInfo("toy", (), {"train": 6}).save(os.path.join(root, "toy"))
-    assert "hold 5 records, dataset.json says 6" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
+    assert "hold 5 records, but dataset.json lists 6" in _complaint(
+        ValueError, lambda: ShardSource(root, "toy", "train")
+    )
 
 
 def test_shards_of_two_preparations_are_an_error(root):

@@ -67,7 +67,7 @@ def test_a_caller_may_change_what_it_got():
 
 
 def test_too_small_a_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="at least 4 ids, 2 tokens"):
+    with pytest.raises(ValueError, match="vocab_size of at least 4 and a context of at least 2"):
         WordTokenizer(vocab_size=3)
 
 

@@ -1,6 +1,6 @@
-"""The small real data put into the layouts in which the public data sets come off their websites, a few images a split.
+"""Arrange the small real data in the layouts in which public data sets are downloaded, a few images per split.
 
-Written from the sets' own descriptions and not from data/catalog.py, which is to find these files.
+The layouts follow the descriptions of the data sets, not mqformer_jax/prepare/datasets/catalog.py, which they test.
 """
 
 from __future__ import annotations

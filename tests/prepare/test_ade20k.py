@@ -1,4 +1,4 @@
-"""data/ade20k.py: semantic and instance PNGs in the official folders, to records, against a decoding pixel by pixel."""
+"""Semantic and instance PNGs in ADE20K's official folders become records. A per-pixel decoding is the reference."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
     for line in (
         "2 images kept, 6 dropped",
         f"image: no mask with its name in {instances} (bare)",
-        f"mask: no image with the name of a mask in {maps} (ghost)",
+        f"mask in {maps}: no image with its name (ghost)",
         "image: mask file is truncated (cut)",
         "image: mask does not have 3 8-bit channels (gray)",
         "2 x image: mask size differs from its image (large, narrow)",

@@ -1,4 +1,4 @@
-"""data/bdd100k.py: panoptic bit masks in the official folders, to records, against a decoding pixel by pixel."""
+"""Panoptic PNGs in BDD100K's official folders become records. A per-pixel decoding is the reference."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_what_is_broken_is_counted_and_named(bdd, capsys):
     for line in (
         "1 images kept, 6 dropped",
         f"image: no mask with its name in {bdd.masks} (alone)",
-        f"mask: no image with the name of a mask in {bdd.masks} (ghost)",
+        f"mask in {bdd.masks}: no image with its name (ghost)",
         "image: mask file is truncated (cut)",
         "image: mask size differs from its image (large)",
         "2 x image: mask does not have 4 8-bit channels (color, gray)",

@@ -1,6 +1,4 @@
-"""data/cityscapes.py: instanceIds PNGs in the official folders, to records, against the official reading of each
-value.
-"""
+"""instanceIds PNGs of Cityscapes become records. The official reading of each value is the reference."""
 
 from __future__ import annotations
 
@@ -116,7 +114,7 @@ def test_what_is_broken_is_counted_and_named(city, capsys):
     for line in (
         "2 images kept, 4 dropped",
         f"image: no mask with its name in {labels} (alone/alone_1_2)",
-        f"mask: no image with the name of a mask in {labels} (ghost/ghost_1_2)",
+        f"mask in {labels}: no image with its name (ghost/ghost_1_2)",
         "image: mask file is truncated (cut/cut_1_2)",
         "image: mask size differs from its image (large/large_1_2)",
         "image: has nothing labeled (void/void_1_2)",

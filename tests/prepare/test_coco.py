@@ -401,7 +401,7 @@ def test_train_is_never_mixed_with_other_splits(refcoco):
         ValueError, match=r"refs\(unc\).p: contains the splits testA, train, val; choose one with --refs_split"
     ):
         _referring(refcoco, REFS, None)
-    with pytest.raises(ValueError, match="no ref has the split 'test'; its splits are testA, train, val"):
+    with pytest.raises(ValueError, match="no ref has the split 'test'; the file has the splits testA, train, val"):
         _referring(refcoco, REFS, "test")
     assert len(_referring(refcoco, REFS[2:], None).jobs) == 1  # testA and val
 
@@ -454,7 +454,9 @@ def _categories(*pairs):
 def test_the_row_of_the_project_is_no_class_of_its_export(tmp_path):
     plan, record = _export(tmp_path, _categories(("tumor", "none"), ("tumor", "tumor"), ("skull", "tumor")), [1])
     assert [c.name for c in plan.classes] == ["tumor", "skull"] and record.segments[0].class_id == 0
-    assert list(plan.problems.counts) == ["note: dropped the super-category of all others, which has no annotations"]
+    assert list(plan.problems.counts) == [
+        "note: dropped the super-category of all other categories, which has no annotations"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -42,29 +42,32 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
     [
         (
             {"annotations": [{**GOOD, "image_id": "0"}]},
-            "no annotation has a known 'image_id'; one has '0', known values are 0",
+            "no annotation has a known 'image_id'; the first has '0', but known ids are, e.g., 0; use the same ids",
         ),
         (
             {"annotations": [{**GOOD, "category_id": "7"}]},
-            "no annotation has a known 'category_id'; one has '7', known values are 7, 8",
+            "no annotation has a known 'category_id'; the first has '7', but known ids are, e.g., 7, 8; use",
         ),
-        ({"categories": []}, "no annotation has a known 'category_id'; one has 7, no value is known"),
+        ({"categories": []}, "no annotation has a known 'category_id'; the first has 7, but no id is known"),
         ({"categories": [CAT, {**DOG, "id": 7}]}, "category id 7 occurs 2 times"),
         (
             {"categories": [{**CAT, "name": None}]},
-            "category {'id': 7, 'name': None} needs 'id' (a whole number) and 'name' (a text)",
+            "category {'id': 7, 'name': None} needs 'id' (an integer) and 'name' (a string)",
         ),
-        ({"categories": [{**CAT, "synonyms": [None]}]}, "field 'synonyms' of category 'cat' contains non-text values"),
+        (
+            {"categories": [{**CAT, "synonyms": [None]}]},
+            "field 'synonyms' of category 'cat' contains values that are not strings",
+        ),
         (
             {"categories": [{**CAT, "synonyms": 5}]},
-            "field 'synonyms' in 'categories' cannot be 5; expected a list or a text",
+            "field 'synonyms' in 'categories' cannot be 5; expected a list or a string",
         ),
         ({"categories": [{**CAT, "isthing": "no"}]}, "in a category, 'isthing' is neither 0 nor 1"),
         (
             {"annotations": [{**GOOD, "category_id": [7]}]},
-            "field 'category_id' in 'annotations' cannot be [7]; expected a number or a text",
+            "field 'category_id' in 'annotations' cannot be [7]; expected a number or a string",
         ),
-        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5; expected a text"),
+        ({"images": [{**IMAGE, "file_name": 5}]}, "field 'file_name' in 'images' cannot be 5; expected a string"),
         (
             {"images": [{**IMAGE, "file_name": "x/a.png"}, {**OTHER, "file_name": "y/a.png"}]},
             "the images x/a.png and y/a.png would both be read from",

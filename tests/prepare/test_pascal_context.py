@@ -1,4 +1,4 @@
-"""data/pascal_context.py: LabelMaps in .mat files, to records, against SciPy's reading of the same files."""
+"""LabelMaps in .mat files become records. SciPy's reading of the same files is the reference."""
 
 from __future__ import annotations
 

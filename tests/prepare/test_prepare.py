@@ -26,7 +26,7 @@ def test_a_share_of_the_images_is_held_out_by_name(folder, capsys):
     shuffled = [{**annotation, "image_id": 3 - annotation["image_id"]} for annotation in annotations]
     assert prepare_instances(folder, shuffled, image_entries(*names[::-1]), val_fraction=0.25, name="again") == 0
     assert read(folder, "val", "again")[1].keys() == val.keys()
-    for split, fraction, words in (("val", 0.5, "--split=train"), ("train", 0.1, "at least two images")):
+    for split, fraction, words in (("val", 0.5, "another --split, e.g. train"), ("train", 0.1, "at least two images")):
         images = image_entries(*(names if split == "val" else names[:1]))
         assert prepare_instances(folder, annotations, images, split=split, val_fraction=fraction, name="other") == 1
         assert words in capsys.readouterr().err

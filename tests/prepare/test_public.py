@@ -379,9 +379,9 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
     ("words", "message"),
     [
         (["coco_2017_panoptik"], "no data set 'coco_2017_panoptik'; did you mean coco_2017_panoptic?"),
-        (["imagenet"], "no data set 'imagenet'; --list shows all"),
+        (["imagenet"], "no data set 'imagenet'; --list shows all names"),
         ([], "give the name of a data set"),
-        (["duts", "--split", "val"], "duts has no split 'val'; it has train, test"),
+        (["duts", "--split", "val"], "duts has no split 'val'; give --split with one of train, test"),
     ],
 )
 def test_a_wrong_name_or_split_is_one_line(words, message, tmp_path, capsys):

@@ -1,6 +1,4 @@
-"""data/shards.py: a preparation that is killed, cut off or left without room goes on where it stopped, to the same
-bytes.
-"""
+"""A preparation that is killed, truncated or out of disk space resumes, and writes the same bytes."""
 
 from __future__ import annotations
 

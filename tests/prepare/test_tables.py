@@ -188,7 +188,7 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     says(folder / "t.xlsx", "unknown extension; give a .csv file with a header, or a .jsonl")
     says(
         _csv(folder, "image;mask;class", "a.jpg;left.png;cat"),
-        "t.csv:1: unknown column 'image;mask;class'; columns are image, mask",
+        "t.csv:1: unknown column 'image;mask;class'; remove it, or use one of image, mask",
     )
     (folder / "latin.csv").write_bytes("image,class\na.jpg,café\n".encode("latin-1"))
     says(folder / "latin.csv", "latin.csv: not UTF-8 text", "save it as CSV in UTF-8")
@@ -202,7 +202,7 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     (folder / "t.jsonl").write_text('{"image": "a.jpg"}\n{"image": \n')
     says(folder / "t.jsonl", "t.jsonl:2: not JSON")
     (folder / "t.jsonl").write_text('["a.jpg"]\n')
-    says(folder / "t.jsonl", 't.jsonl:1: not an object; a line is {"image": "a.jpg"')
+    says(folder / "t.jsonl", 't.jsonl:1: not a JSON object; write lines like {"image": "a.jpg"')
     cat = _csv(folder, "image,mask,class", "a.jpg,left.png,cat")
     says(cat, "--stuff 'sky' is not a class; classes are cat", options=("--stuff", "sky"))
     (folder / "classes.txt").write_text("dog\n")

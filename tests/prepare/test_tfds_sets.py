@@ -1,6 +1,4 @@
-"""data/tfds_sets.py: TFDS's own builders make sets from official layouts, and the records are compared with what was in
-the files.
-"""
+"""TFDS's own builders make sets from official layouts. The records are compared with the original files."""
 
 from __future__ import annotations
 
@@ -297,11 +295,11 @@ def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(m
 @pytest.mark.parametrize(
     "builder, split, reason",
     [
-        ("imagenet2012", "train", "unknown builder 'imagenet2012'; known builders are lvis, ref_coco/refcoco_unc, "),
+        ("imagenet2012", "train", "unknown builder 'imagenet2012'; give one of lvis, ref_coco/refcoco_unc, "),
         ("coco/2017", "train", "use mqformer prepare public coco_2017 or coco_2017_panoptic"),
         ("scene_parse150", "train", "use mqformer prepare public ade20k_panoptic"),
         ("voc/2012", "test", "voc/2012 has no split 'test' with labels; it has train, val"),
-        ("lvis", "train", "its builder needs tensorflow, apache-beam: pip install tensorflow apache-beam"),
+        ("lvis", "train", "apache-beam to make this data set; run pip install tensorflow apache-beam, or"),
         ("cityscapes", "train", "manual does not exist or is empty"),
     ],
 )
@@ -323,7 +321,8 @@ def test_without_tensorflow_datasets_the_extra_is_named(tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert _prepare("lvis", tmp_path, tmp_path / "out", "train") == 1
     assert (
-        capsys.readouterr().err == "mqformer prepare: tensorflow-datasets is not installed: pip install -e '.[tfds]'\n"
+        capsys.readouterr().err
+        == "mqformer prepare: tensorflow-datasets is not installed; run pip install -e '.[tfds]'\n"
     )
 
 

@@ -164,5 +164,5 @@ def test_it_is_had_by_name_and_marked_with_its_version(folder, scorer):
 def test_a_folder_of_another_family_is_refused_in_one_line(folder, tmp_path):
     config = json.load(open(f"{folder}/config.json"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
-    with pytest.raises(ValueError, match=r'^clip:.*says model_type "siglip", not "clip"\. Give a folder .*\.$'):
+    with pytest.raises(ValueError, match=r'^clip:.*has model_type "siglip", not "clip"\. Give a folder .*\.$'):
         ClipScorer(str(tmp_path))

@@ -61,21 +61,21 @@ def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
     [
         (
             ("--data=toy", "--teacher=rules"),
-            "give one of masks, captions: mqformer synthesize masks --data=NAME --teacher=TEACHER",
+            "say what to generate, masks or captions: mqformer synthesize masks --data=NAME --teacher=TEACHER",
         ),
         (
             ("masks", "--data=toy", "--teacher=rules"),
-            "--teacher=rules: give one of ours, sam, sam2, hq-sam.",
+            "--teacher=rules: 'rules' is not supported; give one of ours, sam, sam2, hq-sam.",
         ),
         (
             ("masks", "--data=toy", "--teacher=sam"),
-            "--teacher=sam: give the weights: sam:FOLDER or a name on the Hugging Face hub.",
+            "--teacher=sam: the weights are missing; give sam:FOLDER or sam:NAME of the Hugging Face hub.",
         ),
         (("masks", "--data=toy", "--teacher=ours:nowhere"), "nowhere: no checkpoint found"),
         (("captions", "--data=nosuch", "--teacher=rules"), "data set 'nosuch' split 'train' is not in"),
         (
             ("captions", "--data=toy", "--teacher=rules", "--worker=4/4"),
-            "--worker=4/4: give the number of this process and the number of processes",
+            "--worker=4/4: give INDEX/COUNT",
         ),
         (
             ("captions", "--data=toy", "--teacher=rules", "--output=toy"),

@@ -155,12 +155,12 @@ def test_no_two_processes_make_one_shard_or_work_with_other_settings_in_one_fold
     annotator = Masks(Ellipses(), Quality())
     job, other = job_of(root), job_of(root, settings="squares")
     with open_job(job):
-        with pytest.raises(ValueError, match="another process makes toy_syn_m train with other settings"):
+        with pytest.raises(ValueError, match="another process is writing toy_syn_m train with other settings"):
             synthesize(other, annotator)
         teacher = Ellipses()
         inner = lambda pictures, boxes: make_shard(job.source, 0, job.path(0), Masks(Ellipses(), Quality()), 2)
         teacher.__class__ = type("Nested", (Ellipses,), {"__call__": lambda self, *a: inner(*a)})
-        with pytest.raises(ValueError, match="another process works on this shard"):
+        with pytest.raises(ValueError, match="another process is working on this shard"):
             make_shard(job.source, 0, job.path(0), Masks(teacher, Quality()), 2)
 
 

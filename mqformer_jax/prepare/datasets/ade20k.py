@@ -1,10 +1,10 @@
 """ADE20K's 150 classes with instances: `annotations/<split>/*.png` and `annotations_instance/<split>/*.png`.
 
-The semantic map holds the class, 1 to 150, or 0 for unlabeled pixels. The instance map holds one of 100 instance
-categories in channel R, and in channel G the number of the instance in its image, or 0. As in Mask2Former's panoptic
-ADE20K, the instance map takes precedence where the two maps disagree. Pixels of a thing class without an instance
-become a crowd of that class: the class is present, but the number of its instances is unknown. (Mask2Former's PNGs
-leave them void.)
+The semantic map holds the class of each pixel, 1 to 150, or 0 for unlabeled pixels. The instance map holds one of 100
+instance categories in channel R, and the number of the instance in its image (0: no instance) in channel G. As in
+Mask2Former's panoptic ADE20K, the instance map takes precedence where the two maps disagree. Pixels that have a thing
+class but no instance become a crowd of that class: the class is present, but the number of its instances is unknown.
+(Mask2Former leaves these pixels unlabeled.)
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from mqformer_jax.prepare.formats.images import Image, read_channels, read_index
 from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# The classes, counted from 1, without an instance category. Instance category i is the i-th of the other classes: see
-# the first two columns of the challenge's categoryMapping.txt.
+# Numbers (1 to 150) of the classes that have no instance category. Instance category i is the i-th of the other
+# classes: see the first two columns of the ADE20K challenge's categoryMapping.txt.
 STUFF = [
     1,
     2,
@@ -61,16 +61,16 @@ THINGS = [value for value in range(1, 151) if value not in STUFF]
 
 
 def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
-    """Return the plan of a split, e.g. of the training images.
+    """Return the plan of a split.
 
-    images: images/training. semantic: annotations/training. instances: annotations_instance/training. classes:
-    objectInfo150.txt.
+    For the training split, `images` is the folder images/training, `semantic` annotations/training, and `instances`
+    annotations_instance/training. classes: path of objectInfo150.txt.
     """
     names, _, offset = read_classes(classes)
     if (len(names), offset) != (150, 1):
         raise ValueError(
             f"{classes}: has {len(names)} classes, with mask values from {offset} on; "
-            "give ADE20K's objectInfo150.txt, which has 150, from 1 on"
+            "give ADE20K's objectInfo150.txt, which has 150 classes, with mask values from 1 on"
         )
     infos = tuple(ClassInfo(texts, is_region=value not in THINGS) for value, texts in enumerate(names, 1))
     jobs, problems = paired(images, semantic, instances)

@@ -1,7 +1,7 @@
 """BDD100K's panoptic bit masks: `labels/pan_seg/bitmasks/<split>/*.png`, four 8-bit channels.
 
-Channel R holds the category, and G the attributes. 256 B + A is the number of the region in its image. The classes are
-all 40 categories of the panoptic evaluation; category 0 is unlabeled.
+Channel R holds the category of a pixel, and G the attributes. 256 B + A is the number of the region in its image. The
+classes are all 40 categories of the panoptic evaluation; category 0 means unlabeled.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from mqformer_jax.prepare.formats.images import Image, read_channels, same_size
 from mqformer_jax.prepare.formats.label_maps import Piece, paired, panoptic_record
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# The names of categories 1, 2, ... (bdd100k/label/label.py); those after the first 30 are things.
+# Names of the categories 1, 2, ... (bdd100k/label/label.py). The first 30 are stuff, the rest are things.
 NAMES = """dynamic, ego vehicle, ground, static, parking, rail track, road, sidewalk, bridge, building, fence, garage,
 guard rail, tunnel, wall, banner, billboard, lane divider, parking sign, pole, pole group, street light, traffic cone,
 traffic device, traffic light, traffic sign, traffic sign frame, terrain, vegetation, sky, person, rider, bicycle, bus,
 car, caravan, motorcycle, trailer, train, truck"""
 STUFF = 30
 CLASSES = tuple(ClassInfo((" ".join(name.split()),), is_region=i < STUFF) for i, name in enumerate(NAMES.split(",")))
-# Attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions that are
-# crowd or ignore.
+# Bits of the attributes: 8 truncated, 4 occluded, 2 crowd, 1 ignore. The official evaluation leaves out regions with
+# the attribute crowd or ignore.
 CROWD_OR_IGNORE = 3
 
 
 def panoptic(images: str, bitmasks: str) -> Plan:
-    """Return the plan of a split. images: images/10k/train. bitmasks: labels/pan_seg/bitmasks/train."""
+    """Return the plan of a split, from folders such as images/10k/train and labels/pan_seg/bitmasks/train."""
     jobs, problems = paired(images, bitmasks)
     return Plan("bdd100k", CLASSES, jobs, builder(_record), True, problems)
 

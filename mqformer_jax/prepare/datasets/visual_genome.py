@@ -15,8 +15,8 @@ from mqformer_jax.prepare.formats.coco_records import Box, Labels, items_of, sha
 from mqformer_jax.prepare.formats.images import Image, Unusable
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder
 
-# Boxes with the same name or phrase and at least this IoU count as one object, annotated twice by independent
-# annotators. Merging two real objects is harmless, since no class counts as exhaustively labeled.
+# Boxes with the same class or phrase and at least this IoU count as one object that two annotators labeled. Merging two
+# real objects is harmless, since no class counts as exhaustively labeled.
 SAME = 0.7
 
 
@@ -40,9 +40,9 @@ def visual_genome(
 ) -> Plan:
     """Return the plan of `objects` (objects.json: classes) and `regions` (region_descriptions.json: expressions).
 
-    images: the folders VG_100K and VG_100K_2. Classes are the objects' names, merged by `alias` (object_alias.txt),
-    that occur in at least `min_images` images; objects with rarer names are dropped. The `id` of a job is the image's
-    id in COCO or, if it is not in COCO, "vg/<image_id>".
+    images: the folders VG_100K and VG_100K_2. The names of objects are the classes; `alias` (object_alias.txt) merges
+    names with the same meaning. A class that fewer than `min_images` images show is dropped, with its objects. The `id`
+    of a job is the image's id in COCO or, if it is not in COCO, "vg/<image_id>".
     """
     if not objects and not regions:
         raise ValueError("Visual Genome: give --objects, --regions, or both")
@@ -73,20 +73,23 @@ def _load(path: str) -> list[dict[str, Any]]:
         or not all(isinstance(entry, dict) for entry in data)
         or any(_image_id(e) is None for e in data)
     ):
-        raise ValueError(f"{path}: not a list of objects with 'image_id'; give the file that Visual Genome publishes")
+        raise ValueError(f"{path}: not a list of objects with 'image_id'; give Visual Genome's own file")
     return data
 
 
 def _listed(
     path: str | None, field: str, entries: dict[Any, dict], problems: Problems
 ) -> Iterator[tuple[Any, list[dict]]]:
-    """Yield (image id, its objects or regions) for the images of image_data.json, each once."""
+    """Yield (image id, objects or regions) of each image in objects.json or region_descriptions.json.
+
+    Images that image_data.json lacks, and repeated images, are left out and counted as problems. path: the file, or
+    None. field: "objects" or "regions". entries: {image id: entry} of image_data.json. Raises ValueError if the file is
+    malformed.
+    """
     seen = set()
     for entry in _load(path) if path else ():
         if not isinstance(entry.get(field), list) or not all(isinstance(item, dict) for item in entry[field]):
-            raise ValueError(
-                f"{path}: field '{field}' is not a list of objects; give the file that Visual Genome publishes"
-            )
+            raise ValueError(f"{path}: field '{field}' is not a list of objects; give Visual Genome's own file")
         if _image_id(entry) in seen:
             problems.add(
                 f"note: image listed twice in {field}; the first entry is used", f"image_id {_image_id(entry)}"
@@ -103,7 +106,7 @@ def _image_id(entry: dict) -> Any:
 
 
 def _box(item: dict) -> list[Any]:
-    """Return x, y, width, height of an object, with keys w and h, or of a region, with keys width and height."""
+    """Return x, y, width, height of an object (keys w and h) or of a region (keys width and height)."""
     return [item.get("x"), item.get("y"), item.get("w", item.get("width")), item.get("h", item.get("height"))]
 
 
@@ -115,7 +118,10 @@ def _clean(text: Any) -> str:
 
 
 def _aliases(path: str | None) -> dict[str, str]:
-    """Return {spelling: first spelling in its line} of object_alias.txt, e.g. television: tv for "tv,television"."""
+    """Return {spelling: first spelling on the same line} of object_alias.txt.
+
+    For example, the line "tv,television" gives {"tv": "tv", "television": "tv"}.
+    """
     first: dict[str, str] = {}
     try:
         with open(path or os.devnull, encoding="utf-8") as f:
@@ -124,7 +130,7 @@ def _aliases(path: str | None) -> dict[str, str]:
                 for spelling in spellings:
                     first.setdefault(spelling, spellings[0])
     except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
     return first
 
 
@@ -133,8 +139,8 @@ def _vocabulary(
 ) -> tuple[tuple[ClassInfo, ...], dict[str, int]]:
     """Return the classes sorted by name, and {spelling: class index}.
 
-    The texts of a class are its most frequent spelling and all its other spellings that occur in at least `min_images`
-    images, in order of frequency. alias: see `_aliases`.
+    named: {image id: objects}. alias: see `_aliases`. The first text of a class is its most frequent spelling. The
+    other texts are the spellings that occur in at least `min_images` images, in order of frequency.
     """
     images_of: collections.Counter[str] = collections.Counter()
     spelled: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -181,7 +187,7 @@ def _classed(
 
 
 def scene_record(job: Job, image: Image, problems: Problems) -> Record:
-    """Return a record of boxes with classes, then boxes with phrases. Every class counts as partially labeled."""
+    """Return a record of boxes with classes, then boxes with phrases. All its classes count as labeled in part."""
     scene = items_of(job, image)
     segments = (*_objects(scene, job, image, problems), *_regions(scene, job, image, problems))
     if not segments:
@@ -205,7 +211,7 @@ def _objects(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterator[Segment]:
-    """Return a segment for each box with its phrases. A phrase that describes two boxes is ambiguous and dropped."""
+    """Return a segment for each box with phrases. A phrase of two boxes is ambiguous, so it is dropped."""
     boxes_of: dict[str, list[Box]] = collections.defaultdict(list)
     for phrase, xywh in scene.phrases:
         try:
@@ -225,7 +231,7 @@ def _regions(scene: Scene, job: Job, image: Image, problems: Problems) -> Iterat
 
 
 def _new(box: Box, boxes: list[Box]) -> bool:
-    """Return whether the IoU of a box with all `boxes` is below SAME. If so, add the box to them."""
+    """Return whether a box is new, i.e. has an IoU below SAME with each of `boxes`. If so, add it to `boxes`."""
     if boxes and (box_iou(np.array(box), np.array(boxes)) >= SAME).any():
         return False
     boxes.append(box)

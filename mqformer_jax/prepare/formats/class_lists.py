@@ -13,13 +13,17 @@ NUMBERED = re.compile(r"\s*\d+[\s:,]")
 
 
 def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, ...]], list[int], int]:
-    """Return the names and synonyms of each class, the mask values of unlabeled pixels, and that of the first class.
+    """Return the synonyms of each class, the mask values of unlabeled pixels, and the mask value of the first class.
 
-    Formats: JSON (a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}; a class is a name, a list of
-    synonyms, or {"name": ..., "color": [r, g, b]}), ADE20K's objectInfo150.txt (a table with the mask value in the
-    first column and the name in the last), CamVid's label_colors.txt ("Void" is unlabeled), and plain text with one
-    class per line. Commas separate synonyms; those that two classes share are left out. offset: mask value of the first
-    class (default: that of the list). Raises ValueError or FileNotFoundError.
+    Formats:
+    - JSON: a list, or {"classes": [...], "ignore_index": 11, "index_offset": 0}. A class is a name, a list of synonyms,
+      or {"name": ..., "color": [r, g, b]}.
+    - ADE20K's objectInfo150.txt: a table with the mask value in the first column and the name in the last.
+    - CamVid's label_colors.txt: lines "R G B name". "Void" is unlabeled.
+    - Plain text: one class per line.
+
+    Commas separate synonyms. A synonym of two classes is left out. offset: mask value of the first class (default: the
+    one in the file, else 0). Raises FileNotFoundError if the file is missing, ValueError if it is malformed.
     """
     entries, ignore, own_offset = _read_list(path)
     offset = own_offset if offset is None else offset
@@ -29,7 +33,9 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
     if not names:
         raise ValueError(f"{path}: the class list is empty; write at least one class name")
     if len(first) < len(names):
-        raise ValueError(f"{path}: class {names.index(()) + 1} of {len(names)} has no name; name or remove it")
+        raise ValueError(
+            f"{path}: class {names.index(()) + 1} of {len(names)} has no name; give it a name, or remove it"
+        )
     if twice:
         raise ValueError(f"{path}: class {twice[0]!r} occurs twice; rename or remove one of the two")
     if ignore is None:  # not given: 255, unless that is a class
@@ -38,20 +44,26 @@ def read_classes(path: str, offset: int | None = None) -> tuple[list[tuple[str, 
 
 
 def read_colors(path: str) -> dict[int, int]:
-    """Return a map from the colors of a class list, red << 16 | green << 8 | blue, to class indices."""
+    """Return {color: class index} of a class list. A color is the number red << 16 | green << 8 | blue.
+
+    Raises ValueError if two classes have the same color.
+    """
     names, found = [], {}
     for i, (texts, color) in enumerate(_read_list(path)[0]):
         names.append(", ".join(texts))
         if color is not None and found.setdefault(color, i) != i:
             rgb = color >> 16, color >> 8 & 255, color & 255
             raise ValueError(
-                f"{path}: classes {names[found[color]]!r} and {names[i]!r} have the same color {rgb}; change one"
+                f"{path}: classes {names[found[color]]!r} and {names[i]!r} have the same color {rgb}; change one color"
             )
     return found
 
 
 def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], list[int] | None, int]:
-    """Return (names, color) of each class, the mask values of unlabeled pixels (None: not given), and the offset."""
+    """Return (synonyms, color) of each class, the mask values of unlabeled pixels, and the first class's mask value.
+
+    A color or a list of unlabeled values that the file does not give is None.
+    """
     text = read_text(path)
     lines, ignore, offset = _json_classes(path, text) if path.endswith(".json") else _text_classes(path, text)
     try:
@@ -59,7 +71,8 @@ def _read_list(path: str) -> tuple[list[tuple[tuple[str, ...], int | None]], lis
         return [(_synonyms(line["name"]), _color(line)) for line in named], ignore, offset
     except (KeyError, TypeError, ValueError, AttributeError):
         raise ValueError(
-            f'{path}: a class must be "sky", ["sky", "heaven"] or {{"name": "sky", "color": [128, 128, 128]}}'
+            f"{path}: a class is malformed; write it in one of these forms: "
+            '"sky", ["sky", "heaven"] or {"name": "sky", "color": [128, 128, 128]}'
         ) from None
 
 
@@ -70,7 +83,10 @@ def _json_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
         raise ValueError(f"{path}: not JSON: {e}") from None
     fields = {"classes": fields} if isinstance(fields, list) else fields
     if not isinstance(fields, dict) or not isinstance(fields.get("classes"), list):
-        raise ValueError(f'{path}: field \'classes\' is missing; give {{"classes": ["sky", ...], "ignore_index": 255}}')
+        raise ValueError(
+            f"{path}: field 'classes' is missing or not a list; "
+            'write {"classes": ["sky", ...], "ignore_index": 255}, or only the list'
+        )
     ignore = [fields["ignore_index"]] if "ignore_index" in fields else None
     return fields["classes"], ignore, fields.get("index_offset", 0)
 
@@ -94,7 +110,7 @@ def _text_classes(path: str, text: str) -> tuple[list[Any], list[int] | None, in
         nameless = any(not re.search(r"[^\W\d_]", name) for name in _synonyms(line))
         if nameless or "#" in line or "::" in line or NUMBERED.match(line):
             formats = "JSON, lines with one name, lines 'R G B name', or a table with a header, like objectInfo150.txt"
-            raise ValueError(f"{path}: line {line.strip()!r} is not a class name; formats are {formats}")
+            raise ValueError(f"{path}: line {line.strip()!r} is not a class name; use one of these formats: {formats}")
     return lines, None, 0
 
 
@@ -113,11 +129,14 @@ def _synonyms(words: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def read_text(path: str) -> str:
-    """Return the contents of a UTF-8 text file without its byte order mark. Raises FileNotFoundError or ValueError."""
+    """Return the contents of a UTF-8 text file without its byte order mark.
+
+    Raises FileNotFoundError if the file cannot be opened, ValueError if it is not UTF-8.
+    """
     try:
         with open(path, encoding="utf-8-sig") as f:
             return f.read()
     except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a text file in UTF-8") from None
+        raise ValueError(f"{path}: not a text file in UTF-8; save it in this encoding") from None

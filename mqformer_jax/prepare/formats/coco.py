@@ -1,4 +1,4 @@
-"""Data sets in COCO's JSON formats: panoptic, instances (also LVIS and boxes only), expressions, foreground."""
+"""Plans for COCO's JSON formats: panoptic, instances (also LVIS and boxes only), expressions, foregrounds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from mqformer_jax.prepare.formats.coco_records import (
 from mqformer_jax.prepare.plan import Job, Plan, Problems, builder, coco_origin
 
 # Fields that no record needs are dropped while a JSON file is read. This reduces peak memory from 3.9 to 3.3 times the
-# size of a file of boxes (measured with 0.2 GB; Objects365's has 5 GB). Jobs refer to the annotations without copies.
+# size of the file (measured with 0.2 GB of boxes; Objects365 has 5 GB). Jobs refer to the annotations and do not copy
+# them.
 _UNUSED = frozenset(
     ("area", "isfake", "isreflected", "license", "date_captured", "url", "flickr_url", "flickr_id", "image_url")
 )
@@ -31,11 +32,14 @@ _UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_ob
 
 
 def panoptic(json_path: str, images: str, masks: str) -> Plan:
-    """Return the plan of a COCO panoptic JSON file and a folder of PNGs of segment ids. Pixels of id 0 are ignored."""
+    """Return the plan of a COCO panoptic JSON file.
+
+    images: folder of the images. masks: folder of PNGs with segment ids; pixels of id 0 are ignored.
+    """
     data = load_json(json_path, "images", "annotations", "categories")
     need_folders(images, masks)
     if not all("isthing" in c for c in data["categories"]):
-        raise ValueError(f"{json_path}: field 'isthing' is missing from a category; is it a panoptic JSON file?")
+        raise ValueError(f"{json_path}: field 'isthing' is missing from a category; give a panoptic JSON file")
     classes, class_of = vocabulary(data["categories"], json_path)
     problems = Problems()
     entries = _entries(data["images"], problems)
@@ -59,8 +63,9 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
 def instances(json_path: str, images: str) -> Plan:
     """Return the plan of a COCO instances JSON file: polygons, run-length codes, or boxes only.
 
-    A file with `neg_category_ids` is federated (LVIS). Objects365's `iscrowd` boxes are crowds; its fake and mirrored
-    objects count as objects. Roboflow's exports (SeginW) are accepted: see `without_root`.
+    If images have `neg_category_ids` (LVIS), the data set is federated. Boxes with `iscrowd` (Objects365) are crowds;
+    fake and mirrored objects (`isfake`, `isreflected`) count as objects. Roboflow's exports (SeginW) have a category
+    that is removed: see `without_root`.
     """
     data = load_json(json_path, "images", "annotations", "categories")
     need_folders(images)
@@ -71,7 +76,7 @@ def instances(json_path: str, images: str) -> Plan:
     _need_known(json_path, "category_id", data["annotations"], class_of)
     federated = any("neg_category_ids" in entry for entry in entries)
     for entry in entries:
-        if of_image and entry["id"] not in of_image and not federated:  # perhaps nobody annotated the image
+        if of_image and entry["id"] not in of_image and not federated:  # maybe it was never annotated
             problems.add("note: image without annotations; all classes count as absent", _name(entry))
     jobs = [_job(entry, images, of_image.get(entry["id"], [])) for entry in entries]
     _one_file_each(jobs, json_path, problems)
@@ -86,12 +91,12 @@ def instances(json_path: str, images: str) -> Plan:
 
 
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
-    """Return the plan of a JSON file of expressions.
+    """Return the plan of a JSON file of expressions, or of RefCOCO's pickled refs.
 
-    An item of the file's `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
-    An `ann_id` without a segmentation takes its shape from `instance_files`, which also list the images if the JSON
-    file does not. refs_split: keep only refs of this split. Splits other than train are for evaluation and keep every
-    expression: see `referring_record`.
+    Each item of the field `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
+    Fields that a ref with an `ann_id` lacks are taken from the annotation with this id in `instance_files`. If the JSON
+    file does not list the images, `instance_files` must. refs_split: keep only the refs of this split; None keeps all.
+    A split other than train is for evaluation, so all its expressions are kept: see `every` of `referring_record`.
     """
     data = load_json(json_path, "refs")
     need_folders(images)
@@ -125,7 +130,8 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
 def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
     """Return the plan of a JSON file of salient foregrounds.
 
-    Each of its `items`, {image_id, ann_ids}, is the union of these annotations of `instance_files`.
+    Each item of the field `items` is {image_id, ann_ids}: the foreground of this image is the union of these
+    annotations, which are in `instance_files`.
     """
     data = load_json(json_path, "items")
     need_folders(images)
@@ -146,7 +152,7 @@ def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Pl
 
 
 _ID, _TEXT, _LIST = (int, float, str), str, list
-_KINDS = {int: "a number", float: "a number", str: "a text", list: "a list"}
+_KINDS = {int: "a number", float: "a number", str: "a string", list: "a list"}
 _TYPES: dict[str, dict[str, Any]] = {
     "images": {
         "id": _ID,
@@ -168,9 +174,9 @@ def image_ids(json_path: str) -> set[int]:
 
 
 def load_json(path: str, *fields: str) -> dict[str, Any]:
-    """Read a JSON object (or RefCOCO's pickled refs) whose `fields` must be lists of objects.
+    """Return the JSON object in a file, or {"refs": RefCOCO's pickled refs}. Its `fields` are lists of objects.
 
-    Raises FileNotFoundError or ValueError.
+    Raises FileNotFoundError if the file cannot be opened, ValueError if a field is missing or malformed.
     """
     data = {"refs": read_json(path)} if path.endswith(".p") else read_json(path)
     more = [field for field in ("images", "categories") if isinstance(data, dict) and field in data]
@@ -178,7 +184,7 @@ def load_json(path: str, *fields: str) -> dict[str, Any]:
         items = data.get(field) if isinstance(data, dict) else None
         if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
             raise ValueError(
-                f"{path}: field '{field}' is missing or not a list of objects; is it the right annotation file?"
+                f"{path}: field '{field}' is missing or not a list of objects; give an annotation file that has it"
             )
         for name, types in _TYPES[field].items():
             wrong = [
@@ -192,16 +198,19 @@ def load_json(path: str, *fields: str) -> dict[str, Any]:
 
 
 def read_json(path: str) -> Any:
-    """Read a JSON file or a pickle (.p) of plain values. Raises FileNotFoundError or ValueError."""
+    """Return the contents of a JSON file or of a pickle (.p) of lists, dicts, strings and numbers.
+
+    Raises FileNotFoundError if the file cannot be opened, ValueError if it has another format or is damaged.
+    """
     pickled = path.endswith(".p")
     try:
         if pickled:
             with open(path, "rb") as f:
                 return _PlainUnpickler(f, encoding="latin1").load()
-        with open(path, encoding="utf-8-sig") as f:  # text mode: from a binary file, json.load also keeps the bytes
+        with open(path, encoding="utf-8-sig") as f:  # in binary mode, json.load would also keep the bytes
             return json.load(f, object_pairs_hook=_needed)
     except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
     except (ValueError, EOFError, pickle.UnpicklingError, IndexError, KeyError, AttributeError, TypeError) as e:
         raise ValueError(f"{path}: not {'a pickle of plain values' if pickled else 'JSON'}: {e}") from None
 
@@ -211,34 +220,41 @@ def _needed(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickle only lists, dicts, strings and numbers, as in RefCOCO's `refs(*).p`, and nothing that could run code."""
+    """Unpickle only lists, dicts, strings and numbers, as in RefCOCO's `refs(*).p`.
+
+    Other objects raise UnpicklingError, because they could run code.
+    """
 
     def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"it contains {module}.{name}")
+        raise pickle.UnpicklingError(
+            f"it contains {module}.{name}, which is not read because it could run code; "
+            "use only lists, dicts, strings and numbers"
+        )
 
 
 def _of_split(refs: list[dict], split: str | None, path: str) -> list[dict]:
     """Return the refs of one split, or all refs if `split` is None.
 
-    Raises ValueError if no ref has this split. Also raises it if `split` is None and the file has train and other
-    splits.
+    Raises ValueError if no ref has this split, or if `split` is None and the file contains both train and other splits.
     """
     splits = sorted({str(ref["split"]) for ref in refs if ref.get("split") is not None})
     if split is None and "train" in splits and len(splits) > 1:
         raise ValueError(f"{path}: contains the splits {', '.join(splits)}; choose one with --refs_split")
     if split is not None and split not in splits:
-        raise ValueError(f"{path}: no ref has the split {split!r}; its splits are {', '.join(splits) or 'not named'}")
+        raise ValueError(
+            f"{path}: no ref has the split {split!r}; the file has the splits {', '.join(splits) or '(none)'}"
+        )
     return refs if split is None else [ref for ref in refs if ref.get("split") == split]
 
 
 def need_folders(*folders: str) -> None:
     for folder in folders:
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such folder")
+            raise FileNotFoundError(f"{folder}: no such folder; check the path")
 
 
 def _entries(entries: list[dict], problems: Problems) -> list[dict]:
-    """Return the images that have an id and a file name, without repeated ids. Count the others as problems."""
+    """Return the images that have an id and a file name, each id once. Count all other entries as problems."""
     known: dict[Any, dict] = {}
     for entry in entries:
         if "id" not in entry or not _name(entry):
@@ -251,7 +267,10 @@ def _entries(entries: list[dict], problems: Problems) -> list[dict]:
 
 
 def _name(entry: Mapping[str, Any]) -> str:
-    """Return the file name of an image. LVIS has only a URL, whose last two parts are COCO's folder and file."""
+    """Return the file name of an image.
+
+    LVIS gives only a URL. Its last two parts are the file name with COCO's folder, e.g. "train2017/000000391895.jpg".
+    """
     return entry.get("file_name") or "/".join((entry.get("coco_url") or "").split("/")[-2:])
 
 
@@ -265,11 +284,11 @@ def _job(entry: dict, folder: str, items: Any) -> Job:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _below(folder: str, parent: str) -> str:
-    """Return the folder that contains an image, `folder` or one below it.
+    """Return the folder that contains an image: `folder` or one of its subfolders.
 
-    parent: the folder in the JSON file, whose first parts may be missing on disk. Objects365's file says
-    images/v1/patch8, but its archives unpack to patch8. LVIS's says train2017, which may be `folder` itself. The result
-    is cached, so that each folder is looked up only once.
+    parent: the image's folder in the JSON file. Its first parts may be missing on disk. For example, Objects365's JSON
+    file has images/v1/patch8, but the archives unpack to patch8. For LVIS, `parent` is train2017, which may be `folder`
+    itself. The results are cached, so that each folder is looked up on disk only once.
     """
     parts = parent.split("/")
     ends = (os.path.join(folder, *parts[i:]) for i in range(len(parts)))
@@ -277,7 +296,10 @@ def _below(folder: str, parent: str) -> str:
 
 
 def _by_image(annotations: list[dict], entries: list[dict], path: str, problems: Problems) -> dict[Any, list[dict]]:
-    """Return {image id: annotations}. Count images that are not among the `entries` as problems."""
+    """Return {image id: annotations}. Count annotated images that are not among the `entries` as problems.
+
+    Raises ValueError if none of the annotations belongs to one of the `entries`.
+    """
     listed = {entry["id"] for entry in entries}
     _need_known(path, "image_id", annotations, listed)
     of_image = collections.defaultdict(list)
@@ -289,13 +311,17 @@ def _by_image(annotations: list[dict], entries: list[dict], path: str, problems:
 
 
 def _need_known(path: str, field: str, annotations: list[dict], known: Collection[Any]) -> None:
-    """Raise ValueError if there are annotations, but in none is the value of `field` (an image or class id) `known`.
+    """Raise ValueError if there are annotations, but none of them has a known id.
 
-    This happens if ids have different types ("0" and 0). Then all classes would count as absent everywhere.
+    field: the field that holds the id, `image_id` or `category_id`. known: the known ids. A typical cause is ids of
+    different types ("0" and 0). Without this check, all classes would count as absent in every image.
     """
     if annotations and not any(annotation.get(field) in known for annotation in annotations):
-        there = f"known values are {', '.join(map(repr, list(known)[:3]))}" if known else "no value is known"
-        raise ValueError(f"{path}: no annotation has a known '{field}'; one has {annotations[0].get(field)!r}, {there}")
+        there = f"but known ids are, e.g., {', '.join(map(repr, list(known)[:3]))}" if known else "but no id is known"
+        raise ValueError(
+            f"{path}: no annotation has a known '{field}'; the first has {annotations[0].get(field)!r}, {there}; "
+            "use the same ids, of the same type, in all fields"
+        )
 
 
 def _one_file_each(jobs: list[Job], path: str, problems: Problems) -> None:

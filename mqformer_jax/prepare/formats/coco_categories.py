@@ -13,7 +13,7 @@ from mqformer_jax.prepare.formats.images import Unusable
 from mqformer_jax.prepare.formats.label_maps import distinct
 from mqformer_jax.prepare.plan import Problems
 
-# Corrections of names that are misspelled or joined in their data sets (Objects365, LVIS).
+# Corrections of names that are misspelled in their data sets or that join two names (Objects365, LVIS).
 _MENDED = {
     "Moniter/TV": ("Monitor", "TV"),
     "Bakset": ("Basket",),
@@ -38,16 +38,17 @@ _OR = re.compile(r"(?<=[^\W\d_]{2})(?<!\band)\s*/\s*(?=[^\W\d_]{2})")
 
 
 def vocabulary(categories: Sequence[Mapping[str, Any]], path: str) -> tuple[tuple[ClassInfo, ...], dict[int, int]]:
-    """Return the classes sorted by category id, and a map from category ids to class indices. Raises ValueError.
+    """Return the classes, sorted by category id, and {category id: class index}.
 
     The texts of a class are its name, split at slashes ("Cabinet/shelf"), and its `synonyms`, without synonyms that
-    another class also has. Qualifiers in brackets stay ("bow (weapon)"), since names in LVIS would otherwise repeat.
-    Stuff names lose "-merged", "-other" and "-stuff" ("sky-other-merged" is "sky"). A name that two classes would get
-    stays unchanged.
+    another class also has. A qualifier in brackets stays ("bow (weapon)"), since some names in LVIS differ only in it.
+    Stuff names lose "-merged", "-other" and "-stuff" ("sky-other-merged" becomes "sky"). If two classes would then have
+    the same name, both keep their full names. Raises ValueError if a category is malformed, or if an id or a name
+    occurs twice.
     """
     for c in categories:
         if not isinstance(c.get("id"), int) or not isinstance(c.get("name"), str) or not c["name"].strip():
-            raise ValueError(f"{path}: category {str(c)[:100]} needs 'id' (a whole number) and 'name' (a text)")
+            raise ValueError(f"{path}: category {str(c)[:100]} needs 'id' (an integer) and 'name' (a string)")
     for category_id, count in collections.Counter(c["id"] for c in categories).items():
         if count > 1:
             raise ValueError(f"{path}: category id {category_id} occurs {count} times; ids must differ")
@@ -74,14 +75,17 @@ def _synonyms(category: Mapping[str, Any], path: str) -> list[str]:
     synonyms = category.get("synonyms") or []
     synonyms = [synonyms] if isinstance(synonyms, str) else synonyms
     if not all(isinstance(s, str) for s in synonyms):
-        raise ValueError(f"{path}: field 'synonyms' of category {category['name']!r} contains non-text values")
+        raise ValueError(
+            f"{path}: field 'synonyms' of category {category['name']!r} contains values that are not strings"
+        )
     return [_spaced(s) for s in synonyms if s.strip() and s != category["name"]]
 
 
 def _words(name: str, isthing: bool) -> tuple[str, ...]:
-    """Return the synonyms in a category's name, which slashes separate.
+    """Split the name of a category at slashes and return the parts, which are synonyms.
 
-    Known misspellings are corrected. Stuff names lose "-merged", "-other" and "-stuff".
+    A name with a bracket is not split. Known misspellings are corrected. Stuff names lose "-merged", "-other" and
+    "-stuff".
     """
     if name in _MENDED:
         return _MENDED[name]
@@ -94,18 +98,18 @@ def _spaced(name: str) -> str:
 
 
 def without_root(categories: list[dict], annotations: list[dict], problems: Problems) -> list[dict]:
-    """Return the categories without the super-category of all others, which Roboflow adds for the project.
+    """Return the categories without the root category that Roboflow adds for the project, if there is one.
 
-    That category has no annotations, so as a class it would count as absent in every image. It is kept if it has
-    annotations, or if its own super-category has its name (Hand-Segmentation of SeginW, which lacks the project's
-    category).
+    The root is the super-category of all other categories, and its own super-category is "none". It has no annotations,
+    so as a class it would count as absent in every image. A category that has annotations is never the root, nor is one
+    that is its own super-category, like Hand-Segmentation in SeginW.
     """
     above = collections.Counter(c.get("supercategory") for c in categories)
     for root in categories:
         is_root = root.get("supercategory") == "none" and above == {"none": 1, root.get("name"): len(categories) - 1}
         if is_root and all(a.get("category_id") != root.get("id") for a in annotations):
             problems.add(
-                "note: dropped the super-category of all others, which has no annotations",
+                "note: dropped the super-category of all other categories, which has no annotations",
                 str(root.get("name")),
             )
             return [c for c in categories if c is not root]

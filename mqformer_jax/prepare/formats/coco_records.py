@@ -1,4 +1,7 @@
-"""Turn the COCO annotations of an image into a record, in a worker process. Unusable ones are dropped and counted."""
+"""Convert the COCO annotations of an image to a record, in a worker process.
+
+Unusable annotations are dropped and counted.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ Box = tuple[float, float, float, float]
 class Labels(NamedTuple):
     """The JSON annotations of one image.
 
-    items: annotations, as their format stores them (panoptic, instances, ...). height, width: in pixels, if given.
-    negative: LVIS's ids of categories that are verified as absent. not_exhaustive: LVIS's ids of categories that are
-    labeled only in part.
+    items: the annotations, as the JSON file stores them. height, width: the image's size in pixels according to the
+    JSON file, or None. negative: ids of categories that are verified as absent (LVIS). not_exhaustive: ids of
+    categories that are labeled only in part (LVIS).
     """
 
     items: Any
@@ -39,7 +42,7 @@ class Labels(NamedTuple):
 def panoptic_record(
     job: Job, image: Image, problems: Problems, class_of: dict[int, int], classes: Sequence[ClassInfo]
 ) -> Record:
-    """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored."""
+    """Return a record with a segment for each thing and a region for each stuff class. Other pixels are ignored."""
     png, infos = items_of(job, image)
     ids = same_size(read_ids(png), image)
     present = set(np.unique(ids).tolist()) - {0}
@@ -61,21 +64,21 @@ def panoptic_record(
     partial = {class_of[c] for c in _lost(infos, pieces) if c in class_of}
     for segment_id in sorted(present - {info.get("id") for info in infos}):
         problems.add("segment: in the PNG, not in the JSON", f"{job.key} segment {segment_id}")
-        partial |= set(range(len(classes))) - kept  # its class may be any of these
+        partial |= set(range(len(classes))) - kept  # any of these may be its class
     return label_maps.panoptic_record(job.key, image, pieces.values(), classes, partial)
 
 
 def _lost(infos: Sequence[Mapping[str, Any]], pieces: Mapping[int, Piece]) -> Iterator[Any]:
-    """Return the category ids of dropped segments and of segments that share their id with another."""
+    """Return the category ids of dropped segments, and of segments whose segment id occurs more than once."""
     uses = collections.Counter(info.get("id") for info in infos)
     return (info.get("category_id") for info in infos if info.get("id") not in pieces or uses[info.get("id")] > 1)
 
 
 def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[int, int], federated: bool) -> Record:
-    """Return a record with a segment per annotation.
+    """Return a record with a segment for each annotation.
 
-    A class with a dropped annotation counts as labeled in part. A box that occurs twice counts as one object
-    (Objects365 sometimes repeats all boxes of an image).
+    A class with a dropped annotation counts as labeled in part. If two annotations without masks have the same class
+    and box, they are one object (Objects365 sometimes repeats all boxes of an image).
     """
     segments, partial = [], set(job.labels.not_exhaustive)
     for annotation in items_of(job, image):
@@ -101,11 +104,12 @@ def instances_record(job: Job, image: Image, problems: Problems, class_of: dict[
 def referring_record(
     job: Job, image: Image, problems: Problems, class_of: dict[int, int], every: bool = False
 ) -> Record:
-    """Return a record with one segment for each object, with all its expressions.
+    """Return a record with one segment for each object, which has all expressions of the object.
 
-    The classes of the objects count as labeled in part. An expression of two objects is ambiguous and dropped. If an
-    expression of an object also occurs with `no_target`, `no_target` is ignored. every: keep all expressions, also
-    ambiguous and repeated ones, for evaluation: published metrics count each one as often as it occurs.
+    The classes of the objects count as labeled in part. An expression that names two objects is ambiguous, so it is
+    dropped. If an expression names an object, but also occurs with `no_target`, the latter is ignored. every: keep all
+    expressions, also ambiguous and repeated ones. Evaluation needs this: published metrics count an expression as often
+    as it occurs.
     """
     found: dict[Any, tuple[Segment, list[str]]] = {}
     absent: list[str] = []
@@ -153,7 +157,10 @@ def _referred(job: Job, image: Image, segments: tuple[Segment, ...], absent: tup
 
 
 def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
-    """Return a record whose salient foreground is the union of the given annotations."""
+    """Return a record whose salient foreground is the union of the job's annotations.
+
+    Raises Unusable if an annotation is malformed or has no mask.
+    """
     masks = [shape(annotation, image, problems, job.key, None).mask for annotation in items_of(job, image)]
     if None in masks:
         raise Unusable("image has an annotation without a mask")
@@ -162,7 +169,7 @@ def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def items_of(job: Job, image: Image) -> Any:
-    """Return the annotations of a job. Raises Unusable if the image has another size than they state."""
+    """Return the annotations of a job. Raises Unusable if the size of the image differs from the JSON file's."""
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
         turned = " (rotated by EXIF)" if said == real[::-1] else ""
@@ -177,7 +184,11 @@ def _class(category: Any, class_of: dict[int, int]) -> int:
 
 
 def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[str]:
-    """Return the expressions of a ref. Its `sentences` is a string, RefCOCO's {"sent": ...}, or a list of either."""
+    """Return the expressions of a ref, which are in its field `sentences`.
+
+    The field is a string, an object {"sent": ...} as in RefCOCO, or a list of these. Raises Unusable if it has no text,
+    or if the ref is marked as uncertain.
+    """
     if flag(ref, "uncertain"):
         raise Unusable("marked as uncertain")
     said = ref.get("sentences", [])
@@ -186,7 +197,7 @@ def _sentences(ref: Mapping[str, Any], problems: Problems, what: str) -> list[st
         problems.add("expression: no text", what)
     texts = [" ".join(text.split()) for text in texts if isinstance(text, str) and text.strip()]
     if not texts:
-        raise Unusable("no sentence")
+        raise Unusable("the ref has no sentence")
     return texts
 
 
@@ -194,9 +205,9 @@ _FLAGS = dict.fromkeys(("0", "false", "none"), False) | dict.fromkeys(("1", "tru
 
 
 def flag(item: Mapping[str, Any], field: str) -> bool:
-    """Return a field as a bool: 0 or 1, false or true, or one of these as text. A missing field is false.
+    """Return a field as a bool. A missing field is False.
 
-    Raises Unusable for any other value.
+    Valid values are 0, 1, false and true, also as strings, and null, which is False. Raises Unusable for other values.
     """
     value = str(item.get(field, 0)).lower()
     if value not in _FLAGS:
@@ -208,7 +219,11 @@ def flag(item: Mapping[str, Any], field: str) -> bool:
 
 
 def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what: str, class_id: int | None) -> Segment:
-    """Return the segment of an annotation: mask and box, or only a box. Raises Unusable, also for malformed values."""
+    """Return the segment of an annotation, with a mask and a box, or with only a box.
+
+    what: name of the annotation in `problems`. Raises Unusable if the annotation has neither mask nor box, or if one is
+    malformed, empty or outside the image.
+    """
     crowd = flag(annotation, "iscrowd")
     try:
         if annotation.get("segmentation"):
@@ -216,7 +231,7 @@ def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what:
             box = _corners(annotation["bbox"], image) if annotation.get("bbox") else segment.box
             given, tight = np.array(box), np.array(segment.box)
             if box_iou(given, tight) >= 0.9 or np.abs(given - tight).max() <= 2:
-                return dataclasses.replace(segment, box=box)  # the given box, exact to fractions of a pixel
+                return dataclasses.replace(segment, box=box)  # the given box has fractions of a pixel
             problems.add("note: box disagrees with its mask; the mask's box is kept", what)
             return segment
         if not annotation.get("bbox"):
@@ -237,7 +252,7 @@ def shape(annotation: Mapping[str, Any], image: Image, problems: Problems, what:
 
 
 def _corners(xywh: Sequence[Any], image: Image) -> Box:
-    """Convert a COCO box x, y, width, height to x0, y0, x1, y1, clipped to the image."""
+    """Convert a COCO box x, y, width, height in pixels to x0, y0, x1, y1, clipped to the image."""
     x, y, w, h = (float(v) for v in xywh)
     if not all(map(math.isfinite, (x, y, w, h))):
         raise ValueError("not finite")
@@ -250,7 +265,10 @@ def _masked(counts: bytes, image: Image, **fields: Any) -> Segment:
 
 
 def _rle(segmentation: Any, image: Image) -> bytes:
-    """Convert polygons or a run-length code to a compressed code. Raises Unusable, also for an empty mask."""
+    """Convert polygons or a run-length code to a compressed run-length code.
+
+    Raises Unusable if the mask is malformed or empty, or does not fit the image.
+    """
     height, width = image.height, image.width
     if isinstance(segmentation, dict):
         if list(segmentation["size"]) != [height, width]:
@@ -273,16 +291,17 @@ def _rle(segmentation: Any, image: Image) -> bytes:
 
 
 def _runs(counts: str | bytes) -> list[int]:
-    """Return the lengths of the runs in a compressed code.
+    """Return the lengths of the runs in a compressed run-length code.
 
-    The code is decoded here, because the library accepts a truncated one.
+    hotcoco cannot be used to check the code, because it also decodes truncated codes without an error.
     """
     runs: list[int] = []
     value = shift = 0
     for byte in counts.encode() if isinstance(counts, str) else counts:
         value |= (byte - 48 & 31) << shift
         shift += 5
-        # The last five bits of a run; the fifth is the sign. From the fourth run on, values are differences.
+        # Without the bit 0x20, the byte is the last one of a value, and its bit 0x10 is the sign. From the fourth run
+        # on, a value is the difference to the run before the previous one.
         if not byte - 48 & 32:
             value -= (byte - 48 & 16) << shift - 4
             runs.append(value + (runs[-2] if len(runs) > 2 else 0))

@@ -1,4 +1,4 @@
-"""Data sets in folders of images and of masks with the same names: semantic classes, foregrounds, mattes."""
+"""Plans for folders of images and of masks with the same names: semantic classes, foregrounds, mattes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,11 @@ def semantic(
     names: str | None = None,
     suffix: str = "",
 ) -> Plan:
-    """Return the plan of index masks, or color masks if the class list has colors. Each class becomes one region.
+    """Return the plan of masks whose pixel values, or whose colors, stand for classes. Each class becomes one region.
 
-    ignore, offset: replace the values of `read_classes`. names, suffix: see `pairs`.
+    classes: path of the class list, which has colors if the masks are color images. ignore: mask values of unlabeled
+    pixels. offset: mask value of the first class. Both default to what `read_classes` returns. names, suffix: see
+    `pairs`.
     """
     listed, file_ignore, offset = read_classes(classes, offset)
     ignore = file_ignore if ignore is None else ignore
@@ -63,7 +65,7 @@ def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | No
     found = files_by_stem(trimaps) if trimaps else {}
     if trimaps and not any(job.key in found for job in jobs):
         raise ValueError(
-            f"{trimaps}: no trimap has the name of an image in {images}; rename them, e.g. 1.png for 1.jpg"
+            f"{trimaps}: no trimap has the name of an image in {images}; rename the trimaps, e.g. to 1.png for 1.jpg"
         )
     for job in jobs:
         job.labels = (job.labels, found.get(job.key))
@@ -76,11 +78,11 @@ def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | No
 
 
 def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -> tuple[list[Job], Problems]:
-    """Return a job for each image with a mask of the same name (plus `suffix`), and count files without a partner.
+    """Return a job for each image that has a mask, and the problems, which are files without a partner.
 
-    Names are compared without extension. names: a file that lists the images of this split. `images` and `masks` may
-    be the same folder: then the masks are the files that end in `suffix` or, without a suffix, those that are not
-    JPEGs. Raises ValueError without any pair.
+    A mask has the name of its image plus `suffix`, with any extension. names: a file that lists the images of this
+    split (default: all images). `images` and `masks` may be the same folder: then the masks are the files whose names
+    end in `suffix` or, without a suffix, the files that are not JPEGs. Raises ValueError if no image has a mask.
     """
     problems = Problems()
     if not os.path.isdir(images) or not os.path.isdir(masks) or not os.path.samefile(images, masks):
@@ -103,13 +105,16 @@ def pairs(images: str, masks: str, names: str | None = None, suffix: str = "") -
         raise ValueError(
             f"{masks}: no mask has the name of an image in {names or images}"
             + f" and the suffix {suffix}" * bool(suffix)
-            + f"; rename them, e.g. 1{suffix}.png for 1.jpg"
+            + f"; rename the masks, e.g. to 1{suffix}.png for 1.jpg"
         )
     return jobs, problems
 
 
 def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
-    """Return the keys of the images that a list file names, sorted. Count the names without an image."""
+    """Return the sorted keys of the images that a list file names. Count lines without an image as problems.
+
+    Raises ValueError if no line names an image.
+    """
     lines = list(dict.fromkeys(line.strip() for line in read_text(path).splitlines() if line.strip()))
     found = set()
     for line in lines:
@@ -120,7 +125,7 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
             found.add(key)
     if not found:
         raise ValueError(
-            f"{path}: no line names an image of --images (first line: {lines[0]!r})"
+            f"{path}: no line names an image in --images (first line: {lines[0]!r}); write one image name per line"
             if lines
             else f"{path}: the file is empty; write one image name per line"
         )
@@ -128,10 +133,10 @@ def _listed(path: str, keys: dict[str, str], problems: Problems) -> list[str]:
 
 
 def _names(line: str) -> list[str]:
-    """Return the image names that a line of a list file may mean.
+    """Return the possible image names in a line of a list file.
 
-    They are the whole line and, if the text after the first space is a number or a mask's path, the text before this
-    space.
+    The whole line may be the name. The text before the first space may be the name if the text after it is a number or
+    the path of a mask.
     """
     first, _, rest = line.partition(" ")
     paths = all("/" in path or path.lower().endswith(EXTENSIONS) for path in (first, rest.strip()))
@@ -139,10 +144,10 @@ def _names(line: str) -> list[str]:
 
 
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
-    """Yield the keys that an image name in a list file may refer to.
+    """Yield the keys to which an image name in a list file may refer.
 
-    A key is the name without its extension and, possibly, without its first folders: x/photos/1.jpg may refer to the
-    key "1" if the path on disk is .../photos/1.jpg. keys: {key: path on disk}.
+    A key is the name without its extension and, possibly, without its first folders. For example, x/photos/1.jpg may
+    refer to the key "1" if the path on disk is .../photos/1.jpg. keys: {key: path on disk}.
     """
     stem, extension = os.path.splitext(posixpath.normpath(name))
     parts = (stem if extension.lower() in EXTENSIONS else posixpath.normpath(name)).split("/")
@@ -204,9 +209,10 @@ def _read_trimap(path: str, image: Image) -> np.ndarray:
 
 
 def read_mask(path: str, image: Image) -> np.ndarray:
-    """Return a black and white mask as bool [h, w]. Raises Unusable.
+    """Return a black and white mask as bool [h, w], True where it is white.
 
-    Pixels above 127 are white. If all values are 0 or 1, pixels of 1 are white.
+    Pixels above 127 are white. If all values are 0 or 1, pixels of 1 are white. Raises Unusable if the file is missing
+    or damaged, if its size differs from the image's, or if the largest value is between 2 and 127.
     """
     gray = same_size(read_gray(path), image)
     if 1 < gray.max() < 128:
@@ -217,7 +223,10 @@ def read_mask(path: str, image: Image) -> np.ndarray:
 def foreground_record(
     key: str, image: Image, mask: np.ndarray, alpha: bytes | None = None, trimap: bytes | None = None
 ) -> Record:
-    """Return the record of one salient foreground, bool [h, w]. Raises Unusable if it is empty."""
+    """Return the record of an image with one salient foreground.
+
+    mask: bool [h, w]. alpha, trimap: bytes of PNG files. Raises Unusable if the mask is empty.
+    """
     if not mask.any():
         raise Unusable("image has an empty foreground")
     segment = Segment(box=box_of(mask), mask=encode_rle(mask), alpha=alpha, trimap=trimap, foreground=True)

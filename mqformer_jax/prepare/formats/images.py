@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 JPEG = (".jpg", ".jpeg")
-# .heic: listed only to be counted as dropped, since OpenCV cannot read it
+# OpenCV cannot read .heic files. They are listed so that they are counted as dropped.
 EXTENSIONS = (
     *JPEG,
     ".png",
@@ -28,10 +28,10 @@ EXTENSIONS = (
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8"
-_CHROMA = 32  # the channels of a gray JPEG differ by at most this
-MOST_PIXELS = 178_956_970  # Pillow's limit, since a small file may unpack to any size
+_CHROMA = 32  # the channels of a gray image differ by at most this after JPEG compression
+MOST_PIXELS = 178_956_970  # Pillow's limit: without one, a small file may unpack to any size
 
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # errors are counted with the name of the file
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # the report lists damaged files by name
 warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 
@@ -51,7 +51,10 @@ class Image(NamedTuple):
 
 
 def read_image(path: str) -> Image:
-    """Read an image: unchanged bytes if JPEG or PNG, else converted to PNG. Raises Unusable if missing or truncated."""
+    """Read an image file. The bytes of a JPEG or PNG file stay unchanged; other formats are converted to PNG.
+
+    Raises Unusable if the file is missing, truncated or damaged.
+    """
     data = _read(path, "image")
     pixels = _decode(data, cv2.IMREAD_COLOR, "image")
     if not data.startswith((_JPEG, _PNG)):
@@ -60,10 +63,11 @@ def read_image(path: str) -> Image:
 
 
 def read_index(path: str, colors: Mapping[int, int] | None = None) -> np.ndarray:
-    """Read an index mask as int [h, w]: gray, palette (the index, not the color), or gray saved as RGB.
+    """Read a mask whose pixel values stand for classes, as integers [h, w].
 
-    colors: map from red << 16 | green << 8 | blue to mask values, for masks of three channels. An unknown color c
-    becomes -1 - c. Raises Unusable.
+    The file may be gray, gray saved as RGB, or have a palette, whose indices are then the values. colors: {color: mask
+    value} for color masks, where a color is red << 16 | green << 8 | blue; a color c that is not listed becomes -1 - c.
+    Raises Unusable if the file is missing or damaged, if it is a JPEG, or if it is a color image and `colors` is empty.
     """
     data = _read_exact(path)
     depth = 8
@@ -87,7 +91,7 @@ def read_index(path: str, colors: Mapping[int, int] | None = None) -> np.ndarray
 def read_gray(path: str, kind: str = "mask") -> np.ndarray:
     """Read a matte or a black and white mask as uint8 [h, w]: the alpha channel if it is not constant, else gray.
 
-    Raises Unusable.
+    Raises Unusable if the file is missing or damaged, or if it is a color image.
     """
     data = _read(path, kind)
     # UNCHANGED keeps the alpha channel but ignores EXIF. A JPEG has no alpha channel, but may have EXIF.
@@ -107,13 +111,19 @@ def read_gray(path: str, kind: str = "mask") -> np.ndarray:
 
 
 def read_ids(path: str) -> np.ndarray:
-    """Read the segment ids of a COCO panoptic PNG as int32 [h, w]: R + 256 G + 65536 B. Raises Unusable."""
+    """Read the segment ids of a COCO panoptic PNG as int32 [h, w]: R + 256 G + 65536 B.
+
+    Raises Unusable if the file is missing or damaged, or if it is a JPEG.
+    """
     bgr = _decode(_read_exact(path), cv2.IMREAD_COLOR).astype(np.int32)
     return bgr[..., 2] + 256 * bgr[..., 1] + 65536 * bgr[..., 0]
 
 
 def read_channels(path: str, count: int) -> np.ndarray:
-    """Read a PNG of `count` (3 or 4) 8-bit channels as uint8 [h, w, count]: R, G, B, A. Raises Unusable."""
+    """Read a PNG of `count` (3 or 4) 8-bit channels as uint8 [h, w, count]: R, G, B, A.
+
+    Raises Unusable if the file is missing or damaged, or if it has other channels.
+    """
     pixels = _decode(_read_exact(path), cv2.IMREAD_UNCHANGED)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != count:
         raise Unusable(f"mask does not have {count} 8-bit channels")
@@ -143,10 +153,10 @@ def _read(path: str, kind: str) -> bytes:
 
 
 def _read_exact(path: str) -> bytes:
-    """Read a mask whose pixel values must be exact. Raises Unusable for a JPEG."""
+    """Return the bytes of a mask file whose pixel values must be exact. Raises Unusable if it is a JPEG."""
     data = _read(path, "mask")
     if data.startswith(_JPEG):
-        raise Unusable("mask is a JPEG, whose values are not exact")
+        raise Unusable("mask is a JPEG, whose values are not exact; save masks as PNG")
     return data
 
 
@@ -163,20 +173,21 @@ def _decode(data: bytes, mode: int, kind: str = "mask") -> np.ndarray:
 
 
 def _pixels(data: bytes) -> int:
-    """Return the number of pixels that a file's header declares; 0 if Pillow does not know the format."""
+    """Return the number of pixels that a file's header declares, or 0 if Pillow cannot read it."""
     try:
         with PIL.Image.open(io.BytesIO(data)) as image:
             return image.width * image.height
     except PIL.Image.DecompressionBombError:
         return MOST_PIXELS + 1
-    except Exception:  # errors of a damaged header: left to OpenCV
+    except Exception:  # a damaged header or an unknown format; `_decode` lets OpenCV try
         return 0
 
 
 def _palette_to_gray(data: bytes) -> bytes:
-    """Return the bytes of a palette PNG as a gray PNG: the header declares gray, and the palette is removed.
+    """Convert the bytes of a palette PNG to a gray PNG, whose gray values are the palette indices.
 
-    OpenCV then reads the indices instead of the colors.
+    OpenCV can then read the indices instead of the colors. Only the color type in the header changes, and the palette
+    is removed.
     """
     out, at = [_PNG], len(_PNG)
     while at + 12 <= len(data):
@@ -199,12 +210,15 @@ def _by_color(bgr: np.ndarray, colors: Mapping[int, int]) -> np.ndarray:
 
 
 def files_by_stem(folder: str, extensions: Sequence[str] = EXTENSIONS) -> dict[str, str]:
-    """Return the image files of a folder and its subfolders, sorted: {relative path without extension: full path}."""
+    """Return the image files in a folder and its subfolders: {relative path without extension: full path}, sorted.
+
+    Raises FileNotFoundError if there is no such folder, ValueError if two files differ only in their extensions.
+    """
     if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{folder}: no such folder")
+        raise FileNotFoundError(f"{folder}: no such folder; check the path")
     found: dict[str, str] = {}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        here = os.path.join(os.path.realpath(parent), "")  # a link to a parent folder would never end
+        here = os.path.join(os.path.realpath(parent), "")  # links to a parent folder are skipped
         folders[:] = sorted(
             f for f in folders if not here.startswith(os.path.join(os.path.realpath(os.path.join(parent, f)), ""))
         )

@@ -1,4 +1,4 @@
-"""Turn label maps, whose pixel values encode the class and the instance, into records."""
+"""Convert label maps, whose pixel values encode the class and the instance, to records."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from mqformer_jax.prepare.plan import Job, Problems
 
 
 class Piece(NamedTuple):
-    """Pixels of one class, bool [h, w]: a thing, a part of a stuff class, or (crowd) things that are not separated."""
+    """Some pixels of a class.
+
+    mask: bool [h, w], one thing or a part of a stuff class. crowd: whether the mask shows several things that are not
+    separated.
+    """
 
     class_id: int
     mask: np.ndarray
@@ -24,7 +28,7 @@ class Piece(NamedTuple):
 def panoptic_record(
     key: str, image: Image, pieces: Iterable[Piece], classes: Sequence[ClassInfo], partial: Collection[int] = ()
 ) -> Record:
-    """Return a record with a segment per thing and a region per stuff class. All other pixels are ignored.
+    """Return a record with a segment for each thing and a region for each stuff class. Other pixels are ignored.
 
     Pieces must not overlap. partial: indices of classes with a dropped piece. Raises Unusable if there is no piece.
     """
@@ -44,10 +48,11 @@ def panoptic_record(
 
 
 def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> tuple[list[Job], Problems]:
-    """Return a job for each image with a map of the same name in every folder of `maps`.
+    """Return a job for each image that has a map in every folder of `maps`, and the problems: files without a partner.
 
-    `Job.labels` are the paths of the maps. Files without a partner are counted. Names are compared without `image_end`
-    and `map_end`, e.g. "_leftImg8bit"; files with other endings are skipped.
+    `Job.labels` holds the paths of the maps. A map has the name of its image, but ends in `map_end` instead of
+    `image_end`, e.g. in "_gtFine_instanceIds" instead of "_leftImg8bit". Files with other endings are skipped. Raises
+    ValueError if no image has all its maps.
     """
     pictures, found = _files(images, image_end), [_files(folder, map_end) for folder in maps]
     jobs, problems = [], Problems()
@@ -59,10 +64,11 @@ def paired(images: str, *maps: str, image_end: str = "", map_end: str = "") -> t
             jobs.append(Job(key, key, path, tuple(files[key] for files in found)))
     for folder, files in zip(maps, found):
         for key in sorted(files.keys() - pictures.keys()):
-            problems.add(f"mask: no image with the name of a mask in {folder}", key)
+            problems.add(f"mask in {folder}: no image with its name", key)
     if not jobs:
         raise ValueError(
-            f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* in {images}"
+            f"{' and '.join(maps)}: no mask *{map_end}.png has the name of an image *{image_end}.* in {images}; "
+            "check these folders"
         )
     return jobs, problems
 

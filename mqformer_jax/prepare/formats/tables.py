@@ -1,4 +1,7 @@
-"""Your own data: a CSV or JSONL table. Each row describes one thing in one image."""
+"""The plan for your own data in a CSV or JSONL table.
+
+Each row labels one object in an image, or names something that the image does not show.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,8 @@ _YES, _NO = {"1", "true", "yes"}, {"", "0", "false", "no"}
 class Row(NamedTuple):
     """A row of a table.
 
-    where: "file:line". mask: path, or "". bbox: x, y, width, height, or (). name: class, or "". texts: expressions.
-    absent: whether the row has `no_target` set. wrong: the reason why the row cannot be used, or "".
+    where: "file:line", for messages. mask: path, or "". bbox: x, y, width, height in pixels, or (). name: class, or "".
+    texts: expressions. absent: whether `no_target` is set. wrong: the reason why the row cannot be used, or "".
     """
 
     where: str
@@ -49,15 +52,16 @@ def table(
 ) -> Plan:
     """Return the plan of a table.
 
-    All rows of an image become one record. Rows with the same mask or box become one segment. masks: folder of the
-    masks (default: the folder of the table). classes: path of a class list (default: all classes of the table). stuff:
-    classes that own one region; the others are things. exhaustive: an image shows only the classes of its rows, so a
-    row with only an image states that the image shows no class.
+    All rows of an image become one record. Rows of an image with the same mask and bbox become one segment. masks:
+    folder of the masks (default: the folder of the table). classes: path of a class list (default: all classes in the
+    table). stuff: classes that own one region of an image; all other classes have instances. exhaustive: whether an
+    image shows only the classes of its rows. If so, a row with only an image states that the image shows no class.
+    Raises FileNotFoundError if the table or a folder is missing, ValueError if the table is malformed.
     """
     masks = masks or os.path.dirname(path) or "."
     for folder in (images, masks):
         if not os.path.isdir(folder):
-            raise FileNotFoundError(f"{folder}: no such folder")
+            raise FileNotFoundError(f"{folder}: no such folder; check the path")
     rows = [_row(where, fields, masks) for where, fields in _read(path)]
     names = read_classes(classes)[0] if classes else [(name,) for name in sorted({row.name for row in rows} - {""})]
     unknown = sorted({*stuff} - {name[0] for name in names})
@@ -75,7 +79,7 @@ def table(
             problems.add("row: no image", row.where)
         elif (
             row.name and row.name not in class_of and exhaustive
-        ):  # not dropped: its correct class would then count as absent
+        ):  # an error: if the row were dropped, the class would count as absent
             raise ValueError(f"{row.where}: class {row.name!r} is not in {classes}; add it there, or correct the row")
         elif row.name and row.name not in class_of:
             problems.add(f"row: class {row.name!r} is not in --classes", row.where)
@@ -92,17 +96,20 @@ def table(
 
 
 def _read(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield "file:line" and the fields of every row; `expression` is a list. Raises ValueError unless CSV or JSONL."""
+    """Yield ("file:line", fields) of every row. The field `expression` is a list.
+
+    Raises FileNotFoundError if the table cannot be opened, ValueError if it is malformed or neither CSV nor JSONL.
+    """
     kinds = {".csv": _read_csv, ".jsonl": _read_jsonl}
     kind = os.path.splitext(path)[1].lower()
     if kind not in kinds:
         raise ValueError(
-            f"{path}: unknown extension; give a .csv file with a header, or a .jsonl file with one object per line"
+            f"{path}: unknown extension; give a .csv file with a header, or a .jsonl file with one JSON object per line"
         )
     try:
         yield from kinds[kind](path)
     except OSError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+        raise FileNotFoundError(f"{path}: no such file; check the path") from None
 
 
 def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -114,7 +121,7 @@ def _read_csv(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 where = f"{path}:{reader.line_num}"
                 if None in fields:
                     raise ValueError(
-                        f"{where}: more fields than the header has; put a field with a comma into double quotes"
+                        f"{where}: more fields than the header has; write fields that contain commas in double quotes"
                     )
                 yield where, fields | {"expression": (fields.get("expression") or "").split(";")}
         except UnicodeDecodeError as e:  # text is decoded in blocks, so the line is not known
@@ -137,16 +144,16 @@ def _read_jsonl(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield where, fields | {"expression": said if isinstance(said, list) else [said]}
             elif line.strip():
                 raise ValueError(
-                    f'{where}: not an object; a line is {{"image": "a.jpg", "bbox": [x, y, width, height], ...}}'
+                    f'{where}: not a JSON object; write lines like {{"image": "a.jpg", "bbox": [x, y, width, height]}}'
                 )
 
 
 def _check_columns(where: str, names: Collection[str]) -> None:
     for name in names:
         if name not in COLUMNS:
-            raise ValueError(f"{where}: unknown column {name!r}; columns are {', '.join(COLUMNS)}")
+            raise ValueError(f"{where}: unknown column {name!r}; remove it, or use one of {', '.join(COLUMNS)}")
     if "image" not in names:
-        raise ValueError(f"{where}: column 'image' is missing; columns are {', '.join(COLUMNS)}")
+        raise ValueError(f"{where}: column 'image' is missing; add it (possible columns are {', '.join(COLUMNS)})")
 
 
 def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
@@ -170,13 +177,13 @@ def _row(where: str, fields: dict[str, Any], masks: str) -> Row:
 
 
 def _within(where: str, column: str, path: str) -> str:
-    """Return a normalized relative path, so that rows with different spellings of it are grouped.
+    """Normalize a relative path, so that rows that spell the path differently are grouped.
 
     Raises ValueError if the path leads out of its folder.
     """
     path = posixpath.normpath(path) if path else ""
     if path.startswith(("/", "../")):
-        raise ValueError(f"{where}: {column} {path!r} is not within --{column}s")
+        raise ValueError(f"{where}: {column} {path!r} is not within --{column}s; give a path relative to this folder")
     return path
 
 
@@ -185,7 +192,7 @@ def _words(text: Any) -> str:
 
 
 def _bbox(value: Any) -> tuple[float, ...] | None:
-    """Return the four numbers of a box, () if the value is empty, or None if it is malformed."""
+    """Return the four numbers of a box, () for an empty value, or None for a malformed one."""
     parts = value.replace(",", " ").split() if isinstance(value, str) else value or ()
     try:
         numbers = tuple(float(v) for v in parts)
@@ -198,7 +205,7 @@ def _bbox(value: Any) -> tuple[float, ...] | None:
 
 
 def _record(job: Job, image: Image, problems: Problems, class_of: dict[str, int], exhaustive: bool) -> Record:
-    """Return the record of an image's rows.
+    """Return the record of an image, made from the rows of the image.
 
     A class counts as labeled in part if one of its rows was dropped, or if the table is not exhaustive.
     """
@@ -245,8 +252,8 @@ def _settled(
 ) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
     """Return the segments and the absent expressions of an image, without contradictions.
 
-    An expression of two segments is dropped. An expression that is both present and absent stays present. A segment
-    without class that loses all its expressions is dropped.
+    An expression of two segments is dropped. An expression that is both present and absent counts as present. A segment
+    without a class that loses all its expressions is dropped.
     """
     uses = collections.Counter(text for segment in found for text in set(segment.texts))
     for text in sorted(uses):
@@ -262,7 +269,10 @@ def _settled(
 
 
 def _shape(row: Row, image: Image, problems: Problems) -> Segment:
-    """Return the segment of a row, without class and texts. A mask's tight box replaces `bbox`. Raises Unusable."""
+    """Return the segment of a row, without its class and expressions. If there is a mask, `bbox` is not used.
+
+    Raises Unusable if the mask is unreadable or empty, or if the box is empty or outside the image.
+    """
     if row.mask:
         mask = read_mask(row.mask, image)
         if not mask.any():

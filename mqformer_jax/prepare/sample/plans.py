@@ -1,4 +1,4 @@
-"""Plans for the data sets of `mqformer prepare sample`."""
+"""Plans for the data sets that `mqformer prepare sample` makes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ SAMPLE_IMAGES = 8
 
 
 def plans(output: str, seed: int, train: int, val: int, size: int) -> Iterator[tuple[str, str, Plan]]:
-    """Yield (name, split, plan) of `scenes.datasets`, after writing some held-out images to OUTPUT/sample_images."""
+    """Write some validation images to OUTPUT/sample_images, then yield (name, split, plan) of each sample split.
+
+    seed, train, val, size: see `scenes.datasets`.
+    """
     datasets = scenes.datasets(seed, train, val, size)
     _write_sample_images(os.path.join(output, "sample_images"), datasets[0])
     for dataset in datasets:

@@ -1,7 +1,7 @@
-"""Draw the scenes of the sample: colored things on textured ground, with the thing or ground that each pixel shows.
+"""Draw the scenes of the sample: colored things on textured ground.
 
-Lengths of a `Thing` are fractions of the image's side, so a scene looks the same at every size. All randomness comes
-from one `numpy.random.Generator`. Only numpy and OpenCV are used.
+A `Scene` also holds a map of what each pixel shows. Lengths of a `Thing` are fractions of the image's side, so a scene
+looks the same at every size. All randomness comes from one `numpy.random.Generator`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COLORS = {
 # Radii as fractions of the side. The gap between them makes "small" and "large" unambiguous.
 RADII = {"small": (0.065, 0.082), "large": (0.125, 0.155)}
 SALIENT_RADIUS = (0.165, 0.195)
-MIN_VISIBLE = 0.45  # least visible fraction of a thing's area
+MIN_VISIBLE = 0.45  # smallest visible fraction of a thing's area
 FINE = 4  # outlines are drawn at this multiple of the image's resolution, then averaged
 
 
@@ -57,7 +57,7 @@ class Scene:
 
 
 def draw(rng: np.random.Generator, size: int) -> Scene:
-    """Draw one scene of `size` x `size` pixels: 2 to 6 things on 1 to 4 kinds of ground (nearly always 2 or more)."""
+    """Draw a scene of `size` x `size` pixels, with 2 to 6 things and 1 to 4 kinds of ground (rarely 1)."""
     things, covers, owner = _place_things(rng, size)
     ground = _ground_map(rng, size, owner < 0)
     owner = np.where(owner < 0, len(things) + ground, owner)
@@ -75,10 +75,10 @@ def draw(rng: np.random.Generator, size: int) -> Scene:
 
 
 def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...], list[np.ndarray], np.ndarray]:
-    """Return things from front to back, the coverage of each (0 to 1, without occlusion), and each pixel's owner.
+    """Return the things from front to back, a coverage map of each thing, and the owner of each pixel.
 
-    The owner is an index into the things, or -1. A new thing lies behind all others, so it hides none of them. It is
-    kept if enough of it is visible.
+    Coverage is 0 to 1 for each pixel, as if no other thing hid this one. The owner of a pixel is an index into the
+    things, or -1. A new thing lies behind all others, so it hides none of them. It is kept if enough of it is visible.
     """
     wanted = int(rng.integers(2, 7))
     owner = np.full((size, size), -1)
@@ -101,7 +101,10 @@ def _place_things(rng: np.random.Generator, size: int) -> tuple[tuple[Thing, ...
 
 
 def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
-    """Return a random thing, which often has the shape or color of another thing and often lies partly behind one."""
+    """Return a random thing. It often has the shape or color of another thing, and often lies partly behind one.
+
+    others: the things in front of it. The first thing of a scene is large.
+    """
     shape, color, size = _pick(rng, SHAPES), _pick(rng, tuple(COLORS)), _pick(rng, tuple(RADII))
     if others:
         model, fate = _pick(rng, others), rng.random()
@@ -121,9 +124,9 @@ def _propose(rng: np.random.Generator, others: list[Thing]) -> Thing:
 
 
 def _outline(thing: Thing) -> Float[np.ndarray, "n 2"]:
-    """Return the corners x, y of the outer outline, as fractions of the image's side.
+    """Return the corners x, y of a thing's outer outline, as fractions of the image's side.
 
-    Radii are scaled so that all shapes look equally large.
+    The radius is scaled for each shape, so that all shapes look equally large.
     """
     count, scale = {
         "ball": (40, 1.0),
@@ -149,7 +152,7 @@ def _cover(thing: Thing, size: int) -> Float32[np.ndarray, "s s"]:
 
 
 def _feather(rng: np.random.Generator, thing: Thing, cover: np.ndarray) -> Float32[np.ndarray, "s s"]:
-    """Return the coverage with a soft rim: blurred and frayed, with thin strands of hair around it."""
+    """Return the coverage map with a soft rim: blurred and frayed, with thin strands of hair around the thing."""
     size = len(cover)
     soft = cv2.GaussianBlur(cover, (0, 0), 0.014 * size)
     frayed = soft + 2.4 * soft * (1 - soft) * (_noise(rng, size, size // 2) - 0.5)
@@ -163,7 +166,7 @@ def _feather(rng: np.random.Generator, thing: Thing, cover: np.ndarray) -> Float
     for (start, end), strength, width in zip(ends, strengths, widths):
         cv2.line(hair, start, end, strength, width)
     strands = cv2.resize(hair, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
-    # Rounded to gray levels, so that the image is blended with exactly the matte that is stored.
+    # Round to gray levels, so that the image is blended with exactly the matte that is stored.
     return np.rint(255 * np.clip(np.maximum(frayed, strands), 0, 1)).astype(np.float32) / 255
 
 
@@ -191,9 +194,10 @@ def _paint_thing(rng: np.random.Generator, image: np.ndarray, thing: Thing, cove
 def _ground_map(rng: np.random.Generator, size: int, seen: Bool[np.ndarray, "s s"]) -> Int[np.ndarray, "s s"]:
     """Return an index into STUFF for every pixel.
 
-    Each kind of ground has one site, and a pixel belongs to the kind of the nearest site. Noise shifts the coordinates
-    of the pixels, which makes the borders ragged. In some scenes, horizontal distances count less, so that the kinds
-    form bands with a horizon instead of blobs. Kinds with too few `seen` pixels, which no thing covers, are left out.
+    Each kind of ground has a site (a point), and a pixel belongs to the kind of the nearest site. Noise shifts the
+    coordinates of the pixels, which makes the borders ragged. In some scenes, horizontal distances count less, so that
+    the kinds form horizontal bands instead of blobs. seen: True for pixels that no thing covers. Kinds with too few of
+    these pixels are left out.
     """
     kinds = rng.permutation(len(STUFF))[: int(rng.integers(2, 5))]
     bands = rng.random() < 0.6
@@ -269,9 +273,9 @@ _TEXTURES = {"sky": _sky, "grass": _grass, "water": _water, "sand": _sand, "rock
 
 
 def _noise(rng: np.random.Generator, size: int, rows: int, cols: int | None = None) -> Float32[np.ndarray, "s s"]:
-    """Return smooth noise around 0.5, mostly within 0 to 1: a grid of random values, enlarged to `size` x `size`.
+    """Return smooth noise [size, size], mostly within 0 to 1: a grid of random values that is enlarged.
 
-    rows, cols: size of the grid (by default, cols = rows).
+    rows, cols: size of the grid (default of cols: rows).
     """
     grid = rng.random((rows, cols or rows), np.float32)
     return cv2.resize(grid, (size, size), interpolation=cv2.INTER_CUBIC)

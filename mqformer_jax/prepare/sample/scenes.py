@@ -18,11 +18,12 @@ from mqformer_jax.prepare.sample.render import COLORS, SHAPES, STUFF, Scene, Thi
 
 CLASSES = tuple(ClassInfo((name,)) for name in SHAPES) + tuple(ClassInfo((name,), is_region=True) for name in STUFF)
 
-# {words: (the axis along which they compare centers (0: x, 1: y), the sign of their direction)}
+# {words: (axis, sign)}. The words compare the centers of things along an axis (0: x, 1: y): sign * center is larger for
+# the thing that they describe.
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 EXTREMES = {"leftmost": (0, -1), "rightmost": (0, 1), "topmost": (1, -1), "bottommost": (1, 1)}
-# Fractions of the image's side. A relation holds above CLEAR, does not hold below DENIED, and is ambiguous in
-# between. An extreme thing, e.g. the leftmost one, is ahead of the next one by more than LEAD.
+# Distances between centers, as fractions of the image's side. A relation holds above CLEAR, does not hold below DENIED,
+# and is ambiguous in between. A thing is, e.g., the leftmost one if it is more than LEAD left of the next one.
 CLEAR, DENIED, LEAD = 0.1, 0.03, 0.06
 
 _BLOCK = 100_000  # seeds reserved for each split: splits share no scenes and do not depend on each other's size
@@ -32,17 +33,18 @@ _BLOCK = 100_000  # seeds reserved for each split: splits share no scenes and do
 
 
 def scene(seed: int, size: int = 96) -> Record:
-    """Return the record of the scene of `seed`, `size` x `size` pixels (48 or more), with all annotations.
+    """Return the record of the scene that `seed` determines, with all annotations.
 
-    Segments: the things (front to back, with the expressions that name them), the ground, the salient foreground with
-    its matte. Every run returns the same bytes; another build of numpy or OpenCV may round a pixel differently.
+    size: height and width in pixels, at least 48. The segments are the things (front to back, with the expressions that
+    name them), the ground, and the salient foreground with its matte. Every call returns the same bytes; another build
+    of numpy or OpenCV may round a pixel differently.
     """
     rng = np.random.Generator(np.random.PCG64(seed))
     return _record(f"{seed:08d}", draw(rng, size), rng)
 
 
 def scene_graph(seed: int, size: int = 96) -> Scene:
-    """Return the drawn scene behind `scene(seed, size)`, with its things and the owner of each pixel."""
+    """Return the `Scene` (things, image, matte, owner of each pixel) from which `scene(seed, size)` makes a record."""
     return draw(np.random.Generator(np.random.PCG64(seed)), size)
 
 
@@ -69,7 +71,7 @@ def _png(image: np.ndarray) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class SampleSet:
-    """One data set. seeds: for each split, the seeds of its records. size: side of the images in pixels."""
+    """A data set of the sample. seeds: {split: seeds of the records}. size: height and width of an image in pixels."""
 
     name: str
     classes: tuple[ClassInfo, ...]
@@ -77,19 +79,24 @@ class SampleSet:
     size: int
 
     def records(self, split: str) -> Iterator[Record]:
-        """Iterate over the records of a split. To use several processes, call `render` for `seeds[split]` instead."""
+        """Return an iterator over the records of a split.
+
+        To make records in several processes, call `render` for each seed in `seeds[split]` instead.
+        """
         return (render(self.name, seed, self.size) for seed in self.seeds[split])
 
 
 def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -> list[SampleSet]:
-    """Return three data sets that share no scenes: full scenes, boxes only and mattes only.
+    """Return three data sets that share no scenes: one with all annotations, one with boxes only, one with mattes only.
 
-    train, val: number of scenes in the splits of the full data set. The data set of boxes has train // 4 training
-    scenes, the data set of mattes train // 8 training and val // 4 validation scenes. size: side of the images in
-    pixels. Raises ValueError for more than 100,000 scenes per split.
+    train, val: number of scenes in the splits of the first data set. The data set of boxes has train // 4 training
+    scenes. The data set of mattes has train // 8 training and val // 4 validation scenes. size: height and width of the
+    images in pixels. Raises ValueError for more than 100,000 scenes per split.
     """
     if max(train, val) > _BLOCK:
-        raise ValueError(f"sample: {max(train, val)} scenes are too many: a split holds at most {_BLOCK}.")
+        raise ValueError(
+            f"sample: {max(train, val)} scenes are too many; give at most {_BLOCK} for each of --train and --val"
+        )
     counts = (train, val, train // 4, train // 8, val // 4)
     first = [(5 * seed + block) * _BLOCK for block in range(len(counts))]
     seeds = [range(start, start + count) for start, count in zip(first, counts)]
@@ -101,7 +108,7 @@ def datasets(seed: int = 0, train: int = 4000, val: int = 128, size: int = 96) -
 
 
 def render(name: str, seed: int, size: int = 96) -> Record:
-    """Return the record of `seed` in the data set `name`. Raises KeyError for a name that is not in `datasets`."""
+    """Return the record of `seed` in the data set `name`. Raises KeyError if `datasets` has no set of this name."""
     return {"sample_scenes": lambda r: r, "sample_boxes": _boxes_only, "sample_mattes": _matte_only}[name](
         scene(seed, size)
     )
@@ -156,7 +163,7 @@ def expression_kind(text: str) -> str:
 def referents(phrase: Phrase, things: Sequence[Thing]) -> tuple[list[int], list[int]]:
     """Return the indices of the things that `phrase` certainly names, and of the things that it may name.
 
-    The second list includes the first. The phrase names nothing if the anchor of its relation does not name exactly one
+    The second list includes the first. Both are empty if the anchor of the phrase's relation does not name exactly one
     thing.
     """
     head = [i for i, thing in enumerate(things) if _fits(phrase, thing)]
@@ -185,10 +192,10 @@ def sole(phrase: Phrase, things: Sequence[Thing]) -> int | None:
 def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) -> tuple[str, ...]:
     """Return up to three phrases that name only `things[target]`.
 
-    The first describes the looks of the thing, the second its position relative to another thing. The third is extremal
-    ("leftmost") or describes the looks again.
-
-    Phrases that need all their words are preferred, e.g. a relation whose noun alone would name several things.
+    - The first describes the looks of the thing, in as few words as possible.
+    - The second describes the position of the thing relative to another thing. Usually, the looks alone would not be
+      enough: "the ball left of the star" in a scene with two balls.
+    - The third is extremal ("the leftmost ball"), or describes the looks again.
     """
     heads = _heads(things[target])
     plain = [p for p in heads if sole(p, things) == target]
@@ -206,7 +213,10 @@ def expressions(rng: np.random.Generator, target: int, things: Sequence[Thing]) 
 
 
 def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]:
-    """Return one or two phrases that name none of the things, although a part of each phrase fits one of them."""
+    """Return one or two no-target expressions: phrases that describe no thing in the scene.
+
+    Each is close to being true, such as "the red square" in a scene with a red ball but no red square.
+    """
     color = _pick(rng, things).color
     shapes = [s for s in SHAPES if not any((t.shape, t.color) == (s, color) for t in things)]
     colors = [c for c in COLORS if not any(t.color == c for t in things)]
@@ -225,7 +235,10 @@ def absent(rng: np.random.Generator, things: Sequence[Thing]) -> tuple[str, ...]
 
 
 def _related(rng: np.random.Generator, target: int, things: Sequence[Thing], heads: list[Phrase]) -> list[Phrase]:
-    """Return [a phrase that names the target by its position relative to another thing], or [] after a few tries."""
+    """Return a list of one phrase that names the target by its position relative to another thing.
+
+    Return [] if a few random tries find no such phrase.
+    """
     others = [i for i in range(len(things)) if i != target]
     for _ in range(12):
         anchor = _anchor(rng, _pick(rng, others), things)
@@ -241,7 +254,7 @@ def _anchor(rng: np.random.Generator, index: int, things: Sequence[Thing]) -> Ph
 
 
 def _heads(thing: Thing) -> list[Phrase]:
-    """Return all phrases about the looks of a thing. "thing" replaces the shape only if the phrase has a color."""
+    """Return all phrases about the looks of a thing. The noun "thing" replaces the shape only together with a color."""
     shaped = [Phrase(thing.shape, color, size) for color in (None, thing.color) for size in (None, thing.size)]
     return [*shaped, Phrase("thing", thing.color), Phrase("thing", thing.color, thing.size)]
 
