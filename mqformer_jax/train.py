@@ -12,7 +12,6 @@ from mqformer_jax import checkpoint, cli
 from mqformer_jax.evaluation import evaluate
 from mqformer_jax.files import write_json
 from mqformer_jax.inference.predictor import Predictor
-from mqformer_jax.inference.text_cache import TextCache
 from mqformer_jax.input.mixture import make_loader
 from mqformer_jax.models.tokenizer import Tokenizer, make_tokenizer
 from mqformer_jax.parallel.distributed import Preemption, barrier, connect, is_first
@@ -21,6 +20,7 @@ from mqformer_jax.training.metrics import Metrics
 from mqformer_jax.training.nan_guard import NotFinite
 from mqformer_jax.training.progress import Progress
 from mqformer_jax.training.step import TrainState, TrainStep
+from mqformer_jax.training.text_cache import TextCache
 from mqformer_jax.training.warm_start import bring_tokenizer, initialize
 
 

@@ -201,7 +201,7 @@ def recorded_losses(outputs, arrays, about) -> dict:
         chosen = jnp.take_along_axis(predictions.mask_embed, pairs.query[..., None], 1)
         logits = jnp.einsum("srd,hwd->srhw", chosen, outputs.mask_features[i])
         drawn = sample_maps(targets.masks[pairs.target].astype(jnp.float32), points)
-        entropy, dice = costs.mask_losses(sample_maps(logits, points), drawn, jnp.ones(drawn.shape))
+        entropy, dice = costs.entropy_and_dice(sample_maps(logits, points), drawn, jnp.ones(drawn.shape))
         terms = {
             "class": class_loss(predictions.class_logits, targets, pairs),
             "mask": entropy.sum(1),

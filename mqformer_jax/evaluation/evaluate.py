@@ -332,9 +332,6 @@ def table(results: dict[str, float]) -> str:
     return "\n".join(f"{task:>24}  " + "  ".join(metrics) for task, metrics in tasks.items())
 
 
-# --- the command line
-
-
 def named(sets: Sequence[dict], names: Sequence[str]) -> tuple[dict, ...]:
     """Return the sets whose NAME/SPLIT is in `names`, or all if it is empty. Raises ValueError for an unknown name."""
     known = [f"{entry['name']}/{entry['split']}" for entry in sets]

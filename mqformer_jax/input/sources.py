@@ -95,11 +95,13 @@ def prepare_again(info: DatasetInfo) -> str:
 
 
 def not_prepared(root: str, name: str, split: str, kind: str = "") -> str:
-    """Return the message about a missing split. kind: the subcommand that prepared the other splits, or ""."""
+    """Return the message about a missing split. kind: `Plan.kind` of the other splits, or ""."""
     command = f"{kind} --name {name} --split {split} --output {root} …" if kind else f"public {name} --output {root}"
     command = f"sample --output {root}" if name.startswith("sample_") else command
     if kind == "synthesize" or name.endswith(("_syn", "_syn_m")):
         hint = "create it with `mqformer synthesize` (see docs/data.md)"
+    elif kind == "script":
+        hint = "run the script that prepares this data set (see docs/data.md)"
     else:
         hint = f"run `mqformer prepare {command}` (see data/README.md)"
     return f"data set '{name}' split '{split}' is not in {root}: {hint}"

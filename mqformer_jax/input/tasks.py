@@ -11,9 +11,9 @@ import numpy as np
 
 from mqformer_jax.input.example import Example, Prompt, Target
 from mqformer_jax.input.record import BadRecord, DatasetInfo, Record, Segment, box_of
-from mqformer_jax.tasks import TRAINED
+from mqformer_jax.tasks import FOREGROUND, TRAINED
 
-FOREGROUND = Prompt(("foreground",), is_region=True)
+FOREGROUND_PROMPT = Prompt((FOREGROUND,), is_region=True)
 
 # A prompt, the groups of segments that it fits (each group becomes one target), and whether its targets need masks.
 PromptGroups = tuple[Prompt, list[tuple[int, ...]], bool]
@@ -91,7 +91,7 @@ def _prompts(
             yield Prompt((text,), is_region=True), [], True
     salient = tuple(i for i, s in labeled if s.foreground)
     if "foreground" in tasks and salient:
-        yield FOREGROUND, [salient], True
+        yield FOREGROUND_PROMPT, [salient], True
 
 
 def _class_prompts(

@@ -93,7 +93,7 @@ def mask_costs(
     return entropy / jnp.maximum(weight.sum(), 1), dice
 
 
-def mask_losses(
+def entropy_and_dice(
     logits: Float[Array, "*n k"], masks: Float[Array, "*n k"], weight: Float[Array, "*n k"]
 ) -> tuple[Float[Array, "*n"], Float[Array, "*n"]]:
     """Return the cross entropy and the dice loss of each matched pair, at k pixels.

@@ -193,7 +193,7 @@ def mask_losses(
     weight = lattice.point_weights(key, jax.lax.stop_gradient(logits), targets.inside, weights.num_points)
     masks = targets.masks[pairs.target].astype(jnp.float32)
     pixels = lambda x: x.reshape(*pairs.target.shape, -1)
-    entropy, dice = costs.mask_losses(pixels(logits), pixels(masks), pixels(weight * targets.known))
+    entropy, dice = costs.entropy_and_dice(pixels(logits), pixels(masks), pixels(weight * targets.known))
     with_mask = pairs.valid & targets.has_mask[pairs.target]
     terms = {"mask": (entropy * with_mask).sum(1), "dice": (dice * with_mask).sum(1)}
     if weights.projection > 0:

@@ -48,8 +48,9 @@ def coco_origin(name: str) -> str:
 class Plan:
     """A split that is ready to be prepared.
 
-    kind: the subcommand of `mqformer prepare`. make: function that converts a job to a `Built` in a worker process.
-    problems: problems that were found before any job ran. exhaustive, unique_texts: see `DatasetInfo`.
+    kind: the subcommand of `mqformer prepare`, or "script" for a plan of your own. make: function that converts a job
+    to a `Built` in a worker process. problems: problems that were found before any job ran. exhaustive, unique_texts:
+    see `DatasetInfo`.
     """
 
     kind: str

@@ -78,6 +78,13 @@ def test_missing_split_names_the_command_that_made_the_others(root):
     )
 
 
+def test_a_missing_split_of_your_own_format_names_your_script(root):
+    folder = os.path.join(root, "toy")
+    DatasetInfo("toy", (), {"train": 5}, source="script").save(folder)
+    told = _complaint(FileNotFoundError, lambda: ShardSource(root, "toy", "val"))
+    assert "run the script that prepares this data set" in told
+
+
 def test_missing_shard_is_named(root):
     os.remove(_shards(root)[0])
     assert "00000-of-00002.array_record is missing" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))

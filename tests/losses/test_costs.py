@@ -34,7 +34,7 @@ def test_pairwise_mask_costs_equal_matched_losses_and_leave_unknown_points_out()
     entropy, dice = costs.mask_costs(logits, masks, weight)
     for n in range(3):
         for q in range(4):
-            expected = costs.mask_losses(logits[q], masks[n], weight)
+            expected = costs.entropy_and_dice(logits[q], masks[n], weight)
             np.testing.assert_allclose((entropy[n, q], dice[n, q]), expected, rtol=1e-4)
     known = weight > 0
     p, t = sigmoid(logits[1, known]), masks[2, known]

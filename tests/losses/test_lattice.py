@@ -61,12 +61,12 @@ def test_losses_on_the_lattice_are_those_at_its_chosen_pixels():
 
     def ours(features, embed):
         logits = jnp.einsum("nd,hwd->nhw", embed, lattice.at_offset(features, jnp.array(offset), STRIDE, STRIDE))
-        return sum(term.sum() for term in costs.mask_losses(logits.reshape(2, -1), truth, weight))
+        return sum(term.sum() for term in costs.entropy_and_dice(logits.reshape(2, -1), truth, weight))
 
     def theirs(features, embed):
         logits = sample_maps(jnp.einsum("nd,hwd->nhw", embed, features), points)
         drawn = sample_maps(masks.astype(np.float32), points)
-        return sum(term.sum() for term in costs.mask_losses(logits, drawn, jnp.ones((2, count))))
+        return sum(term.sum() for term in costs.entropy_and_dice(logits, drawn, jnp.ones((2, count))))
 
     (value, gradient), (wanted, wanted_gradient) = (
         jax.value_and_grad(f, argnums=(0, 1))(features, embed) for f in (ours, theirs)

@@ -83,7 +83,7 @@ def test_mask_losses_have_their_values_and_gradients():
     logits, targets = (3 * torch.randn(TARGETS, POINTS)).requires_grad_(), masks(TARGETS, POINTS)
     expected = mask2former.sigmoid_cross_entropy_loss(logits, targets, 3), mask2former.dice_loss(logits, targets, 3)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in expected]
-    ours = lambda x: [loss.sum() / 3 for loss in costs.mask_losses(x, array(targets), jnp.ones(targets.shape))]
+    ours = lambda x: [loss.sum() / 3 for loss in costs.entropy_and_dice(x, array(targets), jnp.ones(targets.shape))]
     values, found = jax.jit(lambda x: (ours(x), jax.jacrev(ours)(x)))(array(logits))
     close("mask losses", "forward", values, expected)
     close("mask losses", "gradient", found, gradients)

@@ -4,11 +4,11 @@ import pytest
 from flax import nnx
 from tiny import get_config
 
-from mqformer_jax.inference.text_cache import TextCache
 from mqformer_jax.models.mqformer import MQFormer
 from mqformer_jax.parallel.mesh import gather_to_host, make_mesh
 from mqformer_jax.train import train
 from mqformer_jax.training.step import TrainStep
+from mqformer_jax.training.text_cache import TextCache
 
 
 @pytest.fixture(scope="module")
