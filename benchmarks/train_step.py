@@ -164,7 +164,10 @@ def made_up(shapes: Batch) -> Batch:
 
 
 def rectangles(rng: np.random.Generator, shape: tuple[int, ...], h: int, w: int) -> tuple[np.ndarray, ...]:
-    """Return top, left, height and width of random rectangles in an image of h x w pixels, up to half its sides."""
+    """Return arrays of this shape: top, left, height and width of random rectangles in an image of h x w pixels.
+
+    A rectangle is at most half as high and half as wide as the image.
+    """
     height, width = rng.integers(1, h // 2, shape), rng.integers(1, w // 2, shape)
     return rng.integers(0, h - height), rng.integers(0, w - width), height, width
 

@@ -200,10 +200,11 @@ def reversed_levels(heads: int, levels: int, rest: int) -> np.ndarray:
 def apply(
     plan: Plan, tensors: Tensors, ours: Mapping[str, jax.ShapeDtypeStruct | Array]
 ) -> tuple[dict[str, np.ndarray], Report]:
-    """Convert a checkpoint's tensors. Return {path: value} of the completely filled parameters, and a report.
+    """Convert a checkpoint's tensors. Return {path: value} and a report.
 
-    ours: {path: shape and type} of the parameters in the plan's part. Tensors that contain NaN or infinity are also
-    converted, with a warning.
+    The values include only parameters of which the checkpoint has all elements. ours: {path: shape and type} of the
+    parameters in the part of the model that `plan` converts. Tensors that contain NaN or infinity are also converted,
+    with a warning.
     """
     report, values, filled = Report(), {}, {}
     read, odd = set(), {}

@@ -53,7 +53,7 @@ def unpack(bits: UInt8[Array, "*n h w8"], width: int) -> Bool[Array, "*n h w"]:
 
 
 def step_of(shape: tuple[int, int], num_points: int) -> int:
-    """Return k such that every k-th row and column of a lattice of this shape leaves about `num_points` pixels."""
+    """Return k such that a lattice of this shape has about `num_points` pixels in every k-th row and column."""
     return max(1, int((shape[0] * shape[1] / num_points) ** 0.5))
 
 

@@ -222,11 +222,11 @@ def from_windows(windows: Float[Array, "b rows columns t c"], side: int) -> Floa
 
 
 def unfold_bias(table: Float[Array, "offsets heads"], window: int) -> Float[Array, "heads t t"]:
-    """Return the attention bias of each (query, key) pair of a window with t pixels.
+    """Return the attention bias of each (query, key) pair of a window with t = window^2 pixels.
 
-    table: relative position biases, see `Block.position_bias`. It is indexed first by rows and then by columns. This
-    gathers 2 window^2 slices (and scatters as many in the gradient), where the usual single index gathers window^4
-    rows.
+    table: relative position biases, see `Block.position_bias`. The function looks up the vertical offset first and the
+    horizontal offset second. It gathers 2 window^2 slices (and scatters as many in the gradient); the usual lookup with
+    a single index gathers window^4 rows.
     """
     offset = np.arange(window)[:, None] - np.arange(window) + window - 1  # [query, key]
     # query row, key row, query column, key column

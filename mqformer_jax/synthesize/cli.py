@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
 
         tally = run_pipeline(job, options, given.beam.split())
     if tally is None:
-        print(f"{job.title}: the shards of this process are finished; the last process completes the data set.")
+        print(f"{job.title}: the shards of this process are finished; the process that ends last completes the set.")
     else:
         show(job, tally)
 

@@ -79,9 +79,9 @@ _STEP = 8  # the lookup table holds every eighth level of red, green and blue
 
 
 def term_shares(pixels: UInt8[np.ndarray, "n 3"]) -> tuple[Float[np.ndarray, " 11"], Float[np.ndarray, " 11"]]:
-    """Return for each of `TERMS` the fraction of RGB pixels that certainly has it, and the fraction that may have it.
+    """Return two fractions of the pixels for each color term in `TERMS`: pixels of this color, and possibly of it.
 
-    The second includes the first. `pixels` must not be empty.
+    The second fraction includes the first. pixels: RGB values, at least one pixel.
     """
     r, g, b = (pixels // _STEP).T
     found = np.bincount(_table()[r, g, b], minlength=len(_PROTOTYPES)) / len(pixels)

@@ -61,7 +61,7 @@ THINGS = [value for value in range(1, 151) if value not in STUFF]
 
 
 def panoptic(images: str, semantic: str, instances: str, classes: str) -> Plan:
-    """Return the plan of a split.
+    """Return the `Plan` of a split.
 
     For the training split, `images` is the folder images/training, `semantic` annotations/training, and `instances`
     annotations_instance/training. classes: path of objectInfo150.txt.

@@ -29,7 +29,7 @@ CROWD_OR_IGNORE = 3
 
 
 def panoptic(images: str, bitmasks: str) -> Plan:
-    """Return the plan of a split, from folders such as images/10k/train and labels/pan_seg/bitmasks/train."""
+    """Return the `Plan` of a split, from folders such as images/10k/train and labels/pan_seg/bitmasks/train."""
     jobs, problems = paired(images, bitmasks)
     return Plan("bdd100k", CLASSES, jobs, builder(_record), True, problems)
 

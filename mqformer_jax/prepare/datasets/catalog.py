@@ -1,7 +1,7 @@
 """The public data sets: a description of each, and the files and folders that its download contains.
 
-If detectron2 or a project based on it supports a data set, the layout is the one that it expects below
-$DETECTRON2_DATASETS.
+A data set that detectron2 or a project based on detectron2 supports has the folder layout that this project expects
+below $DETECTRON2_DATASETS.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ LAST_LABEL = 33
 
 
 def panoptic(images: str, labels: str) -> Plan:
-    """Return the plan of a split, from folders such as leftImg8bit/train and gtFine/train."""
+    """Return the `Plan` of a split, from folders such as leftImg8bit/train and gtFine/train."""
     jobs, problems = paired(images, labels, image_end="_leftImg8bit", map_end="_gtFine_instanceIds")
     return Plan("cityscapes", CLASSES, jobs, builder(_record), True, problems)
 

@@ -22,7 +22,7 @@ SPELLED = {"pottedplant": "potted plant", "tvmonitor": "tv monitor"}
 
 
 def semantic(images: str, labels: str, names: str, classes: str | None = None, listed: str | None = None) -> Plan:
-    """Return the plan of a split.
+    """Return the `Plan` of a split.
 
     images: folder VOC2010/JPEGImages. labels: folder trainval. names: path of labels.txt. classes: path of
     59_labels.txt, to ignore pixels of other labels, or None to use all 459 labels. listed: path of a list of the

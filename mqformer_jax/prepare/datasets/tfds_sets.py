@@ -36,9 +36,9 @@ class TfdsSet:
     name: name of the data set in recipes.
     splits: {name of a split here: the builder's name of the split}.
     needs: packages that the builder needs to make the data set, but not to read it.
-    vocabulary: function of the builder's features that returns the classes and {class id: class index}.
-    key: function that returns the image name of an example.
-    record: function that makes a record (`make_record` of `plan.build`) from a job whose `labels` are the example.
+    vocabulary: function that takes the builder's features and returns the classes and {class id: class index}.
+    key: function that takes an example and returns its image name.
+    record: function that converts a job to a record (`make_record` of `plan.build`); `job.labels` is the TFDS example.
     image: the feature that holds the image.
     """
 

@@ -38,7 +38,7 @@ def visual_genome(
     alias: str | None = None,
     min_images: int = 50,
 ) -> Plan:
-    """Return the plan of `objects` (objects.json: classes) and `regions` (region_descriptions.json: expressions).
+    """Return the `Plan` of `objects` (objects.json: classes) and `regions` (region_descriptions.json: expressions).
 
     images: the folders VG_100K and VG_100K_2. The names of objects are the classes; `alias` (object_alias.txt) merges
     names with the same meaning. A class that fewer than `min_images` images show is dropped, with its objects. The `id`

@@ -32,7 +32,7 @@ _UNUSED |= {"keypoints", "num_keypoints", "synset", "synsets", "def", "merged_ob
 
 
 def panoptic(json_path: str, images: str, masks: str) -> Plan:
-    """Return the plan of a COCO panoptic JSON file.
+    """Return the `Plan` of a COCO panoptic JSON file.
 
     images: folder of the images. masks: folder of PNGs with segment ids; pixels of id 0 are ignored.
     """
@@ -61,7 +61,7 @@ def panoptic(json_path: str, images: str, masks: str) -> Plan:
 
 
 def instances(json_path: str, images: str) -> Plan:
-    """Return the plan of a COCO instances JSON file: polygons, run-length codes, or boxes only.
+    """Return the `Plan` of a COCO instances JSON file: polygons, run-length codes, or boxes only.
 
     If images have `neg_category_ids` (LVIS), the data set is federated. Boxes with `iscrowd` (Objects365) are crowds;
     fake and mirrored objects (`isfake`, `isreflected`) count as objects. Roboflow's exports (SeginW) have a category
@@ -91,7 +91,7 @@ def instances(json_path: str, images: str) -> Plan:
 
 
 def referring(json_path: str, images: str, instance_files: Sequence[str] = (), refs_split: str | None = None) -> Plan:
-    """Return the plan of a JSON file of expressions, or of RefCOCO's pickled refs.
+    """Return the `Plan` of a JSON file of expressions, or of RefCOCO's pickled refs.
 
     Each item of the field `refs` has image_id, sentences, and at least one of bbox, segmentation, ann_id and no_target.
     Fields that a ref with an `ann_id` lacks are taken from the annotation with this id in `instance_files`. If the JSON
@@ -128,7 +128,7 @@ def referring(json_path: str, images: str, instance_files: Sequence[str] = (), r
 
 
 def foreground(json_path: str, images: str, instance_files: Sequence[str]) -> Plan:
-    """Return the plan of a JSON file of salient foregrounds.
+    """Return the `Plan` of a JSON file of salient foregrounds.
 
     Each item of the field `items` is {image_id, ann_ids}: the foreground of this image is the union of these
     annotations, which are in `instance_files`.

@@ -36,7 +36,7 @@ def semantic(
     names: str | None = None,
     suffix: str = "",
 ) -> Plan:
-    """Return the plan of masks whose pixel values, or whose colors, stand for classes. Each class becomes one region.
+    """Return the `Plan` of masks whose pixel values, or whose colors, stand for classes. Each class becomes one region.
 
     classes: path of the class list, which has colors if the masks are color images. ignore: mask values of unlabeled
     pixels. offset: mask value of the first class. Both default to what `read_classes` returns. names, suffix: see
@@ -54,13 +54,13 @@ def semantic(
 
 
 def foreground(images: str, masks: str, names: str | None = None, suffix: str = "") -> Plan:
-    """Return the plan of black and white masks of the salient foreground. names, suffix: see `pairs`."""
+    """Return the `Plan` of black and white masks of the salient foreground. names, suffix: see `pairs`."""
     jobs, problems = pairs(images, masks, names, suffix)
     return Plan("foreground", (), jobs, builder(_foreground), False, problems)
 
 
 def mattes(images: str, alphas: str, trimaps: str | None = None, names: str | None = None, suffix: str = "") -> Plan:
-    """Return the plan of alpha mattes of the foreground, with optional trimaps. names, suffix: see `pairs`."""
+    """Return the `Plan` to prepare foreground alpha mattes, with optional trimaps. names, suffix: see `pairs`."""
     jobs, problems = pairs(images, alphas, names, suffix)
     found = files_by_stem(trimaps) if trimaps else {}
     if trimaps and not any(job.key in found for job in jobs):

@@ -50,7 +50,7 @@ def table(
     stuff: Sequence[str] = (),
     exhaustive: bool = False,
 ) -> Plan:
-    """Return the plan of a table.
+    """Return the `Plan` to prepare a data set whose annotations are the rows of a table file, such as CSV.
 
     All rows of an image become one record. Rows of an image with the same mask and bbox become one segment. masks:
     folder of the masks (default: the folder of the table). classes: path of a class list (default: all classes in the
