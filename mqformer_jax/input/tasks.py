@@ -59,9 +59,8 @@ def to_example(
         if (target := _target(record, group, tuple(ids), group in masked)) is not None:
             targets.append(target)
             continue
-        for i in (
-            ids
-        ):  # the mask is empty, e.g. in a matte of glass: what the prompt names is in the image, but has no target
+        # The mask is empty, e.g. in a matte of glass: what the prompt names is in the image, but it has no target.
+        for i in ids:
             prompts[i] = dataclasses.replace(prompts[i], exhaustive=False)
     return Example(key, np.ascontiguousarray(record.decode_image()), prompts, targets, _ignored(record))
 

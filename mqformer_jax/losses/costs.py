@@ -18,8 +18,9 @@ class LossWeights:
     """Weights of the terms in the matching costs and in the losses. The defaults are Mask DINO's.
 
     projection: weight of `projection_loss`, a loss of targets that have a box but no mask. num_points: average number
-    of pixels at which a predicted mask is compared with its target (`lattice.point_weights`). denoising_masks: whether
-    denoising queries have mask losses (DN "seg" in Mask DINO), or only class and box losses (DN "standard").
+    (within about 10 %) of pixels at which a predicted mask is compared with its target (`lattice.point_weights`).
+    denoising_masks: whether denoising queries have mask losses (DN "seg" in Mask DINO), or only class and box losses
+    (DN "standard").
     """
 
     class_: float = 4.0
