@@ -151,6 +151,7 @@ def _eval() -> dict[str, Any]:
         overlap_threshold=0.8,  # panoptic: lowest fraction of a segment that must stay visible
         max_detections=100,  # instance: segments per image
         score_threshold=-1.0,  # instance: lowest score of a segment; average precision needs all segments
+        crop_masks=False,  # instance: cut off masks outside their box; for models that were trained for a short time
         no_target_threshold=0.0,  # referring: an expression whose best score is lower has no target
         # referring: (name, regex) pairs of groups with their own metrics; an expression is in the first that matches
         expression_groups=(),

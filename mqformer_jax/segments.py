@@ -111,6 +111,7 @@ class CanvasMasks(LazyMasks):
 
 
 Masks = Float[np.ndarray, "q h w"] | LazyMasks
+CROP_MARGIN = 0.1  # of `crop_masks`, as a fraction of the box's width and height
 BAND = 1 << 27  # largest number of scores (pixels x prompts) that `semantic_map` holds at once
 
 
@@ -215,6 +216,7 @@ def instance_segments(
     max_detections: int = 100,
     rate_masks: bool = True,
     score_threshold: float = -1.0,
+    crop_masks: bool = False,
 ) -> Segments:
     """Return the `max_detections` best (query, prompt) pairs as segments, best first. Segments may overlap.
 
@@ -222,7 +224,9 @@ def instance_segments(
 
     The score of a pair is the class score x the mean mask probability inside the mask. With `rate_masks=False`, it is
     the class score alone, for models that were trained with boxes only (Mask DINO's `focus_on_box`). `wanted` selects
-    the prompts to use. Pairs that do not score above `score_threshold` are left out.
+    the prompts to use. Pairs that do not score above `score_threshold` are left out. With `crop_masks`, a mask ends at
+    the query's box, enlarged by `CROP_MARGIN` (YOLACT, Bolya et al., ICCV 2019). This helps a model that was trained
+    for a short time: its boxes tell nearby objects of a class apart before its masks do.
     """
     candidates = class_probs if wanted is None else np.where(wanted, class_probs, -1.0)
     count = min(max_detections, class_probs.size if wanted is None else len(class_probs) * int(np.sum(wanted)))
@@ -239,6 +243,8 @@ def instance_segments(
     for i, query in enumerate(used):
         (logits,) = mask_logits[[query]]
         np.greater(logits, 0, out=masks[i])
+        if crop_masks:
+            masks[i] &= _inside(boxes[query], logits.shape)
         if rate_masks:
             inside[i] = _sigmoid(logits)[masks[i]].sum() / (np.count_nonzero(masks[i]) + 1e-6)
     scores = scores * inside[row]
@@ -252,6 +258,14 @@ def instance_segments(
         prompts[order],
         queries[order],
     )
+
+
+def _inside(box: Float[np.ndarray, " 4"], shape: tuple[int, int]) -> Bool[np.ndarray, "h w"]:
+    """Return the pixels whose center is in a box that is enlarged by `CROP_MARGIN` on each side."""
+    margin = CROP_MARGIN * np.tile(box[2:] - box[:2], 2)
+    x0, y0, x1, y1 = box + margin * (-1, -1, 1, 1)
+    y, x = np.arange(shape[0]) + 0.5, np.arange(shape[1]) + 0.5
+    return np.logical_and.outer((y >= y0) & (y <= y1), (x >= x0) & (x <= x1))
 
 
 def semantic_map(

@@ -50,7 +50,7 @@ def test_the_next_command_asks_for_what_was_taught(name, task):
 def test_the_quick_recipe_is_smaller_and_of_fixed_length():
     config, longer = recipe("things,quick", "finetune"), recipe("things", "finetune")
     recipes.check(config)
-    assert config.steps == 800 and config.batch_size == 4 and config.data.mixture == longer.data.mixture
+    assert config.steps == 600 and config.batch_size == 2 and config.data.mixture == longer.data.mixture
     assert config.model.decoder_layers < longer.model.decoder_layers and config.init_from == longer.init_from
 
 

@@ -106,6 +106,21 @@ def test_instances_are_mask_dinos(maskdino, name, image):
     assert (got.masks[mine] != want["masks"]).sum() == 0
 
 
+def test_cropped_masks_end_at_the_enlarged_box_and_are_rated_inside():
+    logits = np.full((1, 20, 40), 4.0, np.float32)  # a mask of the whole image
+    logits[0, :, 20:] = 0.1  # of which the right half is uncertain
+    boxes = np.array([[5, 5, 15, 15]], np.float32)
+    whole, cropped = (
+        instance_segments(["cat"], np.ones((1, 1), np.float32), boxes, logits, crop_masks=crop)
+        for crop in (False, True)
+    )
+    want = np.zeros((20, 40), bool)
+    want[4:16, 4:16] = True  # 10 % more on each side
+    np.testing.assert_array_equal(cropped.masks[0], want)
+    assert whole.masks.all() and whole.scores[0] < 0.8 < cropped.scores[0]
+    np.testing.assert_array_equal(cropped.boxes, boxes)
+
+
 @pytest.mark.parametrize("image", [0, 1])
 def test_semantic_map_is_mask_dinos(maskdino, image):
     probs, _, logits = maskdino.inputs(image)

@@ -142,7 +142,7 @@ def describe(config: ConfigDict, exported: dict[str, tuple[jax.export.Exported, 
             "outputs": outputs,
         }
     learnable, conditional = query_counts(config.model)
-    names = ("object_mask_threshold", "overlap_threshold", "max_detections", "no_target_threshold")
+    names = ("object_mask_threshold", "overlap_threshold", "max_detections", "crop_masks", "no_target_threshold")
     thresholds = {name: config.eval[name] for name in names}
     return {
         "made_by": f"mqformer_jax {mqformer_jax.__version__}, jax {jax.__version__}",

@@ -313,7 +313,7 @@ def postprocess(
         limits = thresholds.object_mask_threshold, thresholds.overlap_threshold
         return panoptic_segments(texts, raw.class_probs, raw.masks, regions, *limits)
     if kind == "instance":
-        options = dict(max_detections=thresholds.max_detections, score_threshold=thresholds.score_threshold)
+        options = {name: thresholds[name] for name in ("max_detections", "score_threshold", "crop_masks")}
         return instance_segments(texts, raw.class_probs, raw.boxes, raw.masks, ~regions, **options)
     if kind == "semantic":
         return semantic_segments(texts, raw.class_probs, raw.masks)

@@ -185,22 +185,31 @@ def mask_losses(
     """Return the mask losses at each stage, summed over pairs.
 
     Targets with a mask have a cross entropy and a dice loss. Targets without a mask have a projection loss, which is
-    left out if its weight is 0.
+    left out if its weight is 0. Stages are computed one by one, and again in the backward pass, because the mask logits
+    of all stages would need gigabytes.
     """
-    embed = _of_pairs(mask_embed, pairs)
-    product = functools.partial(jnp.einsum, "srd,hwd->srhw", embed, preferred_element_type=jnp.float32)
-    logits = product(targets.on_lattice(features).astype(embed.dtype))
-    weight = lattice.point_weights(key, jax.lax.stop_gradient(logits), targets.inside, weights.num_points)
-    masks = targets.masks[pairs.target].astype(jnp.float32)
-    pixels = lambda x: x.reshape(*pairs.target.shape, -1)
-    entropy, dice = costs.entropy_and_dice(pixels(logits), pixels(masks), pixels(weight * targets.known))
-    with_mask = pairs.valid & targets.has_mask[pairs.target]
-    terms = {"mask": (entropy * with_mask).sum(1), "dice": (dice * with_mask).sum(1)}
-    if weights.projection > 0:
-        inside = jnp.where(targets.centers_inside(features.shape[:2]), product(features.astype(embed.dtype)), -jnp.inf)
-        projection = costs.projection_loss(inside, costs.corners(targets.boxes[pairs.target]))
-        terms["projection"] = (projection * (pairs.valid & ~with_mask)).sum(1)
-    return terms
+    drawn = lattice.draw_pixels(key, targets.inside, weights.num_points)
+    on_lattice = targets.on_lattice(features).astype(mask_embed.dtype)
+
+    @jax.checkpoint
+    def stage(inputs: tuple[Float[Array, "r d"], Int[Array, " r"], Bool[Array, " r"]]) -> dict[str, Float[Array, ""]]:
+        embed, target, valid = inputs
+        product = functools.partial(jnp.einsum, "rd,hwd->rhw", embed, preferred_element_type=jnp.float32)
+        logits = product(on_lattice)
+        weight = lattice.point_weights(drawn, jax.lax.stop_gradient(logits))
+        pixels = lambda x: x.reshape(*target.shape, -1)
+        masks = targets.masks[target].astype(jnp.float32)
+        entropy, dice = costs.entropy_and_dice(pixels(logits), pixels(masks), pixels(weight * targets.known))
+        with_mask = valid & targets.has_mask[target]
+        terms = {"mask": (entropy * with_mask).sum(), "dice": (dice * with_mask).sum()}
+        if weights.projection > 0:
+            cells = targets.centers_inside(features.shape[:2])
+            inside = jnp.where(cells, product(features.astype(embed.dtype)), -jnp.inf)
+            projection = costs.projection_loss(inside, costs.corners(targets.boxes[target]))
+            terms["projection"] = (projection * (valid & ~with_mask)).sum()
+        return terms
+
+    return jax.lax.map(stage, (_of_pairs(mask_embed, pairs), pairs.target, pairs.valid))
 
 
 def _of_pairs(values: Float[Array, "s q d"], pairs: Pairs) -> Float[Array, "s r d"]:

@@ -11,6 +11,9 @@ by a weight for each pixel, which is 0 for most pixels. The paper does not say a
 
 from __future__ import annotations
 
+from typing import no_type_check
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int, Key, UInt8
@@ -70,28 +73,46 @@ def every(x: Array, step: int, start: Int[Array, " 2"], axis: int) -> Array:
     return x
 
 
-def point_weights(
-    key: Key[Array, ""], logits: Float[Array, "*n h w"], inside: Bool[Array, "h w"], num_points: int
-) -> Float[Array, "*n h w"]:
-    """Return the weight of each pixel in the loss of each mask: 0, 1 or 2 (PointRend on a lattice).
+@no_type_check  # see `Batch`
+@flax.struct.dataclass
+class DrawnPixels:
+    """Pixels of an image's lattice that are drawn at random, the same for all masks of the image.
 
-    `OVERSAMPLE * num_points` pixels are drawn at random as candidates, the same for all masks of the image. For each
-    mask, the quarter of the candidates with the smallest |logit| gets weight 1; these are three quarters of
-    `num_points`. Then a quarter of `num_points` pixels are drawn at random for all masks, and their weight increases by
-    1. All numbers are averages, for an image that fills the canvas. If the lattice has fewer than
+    candidates: pixels of which the uncertain ones count. uniform: pixels that count in any case. step: the limit of
+    uncertainty is estimated from every `step`-th row and column.
+    """
+
+    candidates: Bool[Array, "h w"]
+    uniform: Bool[Array, "h w"]
+    step: int = flax.struct.field(pytree_node=False)
+
+
+def draw_pixels(key: Key[Array, ""], inside: Bool[Array, "h w"], num_points: int) -> DrawnPixels:
+    """Draw `OVERSAMPLE * num_points` candidates, and a quarter of `num_points` pixels that count in any case.
+
+    These numbers are averages, for an image that fills the canvas. If the lattice has fewer than
     `OVERSAMPLE * num_points` pixels, all pixels are candidates, and a third of their number replaces `num_points`.
 
-    inside: True for pixels of the image; all other pixels have weight 0.
+    inside: True for pixels of the image; others are not drawn.
     """
     size = inside.size
     points = min(num_points, size / OVERSAMPLE)
     draws = jax.random.uniform(key, (2, *inside.shape))
-    candidates = inside & (draws[0] * size < OVERSAMPLE * points)
-    uniform = inside & (draws[1] * size < (1 - UNCERTAIN) * points)
+    candidates = draws[0] * size < OVERSAMPLE * points
+    uniform = draws[1] * size < (1 - UNCERTAIN) * points
+    return DrawnPixels(inside & candidates, inside & uniform, step_of(inside.shape, num_points))
+
+
+def point_weights(drawn: DrawnPixels, logits: Float[Array, "*n h w"]) -> Float[Array, "*n h w"]:
+    """Return the weight of each pixel in the loss of each mask: 0, 1 or 2 (PointRend on a lattice).
+
+    For each mask, the quarter of the candidates with the smallest |logit| gets weight 1. The weight of the `uniform`
+    pixels increases by 1. The sum of the weights is about the `num_points` of `draw_pixels`.
+    """
     magnitude = jax.lax.bitcast_convert_type(jnp.abs(logits).astype(jnp.bfloat16), jnp.uint16)
-    magnitude = jnp.where(candidates, magnitude, jnp.uint16(1 << _BITS))
-    limit = _quantile(magnitude, candidates, UNCERTAIN / OVERSAMPLE, step_of(inside.shape, num_points))
-    return (magnitude <= limit).astype(jnp.float32) + uniform
+    magnitude = jnp.where(drawn.candidates, magnitude, jnp.uint16(1 << _BITS))
+    limit = _quantile(magnitude, drawn.candidates, UNCERTAIN / OVERSAMPLE, drawn.step)
+    return (magnitude <= limit).astype(jnp.float32) + drawn.uniform
 
 
 def _quantile(values: Array, candidates: Bool[Array, "h w"], fraction: float, step: int) -> Array:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
@@ -23,6 +24,9 @@ from mqformer_jax.models import layers
 from mqformer_jax.parallel.mesh import over_heads
 
 Shapes = Sequence[tuple[int, int]]
+PART = (
+    32 << 20
+)  # largest number of bytes of the gradients that `_lanes` computes at once; a TPU v5e has 128 MiB on chip
 
 
 def ms_deform_attn(
@@ -44,7 +48,7 @@ def ms_deform_attn(
     batch, queries, heads, *_ = locations.shape
     rows = _pack(value, shapes)
     cell, corners = _corners(locations.astype(jnp.float32), shapes)
-    index = (cell * heads + np.arange(heads)[:, None, None]).reshape(batch, queries, heads, -1)
+    index = cell.reshape(batch, queries, heads, -1)
     corners = (corners * weights[..., None].astype(jnp.float32)).reshape(*index.shape, 4)
     if implementation is None:
         return jax.lax.platform_dependent(rows, index, corners, tpu=_lanes, default=_rows)
@@ -72,8 +76,8 @@ def _reference(value, shapes, locations, weights):
     return total.transpose(0, 2, 1, 3).reshape(batch, queries, -1)
 
 
-def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b rows 4*dh"]:
-    """Pack the maps into one row per cell and head: (h + 1) * (w + 1) * heads rows per map.
+def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "b cells heads 4*dh"]:
+    """Pack the maps into one row per cell and head: (h + 1) * (w + 1) cells per map.
 
     A cell is the square between four neighboring pixels. Cell (y, x) holds the pixels (y-1, x-1), (y-1, x), (y, x-1),
     (y, x), with zeros outside the map.
@@ -86,7 +90,7 @@ def _pack(value: Float[Array, "b s heads dh"], shapes: Shapes) -> Float[Array, "
         cells = jnp.concatenate([p[:, :-1, :-1], p[:, :-1, 1:], p[:, 1:, :-1], p[:, 1:, 1:]], -1)
         packed.append(cells.reshape(batch, -1, heads, 4 * dh))
         start += h * w
-    return jnp.concatenate(packed, 1).reshape(batch, -1, 4 * dh)
+    return jnp.concatenate(packed, 1)
 
 
 def _corners(
@@ -119,84 +123,131 @@ def _gather(rows: Float[Array, "b r c"], index: Int[Array, "b ..."]) -> Float[Ar
     return _pick(rows, index).astype(jnp.float32)
 
 
-def _scatter(residuals, gradient):
-    """Return the gradient of the rows, given the float32 gradient of the gathered rows."""
+def _scatter(
+    total: Float[Array, "b r c"], index: Int[Array, "b ..."], gradient: Float[Array, "b ... c"]
+) -> Float[Array, "b r c"]:
+    """Return `total` plus the gradients of the gathered rows, each added to the row at its index."""
+    flat = index.reshape(index.shape[0], -1)
+    add = jax.vmap(lambda t, i, g: t.at[i].add(g, mode="clip"))
+    return add(total, flat, gradient.reshape(*flat.shape, -1))
+
+
+def _gather_backward(residuals, gradient):
     rows, index = residuals
-    zeros, flat = jnp.zeros(rows.shape, jnp.float32), index.reshape(index.shape[0], -1)
-    add = jax.vmap(lambda z, i, g: z.at[i].add(g, mode="clip"))
-    return add(zeros, flat, gradient.reshape(*flat.shape, -1)).astype(rows.dtype), None
+    return _scatter(jnp.zeros(rows.shape, jnp.float32), index, gradient).astype(rows.dtype), None
 
 
-_gather.defvjp(lambda rows, index: (_gather(rows, index), (rows, index)), _scatter)
+_gather.defvjp(lambda rows, index: (_gather(rows, index), (rows, index)), _gather_backward)
 
 
 @jax.checkpoint
 def _rows(
-    rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+    rows: Float[Array, "b cells heads c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
     """Return the weighted sum over points and corners, as one vector-matrix product per query and head.
 
     With three levels and four points, each query gathers 48 times as many numbers as it returns. The backward pass
     gathers the rows again, which is faster than storing them.
     """
-    split = (*index.shape[:3], -1, rows.shape[-1] // 4)
-    picked, weights = _gather(rows, index).reshape(split), corners.reshape(*index.shape[:3], 1, -1)
+    batch, _, heads, lanes = rows.shape
+    split = (*index.shape[:3], -1, lanes // 4)
+    flat = index * heads + np.arange(heads)[:, None]
+    picked, weights = (
+        _gather(rows.reshape(batch, -1, lanes), flat).reshape(split),
+        corners.reshape(*index.shape[:3], 1, -1),
+    )
     summed = jnp.matmul(weights, picked, precision="highest", preferred_element_type=jnp.float32)
     return summed.reshape(*index.shape[:2], -1)
 
 
 def _lanes(
-    rows: Float[Array, "b r c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
+    rows: Float[Array, "b cells heads c"], index: Int[Array, "b q heads n"], corners: Float[Array, "b q heads n 4"]
 ) -> Float[Array, "b q heads*c//4"]:
     """Return the same as `_rows`, with a memory layout for TPUs (slow on CPUs).
 
-    The gathered rows cause most of the memory traffic. Several measures ensure that they are written and read only
-    once. A lane is one number of a row.
+    The gathered rows cause most of the memory traffic. Several measures keep it low. A lane is one number of a row.
 
+    - Heads are processed one by one, and queries in parts, so that the rows of a head, their gradient, and the rows
+      gathered for a part of the queries fit into on-chip memory together.
     - The last two axes of the gathered rows are queries and lanes, so that no reshape moves data. If they were points
       and lanes, the 12 points of three levels would be padded to 16, a multiple of the eight rows of a tile.
     - Matmuls with matrices of zeros and ones repeat the four corner weights over lanes and sum the corners. So the axis
       of lanes is never split.
     - Barriers fix the layout of the rows and their gradients. Without them, XLA converts or broadcasts the rows in
       memory in separate passes.
-    - A custom gradient reads the gathered rows once, and repeats the corner weights over lanes again.
+    - The backward pass gathers the rows again, which is faster than storing them.
     """
-    return _weigh_rows(rows, index.transpose(0, 3, 2, 1), corners.transpose(0, 3, 2, 4, 1))
+    batch, queries, heads, points = index.shape
+    parts = _parts(queries, batch * points * rows.shape[-1] * 4)
+    split = lambda x: x.reshape(batch, parts, queries // parts, *x.shape[2:])
+    index, corners = split(index).transpose(3, 1, 0, 4, 2), split(corners).transpose(3, 1, 0, 4, 5, 2)
+    summed = _weigh_rows(rows.transpose(2, 0, 1, 3), index, corners)
+    return summed.transpose(2, 1, 3, 0, 4).reshape(batch, queries, -1)
+
+
+def _parts(queries: int, size: int) -> int:
+    """Return into how many parts of equal size to split the queries, so that a part has at most `PART` bytes.
+
+    size: bytes of the gradients of the rows that one head gathers for one query. If the number of queries has no
+    suitable divisor, all queries are one part.
+    """
+    tile = 8  # rows of a tile
+    fits = lambda parts: queries % (parts * tile) == 0 and queries // parts * size <= PART
+    return 1 if queries * size <= PART else next(filter(fits, range(2, queries // tile + 1)), 1)
 
 
 @jax.custom_vjp
 def _weigh_rows(
-    rows: Float[Array, "b r c"], index: Int[Array, "b n heads q"], corners: Float[Array, "b n heads 4 q"]
-) -> Float[Array, "b q heads*c//4"]:
+    rows: Float[Array, "heads b r c"], index: Int[Array, "heads p b n q"], corners: Float[Array, "heads p b n 4 q"]
+) -> Float[Array, "heads p b q dh"]:
     return _weigh_forward(rows, index, corners)[0]
 
 
 def _weigh_forward(rows, index, corners):
-    picked = jax.lax.optimization_barrier(_pick(rows, index))
-    lanes = (picked * _widen(corners, rows.shape[-1])).sum(1)
-    folded = jnp.einsum("bhql,ld->bqhd", lanes, _fold(rows.shape[-1]), precision="highest")
-    return folded.reshape(*folded.shape[:2], -1), (rows, index, corners, picked)
+    lanes = rows.shape[-1]
+
+    def head(inputs):
+        rows, *of_parts = inputs
+
+        def part(inputs):
+            index, corners = inputs
+            picked = jax.lax.optimization_barrier(_pick(rows, index))
+            summed = (picked * _widen(corners, lanes)).sum(1)
+            return jnp.einsum("bql,ld->bqd", summed, _fold(lanes), precision="highest")
+
+        return jax.lax.map(part, tuple(of_parts))
+
+    return jax.lax.map(head, (rows, index, corners)), (rows, index, corners)
 
 
 def _weigh_backward(residuals, gradient):
     """Return the gradients of the rows and of the corner weights."""
-    rows, index, corners, picked = residuals
-    batch, _, heads, queries = index.shape
-    # Without the barrier, XLA shares the expanded weights with the forward pass and writes them to memory.
-    corners, gradient = jax.lax.optimization_barrier((corners, gradient))
-    gradient = gradient.reshape(batch, queries, heads, -1)
-    lanes = jnp.einsum("bqhd,ld->bhql", gradient, _fold(rows.shape[-1]), precision="highest")[:, None]
-    of_corners = jnp.einsum("bnhql,kl->bnhkq", picked * lanes, _ones(rows.shape[-1]), precision="highest")
-    of_picked = jax.lax.optimization_barrier(_widen(corners, rows.shape[-1]) * lanes)
-    return *_scatter((rows, index), of_picked), of_corners
+    lanes = residuals[0].shape[-1]
+
+    def head(inputs):
+        rows, *of_parts = inputs
+
+        def part(total, inputs):
+            index, corners, gradient = inputs
+            picked = jax.lax.optimization_barrier(_pick(rows, index))
+            gradient = jnp.einsum("bqd,ld->bql", gradient, _fold(lanes), precision="highest")[:, None]
+            of_corners = jnp.einsum("bnql,kl->bnkq", picked * gradient, _ones(lanes), precision="highest")
+            of_picked = jax.lax.optimization_barrier(_widen(corners, lanes) * gradient)
+            return _scatter(total, index, of_picked), of_corners
+
+        total, of_corners = jax.lax.scan(part, jnp.zeros_like(rows, jnp.float32), tuple(of_parts))
+        return total.astype(rows.dtype), of_corners
+
+    of_rows, of_corners = jax.lax.map(head, (*residuals, gradient))
+    return of_rows, None, of_corners
 
 
 _weigh_rows.defvjp(_weigh_forward, _weigh_backward)
 
 
-def _widen(corners: Float[Array, "b n heads 4 q"], lanes: int) -> Float[Array, "b n heads q lanes"]:
+def _widen(corners: Float[Array, "b n 4 q"], lanes: int) -> Float[Array, "b n q lanes"]:
     """Repeat each corner's weight over the corner's lanes: the `lanes` / 4 numbers of a row that belong to it."""
-    return jnp.einsum("bnhkq,kl->bnhql", corners, _ones(lanes), precision="highest")
+    return jnp.einsum("bnkq,kl->bnql", corners, _ones(lanes), precision="highest")
 
 
 def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
@@ -273,7 +324,8 @@ class MSDeformAttn(nnx.Module):
         sample = over_heads(
             lambda value, locations, weights: ms_deform_attn(value, shapes, locations, weights), self.heads
         )
-        return self.output_proj(sample(value, locations, weights))
+        sampled = sample(value, locations, weights).astype(self.output_proj.dtype)
+        return self.output_proj(checkpoint_name(sampled, layers.SAMPLED))
 
 
 def _star(heads: int, levels: int, num_sampling_points: int) -> np.ndarray:

@@ -173,9 +173,13 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], n: int, rngs: nnx.Rngs) -> nnx
     return nnx.merge(graph, state)
 
 
+SAMPLED = "sampled"  # name of the values that deformable attention samples; they are small but slow to recompute
+_saved = jax.checkpoint_policies.save_only_these_names(SAMPLED)
 REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "layers": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _saved
+    ),
+    "layers": _saved,
 }
 
 
@@ -190,7 +194,8 @@ def scan_layers(
 
     All layers share one compiled body. xs: a tree whose arrays have one row per layer, or None. remat
     (`config.model.remat`): the activations that are stored for the backward pass, which recomputes all others. "none"
-    stores all activations, "dots" the results of matmuls with weights, "layers" only the input of each layer.
+    stores all activations, "dots" the results of matmuls with weights, "layers" only the input of each layer. The last
+    two also store the values that deformable attention samples.
     """
     graph, state = nnx.split(stacked)
 

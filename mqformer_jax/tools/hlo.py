@@ -71,6 +71,11 @@ class Instruction:
         return shape_bytes(self.shape)
 
     @property
+    def memory(self) -> Bytes:
+        """Return the bytes of the result in device memory, without those in on-chip memory."""
+        return shape_bytes(self.shape, on_chip=False)
+
+    @property
     def source(self) -> str:
         return found.group(1) if (found := re.search(r'op_name="([^"]*)"', self.text)) else ""
 
@@ -189,8 +194,9 @@ class Program:
     def traffic(self, once: bool = False) -> Bytes:
         """Return the bytes that the program reads and writes in memory: operands and results of all instructions.
 
-        Collectives are left out. Of an operand that is sliced, only the slice counts. An instruction in a loop counts
-        once per iteration, or only once if `once` is true, for comparison with XLA's "bytes accessed".
+        Collectives are left out, and so is everything in on-chip memory. Of an operand that is sliced, only the slice
+        counts. An instruction in a loop counts once per iteration, or only once if `once` is true, for comparison with
+        XLA's "bytes accessed".
         """
         return sum(self._moved(r) * (1 if once else r.times) for r in self.runs() if not r.fused)
 
@@ -200,9 +206,14 @@ class Program:
             return 0
         if i.kind == "fusion":
             return sum(_slices(self.computations[i.called[0]]))
+        if i.kind == "copy-start":  # its shape is (result, operand, context)
+            return i.memory
         siblings = self._home[i.name]
+        if i.kind == "slice-start":  # its shape is ((operand), result, context)
+            sizes = _elements(i.shape)
+            return sizes[1][0] * ((not sizes[0][1]) + (not sizes[1][1]))
         return sum(
-            _part(i, k, siblings[name].bytes) for k, name in enumerate(i.operands) if name in siblings
+            _part(i, k, siblings[name].memory) for k, name in enumerate(i.operands) if name in siblings
         ) + _written(i, siblings)
 
     @functools.cached_property
@@ -235,18 +246,20 @@ def _slices(fused: dict[str, Instruction]) -> Iterator[Bytes]:
     for parameter in (i for i in fused.values() if i.kind == "parameter"):
         users = [(i, k) for i in fused.values() for k, name in enumerate(i.operands) if name == parameter.name]
         # several reads of a parameter count at most as one full read
-        yield min(parameter.bytes, sum(_part(user, k, parameter.bytes) for user, k in users))
+        yield min(parameter.memory, sum(_part(user, k, parameter.memory) for user, k in users))
     root = next(i for i in fused.values() if i.root)
     for out in [fused[name] for name in root.operands] if root.kind == "tuple" else [root]:
+        if not out.memory:
+            continue
         while out.kind in ("bitcast", "copy") and out.operands[0] in fused:
             out = fused[out.operands[0]]
         yield _written(out, fused)
 
 
 def _part(user: Instruction, position: int, whole: Bytes) -> Bytes:
-    """Return the bytes that an instruction reads from operand `position`, which has `whole` bytes."""
+    """Return the bytes that an instruction reads from operand `position`, of which `whole` are in device memory."""
     if user.kind in ("dynamic-slice", "slice", "gather") and position == 0:
-        return user.bytes
+        return min(user.bytes, whole)
     if user.kind == "dynamic-update-slice" and position == 0:
         return 0  # written in place
     return whole
@@ -254,8 +267,8 @@ def _part(user: Instruction, position: int, whole: Bytes) -> Bytes:
 
 def _written(i: Instruction, siblings: dict[str, Instruction]) -> Bytes:
     if i.kind == "dynamic-update-slice" and i.operands[1] in siblings:
-        return siblings[i.operands[1]].bytes
-    return i.bytes
+        return min(siblings[i.operands[1]].bytes, i.memory)
+    return i.memory
 
 
 def _parse(line: str, start: re.Match) -> Instruction | None:
@@ -281,13 +294,24 @@ def _closing(text: str) -> int:
     raise ValueError(f"the program's text cannot be parsed, parentheses are not balanced: {text[:80]}")
 
 
-def shape_bytes(shape: str) -> Bytes:
-    """Return the bytes of a shape, or tuple of shapes, as XLA prints it. Padding that a layout adds does not count."""
-    found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\]", shape)
-    return sum(
-        SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n])
-        for kind, dims in found
-    )
+def shape_bytes(shape: str, on_chip: bool = True) -> Bytes:
+    """Return the bytes of a shape, or tuple of shapes, as XLA prints it. Padding that a layout adds does not count.
+
+    on_chip: also count what is in on-chip memory.
+    """
+    return sum(size for size, there in _elements(shape) if on_chip or not there)
+
+
+def _elements(shape: str) -> list[tuple[Bytes, bool]]:
+    """Return the bytes of each array of a shape, and whether it is in on-chip memory: S(1), or S(2) for flags."""
+    found = re.findall(r"\b(pred|[sufc]\d+|bf16|f8\w+)\[([\d,]*)\](?:\{([^}]*)\})?", shape)
+    return [
+        (
+            SIZES.get(kind, 1 if kind.startswith("f8") else 4) * np.prod([int(n) for n in dims.split(",") if n]),
+            bool(re.search(r"S\([12]\)", layout)),
+        )
+        for kind, dims, layout in found
+    ]
 
 
 def _group(text: str) -> int:

@@ -95,7 +95,7 @@ def test_the_uncertain_quarter_of_the_candidates_counts():
     logits = rng.normal(size=(3, 24, 24)).astype(np.float32)
     inside = np.ones((24, 24), bool)
     inside[20:] = inside[:, 22:] = False
-    weights = np.array(lattice.point_weights(jax.random.key(0), logits, inside, 256))
+    weights = np.array(lattice.point_weights(lattice.draw_pixels(jax.random.key(0), inside, 256), logits))
     assert not weights[:, ~inside].any()
     magnitude = np.abs(logits).astype(jnp.bfloat16).astype(np.float32)
     limit = np.sort(magnitude[:, inside], axis=1)[:, inside.sum() // 4 - 1]
@@ -108,9 +108,10 @@ def test_the_uncertain_quarter_of_the_candidates_counts():
 def test_the_number_of_points_is_about_num_points_on_average():
     rng = np.random.default_rng(0)  # its own, so that the result does not depend on which tests ran before
     logits, inside = rng.normal(size=(2, 64, 64)).astype(np.float32), np.ones((64, 64), bool)
-    draw = jax.jit(lambda key: lattice.point_weights(key, logits, inside, 400).sum((1, 2)))
+    draw = jax.jit(lambda key: lattice.point_weights(lattice.draw_pixels(key, inside, 400), logits).sum((1, 2)))
     sums = np.stack([draw(key) for key in jax.random.split(jax.random.key(0), 50)])
     np.testing.assert_allclose(sums.mean(0), 400, rtol=0.15)
     near_zero = np.where(np.arange(64) < 8, 0.1, 5.0) * rng.uniform(0.5, 1, (1, 64, 64))
-    weights = np.array(lattice.point_weights(jax.random.key(1), near_zero.astype(np.float32), inside, 400))[0]
+    drawn = lattice.draw_pixels(jax.random.key(1), inside, 400)
+    weights = np.array(lattice.point_weights(drawn, near_zero.astype(np.float32)))[0]
     assert weights[:, :8].sum() > 0.35 * weights.sum()  # 13 % of the pixels

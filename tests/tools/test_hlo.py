@@ -71,6 +71,32 @@ def test_traffic_is_xlas_where_nothing_loops():
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+ON_CHIP = """
+%fused (param_0: f32[100]) -> f32[100] {
+  %param_0 = f32[100]{0:T(128)S(1)} parameter(0)
+  %double = f32[100]{0:T(128)} add(%param_0, %param_0)
+  ROOT %out = f32[100]{0:T(128)S(1)} bitcast(%double)
+}
+
+ENTRY %main (p: f32[100]) -> f32[50] {
+  %p = f32[100]{0:T(128)} parameter(0)
+  %copy-start = (f32[100]{0:T(128)S(1)}, f32[100]{0:T(128)}, u32[]{:S(2)}) copy-start(%p)
+  %copy-done = f32[100]{0:T(128)S(1)} copy-done(%copy-start)
+  %fusion = f32[100]{0:T(128)S(1)} fusion(%copy-done), kind=kLoop, calls=%fused
+  %negate = f32[100]{0:T(128)} negate(%fusion)
+  %slice-start = ((f32[100]{0:T(128)}), f32[50]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%negate), slice={[0:50]}
+  %slice-done = f32[50]{0:T(128)S(1)} slice-done(%slice-start)
+  ROOT %exp = f32[50]{0:T(128)} exponential(%slice-done)
+}
+"""
+
+
+def test_on_chip_memory_has_no_traffic():
+    program = hlo.Program(ON_CHIP)
+    by_kind = {"copy-start": 400, "negate": 400, "slice-start": 200, "exponential": 200}
+    assert program.traffic_by_source() == by_kind and program.traffic() == sum(by_kind.values())
+
+
 def test_a_slice_of_a_stack_counts_as_the_slice():
     moved = compiled(scan, abstract(N, N), abstract(7, N, N)).traffic() / (4 * N * N)
     assert 7 * 3 < moved < 7 * 10  # the whole stack in every round would be 7 * 7 more
