@@ -197,7 +197,9 @@ def speeds(contestants: dict[str, tuple[str, dict[str, Any]]], setting: Setting,
 
 
 def weight(setting: Setting, batches: int = 8) -> str:
-    """Return a table of the KB per image that each loader sends to the device, and the mean number of labels in both.
+    """Return a table that compares our loader with the torch loader.
+
+    It has the KB per image that each of them sends to the device, and the mean number of labels of an image.
 
     For our loader, the table also lists the five largest fields of a batch.
     """

@@ -13,7 +13,7 @@ that torch and XLA do not affect each other. "memory" is the peak resident memor
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries. Prompt
   embeddings are cached, as in normal use.
 - "ours, the recipe": configs/coco_ref.py with 100 learnable and 300 conditional queries and four levels.
-- "the checkpoint": the model of --checkpoint with the canvas of its recipe.
+- "the checkpoint": the model of --checkpoint at the input size (canvas) of its recipe.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ gradient clipping and AdamW, on images of the same size with the same number of 
 - "Mask2Former": ResNet-50 with frozen BatchNorm, 6 encoder and 9 decoder layers, 100 queries, three levels, 12,544
   points, 133 classes.
 - "ours, like for like": configs/coco_ref.py with these numbers, 25 learnable and 75 conditional queries, a frozen text
-  encoder (prompts are vectors), no denoising and no recomputation. Its loss has one more stage, the proposals.
+  encoder (its vectors are given), no denoising and no recomputation. Its loss also covers the encoder's proposals.
 - "ours, the recipe": configs/coco_ref.py with --size, --batch and --dtype. It has 100 learnable and 300 conditional
   queries, four levels, 160 prompts, up to 100 targets, a trained text encoder and 100 denoising queries.
 

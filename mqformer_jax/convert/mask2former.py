@@ -130,9 +130,10 @@ def pixel_decoder_entries(
 ) -> list[Entry]:
     """Return the conversion rules of the pixel decoder of Mask2Former, Mask DINO or OpenSeeD.
 
-    Mask DINO and OpenSeeD use the names of ORIGINAL. coarse_first: whether the checkpoint's levels run from coarse to
-    fine. The levels of this project's model run from fine to coarse. So if coarse_first is true, the rules reverse the
-    levels in the projections, the level embeddings, and the sampling offsets and attention weights of each head.
+    names: the tensor names of the checkpoint; `ORIGINAL` for Mask DINO and OpenSeeD. coarse_first: whether the
+    checkpoint's levels run from coarse to fine. The levels of this project's model run from fine to coarse. So if
+    coarse_first is true, the rules reverse the levels in the projections, the level embeddings, and the sampling
+    offsets and attention weights of each head.
     """
     ours, pixel = "pixel_decoder", names.pixel
     turned = lambda heads, rest: reversed_levels(heads, levels, rest) if coarse_first else None

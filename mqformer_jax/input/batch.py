@@ -72,7 +72,10 @@ class BatchSpec:
 
     @property
     def bits(self) -> tuple[int, int]:
-        """Return the shape of a packed mask: the height of the lattice, and the bytes in a row."""
+        """Return the shape of a mask that is packed to bits: the number of rows, and the number of bytes per row.
+
+        Masks have one pixel for each square of `lattice_stride` x `lattice_stride` pixels of the canvas.
+        """
         height, width = (side // self.lattice_stride for side in self.canvas)
         return height, -(-width // 8)
 

@@ -107,7 +107,8 @@ def _exclude(
 ) -> tuple[ShardSource | Part, str]:
     """Return the source without held-out images, and a log line, or "" if nothing is excluded.
 
-    held_out: {origin: evaluation splits that contain this image}. Raises ValueError if every image is held out.
+    origins: the original image of each record of `source`, as a string that identifies it. held_out: {original image:
+    names of the evaluation splits that contain it}. Raises ValueError if every image is held out.
     """
     kept = [i for i, origin in enumerate(origins) if origin not in held_out]
     if len(kept) == len(origins):

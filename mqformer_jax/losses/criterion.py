@@ -92,9 +92,9 @@ def criterion(
 
 
 def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
-    """Return each denoising query and its target as a pair, at each of `stages` stages.
+    """Return each denoising query and its target as a pair, the same pairs at each of `stages` prediction stages.
 
-    The returned arrays have a leading axis b.
+    Stages are the outputs of the decoder layers. The returned arrays have a leading axis b.
     """
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (len(x), stages, *x.shape[1:]))
     target, valid = denoising.target, per_stage(denoising.queries.valid)

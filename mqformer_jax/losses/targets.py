@@ -59,7 +59,7 @@ class ImageTargets:
         )
 
     def on_lattice(self, features: Float[Array, "h2 w2 d"]) -> Float[Array, "h w d"]:
-        """Return the mask features at the pixels of the lattice."""
+        """Return the mask features at the pixels of the lattice, the grid on which masks are compared."""
         stride = self.canvas[0] // self.known.shape[-2]
         return lattice.at_offset(features, self.offset, stride, self.canvas[0] // features.shape[0])
 

@@ -251,7 +251,7 @@ def _widen(corners: Float[Array, "b n 4 q"], lanes: int) -> Float[Array, "b n q 
 
 
 def _ones(lanes: int) -> Float[np.ndarray, "4 lanes"]:
-    """Return the 0/1 matrix that repeats each corner's weight over the lanes of the corner."""
+    """Return a 0/1 matrix. A product with it repeats each of four corner weights for all channels of this corner."""
     return np.kron(np.eye(4), np.ones((1, lanes // 4))).astype(np.float32)
 
 

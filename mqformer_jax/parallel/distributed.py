@@ -47,7 +47,7 @@ def initialize() -> None:
 
 
 def is_requested(environment: Mapping[str, str]) -> bool:
-    """Return whether the run may have several processes: the environment defines them, or this is a TPU VM.
+    """Return whether the run may have several processes: environment variables define them, or this is a TPU VM.
 
     On a TPU VM, JAX reads the number of processes from the VM's metadata.
     """

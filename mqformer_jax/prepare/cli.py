@@ -87,10 +87,10 @@ def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace]
 
 
 def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
-    """Yield (name, split, plan) of the split --split.
+    """Yield (name, split, plan) for the split that --split names.
 
-    With --val_fraction, also yield a split "val", whose images --split then lacks. Raises ValueError if --split is
-    already "val".
+    With --val_fraction, move this fraction of its images to a second split, "val", and yield both. Raises ValueError if
+    --split is already "val".
     """
     if not args.val_fraction:
         yield args.name, args.split, plan
@@ -289,7 +289,7 @@ def _add_mask_formats(kinds: Kinds) -> None:
     p.add_argument(
         "--exhaustive",
         action="store_true",
-        help="State that the table is complete: an image shows no classes but those of its rows. (default: false)",
+        help="State that the table is complete: the rows of an image name all classes that it shows. (default: false)",
     )
 
 

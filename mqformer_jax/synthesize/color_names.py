@@ -124,9 +124,9 @@ def of_box(
     """Return the certainty (see `referring_grammar`) of each of `TERMS` for an object that has a box but no mask.
 
     box: x0, y0, x1, y1 in whole pixels, not empty. free: the pixels of the box that no other box covers. A color
-    certainly fits if most of the middle of the box has it and the pixels around the box do not. If they have it too,
-    the color only may fit, because the background may show through the object, e.g. through a ring. Any other color
-    that occurs in the box may also fit.
+    certainly fits if most of the middle of the box has it and the pixels around the box do not. If these pixels
+    have it too, it is possible but not certain that the color fits, because the background may show through the object,
+    e.g. through a ring. Any other color that occurs in the box may also fit.
     """
     x0, y0, x1, y1 = box
     pixels, around = image[y0:y1, x0:x1], _around(image, box)

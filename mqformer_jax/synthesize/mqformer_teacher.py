@@ -102,7 +102,7 @@ class MqformerScorer:
     def __call__(
         self, pictures: Sequence[Picture], captions: Sequence[Sequence[Sequence[str]]]
     ) -> list[list[Float[np.ndarray, "_c _n"]]]:
-        """Return the IoU of the best detection for each caption with each box of the image, or 0 below `MIN_IOU`.
+        """Find the best detection for each caption. Return its IoU with each box of the image, or 0 below `MIN_IOU`.
 
         The shapes are those of `CaptionScorer.__call__`.
         """

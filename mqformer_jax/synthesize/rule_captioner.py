@@ -156,11 +156,11 @@ def _look_at(
 
 
 def _hidden(box: np.ndarray, others: np.ndarray, record: Record) -> float:
-    """Return an upper bound of the number of pixels of an object that are not visible.
+    """Return an upper bound of the number of hidden pixels that an object has outside its own box.
 
-    others: the boxes that overlap the object's box, since their objects may hide parts of it. The bound is the area of
-    the box around all of these boxes minus that of the object's box. It is infinity if the object's box touches the
-    image's border, since the object may continue outside.
+    others: the boxes that overlap the object's box. The object may continue behind their objects. The bound is the area
+    of the smallest box that encloses `others` and the object's box, minus the area of the object's box. It is infinity
+    if the object's box touches the image's border, since the object may continue outside the image.
     """
     if box[:2].min() <= 1 or box[2] >= record.width - 1 or box[3] >= record.height - 1:
         return np.inf

@@ -43,15 +43,16 @@ def initialize(
 
     Later checkpoints override earlier ones. If a checkpoint has another backbone or text encoder than the model, this
     part is skipped and reported. All weights that depend on a skipped text encoder are skipped with it. Position tables
-    are truncated or resized. If trained weights have no exchange layers or region embeddings, these start without an
-    effect on the predictions.
+    are truncated or resized. If the checkpoints lack the exchange layers (attention between learnable and conditional
+    queries) or the region embeddings (added to prompts that name one region), these do not change the predictions at
+    first.
 
     params, frozen: the initial values; `model` is their `config.model`. init_skip: regexes over the paths of parameters
     that keep their initial values.
 
-    Raises ValueError, with a message of one line, if the shape of any other loaded array differs, or if a field of
-    MEANING differs. In the latter case the shapes fit, but the model would use the weights wrongly. `init_skip`
-    excludes such weights.
+    Raises ValueError, with a message of one line, if the shape of any other loaded array differs, or if a config field
+    listed in `MEANING` differs. (With another value of such a field, the shapes fit, but the model would use the
+    weights wrongly.) To load the rest anyway, exclude these weights with `init_skip`.
     """
     trees, lines, loaded = {"params": params, "frozen": frozen}, [], set()
     for path in init_from:

@@ -169,7 +169,7 @@ def foreground_union(job: Job, image: Image, problems: Problems) -> Record:
 
 
 def items_of(job: Job, image: Image) -> Any:
-    """Return the annotations of a job. Raises Unusable if the size of the image differs from the JSON file's."""
+    """Return the annotations of a job's image. Raises Unusable if its size differs from that in the JSON file."""
     said, real = (job.labels.height, job.labels.width), (image.height, image.width)
     if None not in said and said != real:
         turned = " (rotated by EXIF)" if said == real[::-1] else ""

@@ -146,7 +146,8 @@ def _names(line: str) -> list[str]:
 def _tails(name: str, keys: dict[str, str]) -> Iterator[str]:
     """Yield the keys to which an image name in a list file may refer.
 
-    A key is the name without its extension and, possibly, without its first folders. For example, x/photos/1.jpg may
+    A key is the name without its extension and, possibly, without its first folders. The rest of the name must agree
+    with the end of the key's path on disk. For example, x/photos/1.jpg may
     refer to the key "1" if the path on disk is .../photos/1.jpg. keys: {key: path on disk}.
     """
     stem, extension = os.path.splitext(posixpath.normpath(name))
