@@ -319,7 +319,7 @@ def main() -> None:
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
-        help="Number of threads and of worker processes when all cores are used. (default: %(default)s)",
+        help="Number of threads, and of worker processes, in measurements on several cores. (default: %(default)s)",
     )
     parser.add_argument(
         "--memory_batches",

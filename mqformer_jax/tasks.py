@@ -21,7 +21,8 @@ class Task:
     metrics: {name: meaning} of the metrics in the printed table.
     trained: whether a training mixture may name the task.
     by_class: whether the prompts are class names, to which templates apply.
-    chooses_regions: whether the user marks the prompts that own one region ("*"). Otherwise, every prompt owns one.
+    chooses_regions: whether the user marks with "*" each prompt that stands for one region, while others may have
+        several instances. If False, every prompt stands for one region.
     needs_prompts: False if the prompt defaults to "foreground".
     soft: whether there is also a soft mask or matte, which can be used as an alpha channel.
     score: default score threshold on the command line, or None for the threshold of the recipe.

@@ -193,7 +193,7 @@ def _weights(tensors: Tensors, known: str = "") -> dict:
 def _load(module, weights: dict, unused: tuple[str, ...] = ()) -> None:
     """Load weights into a torch module. Raises ValueError if the module has tensors that `weights` lacks.
 
-    unused: prefixes of the names of tensors that do not affect the stages. These may be missing.
+    unused: prefixes of the names of tensors that do not affect the outputs that are compared. These may be missing.
     """
     kept = {key: value for key, value in weights.items() if not key.startswith(unused)}
     absent = [key for key in module.load_state_dict(kept, strict=False).missing_keys if not key.startswith(unused)]

@@ -176,7 +176,7 @@ class Decoder(nnx.Module):
 def anchor_embedding(boxes: Float[Array, "b q 4"], width: int) -> Float[Array, "b q e"]:
     """Return the sine embedding of boxes cx, cy, w, h (0 to 1), with width / 2 channels for each of the four numbers.
 
-    Their order is DAB-DETR's: cy, cx, w, h.
+    The channels are in DAB-DETR's order: those of cy first, then those of cx, w and h.
     """
     half = width // 2
     frequency = 2 * np.pi / 10000.0 ** (2 * (np.arange(half) // 2) / half)

@@ -16,22 +16,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from mqformer_jax import cli
-from mqformer_jax.prepare.datasets import (
-    ade20k,
-    bdd100k,
-    cityscapes,
-    pascal_context,
-    public,
-    small,
-    tfds_sets,
-    visual_genome,
-)
-from mqformer_jax.prepare.formats import coco, folders, tables
+from mqformer_jax.prepare import command_plans
+from mqformer_jax.prepare.command_plans import NamedPlan
+from mqformer_jax.prepare.datasets import ade20k, bdd100k, cityscapes, small, tfds_sets
+from mqformer_jax.prepare.formats import coco, tables
 from mqformer_jax.prepare.plan import Plan
-from mqformer_jax.prepare.sample import plans as sample
 from mqformer_jax.prepare.shards import worker_pool, write_split
 
-NamedPlan = tuple[str, str, Plan]
 Kinds = argparse._SubParsersAction
 
 
@@ -70,7 +61,7 @@ def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace]
 
     plan: function that makes the split's plan from the parsed arguments.
     """
-    command = _kind(kinds, name, text, lambda args: _splits(args, plan(args)))
+    command = _kind(kinds, name, text, lambda args: command_plans.split_plans(args, plan(args)))
     command.add_argument(
         "--name", type=_name, required=True, help="Name of the data set, for use in recipes, e.g. balloon."
     )
@@ -86,24 +77,6 @@ def _one(kinds: Kinds, name: str, text: str, plan: Callable[[argparse.Namespace]
     return command
 
 
-def _splits(args: argparse.Namespace, plan: Plan) -> Iterator[NamedPlan]:
-    """Yield (name, split, plan) for the split that --split names.
-
-    With --val_fraction, move this fraction of its images to a second split, "val", and yield both. Raises ValueError if
-    --split is already "val".
-    """
-    if not args.val_fraction:
-        yield args.name, args.split, plan
-        return
-    if args.split == "val":
-        raise ValueError(
-            "--val_fraction moves images from --split to the split 'val'; give another --split, e.g. train"
-        )
-    val = plan.held_out(args.val_fraction)
-    yield args.name, args.split, plan.only(lambda job: job.key not in val)
-    yield args.name, "val", plan.only(lambda job: job.key in val)
-
-
 def _fraction(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
@@ -114,7 +87,10 @@ def _fraction(text: str) -> float:
 def _add_whole_sets(kinds: Kinds) -> None:
     """Add the subcommands for collections of data sets whose files and classes are known."""
     p = _kind(
-        kinds, "sample", "the built-in synthetic sample: three data sets of drawn scenes, without a download", _sample
+        kinds,
+        "sample",
+        "the built-in synthetic sample: three data sets of drawn scenes, without a download",
+        command_plans.sample_plans,
     )
     p.add_argument(
         "--train",
@@ -139,7 +115,7 @@ def _add_whole_sets(kinds: Kinds) -> None:
         kinds,
         "public",
         "public data sets, chosen by name, from the files that their websites offer for download",
-        _public,
+        command_plans.public_plans,
     )
     p.add_argument("names", nargs="*", metavar="NAME", help="Names or patterns, e.g. refcoco 'seginw_*'; see --list.")
     root = os.environ.get("DETECTRON2_DATASETS", "datasets")
@@ -182,7 +158,7 @@ def _add_coco_formats(kinds: Kinds) -> None:
         kinds,
         "panoptic",
         "COCO panoptic: JSON file and PNG files",
-        lambda a: coco.panoptic(a.json, a.images, a.masks).without(_excluded(a)),
+        lambda a: coco.panoptic(a.json, a.images, a.masks).without(command_plans.excluded(a)),
     )
     _coco_options(p)
     p.add_argument("--masks", required=True, help="Folder of panoptic PNG files, e.g. panoptic_val2017.")
@@ -191,11 +167,13 @@ def _add_coco_formats(kinds: Kinds) -> None:
         kinds,
         "instances",
         "COCO or LVIS instances, with masks or only boxes: JSON file",
-        lambda a: coco.instances(a.json, a.images).without(_excluded(a)),
+        lambda a: coco.instances(a.json, a.images).without(command_plans.excluded(a)),
     )
     _coco_options(p)
 
-    p = _one(kinds, "referring", "referring expressions: JSON file, or RefCOCO's refs(*).p", _referring)
+    p = _one(
+        kinds, "referring", "referring expressions: JSON file, or RefCOCO's refs(*).p", command_plans.referring_plan
+    )
     _coco_options(p)
     p.add_argument(
         "--instances",
@@ -209,7 +187,10 @@ def _add_coco_formats(kinds: Kinds) -> None:
 def _add_mask_formats(kinds: Kinds) -> None:
     """Add the subcommands for formats with a mask file for each image, and for tables."""
     p = _one(
-        kinds, "semantic", "masks whose pixel values are class indices, or whose colors stand for classes", _semantic
+        kinds,
+        "semantic",
+        "masks whose pixel values are class indices, or whose colors stand for classes",
+        command_plans.semantic_plan,
     )
     p.add_argument(
         "--masks",
@@ -236,7 +217,10 @@ def _add_mask_formats(kinds: Kinds) -> None:
     _folder_options(p)
 
     p = _one(
-        kinds, "foreground", "salient foregrounds: a folder of masks, or a JSON file of annotation ids", _foreground
+        kinds,
+        "foreground",
+        "salient foregrounds: a folder of masks, or a JSON file of annotation ids",
+        command_plans.foreground_plan,
     )
     source = p.add_mutually_exclusive_group(required=True)
     source.add_argument("--masks", help="Folder of black and white masks named like the images, e.g. masks.")
@@ -255,7 +239,7 @@ def _add_mask_formats(kinds: Kinds) -> None:
     )
     _folder_options(p)
 
-    p = _one(kinds, "mattes", "alpha mattes: a folder of images and a folder of mattes", _mattes)
+    p = _one(kinds, "mattes", "alpha mattes: a folder of images and a folder of mattes", command_plans.mattes_plan)
     p.add_argument(
         "--alphas",
         required=True,
@@ -268,7 +252,7 @@ def _add_mask_formats(kinds: Kinds) -> None:
     )
     _folder_options(p)
 
-    p = _one(kinds, "table", "your own data: a CSV or JSONL table", _table)
+    p = _one(kinds, "table", "your own data: a CSV or JSONL table", command_plans.table_plan)
     p.add_argument(
         "--table", required=True, help=f"CSV file with a header, or JSONL file. Columns: {', '.join(tables.COLUMNS)}."
     )
@@ -315,7 +299,7 @@ def _add_layouts(kinds: Kinds) -> None:
     p = _one(kinds, "bdd100k", "BDD100K panoptic: bitmask PNG files", lambda a: bdd100k.panoptic(a.images, a.bitmasks))
     p.add_argument("--bitmasks", required=True, help="Folder of the bitmasks, e.g. labels/pan_seg/bitmasks/train.")
 
-    p = _one(kinds, "pascal_context", "PASCAL-Context: .mat files", _pascal_context)
+    p = _one(kinds, "pascal_context", "PASCAL-Context: .mat files", command_plans.pascal_context_plan)
     p.add_argument("--labels", required=True, help="Folder of the .mat files, e.g. trainval.")
     p.add_argument("--names", required=True, help="File labels.txt, with the names of the 459 labels.")
     p.add_argument("--classes", help="File 59_labels.txt, to use only its 59 classes. (default: all labels of --names)")
@@ -327,7 +311,7 @@ def _add_layouts(kinds: Kinds) -> None:
         kinds,
         "visual_genome",
         "Visual Genome: objects and region descriptions",
-        lambda a: iter([(a.name, "train", _visual_genome(a))]),
+        lambda a: iter([(a.name, "train", command_plans.visual_genome_plan(a))]),
     )
     p.add_argument(
         "--name",
@@ -376,61 +360,6 @@ def _folder_options(command: argparse.ArgumentParser) -> None:
         default="",
         help="Text that mask names add to image names, e.g. _L if the mask of 1.jpg is 1_L.png. (default: none)",
     )
-
-
-def _excluded(args: argparse.Namespace) -> set[int]:
-    return set().union(*map(coco.image_ids, args.exclude))
-
-
-def _referring(args: argparse.Namespace) -> Plan:
-    return coco.referring(args.json, args.images, args.instances, args.refs_split).without(_excluded(args))
-
-
-def _visual_genome(args: argparse.Namespace) -> Plan:
-    plan = visual_genome.visual_genome(
-        args.images, args.image_data, args.objects, args.regions, args.alias, args.min_images
-    )
-    return plan.without(_excluded(args))
-
-
-def _semantic(args: argparse.Namespace) -> Plan:
-    own = (args.classes, args.ignore_index, args.index_offset)
-    return folders.semantic(args.images, args.masks, *own, names=args.list, suffix=args.mask_suffix)
-
-
-def _pascal_context(args: argparse.Namespace) -> Plan:
-    return pascal_context.semantic(args.images, args.labels, args.names, args.classes, args.list)
-
-
-def _foreground(args: argparse.Namespace) -> Plan:
-    if args.masks:
-        if args.exclude or args.instances:
-            raise ValueError(
-                "--exclude and --instances require --json; leave them out, or give --json instead of --masks"
-            )
-        return folders.foreground(args.images, args.masks, args.list, args.mask_suffix)
-    if args.list or args.mask_suffix:
-        raise ValueError("--list and --mask_suffix require --masks; leave them out, or give --masks instead of --json")
-    return coco.foreground(args.json, args.images, args.instances).without(_excluded(args))
-
-
-def _sample(args: argparse.Namespace) -> Iterator[NamedPlan]:
-    return sample.plans(args.output, args.seed, args.train, args.val, args.size)
-
-
-def _public(args: argparse.Namespace) -> Iterator[NamedPlan]:
-    if args.list:
-        print(public.table(args.root))
-        return iter(())
-    return public.plans(args.names, args.root, args.split)
-
-
-def _mattes(args: argparse.Namespace) -> Plan:
-    return folders.mattes(args.images, args.alphas, args.trimaps, args.list, args.mask_suffix)
-
-
-def _table(args: argparse.Namespace) -> Plan:
-    return tables.table(args.table, args.images, args.masks, args.classes, args.stuff, args.exhaustive)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -77,7 +77,8 @@ class Contents:
 
     shards: number of shards that hold records; a shard without records has no file. bytes: size of the files.
     class_images: {class index: number of images that show the class}. origins: the `origin` of each record (see
-    `Record`), in order. fingerprint: the fingerprint of the plan; only a whole split has one.
+    `Record`), in order. fingerprint: a hash of the plan and of the code that prepares it, or "" for a part of
+    a split.
     """
 
     shards: int = 0

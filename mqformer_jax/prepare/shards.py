@@ -51,7 +51,8 @@ SHARD_BYTES = 128 << 20
 SHARD_IMAGES = 2048
 FEW_IMAGES = 32
 SMALL_SHARDS = 16
-COMMANDS = ("cli.py", "public.py", "catalog.py")  # left out of the fingerprint, since they only affect the plan
+# left out of the fingerprint, since they only affect the plan
+COMMANDS = ("cli.py", "command_plans.py", "public.py", "catalog.py")
 
 
 # ---- Worker processes ---------------------------------------------------------------------------------------------

@@ -169,7 +169,8 @@ class TrainStep:
 class Images(NamedTuple):
     """The images of a batch, with the denoising queries and random keys of a step. Each array has one row per image.
 
-    loss_keys: to draw the pixels at which masks are compared (`image_keys`). path_keys: for the backbone's drop path.
+    loss_keys: random keys to draw the pixels at which masks are compared (see `image_keys`). path_keys: random keys for
+    the backbone's drop path.
     """
 
     batch: Batch

@@ -142,6 +142,6 @@ def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
         if kind >> 16:  # short form: type and size share 4 bytes, then come up to 4 bytes of data
             kind, size, start = kind & 0xFFFF, kind >> 16, at + 4
         if start + size > len(data):
-            raise ValueError("truncated")
+            raise ValueError("the file is truncated")
         yield kind, data[start : start + size]
         at = start + size + (-(start + size - at) % 8 if kind != COMPRESSED else 0)
