@@ -89,7 +89,8 @@ def next_commands(config: ConfigDict, workdir: str) -> list[str]:
         f"  {mqformer} predict --checkpoint={workdir} --image={images} --task={task}"
         + (f' --prompts="{prompts}"' if prompts else ""),
         f"  {mqformer} app --checkpoint={workdir}    # a web page; needs pip install 'mqformer_jax[demo]'",
-        f"  {mqformer} export --checkpoint={workdir} --output={workdir}_exported    # runs without this package",
+        f"  {mqformer} export --checkpoint={workdir} --output={workdir}_exported    # a program that runs without this "
+        "package; needs pip install 'mqformer_jax[export]'",
     ]
 
 
