@@ -11,7 +11,7 @@ import pytest
 from mqformer_jax.files import atomic_write, write_bytes, write_json, write_text
 
 
-def test_a_file_is_replaced_as_a_whole(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with atomic_write(path) as temporary:
@@ -22,7 +22,7 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 
 
 @pytest.mark.parametrize("error", [OSError("no space left on device"), KeyboardInterrupt()])
-def test_after_an_error_the_old_file_stays_and_nothing_else(tmp_path, error):
+def test_failed_write_keeps_old_file_and_removes_temporary(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(type(error)), atomic_write(path) as temporary:
@@ -32,7 +32,7 @@ def test_after_an_error_the_old_file_stays_and_nothing_else(tmp_path, error):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_context_that_writes_nothing_is_an_error(tmp_path):
+def test_atomic_write_without_output_raises(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
         pass
     assert not os.listdir(tmp_path)
@@ -57,7 +57,7 @@ def test_ctrl_c_of_a_command_leaves_no_temporary_file(tmp_path):
     assert not os.listdir(tmp_path)
 
 
-def test_bytes_texts_and_json(tmp_path):
+def test_bytes_text_and_json_are_written_exactly(tmp_path):
     write_bytes(tmp_path / "bytes", b"\0\r\n")
     write_text(tmp_path / "text", "gr\u00fcn\n")
     write_json(tmp_path / "json", {"a": [1, None]})

@@ -52,7 +52,7 @@ def restore(workdir):
 
 
 @pytest.mark.parametrize("kept", [0.5, 0])
-def test_a_file_cut_short_sends_back_to_the_checkpoint_before(workdir, kept, caplog):
+def test_truncated_checkpoint_file_falls_back_to_previous_checkpoint(workdir, kept, caplog):
     """Each file of the newest checkpoint in turn: the newest or, if that cannot be read, the one before; never anything
     else.
     """
@@ -76,7 +76,7 @@ def test_a_file_cut_short_sends_back_to_the_checkpoint_before(workdir, kept, cap
     assert int(restore(workdir)[0].step) == 3
 
 
-def test_what_is_damaged_makes_room_for_the_step_done_again(workdir):
+def test_step_with_damaged_checkpoint_can_be_saved_again(workdir):
     for path in files(pathlib.Path(workdir, "checkpoints", "3")):
         path.write_bytes(b"")
     with Checkpoints(workdir, keep=3) as checkpoints:
@@ -85,7 +85,7 @@ def test_what_is_damaged_makes_room_for_the_step_done_again(workdir):
     assert int(found.step) == 2 and int(restore(workdir)[0].step) == 3
 
 
-def test_where_none_can_be_read_all_stay_and_one_line_says_so(workdir):
+def test_all_checkpoints_unreadable_raises_and_keeps_them(workdir):
     for path in files(pathlib.Path(workdir, "checkpoints")):
         path.write_bytes(b"")
     with pytest.raises(
@@ -95,7 +95,7 @@ def test_where_none_can_be_read_all_stay_and_one_line_says_so(workdir):
     assert "\n" not in str(error.value) and len(os.listdir(os.path.join(workdir, "checkpoints"))) == 3
 
 
-def test_a_checkpoint_of_another_shape_is_named_and_left_alone(workdir):
+def test_shape_mismatch_is_reported_and_checkpoint_is_kept(workdir):
     other = state(0).replace(params={"kernel": jnp.zeros((40, 81)), "layers": [jnp.ones(3)]})
     with (
         Checkpoints(workdir) as checkpoints,
@@ -108,7 +108,7 @@ def test_a_checkpoint_of_another_shape_is_named_and_left_alone(workdir):
 @pytest.mark.parametrize(
     "before, after", [((2, 2, 2), (1, 8, 1)), ((8, 1, 1), (1, 2, 4)), ((2, 2, 2), None), (None, (4, 2, 1))]
 )
-def test_it_is_restored_onto_any_mesh(tmp_path, before, after):
+def test_checkpoint_is_restored_onto_a_different_mesh(tmp_path, before, after):
     place = lambda shape: None if shape is None else make_mesh(shape)
     with Checkpoints(str(tmp_path)) as checkpoints:
         checkpoints.save(5, state(5, place(before)), base(), {"step": 5})
@@ -119,7 +119,7 @@ def test_it_is_restored_onto_any_mesh(tmp_path, before, after):
     np.testing.assert_array_equal(found.params["kernel"], state(5).params["kernel"])
 
 
-def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(tmp_path):
+def test_full_disk_is_reported_in_one_line_and_last_checkpoint_is_kept(tmp_path):
     """Files may not grow past 64 kB from the second save on, which writes more: as on a disk that fills up."""
     program = """
 import resource, sys
@@ -144,7 +144,7 @@ with Checkpoints(sys.argv[1]) as checkpoints:
         assert checkpoints.latest() == 1
 
 
-def test_damaged_weights_are_one_line(tmp_path):
+def test_damaged_weights_raise_one_line_error(tmp_path):
     save_weights(str(tmp_path), Weights(base(), {"kernel": jnp.ones((8, 8))}, {}), {})
     (manifest,) = pathlib.Path(tmp_path, "checkpoints", "0", "state").glob("manifest.ocdbt")
     manifest.write_bytes(manifest.read_bytes()[:50])
@@ -153,7 +153,7 @@ def test_damaged_weights_are_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_a_config_from_before_remat_had_names_is_read():
+def test_boolean_remat_of_old_configs_is_converted():
     old = base().to_dict()
     for value, name in ((True, "layers"), (False, "none")):
         old["model"]["remat"] = value

@@ -6,12 +6,12 @@ from mqformer_jax.train import train
 
 
 @pytest.mark.parametrize("variant", ["full", "gpu", "sample", "small"])
-def test_every_variant_of_the_recipe_passes_the_check(variant):
+def test_coco_ref_variants_are_valid(variant):
     recipes.check(recipe(variant))
 
 
 @pytest.mark.parametrize("variant", ["coco", "small"])
-def test_the_lite_recipe_passes_it_too(variant):
+def test_lite_variants_are_valid(variant):
     recipes.check(recipe(variant, "lite"))
 
 
@@ -21,7 +21,7 @@ def test_the_scaled_recipe_is_the_full_one_with_more_data():
     assert scaled.data.mixture[: len(full.data.mixture)] == full.data.mixture and scaled.model == full.model
 
 
-def test_the_variants_differ_in_numbers_only():
+def test_variants_have_the_same_fields_as_the_base_config():
     shape = lambda tree: {k: shape(v) for k, v in tree.items()} if isinstance(tree, dict) else None
     shapes = [shape(recipe(v).to_dict()) for v in ("full", "sample", "small")]
     assert shapes[0] == shapes[1] == shapes[2] == shape(recipes.base().to_dict())
@@ -70,7 +70,7 @@ def test_the_variants_differ_in_numbers_only():
         ("matting.sets", (dict(name="mattes"),), "an entry must have the keys name, split"),
     ],
 )
-def test_the_message_about_a_wrong_value_names_the_field(field, value, words):
+def test_invalid_value_error_names_the_field(field, value, words):
     config = recipe("sample")
     *parents, last = field.split(".")
     node = config
@@ -83,7 +83,7 @@ def test_the_message_about_a_wrong_value_names_the_field(field, value, words):
     assert field in str(error.value) and "\n" not in str(error.value)
 
 
-def test_an_unknown_field_is_named():
+def test_unknown_field_is_rejected_by_name():
     config = recipe("sample")
     with config.unlocked():
         config.model.dropout = 0.1
@@ -91,14 +91,14 @@ def test_an_unknown_field_is_named():
         recipes.check(config)
 
 
-def test_data_that_is_not_prepared_names_the_command(tmp_path):
+def test_missing_data_error_names_the_prepare_command(tmp_path):
     config = recipe("sample")
     config.data.root = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="mqformer prepare sample"):
         train(config, str(tmp_path / "run"))
 
 
-def test_a_table_of_classes_asks_for_no_expressions():
+def test_class_table_encoder_rejects_expression_tasks():
     config = recipe("sample")
     config.model.text.update(name="classes", tokenizer="classes", classes=("sky",), context=1)
     with pytest.raises(ValueError, match="foreground, matting, referring"):
@@ -110,14 +110,14 @@ def test_a_table_of_classes_asks_for_no_expressions():
         recipes.check(config)
 
 
-def test_decoupled_queries_need_both_kinds():
+def test_decoupled_queries_require_learnable_and_conditional():
     config = recipe("sample")
     config.model.update(queries="decoupled", num_conditional=0)
     with pytest.raises(ValueError, match="set num_learnable and num_conditional above 0"):
         recipes.check(config)
 
 
-def test_the_lattice_divides_the_cells_of_the_mask_features():
+def test_lattice_stride_must_divide_mask_stride():
     config = recipe("sample")
     config.data.lattice_stride = 3
     with pytest.raises(ValueError, match="config.data.lattice_stride = 3: must divide model.mask_stride = 4"):

@@ -113,7 +113,7 @@ def parsed_flags(module: types.ModuleType, arguments: list[str], monkeypatch) ->
 
 
 @pytest.mark.parametrize("words", OURS)
-def test_a_command_parses(words, place, monkeypatch, capsys):
+def test_documented_command_parses(words, place, monkeypatch, capsys):
     """A command without options is a mention: it, and what it names, must exist."""
     module, arguments = module_of([word for word in words if word != "--help"])
     mention = not any(word.startswith("-") for word in arguments)
@@ -143,7 +143,7 @@ def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentP
     return {name: sub for action in actions for name, sub in action.choices.items()}
 
 
-def test_a_flag_alone_is_a_flag_of_some_command():
+def test_documented_standalone_flags_exist():
     """In backticks, such as `--score=0.5`."""
     known = set(re.findall(r"--\w+", LAUNCH))
     for name in {module for module, _ in COMMANDS.values()} | set(MODULES):
@@ -160,7 +160,7 @@ def test_a_flag_alone_is_a_flag_of_some_command():
 
 
 @pytest.mark.parametrize("words", all_commands("python benchmarks/"))
-def test_a_benchmark_and_its_flags_exist(words):
+def test_documented_benchmark_and_its_flags_exist(words):
     source = (REPOSITORY / words[1]).read_text()
     names = [word.split("=")[0].removeprefix("--") for word in words[2:] if word.startswith("--")]
     missing = [name for name in names if not name.startswith("config.") and not re.search(f'"(--)?{name}"', source)]
@@ -168,7 +168,7 @@ def test_a_benchmark_and_its_flags_exist(words):
 
 
 @pytest.mark.parametrize("words", all_commands("make"))
-def test_a_target_and_its_variables_exist(words):
+def test_documented_make_target_and_its_variables_exist(words):
     target, *variables = words[1:]
     assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), f"the Makefile has no target {target}"
     for variable in variables:
@@ -176,7 +176,7 @@ def test_a_target_and_its_variables_exist(words):
 
 
 @pytest.mark.parametrize("name", ["README.md", "docs/tpu.md"])
-def test_a_pod_command_fits_the_pod(name, place, monkeypatch):
+def test_documented_pod_command_is_valid_for_its_pod(name, place, monkeypatch):
     """Its settings exist, the batch divides by the chips, and all paths of the run are in the bucket."""
     code = code_of(REPOSITORY / name)
     if name == "README.md":
@@ -197,7 +197,7 @@ def test_a_pod_command_fits_the_pod(name, place, monkeypatch):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_a_field_is_a_field_of_a_recipe(path):
+def test_documented_config_fields_exist(path):
     code = code_of(path)
     named = re.findall(r"\bconfig\.([a-z_0-9]+(?:\.[a-z_0-9]+)*)", code)
     named += re.findall(rf"^((?:{PARTS})(?:\.[a-z_0-9]+)+)\b", code, re.MULTILINE)  # alone in backticks
@@ -215,7 +215,7 @@ def is_field(name: str) -> bool:
 
 
 @pytest.mark.parametrize("path", [*PAGES, REPOSITORY / "CHANGELOG.md"], ids=lambda path: path.name)
-def test_a_relative_link_leads_somewhere(path):
+def test_relative_links_resolve(path):
     text = path.read_text()
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("https://", "http://")):
@@ -232,7 +232,7 @@ def anchors(path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_a_file_that_is_named_exists():
+def test_documented_files_exist():
     """In backticks, a path that starts in one of the repository's folders."""
     pattern = r"(?:^|\s)((?:mqformer_jax|configs|docs|tests|benchmarks|examples)/[\w/.-]*\w)"
     for path in PAGES:
@@ -240,7 +240,7 @@ def test_a_file_that_is_named_exists():
             assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
 
 
-def test_a_constant_is_in_the_file_that_is_named_before_it():
+def test_constants_in_contributing_guide_exist_in_their_files():
     """In the guide of contributors, in backticks, such as `TASKS`. The file is the last one in the same paragraph."""
     guide = (REPOSITORY / "CONTRIBUTING.md").read_text().split("## Where things go")[1]
     found = set()
@@ -255,7 +255,7 @@ def test_a_constant_is_in_the_file_that_is_named_before_it():
     assert {"BACKBONES", "TASKS", "MEANING"} <= found
 
 
-def test_the_script_for_another_format_prepares_a_set(tmp_path):
+def test_custom_format_script_in_docs_prepares_a_data_set(tmp_path):
     page = (REPOSITORY / "docs" / "data.md").read_text().split("### Another format")[1]
     (tmp_path / "photos").mkdir()
     for i, boxes in enumerate(("0 1 2 30 35\n1 5 5 20 20\n", "no box")):

@@ -25,7 +25,7 @@ TASKS = {"things": "instance", "regions": "semantic", "phrases": "referring", "m
 
 
 @pytest.mark.parametrize("name, task", TASKS.items())
-def test_what_a_set_labels_decides_what_is_taught(name, task):
+def test_training_task_follows_the_data_set_annotations(name, task):
     config = recipe(name, "finetune")
     recipes.check(config)
     assert config.data.mixture[0]["tasks"] == (task,) and config.init_from == ("pretrained/lite",)
@@ -33,13 +33,13 @@ def test_what_a_set_labels_decides_what_is_taught(name, task):
     assert config.steps == (300 if name == "phrases" else 1500)
 
 
-def test_a_set_without_classes_that_is_older_than_the_count_of_expressions_has_expressions(tmp_path):
+def test_old_data_set_without_classes_trains_on_referring(tmp_path):
     DatasetInfo("phrases", (), {"train": 4}).save(str(tmp_path / "data/records/phrases"))
     assert recipe("phrases", "finetune").data.mixture[0]["tasks"] == ("referring",)
 
 
 @pytest.mark.parametrize("name, task", TASKS.items())
-def test_the_next_command_asks_for_what_was_taught(name, task):
+def test_suggested_predict_command_matches_the_trained_task(name, task):
     predict = next(line for line in next_commands(recipe(name, "finetune"), "runs/it") if " predict " in line)
     task = {"semantic": "panoptic"}.get(task, task)
     prompts = {"things": "cat", "regions": "sky*", "phrases": "the person on the left"}.get(name)
@@ -47,14 +47,14 @@ def test_the_next_command_asks_for_what_was_taught(name, task):
     assert predict.endswith(f' --prompts="{prompts}"') if prompts else "--prompts" not in predict
 
 
-def test_the_quick_recipe_is_smaller_and_of_fixed_length():
+def test_quick_recipe_has_a_smaller_model_and_fixed_steps():
     config, longer = recipe("things,quick", "finetune"), recipe("things", "finetune")
     recipes.check(config)
     assert config.steps == 600 and config.batch_size == 2 and config.data.mixture == longer.data.mixture
     assert config.model.decoder_layers < longer.model.decoder_layers and config.init_from == longer.init_from
 
 
-def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_on_what_it_was(tmp_path):
+def test_synthesized_set_trains_with_expressions_and_evaluates_on_source(tmp_path):
     for name, made_from in (("things_syn_m", "things"), ("things_syn", "things_syn_m")):
         (tmp_path / "data/records" / name).mkdir()
         info = DatasetInfo(
@@ -72,7 +72,7 @@ def test_what_teachers_added_to_is_trained_on_with_its_expressions_and_measured_
     assert recipe("things_syn_m", "finetune").data.mixture[0]["tasks"] == ("instance",)
 
 
-def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
+def test_model_and_canvas_come_from_the_checkpoint(monkeypatch):
     theirs = get_config()
     theirs.data.lattice_stride = 2
     monkeypatch.setattr("mqformer_jax.checkpoint.load_config", lambda path: theirs)
@@ -89,7 +89,7 @@ def test_a_checkpoint_brings_its_model_and_its_canvas(monkeypatch):
 @pytest.mark.parametrize(
     "variant, says", [("", "finetune:balloon"), ("unknown", "'unknown' split 'train' is not in data/records")]
 )
-def test_a_name_that_is_missing_or_unknown_is_one_line(variant, says):
+def test_missing_or_unknown_data_set_name_raises_one_line_error(variant, says):
     with pytest.raises(ValueError, match=says) as error:
         recipe(variant, "finetune")
     assert "\n" not in str(error.value)

@@ -9,7 +9,7 @@ from mqformer_jax.training.step import TrainStep
 
 
 @pytest.mark.slow
-def test_the_full_step_traces_with_the_originals_sizes():
+def test_full_recipe_step_traces_with_expected_parameter_count():
     config = recipe("full")
     step = TrainStep(config, make_mesh((8, 1, 1)))
     state, metrics = jax.eval_shape(step.compiled, *step.arguments)

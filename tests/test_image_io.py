@@ -19,7 +19,7 @@ def saved(tmp_path, name, image, **options):
     return path
 
 
-def test_an_image_is_turned_as_exif_says(tmp_path):
+def test_exif_orientation_is_applied(tmp_path):
     pixels = RED.copy()
     pixels[0, 0] = 255
     exif = Image.Exif()
@@ -36,23 +36,23 @@ def test_every_mode_becomes_rgb(tmp_path, mode, expected):
         assert np.abs(read.astype(int) - expected).max() <= 2
 
 
-def test_sixteen_bits_are_cut_to_eight(tmp_path):
+def test_16_bit_image_is_reduced_to_8_bits(tmp_path):
     read = read_image(saved(tmp_path, "a.png", Image.fromarray(np.full((4, 5), 32896, np.uint16))))
     assert read.shape == (4, 5, 3) and (read == 128).all()
 
 
-def test_what_is_transparent_is_white(tmp_path):
+def test_transparent_pixels_become_white(tmp_path):
     pixels = np.dstack([RED, np.zeros((6, 9), np.uint8)])
     assert (read_image(saved(tmp_path, "a.png", Image.fromarray(pixels))) == 255).all()
 
 
-def test_an_animation_is_its_first_frame(tmp_path):
+def test_animation_is_read_as_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (5, 4), color) for color in ("blue", "red")]
     read = read_image(saved(tmp_path, "a.gif", frames[0], save_all=True, append_images=frames[1:]))
     assert (read == (0, 0, 255)).all()
 
 
-def test_what_is_no_image_or_is_cut_short_is_one_line(tmp_path):
+def test_invalid_or_truncated_image_raises_one_line_error(tmp_path):
     (tmp_path / "notes.jpg").write_text("not a picture")
     whole = saved(
         tmp_path, "whole.jpg", Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
@@ -65,13 +65,13 @@ def test_what_is_no_image_or_is_cut_short_is_one_line(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+def test_image_with_too_many_pixels_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setattr(image_io, "MAX_PIXELS", 40)
     with pytest.raises(ValueError, match="more than 40 pixels"):
         read_image(saved(tmp_path, "a.png", Image.fromarray(RED)))
 
 
-def test_folders_patterns_and_files_are_found_once_each(tmp_path):
+def test_find_images_expands_folders_and_patterns_without_duplicates(tmp_path):
     (tmp_path / "deep").mkdir()
     a, b = saved(tmp_path, "a.png", Image.fromarray(RED)), saved(tmp_path / "deep", "b.jpg", Image.fromarray(RED))
     (tmp_path / "notes.txt").write_text("")
@@ -89,7 +89,7 @@ def piped(monkeypatch, data):
     return find_images(["-"])
 
 
-def test_standard_input_is_an_image_or_paths(monkeypatch):
+def test_standard_input_accepts_an_image_or_a_list_of_paths(monkeypatch):
     assert piped(monkeypatch, b"a.jpg\n\nb.jpg\n") == ["a.jpg", "b.jpg"]
     file = io.BytesIO()
     Image.fromarray(RED).save(file, "PNG")

@@ -37,7 +37,7 @@ def undisturbed(sample_root, tmp_path_factory):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_killed_stopped_and_interrupted_a_run_ends_where_an_undisturbed_run_ends(sample_root, undisturbed, tmp_path):
+def test_run_resumed_after_kill_sigterm_and_ctrl_c_matches_uninterrupted(sample_root, undisturbed, tmp_path):
     workdir = tmp_path / "disturbed"
     for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         run = Run(workdir, sample_root, 1, 1, FOREVER)
@@ -64,7 +64,7 @@ def test_killed_stopped_and_interrupted_a_run_ends_where_an_undisturbed_run_ends
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line_wherever_it_is(sample_root, tmp_path):
+def test_ctrl_c_during_startup_exits_with_one_line(sample_root, tmp_path):
     """While JAX starts, compiles, or reads a checkpoint. `seen`: what the run has printed by then."""
     saved = Run(tmp_path / "run", sample_root, 1, 1, "--config.steps=2")
     assert saved.end() == [0], saved.said()
@@ -88,7 +88,7 @@ def test_ctrl_c_before_the_first_step_ends_a_run_in_one_line_wherever_it_is(samp
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_two_processes_lose_one_and_resume_and_end_as_one(sample_root, undisturbed, tmp_path):
+def test_two_process_run_resumes_after_losing_one_and_matches_one_process(sample_root, undisturbed, tmp_path):
     """Killed, stopped, and then taken over by a single process: always the losses of one process with the same global
     batch.
     """
@@ -137,7 +137,7 @@ print(float(total.addressable_data(0)), distributed.gather(jax.process_index()))
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_a_process_may_come_to_a_collective_later_than_gloo_would_wait(tmp_path):
+def test_collective_waits_for_a_process_beyond_the_gloo_timeout(tmp_path):
     """Gloo opens a connection within 30 seconds or fails. One process is 33 seconds late, as if it had compiled."""
     (tmp_path / "late.py").write_text(textwrap.dedent(LATE))
     started = [
@@ -158,14 +158,14 @@ def test_a_process_may_come_to_a_collective_later_than_gloo_would_wait(tmp_path)
     "lines, names",
     [("JAX_NUM_PROCESSES=2", "together with"), ("JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=2", "counted from 0")],
 )
-def test_half_an_environment_is_one_line(lines, names):
+def test_incomplete_or_invalid_process_variables_are_rejected(lines, names):
     from mqformer_jax.parallel.distributed import settings
 
     with pytest.raises(ValueError, match=names):
         settings(dict(line.split("=") for line in lines.split()))
 
 
-def test_one_process_asks_for_no_others():
+def test_distributed_settings_are_read_from_the_environment():
     from mqformer_jax.parallel.distributed import is_requested, settings
 
     assert settings({"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}) == {"num_processes": 4, "process_id": 3}

@@ -53,7 +53,7 @@ def ended(process: subprocess.Popen) -> tuple[int, str, str]:
 
 @pytest.mark.parametrize("entrance", ENTRANCES, ids=" ".join)
 @pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="counts threads in /proc")
-def test_every_command_can_be_interrupted_while_it_imports(entrance):
+def test_ctrl_c_during_imports_stops_every_command(entrance):
     process = start("-m", *entrance, "--help")
     while len(os.listdir(f"/proc/{process.pid}/task")) == 1:  # the thread that waits for Ctrl-C is the first one
         time.sleep(0.001)
@@ -61,13 +61,13 @@ def test_every_command_can_be_interrupted_while_it_imports(entrance):
     assert (status, out) == (130, "") and re.fullmatch(r"\nmqformer[\w -]*: stopped.*\n", err), err
 
 
-def test_compiled_code_does_not_delay_it():
+def test_ctrl_c_is_not_delayed_by_compiled_code():
     """Python runs no signal handler before the call returns, which takes minutes here."""
     body = "import numpy\nx = numpy.random.rand(6000, 6000)\nprint('ready', flush=True)\nnumpy.linalg.svd(x)"
     assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
 
 
-def test_a_callback_of_the_garbage_collector_does_not_swallow_it():
+def test_ctrl_c_is_not_swallowed_by_a_garbage_collector_callback():
     body = """
     import gc, time
     gc.callbacks.append(lambda *_: (print('ready', flush=True), time.sleep(1)))
@@ -77,7 +77,7 @@ def test_a_callback_of_the_garbage_collector_does_not_swallow_it():
     assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
 
 
-def test_code_that_catches_everything_does_not_notice_it():
+def test_ctrl_c_is_not_caught_by_except_base_exception():
     body = """
     print('ready', flush=True)
     while True:
@@ -89,7 +89,7 @@ def test_code_that_catches_everything_does_not_notice_it():
     assert interrupt(program(body)) == (130, "", "\nprogram: stopped.\n")
 
 
-def test_what_was_printed_is_kept_and_temporary_files_and_processes_are_not(tmp_path):
+def test_ctrl_c_flushes_output_and_removes_temporary_files_and_children(tmp_path):
     body = f"""
     import os, subprocess, sys, time, multiprocessing
     if __name__ == "__main__":
@@ -111,7 +111,7 @@ def test_what_was_printed_is_kept_and_temporary_files_and_processes_are_not(tmp_
             time.sleep(0.01)
 
 
-def test_a_program_may_postpone_it_once():
+def test_ctrl_c_can_be_postponed_once():
     body = """
     import time
     asked = []
@@ -128,7 +128,7 @@ def test_a_program_may_postpone_it_once():
     assert interrupt(process) == (130, "", "\nprogram: stopped.\n")
 
 
-def test_sigterm_ends_a_program_with_a_status_of_its_own():
+def test_sigterm_exits_with_the_preempted_status():
     body = """
     import signal, time
     signal.signal(signal.SIGTERM, lambda *_: None)
@@ -145,7 +145,7 @@ DEAF = ("sh", "-c", 'trap "" INT; exec "$@"', "sh")  # as nohup starts a program
 
 
 @pytest.mark.parametrize("before", [(), DEAF], ids=["", "deaf to Ctrl-C"])
-def test_sigterm_ends_a_run_that_does_not_train_yet(before, tmp_path):
+def test_sigterm_before_training_exits_with_the_preempted_status(before, tmp_path):
     body = f"""
     import time
     import mqformer_jax.train
@@ -159,7 +159,7 @@ def test_sigterm_ends_a_run_that_does_not_train_yet(before, tmp_path):
     assert status == PREEMPTED and err.endswith("\nReceived SIGTERM. Run the same command to resume.\n"), err
 
 
-def test_children_that_are_deaf_leave_it_to_their_parent():
+def test_children_started_with_ctrl_c_blocked_ignore_sigint():
     body = """
     import subprocess, sys
     code = "import time; print('ready', flush=True); time.sleep(1); print('heard nothing')"
@@ -175,11 +175,11 @@ def test_children_that_are_deaf_leave_it_to_their_parent():
     assert ended(process) == (0, "heard nothing\n", "")
 
 
-def test_a_program_that_was_started_deaf_stays_deaf():
+def test_program_started_with_sigint_ignored_keeps_ignoring_it():
     body = "import time\nprint('ready', flush=True)\ntime.sleep(1)\nprint('done')"
     process = program(body, DEAF)
     assert interrupt(process) == (0, "done\n", "")
 
 
-def test_a_module_that_is_imported_keeps_keyboard_interrupt():
+def test_importing_the_package_keeps_the_default_sigint_handler():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -58,7 +58,7 @@ def test_shellcheck_finds_nothing():
 
 
 @pytest.mark.parametrize("words", ["", "--help", "create --help"])
-def test_help_tells_of_every_command_and_setting(cloud, words):
+def test_help_lists_every_command_and_setting(cloud, words):
     text = SCRIPT.read_text()
     dispatch = re.search(r"^case \$step in\n(.*?)\n  --help\)", text, re.S | re.M).group(1)
     commands = set(re.findall(r"[a-z]+", re.sub(r"\).*", "", dispatch)))
@@ -70,7 +70,7 @@ def test_help_tells_of_every_command_and_setting(cloud, words):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_missing_is_one_line(cloud, command):
+def test_missing_or_unknown_settings_are_reported_in_one_line(cloud, command):
     def says(*args: str) -> str:
         result = cloud.script(command, *args)
         assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -100,7 +100,7 @@ def test_dry_run_prints_commands_and_runs_none(cloud, command):
         assert shlex.split(sent) == ["b", *FLAGS]
 
 
-def test_the_script_knows_the_exit_status_of_a_preempted_run():
+def test_worker_script_uses_the_preempted_exit_status():
     assert re.findall(r"!= (\d\d+) .* state=preempted", (REPOSITORY / WORKER).read_text()) == [str(PREEMPTED)]
 
 
@@ -142,13 +142,13 @@ def test_wrong_flags_end_a_command_before_it_calls_gcloud(local_python, command,
     assert last_line(result).startswith("launch_tpu.sh: ") and "Traceback" not in result.stderr
 
 
-def test_right_flags_are_checked_and_go_to_the_workers(local_python):
+def test_valid_training_flags_are_checked_and_passed_to_workers(local_python):
     output = local_python.ok("all", "--type=v4-64", "--", *RECIPE, "--config.batch_size=32")
     assert "valid for 32 devices, 1 image(s) each" in output and "reads data/records" in output
     assert local_python.flags(0) == local_python.flags(1) == [*RECIPE, "--config.batch_size=32"]
 
 
-def test_flags_that_cannot_be_checked_here_go_to_the_workers_too(local_python):
+def test_unchecked_flags_are_passed_with_skip_check_or_without_local_python(local_python):
     recipe = ("--config=bucket/recipe.py", "--workdir=bucket/runs/mq")
     assert local_python.launch("all", "--", *recipe).returncode == 1
     assert local_python.flags(0) == []
@@ -170,7 +170,7 @@ STEPS = ["create"] * 8 + ["sync"] * 2 + ["install"] + ["run"] * 2 + ["logs"]
 
 
 @pytest.mark.parametrize("n", range(1, len(ALL) + 1))
-def test_a_step_that_fails_ends_all_in_one_line_and_can_be_repeated(cloud, n):
+def test_all_stops_at_a_failed_step_with_one_line_and_can_be_repeated(cloud, n):
     result = cloud.launch("all", FAIL_AT=str(n))
     assert result.returncode == 5 and cloud.calls() == ALL[:n]
     step, words = STEPS[n - 1], " ".join(ALL[n - 1].split()[:3])
@@ -184,7 +184,7 @@ def test_a_step_that_fails_ends_all_in_one_line_and_can_be_repeated(cloud, n):
     until(lambda: cloud.flags(0) == cloud.flags(1) == list(FLAGS))
 
 
-def test_a_worker_that_cannot_install_says_so_and_install_goes_on_where_it_was(cloud):
+def test_failed_install_is_reported_blocks_run_and_can_be_repeated(cloud):
     cloud.env["PATH"] = cloud.env["PATH"].replace(f"{cloud.env['TOOLS']}/images:", "")  # gcsfuse is not there yet
     cloud.ok("create")
     assert "there is no code: sync first" in cloud.launch("install").stderr
@@ -201,7 +201,7 @@ def test_a_worker_that_cannot_install_says_so_and_install_goes_on_where_it_was(c
 
 
 @pytest.mark.parametrize("command, calls", [("logs", 1), ("status", 2), ("stop", 1)])
-def test_logs_status_and_stop_fail_in_one_line_too(training, command, calls):
+def test_failed_logs_status_and_stop_are_reported_in_one_line(training, command, calls):
     for n in range(1, calls + 1):
         result = training.launch(command, FAIL_AT=str(n))
         assert result.returncode == 5 and len(training.calls()) == n
@@ -211,7 +211,7 @@ def test_logs_status_and_stop_fail_in_one_line_too(training, command, calls):
 
 
 @pytest.mark.parametrize("kind", ["--spot", "--on_demand"])
-def test_delete_never_says_deleted_where_a_step_failed(cloud, kind):
+def test_delete_does_not_report_success_when_a_step_fails(cloud, kind):
     for n in (1, 2, 3):
         cloud.ok("create", kind)
         cloud.calls()
@@ -225,7 +225,7 @@ def test_delete_never_says_deleted_where_a_step_failed(cloud, kind):
 # -- one command after the other ---------------------------------------------------------------------------------------
 
 
-def test_create_asks_once_waits_and_is_content_with_what_is_there(cloud):
+def test_create_waits_until_ready_and_reuses_an_existing_tpu(cloud):
     output = cloud.ok("create")
     assert output.index("mq is ACTIVE") < output.index("mq is CREATING") < output.index("mq is READY")
     assert cloud.calls() == ALL[:8]
@@ -233,14 +233,14 @@ def test_create_asks_once_waits_and_is_content_with_what_is_there(cloud):
     assert cloud.calls() == ALL[:2]
 
 
-def test_create_refuses_a_bucket_whose_folders_are_not_renamed_at_once(cloud):
+def test_create_rejects_a_bucket_without_hierarchical_namespace(cloud):
     for answer in ("", "False"):
         result = cloud.launch("create", HIERARCHICAL=answer)
         assert result.returncode == 1 and "hierarchical namespace" in last_line(result)
         assert cloud.calls() == ALL[:1]
 
 
-def test_create_does_not_wait_for_what_is_lost(cloud):
+def test_create_fails_at_once_for_a_preempted_or_failed_tpu(cloud):
     for what, state in (("node", "PREEMPTED"), ("node", "TERMINATED"), ("request", "SUSPENDED"), ("request", "FAILED")):
         cloud.state(what, state)
         assert last_line(cloud.launch("create")).endswith(f"mq is {state}. Run delete, then create again.")
@@ -248,7 +248,7 @@ def test_create_does_not_wait_for_what_is_lost(cloud):
     cloud.ok("create")
 
 
-def test_sync_brings_what_git_would_and_leaves_the_checkout_alone(cloud):
+def test_sync_copies_non_ignored_files_and_leaves_the_checkout_unchanged(cloud):
     (cloud.checkout / "new.py").write_text("new")
     (cloud.checkout / "kept.py").write_text("changed")
     before = cloud.repository()
@@ -279,7 +279,7 @@ def test_install_is_done_once_and_again_when_the_requirements_change(cloud):
         assert (cloud.folder / "worker1" / "uv").read_text().split() == ["venv", "pip"] * times
 
 
-def test_a_run_goes_on_by_itself_with_the_same_flags_on_all_workers_and_is_started_once(training):
+def test_active_run_uses_the_same_flags_everywhere_and_blocks_other_runs(training):
     assert "this run is already active" in training.start()
     other = training.launch("run", "--", "--config=other.py")
     assert other.returncode == 3 and "another run is active: stop it first" in other.stderr
@@ -293,7 +293,7 @@ def test_a_run_goes_on_by_itself_with_the_same_flags_on_all_workers_and_is_start
 
 @pytest.mark.parametrize("command", ["logs", "all"])
 @pytest.mark.parametrize("code, state", [(0, "finished"), (7, "failed 7"), (PREEMPTED, "preempted")])
-def test_logs_and_all_follow_a_run_and_end_as_it_ends(cloud, command, code, state):
+def test_logs_and_all_follow_a_run_and_return_its_exit_status(cloud, command, code, state):
     cloud.training(f"{GOES_ON}; exit {code}")
     cloud.calls()
     if command == "logs":
@@ -309,7 +309,7 @@ def test_logs_and_all_follow_a_run_and_end_as_it_ends(cloud, command, code, stat
     assert cloud.launch("logs", "--worker=1").returncode == code
 
 
-def test_stop_lets_a_run_save_and_ends_one_that_does_not_listen(training):
+def test_stop_lets_a_run_save_and_kills_one_that_ignores_sigterm(training):
     training.ok("stop")
     assert (training.folder / "worker0/mqformer/log").read_text().endswith("Run the same command to resume.\n")
     assert "worker0: stopped" in training.ok("status")
@@ -324,7 +324,7 @@ def test_stop_lets_a_run_save_and_ends_one_that_does_not_listen(training):
     assert "worker1: stopped" in training.ok("status")
 
 
-def test_after_a_reboot_run_mounts_the_bucket_again(training):
+def test_run_remounts_the_bucket_after_a_reboot(training):
     training.end()
     for worker in training.folder.glob("worker?"):
         (worker / "mounted").unlink()
@@ -344,13 +344,13 @@ def test_watch_starts_again_after_a_preemption_with_the_same_code_and_flags(clou
     assert (cloud.folder / "worker0/mqformer/tree/kept.py").read_text() == "kept.py"
 
 
-def test_watch_starts_again_after_a_run_was_told_to_save(cloud):
+def test_watch_restarts_a_run_that_exits_on_sigterm(cloud):
     cloud.training(f"{ONCE}; kill -TERM $$")
     assert "worker0: preempted" in cloud.ok("watch") and len(cloud.flags(0)) == 2 * len(FLAGS)
     assert cloud.calls().count("tpus queued-resources create") == 1
 
 
-def test_a_sigterm_to_all_processes_of_a_worker_leaves_the_exit_status(training):
+def test_sigterm_to_all_worker_processes_is_recorded_as_preempted(training):
     """As in a shutdown."""
     for pid in training.folder.glob("worker?/mqformer/pid"):
         os.killpg(int(pid.read_text()), signal.SIGTERM)
@@ -360,7 +360,7 @@ def test_a_sigterm_to_all_processes_of_a_worker_leaves_the_exit_status(training)
 @pytest.mark.parametrize(
     "words, code, state", [("", PREEMPTED, "preempted"), ("Run the same command to resume.", 0, "finished")]
 )
-def test_the_exit_status_counts_and_not_what_the_log_says(cloud, words, code, state):
+def test_run_state_follows_the_exit_status_not_the_log_text(cloud, words, code, state):
     cloud.training(f"echo {words}; exit {code}")
     assert cloud.launch("all").returncode == code
     assert f"worker0: {state}\nworker1: {state}\n" in cloud.ok("status")
@@ -374,7 +374,7 @@ def test_watch_gives_up_on_a_run_that_only_fails(cloud):
     assert len(cloud.flags(0)) == 3 * len(FLAGS)
 
 
-def test_watch_takes_up_a_run_that_is_going_on_and_ends_when_it_is_stopped(training):
+def test_watch_attaches_to_an_active_run_and_exits_when_it_is_stopped(training):
     (training.checkout / "kept.py").write_text("changed since")
     with subprocess.Popen(training.words("watch"), env=training.env) as watch:
         until(lambda: "tpus tpu-vm ssh worker_follow" in training.calls())
@@ -384,6 +384,6 @@ def test_watch_takes_up_a_run_that_is_going_on_and_ends_when_it_is_stopped(train
 
 
 @pytest.mark.parametrize("n", [2, 11, 15])
-def test_watch_gets_over_a_step_that_fails_once(cloud, n):
+def test_watch_retries_a_step_that_fails_once(cloud, n):
     assert "watch tries again" in cloud.ok("watch", FAIL_AT=str(n))
     assert cloud.calls().count("tpus queued-resources create") == 1

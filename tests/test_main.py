@@ -42,7 +42,7 @@ def parse(monkeypatch):
         (["--config=configs/none.py"], ["configs/none.py", "coco_ref, finetune"]),
     ],
 )
-def test_a_wrong_command_is_one_line(arguments, words, parse):
+def test_invalid_train_arguments_are_reported_in_one_line(arguments, words, parse):
     with pytest.raises(SystemExit) as stopped:
         parse(*arguments)
     message = str(stopped.value)
@@ -85,7 +85,7 @@ def test_any_field_of_a_recipe_can_be_overridden(parse):
         (["--num_devices=4"], 1, ["--num_devices needs --check_only"]),
     ],
 )
-def test_a_recipe_is_checked_for_a_pod_without_one(options, status, words, tmp_path):
+def test_check_only_validates_a_recipe_without_the_devices(options, status, words, tmp_path):
     command = [sys.executable, "-m", "mqformer_jax.main", RECIPE, f"--workdir={tmp_path}/run", *options]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "absent"})
     assert done.returncode == status, done.stderr
@@ -94,7 +94,7 @@ def test_a_recipe_is_checked_for_a_pod_without_one(options, status, words, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_help_names_every_command_fits_a_screen_and_loads_no_jax(capsys):
+def test_help_lists_every_command_in_24_lines_without_importing_jax(capsys):
     code = "import sys; from mqformer_jax.__main__ import main; main(['--help']); assert 'jax' not in sys.modules"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert len(said.splitlines()) <= 24 and all(f"\n  {name} " in said for name in COMMANDS)
@@ -107,7 +107,7 @@ def test_help_of_a_command_shows_an_example_and_its_own_options(command):
     assert "--" in done.stdout and not {"alsologtostderr", "showprefixforinfo"} & set(done.stdout.split())
 
 
-def test_an_unknown_command_names_the_closest_one():
+def test_unknown_command_error_suggests_the_closest_command():
     with pytest.raises(SystemExit, match="unknown command 'predcit'; did you mean 'predict'"):
         mqformer(["predcit"])
 

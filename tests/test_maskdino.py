@@ -101,7 +101,7 @@ def masks(outputs, stage: int):
 @pytest.mark.parametrize(
     "name", ["maskdino_tiny_s0", "maskdino_tiny_s0_bitmask", "maskdino_tiny_s0_mask2box", "maskdino_h256_s0"]
 )
-def test_proposals_and_every_layer_say_what_mask_dino_says(fixtures, name):
+def test_proposals_and_decoder_layers_match_mask_dino(fixtures, name):
     """h256 is the code as released (width 256, high2low, three levels); tiny has four levels and both box
     initializations.
     """
@@ -156,7 +156,7 @@ def loss_recording(fixtures):
 
 @pytest.mark.parity
 @pytest.mark.slow
-def test_costs_and_assignments_are_those_of_its_matcher(fixtures, loss_recording):
+def test_matching_costs_and_assignments_match_mask_dino(fixtures, loss_recording):
     arrays, draws, _, about = loss_recording
     _, _, _, out = converted(fixtures, "maskdino_tiny_s0")
     cost_of = jax.jit(functools.partial(matching_costs, weights=LossWeights()))
@@ -215,7 +215,7 @@ def recorded_losses(outputs, arrays, about) -> dict:
 
 @pytest.mark.parity
 @pytest.mark.slow
-def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_recording):
+def test_losses_and_parameter_gradients_match_mask_dino(fixtures, loss_recording):
     arrays, _, gradients, about = loss_recording
     params, features, run, _ = converted(fixtures, "maskdino_tiny_s0")
 
@@ -249,7 +249,7 @@ def test_every_loss_and_its_gradient_in_every_parameter_is_its(fixtures, loss_re
 
 @pytest.mark.parity
 @pytest.mark.slow
-def test_a_mixed_model_with_its_weights_still_says_what_it_says(fixtures):
+def test_mixed_model_with_mask_dino_weights_keeps_its_conditional_outputs(fixtures):
     """What MQ-Former adds starts as the identity: the conditional queries of a converted Mask DINO are exactly its
     own.
     """

@@ -30,7 +30,7 @@ def test_tables_have_means_spreads_the_worst_seed_and_paired_differences(seeds):
     assert "| recipe | 60.0 (60.0) |" in one_seed and "Difference" not in one_seed
 
 
-def test_an_arm_is_a_name_and_changed_fields(seeds):
+def test_parse_arm_reads_a_name_and_field_overrides(seeds):
     assert seeds.parse_arm("recipe") == ("recipe", [])
     arm = seeds.parse_arm("big: data.canvas=(96,96); steps=5")
     assert arm == ("big", ["data.canvas=(96,96)", "steps=5"])

@@ -59,7 +59,7 @@ def maskdino(fixtures):
 
 
 @pytest.mark.parametrize("image", [0, 1])
-def test_restored_masks_are_mask_dinos(maskdino, image):
+def test_restored_masks_match_mask_dino(maskdino, image):
     sizes = maskdino.about["inference"]
     canvas, valid, output = maskdino.about["padded_size"], sizes["image_sizes"][image], sizes["output_sizes"][image]
     got = restore(maskdino.low[image], tuple(canvas), tuple(valid), tuple(output))
@@ -68,7 +68,7 @@ def test_restored_masks_are_mask_dinos(maskdino, image):
 
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("name", ["pano", "pano_mid", "pano_loose", "pano_none"])
-def test_panoptic_map_is_mask_dinos(maskdino, name, image):
+def test_panoptic_map_matches_mask_dino(maskdino, name, image):
     arrays, s = maskdino.arrays, maskdino.settings(name)
     probs, _, logits = maskdino.inputs(image)
     temperature = s["pano_temp"] if s["transform_eval"] else None
@@ -81,7 +81,7 @@ def test_panoptic_map_is_mask_dinos(maskdino, name, image):
 
 @pytest.mark.parametrize("image", [0, 1])
 @pytest.mark.parametrize("name", ["inst", "inst_focus_on_box", "pano"])
-def test_instances_are_mask_dinos(maskdino, name, image):
+def test_instances_match_mask_dino(maskdino, name, image):
     arrays, s = maskdino.arrays, maskdino.settings(name)
     probs, boxes, logits = maskdino.inputs(image)
     got = instance_segments(
@@ -106,7 +106,7 @@ def test_instances_are_mask_dinos(maskdino, name, image):
     assert (got.masks[mine] != want["masks"]).sum() == 0
 
 
-def test_cropped_masks_end_at_the_enlarged_box_and_are_rated_inside():
+def test_crop_masks_clips_to_the_enlarged_box_and_scores_inside_it():
     logits = np.full((1, 20, 40), 4.0, np.float32)  # a mask of the whole image
     logits[0, :, 20:] = 0.1  # of which the right half is uncertain
     boxes = np.array([[5, 5, 15, 15]], np.float32)
@@ -122,7 +122,7 @@ def test_cropped_masks_end_at_the_enlarged_box_and_are_rated_inside():
 
 
 @pytest.mark.parametrize("image", [0, 1])
-def test_semantic_map_is_mask_dinos(maskdino, image):
+def test_semantic_map_matches_mask_dino(maskdino, image):
     probs, _, logits = maskdino.inputs(image)
     got = semantic_map(probs, logits, temperature=maskdino.settings("pano")["pano_temp"])
     np.testing.assert_array_equal(got, maskdino.arrays[f"pano/sem_seg_{image}"].argmax(0))
@@ -137,7 +137,7 @@ def block(h: int, w: int, rows: slice, cols: slice, inside: float = 4.0) -> np.n
 ALL = slice(None)
 
 
-def test_queries_of_one_region_prompt_become_one_segment_and_of_a_thing_prompt_two():
+def test_queries_are_merged_for_region_prompts_but_not_for_thing_prompts():
     logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8))])
     probs = np.array([[0.9], [0.8]], np.float32)
     merged = panoptic_segments(["sky"], probs, logits, np.array([True]))
@@ -158,12 +158,12 @@ def test_a_segment_mostly_hidden_by_a_better_one_is_dropped():
     assert both.query_ids.tolist() == [0, 1]
 
 
-def test_nothing_above_the_threshold_is_an_empty_answer():
+def test_no_query_above_the_threshold_gives_empty_panoptic_segments():
     got = panoptic_segments(["cat"], np.array([[0.1]], np.float32), block(4, 8, ALL, ALL)[None], np.array([False]))
     assert len(got) == 0 and got.masks.shape == (0, 4, 8) and not got.panoptic.any()
 
 
-def test_instances_come_best_first_and_only_for_wanted_prompts():
+def test_instances_are_sorted_by_score_and_limited_to_wanted_prompts():
     logits = np.stack([block(4, 8, ALL, slice(0, 4)), block(4, 8, ALL, slice(4, 8), inside=0.1)])
     probs = np.array([[0.5, 0.9], [0.6, 0.2]], np.float32)
     got = instance_segments(["cat", "sky"], probs, np.zeros((2, 4)), logits, wanted=np.array([True, False]))
@@ -184,7 +184,7 @@ def test_each_region_prompt_gets_its_best_query_or_an_empty_mask():
     np.testing.assert_allclose(soft_mask(probs, logits, 1), sigmoid(logits[0]), rtol=1e-5)
 
 
-def test_masks_restored_on_demand_give_the_same_answer():
+def test_lazily_restored_masks_give_the_same_segments():
     rng = np.random.default_rng(0)
     low = rng.normal(size=(6, 12, 12)).astype(np.float32) * 4
     frame = ((48, 48), (40, 44), (80, 88))
@@ -199,7 +199,7 @@ def test_masks_restored_on_demand_give_the_same_answer():
     assert np.array_equal(semantic_map(probs, lazy), semantic_map(probs, full))
 
 
-def test_a_large_photo_is_answered_band_by_band_alike(monkeypatch):
+def test_semantic_map_computed_in_bands_matches_the_whole_image(monkeypatch):
     rng = np.random.default_rng(1)
     low, probs = rng.normal(size=(6, 12, 12)).astype(np.float32) * 4, rng.random((6, 3)).astype(np.float32)
     for frame in (((48, 48), (40, 44), (83, 88)), ((48, 48), (40, 44), (21, 30)), ((48, 48), (48, 48), (48, 48))):

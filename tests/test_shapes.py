@@ -38,14 +38,14 @@ def test_arrays_that_do_not_fit_their_annotations_are_refused(logits, positive):
 @pytest.mark.parametrize(
     "locations, weights", [((1, 5, 2, 3, 2), (1, 5, 2, 1, 3)), ((1, 5, 2, 1, 3, 2), (1, 5, 2, 1, 4))]
 )
-def test_attention_refuses_another_rank_and_other_points(locations, weights):
+def test_attention_rejects_wrong_rank_and_wrong_number_of_points(locations, weights):
     maps, shapes = zeros(1, 12, 2, 4), ((3, 4),)
     assert ms_deform_attn(maps, shapes, zeros(1, 5, 2, 1, 3, 2), zeros(1, 5, 2, 1, 3)).shape == (1, 5, 8)
     with pytest.raises(TypeCheckError):
         ms_deform_attn(maps, shapes, zeros(*locations), zeros(*weights))
 
 
-def test_a_batch_is_what_its_fields_say(tiny_batch):
+def test_batch_fields_match_their_annotations(tiny_batch):
     """They are not checked where one is made: transformations make ones that hold something else."""
     kinds = {name: typing.get_args(hint) for name, hint in inspect.get_annotations(Batch, eval_str=True).items()}
 
@@ -57,7 +57,7 @@ def test_a_batch_is_what_its_fields_say(tiny_batch):
     assert wrong(tiny_batch.replace(has_mask=tiny_batch.has_mask[:, 1:])) == ["has_mask"]
 
 
-def test_every_axis_of_an_annotation_has_one_size():
+def test_annotation_axes_use_only_single_valued_expressions():
     """jaxtyping evaluates an axis as Python: "2|4" is no choice, but 6."""
     axes, wrong = 0, []
     for path in sorted(pathlib.Path(mqformer_jax.__file__).parent.rglob("*.py")):

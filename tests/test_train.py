@@ -101,7 +101,7 @@ def test_a_run_leaves_metrics_evaluation_pictures_and_a_checkpoint(whole_run):
 
 
 @pytest.mark.slow
-def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run):
+def test_predictor_from_checkpoint_matches_the_trained_model(whole_run):
     config, workdir, _ = whole_run
     state, _ = final_state(config, workdir)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -116,7 +116,7 @@ def test_a_predictor_from_the_checkpoint_answers_as_the_trained_model(whole_run)
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkeypatch):
+def test_resumed_run_matches_an_uninterrupted_run(whole_run, tmp_path, monkeypatch):
     config, whole, _ = whole_run
 
     write = Metrics.write
@@ -140,7 +140,7 @@ def test_stopped_and_resumed_is_the_run_that_was_not(whole_run, tmp_path, monkey
     assert all(np.array_equal(a, b) for a, b in zip(ours, theirs))
 
 
-def test_the_prompts_of_a_fresh_run_have_a_mean_of_zero(tiny_run, tiny_batch):
+def test_center_prompts_makes_the_mean_prompt_embedding_zero(tiny_run, tiny_batch):
     config = tiny_run
     step = TrainStep(config, make_mesh(config.mesh))
     fresh = jax.device_get(step.init())
@@ -164,7 +164,7 @@ def first_step(config, shape, batch) -> dict:
 
 
 @pytest.mark.slow
-def test_losses_on_eight_devices_are_those_of_one(whole_run, tiny_batch):
+def test_first_step_on_eight_devices_matches_one_device(whole_run, tiny_batch):
     config, workdir, _ = whole_run
     metrics, first = first_step(config, (1, 1, 1), tiny_batch), lines_of(workdir)[0]
     assert float(metrics["total"]) == pytest.approx(first["loss/total"], rel=1e-4)
@@ -187,7 +187,7 @@ SUMS = ("total", "gradient_norm", "class", "mask", "box")
 
 
 @pytest.mark.slow
-def test_three_axes_of_devices_and_accumulated_parts_give_the_same_step(sample_root, tiny_batch):
+def test_sharded_step_matches_gradient_accumulation(sample_root, tiny_batch):
     """Heads and channels split over devices, and a batch in four parts one after the other: two programs that have no
     axis in common. Losses are divided by what the whole batch holds, so its parts add up to it, whatever each holds.
     """
@@ -214,7 +214,7 @@ def broken_at_step_3(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole_run, tmp_path, broken_at_step_3):
+def test_non_finite_loss_stops_the_run_and_saves_a_reproducible_batch(whole_run, tmp_path, broken_at_step_3):
     config, whole, _ = whole_run
     with pytest.raises(FloatingPointError, match=r"step 3: the loss is nan.* images \S+; .*not_finite_3") as error:
         train(config, str(tmp_path))
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_can_be_computed_again(whole
 
 
 @pytest.mark.slow
-def test_or_the_step_is_skipped(whole_run, tmp_path, broken_at_step_3, caplog):
+def test_non_finite_loss_step_is_skipped_when_configured(whole_run, tmp_path, broken_at_step_3, caplog):
     config, _, _ = whole_run
     config = config.copy_and_resolve_references()
     config.not_finite, config.eval.sets = "skip", ()
@@ -258,7 +258,7 @@ def test_or_the_step_is_skipped(whole_run, tmp_path, broken_at_step_3, caplog):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size, grad_accum_steps", [(6, 1), (8, 4)])
-def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size, grad_accum_steps):
+def test_batch_size_not_divisible_by_devices_and_accum_steps_is_rejected(whole_run, batch_size, grad_accum_steps):
     config = whole_run[0].copy_and_resolve_references()
     config.batch_size, config.grad_accum_steps = batch_size, grad_accum_steps
     message = f"config.batch_size = {batch_size} .* 8 .*grad_accum_steps = {grad_accum_steps}"
@@ -267,7 +267,7 @@ def test_a_batch_that_the_devices_cannot_share_is_one_line(whole_run, batch_size
 
 
 @pytest.mark.slow
-def test_parameters_are_spread_over_the_mesh_as_the_rules_say(whole_run):
+def test_parameters_and_moments_are_sharded_by_the_rules(whole_run):
     config, _, _ = whole_run
     layout = TrainStep(config, make_mesh(config.mesh)).layout
     specs = {path_name(path): sharding.spec for path, sharding in jax.tree_util.tree_leaves_with_path(layout)}
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_model_is_refused_in_one_line(whole_run, tmp_pat
 
 
 @pytest.mark.slow
-def test_other_data_than_the_checkpoints_is_refused(whole_run):
+def test_resuming_with_a_different_batch_size_is_rejected(whole_run):
     config, workdir, _ = whole_run
     other = config.copy_and_resolve_references()
     other.batch_size, other.steps = 16, 8

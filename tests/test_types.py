@@ -25,7 +25,7 @@ def test_a_baseline_is_read_as_it_was_written():
     assert type_check.read(type_check.write("ty 1.2", COUNTS)) == ("ty 1.2", COUNTS)
 
 
-def test_the_same_diagnostics_pass():
+def test_diagnostics_equal_to_the_baseline_pass():
     assert type_check.count(LINES) == COUNTS
     assert not type_check.more(LINES, COUNTS) and not type_check.fewer(LINES, COUNTS)
 
@@ -37,7 +37,7 @@ def test_a_new_diagnostic_is_printed_with_the_known_ones_of_its_file_and_rule():
     assert [line.strip() for line in told[1:]] == LINES[:2]
 
 
-def test_a_baseline_that_knows_too_much_must_shrink():
+def test_fixed_diagnostics_require_a_smaller_baseline():
     assert type_check.fewer(LINES[1:], COUNTS) and type_check.fewer(LINES[:2], COUNTS)
 
 
@@ -62,7 +62,7 @@ def test_update_shrinks_the_baseline(checked):
     assert checked(LINES[1:]) is None
 
 
-def test_update_grows_the_baseline_for_another_version_of_the_checker_alone(checked):
+def test_update_grows_the_baseline_only_for_a_new_checker_version(checked):
     added = [*LINES, "mqformer_jax/c.py:1:1: error[not-callable] four"]
     assert "cannot grow" in checked(added, "--update")
     assert "the baseline was made by ty 1, this is ty 2" in checked(added, version="ty 2")

@@ -51,7 +51,7 @@ def mqformer(tmp_path_factory):
     return run
 
 
-def test_it_contains_recipes_class_lists_and_no_tests(mqformer):
+def test_wheel_contains_recipes_and_class_lists_but_no_tests(mqformer):
     code = "import mqformer_jax, mqformer_jax.configs.coco_ref as c, sys; print(mqformer_jax.__file__, c.__file__)"
     ours, recipe = subprocess.check_output([mqformer.python, "-c", code], text=True, cwd=mqformer.folder).split()
     site = pathlib.Path(ours).parent
@@ -59,7 +59,7 @@ def test_it_contains_recipes_class_lists_and_no_tests(mqformer):
     assert (site / "prepare" / "classes" / "camvid.json").exists() and not list(site.rglob("test_*"))
 
 
-def test_it_prepares_trains_predicts_and_evaluates(mqformer):
+def test_installed_wheel_prepares_trains_predicts_and_evaluates(mqformer):
     mqformer("prepare", "sample", "--train=32", "--val=4", "--size=64", "--output=data/records", "--workers=1")
     small = ("--config.data.canvas=(64, 64)", "--config.steps=20", "--config.eval.max_images=4")
     assert "eval.json" in mqformer("train", *TRAINED, *small, "--workdir=run")

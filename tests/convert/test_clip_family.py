@@ -93,7 +93,7 @@ def shapes_of(tensors: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
     return {key: value.shape for key, value in tensors.items()}
 
 
-def test_both_names_of_the_same_weights_give_the_same_leaves_and_come_back():
+def test_openai_and_hugging_face_weights_convert_alike_and_round_trip():
     rng = np.random.default_rng(0)
     original = {
         key: np.asarray(rng.standard_normal(shape, np.float32)) for key, shape in openai(*TINY, vocab_size=50).items()
@@ -118,7 +118,7 @@ def test_both_names_of_the_same_weights_give_the_same_leaves_and_come_back():
 @pytest.mark.parity
 @pytest.mark.parametrize("layout, family", [(openai, "clip_text"), (hugging_face, "hf_clip_text")])
 @pytest.mark.parametrize("size", SIZES)
-def test_the_published_sizes_are_read_off_the_shapes(layout, family, size):
+def test_published_model_sizes_are_inferred_from_tensor_shapes(layout, family, size):
     width, layers, embed_dim = SIZES[size]
     shapes = layout(width, layers, embed_dim)
     plan = families[family].plan(shapes)
@@ -140,7 +140,7 @@ def test_a_tower_without_projection_is_refused():
 
 
 @pytest.mark.parametrize("key", ["positional_embedding", "text_projection"])
-def test_half_a_file_is_refused_by_the_name_of_what_it_lacks(key):
+def test_incomplete_checkpoint_error_names_the_missing_tensor(key):
     shapes = openai(*TINY)
     del shapes[key]
     with pytest.raises(ValueError, match=f"{key} is missing"):

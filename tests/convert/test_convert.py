@@ -38,7 +38,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", layouts.NAMES)
-def test_every_public_layout_is_recognized_and_finds_its_place(name):
+def test_every_public_layout_is_recognized_and_fully_mapped(name):
     """Shapes alone, at full size: nothing unused, nothing of ours missing but a warm start's decoder, all shapes
     fit.
     """
@@ -66,7 +66,7 @@ def resnet_file(tmp_path_factory):
     return path
 
 
-def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_path):
+def test_converted_checkpoint_loads_and_exports_back_exactly(resnet_file, tmp_path):
     folder, back = str(tmp_path / "ours"), str(tmp_path / "back.safetensors")
     told = []
     convert(resnet_file, folder, tell=lambda *said: told.append(said))
@@ -82,14 +82,14 @@ def test_a_conversion_is_a_checkpoint_and_its_way_back_exact(resnet_file, tmp_pa
         np.testing.assert_array_equal(value, theirs[key])
 
 
-def test_a_part_alone_is_no_predictor_and_says_what_it_is_for(resnet_file, tmp_path):
+def test_predictor_rejects_backbone_only_checkpoint_and_suggests_init_from(resnet_file, tmp_path):
     convert(resnet_file, str(tmp_path / "ours"))
     with pytest.raises(ValueError, match="not a complete model.*init_from"):
         Predictor.from_checkpoint(str(tmp_path / "ours"))
 
 
 @pytest.mark.slow
-def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
+def test_own_checkpoint_round_trips_through_safetensors(tmp_path):
     config = get_config()
     params, frozen = jax.jit(lambda: build_model(config.model)[1:])()
     save_weights(str(tmp_path / "a"), Weights(config, params, frozen), {})
@@ -107,7 +107,7 @@ def test_our_own_checkpoint_goes_to_safetensors_and_back_unchanged(tmp_path):
         np.testing.assert_array_equal(value, second[path])
 
 
-def test_the_command_reports_by_name_and_strict_writes_nothing(resnet_file, tmp_path):
+def test_strict_lists_missing_and_unused_tensors_and_writes_nothing(resnet_file, tmp_path):
     tensors = dict(read(resnet_file)) | {"surprise.weight": np.ones(3, np.float32)}
     tensors.pop("layer1.0.conv2.weight")
     path = str(tmp_path / "odd.safetensors")
@@ -129,7 +129,7 @@ def test_the_command_reports_by_name_and_strict_writes_nothing(resnet_file, tmp_
         (lambda path: write_safetensors(str(path), {"a": np.ones(2)}), "no known family"),
     ],
 )
-def test_a_wrong_file_is_one_line_that_names_it(make, words, tmp_path):
+def test_invalid_input_gives_one_line_error_with_file_name(make, words, tmp_path):
     path = tmp_path / "given.pth"
     make(path)
     with pytest.raises((ValueError, OSError), match=f"(?i){words}") as error:
@@ -137,19 +137,19 @@ def test_a_wrong_file_is_one_line_that_names_it(make, words, tmp_path):
     assert "given.pth" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_wrong_family_says_what_the_file_looks_like(resnet_file, tmp_path):
+def test_wrong_family_error_suggests_the_detected_family(resnet_file, tmp_path):
     with pytest.raises(ValueError, match="look like resnet"):
         convert(resnet_file, str(tmp_path / "out"), "maskdino")
 
 
-def test_an_output_that_has_a_checkpoint_is_left_alone(resnet_file, tmp_path):
+def test_existing_output_checkpoint_is_not_overwritten(resnet_file, tmp_path):
     convert(resnet_file, str(tmp_path / "out"))
     with pytest.raises(FileExistsError, match="--output"):
         convert(resnet_file, str(tmp_path / "out"))
 
 
 @pytest.mark.slow
-def test_tensors_come_back_from_every_family_bit_for_bit():
+def test_tensors_round_trip_exactly_for_backbone_and_text_families():
     """In float32; the largest models by their shapes only (benchmarks/conversion.py converts those)."""
     for name in ("torchvision_resnet50", "hf_resnet50", "swin_t", "hf_swin_t", "minilm", "efficientnet_lite0"):
         tensors = layouts.random(name)
@@ -196,7 +196,7 @@ def test_classes_and_settings_reach_the_config():
         (("--input", "absent", "--output", "b"), "absent"),
     ],
 )
-def test_options_that_make_no_sense_are_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+def test_invalid_options_give_specific_errors(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((SystemExit, ValueError, OSError)) as error:
         main(command_line().parse_args(arguments))
@@ -205,18 +205,18 @@ def test_options_that_make_no_sense_are_one_line(arguments, words, tmp_path, mon
 
 
 @pytest.mark.parametrize("text, words", [(b"", "no names"), (b"a\nb\na", "twice"), (b"\xff\xfea", "UTF-8")])
-def test_a_file_of_names_must_be_one(text, words, tmp_path):
+def test_invalid_class_name_file_is_rejected(text, words, tmp_path):
     (tmp_path / "names.txt").write_bytes(text)
     with pytest.raises(ValueError, match=words):
         _names(str(tmp_path / "names.txt"))
 
 
-def test_names_are_read_from_any_editor(tmp_path):
+def test_class_name_file_allows_bom_crlf_and_blank_lines(tmp_path):
     (tmp_path / "names.txt").write_bytes(b"\xef\xbb\xbfsky \r\n\r\ntraffic light\r\n")
     assert _names(str(tmp_path / "names.txt")) == ["sky", "traffic light"]
 
 
-def test_a_conversion_cut_short_is_begun_again(resnet_file, tmp_path):
+def test_interrupted_conversion_can_be_rerun(resnet_file, tmp_path):
     """What a kill leaves is not a checkpoint, and not in the way."""
     folder = tmp_path / "ours"
     (folder / "checkpoints" / "0.orbax-checkpoint-tmp-1").mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_a_conversion_cut_short_is_begun_again(resnet_file, tmp_path):
     assert load_weights(str(folder)).config.model.backbone.name == "resnet50"
 
 
-def test_a_trained_model_that_their_layout_cannot_hold_is_not_written_in_it(resnet_file, tmp_path):
+def test_export_like_a_deeper_model_fails_without_writing(resnet_file, tmp_path):
     convert(resnet_file, str(tmp_path / "ours"))
     other = str(tmp_path / "r101.safetensors")
     shapes = {key: tuple(value.shape) for key, value in read(resnet_file).items()}

@@ -31,7 +31,7 @@ def planned(shapes: dict[str, tuple[int, ...]]) -> Plan | str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", layouts.NAMES)
-def test_a_damaged_checkpoint_is_planned_or_refused_in_one_line(name):
+def test_damaged_checkpoint_is_planned_or_gives_one_line_error(name):
     """Keys of the first layers, where sizes are read, and some of the others."""
     shapes = {key: shape for key, (shape, _) in layouts.load(name).items()}
     read = list(dict.fromkeys(entry.theirs for entry in planned(shapes).entries if entry.theirs in shapes))
@@ -58,14 +58,14 @@ def test_a_damaged_checkpoint_is_planned_or_refused_in_one_line(name):
         ("minilm", "embeddings.word_embeddings.weight"),
     ],
 )
-def test_a_scalar_where_a_size_is_read_is_refused_by_its_name(name, key):
+def test_scalar_in_place_of_weight_matrix_error_names_the_tensor(name, key):
     shapes = {other: shape for other, (shape, _) in layouts.load(name).items()} | {key: ()}
     with pytest.raises(ValueError) as error:
         find_family(shapes, None, name).plan(shapes)
     assert str(error.value).startswith(f"{key} has shape ()") and str(error.value).endswith("give the complete file.")
 
 
-def test_a_model_without_its_backbone_says_that_the_backbone_is_missing():
+def test_missing_backbone_is_reported():
     shapes = {
         key: shape
         for key, (shape, _) in layouts.load("maskdino_r50_instance").items()
@@ -75,7 +75,7 @@ def test_a_model_without_its_backbone_says_that_the_backbone_is_missing():
         FAMILIES["maskdino"].plan(shapes)
 
 
-def test_layers_are_counted_from_0_without_a_gap():
+def test_layer_count_rejects_gaps_and_nonzero_start():
     layers = {f"a.layers.{i}.weight": (3,) for i in range(12)}
     assert count(layers, "a.layers.{}.") == 12
     for file, absent in [
@@ -120,7 +120,7 @@ def small() -> tuple[Plan, dict[str, np.ndarray], dict[str, jax.ShapeDtypeStruct
     return plan, tensors, {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in ours.items()}
 
 
-def test_values_of_this_model_go_back_to_this_layout():
+def test_inverted_plan_restores_the_original_tensors():
     plan, tensors, ours = small()
     values, report = apply(plan, tensors, ours)
     assert report.complete, report.table()
@@ -147,21 +147,21 @@ def test_values_of_this_model_go_back_to_this_layout():
         ),
     ],
 )
-def test_values_that_a_layout_cannot_express_are_refused_by_their_path(path, shape, told):
+def test_invert_rejects_values_that_do_not_fit_the_layout(path, shape, told):
     plan, tensors, ours = small()
     values, _ = apply(plan, tensors, ours)
     with pytest.raises(ValueError, match=told):
         invert(plan, values | {path: np.zeros(shape, np.float32)}, {key: value.shape for key, value in tensors.items()})
 
 
-def test_values_of_a_shallower_model_are_refused_even_where_no_shapes_are_known():
+def test_invert_without_shapes_rejects_values_with_too_few_layers():
     plan, tensors, ours = small()
     values, _ = apply(plan, tensors, ours)
     with pytest.raises(ValueError, match=r"^layers/fc/kernel \(1, 2, 3\) has no layers/fc/kernel\[1\]"):
         invert(plan, values | {"layers/fc/kernel": np.zeros((1, 2, 3), np.float32)})
 
 
-def test_numbers_that_are_none_are_named_and_equal_to_themselves(caplog):
+def test_nan_tensors_are_converted_with_a_warning(caplog):
     plan, tensors, ours = small()
     for key in ("table", "fc.1.bias"):
         tensors[key].flat[0] = np.nan
@@ -174,7 +174,7 @@ def test_numbers_that_are_none_are_named_and_equal_to_themselves(caplog):
 
 
 @pytest.mark.parametrize("key, shape", [("table", ()), ("in_weight", ()), ("fc.0.weight", (3,)), ("left.bias", (3, 3))])
-def test_tensors_of_other_dimensions_are_reported(key, shape):
+def test_tensors_with_wrong_number_of_dimensions_are_reported(key, shape):
     plan, tensors, ours = small()
     plan = dataclasses.replace(
         plan, entries=[*plan.entries, Entry("image", "filter", "conv"), Entry("turned", "turned", order=np.arange(2))]

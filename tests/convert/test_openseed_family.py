@@ -47,7 +47,7 @@ def ours(config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 @pytest.mark.parametrize("learned, queries", [(0, "conditional"), (100, "decoupled")])
-def test_the_whole_checkpoint_has_a_place_and_comes_back_exactly(learned, queries):
+def test_whole_checkpoint_is_mapped_and_round_trips_exactly(learned, queries):
     tensors = checkpoint(learned)
     plan = WHOLE.plan(shapes(tensors))
     values, report = apply(plan, tensors, ours(plan.config))
@@ -68,7 +68,7 @@ def test_the_whole_checkpoint_has_a_place_and_comes_back_exactly(learned, querie
         np.testing.assert_array_equal(tensor, tensors[key], err_msg=key)
 
 
-def test_names_of_a_training_run_are_read_like_the_released_ones():
+def test_training_checkpoint_names_with_model_prefix_are_accepted():
     released = shapes(checkpoint())
     trained = {f"model.{key}": shape for key, shape in released.items()}
 
@@ -78,7 +78,7 @@ def test_names_of_a_training_run_are_read_like_the_released_ones():
     assert [entry.theirs for entry in other.entries] == [f"model.{entry.theirs}" for entry in plan.entries]
 
 
-def test_a_level_of_stride_4_is_seen_by_its_projection():
+def test_stride_4_level_is_detected_from_its_input_projection():
     five = shapes(checkpoint(learned=100))
     five[f"{PIXEL}transformer.level_embed"] = (5, 256)
     five[f"{PIXEL}input_proj.4.0.weight"] = (256, 768, 3, 3)
@@ -89,7 +89,7 @@ def test_a_level_of_stride_4_is_seen_by_its_projection():
 
 
 @pytest.mark.parity
-def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
+def test_text_encoder_matches_clip_with_the_same_norm_epsilon():
     """Embeddings of 1e-3, so that an epsilon of 1e-5 would show; lang_proj is square, so that a wrong turn would
     too.
     """
@@ -116,7 +116,7 @@ def test_the_text_encoder_says_what_a_clip_of_its_epsilon_says():
     )
 
 
-def test_a_part_of_a_checkpoint_is_refused_in_one_line_that_names_the_tensor():
+def test_incomplete_checkpoint_error_names_the_missing_tensor():
     tensors = shapes(checkpoint())
 
     for key in (f"{PIXEL}mask_features.weight", f"{TOWER}positional_embedding"):

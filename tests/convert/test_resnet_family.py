@@ -77,7 +77,7 @@ def numbers(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_tensor_has_its_place_and_comes_back(name):
+def test_every_tensor_is_mapped_and_round_trips_exactly(name):
     tensors = numbers(LAYOUTS[name](50))
     plan = families[name].plan({key: value.shape for key, value in tensors.items()})
     values, report = apply(plan, tensors, backbone(50))
@@ -91,7 +91,7 @@ def test_every_tensor_has_its_place_and_comes_back(name):
 
 
 @pytest.mark.parametrize("depth", [50, 101])
-def test_the_names_differ_and_the_places_do_not(depth):
+def test_all_layouts_map_to_the_same_parameters(depth):
     plans = [families[name].plan(layout(depth)) for name, layout in LAYOUTS.items()]
     places = [[dataclasses.replace(entry, theirs="") for entry in plan.entries] for plan in plans]
     assert places[0] == places[1] == places[2]
@@ -103,7 +103,7 @@ def test_the_names_differ_and_the_places_do_not(depth):
 
 
 @pytest.mark.parity
-def test_each_layout_is_known_by_its_own_family_alone():
+def test_each_layout_is_recognized_only_by_its_family():
     layouts = [torchvision(50), detectron2(50), hugging_face(50), hugging_face(50, "ResNetForImageClassification")]
     owners = [[name for name, family in families.items() if family.recognizes(layout)] for layout in layouts]
     assert owners == [["resnet"], ["d2_resnet"], ["hf_resnet"], ["hf_resnet"]]
@@ -111,7 +111,7 @@ def test_each_layout_is_known_by_its_own_family_alone():
 
 @pytest.mark.parametrize("prefix", ["model.", "backbone.", "net.backbone."])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_what_other_code_writes_before_the_names_is_read_over(name, prefix):
+def test_name_prefixes_from_wrapper_models_are_accepted(name, prefix):
     layout = LAYOUTS[name](50)
     prefixed = {prefix + key: shape for key, shape in layout.items()}
     assert [n for n, family in families.items() if family.recognizes(prefixed)] == [name]
@@ -119,7 +119,7 @@ def test_what_other_code_writes_before_the_names_is_read_over(name, prefix):
     assert found == [dataclasses.replace(entry, theirs=prefix + entry.theirs) for entry in expected]
 
 
-def test_the_backbone_of_a_whole_model_is_not_taken_alone():
+def test_whole_models_are_not_recognized_as_resnet_backbones():
     for more in (
         "sem_seg_head.predictor.decoder_norm.weight",
         "model.pixel_level_module.decoder.level_embed",
@@ -130,7 +130,7 @@ def test_the_backbone_of_a_whole_model_is_not_taken_alone():
 
 
 @pytest.mark.parity
-def test_the_classifier_of_hugging_face_is_ignored_by_name():
+def test_hugging_face_classifier_is_reported_as_ignored():
     shapes = hugging_face(50, "ResNetForImageClassification")
     plan = families["hf_resnet"].plan(shapes)
     assert all(entry.theirs in shapes for entry in plan.entries)
@@ -138,7 +138,7 @@ def test_the_classifier_of_hugging_face_is_ignored_by_name():
     assert report.ignored == ["classifier.1.weight: the ImageNet classifier"]
 
 
-def test_other_depths_are_refused_in_one_line():
+def test_unsupported_resnet_depths_are_rejected():
     shapes = {key: shape for key, shape in torchvision(50).items() if not key.startswith("layer3.5.")}
     with pytest.raises(ValueError, match=r"\(3, 4, 5, 3\) bottlenecks per stage .*; only ResNet-50 .* and ResNet-101"):
         families["resnet"].plan(shapes)
@@ -150,7 +150,7 @@ def test_other_depths_are_refused_in_one_line():
         families["resnet"].plan(basic)
 
 
-def test_weights_for_other_pixels_are_refused():
+def test_weights_for_bgr_input_are_rejected():
     msra = {"conv1_w": (64, 3, 7, 7), "res2_0_branch2a_w": (64, 64, 1, 1)}
     assert families["d2_resnet"].recognizes(msra)
     with pytest.raises(ValueError, match="BGR"):

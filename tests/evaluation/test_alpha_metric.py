@@ -19,7 +19,7 @@ def test_a_perfect_matte_has_no_error():
     assert len(errors) == 10 and set(errors.values()) == {0.0}
 
 
-def test_errors_are_in_the_units_of_the_papers():
+def test_matting_errors_use_the_units_of_the_papers():
     alpha = np.full((50, 40), 0.25)
     evaluator = AlphaEvaluator()
     evaluator.update(alpha + 0.5, alpha, np.full((50, 40), 128, np.uint8))
@@ -30,14 +30,14 @@ def test_errors_are_in_the_units_of_the_papers():
     assert result["unknown_sad"] == pytest.approx(1.0)
 
 
-def test_a_piece_that_floats_apart_is_a_connectivity_error_only_as_far_as_it_is_opaque():
+def test_connectivity_error_ignores_faint_disconnected_pieces():
     faint, opaque = square(), square()
     faint[40:45, 10:20], opaque[40:45, 10:20] = 0.14, 0.8
     assert matting_errors(faint, square(), np.zeros((50, 40), bool))["conn"] == 0.0
     assert matting_errors(opaque, square(), np.zeros((50, 40), bool))["conn"] == pytest.approx(50 * 0.8 / 1000)
 
 
-def test_only_what_the_trimap_leaves_open_is_unknown():
+def test_unknown_errors_count_only_the_trimap_unknown_area():
     trimap = np.zeros((50, 40), np.uint8)
     trimap[:, 20:], trimap[:, 30:] = 128, 255
     evaluator = AlphaEvaluator()
@@ -47,7 +47,7 @@ def test_only_what_the_trimap_leaves_open_is_unknown():
     assert result["unknown_sad"] == pytest.approx(0.1) and result["sad"] == pytest.approx(0.2)
 
 
-def test_without_a_trimap_the_unknown_is_a_band_around_what_is_covered_in_part():
+def test_unknown_area_without_trimap_is_a_band_around_partial_alpha():
     alpha = square()
     alpha[20, 30] = 0.5
     rows, columns = np.nonzero(unknown_of(alpha, None))
@@ -55,13 +55,13 @@ def test_without_a_trimap_the_unknown_is_a_band_around_what_is_covered_in_part()
     assert not unknown_of(square(), None).any()
 
 
-def test_where_nothing_is_unknown_only_the_whole_image_counts():
+def test_unknown_metrics_are_omitted_without_unknown_pixels():
     evaluator = AlphaEvaluator()
     evaluator.update(square() * 0.9, square(), key="hard")
     assert "sad" in evaluator.result() and not any(k.startswith("unknown") for k in evaluator.result())
 
 
-def test_two_predictions_of_an_image_are_told_apart_by_their_prefix():
+def test_prefixed_predictions_are_reported_separately():
     evaluator = AlphaEvaluator()
     for key, share in (("a", 0.5), ("b", 0.9)):
         evaluator.update(square() * share, square(), key=key)

@@ -30,7 +30,7 @@ def probabilities(answer: RawPredictions, flip: bool) -> np.ndarray:
     return probs[:, :, ::-1] if flip else probs
 
 
-def test_a_semantic_map_is_that_of_the_mean_score_over_views(views):
+def test_semantic_map_uses_mean_scores_over_views(views):
     scores = np.mean(
         [np.einsum("qp,qhw->phw", a.class_probs.astype(float), probabilities(a, f)) for a, f in zip(*views)], 0
     )
@@ -40,7 +40,7 @@ def test_a_semantic_map_is_that_of_the_mean_score_over_views(views):
     assert all((labels != own).any() for own in alone)
 
 
-def test_a_region_is_the_mean_probability_of_each_views_best_query_by_its_score(views):
+def test_region_mask_is_score_weighted_mean_of_best_queries_per_view(views):
     answer = mean_regions(*views)
     for prompt in range(3):
         best = [a.class_probs[:, prompt].argmax() for a in views[0]]
@@ -61,13 +61,13 @@ def scores_of(views: tuple[list[RawPredictions], list[bool]], prompt: int) -> li
     return [answer.class_probs[:, prompt].max() for answer in views[0]]
 
 
-def test_one_view_that_is_not_mirrored_is_the_answer_itself(views):
+def test_single_unmirrored_view_is_returned_unchanged(views):
     answer = views[0][0]
     assert mean_regions([answer], [False]) is answer
     assert joined([answer], [False]) == (answer.class_probs, answer.masks)
 
 
-def test_canvases_are_what_the_models_strides_divide():
+def test_scaled_canvases_are_divisible_by_the_strides():
     config = get_config()  # 64 x 64, strides 8 and 16
     assert views_of(config, (1.0,), False) == [((64, 64), False)]
     assert views_of(config, (1.0, 1.4), True) == [
@@ -80,7 +80,7 @@ def test_canvases_are_what_the_models_strides_divide():
         views_of(config, (0.2,), False)
 
 
-def test_a_mirrored_image_is_asked_in_mirrored_words():
+def test_left_and_right_in_prompts_are_swapped_for_mirrored_images():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     np.testing.assert_array_equal(mirrored_image(image)[0, 0], image[0, 3])
     assert mirrored_texts(["the left dog", "sky"]) == ["the right dog", "sky"]

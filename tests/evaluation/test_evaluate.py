@@ -26,7 +26,7 @@ def predictor(tiny_weights):
     return Predictor(config, *tiny_weights, make_tokenizer(config.model.text))
 
 
-def test_a_damaged_record_is_named_counted_and_left_out(predictor, tiny_config, sample_root, tmp_path, caplog):
+def test_damaged_record_is_skipped_with_a_warning(predictor, tiny_config, sample_root, tmp_path, caplog):
     """The held-out scenes with one cut short in the middle are evaluated like the other three alone."""
     source = ShardSource(sample_root, "sample_scenes", "val")
     whole = [source[i] for i in range(len(source))]
@@ -69,7 +69,7 @@ def every_task(config):
     return config
 
 
-def test_details_hold_the_classes_and_the_worst_images_of_every_task(predictor, tiny_config, tmp_path):
+def test_details_list_classes_and_worst_images_of_every_task(predictor, tiny_config, tmp_path):
     assert {task for tasks in TASKS.values() for task in tasks} == set(registry.EVALUATED)
     found = evaluate(predictor, every_task(tiny_config), str(tmp_path))
     details = json.loads((tmp_path / "eval_details.json").read_text())
@@ -86,7 +86,7 @@ def test_details_hold_the_classes_and_the_worst_images_of_every_task(predictor, 
     )
 
 
-def test_a_refiner_has_keys_of_its_own(predictor, tiny_config, tmp_path, monkeypatch):
+def test_refined_mattes_have_separate_metrics(predictor, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(predictor, "refiner", lambda image, masks: np.zeros_like(masks))
     tiny_config.eval.sets = (dict(name="sample_mattes", split="val", tasks=("matting",)),)
     found = evaluate(predictor, tiny_config, str(tmp_path))
@@ -98,7 +98,7 @@ def test_a_refiner_has_keys_of_its_own(predictor, tiny_config, tmp_path, monkeyp
 
 
 @pytest.mark.slow
-def test_views_change_regions_and_semantic_maps_and_nothing_else(predictor, tiny_config, tmp_path):
+def test_augmentation_changes_only_region_and_semantic_results(predictor, tiny_config, tmp_path):
     plain = evaluate(predictor, every_task(tiny_config), str(tmp_path))
     tiny_config.eval.update(scales=(1.0, 1.25), flip=True)
     found = evaluate(predictor, tiny_config, str(tmp_path))
@@ -107,7 +107,7 @@ def test_views_change_regions_and_semantic_maps_and_nothing_else(predictor, tiny
     assert {"semantic", "foreground", "matting"} <= changed and not changed & {"panoptic", "instance"}
 
 
-def test_predictions_are_saved_as_benchmarks_take_them(predictor, tiny_config, tmp_path):
+def test_predictions_are_saved_in_benchmark_formats(predictor, tiny_config, tmp_path):
     tiny_config.eval.object_mask_threshold = 0.0
     evaluate(predictor, every_task(tiny_config), str(tmp_path), save_predictions=True)
     scenes, mattes = (tmp_path / "predictions" / f"{name}_val" for name in TASKS)
@@ -126,7 +126,7 @@ def test_predictions_are_saved_as_benchmarks_take_them(predictor, tiny_config, t
         assert len(list(folder.glob("*.png"))) == count
 
 
-def test_sets_in_the_wild_have_a_mean_and_a_median(predictor, tiny_config, sample_root, tmp_path, monkeypatch):
+def test_seginw_reports_mean_and_median_ap(predictor, tiny_config, sample_root, tmp_path, monkeypatch):
     for name in ("seginw_a", "seginw_b", "seginw_c"):
         shutil.copytree(f"{sample_root}/sample_scenes", tmp_path / name)
     measured = iter([10.0, 20.0, 60.0])
@@ -138,7 +138,7 @@ def test_sets_in_the_wild_have_a_mean_and_a_median(predictor, tiny_config, sampl
     assert found["instance.mask_ap"] == 10 and found["seginw_c/val/instance.mask_ap"] == 60
 
 
-def test_a_set_that_is_not_there_is_told_before_anything_is_evaluated(predictor, tiny_config, tmp_path, monkeypatch):
+def test_missing_data_set_is_reported_before_evaluation_starts(predictor, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setattr(predictor, "predict_raw", None)
     tiny_config.eval.sets = (*every_task(tiny_config).eval.sets, dict(name="cocoa", split="val", tasks=("semantic",)))
     with pytest.raises(FileNotFoundError, match="data set 'cocoa' split 'val' is not in"):
@@ -172,21 +172,21 @@ def test_a_checkpoint_is_evaluated_from_the_command_line(predictor, tiny_config,
     assert (tmp_path / "eval" / "eval_details.json").exists() and (tmp_path / "eval" / "sample_mattes_val.png").exists()
 
 
-def test_what_a_recipe_says_in_vain_is_named(tiny_config):
+def test_config_fields_ignored_by_evaluation_are_reported(tiny_config):
     other = get_config()
     assert ignored_fields(tiny_config, other) == []
     other.data.update(canvas=(96, 64), templates=("a {}", "{}"))
     assert ignored_fields(tiny_config, other) == ["config.data.canvas", "config.data.templates"]
 
 
-def test_a_task_that_nothing_updates_is_refused(predictor, tiny_config, tmp_path, monkeypatch):
+def test_task_without_evaluation_code_is_rejected(predictor, tiny_config, tmp_path, monkeypatch):
     monkeypatch.setitem(registry.TASKS, "saliency", registry.TASKS["foreground"])
     tiny_config.eval.sets = (dict(name="sample_mattes", split="val", tasks=("foreground", "saliency")),)
     with pytest.raises(NotImplementedError, match="no code for the task 'saliency'"):
         evaluate(predictor, tiny_config, str(tmp_path))
 
 
-def test_metrics_that_share_a_name_are_explained_for_each_task():
+def test_metrics_with_the_same_name_are_explained_per_task():
     results = {"foreground.mse": 1.0, "matting.mse": 2.0, "scenes/val/referring.miou/relation": 3.0, "matting.x": 0.0}
     foreground, matting, referring = explain(results)
     assert foreground.split()[:2] == ["foreground", "mse"] and "0 to 100" in foreground
@@ -194,7 +194,7 @@ def test_metrics_that_share_a_name_are_explained_for_each_task():
     assert referring.split()[:2] == ["referring", "miou"]
 
 
-def test_a_checkpoint_that_is_not_there_is_one_line(tmp_path):
+def test_missing_checkpoint_error_has_no_traceback(tmp_path):
     done = command(f"--checkpoint={tmp_path}/none")
     assert (
         done.returncode == 1

@@ -8,7 +8,7 @@ import pytest
 from mqformer_jax.evaluation.foreground import ForegroundEvaluator
 
 
-def test_errors_are_means_over_images_of_different_sizes():
+def test_mae_and_mse_average_over_images_of_different_sizes():
     evaluator = ForegroundEvaluator()
     evaluator.update(np.full((2, 2), 0.5), np.ones((2, 2)))
     evaluator.update(np.full((8, 8), 0.75, np.float32), np.ones((8, 8), bool))
@@ -16,7 +16,7 @@ def test_errors_are_means_over_images_of_different_sizes():
     assert result["mae"] == pytest.approx(37.5) and result["mse"] == pytest.approx(100 * (0.25 + 0.0625) / 2)
 
 
-def test_max_f_is_the_best_of_the_mean_curve():
+def test_max_f_is_the_maximum_of_the_mean_f_curve():
     rng = np.random.default_rng(0)
     evaluator, curves = ForegroundEvaluator(), []
     for _ in range(3):
@@ -33,7 +33,7 @@ def test_max_f_is_the_best_of_the_mean_curve():
     assert 40 < best < 99 and evaluator.result()["max_f"] == pytest.approx(best)
 
 
-def test_a_perfect_answer_has_no_error_and_full_f():
+def test_perfect_prediction_has_zero_error_and_full_scores():
     target = np.zeros((4, 4))
     target[:2] = 1
     evaluator = ForegroundEvaluator()

@@ -100,7 +100,7 @@ def evaluated(records: list[Record], answers: list[Segments], info: DatasetInfo 
     return evaluator.result()
 
 
-def test_mask_and_box_ap_and_ar_are_pycocotools():
+def test_mask_and_box_ap_and_ar_match_pycocotools():
     records, answers = random_set()
     result = evaluated(records, answers)
     for name, iou_type in (("mask", "segm"), ("box", "bbox")):
@@ -111,7 +111,7 @@ def test_mask_and_box_ap_and_ar_are_pycocotools():
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 
-def test_a_crowd_punishes_nobody():
+def test_predictions_inside_a_crowd_are_not_false_positives():
     mask = ellipse(80, 80, 40, 40)
     inside = np.stack([mask, ellipse(70, 70, 8, 8), ellipse(20, 20, 10, 10)])
     crowd = Segment(0, mask=encode_rle(ellipse(80, 80, 60, 60)), crowd=True)
@@ -133,7 +133,7 @@ def test_objects_without_masks_give_box_ap_only():
     assert result["box_ap"] == pytest.approx(100) and "mask_ap" not in result
 
 
-def test_nobody_is_punished_for_a_class_that_a_federated_set_did_not_check():
+def test_unchecked_classes_of_federated_sets_give_no_false_positives():
     info = DatasetInfo("lvis", INFO.classes, {}, exhaustive=False)
     masks = np.stack([ellipse(40, 40, 20, 20), ellipse(110, 110, 20, 20)])
     zeros = np.zeros(2, int)
@@ -145,7 +145,7 @@ def test_nobody_is_punished_for_a_class_that_a_federated_set_did_not_check():
     assert evaluated([cat, absent], [answer, false], info)["mask_ap"] == pytest.approx(50)
 
 
-def test_no_prediction_at_all_is_zero():
+def test_ap_is_zero_without_predictions():
     records, _ = random_set(1)
     empty = Segments(
         TEXTS, np.zeros((0, SIZE, SIZE), bool), np.zeros((0, 4)), np.zeros(0), np.zeros(0, int), np.zeros(0, int)
@@ -154,7 +154,7 @@ def test_no_prediction_at_all_is_zero():
     assert result["mask_ap"] == 0 and result["box_ap"] == 0
 
 
-def test_classes_of_a_federated_set_are_rare_common_or_frequent_by_their_images():
+def test_class_frequency_groups_use_training_image_counts():
     records, answers = random_set()
     info = DatasetInfo(
         "lvis", INFO.classes, {}, exhaustive=False, class_images={"val": (500, 0, 1), "train": (10, 0, 101)}

@@ -63,7 +63,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("task", CASES)
-def test_parts_merged_are_the_whole(task):
+def test_merged_evaluators_give_the_result_of_a_single_evaluator(task):
     make, updates = CASES[task]
     updates = list(updates(np.random.default_rng(1)))
     whole, parts = make(), [make() for _ in range(3)]

@@ -65,7 +65,7 @@ def direct_pq(pairs: list) -> dict[int, tuple[float, int, int, int]]:
     return totals
 
 
-def test_pq_is_the_definition_with_void_and_crowds():
+def test_pq_with_void_and_crowds_matches_the_definition():
     rng = np.random.default_rng(0)
     evaluator, pairs = PanopticEvaluator(INFO), []
     for image in range(6):
@@ -97,7 +97,7 @@ def test_pq_is_the_definition_with_void_and_crowds():
         np.testing.assert_allclose([result[k + suffix] for k in ("pq", "sq", "rq")], mean(classes), atol=1e-9)
 
 
-def test_a_perfect_answer_is_100_though_part_of_the_image_is_void():
+def test_perfect_prediction_has_pq_100_with_void_pixels():
     cells, labels = scene(np.random.default_rng(1), 5)
     record = Record(
         "a",
@@ -111,7 +111,7 @@ def test_a_perfect_answer_is_100_though_part_of_the_image_is_void():
     assert evaluator.result()["pq"] == pytest.approx(100)
 
 
-def test_prompts_that_are_not_the_classes_are_refused_in_one_line():
+def test_prompts_that_differ_from_the_classes_are_rejected():
     cells, labels = scene(np.random.default_rng(1), 5)
     segments = predicted(cells, labels, np.zeros((SIZE, SIZE), bool))
     segments.texts = ["cat"]
@@ -119,7 +119,7 @@ def test_prompts_that_are_not_the_classes_are_refused_in_one_line():
         PanopticEvaluator(INFO).update(Record("a", b"", SIZE, SIZE), segments)
 
 
-def test_which_kind_of_query_found_what_counts_right_segments_only():
+def test_learnable_query_share_counts_only_true_positives():
     cells, labels = scene(np.random.default_rng(1), 6)
     record = Record(
         "a", b"", SIZE, SIZE, tuple(Segment(int(c), mask=encode_rle(cells == i)) for i, c in enumerate(labels))
@@ -136,7 +136,7 @@ def test_which_kind_of_query_found_what_counts_right_segments_only():
     assert evaluator.result()["learnable_share_things"] == pytest.approx(100 / 7)
 
 
-def test_details_name_the_classes_and_the_worst_image_first():
+def test_details_sort_the_worst_images_first():
     rng, evaluator = np.random.default_rng(2), PanopticEvaluator(INFO)
     for key, hole in (("whole", 0.0), ("holes", 0.45), ("some holes", 0.2)):
         cells, labels = scene(rng, 5)

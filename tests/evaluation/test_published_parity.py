@@ -116,7 +116,7 @@ def evaluated(info: DatasetInfo, records: list[Record], answers: list[Segments])
 
 
 @pytest.mark.slow
-def test_ap_and_ar_of_coco_are_those_of_pycocotools(small_root, real_data):
+def test_coco_ap_and_ar_match_pycocotools(small_root, real_data):
     info, records = read(small_root, "coco_2017", "val")
     rng = np.random.default_rng(0)
     answers = [noisy_instances(record, info, rng) for record in records]
@@ -153,7 +153,7 @@ def lvis(published, monkeypatch):
     return importlib.import_module("lvis")
 
 
-def test_federated_ap_is_that_of_lvis(lvis, small_root, real_data, tmp_path):
+def test_federated_ap_matches_lvis_api(lvis, small_root, real_data, tmp_path):
     info, records = read(small_root, "lvis_v0.5", "train")
     rng = np.random.default_rng(1)
     # 29 images have rare classes only
@@ -225,7 +225,7 @@ def panopticapi(truth: np.ndarray, infos: list[dict], found: np.ndarray, labels:
     return [j - 1 for j in matched]
 
 
-def test_pq_and_query_use_are_those_of_panopticapi(small_root, real_data):
+def test_pq_and_query_shares_match_panopticapi(small_root, real_data):
     info, records = read(small_root, "coco_2017_panoptic", "val", 30)
     data, image_ids, class_ids = subset(load(real_data, "coco", "panoptic", "val.json"), records, info)
     annotations = {a["image_id"]: a for a in data["annotations"]}
@@ -266,7 +266,7 @@ def test_pq_and_query_use_are_those_of_panopticapi(small_root, real_data):
     }
 
 
-def test_miou_of_camvid_is_that_of_its_confusion_matrix(small_root, real_data):
+def test_camvid_miou_matches_the_confusion_matrix(small_root, real_data):
     info, records = read(small_root, "camvid", "val", 20)
     rng, n = np.random.default_rng(3), len(info.classes)
     evaluator, confusion = SemanticEvaluator(info), np.zeros((n, n))
@@ -301,7 +301,7 @@ def sod(published, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of its own old F-measure
-def test_foreground_measures_are_those_of_py_sod_metrics(sod, small_root):
+def test_foreground_metrics_match_py_sod_metrics(sod, small_root):
     records = read(small_root, "foreground", "train", 12)[1]
     rng, evaluator = np.random.default_rng(4), ForegroundEvaluator()
     mae, f, s, e = sod.MAE(), sod.Fmeasure(), sod.Smeasure(), sod.Emeasure()
@@ -354,7 +354,7 @@ def rhemann(prediction: np.ndarray, target: np.ndarray, where: np.ndarray) -> di
     }
 
 
-def test_matting_errors_are_those_of_an_independent_implementation(small_root):
+def test_matting_errors_match_an_independent_implementation(small_root):
     records = read(small_root, "mattes", "val")[1]
     rng, evaluator, want = np.random.default_rng(5), AlphaEvaluator(), []
     for record in records:

@@ -26,7 +26,7 @@ def result() -> dict[str, float]:
     return evaluator.result()
 
 
-def test_ciou_adds_pixels_and_miou_expressions(result):
+def test_ciou_sums_pixels_and_miou_averages_expressions(result):
     assert result["ciou"] == pytest.approx(100 * 75 / 105)
     assert result["miou"] == pytest.approx(100 * (1 + 0.75 + 1 / 3) / 3)
 
@@ -36,14 +36,14 @@ def test_precision_counts_expressions_above_each_threshold(result):
     np.testing.assert_allclose(got, 100 * np.array([2, 2, 2, 1, 1]) / 3)
 
 
-def test_only_an_empty_answer_is_right_where_there_is_no_target(result):
+def test_no_target_accuracy_counts_only_empty_predictions(result):
     assert result["no_target_accuracy"] == pytest.approx(200 / 3)
 
 
-def test_each_kind_has_its_own_numbers(result):
+def test_metrics_are_reported_per_expression_kind(result):
     assert result["miou/color"] == pytest.approx(87.5) and result["ciou/color"] == pytest.approx(100 * 70 / 90)
     assert result["miou/relation"] == pytest.approx(100 / 3)
 
 
-def test_without_expressions_there_are_no_numbers():
+def test_result_is_empty_without_expressions():
     assert ReferringEvaluator().result() == {}

@@ -21,7 +21,7 @@ def record_of(labels: np.ndarray, ignore: np.ndarray | None = None) -> Record:
     return Record("a", b"", *labels.shape, tuple(segments), ignore=None if ignore is None else encode_rle(ignore))
 
 
-def test_miou_is_that_of_the_confusion_matrix():
+def test_miou_matches_the_confusion_matrix():
     rng = np.random.default_rng(0)
     evaluator, confusion = SemanticEvaluator(INFO), np.zeros((4, 4))
     for _ in range(3):
@@ -39,7 +39,7 @@ def test_miou_is_that_of_the_confusion_matrix():
     assert result["pixel_accuracy"] == pytest.approx(100 * np.trace(confusion) / confusion.sum(), abs=1e-9)
 
 
-def test_a_crowd_has_its_class_and_ignored_pixels_have_none():
+def test_ground_truth_map_includes_crowds_and_excludes_ignored_pixels():
     mask = np.zeros((2, 4), bool)
     mask[0] = True
     ignore = np.zeros_like(mask)

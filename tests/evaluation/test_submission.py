@@ -24,7 +24,7 @@ def load(path):
     return json.loads(path.read_text())
 
 
-def test_instances_are_coco_results(tmp_path):
+def test_instances_are_saved_as_coco_results(tmp_path):
     records, answers = instance.random_set(2)
     submission = Submission(str(tmp_path), instance.INFO)
     for i, (record, answer) in enumerate(zip(records, answers)):
@@ -49,7 +49,7 @@ def test_instances_are_coco_results(tmp_path):
     np.testing.assert_allclose(boxes.anns[1]["bbox"], [x0, y0, x1 - x0, y1 - y0])
 
 
-def test_panoptic_files_score_what_the_evaluator_scores(tmp_path):
+def test_saved_panoptic_files_have_the_pq_of_the_evaluator(tmp_path):
     """The truth as a submission of its own, and the two folders compared by the published protocol for files."""
     rng = np.random.default_rng(0)
     found, truth = (Submission(str(tmp_path / name), panoptic.INFO) for name in ("found", "truth"))
@@ -85,7 +85,7 @@ def test_panoptic_files_score_what_the_evaluator_scores(tmp_path):
     assert 100 * scored["All"]["pq"] == pytest.approx(evaluator.result()["pq"], abs=1e-9)
 
 
-def test_maps_and_soft_masks_are_pictures_under_the_images_own_name(tmp_path):
+def test_semantic_maps_and_soft_masks_are_saved_under_the_image_name(tmp_path):
     submission, record = Submission(str(tmp_path), panoptic.INFO), Record("town/000019.jpeg", b"", 4, 5)
     labels = np.arange(20).reshape(4, 5) % 4
     submission.semantic(record, labels)
@@ -94,7 +94,7 @@ def test_maps_and_soft_masks_are_pictures_under_the_images_own_name(tmp_path):
     np.testing.assert_array_equal(np.array(Image.open(tmp_path / "foreground" / "town" / "000019.png")), labels * 85)
 
 
-def test_a_referred_mask_is_its_run_length_code_and_two_processes_make_one_file(tmp_path):
+def test_merged_referring_masks_are_saved_as_rle_in_one_file(tmp_path):
     records, answers = instance.random_set(1)
     submission, other = Submission(str(tmp_path), instance.INFO), Submission(str(tmp_path), instance.INFO)
     answer = answers[0]
@@ -110,12 +110,12 @@ def test_a_referred_mask_is_its_run_length_code_and_two_processes_make_one_file(
         np.testing.assert_array_equal(coco_mask.decode(entry["segmentation"]), mask)
 
 
-def test_the_classes_of_coco_have_its_own_ids(real_data):
+def test_coco_classes_keep_their_official_category_ids(real_data):
     for file, count in (("coco/panoptic/val.json", 133), ("coco/instances_val.json", 80)):
         ids = [c["id"] for c in load(real_data / file)["categories"]]
         assert class_ids(DatasetInfo("coco_2017", (ClassInfo(("a",)),) * count, {})) == ids and len(ids) == count
 
 
-def test_other_classes_are_counted_from_one():
+def test_category_ids_outside_coco_count_from_one():
     assert class_ids(panoptic.INFO) == [1, 2, 3, 4]
     assert class_ids(DatasetInfo("lvis_v1", (ClassInfo(("a",)),) * 80, {}))[:12] == list(range(1, 13))

@@ -41,7 +41,7 @@ class Stripes(Predictor):
 IMAGE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
 
 
-def test_prompts_are_parted_by_semicolons_and_a_star_says_one_region():
+def test_prompts_are_split_at_semicolons_and_star_marks_a_region():
     assert app.read_prompts(" ball;the  red star ;sky* ; \n grass *;") == (
         ["ball", "the red star", "sky", "grass"],
         [False, False, True, True],
@@ -53,7 +53,7 @@ def test_prompts_are_parted_by_semicolons_and_a_star_says_one_region():
 @pytest.mark.parametrize(
     "task, regions", [("panoptic", [False, True, False]), ("instance", [False, True, False]), ("semantic", None)]
 )
-def test_only_tasks_that_tell_things_from_regions_are_told(task, regions):
+def test_region_flags_are_passed_only_to_panoptic_and_instance_tasks(task, regions):
     predictor = Stripes()
     app.answer(predictor, IMAGE, "ball; sky*; star", task, queries="learnable")
     (asked,) = predictor.asked
@@ -64,7 +64,7 @@ def test_only_tasks_that_tell_things_from_regions_are_told(task, regions):
     )
 
 
-def test_the_legend_has_the_overlays_colors_in_the_order_of_the_prompts():
+def test_legend_uses_overlay_colors_in_prompt_order():
     reply = app.answer(Stripes(), IMAGE, "ball; sky*; star", "panoptic")
     assert [(r.prompt, round(r.score, 2), round(r.share, 3)) for r in reply.rows] == [
         ("ball", 0.9, 0.333),
@@ -76,7 +76,7 @@ def test_the_legend_has_the_overlays_colors_in_the_order_of_the_prompts():
     assert np.abs(seen - color).sum() < np.abs(seen - others).sum()
 
 
-def test_the_archive_holds_each_mask_as_png_and_as_run_length_code():
+def test_archive_contains_each_mask_as_png_and_rle():
     reply = app.answer(Stripes(), IMAGE, "ball; a/b “c”; star", "referring")
     with zipfile.ZipFile(io.BytesIO(reply.archive)) as zipped:
         read = lambda name: cv2.imdecode(np.frombuffer(zipped.read(name), np.uint8), cv2.IMREAD_UNCHANGED)
@@ -93,7 +93,7 @@ def test_the_archive_holds_each_mask_as_png_and_as_run_length_code():
         np.testing.assert_array_equal(read("overlay.png")[..., ::-1], reply.overlay)
 
 
-def test_mattes_are_written_as_shares_of_each_pixel():
+def test_archive_stores_mattes_as_grayscale_alpha():
     found = Segments(
         ["cat"], np.ones((1, 4, 4), bool), np.array([[0, 0, 4, 4.0]]), np.ones(1), np.zeros(1, int), np.zeros(1, int)
     )
@@ -109,7 +109,7 @@ def test_instances_below_the_score_are_left_out():
     ] == ["ball"]
 
 
-def test_matting_is_offered_where_there_is_a_refiner():
+def test_matting_is_offered_only_with_a_refiner():
     predictor = Stripes()
     assert "matting" in PREDICTED
     assert app.tasks_of(predictor) == [task for task in PREDICTED if task != "matting"]
@@ -130,26 +130,26 @@ def test_the_foreground_needs_no_prompt():
         (IMAGE, "sky*", "instance", "remove the [*] from"),
     ],
 )
-def test_a_question_that_cannot_be_asked_is_one_line(image, text, task, said):
+def test_invalid_request_gives_one_line_error(image, text, task, said):
     with pytest.raises(ValueError, match=said) as error:
         app.answer(Stripes(), image, text, task)
     assert "\n" not in str(error.value)
 
 
-def test_a_prompt_is_text_and_never_markup():
+def test_prompts_are_html_escaped_in_the_legend():
     table = app.legend_html([app.Row("<script>", "#ff0000", 0.5, 0.25)])
     assert "&lt;script&gt;" in table and "<script>" not in table and "25.0%" in table
     assert "Nothing" in app.legend_html([])
 
 
-def test_without_gradio_the_command_says_what_to_install(monkeypatch):
+def test_missing_gradio_error_gives_the_install_command(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     with pytest.raises(ValueError, match=r"pip install 'mqformer_jax\[demo\]'"):
         app.main(app.arguments().parse_args(["--checkpoint=nowhere"]))
 
 
 @pytest.mark.browser
-def test_a_port_that_is_taken_is_one_line(tmp_path):
+def test_port_in_use_gives_clear_error(tmp_path):
     pytest.importorskip("gradio", reason="gradio is not installed")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -246,7 +246,7 @@ class Page:
 
 
 @pytest.mark.browser
-def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
+def test_web_page_shows_segments_and_offers_mask_download(browser, site, tmp_path):
     cv2.imwrite(str(tmp_path / "photo.png"), IMAGE)
     page = Page(browser, site.url)
     page.upload(tmp_path / "photo.png")
@@ -271,7 +271,7 @@ def test_a_visitor_gets_segments_scores_and_masks(browser, site, tmp_path):
 
 
 @pytest.mark.browser
-def test_a_visitors_mistakes_are_told_kindly(browser, site, tmp_path):
+def test_web_page_shows_error_messages_for_invalid_input(browser, site, tmp_path):
     page = Page(browser, site.url)
     page.all("#segment")[0].click()
     page.wait(lambda: "Upload or paste an image first" in page.toast())

@@ -42,7 +42,7 @@ def exported(checkpoint, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_script_without_the_package_says_what_the_predictor_says(predictor, exported, tmp_path):
+def test_exported_model_matches_the_predictor_without_the_package(predictor, exported, tmp_path):
     """The image fills the canvas' width, so that nothing is resized: docs/serve.py resizes without OpenCV."""
     image = np.random.default_rng(0).integers(0, 256, (50, 64, 3), np.uint8)
     prompts = np.asarray(predictor.embed(TEXTS, [True, True, False]))
@@ -58,7 +58,7 @@ def test_a_script_without_the_package_says_what_the_predictor_says(predictor, ex
     np.testing.assert_allclose(found["masks"], wanted.masks.logits, atol=1e-5 * np.abs(found["masks"]).max())
 
 
-def test_encode_gives_the_predictors_vectors(predictor, exported):
+def test_exported_text_encoder_matches_the_predictor_embeddings(predictor, exported):
     encode = jax.export.deserialize((exported / "encode.stablehlo").read_bytes())
     tokens, is_region = np.zeros((8, predictor.config.model.text.context), np.int32), np.arange(8) < 2
     tokens[:3] = predictor.tokenizer(TEXTS)
@@ -67,7 +67,7 @@ def test_encode_gives_the_predictors_vectors(predictor, exported):
 
 
 @pytest.mark.parametrize("name", ["encode", "segment"])
-def test_the_description_holds_the_shapes_that_each_function_takes_and_gives(exported, name):
+def test_export_json_matches_the_input_and_output_shapes(exported, name):
     said = json.loads((exported / "export.json").read_text())
     function = jax.export.deserialize((exported / said["functions"][name]["file"]).read_bytes())
     shapes = lambda rows: [(tuple(row["shape"]), row["dtype"]) for row in rows.values()]
@@ -78,7 +78,7 @@ def test_the_description_holds_the_shapes_that_each_function_takes_and_gives(exp
     assert said["text"]["file"] == "tokenizer.json" and (exported / "tokenizer.json").read_text() == "{}"
 
 
-def test_one_file_runs_on_cpus_gpus_and_tpus_and_holds_no_weights(exported):
+def test_exported_file_supports_cpu_gpu_tpu_and_has_no_weights(exported):
     function = jax.export.deserialize((exported / "segment.stablehlo").read_bytes())
     assert function.platforms == ("cpu", "cuda", "tpu")
     largest = max(x.size for x in load_file(exported / "weights.safetensors").values())
@@ -86,7 +86,7 @@ def test_one_file_runs_on_cpus_gpus_and_tpus_and_holds_no_weights(exported):
     assert all(len(line) < 8 * largest for line in constants)
 
 
-def test_an_export_cut_short_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+def test_failed_export_leaves_no_files(checkpoint, tmp_path, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
@@ -97,12 +97,12 @@ def test_an_export_cut_short_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_there_already_is_kept(checkpoint, exported):
+def test_existing_export_is_not_overwritten(checkpoint, exported):
     with pytest.raises(FileExistsError, match="already exists; remove it"):
         exporting.export(str(checkpoint), str(exported))
     assert (exported / "export.json").exists()
 
 
-def test_a_question_without_prompts_is_one_line(checkpoint, tmp_path):
+def test_export_with_zero_prompts_is_rejected(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="--prompts=0"):
         exporting.export(str(checkpoint), str(tmp_path / "out"), prompts=0)

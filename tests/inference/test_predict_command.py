@@ -33,7 +33,7 @@ def segments():
     )
 
 
-def test_prompts_are_parted_by_semicolons_and_a_star_marks_a_region(tmp_path):
+def test_prompts_are_split_at_semicolons_and_star_marks_a_region(tmp_path):
     assert parse_prompts(" sky* ; the red car;;", "panoptic") == (["sky", "the red car"], [True, False])
     assert parse_prompts("sky*; car", "semantic") == (["sky", "car"], None)
     assert parse_prompts(None, "foreground") == (["foreground"], None)
@@ -44,7 +44,7 @@ def test_prompts_are_parted_by_semicolons_and_a_star_marks_a_region(tmp_path):
             parse_prompts(nothing, "panoptic")
 
 
-def test_images_of_one_name_do_not_overwrite_each_other():
+def test_images_with_the_same_name_get_different_output_names():
     assert output_stems(["a/x.jpg", "b/x.png", "b/x_2.png", "-"], "out") == [
         "out/x",
         "out/x_2",
@@ -53,7 +53,7 @@ def test_images_of_one_name_do_not_overwrite_each_other():
     ]
 
 
-def test_settings_are_numbers_where_they_read_as_such():
+def test_setting_values_are_parsed_as_python_literals():
     assert [literal(t) for t in ("0.5", "(1, 2)", "True", "instance")] == [0.5, (1, 2), True, "instance"]
 
 
@@ -65,7 +65,7 @@ def test_settings_are_numbers_where_they_read_as_such():
         ("eval.overlap_threshold=7", "config.eval.overlap_threshold = 7.0: must be at least 0 and at most 1"),
     ],
 )
-def test_a_setting_that_cannot_be_changed_is_refused(setting, message):
+def test_invalid_settings_are_rejected(setting, message):
     config = base()
     change_settings(config, ["eval.overlap_threshold=0.5", "data.templates=('a {}',)"])
     assert config.eval.overlap_threshold == 0.5 and config.data.templates == ("a {}",)
@@ -73,7 +73,7 @@ def test_a_setting_that_cannot_be_changed_is_refused(setting, message):
         change_settings(config, [setting])
 
 
-def test_files_hold_what_the_segments_say(tmp_path, image, segments):
+def test_saved_files_match_the_segments(tmp_path, image, segments):
     written = save(str(tmp_path / "x"), image, segments, "panoptic", "photos/x.jpg", masks=True)
     answer = json.loads((tmp_path / "x.json").read_text())
     assert answer["prompts"] == ["sky", "a/b"] and [s["text"] for s in answer["segments"]] == ["sky", "a/b"]
@@ -87,7 +87,7 @@ def test_files_hold_what_the_segments_say(tmp_path, image, segments):
     assert len(written) == 5 and not list(tmp_path.glob("**/*.tmp"))
 
 
-def test_results_are_never_taken_for_images(tmp_path, image, segments):
+def test_previous_results_are_not_used_as_input_images(tmp_path, image, segments):
     """The second of two runs whose output lies in the folder of the photographs."""
     for task in ("panoptic", "referring"):
         save(str(tmp_path / f"x_{task}"), image, segments, task, "photos/x.jpg", masks=True)
@@ -96,14 +96,14 @@ def test_results_are_never_taken_for_images(tmp_path, image, segments):
     assert find_images([str(tmp_path)]) == [str(tmp_path / "x.png"), str(tmp_path / "y_overlay.png")]
 
 
-def test_a_cutout_is_as_opaque_as_the_matte_or_the_mask(image, segments):
+def test_cutout_alpha_comes_from_the_matte_or_the_mask(image, segments):
     np.testing.assert_array_equal(cutout(image, segments)[..., 3], 255 * segments.masks.any(0))
     segments.alphas = segments.masks * np.float32(0.4)
     assert set(np.unique(cutout(image, segments)[..., 3])) == {0, 102}
     np.testing.assert_array_equal(cutout(image, segments)[..., :3], image)
 
 
-def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
+def test_overlay_of_a_huge_photo_is_downscaled(tmp_path):
     photo = np.zeros((30, 5000, 3), np.uint8)
     found = Segments(
         ["sky"],
@@ -118,7 +118,7 @@ def test_a_huge_photo_has_a_picture_that_can_be_looked_at(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text())["segments"][0]["area"] == 150_000
 
 
-def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_path, image, segments, capsys):
+def test_unreadable_image_is_reported_and_the_others_are_predicted(tmp_path, image, segments, capsys):
     Image.fromarray(image).save(tmp_path / "good.png")
     (tmp_path / "bad.png").write_text("no picture")
     bad = predict_files(
@@ -132,7 +132,7 @@ def test_an_image_that_cannot_be_read_is_named_and_the_others_are_answered(tmp_p
     assert "bad.png: not an image" in capsys.readouterr().out
 
 
-def test_the_command_answers_a_photo_and_says_in_one_line_what_is_wrong(tiny_checkpoint, tmp_path, image):
+def test_command_predicts_a_photo_and_reports_invalid_options(tiny_checkpoint, tmp_path, image):
     Image.fromarray(image).save(tmp_path / "photo.png")
 
     def run(*options):

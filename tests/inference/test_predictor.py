@@ -21,7 +21,7 @@ def image():
     return np.random.default_rng(0).integers(0, 256, (50, 90, 3), np.uint8)
 
 
-def test_segments_have_the_size_of_the_image_whatever_it_is(predictor, image):
+def test_segments_have_the_image_size_for_any_image_shape(predictor, image):
     for picture in (image, image[:1, :1], np.zeros((200, 30, 3), np.uint8)):
         found = predictor(picture, ["sky", "the red star"], task="referring")
         assert found.masks.shape == (2, *picture.shape[:2])
@@ -36,7 +36,7 @@ def test_panoptic_segments_do_not_overlap_and_instances_are_ranked(predictor, im
     assert (np.diff(instances.scores) <= 0).all() and (instances.prompt_ids == 1).all()
 
 
-def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
+def test_batched_prediction_matches_single_prediction(predictor, image):
     prompts = predictor.embed(["ball", "star"], [False, False])
     few = predictor.embed(["sky"], [True])
     alone = predictor.predict_raw([image], [prompts])[0]
@@ -46,7 +46,7 @@ def test_an_image_is_answered_alike_alone_and_in_a_batch(predictor, image):
 
 
 @pytest.mark.slow
-def test_several_devices_share_the_images_of_a_batch(predictor, image):
+def test_prediction_on_several_devices_matches_one_device(predictor, image):
     devices = jax.devices()[:4]
     several = Predictor(predictor.config, predictor.params, predictor.frozen, predictor.tokenizer, devices)
     images, texts = [image, image[:20], image[:, :30], image[10:], image[5:]], ["sky", "ball"]
@@ -57,7 +57,7 @@ def test_several_devices_share_the_images_of_a_batch(predictor, image):
     assert len(several.params["region_embedding"].devices()) == 4
 
 
-def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
+def test_boxes_are_returned_in_image_pixels(predictor, image):
     """A box that fills the valid part of the canvas is the whole image."""
     from mqformer_jax.inference.predictor import _to_pixels
 
@@ -66,7 +66,7 @@ def test_boxes_come_back_in_pixels_of_the_image(predictor, image):
     np.testing.assert_allclose(_to_pixels(fraction, (64, 64), valid, (50, 90)), [[0, 0, 90, 50]], atol=1e-4)
 
 
-def test_no_prompt_and_an_unknown_task_are_one_line(predictor, image):
+def test_missing_prompts_and_unknown_task_are_rejected(predictor, image):
     with pytest.raises(ValueError, match="no prompts"):
         predictor(image, [])
     with pytest.raises(ValueError, match="panoptic, instance, semantic, referring, foreground"):
@@ -76,12 +76,12 @@ def test_no_prompt_and_an_unknown_task_are_one_line(predictor, image):
 @pytest.mark.parametrize(
     "wrong", [np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8), np.zeros((8, 8, 3), np.float32)]
 )
-def test_an_image_that_is_not_rgb_bytes_is_one_line(predictor, wrong):
+def test_image_that_is_not_uint8_rgb_is_rejected(predictor, wrong):
     with pytest.raises(ValueError, match="uint8 RGB"):
         predictor(wrong, ["sky"])
 
 
-def test_regions_must_be_one_a_prompt(predictor, image):
+def test_regions_must_have_one_value_per_prompt(predictor, image):
     with pytest.raises(ValueError, match="1 values for 2 prompts"):
         predictor(image, ["sky", "ball"], regions=[True])
 
@@ -91,7 +91,7 @@ def test_semantic_gives_every_pixel_to_one_prompt(predictor, image):
     assert (found.masks.sum(0) == 1).all() and (found.panoptic > 0).all()
 
 
-def test_templates_are_averaged_as_directions(predictor):
+def test_prompt_template_embeddings_are_averaged_as_unit_vectors(predictor):
     """One template changes nothing; of several, the unit vectors are averaged (CLIP, OpenSeeD)."""
     texts, regions = ["sky", "ball"], [True, False]
     np.testing.assert_allclose(predictor.embed(texts, regions), predictor.embed(texts, regions, ["{}"]), atol=1e-6)
@@ -107,7 +107,7 @@ def test_templates_are_averaged_as_directions(predictor):
 
 
 @pytest.mark.slow
-def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
+def test_closed_set_model_accepts_only_its_own_classes(image):
     """What a converted Mask DINO is: a table of classes, plain dot products, conditional queries."""
     config = get_config()
     config.model.update(queries="conditional", score="dot", region_embedding=False, initialize_box_type="bitmask")
@@ -123,7 +123,7 @@ def test_a_closed_set_model_answers_to_its_classes_and_to_nothing_else(image):
     assert "\n" not in str(error.value)
 
 
-def test_a_list_of_images_is_answered_like_each_alone(predictor, image):
+def test_image_list_gives_the_same_results_as_single_images(predictor, image):
     images = [image, image[:20], image[:, :30]]
     together = predictor(images, ["sky", "ball"], task="referring")
     for one, found in zip(images, together):
@@ -133,7 +133,7 @@ def test_a_list_of_images_is_answered_like_each_alone(predictor, image):
 
 
 @pytest.mark.parametrize("task", ["referring", "panoptic", "instance"])
-def test_one_kind_of_query_can_be_asked_alone(predictor, image, task):
+def test_predictions_can_be_limited_to_one_query_kind(predictor, image, task):
     learnable = predictor.config.model.num_learnable
     found = {
         kind: predictor(image, ["sky", "ball"], task=task, queries=kind, score=0.0).query_ids
@@ -145,7 +145,7 @@ def test_one_kind_of_query_can_be_asked_alone(predictor, image, task):
         predictor(image, ["sky"], queries="both")
 
 
-def test_a_score_leaves_out_what_scores_less(predictor, image):
+def test_score_threshold_removes_lower_scoring_predictions(predictor, image):
     every = predictor(image, ["sky", "ball"], task="instance")
     middle = float(np.median(every.scores))
     some = predictor(image, ["sky", "ball"], task="instance", score=middle)
@@ -161,19 +161,19 @@ def test_a_text_is_encoded_once(predictor, monkeypatch):
     assert not np.array_equal(again[1], first[0])  # a region is asked for in another way
 
 
-def test_ten_thousand_prompts_are_answered(predictor, image):
+def test_ten_thousand_prompts_are_supported(predictor, image):
     prompts = [f"thing {i}" for i in range(10_000)]
     found = predictor(image, prompts, task="instance")
     assert len(found) == predictor.config.eval.max_detections and found.prompt_ids.max() < len(prompts)
 
 
-def test_few_lengths_are_compiled():
+def test_padded_prompt_counts_take_few_distinct_values():
     lengths = [padded_length(n) for n in range(1, 4097)]
     assert all(n <= length <= max(8, 1.25 * n + 8) and length % 8 == 0 for n, length in enumerate(lengths, 1))
     assert len(set(lengths)) < 50
 
 
-def test_a_mattes_task_wants_a_refiner_and_gives_it_soft_masks(predictor, image, monkeypatch):
+def test_matting_requires_a_refiner_and_returns_alphas(predictor, image, monkeypatch):
     with pytest.raises(ValueError, match="mqformer train-matting"):
         predictor(image, ["sky"], task="matting")
     monkeypatch.setattr(predictor, "refiner", lambda image, masks: masks / 2)
@@ -183,7 +183,7 @@ def test_a_mattes_task_wants_a_refiner_and_gives_it_soft_masks(predictor, image,
 
 
 @pytest.mark.slow
-def test_a_model_with_a_long_list_of_parts_is_the_same_after_its_checkpoint(tmp_path, image):
+def test_checkpoint_keeps_the_order_of_ten_or_more_blocks(tmp_path, image):
     """EfficientNet has 16 blocks; in a checkpoint's tree "10" comes before "2"."""
     config = get_config()
     config.model.backbone.name = "efficientnet_lite0"

@@ -93,7 +93,7 @@ def assert_same(found, wanted, what):
         np.testing.assert_array_equal(a, b, err_msg=str(what))
 
 
-def test_panoptic(small_root, real_data):
+def test_panoptic_batch_matches_the_annotations(small_root, real_data):
     data = load(real_data / "coco/panoptic/val.json")
     category = {
         c["id"]: (re.sub("(-merged|-other|-stuff)+$", "", c["name"]).replace("-", " "), c["isthing"])
@@ -121,7 +121,7 @@ def test_panoptic(small_root, real_data):
         assert len(prompts) == len(category) - len(unsure - {s["category_id"] for s in segments if not s["iscrowd"]})
 
 
-def test_instances_and_crowds(small_root, real_data):
+def test_instance_and_crowd_masks_match_the_annotations(small_root, real_data):
     data = load(real_data / "coco/instances_train.json")
     names = {c["id"]: c["name"] for c in data["categories"]}
     images = {i["file_name"]: i for i in data["images"]}
@@ -138,7 +138,7 @@ def test_instances_and_crowds(small_root, real_data):
         assert {names[a["category_id"]] for a in mine if not a["iscrowd"]} <= {text for text, _, _ in prompts}
 
 
-def test_federated_labels_of_lvis(small_root, real_data):
+def test_lvis_prompts_follow_its_federated_labels(small_root, real_data):
     data = load(real_data / "coco/lvis.json")
     texts = {c["id"]: {s.replace("_", " ") for s in (c["name"], *c["synonyms"])} for c in data["categories"]}
     images = {i["file_name"]: i for i in data["images"]}
@@ -156,7 +156,7 @@ def test_federated_labels_of_lvis(small_root, real_data):
             assert_same(masks, [decoded(a, image) for a in mine if a["category_id"] == category], (key, text))
 
 
-def test_expressions_with_a_mask_a_box_and_nothing(small_root, real_data):
+def test_expressions_with_mask_box_or_no_target_match_the_annotations(small_root, real_data):
     data = load(real_data / "coco/referring.json")
     images = {i["file_name"]: i for i in data["images"]}
     found = asked(small_root, "refcoco", "train", ("referring",), 640) | asked(
@@ -181,7 +181,7 @@ def test_expressions_with_a_mask_a_box_and_nothing(small_root, real_data):
     assert kinds == {"nothing", "mask", "box"}
 
 
-def test_semantic(small_root, real_data):
+def test_semantic_batch_matches_the_annotations(small_root, real_data):
     names = load(real_data / "camvid/classes.json")["classes"][:11]  # 11 is "unlabelled"
     found = asked(small_root, "camvid", "train", ("semantic",), 480)
     assert len(found) >= ROWS
@@ -200,7 +200,7 @@ def same_words(a, b):
     return a.replace(" ", "").lower() == b.replace("_", "").replace(" ", "").lower()
 
 
-def test_foregrounds(small_root, real_data):
+def test_foreground_mask_is_the_union_of_its_instances(small_root, real_data):
     items = {i["image_id"]: i["ann_ids"] for i in load(real_data / "coco/foreground.json")["items"]}
     instances = [load(real_data / f"coco/instances_{split}.json") for split in ("train", "val")]
     shapes = {a["id"]: a for data in instances for a in data["annotations"]}
@@ -214,7 +214,7 @@ def test_foregrounds(small_root, real_data):
         np.testing.assert_array_equal(mask, union)
 
 
-def test_mattes(small_root, real_data):
+def test_matte_target_is_the_alpha_thresholded_at_one_half(small_root, real_data):
     alphas = {path.stem: np.array(Image.open(path).convert("L")) for path in (real_data / "matting/alpha").iterdir()}
     sides = {max(alpha.shape) for alpha in alphas.values() if max(alpha.shape) % 32 == 0}
     found = asked(small_root, "mattes", "train", ("foreground",), max(sides))
@@ -224,7 +224,7 @@ def test_mattes(small_root, real_data):
         np.testing.assert_array_equal(prompts["foreground", True, True][0], alphas[key] > 127)
 
 
-def test_boxes_alone(small_root, real_data):
+def test_box_only_targets_match_the_annotations(small_root, real_data):
     data = load(real_data / "boxonly/raccoon.json")
     images = {i["file_name"]: i for i in data["images"]}
     side = max(max(i["width"], i["height"]) for i in data["images"] if max(i["width"], i["height"]) % 32 == 0)

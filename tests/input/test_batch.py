@@ -28,7 +28,7 @@ def row(ex, indices=(2, 0, 1), seed=0, max_targets=N, lattice_stride=1):
     )
 
 
-def test_masks_come_back_from_their_bits():
+def test_packed_masks_unpack_to_the_originals():
     ex = example()
     out = row(ex)
     bits = unpack(out.masks, (H, W))[0]
@@ -41,7 +41,7 @@ def test_masks_come_back_from_their_bits():
     assert not ignore[13:].any() and not ignore[:, 19:].any(), "padding is told by size, not by ignore"
 
 
-def test_a_mask_is_read_at_one_pixel_of_each_cell_wherever_its_window_lies():
+def test_masks_are_sampled_at_one_pixel_per_lattice_cell():
     ex = example()
     offsets = set()
     for seed in range(40):
@@ -77,17 +77,17 @@ def test_prompts_follow_the_chosen_order():
     assert out.tokens[0].tolist() == [[3, 7, 9]] * 3 + [[0, 0, 0]] * 2 and out.source.tolist() == [3]
 
 
-def test_boxes_are_centers_and_sizes_as_fractions_of_the_canvas():
+def test_boxes_are_center_size_relative_to_the_canvas():
     np.testing.assert_allclose(row(example()).boxes[0, 0], [7 / W, 6 / H, 10 / W, 6 / H], rtol=1e-6)
 
 
-def test_targets_that_no_chosen_prompt_names_are_left_out():
+def test_targets_without_a_chosen_prompt_are_dropped():
     out = row(example(num_targets=3), indices=(1,))
     assert out.num_targets.tolist() == [2] and out.positive.sum() == 2
     assert row(example(num_targets=3), indices=()).num_targets.tolist() == [0]
 
 
-def test_too_many_targets_leave_a_random_subset_and_unsure_prompts():
+def test_excess_targets_are_subsampled_and_prompts_become_non_exhaustive():
     ex = example(num_targets=9)
     kept = {row(ex, seed=s, max_targets=2).masks.tobytes() for s in range(10)}
     assert len(kept) > 3
@@ -98,13 +98,13 @@ def test_too_many_targets_leave_a_random_subset_and_unsure_prompts():
         assert not out.prompt_exhaustive.any()
 
 
-def test_boxes_only_targets_say_so():
+def test_box_only_targets_have_has_mask_false():
     ex = example()
     ex.targets[1].mask = None
     assert row(ex).has_mask[0].tolist() == [True, False, False, False]
 
 
-def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_lies_in_the_same_box():
+def test_object_is_negative_for_prompts_of_objects_outside_its_box():
     prompts = [Prompt((name,), False, exhaustive=False) for name in ("man", "shirt", "person", "car", "dog")] + [
         Prompt(("sky",), True)
     ]
@@ -125,7 +125,7 @@ def test_an_object_marked_under_one_name_is_not_what_else_was_marked_unless_it_l
     ], "of sky all is known already, of dogs nothing was marked"
 
 
-def test_rows_stack_into_a_batch():
+def test_collate_stacks_rows_into_a_batch():
     spec = BatchSpec((H, W), P, N)
     rows = [
         pack_example(example(seed=s), ["a", "b"], np.array([1, 0]), tokenizer, spec, s, np.random.default_rng(0))

@@ -49,7 +49,7 @@ def read(root, mixture, eval_sets=()):
     return [[int(source[i].split()[-1]) for i in range(len(source))] for source in sources], lines
 
 
-def test_images_of_the_val_and_test_splits_of_expressions_leave_every_training_source(root):
+def test_referring_val_and_test_images_are_excluded_from_training(root):
     kept, lines = read(root, [entry("coco"), entry("lvis"), entry("camvid"), entry("refcoco")])
     assert kept == [[0, 2, 4], [0, 2], [0, 1], [0]]
     assert lines[:2] == [
@@ -58,34 +58,34 @@ def test_images_of_the_val_and_test_splits_of_expressions_leave_every_training_s
     ]
 
 
-def test_whatever_the_config_evaluates_on_leaves_too(root):
+def test_images_of_configured_evaluation_sets_are_excluded(root):
     kept, lines = read(root, [entry("lvis")], [entry("coco", "val")])
     assert kept == [[2]]
     assert "3 of 4 images of lvis/train are left out; they belong to coco/val, refcoco/testA, refcoco/val" in lines[0]
 
 
-def test_a_split_that_is_trained_on_by_intent_stays(root):
+def test_split_used_for_both_training_and_evaluation_is_kept(root):
     assert read(root, [entry("refcoco", "val")], [entry("refcoco", "val")])[0] == [[1]], "the other one is in testA"
 
 
-def test_a_val_split_without_expressions_is_no_reason_to_leave_anything_out(tmp_path):
+def test_val_split_without_referring_expressions_excludes_nothing(tmp_path):
     write_set(tmp_path, "coco", train=["coco/1", "coco/2"])
     write_set(tmp_path, "mine", val=["coco/2"])
     assert read(tmp_path, [entry("coco")])[0] == [[0, 1]]
 
 
-def test_what_cannot_be_known_is_said(root):
+def test_data_set_without_image_origins_is_reported(root):
     write_set(root, "old", None, train=["", ""])
     _, lines = read(root, [entry("coco"), entry("old"), entry("camvid")])
     assert "evaluation images in old/train cannot be recognized" in lines[-1] and "prepare them again" in lines[-1]
 
 
-def test_what_is_trained_on_and_evaluated_on_is_said(root):
+def test_split_used_for_both_training_and_evaluation_is_reported(root):
     _, lines = read(root, [entry("coco")], [entry("coco")])
     assert "data.leak_guard: coco/train is used for training and for evaluation; its images are kept" in lines
 
 
-def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):
+def test_other_data_sets_need_a_valid_dataset_json_but_not_valid_shards(root):
     (root / "refcoco" / "testA-00000-of-00001.array_record").write_bytes(b"cut")
     assert read(root, [entry("coco")])[0] == [[0, 2, 4]]
     (root / "camvid" / "dataset.json").write_text("{}")
@@ -93,7 +93,7 @@ def test_a_broken_neighbor_is_one_line_and_its_shards_are_not_touched(root):
         read(root, [entry("coco")])
 
 
-def test_nothing_left_is_one_line(root):
+def test_source_with_only_evaluation_images_is_rejected(root):
     write_set(root, "wrong", train=["coco/2"])
     with pytest.raises(
         ValueError, match="^data.mixture: all 1 images of wrong/train are evaluation images of .*Check the split"
@@ -101,12 +101,12 @@ def test_nothing_left_is_one_line(root):
         read(root, [entry("wrong")])
 
 
-def test_a_set_that_is_evaluated_at_the_end_must_be_there_at_the_start(root):
+def test_missing_evaluation_set_is_an_error_at_the_start(root):
     with pytest.raises(FileNotFoundError, match="data set 'flickr' split 'val' is not in"):
         read(root, [entry("coco")], [entry("flickr", "val")])
 
 
-def test_training_on_coco_without_the_expressions_is_said(tmp_path):
+def test_training_on_coco_without_refcoco_splits_is_reported(tmp_path):
     write_set(tmp_path, "coco", train=["coco/1"])
     kept, lines = read(tmp_path, [entry("coco")])
     assert kept == [[0]] and "has no val or test split of RefCOCO/+/g; " in lines[0]
@@ -114,7 +114,7 @@ def test_training_on_coco_without_the_expressions_is_said(tmp_path):
     assert read(tmp_path, [entry("camvid")]) == ([[0]], [])
 
 
-def test_a_list_of_origins_that_does_not_fit_its_records_is_one_line(root):
+def test_origins_file_with_wrong_line_count_is_rejected(root):
     with open(origins_path(str(root / "coco"), "train"), "a") as f:
         f.write("coco/6\n")
     with pytest.raises(ValueError, match="coco/train.origins.txt has 6 lines for 5 records: prepare the split again"):

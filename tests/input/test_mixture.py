@@ -76,7 +76,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(value, getattr(b, name), err_msg=name)
 
 
-def test_a_run_stopped_at_any_step_goes_on_exactly():
+def test_stream_resumes_identically_from_any_step():
     options = dict(scale_range=(0.5, 2.0), flip=0.5, color_jitter=0.2)
     whole = take(two(**options), 12)
     for step in (1, 5, 11):
@@ -89,7 +89,7 @@ def test_threads_do_not_change_the_stream():
         assert_same(a, b)
 
 
-def test_another_seed_is_another_stream():
+def test_different_seeds_give_different_streams():
     assert [numbers(b) for b in take(two(), 4)] != [numbers(b) for b in take(two(seed=1), 4)]
 
 
@@ -102,7 +102,7 @@ def test_hosts_share_the_global_batch_without_overlap():
         )
 
 
-def test_no_host_is_stuck_with_one_data_set():
+def test_every_host_sees_every_data_set():
     mixture = [dict(name="a", weight=1.0), dict(name="b", weight=1.0)]
     loader = Loader([source("a", 9), source("b", 9)], config(mixture, batch_size=2), tokenizer)
     for host in range(2):
@@ -110,20 +110,20 @@ def test_no_host_is_stuck_with_one_data_set():
         assert 4 <= sum(seen) <= 16, "the mixture's period is the global batch, one row a host"
 
 
-def test_every_epoch_has_every_image_once_in_another_order():
+def test_each_epoch_visits_every_image_once_in_a_new_order():
     loader = Loader([source("a", 16)], config([dict(name="a")]), tokenizer)
     order = [n for batch in take(loader, 8) for n in numbers(batch)]
     assert sorted(order[:16]) == sorted(order[16:]) == list(range(16)) and order[:16] != order[16:]
 
 
-def test_an_image_is_augmented_anew_every_epoch():
+def test_image_augmentation_differs_between_epochs():
     loader = Loader([source("a", 2)], config([dict(name="a")], scale_range=(0.2, 1.0), batch_size=2), tokenizer)
     sizes = [(n, h) for batch in take(loader, 10) for n, (h, _) in zip(numbers(batch), batch.size.tolist())]
     for number in (0, 1):
         assert len({h for n, h in sizes if n == number}) > 4, "ten epochs draw ten scales between 3 and 16 pixels"
 
 
-def test_weights_are_respected():
+def test_data_sets_are_sampled_in_proportion_to_their_weights():
     sources = np.concatenate([b.source for b in take(two(), 30)])
     assert abs((sources == 0).mean() - 4 / 12) < 0.02, "16^0.5 against 8"
 
@@ -143,7 +143,7 @@ def streams(root, *wanted):
 
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2, 4])
-def test_hosts_and_workers_change_nothing_and_a_run_goes_on_anywhere(sample_root, whole_stream, workers):
+def test_stream_is_independent_of_host_and_worker_counts_and_resumable(sample_root, whole_stream, workers):
     """A run on one host, taken up at step 3 by the second host of two, or at step 4 by any host of four."""
     places = {
         0: [dict(start_step=4, host=host, num_hosts=4, count=2) for host in range(4)]
@@ -166,7 +166,7 @@ def broken():
     return records
 
 
-def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
+def test_unusable_records_are_replaced_logged_once_and_counted(caplog):
     loader = Loader([broken()], config([dict(name="a")]), tokenizer)
     with caplog.at_level("WARNING", logger="absl"):
         seen = [n for batch in take(loader, 6) for n in numbers(batch)]
@@ -178,7 +178,7 @@ def test_an_unusable_record_is_replaced_named_once_and_counted(caplog):
     ]
 
 
-def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
+def test_too_many_unusable_records_raise_an_error(monkeypatch):
     loader = Loader([broken()], config([dict(name="a")], max_corrupt_fraction=0.2), tokenizer)
     message = "a/train: 2 of 8 records are unusable, more than data.max_corrupt_fraction = 0.2; prepare"
     with pytest.raises(ValueError, match=message):
@@ -193,7 +193,7 @@ def test_more_unusable_records_than_allowed_stop_the_run(monkeypatch):
         take(half, 60)  # long before a tenth of the whole set was found to be bad
 
 
-def test_a_data_set_that_is_there_twice_keeps_two_accounts():
+def test_duplicate_data_set_entries_count_bad_records_separately():
     both = [broken(), source("a", 8)]
     loader = Loader(both, config([dict(name="a"), dict(name="a", tasks=("instance",))]), tokenizer)
     take(loader, 8)
@@ -211,13 +211,13 @@ def test_images_with_expressions_are_not_cropped():
         assert (box[2:] == np.array([9, 7]) / SIZE).all() == whole, tasks
 
 
-def test_templates_wrap_the_names_of_classes():
+def test_prompt_templates_are_applied_to_class_names():
     loader = Loader([source("a", 4)], config([dict(name="a")], templates=("a photo of a {}.",)), tokenizer)
     _, notes = next(loader.stream())
     assert set(notes[0].texts) == {"a photo of a cat.", "a photo of a dog."} and notes[0].key.startswith("a/")
 
 
-def test_colors_are_jittered_and_no_two_data_sets_alike():
+def test_color_jitter_is_applied_and_augmentation_differs_per_data_set():
     plain, colored = (next(two(color_jitter=j).batches()).image for j in (0.0, 0.5))
     assert (plain != colored).any()
     twins = Loader(
@@ -233,7 +233,7 @@ def test_colors_are_jittered_and_no_two_data_sets_alike():
 
 
 @pytest.mark.process
-def test_worker_processes_report_what_they_could_not_use(sample_root, tmp_path):
+def test_worker_processes_report_unusable_records(sample_root, tmp_path):
     root = tmp_path / "records"
     shutil.copytree(sample_root, root)
     path = root / "sample_boxes"
@@ -242,7 +242,7 @@ def test_worker_processes_report_what_they_could_not_use(sample_root, tmp_path):
     assert bad == {"sample_scenes/train": 0, "sample_boxes/train": 1}
 
 
-def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
+def test_classes_with_identical_tokens_are_warned_about(caplog):
     with caplog.at_level("WARNING", logger="absl"):
         Loader([source("a", 8)], config([dict(name="a")]), lambda texts: np.ones((len(texts), 2), np.int32))
     assert [r.getMessage() for r in caplog.records] == [
@@ -251,13 +251,13 @@ def test_classes_that_the_tokenizer_cannot_tell_apart_are_named(caplog):
     ]
 
 
-def test_a_broken_data_set_ends_in_one_line():
+def test_too_many_consecutive_unusable_records_raise_an_error():
     loader = Loader([source("a", 70, bad=range(70))], config([dict(name="a")]), tokenizer)
     with pytest.raises(ValueError, match=f"a/train: {MAX_IN_A_ROW} records in a row are unusable; prepare"):
         next(loader.batches())
 
 
-def test_a_checkpoint_of_another_mixture_is_refused():
+def test_checkpoint_state_of_a_different_mixture_is_rejected():
     state = json.loads(json.dumps(two().state(7)))
     assert state["step"] == 7
     two().check_state(state)
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_another_mixture_is_refused():
         other.check_state(state)
 
 
-def test_mistakes_in_a_config_end_in_one_line():
+def test_invalid_weight_and_batch_size_are_rejected():
     with pytest.raises(ValueError, match="data.mixture: a has weight -1"):
         Loader([source("a", 4)], config([dict(name="a", weight=-1)]), tokenizer)
     with pytest.raises(ValueError, match="batch_size: 4 is not divisible by 3 hosts"):
@@ -287,7 +287,7 @@ def write_set(root, size, name="toy", bad=()):
     DatasetInfo(name, (ClassInfo(("cat",)), ClassInfo(("dog",))), {"train": size}).save(str(folder))
 
 
-def test_the_config_opens_prepared_shards(tmp_path):
+def test_make_loader_reads_prepared_shards(tmp_path):
     write_set(tmp_path, 6)
     loader = make_loader(config([dict(name="toy")], root=str(tmp_path), batch_size=6), tokenizer)
     (batch,) = take(loader, 1)
@@ -295,7 +295,7 @@ def test_the_config_opens_prepared_shards(tmp_path):
     assert batch.prompt_valid.sum(1).tolist() == [2] * 6 and batch.has_mask[:, 0].all()
 
 
-def test_the_config_guards_against_leaks_unless_told_otherwise(tmp_path):
+def test_leak_guard_excludes_evaluation_images_unless_disabled(tmp_path):
     write_set(tmp_path, 6)
     write_set(tmp_path, 3, name="evaluated")
     for name, origins in (("toy", range(6)), ("evaluated", (1, 2, 40))):

@@ -37,7 +37,7 @@ def test_negatives_are_drawn_by_their_weights_without_repeats():
     assert abs(counts[[5, 6]].mean() / 400 - 0.50) < 0.06 and abs(counts[np.r_[1:5, 7:30]].mean() / 400 - 0.074) < 0.01
 
 
-def test_a_negative_in_the_words_of_a_positive_is_not_asked():
+def test_negative_prompt_with_the_text_of_a_positive_is_dropped():
     prompts = [Prompt(("man",), True), Prompt(("man",), True), Prompt(("man",), False), Prompt(("dog",), True)]
     two = Example(
         "t",
@@ -50,7 +50,7 @@ def test_a_negative_in_the_words_of_a_positive_is_not_asked():
     assert sorted(indices.tolist()) == [1, 2, 3] and len(texts) == 3
 
 
-def test_too_many_positives_leave_a_random_subset():
+def test_random_subset_of_positives_is_kept_beyond_the_prompt_limit():
     chosen = [
         frozenset(choose_prompts(example(30, owned=range(10)), 4, np.random.default_rng(s))[1].tolist())
         for s in range(20)
@@ -58,14 +58,14 @@ def test_too_many_positives_leave_a_random_subset():
     assert all(len(c) == 4 and max(c) < 10 for c in chosen) and len(set(chosen)) > 10
 
 
-def test_order_wording_and_negatives_are_random_but_fixed_by_the_rng():
+def test_prompt_order_wording_and_negatives_are_deterministic_per_seed():
     draws = [choose_prompts(example(30, owned=[3]), 5, np.random.default_rng(s)) for s in (1, 1, 2)]
     assert draws[0][0] == draws[1][0] != draws[2][0]
     wordings = {choose_prompts(example(1, owned=[0]), 5, np.random.default_rng(s))[0][0] for s in range(20)}
     assert wordings == {"0a", "0b"}
 
 
-def test_a_prompt_that_is_neither_found_nor_known_absent_is_not_asked():
+def test_prompt_neither_present_nor_known_absent_is_dropped():
     assert sorted(choose_prompts(example(4, owned=[1], unsure=[1, 2]), 9, np.random.default_rng(0))[1].tolist()) == [
         0,
         1,
@@ -86,7 +86,7 @@ def test_a_prompt_that_is_neither_found_nor_known_absent_is_not_asked():
         ("frightened left cat", "frightened right cat"),
     ],
 )
-def test_left_and_right_trade_places(text, mirrored):
+def test_mirror_swaps_left_and_right_in_prompt_texts(text, mirrored):
     assert mirror(Prompt((text,), True)).texts == (mirrored,)
     assert mirror(mirror(Prompt((text,), True))).texts == (text,)
 
@@ -105,5 +105,5 @@ def test_left_and_right_trade_places(text, mirrored):
         "lhs",
     ],
 )
-def test_a_text_whose_mirror_image_is_not_known_is_not_mirrored(text):
+def test_mirror_returns_none_for_ambiguous_or_unknown_direction_words(text):
     assert mirror(Prompt(("a cat", text), True)) is None

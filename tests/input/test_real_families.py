@@ -32,13 +32,13 @@ def rows(small_root):
     return found
 
 
-def test_every_family_is_in_the_mixture_and_has_targets(rows):
+def test_every_data_set_of_the_mixture_yields_rows_with_targets(rows):
     assert all(len(examples) > 0 for examples in rows.values())
     for name, examples in rows.items():
         assert sum(row["num_targets"] for row in examples) > 0, name
 
 
-def test_each_family_says_what_it_knows(rows):
+def test_mask_and_region_flags_match_each_data_set(rows):
     for name, examples in rows.items():
         for row in examples:
             n = row["num_targets"]
@@ -51,7 +51,7 @@ def test_each_family_says_what_it_knows(rows):
                 assert not row["is_region"].any()
 
 
-def test_boxes_are_those_of_the_masks(rows):
+def test_boxes_tightly_enclose_their_masks(rows):
     for examples in rows.values():
         for row in examples:
             h, w = row["masks"].shape[1:]

@@ -37,33 +37,33 @@ def _complaint(error, call):
     return str(caught.value)
 
 
-def test_records_come_in_order_over_the_shards(root):
+def test_records_are_read_in_order_across_shards(root):
     source = ShardSource(root, "toy", "train")
     assert len(source) == 5 and source.info.classes[0].name == "cat"
     assert [source[i][:8] for i in range(5)] == [f"record {i}".encode() for i in range(5)]
 
 
-def test_an_index_out_of_range_is_an_index_error(root):
+def test_out_of_range_index_raises_index_error(root):
     source = ShardSource(root, "toy", "train")
     for index in (5, -1):
         with pytest.raises(IndexError):
             source[index]
 
 
-def test_source_travels_to_worker_processes(root):
+def test_source_survives_pickling(root):
     source = ShardSource(root, "toy", "train")
     source[0]
     copy = pickle.loads(pickle.dumps(source))
     assert copy[4] == source[4] and len(copy) == 5
 
 
-def test_grain_reads_it(root):
+def test_grain_reads_a_shard_source(root):
     grain = pytest.importorskip("grain")
     dataset = grain.MapDataset.source(ShardSource(root, "toy", "train")).shuffle(seed=0)
     assert sorted(record[:8] for record in dataset) == [f"record {i}".encode() for i in range(5)]
 
 
-def test_missing_set_names_the_command(root):
+def test_missing_data_set_error_names_the_prepare_command(root):
     assert f"`mqformer prepare public coco_2017_panoptic --output {root}`" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "coco_2017_panoptic", "train")
     )
@@ -72,25 +72,25 @@ def test_missing_set_names_the_command(root):
     )
 
 
-def test_missing_split_names_the_command_that_made_the_others(root):
+def test_missing_split_error_names_the_command_of_the_other_splits(root):
     assert "mqformer prepare semantic --name toy --split val" in _complaint(
         FileNotFoundError, lambda: ShardSource(root, "toy", "val")
     )
 
 
-def test_a_missing_split_of_your_own_format_names_your_script(root):
+def test_missing_split_of_a_custom_data_set_error_refers_to_its_script(root):
     folder = os.path.join(root, "toy")
     DatasetInfo("toy", (), {"train": 5}, source="script").save(folder)
     told = _complaint(FileNotFoundError, lambda: ShardSource(root, "toy", "val"))
     assert "run the script that prepares this data set" in told
 
 
-def test_missing_shard_is_named(root):
+def test_missing_shard_error_names_the_file(root):
     os.remove(_shards(root)[0])
     assert "00000-of-00002.array_record is missing" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
 
 
-def test_a_split_that_a_teacher_made_is_made_again_by_synthesize(root):
+def test_missing_shard_of_a_synthesized_split_error_suggests_synthesize(root):
     folder = os.path.join(root, "toy")
     DatasetInfo("toy", (), {"train": 5}, source="synthesize", made_from="boxes").save(folder)
     os.remove(_shards(root)[0])
@@ -99,7 +99,7 @@ def test_a_split_that_a_teacher_made_is_made_again_by_synthesize(root):
 
 
 @pytest.mark.parametrize("keep", [0, 10_000, 70_000])
-def test_truncated_shard_is_named(root, keep):
+def test_truncated_shard_error_names_the_file(root, keep):
     with open(_shards(root)[1], "r+b") as f:
         f.truncate(keep)
     assert "00001-of-00002.array_record is damaged" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
@@ -123,7 +123,7 @@ def test_broken_dataset_json_is_an_error(root):
     assert "dataset.json cannot be read" in _complaint(ValueError, lambda: ShardSource(root, "toy", "train"))
 
 
-def test_a_damaged_record_is_a_bad_record_and_the_others_are_read(root):
+def test_damaged_record_raises_bad_record_and_others_stay_readable(root):
     with open(_shards(root)[0], "r+b") as f:
         f.seek(45_000)  # in the second record
         f.write(os.urandom(64))

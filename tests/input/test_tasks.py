@@ -45,7 +45,7 @@ def asked(example):
     }
 
 
-def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
+def test_panoptic_prompts_every_class_and_merges_stuff_into_one_region():
     sky = [segment(x, 8, x + 2, 12, class_id=SKY) for x in (0, 8)]
     rec = record(segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), *sky)
     example = to_example(rec, INFO, ("panoptic",), "toy/a")
@@ -58,7 +58,7 @@ def test_panoptic_asks_every_class_things_one_by_one_and_stuff_as_one_region():
     assert example.prompts[0].texts == ("cat", "kitty")
 
 
-def test_an_object_with_a_class_and_expressions_is_one_target_with_a_prompt_for_each():
+def test_object_with_class_and_expressions_is_one_target_with_many_prompts():
     rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("left cat", "small one")), segment(6, 0, 9, 4, class_id=CAT))
     example = to_example(rec, INFO, ("instance", "referring"), "toy/a")
     assert len(example.targets) == 2
@@ -68,14 +68,14 @@ def test_an_object_with_a_class_and_expressions_is_one_target_with_a_prompt_for_
     assert len(other.prompts) == 1 and example.prompts[max(both.prompts)].is_region
 
 
-def test_an_expression_of_two_objects_is_one_prompt_with_two_targets():
+def test_expression_shared_by_two_objects_is_one_prompt_with_two_targets():
     rec = record(segment(0, 0, 4, 4, texts=("a cat", "a cat", "left")), segment(6, 0, 9, 4, texts=("a cat",)))
     example = to_example(rec, INFO, ("referring",), "toy/a")
     assert [p.texts for p in example.prompts] == [("a cat",), ("left",)]
     assert [t.prompts for t in example.targets] == [(0, 1), (0,)]
 
 
-def test_semantic_unites_the_segments_of_a_class():
+def test_semantic_merges_the_segments_of_a_class():
     rec = record(
         segment(0, 0, 4, 4, class_id=CAT), segment(6, 0, 9, 4, class_id=CAT), segment(0, 5, 9, 9, class_id=DOG)
     )
@@ -87,7 +87,7 @@ def test_semantic_unites_the_segments_of_a_class():
     assert ("sky", False) not in prompts
 
 
-def test_detection_drops_masks_and_boxes_only_labels_have_none():
+def test_detection_drops_masks_and_box_only_targets_have_none():
     rec = record(
         segment(1, 2, 5, 6, class_id=CAT, box=(1.0, 2.0, 5.5, 6.0)), Segment(class_id=DOG, box=(2.5, 3.0, 9.0, 8.0))
     )
@@ -99,7 +99,7 @@ def test_detection_drops_masks_and_boxes_only_labels_have_none():
         assert not example.ignore.any()
 
 
-def test_crowds_are_ignored_and_make_their_class_unsure():
+def test_crowds_become_ignored_pixels_and_make_their_class_non_exhaustive():
     rec = record(
         segment(0, 0, 4, 4, class_id=CAT),
         segment(8, 0, 12, 4, class_id=CAT, crowd=True),
@@ -113,7 +113,7 @@ def test_crowds_are_ignored_and_make_their_class_unsure():
     assert prompts["cat", False][0] is False and ("dog", False) not in prompts and prompts["sky", True][0] is True
 
 
-def test_federated_sets_ask_only_what_is_known():
+def test_federated_sets_prompt_only_present_and_known_absent_classes():
     rec = record(
         segment(0, 0, 4, 4, class_id=CAT),
         segment(6, 0, 9, 4, class_id=SKY),
@@ -128,7 +128,7 @@ def test_federated_sets_ask_only_what_is_known():
     }
 
 
-def test_referring_asks_expressions_and_knows_absent_ones():
+def test_referring_prompts_include_expressions_and_absent_texts():
     rec = record(
         segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)),
         segment(6, 0, 9, 4, class_id=DOG),
@@ -144,7 +144,7 @@ def test_referring_asks_expressions_and_knows_absent_ones():
     )
 
 
-def test_foreground_is_the_matte_above_half():
+def test_foreground_mask_is_the_matte_thresholded_at_one_half():
     matte = np.tile(np.linspace(0, 255, W).astype(np.uint8), (H, 1))
     rec = record(
         Segment(alpha=cv2.imencode(".png", matte)[1].tobytes(), foreground=True), segment(0, 0, 2, 2, class_id=CAT)
@@ -155,12 +155,12 @@ def test_foreground_is_the_matte_above_half():
     assert [p.texts for p in example.prompts] == [("foreground",)] and needs_whole_image(rec, ("foreground",))
 
 
-def test_an_image_without_objects_is_all_negatives():
+def test_image_without_objects_has_only_negative_prompts():
     example = to_example(record(), INFO, ("panoptic",), "toy/a")
     assert example.targets == [] and len(example.prompts) == 3 and all(p.exhaustive for p in example.prompts)
 
 
-def test_templates_wrap_class_names_and_never_expressions():
+def test_templates_apply_to_class_names_but_not_to_expressions():
     rec = record(segment(0, 0, 4, 4, class_id=CAT, texts=("the cat",)))
     example = to_example(rec, INFO, ("instance", "referring"), "toy/a", ("a {}.", "my {}"))
     assert example.prompts[0].texts == ("a cat.", "my cat", "a kitty.", "my kitty") and example.prompts[-1].texts == (
@@ -168,7 +168,7 @@ def test_templates_wrap_class_names_and_never_expressions():
     )
 
 
-def test_contradictions_name_the_record():
+def test_invalid_segments_and_unknown_tasks_are_rejected():
     with pytest.raises(BadRecord, match="a: segment 0 has class 7"):
         to_example(record(segment(0, 0, 4, 4, class_id=7)), INFO, ("instance",), "toy/a")
     with pytest.raises(BadRecord, match="a: segment 0 has neither a box nor a mask"):
@@ -177,7 +177,7 @@ def test_contradictions_name_the_record():
         to_example(record(), INFO, ("panoptics",), "toy/a")
 
 
-def test_phrases_that_may_fit_other_things_are_not_taught_absent():
+def test_non_unique_phrases_are_not_exhaustive():
     phrases = record(segment(0, 0, 4, 4, texts=("a shirt", "blue cloth")))
     for unique in (True, False):
         prompts = to_example(phrases, DatasetInfo("x", (), {}, False, unique_texts=unique), ("referring",), "k").prompts
@@ -185,7 +185,7 @@ def test_phrases_that_may_fit_other_things_are_not_taught_absent():
         assert all(prompt.is_region and prompt.exhaustive == unique for prompt in prompts)
 
 
-def test_a_frequent_class_is_asked_for_more_readily():
+def test_prompt_weight_grows_with_class_frequency():
     info = DatasetInfo(
         "x", (ClassInfo(("cat",)), ClassInfo(("dog",)), ClassInfo(("emu",))), {}, class_images={"train": (16, 9, 0)}
     )
@@ -193,7 +193,7 @@ def test_a_frequent_class_is_asked_for_more_readily():
     assert [p.weight for p in prompts] == [4, 3, 1]
 
 
-def test_what_is_there_but_cannot_be_drawn_is_not_taught_absent():
+def test_prompts_of_objects_with_empty_masks_are_not_exhaustive():
     glass = cv2.imencode(".png", np.full((H, W), 100, np.uint8))[1].tobytes()
     empty = Segment(class_id=CAT, mask=encode_rle(np.zeros((H, W), bool)), box=(1.0, 1.0, 5.0, 5.0), texts=("the cat",))
     example = to_example(

@@ -42,7 +42,7 @@ def iou(a, b):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_masks_and_boxes_move_with_the_pixels(seed):
+def test_masks_and_boxes_follow_the_transformed_pixels(seed):
     rng = np.random.default_rng(seed)
     moved = random_flip(resize_crop(scene(), CANVAS, rng, (0.4, 2.0)), rng, 0.5)
     h, w = moved.image.shape[:2]
@@ -55,7 +55,7 @@ def test_masks_and_boxes_move_with_the_pixels(seed):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_a_mask_in_its_window_moves_like_the_same_mask_on_the_whole_image(seed):
+def test_cropped_masks_transform_like_full_image_masks(seed):
     example = scene()
     windowed = dataclasses.replace(example, targets=[])
     for target in example.targets:
@@ -74,7 +74,7 @@ def test_a_mask_in_its_window_moves_like_the_same_mask_on_the_whole_image(seed):
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_boxes_without_masks_move_with_the_pixels(seed):
+def test_boxes_without_masks_follow_the_transformed_pixels(seed):
     """The painted pixels tell where a box must be; what the window cuts off, it cuts off the box."""
     rng = np.random.default_rng(seed)
     example = scene()
@@ -88,7 +88,7 @@ def test_boxes_without_masks_move_with_the_pixels(seed):
     assert len(moved.targets) >= 1 or not (moved.image > 157).any()
 
 
-def test_masks_are_resized_as_opencv_does_it():
+def test_mask_resizing_matches_opencv():
     example = scene()
     for canvas in ((60, 50), (96, 128), (300, 211)):
         moved = fit(example, canvas)
@@ -98,7 +98,7 @@ def test_masks_are_resized_as_opencv_does_it():
             np.testing.assert_array_equal(whole(after, moved.image), expected)
 
 
-def test_a_target_that_left_the_crop_makes_its_prompt_a_true_negative():
+def test_prompt_of_a_cropped_out_target_becomes_an_exhaustive_negative():
     left = 0
     for seed in range(40):
         moved = resize_crop(scene(), (40, 40), np.random.default_rng(seed), (3.0, 4.0))
@@ -110,12 +110,12 @@ def test_a_target_that_left_the_crop_makes_its_prompt_a_true_negative():
     assert left > 10
 
 
-def test_a_target_too_small_to_be_seen_makes_its_prompt_unsure():
+def test_prompt_of_a_target_that_becomes_too_small_is_non_exhaustive():
     moved = fit(scene(), (4, 4))
     assert moved.targets == [] and [p.exhaustive for p in moved.prompts] == [False, False, True]
 
 
-def test_the_window_may_lie_anywhere():
+def test_crop_windows_cover_the_whole_image():
     ramp = np.stack([*np.mgrid[:100, :100].astype(np.uint8), np.zeros((100, 100), np.uint8)], axis=-1)
     example = dataclasses.replace(scene(100, 100), image=ramp, targets=[])
     corners = np.array(
@@ -135,14 +135,14 @@ def test_boxes_without_masks_are_scaled_and_clipped():
             assert 0 <= t.box[0] < t.box[2] <= w and 0 <= t.box[1] < t.box[3] <= h
 
 
-def test_nothing_is_resampled_when_the_image_fills_the_canvas():
+def test_image_of_canvas_size_is_not_resampled():
     example = scene(*CANVAS)
     moved = resize_crop(example, CANVAS, np.random.default_rng(0), (1.0, 1.0))
     np.testing.assert_array_equal(moved.image, example.image)
     np.testing.assert_array_equal(whole(moved.targets[1], moved.image), example.targets[1].mask)
 
 
-def test_a_flip_mirrors_pixels_labels_and_words():
+def test_flip_mirrors_image_masks_boxes_and_prompt_texts():
     example = scene()
     moved = random_flip(example, np.random.default_rng(0), 1.0)
     np.testing.assert_array_equal(moved.image, example.image[:, ::-1])
@@ -152,7 +152,7 @@ def test_a_flip_mirrors_pixels_labels_and_words():
     assert moved.prompts[0].texts == ("disc on the right",)
 
 
-def test_an_image_whose_words_cannot_be_mirrored_is_not_flipped():
+def test_image_with_unmirrorable_prompt_texts_is_not_flipped():
     example = dataclasses.replace(scene(), prompts=[Prompt(("2nd from l",), True)] * 3)
     assert random_flip(example, np.random.default_rng(0), 1.0) is example
 
@@ -167,7 +167,7 @@ def test_fit_keeps_the_whole_image_and_pads_right_and_below():
     assert example.image.shape == (60, 50, 3) and len(example.targets) == 2
 
 
-def test_colors_move_little_and_geometry_not_at_all():
+def test_color_jitter_changes_colors_slightly_and_keeps_targets():
     example = scene()
     moved = color_jitter(example, np.random.default_rng(0), 0.2)
     assert moved.targets is example.targets and (moved.image != example.image).any()

@@ -6,14 +6,14 @@ rng = np.random.default_rng(0)
 sigmoid = lambda x: 1 / (1 + np.exp(-x))
 
 
-def test_focal_loss_is_retinanets():
+def test_focal_loss_matches_the_retinanet_formula():
     logits, labels = rng.normal(size=50), rng.integers(0, 2, 50).astype(float)
     p = sigmoid(logits)
     expected = np.where(labels == 1, -0.25 * (1 - p) ** 2 * np.log(p), -0.75 * p**2 * np.log(1 - p))
     np.testing.assert_allclose(costs.focal(logits, labels), expected, rtol=1e-5)
 
 
-def test_class_cost_is_the_mean_over_the_prompts_that_name_a_target():
+def test_class_cost_averages_over_the_positive_prompts_of_a_target():
     logits = rng.normal(size=(6, 3)).astype(np.float32)
     one = np.array(costs.class_cost(logits, np.eye(3, dtype=np.float32)))
     both = np.array(costs.class_cost(logits, np.array([[1.0, 0, 1]], np.float32)))
@@ -28,7 +28,7 @@ def test_giou_of_known_boxes():
     np.testing.assert_allclose(costs.giou(a, b), [1 / 7 - 2 / 9, 1, -1 / 3], atol=1e-5)
 
 
-def test_pairwise_mask_costs_equal_matched_losses_and_leave_unknown_points_out():
+def test_pairwise_mask_costs_equal_matched_losses_and_skip_unknown_points():
     logits, masks = rng.normal(size=(4, 30)).astype(np.float32), (rng.random((3, 30)) < 0.5).astype(np.float32)
     weight = (rng.random(30) < 0.7).astype(np.float32)
     entropy, dice = costs.mask_costs(logits, masks, weight)
@@ -42,7 +42,7 @@ def test_pairwise_mask_costs_equal_matched_losses_and_leave_unknown_points_out()
     np.testing.assert_allclose(dice[2, 1], 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1), rtol=1e-4)
 
 
-def test_projection_loss_is_boxinsts_where_a_box_covers_whole_cells():
+def test_projection_loss_matches_boxinst_for_cell_aligned_boxes():
     logits = rng.normal(size=(5, 12, 16)).astype(np.float32)
     corners = np.array([[2, 3, 9, 7], [0, 0, 16, 12], [15, 11, 16, 12], [4, 0, 5, 12], [8, 6, 8, 6]])
     masks = np.zeros((5, 12, 16))
@@ -55,7 +55,7 @@ def test_projection_loss_is_boxinsts_where_a_box_covers_whole_cells():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_projection_loss_wants_a_share_of_a_cell_that_a_box_covers_in_part():
+def test_projection_loss_target_is_fractional_for_partly_covered_cells():
     box = np.array([0.25 + 0.125, 0, 0.75, 1], np.float32)  # from the middle of the second of four cells on
     exact = np.broadcast_to(np.array([-30, 0, 30, -30], np.float32), (4, 4))
     assert float(costs.projection_loss(exact, box)) < 1e-4

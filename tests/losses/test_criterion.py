@@ -50,7 +50,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(outputs, tiny_batch):
     assert float(images.sum() / tiny_batch.num_targets.sum()) == pytest.approx(float(loss), rel=1e-5)
 
 
-def test_perfect_predictions_cost_nothing(outputs, tiny_batch):
+def test_perfect_predictions_have_near_zero_class_and_box_loss(outputs, tiny_batch):
     """Each target is predicted exactly by one query; the rest are silent."""
     n, b = tiny_batch.boxes.shape[1], 8
     masks = np.unpackbits(tiny_batch.masks, axis=-1).astype(np.float32)
@@ -68,7 +68,7 @@ def test_perfect_predictions_cost_nothing(outputs, tiny_batch):
     assert float(metrics["dice"]) < 0.5 * float(worse["dice"])  # features are interpolated, so borders are not exact
 
 
-def test_padded_rows_and_prompts_are_never_read(outputs, tiny_batch):
+def test_padded_targets_and_prompts_do_not_affect_the_loss(outputs, tiny_batch):
     rows = np.arange(tiny_batch.boxes.shape[1]) >= tiny_batch.num_targets[:, None]
     garbage = tiny_batch.replace(
         boxes=np.where(rows[..., None], 9.0, tiny_batch.boxes).astype(np.float32),
@@ -90,7 +90,7 @@ def test_box_only_targets_train_classes_and_boxes_and_no_masks(outputs, tiny_bat
 
 
 @pytest.mark.slow
-def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(outputs, tiny_batch):
+def test_projection_loss_applies_only_to_box_only_targets(outputs, tiny_batch):
     weights = LossWeights(num_points=64, projection=1.0)
     masked = tiny_batch.replace(has_mask=np.ones_like(tiny_batch.has_mask))
     loss, metrics = run(outputs, masked, weights)
@@ -105,7 +105,7 @@ def test_the_projection_loss_teaches_masks_of_box_only_targets_and_of_no_others(
     assert found.mask_features[:, :, :8].any() and not found.mask_features[:, :, 8:].any()  # not in the padding
 
 
-def test_what_is_not_exhaustively_labeled_is_not_taught_absent(outputs, tiny_batch):
+def test_non_exhaustive_prompts_give_no_negative_class_gradient(outputs, tiny_batch):
     unknown = tiny_batch.replace(
         prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive), negative=np.zeros_like(tiny_batch.negative)
     )
@@ -117,7 +117,7 @@ def test_what_is_not_exhaustively_labeled_is_not_taught_absent(outputs, tiny_bat
     assert (known > 0).any()
 
 
-def test_an_object_is_taught_what_it_is_known_not_to_be_though_the_prompt_is_not_exhaustive(outputs, tiny_batch):
+def test_known_negatives_are_trained_even_for_non_exhaustive_prompts(outputs, tiny_batch):
     unknown = tiny_batch.replace(prompt_exhaustive=np.zeros_like(tiny_batch.prompt_exhaustive))
     others = tiny_batch.prompt_valid[:, None] & ~tiny_batch.positive
     found = np.array(gradients(outputs, unknown.replace(negative=others)).matching.class_logits)
@@ -125,14 +125,14 @@ def test_an_object_is_taught_what_it_is_known_not_to_be_though_the_prompt_is_not
     np.testing.assert_array_equal((found > 0).sum((0, 2, 3)), STAGES * (others & rows[..., None]).sum((1, 2)))
 
 
-def test_pixels_where_nothing_is_known_count_nowhere(outputs, tiny_batch):
+def test_ignored_pixels_give_no_mask_gradient(outputs, tiny_batch):
     ignore = np.zeros_like(tiny_batch.ignore)
     ignore[:, :, : ignore.shape[2] // 2] = 255
     found = np.array(gradients(outputs, tiny_batch.replace(ignore=ignore)).mask_features)
     assert np.abs(found[:, :, :7]).max() < 1e-8 and np.abs(found[:, :, 9:]).max() > 1e-6
 
 
-def test_a_query_that_found_something_unlabeled_is_left_in_peace(outputs, tiny_batch):
+def test_unmatched_queries_in_ignored_areas_get_no_class_gradient(outputs, tiny_batch):
     # the whole image is unknown: every query is in an ignored area
     ignore = np.full_like(tiny_batch.ignore, 255)
     found = np.array(gradients(outputs, tiny_batch.replace(ignore=ignore)).matching.class_logits)
@@ -140,13 +140,13 @@ def test_a_query_that_found_something_unlabeled_is_left_in_peace(outputs, tiny_b
     np.testing.assert_array_equal(taught, np.broadcast_to(tiny_batch.num_targets, (STAGES, 8)))
 
 
-def test_padding_of_the_image_takes_no_part_in_mask_losses(outputs, tiny_batch):
+def test_image_padding_gives_no_mask_gradient(outputs, tiny_batch):
     cut = tiny_batch.replace(size=np.tile(np.array([64, 32], np.int32), (8, 1)))
     found = np.array(gradients(outputs, cut).mask_features)
     assert not found[:, :, 9:].any() and found[:, :, :8].any()
 
 
-def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch):
+def test_image_without_targets_has_only_the_negative_class_loss(outputs, tiny_batch):
     empty = tiny_batch.replace(num_targets=np.zeros(8, np.int32))
     loss, metrics = run(outputs, empty)
     negatives = (
@@ -157,7 +157,7 @@ def test_an_image_without_targets_is_all_negative_and_finite(outputs, tiny_batch
     assert float(metrics["mask"]) == float(metrics["box"]) == 0
 
 
-def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch):
+def test_taken_metric_counts_targets_matched_by_learnable_queries(outputs, tiny_batch):
     # learnable queries score badly: the others take all but what is left
     near = outputs.matching.class_logits.at[:, :, :6].set(-9.0)
     taken = np.array(run(outputs.replace(matching=outputs.matching.replace(class_logits=near)), tiny_batch)[1]["taken"])
@@ -165,7 +165,7 @@ def test_learnable_share_counts_which_kind_took_which_target(outputs, tiny_batch
     assert (taken[:, 0] <= taken[:, 1]).all() and taken[:, 0].sum() < 0.3 * taken[:, 1].sum()
 
 
-def test_decoupled_queries_take_their_own_kind_of_target_only(outputs, tiny_batch):
+def test_decoupled_queries_match_only_their_own_target_type(outputs, tiny_batch):
     """OpenSeeD's hard split: 6 learnable queries take regions, 8 conditional ones instances."""
     split = outputs.replace(decoupled=True)
     taken = np.array(run(split, tiny_batch)[1]["taken"])
@@ -174,7 +174,7 @@ def test_decoupled_queries_take_their_own_kind_of_target_only(outputs, tiny_batc
     assert instances[0] == 0 and regions[0] == regions[1]
 
 
-def test_where_a_kind_has_too_few_queries_its_targets_go_without(outputs, tiny_batch):
+def test_decoupled_targets_beyond_the_query_count_stay_unmatched(outputs, tiny_batch):
     one_learnable = outputs.replace(decoupled=True, num_learnable=1)
     loss, metrics = run(one_learnable, tiny_batch)
     assert np.isfinite(float(loss))

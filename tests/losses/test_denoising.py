@@ -4,7 +4,7 @@ import numpy as np
 from mqformer_jax.losses.denoising import noise_targets
 
 
-def test_whole_groups_of_all_targets_fill_the_slots(tiny_batch):
+def test_denoising_slots_hold_as_many_full_target_groups_as_fit(tiny_batch):
     noised = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 24))
     rows = zip(tiny_batch.num_targets, noised.target, noised.queries.group, noised.queries.valid)
     for count, t, group, valid in rows:
@@ -14,17 +14,17 @@ def test_whole_groups_of_all_targets_fill_the_slots(tiny_batch):
         np.testing.assert_array_equal(group[valid], np.repeat(np.arange(groups), count))
 
 
-def test_more_targets_than_slots_make_one_group_cut_short(tiny_batch):
+def test_more_targets_than_denoising_slots_give_one_truncated_group(tiny_batch):
     noised = jax.device_get(noise_targets(jax.random.key(0), tiny_batch, 2))
     assert noised.queries.valid.all() and (noised.queries.group == 0).all() and (noised.target == [0, 1]).all()
 
 
-def test_an_image_without_targets_has_no_copies(tiny_batch):
+def test_image_without_targets_has_no_denoising_queries(tiny_batch):
     noised = noise_targets(jax.random.key(0), tiny_batch.replace(num_targets=np.zeros(8, np.int32)), 6)
     assert not noised.queries.valid.any()
 
 
-def test_copies_claim_their_targets_prompts_but_for_the_flipped(tiny_batch):
+def test_denoising_queries_use_target_prompts_unless_label_noise_applies(tiny_batch):
     noised = jax.device_get(noise_targets(jax.random.key(1), tiny_batch, 200, label_noise=0.0))
     own, queries = np.take_along_axis(tiny_batch.positive, noised.target[..., None], 1), noised.queries
     assert np.take_along_axis(own, queries.prompt[..., None], 2)[queries.valid].all()
@@ -34,7 +34,7 @@ def test_copies_claim_their_targets_prompts_but_for_the_flipped(tiny_batch):
     assert wrong.mean() > 0.6
 
 
-def test_boxes_move_by_no_more_than_the_noise(tiny_batch):
+def test_denoising_box_shift_is_bounded_by_box_noise(tiny_batch):
     noised = jax.device_get(noise_targets(jax.random.key(2), tiny_batch, 100, box_noise=0.4))
     boxes, valid = np.take_along_axis(tiny_batch.boxes, noised.target[..., None], 1), noised.queries.valid
     moved = np.abs(noised.queries.boxes - boxes)[valid]

@@ -29,7 +29,7 @@ def bilinear(maps, points):
     )
 
 
-def test_the_oracle_samples_bilinearly_with_zeros_outside():
+def test_reference_point_sampling_matches_scipy_bilinear_interpolation():
     maps = rng.normal(size=(3, 5, 7)).astype(np.float32)
     points = rng.uniform(-0.05, 1.05, (3, 50, 2)).astype(np.float32)
     assert_agrees("point sampling (SciPy)", "forward", sample_maps(maps, points), bilinear(maps, points), 1e-5)
@@ -38,7 +38,7 @@ def test_the_oracle_samples_bilinearly_with_zeros_outside():
 @pytest.mark.parametrize(
     "stride, offset", [(4, (0, 0)), (4, (1, 2)), (4, (3, 3)), (2, (0, 1)), (2, (1, 0)), (1, (0, 0))]
 )
-def test_features_on_the_lattice_are_sampled_at_its_pixels(stride, offset):
+def test_lattice_features_match_bilinear_sampling_at_lattice_pixels(stride, offset):
     features = rng.normal(size=(*SHAPE, 3)).astype(np.float32)
     points = lattice_points(CANVAS, stride, offset)
     expected = bilinear(features.transpose(2, 0, 1), np.tile(points.reshape(-1, 2), (3, 1, 1))).T
@@ -47,7 +47,7 @@ def test_features_on_the_lattice_are_sampled_at_its_pixels(stride, offset):
     assert_agrees("features on the lattice (SciPy)", "forward", found, expected, 1e-5)
 
 
-def test_losses_on_the_lattice_are_those_at_its_chosen_pixels():
+def test_lattice_losses_and_gradients_match_point_sampled_losses():
     """Values and gradients: weights of 0 and 1 on the lattice against PointRend's sampling of the chosen pixels."""
     features = rng.normal(size=(*SHAPE, 3)).astype(np.float32)
     embed = rng.normal(size=(2, 3)).astype(np.float32)
@@ -77,12 +77,12 @@ def test_losses_on_the_lattice_are_those_at_its_chosen_pixels():
 
 
 @pytest.mark.parametrize("width", [3, 8, 13])
-def test_bits_are_unpacked(width):
+def test_unpack_inverts_numpy_packbits(width):
     masks = rng.random((2, 4, width)) < 0.5
     np.testing.assert_array_equal(lattice.unpack(np.packbits(masks, axis=-1), width), masks)
 
 
-def test_a_coarser_lattice_has_about_the_wanted_number_of_pixels_and_every_start_sees_others():
+def test_lattice_step_approximates_num_points_and_offsets_are_disjoint():
     assert lattice.step_of((256, 256), 12544) == 2 and lattice.step_of((24, 24), 256) == 1
     x = np.arange(6 * 9 * 2).reshape(6, 9, 2)
     seen = [np.array(lattice.every(x, 3, jnp.array([a, b]), 0)) for a in range(3) for b in range(3)]
@@ -90,7 +90,7 @@ def test_a_coarser_lattice_has_about_the_wanted_number_of_pixels_and_every_start
     np.testing.assert_array_equal(np.sort(np.concatenate([s.reshape(-1) for s in seen])), x.reshape(-1))
 
 
-def test_the_uncertain_quarter_of_the_candidates_counts():
+def test_most_uncertain_quarter_of_candidate_pixels_is_weighted():
     """With as many candidates as pixels, no pixel is drawn twice, and the choice can be checked by sorting."""
     logits = rng.normal(size=(3, 24, 24)).astype(np.float32)
     inside = np.ones((24, 24), bool)
@@ -105,7 +105,7 @@ def test_the_uncertain_quarter_of_the_candidates_counts():
     assert set(np.unique(uniform)) == {0, 1}
 
 
-def test_the_number_of_points_is_about_num_points_on_average():
+def test_mean_point_count_is_num_points_and_uncertain_pixels_are_favored():
     rng = np.random.default_rng(0)  # its own, so that the result does not depend on which tests ran before
     logits, inside = rng.normal(size=(2, 64, 64)).astype(np.float32), np.ones((64, 64), bool)
     draw = jax.jit(lambda key: lattice.point_weights(lattice.draw_pixels(key, inside, 400), logits).sum((1, 2)))

@@ -57,7 +57,7 @@ def with_gradients(f, *inputs, cotangent):
     return jax.jit(run)(inputs, cotangent)
 
 
-def test_sampled_points_are_theirs_outside_the_map_too():
+def test_point_sampling_matches_mask2former_inside_and_outside_the_map():
     maps = torch.randn(3, 1, 5, 8, requires_grad=True)
     points = (torch.rand(3, 40, 2) * 1.6 - 0.3).requires_grad_()
     expected = mask2former.sample_point(maps, points, align_corners=False).squeeze(1)
@@ -69,7 +69,7 @@ def test_sampled_points_are_theirs_outside_the_map_too():
     close("point sampling", "gradient", gradients, (maps.grad[:, 0], points.grad))
 
 
-def test_pairwise_mask_costs_are_theirs():
+def test_pairwise_mask_costs_match_mask2former():
     logits, targets = 3 * torch.randn(QUERIES, POINTS), masks(TARGETS, POINTS)
     entropy, dice = mask_costs(array(logits), array(targets), jnp.ones(POINTS))
     theirs = (
@@ -79,7 +79,7 @@ def test_pairwise_mask_costs_are_theirs():
     close("pairwise mask costs", "forward", (entropy.T, dice.T), theirs)
 
 
-def test_mask_losses_have_their_values_and_gradients():
+def test_mask_loss_values_and_gradients_match_mask2former():
     logits, targets = (3 * torch.randn(TARGETS, POINTS)).requires_grad_(), masks(TARGETS, POINTS)
     expected = mask2former.sigmoid_cross_entropy_loss(logits, targets, 3), mask2former.dice_loss(logits, targets, 3)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in expected]
@@ -89,7 +89,7 @@ def test_mask_losses_have_their_values_and_gradients():
     close("mask losses", "gradient", found, gradients)
 
 
-def test_a_point_left_out_is_as_if_never_drawn():
+def test_zero_weight_points_do_not_affect_mask_costs():
     logits, targets = 3 * torch.randn(QUERIES, POINTS), masks(TARGETS, POINTS)
     weight = (jnp.arange(POINTS) < 20).astype(jnp.float32)
     entropy, dice = mask_costs(array(logits), array(targets), weight)
@@ -102,7 +102,7 @@ def test_a_point_left_out_is_as_if_never_drawn():
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_assignment_is_that_of_their_matcher(seed):
+def test_assignment_matches_the_mask2former_matcher(seed):
     """Their cost matrix is rebuilt of our parts: their class cost is the softmax's, at their points, drawn from one
     seed.
     """
@@ -121,7 +121,7 @@ def test_the_assignment_is_that_of_their_matcher(seed):
     np.testing.assert_array_equal(assigned[np.asarray(target)], query)
 
 
-def test_focal_loss_has_its_values_and_gradients():
+def test_focal_loss_values_and_gradients_match_detr():
     logits = (3 * torch.randn(QUERIES, 5)).requires_grad_()
     targets = (torch.rand(QUERIES, 5) > 0.7).float()
     expected = detr.sigmoid_focal_loss(logits, targets, 3)
@@ -133,7 +133,7 @@ def test_focal_loss_has_its_values_and_gradients():
     close("focal", "gradient", [gradient], [logits.grad])
 
 
-def test_giou_has_its_values_and_gradients():
+def test_giou_values_and_gradients_match_detr():
     """In pixels, where the 1e-6 that ours adds to areas is nothing."""
     ours, theirs = (20 * boxes(QUERIES)).requires_grad_(), 20 * boxes(TARGETS)
     expected = detr.generalized_box_iou(detr.center_to_corners_format(ours), detr.center_to_corners_format(theirs))
@@ -146,14 +146,14 @@ def test_giou_has_its_values_and_gradients():
     close("GIoU", "gradient", [gradient], [ours.grad])
 
 
-def test_boxes_without_extent_give_numbers():
+def test_giou_of_empty_boxes_is_finite_with_finite_gradients():
     nothing = jnp.zeros((1, 4))
     value, gradient = jax.jit(jax.value_and_grad(lambda a: costs.giou(a, nothing).sum()))(nothing)
     assert np.isfinite(value) and np.isfinite(gradient).all()
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_assignment_by_classes_and_boxes_is_that_of_deformable_detr(seed):
+def test_class_and_box_assignment_matches_deformable_detr(seed):
     torch.manual_seed(seed)
     logits, labels, found, wanted = (
         torch.randn(1, QUERIES, 5),

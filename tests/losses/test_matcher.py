@@ -14,7 +14,7 @@ def total(cost, assignment):
 
 
 @pytest.mark.parametrize("n, q, ties", [(6, 40, False), (20, 30, True), (30, 30, False)])
-def test_assignment_costs_what_scipys_costs(n, q, ties):
+def test_total_assignment_cost_matches_scipy(n, q, ties):
     rng = np.random.default_rng(n)
     cost = rng.normal(size=(16, n, q)).astype(np.float32)
     if ties:
@@ -31,7 +31,7 @@ def test_assignment_costs_what_scipys_costs(n, q, ties):
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.1, 1e-3])
-def test_targets_that_all_want_the_same_queries_are_shared_out_as_scipy_does(spread):
+def test_assignment_with_heavily_contested_queries_matches_scipy(spread):
     """Queries that are nearly alike: most targets lose their first choice, and paths are long."""
     rng = np.random.default_rng(2)
     cost = rng.normal(size=(8, 24, 1)) + rng.normal(size=(8, 1, 40)) + spread * rng.normal(size=(8, 24, 40))
@@ -42,7 +42,7 @@ def test_targets_that_all_want_the_same_queries_are_shared_out_as_scipy_does(spr
         assert_agrees("matching, total cost (SciPy)", "forward", total(c.astype(np.float64), found), expected, 1e-6)
 
 
-def test_what_other_problems_of_the_batch_hold_changes_nothing():
+def test_batched_assignment_matches_single_assignment():
     rng = np.random.default_rng(3)
     cost, counts = rng.normal(size=(6, 20, 25)).astype(np.float32), np.array([20, 1, 0, 7, 20, 13])
     together = batched(cost, counts)
@@ -50,7 +50,7 @@ def test_what_other_problems_of_the_batch_hold_changes_nothing():
         np.testing.assert_array_equal(batched(c[None], count[None])[0], found)
 
 
-def test_padded_rows_get_no_query_and_are_never_read():
+def test_padded_rows_are_unassigned_and_ignored():
     cost = np.random.default_rng(0).normal(size=(1, 8, 12)).astype(np.float32)
     poisoned = cost.copy()
     poisoned[:, 3:] = np.nan
@@ -58,7 +58,7 @@ def test_padded_rows_get_no_query_and_are_never_read():
     assert (np.array(batched(cost, np.array([3])))[0, 3:] == -1).all()
 
 
-def test_nan_and_infinite_pairs_are_taken_last():
+def test_nan_and_infinite_costs_are_assigned_last():
     cost = np.random.default_rng(1).normal(size=(1, 5, 9)).astype(np.float32)
     cost[0, 0, :] = np.nan
     cost[0, 1, 2:] = np.inf

@@ -20,7 +20,7 @@ def matte() -> Matte:
     return Matte(np.random.default_rng(0).integers(0, 256, (90, 140, 3), np.uint8), disc(), 0, True)
 
 
-def test_the_window_is_a_square_around_the_object_that_stays_in_the_image():
+def test_window_is_a_square_around_the_object_clipped_to_the_image():
     top, left, height, width = window_around(disc(), 0.25)
     assert height == width and 58 <= height <= 62
     assert abs(top + height / 2 - 45) <= 1 and abs(left + width / 2 - 70) <= 1
@@ -29,14 +29,14 @@ def test_the_window_is_a_square_around_the_object_that_stays_in_the_image():
     assert window_around(np.full((9, 9), 0.4), 0.1) is None
 
 
-def test_a_window_lies_on_the_canvas_as_large_as_it_fits():
+def test_window_is_fitted_and_edge_padded_to_the_canvas():
     image, window = matte().image, (10, 20, 32, 64)
     assert fitted(window, 64) == (32, 64)
     placed = cut(image, window, 64)
     assert (placed[:32] == image[10:42, 20:84]).all() and (placed[32:] == placed[31]).all()
 
 
-def test_a_rough_mask_is_too_large_or_too_small_by_the_pixels_asked_for():
+def test_rough_mask_grows_or_shrinks_by_the_requested_pixels():
     exact = (disc() > 0.5).sum()
     radius = lambda grow: np.sqrt(rough_mask(disc(), 0.5, grow).sum() / np.pi) - np.sqrt(exact / np.pi)
     assert (
@@ -46,7 +46,7 @@ def test_a_rough_mask_is_too_large_or_too_small_by_the_pixels_asked_for():
     )
 
 
-def test_a_perturbed_matte_is_a_mask_near_it_and_the_same_for_the_same_seed():
+def test_perturbed_matte_stays_close_and_is_deterministic_per_seed():
     masks = [perturb(disc(), np.random.default_rng(i)) for i in range(40)]
     assert all(m.shape == (90, 140) and m.dtype == np.float32 and 0 <= m.min() and m.max() <= 1 for m in masks)
     errors = [np.abs(m - disc()).mean() for m in masks]
@@ -55,7 +55,7 @@ def test_a_perturbed_matte_is_a_mask_near_it_and_the_same_for_the_same_seed():
     np.testing.assert_array_equal(masks[3], perturb(disc(), np.random.default_rng(3)))
 
 
-def test_an_example_moves_image_guidance_alpha_and_weight_alike():
+def test_flip_mirrors_image_guidance_alpha_and_weight_together():
     matting = get_config().matting
     plain, mirrored = (make_example(matte(), None, matting, np.random.default_rng(1), flip) for flip in (0.0, 1.0))
     height, width = fitted(part_of(window_around(disc(), matting.margin), np.random.default_rng(1), 1.0), 64)
@@ -66,7 +66,7 @@ def test_an_example_moves_image_guidance_alpha_and_weight_alike():
     assert weight[(alpha > 0.1) & (alpha < 0.9)].min() > 1
 
 
-def test_the_models_own_mask_is_brought_to_the_image_and_cut_with_it():
+def test_model_mask_is_resized_and_cropped_with_the_image():
     own = (cv2.resize(disc(), (70, 45), interpolation=cv2.INTER_AREA) * 255).astype(np.uint8)
     example = make_example(matte(), own, get_config().matting, np.random.default_rng(2), 0.0)
     assert np.abs(example["guidance"] - example["alpha"]).mean() < 0.05

@@ -26,7 +26,7 @@ def torch_laplacian(torch, a, b, levels: int = 5):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("side", [(64, 64), (96, 50)])
-def test_the_laplacian_loss_is_that_of_torch(side):
+def test_laplacian_loss_matches_torch(side):
     import jax
 
     torch = pytest.importorskip("torch")
@@ -39,7 +39,7 @@ def test_the_laplacian_loss_is_that_of_torch(side):
     assert_agrees("Laplacian pyramid loss", "gradient", gradient, x.grad)
 
 
-def test_a_sharp_edge_is_told_from_a_blurred_one_and_a_constant_from_nothing():
+def test_laplacian_loss_penalizes_blurred_edges_but_not_constant_offsets():
     edge = np.zeros((1, 64, 64), np.float32)
     edge[:, :, 32:] = 1
     soft = np.clip(np.linspace(-3, 4, 64), 0, 1).astype(np.float32)[None, None].repeat(64, 1)
@@ -47,7 +47,7 @@ def test_a_sharp_edge_is_told_from_a_blurred_one_and_a_constant_from_nothing():
     assert laplacian_loss(edge, edge + 0.3) < 1e-5  # the L1 term sees that one
 
 
-def test_padding_says_nothing_and_weighted_pixels_say_more():
+def test_matting_loss_ignores_padding_and_applies_pixel_weights():
     rng = np.random.default_rng(0)
     target, weight = rng.uniform(0, 1, (1, 64, 64)).astype(np.float32), np.ones((1, 64, 64), np.float32)
     weight[:, 32:] = 0

@@ -25,14 +25,14 @@ def inputs():
     return rng.uniform(0, 255, (2, 64, 64, 3)).astype(np.float32), rng.uniform(0, 1, (2, 64, 64)).astype(np.float32)
 
 
-def test_untrained_it_returns_its_guidance(inputs):
+def test_untrained_refiner_returns_its_guidance(inputs):
     alphas = jax.jit(lambda m, *a: m(*a))(build(make), *inputs)
     np.testing.assert_array_equal(alphas[1], inputs[1])
     np.testing.assert_allclose(alphas[2], halve(inputs[1][..., None])[..., 0], atol=1e-6)
 
 
 @pytest.mark.parametrize("name, coarsest", [("convnet", 16), ("efficientnet_lite0", 32), ("swin_t", 32)])
-def test_there_is_an_alpha_at_every_stride_of_any_encoder(name, coarsest):
+def test_alphas_are_predicted_at_every_stride_for_each_encoder(name, coarsest):
     shapes = jax.eval_shape(lambda: make(nnx.Rngs(0), name)(jnp.zeros((2, 64, 96, 3)), jnp.zeros((2, 64, 96))))
     assert {s: a.shape for s, a in shapes.items()} == {
         s: (2, 64 // s, 96 // s) for s in (1, 2, 4, 8, 16, 32) if s <= coarsest
@@ -40,7 +40,7 @@ def test_there_is_an_alpha_at_every_stride_of_any_encoder(name, coarsest):
 
 
 @pytest.mark.slow
-def test_with_corrections_under_way_every_parameter_learns(inputs):
+def test_every_parameter_has_a_nonzero_gradient_after_perturbation(inputs):
     graph, params = nnx.split(build(make))
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)
@@ -49,7 +49,7 @@ def test_with_corrections_under_way_every_parameter_learns(inputs):
     assert all(np.isfinite(g).all() and np.any(g) for g in gradients)
 
 
-def test_a_pixel_that_the_guidance_is_sure_of_can_still_be_corrected(inputs):
+def test_pixels_with_guidance_0_or_1_still_receive_gradients(inputs):
     """At 0 and at 1 exactly, and beyond, where a plain clip or a sigmoid would have no gradient."""
     graph, params = nnx.split(build(make))
 
@@ -64,7 +64,7 @@ def test_a_pixel_that_the_guidance_is_sure_of_can_still_be_corrected(inputs):
 
 
 @pytest.mark.parity
-def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
+def test_double_matches_torch_bilinear_and_halve_inverts_it_on_a_ramp():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(2, 5, 7, 3)).astype(np.float32)
     theirs = torch.nn.functional.interpolate(
@@ -75,7 +75,7 @@ def test_doubling_is_torch_bilinear_and_halving_undoes_it_on_a_plane():
     np.testing.assert_allclose(halve(double(ramp))[:, 1:-1], ramp[:, 1:-1], atol=1e-6)
 
 
-def test_between_two_colors_the_mix_says_the_alpha_and_far_from_the_outline_the_mask_is_believed():
+def test_unmixed_estimates_alpha_near_outlines_and_keeps_the_mask_elsewhere():
     """A soft edge of 16 pixels between two colors, and a mask whose outline lies 6 pixels beside it."""
     alpha = np.broadcast_to(np.clip((np.arange(96) - 40) / 16, 0, 1), (96, 96)).astype(np.float32)
     image = alpha[..., None] * np.array([1.5, -1, 0.5]) + (1 - alpha[..., None]) * np.array([-1, 0.5, 1])

@@ -37,7 +37,7 @@ def trained(sample_root, tmp_path_factory):
     return workdir, refine(recipe(sample_root), workdir)
 
 
-def test_the_encoder_starts_from_the_backbone_of_a_checkpoint(sample_root, tmp_path):
+def test_refiner_encoder_is_initialized_from_a_checkpoint_backbone(sample_root, tmp_path):
     config, theirs = recipe(sample_root), get_config()
     theirs.model.text.embed_dim = 99  # has no part in it
     _, params, _ = build_refiner(config.matting, config.model.dtype, seed=1)
@@ -50,7 +50,7 @@ def test_the_encoder_starts_from_the_backbone_of_a_checkpoint(sample_root, tmp_p
 
 
 @pytest.mark.slow
-def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, sample_root):
+def test_short_training_improves_rough_masks_of_unseen_mattes(trained, sample_root):
     refiner, source = Refiner.load(trained[0]), ShardSource(sample_root, "sample_scenes", "val")
     mattes = [matte for i in range(len(source)) for matte in mattes_of(Record.from_bytes(source[i]), i)]
     for grow in (-1, 1, 4):
@@ -62,7 +62,7 @@ def test_a_short_training_mends_rough_masks_of_mattes_it_never_saw(trained, samp
 
 
 @pytest.mark.slow
-def test_what_was_measured_is_written_and_shown(trained):
+def test_evaluation_results_and_pictures_are_written(trained):
     workdir, results = trained
     assert json.load(open(f"{workdir}/refine_eval.json")) == results and set(results["sample_mattes/val"]) == {"rough"}
     assert "SAD" in table(results) and "->" in table(results)
@@ -70,7 +70,7 @@ def test_what_was_measured_is_written_and_shown(trained):
 
 
 @pytest.mark.slow
-def test_the_loss_of_every_line_is_told_and_falls(trained):
+def test_logged_loss_is_the_sum_of_its_terms_and_decreases(trained):
     lines = [json.loads(line) for line in open(f"{trained[0]}/refine_metrics.jsonl")]
     totals = [line["total"] for line in lines]
     assert lines[-1]["step"] == get_config().matting.steps and np.mean(totals[-50:]) < 0.95 * np.mean(totals[:50])
@@ -79,7 +79,7 @@ def test_the_loss_of_every_line_is_told_and_falls(trained):
     )
 
 
-def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, tmp_path):
+def test_saved_and_loaded_refiner_gives_the_same_alphas(sample_root, tmp_path):
     config, rng = recipe(sample_root), np.random.default_rng(0)
     graph, params, frozen = build_refiner(config.matting, config.model.dtype, seed=0)
     params = jax.tree.map(lambda x: np.asarray(x + 0.1 * rng.normal(size=x.shape).astype(np.float32)), params)
@@ -98,7 +98,7 @@ def test_a_refiner_that_is_saved_and_loaded_gives_the_same_alphas(sample_root, t
     )
 
 
-def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(sample_root, monkeypatch):
+def test_untrained_refiner_returns_the_masks_at_any_image_size(sample_root, monkeypatch):
     config = recipe(sample_root)
     refiner = Refiner(config.matting, *build_refiner(config.matting, config.model.dtype, seed=0))
     for h, w in ((70, 50), (64, 64), (300, 20), (1, 1)):
@@ -112,7 +112,7 @@ def test_alphas_have_the_size_of_any_image_and_untrained_they_are_the_masks(samp
 
 
 @pytest.mark.slow
-def test_what_lies_far_from_the_mask_is_neither_read_nor_written(trained, sample_root):
+def test_pixels_far_from_the_mask_are_neither_used_nor_changed(trained, sample_root):
     record = Record.from_bytes(ShardSource(sample_root, "sample_mattes", "val")[0])
     (matte,) = mattes_of(record, 0)
     (h, w), refiner = matte.alpha.shape, Refiner.load(trained[0])
@@ -124,7 +124,7 @@ def test_what_lies_far_from_the_mask_is_neither_read_nor_written(trained, sample
     assert first[h : 2 * h, w : 2 * w].any() and not first[:10].any() and not first[:, -10:].any()
 
 
-def test_batches_depend_on_the_seed_alone(sample_root):
+def test_batches_are_deterministic_per_seed(sample_root):
     config = recipe(sample_root)
     sources = open_mattes(sample_root, config.matting.mixture, "mixture")
     first, again = (next(make_batches(config, sources, [{}, {}])) for _ in range(2))
@@ -134,7 +134,7 @@ def test_batches_depend_on_the_seed_alone(sample_root):
 
 
 @pytest.mark.slow
-def test_the_models_own_masks_guide_where_there_is_a_model(sample_root, tmp_path):
+def test_refiner_is_trained_and_evaluated_on_model_masks_when_given(sample_root, tmp_path):
     from mqformer_jax.train import train
 
     config = recipe(sample_root, "process")
@@ -146,7 +146,7 @@ def test_the_models_own_masks_guide_where_there_is_a_model(sample_root, tmp_path
 
 
 @pytest.mark.slow
-def test_a_save_that_is_cut_short_leaves_the_refiner_before_it(trained, monkeypatch):
+def test_interrupted_save_keeps_the_previous_refiner(trained, monkeypatch):
     workdir, _ = trained
     folder, before = os.path.join(workdir, FOLDER), Refiner.load(workdir)
 
@@ -162,7 +162,7 @@ def test_a_save_that_is_cut_short_leaves_the_refiner_before_it(trained, monkeypa
     assert Refiner.load(f"{workdir}/{FOLDER}.new") is None
 
 
-def test_a_workdir_without_a_refiner_has_none(tmp_path):
+def test_load_returns_none_without_a_saved_refiner(tmp_path):
     assert Refiner.load(str(tmp_path)) is None and Refiner.load(str(tmp_path / "nowhere")) is None
 
 
@@ -177,7 +177,7 @@ def test_a_workdir_without_a_refiner_has_none(tmp_path):
         (dict(), "nowhere", "nowhere: no checkpoint found"),
     ],
 )
-def test_what_is_missing_is_one_line_that_says_what_to_do(sample_root, tmp_path, change, checkpoint, words):
+def test_missing_mixture_mattes_or_checkpoint_is_a_one_line_error(sample_root, tmp_path, change, checkpoint, words):
     config = recipe(sample_root)
     config.matting.update(change)
     with pytest.raises((ValueError, OSError), match=words) as error:
@@ -186,6 +186,6 @@ def test_what_is_missing_is_one_line_that_says_what_to_do(sample_root, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_refiner_is_not_trained_over_another(trained, sample_root):
+def test_training_over_an_existing_refiner_is_rejected(trained, sample_root):
     with pytest.raises(FileExistsError, match="a refiner already exists there"):
         refine(recipe(sample_root), trained[0])

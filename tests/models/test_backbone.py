@@ -21,7 +21,7 @@ def make(name: str) -> Backbone:
     return nnx.eval_shape(lambda: make_backbone(config, "none", nnx.Rngs(0), jnp.float32))
 
 
-def test_every_name_makes_its_own_encoder():
+def test_every_backbone_name_builds_a_distinct_encoder():
     shapes = {}
     for name in BACKBONES:
         backbone = make(name)
@@ -32,6 +32,6 @@ def test_every_name_makes_its_own_encoder():
     assert len(set(shapes.values())) == len(BACKBONES)
 
 
-def test_a_name_that_is_only_in_the_list_of_names_is_refused():
+def test_unknown_backbone_name_is_rejected():
     with pytest.raises(ValueError, match="backbone 'vgg16' is unknown"):
         make("vgg16")

@@ -53,7 +53,7 @@ def encoder(dtype=jnp.float32) -> BertTextEncoder:
 
 
 @pytest.mark.parity
-def test_values_and_gradients_are_those_of_bert():
+def test_values_and_gradients_match_bert():
     theirs = random_original()
     import torch
 
@@ -91,12 +91,12 @@ def test_values_and_gradients_are_those_of_bert():
             )
 
 
-def test_padding_does_not_matter():
+def test_padding_does_not_affect_outputs():
     run = jax.jit(encoder())
     np.testing.assert_allclose(run(TOKENS[:1, :4]), run(TOKENS)[:1], atol=1e-5)
 
 
-def test_a_text_of_padding_is_zero_and_has_gradients():
+def test_all_padding_text_gives_zero_output_and_finite_gradients():
     graph, state = nnx.split(encoder())
     tokens = np.array([[0, 0, 0], [2, 7, 3]])
 
@@ -120,6 +120,6 @@ def test_leading_axes_are_kept():
     )
 
 
-def test_prompts_longer_than_the_positions_are_refused():
+def test_context_longer_than_the_position_table_is_rejected():
     with pytest.raises(ValueError, match="context = 600: BERT has 512 positions"):
         BertTextEncoder(40, 600, 32, 2, 2, rngs=nnx.Rngs(0))

@@ -85,24 +85,24 @@ def test_merges_apply_within_words():
     assert few("the cat", "thecat") == [[START, THE, CAT, END], [START, TH, ord("e") - ord("!"), CAT, END]]
 
 
-def test_case_and_spacing_do_not_count():
+def test_case_and_whitespace_are_normalized():
     assert few("  The\t\n CAT ", "the\u3000cat") == few("the cat", "the cat")
 
 
-def test_entities_and_mojibake_are_mended_first():
+def test_html_entities_and_mojibake_are_fixed_before_tokenizing():
     assert few("&amp;amp;", "&nbsp;cat&#33;", "donâ€™t") == few("&", "cat!", "don't")
 
 
-def test_digits_stand_alone_and_signs_stick_together():
+def test_digits_are_split_and_punctuation_runs_stay_together():
     assert few("11 a1") == [[START, ONE, ONE, A, ONE, END]]
     assert few("!_ .!") == [[START, 0, UNDERSCORE, ord(".") - ord("!"), BANG, END]]
 
 
-def test_no_text_is_start_and_end():
+def test_empty_text_is_start_and_end_tokens():
     assert few("", " \n", "\x00") == [[START, END]] * 3
 
 
-def test_a_long_text_loses_its_last_tokens_but_not_its_end():
+def test_long_text_is_truncated_but_keeps_the_end_token():
     assert few("cat the cat the cat", context=4) == [[START, CAT, THE, END]]
     assert few("cat the", context=4) == [[START, CAT, THE, END]]
     assert few("cat", context=2) == [[START, END]]
@@ -114,12 +114,12 @@ def test_the_end_token_has_the_highest_id():
     assert tokenizer(["cat", "", "the cat !"]).argmax(-1).tolist() == [2, 1, 4]
 
 
-def test_special_tokens_in_a_text_are_those_tokens_where_openai_splits_them_off():
+def test_special_tokens_in_a_text_are_parsed_as_openai_does():
     assert few("cat<|endoftext|>") == [[START, CAT, END, END]]
     assert len(few("!<|endoftext|>", context=40)[0]) > 10  # signs before it swallow its first two
 
 
-def test_a_file_of_hugging_face_is_read_by_its_vocabulary_alone(tmp_path):
+def test_only_vocabulary_and_merges_of_a_hugging_face_file_are_used(tmp_path):
     contents = json.loads(FEW)
     contents["model"]["merges"] = [" ".join(pair) for pair in contents["model"]["merges"]]  # as files were written once
     contents["pre_tokenizer"] = contents["normalizer"] = None
@@ -127,24 +127,24 @@ def test_a_file_of_hugging_face_is_read_by_its_vocabulary_alone(tmp_path):
     assert np.array_equal(ClipTokenizer(tmp_path / "tokenizer.json", 40)(TEXTS), ClipTokenizer(FEW, 40)(TEXTS))
 
 
-def test_other_programs_read_the_file_as_we_do_where_cleaning_is_not_at_stake():
+def test_tokenizers_library_gives_the_same_ids_for_clean_text():
     for text in ("The cat", "the cat's 11 cats!", "", "日本語 naïve"):
         assert [engine.Tokenizer.from_str(FEW).encode(text).ids] == few(text, context=60)
 
 
-def test_it_pickles():
+def test_clip_tokenizer_survives_pickling():
     tokenizer = ClipTokenizer(FEW, 8)
     assert np.array_equal(pickle.loads(pickle.dumps(tokenizer))(["the cat"]), tokenizer(["the cat"]))
 
 
-def test_threads_may_share_one():
+def test_clip_tokenizer_is_thread_safe():
     texts = strings(200)
     alone, shared = ClipTokenizer(FEW, 16)(texts), ClipTokenizer(FEW, 16)
     with ThreadPoolExecutor(4) as threads:
         assert all(np.array_equal(rows, alone) for rows in threads.map(shared, [texts] * 4))
 
 
-def test_other_files_are_refused(tmp_path):
+def test_invalid_tokenizer_files_and_context_are_rejected(tmp_path):
     word = dict(version="1.0", model=dict(type="WordLevel", vocab={"a": 0}, unk_token="a"))
     (tmp_path / "words.json").write_text(json.dumps(word))
     with pytest.raises(ValueError, match="words.json is not CLIP's tokenizer"):
@@ -157,14 +157,14 @@ def test_other_files_are_refused(tmp_path):
         ClipTokenizer(FEW, 1)
 
 
-def test_a_merge_list_that_is_none_is_refused():
+def test_malformed_merge_list_is_rejected():
     with pytest.raises(ValueError, match="line 3 of the merge list is not two symbols"):
         clip_tokenizer_json("#version\na b\nabc\n")
     with pytest.raises(ValueError, match="line 2"):
         clip_tokenizer_json("")
 
 
-def test_known_ids_of_clip(clip):
+def test_token_ids_match_known_clip_ids(clip):
     assert clip.vocab_size == 49408
     for text, ids in {
         "a photo of a cat": [320, 1125, 539, 320, 2368],
@@ -175,7 +175,7 @@ def test_known_ids_of_clip(clip):
         assert clip([text])[0].tolist() == [49406, *ids, 49407] + [0] * (75 - len(ids))
 
 
-def test_equal_to_openai_on_thousands_of_strings(clip, reference):
+def test_token_ids_match_openai_on_thousands_of_strings(clip, reference):
     texts = strings(5000)
     expected = [[49406, *reference.encode(text)[:75], 49407] for text in texts]
     wrong = [

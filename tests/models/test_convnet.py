@@ -14,7 +14,7 @@ from mqformer_jax.models.convnet import ConvNet, Stage, _space_to_depth
 @pytest.mark.parametrize(
     "widths, channels", [((8, 12, 16, 24), {4: 12, 8: 16, 16: 24}), ((8, 8, 8, 8, 9), {4: 8, 8: 8, 16: 8, 32: 9})]
 )
-def test_every_width_past_the_first_is_a_stride(widths, channels):
+def test_convnet_has_one_feature_map_per_width_after_the_first(widths, channels):
     def run():
         net = ConvNet(widths, rngs=nnx.Rngs(0))
         assert net.channels == channels
@@ -30,7 +30,7 @@ def test_space_to_depth_keeps_each_patch_together():
     assert patches[0, 0, 1].tolist() == [4, 5, 6, 7, 12, 13, 14, 15]
 
 
-def test_three_eighths_of_the_channels_pass_the_downsampling_as_means():
+def test_downsampling_average_pools_three_eighths_of_the_channels():
     stage = Stage(8, 12, 1, rngs=nnx.Rngs(0), dtype=jnp.float32)
     for branch in (stage.down, *stage.blocks):
         branch.norm.scale[...] = jnp.zeros_like(branch.norm.scale[...])
@@ -41,7 +41,7 @@ def test_three_eighths_of_the_channels_pass_the_downsampling_as_means():
     assert halved.shape == (1, 2, 3, 12) and not np.any(halved[..., 3:])
 
 
-def test_every_parameter_learns_and_stays_float32():
+def test_every_parameter_has_a_nonzero_float32_gradient():
     graph, state = jax.jit(lambda: nnx.split(ConvNet((8, 8, 8, 8), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)))()
     image = np.random.default_rng(0).normal(size=(1, 32, 32, 3))
     loss = lambda state: sum((f.astype(jnp.float32) ** 2).mean() for f in nnx.merge(graph, state)(image).values())

@@ -60,7 +60,7 @@ def values_and_gradients(value, shapes, locations, weights, cotangent):
 
 
 @pytest.mark.parity
-def test_values_and_gradients_are_those_of_grid_sample():
+def test_values_and_gradients_match_torch_grid_sample():
     torch = pytest.importorskip("torch")
     value, locations, weights, cotangent = random_inputs()
     inputs = [torch.tensor(a, requires_grad=True) for a in (value, locations, weights)]
@@ -73,7 +73,7 @@ def test_values_and_gradients_are_those_of_grid_sample():
 
 
 @pytest.mark.parametrize("name", ["rows", "lanes"])
-def test_every_implementation_gives_the_values_and_gradients_of_the_reference(name):
+def test_every_implementation_matches_the_reference_values_and_gradients(name):
     value, locations, weights, cotangent = random_inputs()
 
     def run(implementation):
@@ -85,7 +85,7 @@ def test_every_implementation_gives_the_values_and_gradients_of_the_reference(na
         assert_agrees("deformable attention (reference)", "forward", ours, reference, 1e-5)
 
 
-def test_a_point_far_outside_gives_zero_and_no_gradient():
+def test_points_far_outside_give_zero_output_and_gradient():
     value, _, weights, cotangent = random_inputs()
     locations = np.full((2, 6, 2, 3, 4, 2), 0.5, np.float32)
     locations[..., 0] = -3.0
@@ -107,7 +107,7 @@ def pulled_back(form, rows, index, corners, gradient):
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
-def test_the_form_for_tpu_gives_the_same_sums_and_gradients(wrap):
+def test_tpu_implementation_matches_default_values_and_gradients(wrap):
     inputs = random_rows()
     expected = pulled_back(deformable_attention._rows, *inputs)
     got = pulled_back(wrap(deformable_attention._lanes), *inputs)
@@ -115,7 +115,7 @@ def test_the_form_for_tpu_gives_the_same_sums_and_gradients(wrap):
         np.testing.assert_allclose(ours, default, atol=1e-5)
 
 
-def test_the_form_for_tpu_gives_the_same_inside_shard_map():
+def test_tpu_implementation_matches_default_inside_shard_map():
     rows, index, corners, gradient = random_rows()
     expected = pulled_back(deformable_attention._rows, rows, index, corners, gradient)
     mesh, split = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), P("data")
@@ -135,7 +135,7 @@ def test_bfloat16_gradients_are_summed_in_float32(form):
 
 
 @pytest.mark.tpu_compiler
-def test_compiled_for_tpu_the_gathered_rows_stay_on_the_chip(monkeypatch):
+def test_tpu_program_has_no_collectives_and_low_memory_traffic(monkeypatch):
     """v5e, a chip for each of two images, bfloat16: no collective, and less traffic than one pass over the rows."""
     pytest.importorskip("libtpu")
     compiled, samples = compiled_for_tpu(monkeypatch)
@@ -146,7 +146,7 @@ def test_compiled_for_tpu_the_gathered_rows_stay_on_the_chip(monkeypatch):
     assert program.traffic() / samples < 2 * 128  # bytes of a row
 
 
-def test_queries_are_split_into_parts_that_fit():
+def test_queries_are_split_into_parts_that_fit_in_memory():
     parts = deformable_attention._parts
     size = 16 * 128 * 4  # 16 points of 128 lanes in float32
     assert parts(500, size) == 1  # the decoder
@@ -184,7 +184,7 @@ def recording(fixtures):
     return np.load(fixtures / "maskdino" / "msdeformattn_s0.npz")
 
 
-def test_the_core_repeats_mask_dino_recorded_values_and_gradients(recording):
+def test_core_matches_recorded_mask_dino_values_and_gradients(recording):
     f = recording
     shapes = [tuple(map(int, s)) for s in f["in/spatial_shapes"]]
     got = values_and_gradients(
@@ -197,7 +197,7 @@ def test_the_core_repeats_mask_dino_recorded_values_and_gradients(recording):
 
 @pytest.mark.parametrize("coordinates", [2, 4])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_module_repeats_mask_dino_recorded_outputs(recording, coordinates, padded):
+def test_module_matches_recorded_mask_dino_outputs(recording, coordinates, padded):
     f = recording
     shapes = [tuple(map(int, s)) for s in f["in/spatial_shapes"]]
     _, _, heads, levels, points, _ = f["in/sampling_locations"].shape
@@ -213,7 +213,7 @@ def test_the_module_repeats_mask_dino_recorded_outputs(recording, coordinates, p
     assert_agrees("deformable attention (Mask DINO, recorded)", "forward", output, expected, 1e-5)
 
 
-def test_a_fresh_module_looks_along_one_direction_a_head():
+def test_initial_sampling_offsets_point_in_one_direction_per_head():
     module = MSDeformAttn(8, 4, 1, 2, rngs=nnx.Rngs(0))
     offsets = module.sampling_offsets(jnp.ones((1, 8))).reshape(4, 2, 2)
     np.testing.assert_allclose(offsets[:, 0], [[1, 0], [0, 1], [-1, 0], [0, -1]], atol=1e-6)
@@ -238,7 +238,7 @@ def test_bfloat16_stays_close_to_float32():
 
 
 @pytest.mark.slow
-def test_heads_spread_over_devices_meet_in_the_output_projection_alone():
+def test_tensor_parallel_heads_communicate_only_in_the_output_projection():
     """Along a tensor axis each device samples for its own heads: weights may be gathered, of the activations only the
     output is summed.
     """

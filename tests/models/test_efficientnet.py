@@ -41,7 +41,7 @@ def features_of(original, image):
 
 
 @pytest.mark.parity
-def test_values_and_gradients_are_those_of_the_original():
+def test_values_and_gradients_match_the_original():
     theirs = random_original()
     import torch
 
@@ -85,7 +85,7 @@ def test_values_and_gradients_are_those_of_the_original():
 
 
 @pytest.mark.parametrize("size, stride, sides", [(3, 1, (5, 4)), (5, 1, (3, 6)), (3, 2, (8, 5)), (5, 2, (7, 6))])
-def test_depthwise_is_a_grouped_convolution(size, stride, sides):
+def test_depthwise_matches_a_grouped_convolution(size, stride, sides):
     draw = np.random.default_rng(0).normal
     x, kernel = (jnp.asarray(draw(size=shape), jnp.float32) for shape in ((2, *sides, 3), (size, size, 1, 3)))
 
@@ -101,21 +101,21 @@ def test_depthwise_is_a_grouped_convolution(size, stride, sides):
         np.testing.assert_allclose(here, there, atol=2e-5)
 
 
-def test_padding_is_at_the_end_where_it_is_odd():
+def test_odd_same_padding_is_added_at_the_end():
     for groups in (1, 3):
         conv = SameConv(3, 3, 3, 2, groups, rngs=nnx.Rngs(0), dtype=jnp.float32)
         conv.kernel[...] = jnp.ones_like(conv.kernel[...]) * groups / 3
         np.testing.assert_allclose(conv(jnp.ones((1, 4, 4, 3)))[0, :, :, 0], [[9, 6], [6, 4]], rtol=1e-6)
 
 
-def test_the_statistics_are_no_parameters():
+def test_batch_norm_statistics_are_not_parameters():
     state = jax.eval_shape(lambda: nnx.state(EfficientNetLite0(rngs=nnx.Rngs(0))))
     count = lambda kind: sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(state, kind)))
     classifier = 1280 * 320 + 2 * 1280 + 1280 * 1000 + 1000
     assert count(nnx.Param) + count(nnx.Not(nnx.Param)) // 2 == 4_652_008 - classifier  # as published
 
 
-def test_features_are_of_the_dtype_asked_for():
+def test_features_have_the_requested_dtype():
     model = lambda image: EfficientNetLite0(rngs=nnx.Rngs(0), dtype=jnp.bfloat16)(image)
     features = jax.eval_shape(model, jax.ShapeDtypeStruct((1, 96, 64, 3), jnp.float32))
     assert {stride: (f.shape, f.dtype) for stride, f in features.items()} == {

@@ -40,7 +40,7 @@ def assert_close(a, b, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("queries, stages, learnable", [("mixed", 4, 6), ("conditional", 4, 0), ("learnable", 3, 14)])
-def test_every_strategy_has_all_queries_and_answers_every_prompt(tiny_batch, queries, stages, learnable):
+def test_every_query_strategy_predicts_for_all_queries_and_prompts(tiny_batch, queries, stages, learnable):
     out = forward(queries)(build(queries)[1], tiny_batch)
     assert out.matching.class_logits.shape == (stages, 8, 14, 16)
     assert out.matching.boxes.shape == (stages, 8, 14, 4)
@@ -48,14 +48,14 @@ def test_every_strategy_has_all_queries_and_answers_every_prompt(tiny_batch, que
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(out))
 
 
-def test_a_fresh_exchange_is_the_identity(tiny_batch):
+def test_untrained_exchange_is_the_identity(tiny_batch):
     with_exchange, without = forward()(build()[1], tiny_batch), forward("mixed", "none")
     params = jax.tree.map(lambda x: x, build()[1])
     params["decoder"]["layers"].pop("exchange")
     assert_close(with_exchange.matching, without(params, tiny_batch).matching)
 
 
-def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
+def test_exchange_carries_information_in_both_directions(tiny_batch):
     params = build()[1]
 
     def opened(way):
@@ -75,7 +75,7 @@ def test_a_trained_exchange_carries_information_both_ways(tiny_batch):
     assert_close(to_conditional[learnable], before[learnable])
 
 
-def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tiny_batch):
+def test_query_types_interact_only_through_exchange_or_joint_attention(tiny_batch):
     params = jax.tree.map(lambda x: x, build("mixed", "none")[1])
     moved = jax.tree.map(lambda x: x, params)
     moved["learnable"]["content"] = moved["learnable"]["content"] + 1.0
@@ -87,7 +87,7 @@ def test_kinds_do_not_see_each_other_but_through_exchange_or_joint_attention(tin
     assert change("joint")[2:, :, 6:].max() > 1e-4
 
 
-def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
+def test_denoising_queries_do_not_affect_matching_queries_or_other_groups(tiny_batch):
     params = build()[1]
     denoising = noise_targets(jax.random.key(0), tiny_batch, 24).queries
     with_noise, without = forward()(params, tiny_batch, denoising), forward()(params, tiny_batch)
@@ -100,7 +100,7 @@ def test_denoising_queries_are_invisible_to_the_others(tiny_batch):
     assert_close(changed[:, separate], with_noise.denoising.boxes[:, separate])
 
 
-def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
+def test_outputs_are_prompt_order_equivariant_and_ignore_padded_prompts(tiny_batch):
     params, batch = build()[1], tiny_batch
     order = np.random.default_rng(0).permutation(16)
     shuffled = batch.replace(
@@ -116,7 +116,7 @@ def test_prompts_are_a_set_and_absent_ones_change_nothing(tiny_batch):
     assert_close(forward()(params, poisoned).matching.boxes, expected.boxes)
 
 
-def test_the_region_bit_changes_what_a_text_means(tiny_batch):
+def test_region_flag_changes_class_logits(tiny_batch):
     params = build()[1]
     asked = lambda region: (
         forward()(params, tiny_batch.replace(is_region=np.full_like(tiny_batch.is_region, region))).matching
@@ -124,7 +124,7 @@ def test_the_region_bit_changes_what_a_text_means(tiny_batch):
     assert np.abs(asked(True).class_logits - asked(False).class_logits).max() > 1e-3
 
 
-def test_learnable_queries_learn_from_all_stages_but_the_proposals_which_learn_from_theirs_alone(tiny_batch):
+def test_proposals_train_conditional_and_decoder_stages_learnable_queries(tiny_batch):
     def loss(params, stage):
         return (forward()(params, tiny_batch).matching.class_logits[stage] ** 2).mean()
 

@@ -33,7 +33,7 @@ def random_features(height: int, width: int) -> dict[int, np.ndarray]:
     return {s: rng.normal(size=(2, height // s, width // s, c)).astype(np.float32) for s, c in CHANNELS.items()}
 
 
-def test_it_repeats_mask_dino_recorded_outputs(fixtures):
+def test_pixel_decoder_matches_recorded_mask_dino_outputs(fixtures):
     stem = fixtures / "maskdino" / "maskdino_tiny_s0"
     arrays, weights = np.load(stem.with_suffix(".npz")), load_file(stem.with_suffix(".safetensors"))
     about = json.loads(stem.with_suffix(".json").read_text())["model"]
@@ -64,7 +64,7 @@ def test_it_repeats_mask_dino_recorded_outputs(fixtures):
     assert_agrees("Mask DINO pixel decoder (recorded)", "forward", mask_features, expected, told="mask features")
 
 
-def test_padding_changes_nothing_for_the_valid_tokens(split):
+def test_padding_does_not_affect_valid_tokens(split):
     """Without GroupNorm (whose statistics see the padding), an image on a larger canvas full of noise is as if
     alone.
     """
@@ -83,7 +83,7 @@ def test_padding_changes_nothing_for_the_valid_tokens(split):
     np.testing.assert_allclose(memory.tokens[memory.valid], expected.tokens.reshape(-1, 16), atol=1e-5)
 
 
-def test_a_token_is_valid_if_its_cell_touches_the_image(split):
+def test_token_is_valid_if_its_cell_overlaps_the_image(split):
     size = np.array([[41, 65], [64, 96]])
     run = lambda: nnx.merge(*split)(random_features(64, 96), size, (64, 96))
     memory, mask_features = jax.jit(run)()
@@ -130,7 +130,7 @@ def test_mask_features_have_the_mask_stride(strides, mask_stride):
 
 
 @pytest.mark.parity
-def test_resizing_is_that_of_torch():
+def test_bilinear_resizing_matches_torch():
     torch = pytest.importorskip("torch")
     x = np.random.default_rng(0).normal(size=(1, 3, 5, 2)).astype(np.float32)
     for shape in ((6, 10), (7, 11), (3, 20)):
@@ -143,11 +143,11 @@ def test_resizing_is_that_of_torch():
 
 
 @pytest.mark.parametrize("strides, mask_stride", [((8, 32), 4), ((32, 64), 4), ((8, 16), 2)])
-def test_strides_that_do_not_fit_the_backbone_are_refused(strides, mask_stride):
+def test_strides_incompatible_with_the_backbone_are_rejected(strides, mask_stride):
     with pytest.raises(ValueError, match="double the one before"):
         PixelDecoder(CHANNELS, 16, 2, 2, 1, 24, strides, 12, mask_stride, rngs=nnx.Rngs(0))
 
 
-def test_a_canvas_that_does_not_fit_the_backbone_is_refused(split):
+def test_canvas_not_divisible_by_the_backbone_stride_is_rejected(split):
     with pytest.raises(ValueError, match="60x96: its sides must be multiples of the backbone's stride 16"):
         nnx.merge(*split)(random_features(64, 96), np.full((2, 2), 60), (60, 96))

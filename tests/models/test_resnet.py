@@ -34,7 +34,7 @@ def random_torch_resnet(stride_in_1x1: bool):
 @pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.parametrize("stride_in_1x1", [False, True])
-def test_values_and_gradients_are_those_of_torch(stride_in_1x1):
+def test_values_and_gradients_match_torch(stride_in_1x1):
     theirs = random_torch_resnet(stride_in_1x1)
     import torch
 
@@ -74,7 +74,7 @@ def close(kind: str, ours, theirs, axes) -> None:
     assert_agrees("ResNet-50 (transformers)", kind, ours, theirs.permute(axes))
 
 
-def test_the_statistics_are_no_parameters():
+def test_batch_norm_statistics_are_not_parameters():
     graph, state = jax.eval_shape(lambda: nnx.split(ResNet(101, rngs=nnx.Rngs(0))))
     params, frozen = nnx.filter_state(state, nnx.Param), nnx.filter_state(state, nnx.Not(nnx.Param))
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
@@ -82,7 +82,7 @@ def test_the_statistics_are_no_parameters():
     assert count(params) + count(frozen) // 2 == 44_549_160 - 2_049_000
 
 
-def test_the_stride_may_sit_in_the_first_1x1():
+def test_stride_can_be_in_the_first_1x1_convolution():
     strides = []
 
     def run(stride_in_1x1: bool):

@@ -73,7 +73,7 @@ def converted(theirs, size: Size, window: int, **kwargs) -> tuple[Swin, Plan]:
 
 @pytest.mark.slow
 @pytest.mark.parity
-def test_values_and_all_gradients_are_those_of_torch():
+def test_values_and_all_gradients_match_torch():
     # there is something to pad at the patches, windows and merges
     size, window, shape = (
         Size(32, (2, 2, 4, 2)),
@@ -114,7 +114,7 @@ def test_values_and_all_gradients_are_those_of_torch():
 
 
 @pytest.mark.parity
-def test_windows_of_12_larger_than_the_last_maps_give_the_values_of_torch():
+def test_window_12_larger_than_the_last_feature_map_matches_torch():
     size, image = Size(32, (2, 2, 2, 2)), np.random.default_rng(0).normal(size=(1, 3, 60, 110)).astype(np.float32)
     theirs = random_torch_swin(size, 12)
     import torch
@@ -164,7 +164,7 @@ def test_drop_path_keeps_the_mean_and_grows_with_depth():
 
 @pytest.mark.parity
 @pytest.mark.parametrize("window, other", [(7, 12), (12, 7), (12, 8)])
-def test_a_position_table_is_resized_as_torch_resizes_it(window, other):
+def test_position_bias_table_resizing_matches_torch(window, other):
     torch = pytest.importorskip("torch")
     tables = np.random.default_rng(0).normal(size=(2, (2 * window - 1) ** 2, 3)).astype(np.float32)
     grid = torch.tensor(tables).reshape(2, 2 * window - 1, 2 * window - 1, 3).permute(0, 3, 1, 2)
@@ -176,7 +176,7 @@ def test_a_position_table_is_resized_as_torch_resizes_it(window, other):
     np.testing.assert_array_equal(resize_table(tables, window), tables)
 
 
-def test_the_sizes_have_the_originals_parameter_counts():
+def test_parameter_counts_match_the_original_models():
     """Microsoft's ImageNet models, less classifier and its norm, with our output norms."""
     counts = {"t": 28_288_354, "s": 49_606_258, "b": 87_768_224, "l": 196_532_476}
     for size, count in counts.items():

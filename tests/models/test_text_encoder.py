@@ -42,7 +42,7 @@ def clip():
 
 
 @pytest.mark.parity
-def test_values_and_gradients_are_those_of_clip():
+def test_values_and_gradients_match_clip():
     theirs = clip()
     import torch
 
@@ -76,7 +76,7 @@ def test_values_and_gradients_are_those_of_clip():
         close(gradient["blocks"]["qkv"]["kernel"][i, :, :128].T, wanted[f"encoder.layers.{i}.self_attn.q_proj.weight"])
 
 
-def test_what_follows_the_end_token_does_not_matter():
+def test_tokens_after_the_end_token_are_ignored():
     tokens = WordTokenizer(40, 8)(["sky"])
     longer = tokens.copy()
     longer[0, 3:] = 7
@@ -93,7 +93,7 @@ def test_leading_axes_are_kept():
     np.testing.assert_array_equal(output.reshape(4, 12), model(tokens))
 
 
-def test_a_new_encoder_separates_all_words_whatever_the_seed():
+def test_untrained_encoder_weights_all_words_equally_for_every_seed():
     """Without the mean over texts, two words of a text have the same share in the embedding, for every seed."""
     colors, shapes = ["red", "blue", "white", "orange"], ["ball", "square", "star", "ring"]
     texts = [f"the {color} {shape}" for color in colors for shape in shapes]

@@ -27,18 +27,18 @@ def tokens(*texts: str) -> list[list[int]]:
     return WordTokenizer(vocab_size=100, context=5)(texts).tolist()
 
 
-def test_a_row_is_start_words_end_and_zeros():
+def test_token_row_is_start_words_end_and_zero_padding():
     (row,) = tokens("red dog")
     assert row[0] == START and row[3:] == [END, 0]
     assert all(1 <= word <= 97 for word in row[1:3])
 
 
-def test_case_and_punctuation_do_not_count():
+def test_case_and_punctuation_are_ignored():
     assert tokens("Red_dog!") == tokens("red, dog")
     assert tokens("red dog") != tokens("dog red")
 
 
-def test_an_empty_text_is_start_and_end():
+def test_empty_text_is_start_and_end_tokens():
     assert tokens("", "?!") == [[START, END, 0, 0, 0]] * 2
 
 
@@ -47,20 +47,20 @@ def test_a_long_text_keeps_its_end_token():
     assert row[:4] == tokens("the small red")[0][:4] and row[4] == END
 
 
-def test_ids_are_the_same_in_every_process():
+def test_word_ids_are_derived_from_crc32():
     assert WordTokenizer(4096, 4)(["dog"]).tolist() == [[4094, 1 + 0x812C397D % 4093, 4095, 0]]  # CRC-32 of "dog"
 
 
-def test_letters_of_any_script_are_words():
+def test_non_latin_letters_form_words():
     assert tokens("собака")[0][1:3] != [END, 0]
 
 
-def test_no_text_gives_no_rows():
+def test_empty_text_list_gives_zero_rows():
     assert WordTokenizer(100, 5)([]).shape == (0, 5)
     assert WordTokenizer(100, 5)(["a"]).dtype == np.int32
 
 
-def test_a_caller_may_change_what_it_got():
+def test_modifying_returned_tokens_does_not_affect_later_calls():
     tokenizer = WordTokenizer(100, 5)
     tokenizer(["dog"])[:] = 0
     assert tokenizer(["dog"])[0, 0] == START
@@ -71,7 +71,7 @@ def test_too_small_a_vocabulary_is_refused():
         WordTokenizer(vocab_size=3)
 
 
-def test_threads_and_processes_may_share_a_tokenizer():
+def test_word_tokenizer_is_thread_safe_and_survives_pickling():
     tokenizer, texts = WordTokenizer(1000, 5), [str(i % 97) for i in range(300)]
     rows = tokenizer(texts)
     with ThreadPoolExecutor(4) as threads:
@@ -96,12 +96,12 @@ def pieces(word_pieces: str, *texts: str, context: int = 8) -> list[list[str]]:
     return [[PIECES[i] for i in row] for row in WordPieceTokenizer(word_pieces, context)(texts)]
 
 
-def test_word_pieces_are_the_longest_known(word_pieces):
+def test_word_pieces_are_longest_matches_in_the_vocabulary(word_pieces):
     (row,) = pieces(word_pieces, "Dogs, RED café!")
     assert row == ["[CLS]", "dog", "##s", "[UNK]", "red", "cafe", "!", "[SEP]"]
 
 
-def test_rows_of_word_pieces_are_padded_and_cut_to_the_context(word_pieces):
+def test_word_piece_rows_are_padded_and_truncated_to_the_context(word_pieces):
     assert pieces(word_pieces, "", "dog", context=4) == [
         ["[CLS]", "[SEP]", "[PAD]", "[PAD]"],
         ["[CLS]", "dog", "[SEP]", "[PAD]"],
@@ -111,7 +111,7 @@ def test_rows_of_word_pieces_are_padded_and_cut_to_the_context(word_pieces):
 
 
 @pytest.mark.parity
-def test_word_pieces_equal_those_of_transformers(word_pieces):
+def test_word_pieces_match_transformers(word_pieces):
     transformers = pytest.importorskip("transformers")
     fast = pytest.importorskip("tokenizers").Tokenizer.from_str(word_pieces)
     reference = transformers.PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="[PAD]")
@@ -120,29 +120,29 @@ def test_word_pieces_equal_those_of_transformers(word_pieces):
     assert WordPieceTokenizer(word_pieces, 7)(texts).tolist() == expected
 
 
-def test_half_an_emoji_does_not_stop_word_pieces(word_pieces):
+def test_word_pieces_ignore_lone_surrogates(word_pieces):
     assert pieces(word_pieces, "red \ud83d dog", context=4) == pieces(word_pieces, "red dog", context=4)
 
 
-def test_word_pieces_pickle(word_pieces):
+def test_word_piece_tokenizer_survives_pickling(word_pieces):
     tokenizer = WordPieceTokenizer(word_pieces, 6)
     assert np.array_equal(pickle.loads(pickle.dumps(tokenizer))(["red dogs"]), tokenizer(["red dogs"]))
 
 
-def test_another_file_is_refused_as_word_pieces(word_pieces):
+def test_word_piece_tokenizer_rejects_other_tokenizer_files(word_pieces):
     with pytest.raises(ValueError, match="the given JSON is not BERT's tokenizer"):
         WordPieceTokenizer(clip_tokenizer_json("#version\na b\n"))
     with pytest.raises(ValueError, match=r"\[PAD\] is 0"):
         WordPieceTokenizer(word_pieces.replace('"[PAD]":0', '"[PAD]":1').replace('"[UNK]":1', '"[UNK]":0'))
 
 
-def test_a_class_is_its_row_and_one():
+def test_class_token_is_its_index_plus_one():
     tokenizer = ClassTokenizer(["dog", "cat"])
     assert tokenizer(["cat", "dog", ""]).tolist() == [[2], [1], [0]]
     assert (tokenizer.vocab_size, tokenizer.context) == (3, 1)
 
 
-def test_a_class_is_found_by_each_of_its_names_in_any_case():
+def test_class_is_found_by_any_of_its_names_case_insensitively():
     tokenizer = ClassTokenizer(CLASSES)
     for row, names in enumerate(
         [["Screen Door"], ["dining table "], ["silver  screen"], ["TV", "monitor"], ["auto", "Car"]], 1
@@ -151,12 +151,12 @@ def test_a_class_is_found_by_each_of_its_names_in_any_case():
     assert tokenizer(CLASSES)[:, 0].tolist() == [1, 2, 3, 4, 5]
 
 
-def test_a_name_that_classes_share_is_that_of_the_class_which_gives_it_first():
+def test_shared_name_maps_to_the_class_that_lists_it_earliest():
     assert ClassTokenizer(CLASSES)(["screen"]).tolist() == [[3]]  # its first name, the second of "screen door, screen"
     assert ClassTokenizer(["a, b", "b"])(["b"]).tolist() == [[2]]
 
 
-def test_a_prompt_that_is_no_class_is_refused():
+def test_prompt_that_is_not_a_class_is_rejected():
     with pytest.raises(
         ValueError,
         match="'motor' is not among the 5 classes of this checkpoint, which has no text.*closest is 'monitor'",
@@ -170,7 +170,7 @@ def text_config(**fields):
     return text
 
 
-def test_a_recipe_names_its_tokenizer(tmp_path, word_pieces):
+def test_make_tokenizer_builds_the_configured_tokenizer(tmp_path, word_pieces):
     words = make_tokenizer(text_config(tokenizer="words", vocab_size=100, context=5))
     assert words(["red dog"]).tolist() == tokens("red dog")
     assert make_tokenizer(text_config(tokenizer="classes", classes=("dog", "cat")))(["cat"]).tolist() == [[2]]
@@ -195,7 +195,7 @@ def test_a_recipe_names_its_tokenizer(tmp_path, word_pieces):
         (dict(tokenizer="clip"), "pieces", "tokenizer.json is not CLIP's tokenizer"),
     ],
 )
-def test_what_a_recipe_lacks_is_said_in_one_line(fields, file, line, tmp_path, word_pieces):
+def test_invalid_tokenizer_config_is_a_one_line_error(fields, file, line, tmp_path, word_pieces):
     if fields["tokenizer"] == "clip" and file:
         pytest.importorskip("ftfy")
     if file:
@@ -206,7 +206,7 @@ def test_what_a_recipe_lacks_is_said_in_one_line(fields, file, line, tmp_path, w
 
 
 @pytest.mark.parametrize("package", ["ftfy", "regex", "tokenizers"])
-def test_a_missing_package_is_named_with_the_command_that_brings_it(package, monkeypatch, tmp_path):
+def test_missing_package_error_names_the_install_command(package, monkeypatch, tmp_path):
     for name in ("ftfy", "regex", "tokenizers"):
         monkeypatch.setitem(sys.modules, name, None if name == package else sys)
     (tmp_path / "tokenizer.json").write_text("{}")

@@ -72,7 +72,7 @@ def _rows(*values):
     return np.repeat(values, H // len(values))[:, None].repeat(W, 1)
 
 
-def test_things_come_from_the_instance_map_stuff_and_crowds_from_the_semantic_map(ade):
+def test_things_use_the_instance_map_stuff_and_crowds_the_semantic_map(ade):
     rng = np.random.default_rng(3)
     semantic, number = (
         np.kron(rng.choice(values, (6, 10)), np.ones((4, 4), int))
@@ -101,14 +101,14 @@ def test_things_come_from_the_instance_map_stuff_and_crowds_from_the_semantic_ma
     assert info.exhaustive and len(info.classes) == 150 and sum(not c.is_region for c in info.classes) == 100
 
 
-def test_instance_categories_have_the_classes_of_the_official_mapping():
+def test_instance_categories_match_the_official_class_mapping():
     from mqformer_jax.prepare.datasets.ade20k import STUFF, THINGS
 
     assert dict(enumerate(THINGS, 1)) == MAPPING and len(MAPPING) == 100
     assert sorted(STUFF + THINGS) == list(range(1, 151))
 
 
-def test_a_synonym_that_two_classes_claim_names_neither(ade):
+def test_synonym_shared_by_two_classes_is_dropped(ade):
     ade("a", _rows(1, 2), _rows(0, 0), _rows(0, 0))
     info, _ = _prepare(ade)
     assert [info.classes[i].texts for i in (0, 1, 65, 110)] == [
@@ -119,7 +119,7 @@ def test_a_synonym_that_two_classes_claim_names_neither(ade):
     ]
 
 
-def test_what_is_broken_is_counted_and_named(ade, capsys):
+def test_broken_images_and_masks_are_counted_and_named(ade, capsys):
     nothing = _rows(0, 0, 0, 0)
     semantic = _rows(WALL, BED, BED, 151)
     for name in ("good", "cut", "bare", "ghost", "gray", "narrow"):
@@ -156,7 +156,7 @@ def test_what_is_broken_is_counted_and_named(ade, capsys):
         assert line in table
 
 
-def test_an_instance_of_two_categories_leaves_a_crowd_where_the_semantic_map_knows_the_class(ade, capsys):
+def test_instance_with_two_categories_becomes_a_crowd_from_the_semantic_map(ade, capsys):
     ade("a", _rows(WALL, BED, BED, WALL), _rows(0, 1, 4, 4), _rows(0, 9, 9, 9))
     (record,) = _prepare(ade)[1].values()
     assert "segment: instance with two categories (a instance 9)" in capsys.readouterr().out
@@ -167,7 +167,7 @@ def test_an_instance_of_two_categories_leaves_a_crowd_where_the_semantic_map_kno
     np.testing.assert_array_equal(record.decode_mask(record.ignore), _rows(0, 0, 0, 1) > 0)
 
 
-def test_another_class_list_ends_in_one_line(ade, capsys):
+def test_wrong_class_list_is_a_one_line_error(ade, capsys):
     ade("a", _rows(1, 2), _rows(0, 0), _rows(0, 0))
     (ade.root / "few.txt").write_text("wall\nbed\n")
     assert _prepare(ade, classes=ade.root / "few.txt")[0] is None

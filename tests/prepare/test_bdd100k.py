@@ -48,7 +48,7 @@ def _columns(*pixels):
     return np.repeat(columns, W // len(pixels), 0)[None].repeat(H, 0)
 
 
-def test_every_pixel_is_read_as_the_format_says(bdd):
+def test_bitmasks_match_a_per_pixel_reference_decoding(bdd):
     kinds = [(0, 0, 0), (ROAD, 0, ROAD), (SKY, 8, SKY), (SKY, 4, 99), (SKY, 1, SKY)]
     kinds += [(CAR, 4, 31), (CAR, 12, 32), (CAR, 2, 300), (PERSON, 1, 33), (CAR, 0, 556)]
     draw = np.kron(np.random.default_rng(2).integers(0, len(kinds), (6, 10)), np.ones((3, 4), int))
@@ -72,7 +72,7 @@ def test_every_pixel_is_read_as_the_format_says(bdd):
     np.testing.assert_array_equal(record.decode_mask(record.ignore), void)
 
 
-def test_a_number_shared_by_two_things_makes_both_crowds(bdd, capsys):
+def test_things_sharing_an_instance_number_become_crowds(bdd, capsys):
     bdd("a", _columns((CAR, 0, 31), (PERSON, 0, 31), (CAR, 0, 32), (SKY, 0, SKY)))
     (record,) = _prepare(bdd)[1].values()
     assert sorted((s.class_id, s.crowd) for s in record.segments) == [(29, False), (30, True), (34, False), (34, True)]
@@ -82,7 +82,7 @@ def test_a_number_shared_by_two_things_makes_both_crowds(bdd, capsys):
     )
 
 
-def test_what_is_broken_is_counted_and_named(bdd, capsys):
+def test_broken_images_and_masks_are_counted_and_named(bdd, capsys):
     good = _columns((ROAD, 0, ROAD), (41, 0, 99))
     bdd("good", good)
     bdd("alone", None)

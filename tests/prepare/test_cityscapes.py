@@ -55,7 +55,7 @@ def _columns(*values):
     return np.repeat(np.array(values), W // len(values))[None].repeat(H, 0)
 
 
-def test_every_value_is_read_as_the_official_scripts_read_it(city):
+def test_instance_ids_are_decoded_like_the_official_scripts(city):
     ids = np.kron(
         np.random.default_rng(1).choice([0, 3, 7, 23, 24, 26, 29, 24000, 24001, 26000, 26017, 29001, 33005], (6, 15)),
         np.ones((4, 4)),
@@ -83,7 +83,7 @@ def test_every_value_is_read_as_the_official_scripts_read_it(city):
     np.testing.assert_array_equal(record.decode_mask(record.ignore), void)
 
 
-def test_boxes_are_those_of_the_masks_and_an_image_without_void_has_no_ignore(city):
+def test_boxes_match_masks_and_no_ignore_mask_without_void_pixels(city):
     city("bonn_1_2", _columns(7, 26001, 7, 26002, 26))
     (record,) = _prepare(city.root)[1].values()
     assert record.ignore is None
@@ -95,7 +95,7 @@ def test_boxes_are_those_of_the_masks_and_an_image_without_void_has_no_ignore(ci
     ]
 
 
-def test_what_is_broken_is_counted_and_named(city, capsys):
+def test_broken_images_and_masks_are_counted_and_named(city, capsys):
     for name in ("good_1_2", "cut_1_2", "large_1_2", "alone_1_2", "ghost_1_2", "strange_1_2", "void_1_2"):
         city(name, _columns(7, 26001, 26002), (H + 1, W) if name.startswith("large") else (H, W))
     labels = city.root / "gtFine" / "train"
@@ -124,7 +124,7 @@ def test_what_is_broken_is_counted_and_named(city, capsys):
         assert line in table
 
 
-def test_the_wrong_folder_ends_in_one_line(city, capsys):
+def test_wrong_labels_folder_is_a_one_line_error(city, capsys):
     city("good_1_2", _columns(7, 26001, 26002))
     for labels, said in (
         (city.root / "gone", "gone: no such folder"),

@@ -89,7 +89,7 @@ def _objects365(folder, annotations, images=O365_IMAGES):
 
 
 @pytest.mark.parametrize("unpacked", ["images/v1/patch8", "v1/patch8", "patch8", "."])
-def test_an_image_is_found_by_ever_shorter_ends_of_its_path(tmp_path, unpacked):
+def test_image_is_found_by_any_suffix_of_its_path(tmp_path, unpacked):
     _picture(tmp_path / "train" / unpacked / "objects365_v1_00420917.jpg")
     records, problems = _made(_objects365(tmp_path, [{**O365_BOX, "category_id": 93}]))
     assert list(records) == [O365_IMAGES[0]["file_name"]] and records[O365_IMAGES[0]["file_name"]].segments[0].box == (
@@ -102,7 +102,7 @@ def test_an_image_is_found_by_ever_shorter_ends_of_its_path(tmp_path, unpacked):
     assert problems["note: image without annotations; all classes count as absent"] == 1
 
 
-def test_the_disk_is_asked_about_folders_and_not_about_images(tmp_path, monkeypatch):
+def test_path_lookup_checks_folders_rather_than_every_image(tmp_path, monkeypatch):
     (tmp_path / "train" / "patch8").mkdir(parents=True)
     images = [{**O365_IMAGES[0], "id": i, "file_name": f"images/v1/patch{i % 3 + 7}/{i}.jpg"} for i in range(300)]
     asked = []
@@ -111,7 +111,7 @@ def test_the_disk_is_asked_about_folders_and_not_about_images(tmp_path, monkeypa
     assert len(_objects365(tmp_path, [], images).jobs) == 300 and len(asked) < 20
 
 
-def test_crowds_fakes_and_boxes_that_come_twice(tmp_path):
+def test_objects365_crowds_fakes_and_duplicate_boxes(tmp_path):
     _picture(tmp_path / "train" / "patch8" / "objects365_v1_00420917.jpg")
     dog = {**O365_BOX, "category_id": 93}
     again, basket = {**dog, "id": 52}, {**O365_BOX, "id": 53, "category_id": 53}
@@ -124,7 +124,7 @@ def test_crowds_fakes_and_boxes_that_come_twice(tmp_path):
     assert problems == {"segment: the same box twice": 1} and plan.exhaustive
 
 
-def test_fields_that_no_record_needs_are_not_kept(tmp_path):
+def test_load_json_drops_unused_annotation_fields(tmp_path):
     path = _json(tmp_path / "a.json", {"annotations": [{**O365_BOX, "category_id": 93}]})
     assert coco.load_json(path, "annotations")["annotations"][0].keys() == {
         "id",
@@ -151,11 +151,11 @@ def test_fields_that_no_record_needs_are_not_kept(tmp_path):
         ("wiper_(for_windshield/screen)", ("wiper (for windshield/screen)",)),
     ],
 )
-def test_a_slash_parts_alternatives_only(name, texts):
+def test_slash_in_a_class_name_separates_only_true_alternatives(name, texts):
     assert _texts({"name": name}) == [texts]
 
 
-def test_a_word_of_two_classes_names_only_the_one_that_is_called_so():
+def test_shared_synonym_is_kept_only_for_the_class_with_that_exact_name():
     assert _texts({"name": "Bottle/can"}, {"name": "can"}, {"name": "tin/pot"}, {"name": "kettle/pot"}) == [
         ("Bottle",),
         ("can",),
@@ -212,7 +212,7 @@ def lvis(tmp_path):
     return coco.instances(_json(tmp_path / "lvis_v1_train.json", data), str(tmp_path / "coco"))
 
 
-def test_lvis_says_what_is_absent_and_what_is_labeled_in_part(lvis):
+def test_lvis_records_absent_and_partially_labeled_classes(lvis):
     records, problems = _made(lvis)
     record = records["train2017/000000391895.jpg"]
     assert not problems and not lvis.exhaustive
@@ -228,7 +228,7 @@ def test_lvis_says_what_is_absent_and_what_is_labeled_in_part(lvis):
     assert other.absent_classes == (3,) and [s.class_id for s in other.segments] == [1]
 
 
-def test_lvis_asks_for_what_an_image_vouches_for_and_for_nothing_else(lvis):
+def test_lvis_prompts_cover_only_the_classes_verified_for_an_image(lvis):
     info = DatasetInfo("lvis", lvis.classes, {}, lvis.exhaustive)
     example = to_example(_made(lvis)[0]["train2017/000000391895.jpg"], info, ["instance"], "x")
     asked = {
@@ -243,12 +243,12 @@ def test_lvis_asks_for_what_an_image_vouches_for_and_for_nothing_else(lvis):
     }
 
 
-def test_lvis_classes_keep_their_qualifiers_and_its_pictures_are_cocos(lvis):
+def test_lvis_class_names_keep_qualifiers_and_images_have_coco_origins(lvis):
     assert [c.texts for c in lvis.classes][2:] == [("crab (animal)",), ("taxi", "taxicab")]
     assert [job.origin for job in lvis.jobs] == ["coco/391895", "coco/139"]
 
 
-def test_lvis_images_may_lie_in_one_folder(lvis, tmp_path):
+def test_lvis_images_are_found_in_a_single_flat_folder(lvis, tmp_path):
     images = str(tmp_path / "coco" / "train2017")
     records, problems = _made(coco.instances(str(tmp_path / "lvis_v1_train.json"), images))
     assert list(records) == ["train2017/000000391895.jpg"] and problems == {"image: file is missing": 1}
@@ -364,7 +364,7 @@ def _referring(root, refs, split, protocol=2):
 
 
 @pytest.mark.parametrize("protocol", [0, 2])
-def test_refs_that_python_2_pickled_are_read(refcoco, protocol):
+def test_refs_pickled_by_python_2_are_read(refcoco, protocol):
     assert pickle.loads(_python2(REFS, protocol), encoding="latin1") == REFS
     plan = _referring(refcoco, REFS, "train", protocol)
     records, problems = _made(plan)
@@ -378,7 +378,7 @@ def test_refs_that_python_2_pickled_are_read(refcoco, protocol):
     assert record.origin == "coco/581857" and plan.jobs[0].id == 581857 and plan.unique_texts
 
 
-def test_a_class_of_which_some_are_referred_to_is_labeled_in_part(refcoco):
+def test_classes_of_referred_objects_are_not_exhaustive(refcoco):
     plan = _referring(refcoco, REFS, "train")
     (record,) = _made(plan)[0].values()
     example = to_example(
@@ -387,7 +387,7 @@ def test_a_class_of_which_some_are_referred_to_is_labeled_in_part(refcoco):
     assert {p.texts[0]: p.exhaustive for p in example.prompts}["person"] is False
 
 
-def test_splits_to_evaluate_on_keep_every_expression_as_often_as_it_was_said(refcoco):
+def test_refcoco_eval_splits_keep_duplicate_expressions(refcoco):
     (record,) = _made(_referring(refcoco, REFS, "testA"))[0].values()
     lady, crowd = record.segments
     assert lady.texts == ("lady", "lady", "person") and crowd.texts == ("person",)
@@ -396,7 +396,7 @@ def test_splits_to_evaluate_on_keep_every_expression_as_often_as_it_was_said(ref
     )
 
 
-def test_train_is_never_mixed_with_other_splits(refcoco):
+def test_refs_train_split_cannot_be_mixed_with_other_splits(refcoco):
     with pytest.raises(
         ValueError, match=r"refs\(unc\).p: contains the splits testA, train, val; choose one with --refs_split"
     ):
@@ -419,14 +419,14 @@ def test_train_is_never_mixed_with_other_splits(refcoco):
     ],
     ids=["numpy", "class", "code", "cut", "cut_text", "strings", "empty"],
 )
-def test_other_pickles_are_refused_in_one_line(refcoco, refs, monkeypatch):
+def test_invalid_or_unsafe_refs_pickles_are_one_line_errors(refcoco, refs, monkeypatch):
     monkeypatch.chdir(refcoco)
     with pytest.raises(ValueError) as error:
         _referring(refcoco, refs, "train")
     assert "refs(unc).p: " in str(error.value) and "\n" not in str(error.value) and not os.path.exists("it_ran")
 
 
-def test_refs_without_the_file_that_lists_their_images_say_so(refcoco):
+def test_refs_without_an_instances_file_are_rejected(refcoco):
     (refcoco / "refcoco" / "refs(umd).p").write_bytes(_python2(REFS[:2], 2))
     with pytest.raises(ValueError, match=r"refs\(umd\).p: the file lists no images; give --instances"):
         coco.referring(str(refcoco / "refcoco" / "refs(umd).p"), str(refcoco / "train2014"))
@@ -451,7 +451,7 @@ def _categories(*pairs):
     return [{"id": i, "name": name, "supercategory": above} for i, (name, above) in enumerate(pairs)]
 
 
-def test_the_row_of_the_project_is_no_class_of_its_export(tmp_path):
+def test_roboflow_super_category_without_annotations_is_dropped(tmp_path):
     plan, record = _export(tmp_path, _categories(("tumor", "none"), ("tumor", "tumor"), ("skull", "tumor")), [1])
     assert [c.name for c in plan.classes] == ["tumor", "skull"] and record.segments[0].class_id == 0
     assert list(plan.problems.counts) == [
@@ -471,7 +471,7 @@ def test_the_row_of_the_project_is_no_class_of_its_export(tmp_path):
         ([("animal", "animal"), ("dog", "animal"), ("cat", "none")], []),
     ],
 )
-def test_every_other_row_is_a_class(tmp_path, pairs, used):
+def test_categories_other_than_an_unused_super_category_are_kept(tmp_path, pairs, used):
     plan, _ = _export(tmp_path, _categories(*pairs), used)
     assert [c.name for c in plan.classes] == [name for name, _ in pairs] and not any(
         "category" in reason for reason in plan.problems.counts

@@ -74,7 +74,7 @@ def _said(folder, refs, instances=(), images=(IMAGE, OTHER)):
         ),
     ],
 )
-def test_files_that_would_teach_nothing_or_the_wrong_thing_end_in_one_line(tmp_path, fields, said):
+def test_invalid_or_inconsistent_coco_json_is_a_one_line_error(tmp_path, fields, said):
     (tmp_path / "images").mkdir()
     data = {"images": [IMAGE], "annotations": [GOOD], "categories": [CAT, DOG], **fields}
     with pytest.raises(ValueError) as error:
@@ -92,25 +92,25 @@ def test_files_that_would_teach_nothing_or_the_wrong_thing_end_in_one_line(tmp_p
         ({"segmentation": [*SQUARE, [1, 1, 5, 5, 9, float("nan")]]}, "a part of its polygon is malformed"),
     ],
 )
-def test_a_malformed_annotation_is_dropped_and_its_class_not_taught_absent(tmp_path, fields, reason):
+def test_malformed_annotation_is_dropped_and_its_class_marked_partial(tmp_path, fields, reason):
     records, problems = _made(_toy(tmp_path, [GOOD, {**GOOD, "id": 2, "category_id": 8, **fields}]))
     assert problems == {f"segment: {reason}": 1}
     assert [s.class_id for s in records["a.png"].segments] == [0] and records["a.png"].partial_classes == (1,)
 
 
 @pytest.mark.parametrize(("value", "crowd"), [("0", False), ("false", False), (None, False), ("1", True), (True, True)])
-def test_flags_may_be_text(tmp_path, value, crowd):
+def test_iscrowd_flag_accepts_strings_and_null(tmp_path, value, crowd):
     records, problems = _made(_toy(tmp_path, [{**GOOD, "iscrowd": value}]))
     assert records["a.png"].segments[0].crowd == crowd and not problems
 
 
 @pytest.mark.parametrize(("box", "kept"), [([12, 5, 18, 20], True), ([13.5, 5, 16.5, 20], False)])
-def test_a_box_counts_only_where_it_is_that_of_its_mask(tmp_path, box, kept):
+def test_box_is_kept_only_if_it_agrees_with_its_mask(tmp_path, box, kept):
     records, problems = _made(_toy(tmp_path, [{**GOOD, "bbox": box}]))
     assert records["a.png"].segments[0].box[0] == (box[0] if kept else 10) and bool(problems) != kept
 
 
-def test_one_text_is_one_text():
+def test_synonyms_given_as_one_string_are_one_synonym():
     assert _texts({"name": "cat", "synonyms": "kitty"}, {"name": "dog", "synonyms": None}) == [
         ("cat", "kitty"),
         ("dog",),
@@ -126,7 +126,7 @@ def test_one_text_is_one_text():
         ({"sentences": ["a cup"], "no_target": "True"}, (), ("a cup",), {}),
     ],
 )
-def test_expressions_are_texts_and_nothing_else(tmp_path, fields, texts, absent, reasons):
+def test_only_string_expressions_are_kept(tmp_path, fields, texts, absent, reasons):
     records, problems = _made(_said(tmp_path, [{"image_id": 0, "bbox": [10, 5, 20, 20], **fields}]))
     assert (
         tuple(t for s in records["a.png"].segments for t in s.texts) == texts
@@ -135,7 +135,7 @@ def test_expressions_are_texts_and_nothing_else(tmp_path, fields, texts, absent,
     assert problems == reasons
 
 
-def test_an_annotation_of_another_image_is_no_shape_of_this_one(tmp_path):
+def test_references_to_an_annotation_of_another_image_are_dropped(tmp_path):
     refs = [{"image_id": i, "ann_id": 1, "sentences": ["the cat"]} for i in (0, 1)]
     records, problems = _made(_said(tmp_path, refs, [GOOD]))
     assert list(records) == ["a.png"] and problems == {"expression: its annotation belongs to another image": 1}
@@ -144,7 +144,7 @@ def test_an_annotation_of_another_image_is_no_shape_of_this_one(tmp_path):
     assert list(records) == ["a.png"] and problems == {"image: its annotations belong to another image": 1}
 
 
-def test_an_annotation_id_means_one_annotation_in_all_instance_files(tmp_path):
+def test_annotation_ids_must_be_unique_across_instance_files(tmp_path):
     refs = [{"image_id": 0, "ann_id": 1, "sentences": ["the cat"]}]
     assert len(_said(tmp_path, refs, [GOOD, GOOD]).jobs) == 1
     with pytest.raises(
@@ -162,7 +162,7 @@ def test_an_annotation_id_means_one_annotation_in_all_instance_files(tmp_path):
         ([(1, 7), (2, 8)], (1, 2)),  # 3 is in the PNG alone
     ],
 )
-def test_a_class_that_lost_a_panoptic_segment_is_not_taught_absent(tmp_path, infos, partial):
+def test_class_that_lost_a_panoptic_segment_is_marked_partial(tmp_path, infos, partial):
     ids = np.zeros((H, W, 3), np.uint8)
     ids[:10, :, 2] = 1  # OpenCV writes red last
     if len(infos) == 2 and infos[1][0] == 2:

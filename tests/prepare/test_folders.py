@@ -59,7 +59,7 @@ def _gray(path):
     ("masks", "suffix"),
     [("DUTS-TR-Mask", ""), ("DUTS-TR-Image", ""), ("DUTS-TR-Mask", "_gt"), ("DUTS-TR-Image", "_gt")],
 )
-def test_masks_lie_in_a_folder_of_their_own_or_beside_the_images(tmp_path, capsys, masks, suffix):
+def test_masks_are_found_in_a_separate_folder_or_beside_the_images(tmp_path, capsys, masks, suffix):
     images, masks = tmp_path / "DUTS-TR-Image", tmp_path / masks
     for name in ("1", "2"):
         _photo(images / f"{name}.jpg")
@@ -73,7 +73,7 @@ def test_masks_lie_in_a_folder_of_their_own_or_beside_the_images(tmp_path, capsy
         np.testing.assert_array_equal(_mask(record), _gray(masks / f"{name}{suffix}.png") > 127)
 
 
-def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
+def test_list_file_selects_the_images_of_a_split(tmp_path, capsys):
     names = ("a", "b c", "d.1", "e", "f", "sub/g", "not_listed")
     for name in names:
         _photo(tmp_path / "images" / f"{name}.jpg")
@@ -119,7 +119,7 @@ def test_a_list_chooses_the_images_of_a_split(tmp_path, capsys):
         ("/SegNet/bonn/x.jpg /SegNet/bonnannot/x.png", False),
     ],
 )
-def test_a_line_of_a_list_is_never_taken_for_a_file_of_another_name_or_folder(tmp_path, capsys, line, found):
+def test_list_line_never_matches_a_file_of_another_name_or_folder(tmp_path, capsys, line, found):
     for name in ("x", "y"):
         _photo(tmp_path / "aachen" / f"{name}.jpg")
         _save(tmp_path / "masks" / f"{name}.png", SOFT)
@@ -134,7 +134,7 @@ def test_a_line_of_a_list_is_never_taken_for_a_file_of_another_name_or_folder(tm
     assert (f"1 x image: in the list, not in the folder ({line})" in capsys.readouterr().out) != found
 
 
-def test_folders_that_are_links_are_read_too(tmp_path):
+def test_symlinked_folders_are_read(tmp_path):
     for kind in ("images", "masks"):
         for city in ("aachen", "bonn"):
             _save(tmp_path / "disk" / kind / city / f"x{city}.png", SOFT)
@@ -147,7 +147,7 @@ def test_folders_that_are_links_are_read_too(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["--exclude", "val.json"], ["--instances", "train.json"]])
-def test_options_of_json_foregrounds_are_refused_with_masks(tmp_path, capsys, words):
+def test_json_only_options_are_rejected_with_foreground_masks(tmp_path, capsys, words):
     assert _prepare(tmp_path, "foreground", *words, images=tmp_path, masks=tmp_path) == 1
     error = capsys.readouterr().err
     assert error.startswith("mqformer prepare: --exclude and --instances require --json; ") and error.count("\n") == 1
@@ -155,7 +155,7 @@ def test_options_of_json_foregrounds_are_refused_with_masks(tmp_path, capsys, wo
 
 @pytest.mark.parametrize("option", ["name", "split"])
 @pytest.mark.parametrize("text", ["..", "a/b", "", "a\n", "-x", ".a", "a b"])
-def test_names_of_sets_and_splits_are_parts_of_file_names(tmp_path, capsys, option, text):
+def test_invalid_set_and_split_names_are_rejected(tmp_path, capsys, option, text):
     with pytest.raises(SystemExit):
         _prepare(tmp_path, "foreground", images=tmp_path, masks=tmp_path, **{option: text})
     assert f"argument --{option}: {text!r} is not a valid name" in capsys.readouterr().err
@@ -188,7 +188,7 @@ def _ways_to_save(folder):
     return [*ways, "gray.jpg"]
 
 
-def test_masks_are_read_however_they_were_saved(tmp_path):
+def test_foreground_masks_are_read_in_every_file_format_and_image_mode(tmp_path):
     for folder in ("saved", "images", "masks"):
         (tmp_path / folder).mkdir()
     saved = _ways_to_save(tmp_path / "saved")
@@ -202,7 +202,7 @@ def test_masks_are_read_however_they_were_saved(tmp_path):
         np.testing.assert_array_equal(_mask(record), SOLID, err_msg=key)
 
 
-def test_masks_that_nobody_can_read_for_sure_are_counted(tmp_path, capsys):
+def test_ambiguous_or_unusable_masks_are_counted(tmp_path, capsys):
     noise = np.random.default_rng(0).integers(0, 255, (H, W, 3), np.uint8)
     masks = {"photo": noise, "dim": SOFT // 4, "turned": SOFT.T, "small": SOFT[1:], "black": SOFT * 0, "good": SOFT}
     for name, mask in masks.items():
@@ -229,7 +229,7 @@ def test_masks_that_nobody_can_read_for_sure_are_counted(tmp_path, capsys):
 # ---- Mattes -------------------------------------------------------------------------------------------------------
 
 
-def test_mattes_may_be_the_alpha_of_a_cut_out_and_bring_trimaps(tmp_path, capsys):
+def test_mattes_are_read_from_cutout_alpha_channels_with_trimaps(tmp_path, capsys):
     trimap = np.where(SOFT < 60, 0, np.where(SOFT > 200, 255, 128)).astype(np.uint8)
     for name in ("a", "b", "c", "d"):
         _photo(tmp_path / "images" / f"{name}.jpg")
@@ -265,7 +265,7 @@ def test_mattes_may_be_the_alpha_of_a_cut_out_and_bring_trimaps(tmp_path, capsys
     assert "no trimap has the name of an image" in capsys.readouterr().err
 
 
-def test_real_mattes_and_trimaps_equal_their_files(real_data, tmp_path):
+def test_real_mattes_and_trimaps_match_the_source_files(real_data, tmp_path):
     matting = real_data / "matting"
     paths = {"images": matting / "images", "alphas": matting / "alpha", "trimaps": matting / "trimap"}
     assert _prepare(tmp_path, "mattes", **paths) == 0
@@ -292,7 +292,7 @@ def _semantic(root, *words, **options):
 
 
 @pytest.mark.parametrize("kind", ["txt", "json"])
-def test_color_masks_are_read_by_a_class_list_with_colors(tmp_path, capsys, kind):
+def test_color_masks_are_decoded_with_the_class_list_colors(tmp_path, capsys, kind):
     if kind == "txt":  # CamVid's own
         (tmp_path / "label_colors.txt").write_text("0 0 0\t\tVoid\r\n128 64 128\tRoad\r\n128 128 128\tSky_Blue\r\n")
     else:
@@ -314,7 +314,7 @@ def test_color_masks_are_read_by_a_class_list_with_colors(tmp_path, capsys, kind
     assert "1 x segment: mask color has no class (0001TP (1, 2, 3))" in capsys.readouterr().out
 
 
-def test_a_color_mask_without_colors_says_what_to_do(tmp_path, capsys):
+def test_color_mask_without_class_colors_is_an_error_with_a_remedy(tmp_path, capsys):
     (tmp_path / "classes.txt").write_text("sky\nroad\n")
     assert _semantic(tmp_path, classes=tmp_path / "classes.txt") == 1
     assert "not an index PNG; give a class list with colors (0001TP)" in capsys.readouterr().err
@@ -325,7 +325,7 @@ def test_a_color_mask_without_colors_says_what_to_do(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("saved", ["1", "P", "L", "RGBA"])
-def test_index_masks_are_read_by_value_whatever_colors_the_list_has(tmp_path, saved):
+def test_index_masks_are_decoded_by_value_ignoring_class_list_colors(tmp_path, saved):
     index = (WHERE > 1).astype(np.uint8)
     if saved == "RGBA":
         _save(tmp_path / "masks" / "a.png", np.dstack([index] * 3 + [np.full((H, W), 255, np.uint8)]))
@@ -367,7 +367,7 @@ def _index(root, mask, classes, text, *words, **save):
         "1,0.1576,11664,1172,1,wall",
     ],
 )
-def test_a_class_list_in_another_format_is_refused(tmp_path, capsys, line):
+def test_class_list_in_an_unsupported_format_is_rejected(tmp_path, capsys, line):
     assert _index(tmp_path, "a.png", "classes.txt", f"{line}\n{line.replace('1', '2')}\n") == 1
     error = capsys.readouterr().err
     assert (
@@ -378,7 +378,7 @@ def test_a_class_list_in_another_format_is_refused(tmp_path, capsys, line):
 
 
 @pytest.mark.parametrize(("count", "words"), [(256, []), (255, ["--index_offset=1"])])
-def test_255_is_a_class_where_the_list_reaches_it(tmp_path, count, words):
+def test_mask_value_255_is_a_class_only_if_the_class_list_includes_it(tmp_path, count, words):
     assert _index(tmp_path, "a.png", "classes.txt", "".join(f"class {i}\n" for i in range(count)), *words) == 0
     info, records = _read(tmp_path)
     last = records["a"].segments[-1]
@@ -391,7 +391,7 @@ def test_255_is_a_class_where_the_list_reaches_it(tmp_path, count, words):
     )
 
 
-def test_a_synonym_that_two_classes_claim_names_neither(tmp_path):
+def test_synonym_shared_by_two_classes_is_dropped(tmp_path):
     words = "\n".join(
         ["earth, ground", "land, ground, soil", "counter", "kitchen, counter", *(f"class {i}" for i in range(250))]
     )
@@ -404,12 +404,12 @@ def test_a_synonym_that_two_classes_claim_names_neither(tmp_path):
     ]
 
 
-def test_an_index_mask_that_is_a_jpeg_is_counted(tmp_path, capsys):
+def test_jpeg_index_mask_is_rejected_and_counted(tmp_path, capsys):
     assert _index(tmp_path, "a.jpg", "classes.txt", "sky\nroad\n") == 1
     assert "1 x image: mask is a JPEG, whose values are not exact; save masks as PNG (a)" in capsys.readouterr().err
 
 
-def test_two_classes_of_one_color_are_named(tmp_path):
+def test_duplicate_class_colors_error_names_both_classes(tmp_path):
     path = tmp_path / "colors.json"
     path.write_text(json.dumps([{"name": "road", "color": [1, 2, 3]}, {"name": ["sky", "air"], "color": [1, 2, 3]}]))
     with pytest.raises(ValueError, match=r"colors.json: classes 'road' and 'sky, air' .* \(1, 2, 3\)"):

@@ -47,7 +47,7 @@ def _decoded(path):
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_a_kept_image_decodes_as_pil_decodes_its_file(tmp_path, name):
+def test_kept_image_decodes_the_same_as_with_pil(tmp_path, name):
     image, options = WAYS[name]
     image.save(tmp_path / name, **options)
     truth = np.array(ImageOps.exif_transpose(Image.open(tmp_path / name)).convert("RGB"))
@@ -55,7 +55,7 @@ def test_a_kept_image_decodes_as_pil_decodes_its_file(tmp_path, name):
     np.testing.assert_allclose(_decoded(tmp_path / name).astype(int), truth, atol=1 if "cmyk" in name else 0)
 
 
-def test_sixteen_bits_become_their_upper_eight(tmp_path):
+def test_16_bit_images_keep_their_upper_8_bits(tmp_path):
     deep = SMOOTH.astype(np.uint16) * 256 + 99
     cv2.imwrite(str(tmp_path / "rgb.png"), deep[..., ::-1])
     Image.fromarray(np.ascontiguousarray(deep[..., 0])).save(tmp_path / "gray.png")
@@ -63,13 +63,13 @@ def test_sixteen_bits_become_their_upper_eight(tmp_path):
     np.testing.assert_array_equal(_decoded(tmp_path / "gray.png"), SMOOTH[..., :1].repeat(3, -1))
 
 
-def test_an_image_of_12000_pixels_is_read(tmp_path):
+def test_image_12000_pixels_wide_is_read(tmp_path):
     Image.linear_gradient("L").resize((12_000, 40)).save(tmp_path / "wide.jpg")
     assert _decoded(tmp_path / "wide.jpg").shape == (40, 12_000, 3)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF"])
-def test_a_file_cut_short_is_never_half_an_image(tmp_path, kind):
+def test_truncated_image_file_is_rejected(tmp_path, kind):
     buffer = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(buffer, kind)
     for part in (0.0, 0.3, 0.99):
@@ -79,7 +79,7 @@ def test_a_file_cut_short_is_never_half_an_image(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_a_head_that_promises_too_many_pixels_is_believed_before_decoding(tmp_path, kind):
+def test_image_header_with_too_many_pixels_is_rejected(tmp_path, kind):
     RGB.save(tmp_path / "bomb", kind)
     data = (tmp_path / "bomb").read_bytes()
     at = data.index(b"IHDR") + 4 if kind == "PNG" else data.index(b"\xff\xc0") + 5
@@ -93,7 +93,7 @@ def test_a_head_that_promises_too_many_pixels_is_believed_before_decoding(tmp_pa
 
 
 @pytest.mark.parametrize("read", [read_image, read_index])
-def test_twelve_bytes_are_no_png(tmp_path, read):
+def test_12_byte_png_is_rejected_as_truncated(tmp_path, read):
     (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\nIEND")
     with pytest.raises(Unusable, match="truncated"):
         read(str(tmp_path / "a.png"))

@@ -71,7 +71,7 @@ def _rows(*values, dtype=np.uint16):
     ("classes", "compressed", "dtype"),
     [(None, True, np.uint16), ("59_labels.txt", False, np.uint16), (None, False, np.int32)],
 )
-def test_every_label_of_the_class_list_is_one_region(voc, classes, compressed, dtype):
+def test_each_listed_label_becomes_one_region(voc, classes, compressed, dtype):
     labels = np.random.default_rng(1).choice([0, 1, 2, 19, 80, 308, 360, 397, 459], (H, W)).astype(dtype)
     voc("2008_000002", labels, compressed)
     info, records = _prepare(voc, **({"classes": voc.root / classes} if classes else {}))
@@ -91,14 +91,14 @@ def test_every_label_of_the_class_list_is_one_region(voc, classes, compressed, d
     np.testing.assert_array_equal(record.decode_mask(record.ignore), ~np.isin(truth, list(wanted)))
 
 
-def test_a_list_chooses_the_images_of_a_split(voc):
+def test_list_file_selects_the_images_of_a_split(voc):
     for name in ("2008_000002", "2008_000003", "2008_000007"):
         voc(name, _rows(360))
     (voc.root / "val.txt").write_text("2008_000003  1\n2008_000007 -1\n")
     assert sorted(_prepare(voc, list=voc.root / "val.txt")[1]) == ["2008_000003", "2008_000007"]
 
 
-def test_what_is_broken_is_counted_and_named(voc, capsys):
+def test_broken_images_and_label_maps_are_counted_and_named(voc, capsys):
     folder = voc.root / "trainval"
     for name in ("good", "cut", "cut_plain", "bits", "code", "junk", "other"):
         voc(name, _rows(2, 460), compressed=name not in ("cut_plain", "code"))
@@ -149,7 +149,7 @@ def test_what_is_broken_is_counted_and_named(voc, capsys):
         ("labels", None, "labels: no such folder"),
     ],
 )
-def test_mistakes_end_in_one_line(voc, capsys, option, text, said):
+def test_invalid_inputs_are_one_line_errors(voc, capsys, option, text, said):
     voc("2008_000002", _rows(360))
     if text is not None:
         (voc.root / option).write_bytes(text if isinstance(text, bytes) else text.encode())

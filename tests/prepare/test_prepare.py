@@ -15,7 +15,7 @@ from pycocotools import mask as coco_mask
 from mqformer_jax.prepare import cli
 
 
-def test_a_share_of_the_images_is_held_out_by_name(folder, capsys):
+def test_val_fraction_holds_out_images_by_name(folder, capsys):
     names = ["a.jpg", "b.png", "c.webp", "d.jpg"]
     annotations = [{"id": i, "image_id": i, "category_id": 7, "segmentation": SQUARE} for i in range(4)]
     assert prepare_instances(folder, annotations, image_entries(*names), val_fraction=0.25) == 0
@@ -64,7 +64,7 @@ def test_panoptic_things_stuff_crowd_and_unlabeled_pixels(folder):
     assert cat.box == (0, 20, 30, 30)
 
 
-def test_instances_polygons_both_run_length_codes_and_boxes(folder):
+def test_instances_from_polygons_both_rle_forms_and_boxes(folder):
     solid = _oracle(SQUARE)
     flat = solid.ravel(order="F")
     runs = np.diff(np.flatnonzero(np.concatenate([[True], flat[1:] != flat[:-1], [True]]))).tolist()
@@ -139,7 +139,7 @@ def test_referring_groups_expressions_by_object(folder, capsys):
     assert list(read(folder, "testA")[1]) == ["b.png"]
 
 
-def test_refs_may_be_a_pickle_but_no_code_in_it_runs(folder, capsys):
+def test_refs_pickle_is_read_without_running_its_code(folder, capsys):
     refs = [{"image_id": 0, "ann_id": 77, "sentences": [{"sent": "the cat"}], "split": "train"}]
     shape = {"id": 77, "image_id": 0, "category_id": 7, "segmentation": SQUARE}
     instances = write_json(
@@ -171,7 +171,7 @@ def test_semantic_index_png_with_ignored_class(folder, palette):
     np.testing.assert_array_equal(record.decode_mask(record.ignore), np.isin(index, (1, 3)))
 
 
-def test_class_table_of_ade20k_starts_at_one(folder):
+def test_ade20k_class_table_starts_at_index_one(folder):
     write_png(folder / "masks" / "a.png", np.repeat(np.uint8([0, 1, 2, 2]), 10)[:, None].repeat(W, 1))
     (folder / "objects.txt").write_text("Idx\tRatio\tName\n1\t0.2\twall\n2\t0.1\tbuilding, edifice\n")
     assert prepare(folder, "semantic", masks=folder / "masks", classes=folder / "objects.txt") == 0
@@ -215,7 +215,7 @@ def test_mattes_keep_every_gray_level(folder):
     np.testing.assert_array_equal(record.decode_mask(record.segments[0].mask), alpha > 127)
 
 
-def test_sample_makes_all_its_sets(folder):
+def test_sample_command_writes_all_its_sets(folder):
     assert cli.main(["sample", "--train=8", "--val=4", "--size=48", f"--output={folder / 'out'}", "--workers=1"]) == 0
     info, records = read(folder, name="sample_scenes")
     assert info.splits == {"train": 8, "val": 4} and all(
@@ -230,7 +230,7 @@ def test_sample_makes_all_its_sets(folder):
 # ---- Images -------------------------------------------------------------------------------------------------------
 
 
-def test_jpeg_and_png_bytes_are_kept_and_others_become_png(folder):
+def test_jpeg_and_png_bytes_are_kept_and_other_formats_become_png(folder):
     assert prepare_instances(folder, [], image_entries("a.jpg", "b.png", "c.webp")) == 0
     records = read(folder)[1]
     for name in ("a.jpg", "b.png"):

@@ -60,7 +60,7 @@ def test_unusable_annotations_are_dropped_and_counted(folder, capsys, fields, re
     assert record.partial_classes == (() if "category_id" in fields else (0,))  # so that nobody learns it is absent
 
 
-def test_wrong_boxes_are_noted(folder, capsys):
+def test_clipped_boxes_and_boxes_disagreeing_with_masks_are_noted(folder, capsys):
     corners = {"id": 1, "image_id": 0, "category_id": 7, "bbox": [30, 20, 50, 39]}  # x0, y0, x1, y1 by mistake
     assert prepare_instances(folder, [corners, {**corners, "id": 2, "segmentation": SQUARE}]) == 0
     clipped, masked = read(folder)[1]["a.jpg"].segments
@@ -69,7 +69,7 @@ def test_wrong_boxes_are_noted(folder, capsys):
     assert "note: box clipped to its image" in table and "note: box disagrees with its mask" in table
 
 
-def test_panoptic_png_and_json_that_disagree_are_counted(folder, capsys):
+def test_panoptic_png_and_json_mismatches_are_counted(folder, capsys):
     ids = np.zeros((H, W, 3), np.uint8)
     ids[:10, :, 0], ids[10:20, :, 0], ids[20:30, :, 0] = 1, 2, 3
     write_png(folder / "masks" / "a.png", ids)
@@ -100,7 +100,7 @@ def test_panoptic_png_and_json_that_disagree_are_counted(folder, capsys):
         assert line in table
 
 
-def test_masks_and_images_that_stand_alone_are_counted(folder, capsys):
+def test_unpaired_masks_and_images_are_counted(folder, capsys):
     for name in ("a", "ghost"):
         write_png(folder / "masks" / f"{name}.png", np.zeros((H, W), np.uint8))
     write_png(folder / "masks" / "b.png", np.random.default_rng(0).integers(0, 9, (H, W, 3), np.uint8))
@@ -117,7 +117,7 @@ def _one_line(capsys, status, *words):
     assert all(word in error for word in words), error
 
 
-def test_mistakes_end_in_one_line(folder, capsys):
+def test_invalid_inputs_are_one_line_errors(folder, capsys):
     good = {"images": image_entries("a.jpg"), "annotations": [], "categories": CATEGORIES}
     path = write_json(folder / "ok.json", good)
     _one_line(capsys, prepare(folder, "instances", json=path, images=folder / "gone"), "gone: no such folder")
@@ -132,7 +132,7 @@ def test_mistakes_end_in_one_line(folder, capsys):
     assert not (folder / "out" / "toy").exists()
 
 
-def test_splits_of_one_set_share_their_classes(folder, capsys):
+def test_splits_of_one_set_must_have_the_same_classes(folder, capsys):
     assert prepare_instances(folder, []) == 0
     assert prepare_instances(folder, [], image_entries("b.png", "d.jpg"), split="val") == 0
     assert read(folder)[0].splits == {"train": 1, "val": 2}
@@ -144,21 +144,21 @@ def test_splits_of_one_set_share_their_classes(folder, capsys):
     )
 
 
-def test_nothing_usable_is_an_error_and_leaves_no_set(folder, capsys):
+def test_split_without_usable_images_is_an_error_and_writes_no_set(folder, capsys):
     said = "toy train has no usable images: 1 x image: file is missing (gone.jpg)"
     _one_line(capsys, prepare_instances(folder, [], image_entries("gone.jpg")), said)
     with pytest.raises(FileNotFoundError):
         read(folder)
 
 
-def test_excluded_images_stay_out(folder, capsys):
+def test_excluded_images_are_dropped(folder, capsys):
     val = write_json(folder / "val.json", {"images": image_entries("a.jpg")})
     assert prepare_instances(folder, [], image_entries("a.jpg", "b.png"), exclude=[val]) == 0
     assert list(read(folder)[1]) == ["b.png"]
     assert "1 images kept, 1 dropped" in capsys.readouterr().out
 
 
-def test_stuff_names_are_cleaned_unless_two_classes_become_one():
+def test_stuff_name_suffixes_are_removed_unless_names_would_collide():
     from mqformer_jax.prepare.formats.coco_categories import vocabulary
 
     names = [("door", 1), ("door-stuff", 0), ("wall-other-merged", 0), ("wall-brick", 0), ("t-shirt", 1)]
@@ -169,7 +169,7 @@ def test_stuff_names_are_cleaned_unless_two_classes_become_one():
     assert class_of[10] == 4
 
 
-def test_a_tilde_after_an_equals_sign_is_the_home_folder(folder, capsys, monkeypatch):
+def test_tilde_after_an_equals_sign_expands_to_the_home_folder(folder, capsys, monkeypatch):
     """Shells expand "--root ~/data" only."""
     monkeypatch.setenv("HOME", str(folder))
     assert cli.main(["public", "refcoco", "--root=~/nowhere"]) == 1

@@ -35,7 +35,7 @@ def _load(*parts):
         return json.load(f)
 
 
-def test_real_panoptic_equals_its_pngs(real):
+def test_real_panoptic_masks_match_the_source_pngs(real):
     source, root = real
     data = _load(source, "coco", "panoptic", "val.json")
     file_of = {i["id"]: i["file_name"] for i in data["images"]}
@@ -57,7 +57,7 @@ def test_real_panoptic_equals_its_pngs(real):
 @pytest.mark.parametrize(
     ("name", "split", "file"), [("coco_2017", "val", "instances_val.json"), ("lvis_v0.5", "train", "lvis.json")]
 )
-def test_real_instances_equal_pycocotools(real, name, split, file):
+def test_real_instance_masks_match_pycocotools(real, name, split, file):
     source, root = real
     data = _load(source, "coco", file)
     file_of = {i["id"]: i["file_name"] for i in data["images"]}
@@ -73,7 +73,7 @@ def test_real_instances_equal_pycocotools(real, name, split, file):
             assert segment.crowd == bool(annotation.get("iscrowd", 0))
 
 
-def test_real_semantic_equals_its_pngs(real):
+def test_real_semantic_masks_match_the_source_pngs(real):
     source, root = real
     info, records = _records(root, "camvid", "val")
     assert len(info.classes) == 11
@@ -84,7 +84,7 @@ def test_real_semantic_equals_its_pngs(real):
         assert {s.class_id for s in record.segments} == set(np.unique(index).tolist()) - {11}
 
 
-def test_real_mattes_equal_their_files(real):
+def test_real_mattes_and_trimaps_match_the_source_files(real):
     source, root = real
     for record in _records(root, "mattes", "val")[1]:
         alpha = np.array(Image.open(os.path.join(source, "matting", "alpha", record.key + ".png")).convert("L"))
@@ -93,7 +93,7 @@ def test_real_mattes_equal_their_files(real):
         np.testing.assert_array_equal(np.array(Image.open(io.BytesIO(record.segments[0].trimap))), trimap)
 
 
-def test_real_expressions_all_arrive(real):
+def test_nearly_all_real_expressions_are_kept(real):
     source, root = real
     said = sum(len(r["sentences"]) for r in _load(source, "coco", "referring.json")["refs"] if not r.get("uncertain"))
     records = [r for split in ("train", "val") for r in _records(root, "refcoco", split)[1]]
@@ -101,7 +101,7 @@ def test_real_expressions_all_arrive(real):
     assert 0.95 * said <= kept <= said
 
 
-def test_no_coco_image_is_both_trained_and_evaluated_on(real):
+def test_coco_train_and_val_images_are_disjoint_across_sets(real):
     _, root = real
     sets = ("coco_2017_panoptic", "coco_2017", "lvis_v0.5", "refcoco", "foreground")
     keys = {"train": set(), "val": set()}

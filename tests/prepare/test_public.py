@@ -69,7 +69,7 @@ def test_every_set_has_its_splits_and_every_image_decodes(public):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_coco_panoptic_equals_its_pngs(public, split):
+def test_coco_panoptic_masks_match_the_source_pngs(public, split):
     root, out = public
     data = _load(root, f"coco/annotations/panoptic_{split}2017.json")
     info, records = _records(out, "coco_2017_panoptic", split)
@@ -100,7 +100,7 @@ def test_coco_panoptic_equals_its_pngs(public, split):
         ("seginw_Puppies", "val", "seginw/Puppies/valid/_annotations_min1cat.coco.json"),
     ],
 )
-def test_instances_equal_pycocotools(public, name, split, file):
+def test_instance_masks_match_pycocotools(public, name, split, file):
     root, out = public
     data = _load(root, file)
     info, records = _records(out, name, split)
@@ -129,7 +129,7 @@ def test_instances_equal_pycocotools(public, name, split, file):
         ("refcocog_google", "refcocog", "google"),
     ],
 )
-def test_expressions_equal_the_pickled_refs(public, name, folder, partition):
+def test_expressions_match_the_pickled_refs(public, name, folder, partition):
     root, out = public
     refs = pickle.loads((root / folder / f"refs({partition}).p").read_bytes())
     shapes = {a["id"]: a for a in _load(root, folder, "instances.json")["annotations"]}
@@ -149,7 +149,7 @@ def test_expressions_equal_the_pickled_refs(public, name, folder, partition):
         assert found == truth and truth and not info.exhaustive
 
 
-def test_ade20k_equals_its_pngs_and_its_table(public):
+def test_ade20k_matches_the_source_pngs_and_class_table(public):
     root, out = public
     lines = (root / "ADEChallengeData2016/objectInfo150.txt").read_text().splitlines()[1:]
     for split, folder in (("train", "training"), ("val", "validation")):
@@ -166,7 +166,7 @@ def test_ade20k_equals_its_pngs_and_its_table(public):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_camvid_equals_its_pngs(public, split):
+def test_camvid_masks_match_the_source_pngs(public, split):
     root, out = public
     info, records = _records(out, "camvid", split)
     assert [c.name for c in info.classes][:4] == ["sky", "building", "pole", "road"] and len(info.classes) == 11
@@ -174,7 +174,7 @@ def test_camvid_equals_its_pngs(public, split):
         _assert_regions(record, _pixels(root / f"CamVid/{split}annot" / f"{key}.png"), first=0, unlabeled=11)
 
 
-def test_ade20k_panoptic_equals_its_two_maps(public):
+def test_ade20k_panoptic_matches_semantic_and_instance_maps(public):
     root, out = public
     for split, folder in (("train", "training"), ("val", "validation")):
         for key, record in _records(out, "ade20k_panoptic", split)[1].items():
@@ -189,7 +189,7 @@ def test_ade20k_panoptic_equals_its_two_maps(public):
 
 
 @pytest.mark.parametrize(("name", "count"), [("pascal_context_459", 150), ("pascal_context_59", 59)])
-def test_pascal_context_equals_what_was_saved(public, name, count):
+def test_pascal_context_matches_the_mat_label_maps(public, name, count):
     root, out = public
     for split in ("train", "val"):
         info, records = _records(out, name, split)
@@ -204,7 +204,7 @@ def test_pascal_context_equals_what_was_saved(public, name, count):
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(("name", "tail"), [("cityscapes_fine_panoptic", "_000019"), ("bdd100k_panoptic", "")])
-def test_street_scenes_equal_the_panoptic_pngs_they_are_made_of(public, real_data, name, tail, split):
+def test_cityscapes_and_bdd100k_match_their_source_panoptic_pngs(public, real_data, name, tail, split):
     info, records = _records(public[1], name, split)
     data = _load(real_data, f"coco/panoptic/{split}.json")
     coco_name = {c["id"]: c["name"] for c in data["categories"]}
@@ -249,7 +249,7 @@ def _assert_regions(record, index, first, unlabeled):
         ("uhrsd", {"train": "UHRSD_TR_2K/mask", "test": "UHRSD_TE_2K/mask"}),
     ],
 )
-def test_foregrounds_equal_their_masks(public, name, masks):
+def test_foregrounds_match_the_source_masks(public, name, masks):
     root, out = public
     for split, folder in masks.items():
         info, records = _records(out, name, split)
@@ -276,7 +276,7 @@ def test_foregrounds_equal_their_masks(public, name, masks):
         ("p3m10k", "val_np", "P3M-10k/validation/P3M-500-NP/mask", "P3M-10k/validation/P3M-500-NP/trimap"),
     ],
 )
-def test_mattes_and_trimaps_equal_their_files(public, name, split, alphas, trimaps):
+def test_mattes_and_trimaps_match_the_source_files(public, name, split, alphas, trimaps):
     root, out = public
     _, records = _records(out, name, split)
     assert len(records) == 2 and {f"{key}.png" for key in records} == set(os.listdir(root / alphas))
@@ -297,7 +297,7 @@ def _png(data):
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_objects365_boxes_equal_the_json_whatever_the_patches_folder(public, split):
+def test_objects365_boxes_match_the_json(public, split):
     root, out = public
     data = _load(root, f"objects365v2/annotations/zhiyuan_objv2_{split}.json")
     info, records = _records(out, "objects365_v2", split)
@@ -307,7 +307,7 @@ def test_objects365_boxes_equal_the_json_whatever_the_patches_folder(public, spl
     assert found == truth and all(s.mask is None for r in records.values() for s in r.segments)
 
 
-def test_visual_genome_boxes_and_phrases_equal_the_json(public):
+def test_visual_genome_boxes_and_phrases_match_the_json(public):
     root, out = public
     info, records = _records(out, "visual_genome", "train")
     assert [c.texts for c in info.classes] == [("person",)] and not info.exhaustive and not info.unique_texts
@@ -325,7 +325,7 @@ def test_visual_genome_boxes_and_phrases_equal_the_json(public):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_the_family_takes_what_the_table_gives(name):
+def test_catalog_entries_match_the_parameters_of_their_functions(name):
     for split, source in SETS[name].splits.items():
         inspect.signature(source.family).bind(**source.paths, **source.options)
         assert re.fullmatch("[a-zA-Z0-9_]+", split) and not any("{" in path for path in source.files())
@@ -343,11 +343,11 @@ def test_the_family_takes_what_the_table_gives(name):
         ("p3m10k", "val_np", "P3M-10k/validation/P3M-500-NP/original_image"),
     ],
 )
-def test_a_split_is_read_from_its_own_files(name, split, path):
+def test_each_split_lists_its_own_source_files(name, split, path):
     assert path in SETS[name].splits[split].files()
 
 
-def test_camvids_classes_are_in_segnets_order():
+def test_camvid_classes_follow_the_segnet_order():
     order = "sky building pole road pavement tree sign_symbol fence car pedestrian bicyclist unlabelled"
     assert _load(REPOSITORY, "mqformer_jax", "prepare", "classes", "camvid.json") == {
         "classes": [_spaced(name) for name in order.split()],
@@ -356,7 +356,7 @@ def test_camvids_classes_are_in_segnets_order():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_missing_file_is_one_line_with_its_path_the_website_and_the_mend(name, tmp_path, capsys):
+def test_missing_file_error_names_its_path_website_and_remedy(name, tmp_path, capsys):
     assert cli.main(["public", name, "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     first = next(iter(SETS[name].splits.values())).files()[0]
@@ -364,7 +364,7 @@ def test_a_missing_file_is_one_line_with_its_path_the_website_and_the_mend(name,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path, capsys):
+def test_file_missing_for_one_split_is_reported_before_preparing_any(tmp_path, capsys):
     for folder in ("DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask", "DUTS-TE/DUTS-TE-Image"):
         (tmp_path / folder).mkdir(parents=True)
         Image.fromarray(np.full((8, 8, 3), 200, np.uint8)).save(tmp_path / folder / "a.png")
@@ -384,7 +384,7 @@ def test_a_file_that_one_split_lacks_is_said_before_another_is_prepared(tmp_path
         (["duts", "--split", "val"], "duts has no split 'val'; give --split with one of train, test"),
     ],
 )
-def test_a_wrong_name_or_split_is_one_line(words, message, tmp_path, capsys):
+def test_unknown_data_set_or_split_is_a_one_line_error(words, message, tmp_path, capsys):
     assert (
         cli.main(["public", *words, "--root", str(tmp_path), "--output", str(tmp_path / "out"), "--workers", "1"]) == 1
     )
@@ -392,7 +392,7 @@ def test_a_wrong_name_or_split_is_one_line(words, message, tmp_path, capsys):
     assert message in line
 
 
-def test_the_list_shows_every_path_and_what_is_there(tmp_path, monkeypatch, capsys):
+def test_list_shows_every_source_path_and_marks_available_splits(tmp_path, monkeypatch, capsys):
     for path in ("CamVid/train", "CamVid/trainannot"):
         (tmp_path / path).mkdir(parents=True)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
@@ -405,7 +405,7 @@ def test_the_list_shows_every_path_and_what_is_there(tmp_path, monkeypatch, caps
             assert line.startswith("  +") == ((name, split) == ("camvid", "train"))
 
 
-def test_every_set_has_a_card_with_its_website():
+def test_every_set_is_listed_in_the_data_readme_with_its_website():
     lines = (REPOSITORY / "data" / "README.md").read_text().splitlines()
     for name, entry in SETS.items():
         card = "seginw_*" if name.startswith("seginw_") else name

@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process():
 
 
 @pytest.mark.parametrize("size", [48, 96, 130])
-def test_masks_are_disjoint_and_leave_no_pixel_out(size):
+def test_masks_are_disjoint_and_cover_every_pixel(size):
     for seed in range(8):
         record = scenes.scene(seed, size)
         assert record.decode_image().shape == (size, size, 3)
@@ -102,21 +102,21 @@ def test_things_show_their_color_where_their_mask_is(drawn):
     assert hits > 0.95 * total
 
 
-def test_every_expression_names_its_thing_and_no_other(drawn):
+def test_every_expression_identifies_exactly_one_thing(drawn):
     texts = list(thing_texts(drawn))
     assert len(texts) > 3 * COUNT
     for text, index, things in texts:
         assert read(text, things) == [index], text
 
 
-def test_absent_expressions_name_nothing(drawn):
+def test_absent_expressions_match_no_thing(drawn):
     for record, graph in drawn:
         assert 1 <= len(record.absent_texts) <= 2
         for text in record.absent_texts:
             assert read(text, graph.things) == [], text
 
 
-def test_the_wording_is_small_and_every_kind_occurs(drawn):
+def test_vocabulary_is_small_and_every_expression_kind_occurs(drawn):
     texts = [text for text, _, _ in thing_texts(drawn)] + [text for record, _ in drawn for text in record.absent_texts]
     assert len({word for text in texts for word in text.split()}) <= 45
     assert max(len(text.split()) for text in texts) <= 10
@@ -135,11 +135,11 @@ def test_the_wording_is_small_and_every_kind_occurs(drawn):
         ("the topmost red thing", "extremal"),
     ],
 )
-def test_kind_of_an_expression(text, kind):
+def test_expression_kind_is_classified(text, kind):
     assert scenes.expression_kind(text) == kind
 
 
-def test_unclear_places_are_never_named():
+def test_expressions_with_ambiguous_positions_are_rejected():
     def ball(x):
         return scenes.Thing("ball", "red", "small", x, 0.5, 0.07, 0.0)
 
@@ -154,7 +154,7 @@ def test_unclear_places_are_never_named():
     assert scenes.sole(leftmost, [ball(0.22), ball(0.2)]) is None
 
 
-def test_expressions_stand_among_distractors(drawn):
+def test_scenes_contain_distractors_for_most_expressions(drawn):
     described = [x for x in thing_texts(drawn) if scenes.expression_kind(x[0]) in ("attribute", "relation")]
     tempted = [
         any(t.shape == a[i].shape or t.color == a[i].color for j, t in enumerate(a) if j != i) for _, i, a in described
@@ -162,7 +162,7 @@ def test_expressions_stand_among_distractors(drawn):
     assert np.mean(tempted) > 0.6
 
 
-def test_the_matte_is_soft_and_its_solid_part_is_the_front_thing(drawn):
+def test_matte_is_soft_and_its_mask_is_the_front_thing(drawn):
     for record, _ in drawn:
         (foreground,) = [s for s in record.segments if s.foreground]
         alpha = cv2.imdecode(np.frombuffer(foreground.alpha, np.uint8), cv2.IMREAD_UNCHANGED)
@@ -173,7 +173,7 @@ def test_the_matte_is_soft_and_its_solid_part_is_the_front_thing(drawn):
         assert np.array_equal(solid, record.decode_mask(record.segments[0].mask))
 
 
-def test_a_ring_shows_what_is_behind_its_hole(drawn):
+def test_ring_mask_excludes_its_hole(drawn):
     seen = 0
     for record, graph in drawn:
         for segment, thing in zip(record.segments, graph.things):
@@ -193,7 +193,7 @@ def test_things_occlude_each_other(drawn):
     assert hidden > 3
 
 
-def test_the_box_set_has_boxes_only():
+def test_box_set_has_only_boxes():
     boxes, full = scenes.render("sample_boxes", 5), scenes.scene(5)
     things = [s for s in full.segments if s.class_id is not None and s.class_id < 5]
     assert [(s.class_id, s.box) for s in boxes.segments] == [(s.class_id, s.box) for s in things]
@@ -201,13 +201,13 @@ def test_the_box_set_has_boxes_only():
     assert boxes.absent_texts == () and boxes.image == full.image
 
 
-def test_the_matte_set_has_the_foreground_only():
+def test_matte_set_has_only_the_foreground():
     record = scenes.render("sample_mattes", 5)
     assert [s.foreground for s in record.segments] == [True]
     assert record.segments[0].alpha is not None and record.absent_texts == ()
 
 
-def test_splits_share_no_scene_and_stay_when_another_grows():
+def test_splits_share_no_scene_and_do_not_depend_on_each_others_size():
     small, big = scenes.datasets(1, 40, 8), scenes.datasets(1, 400, 8)
     assert {s.name: {k: len(v) for k, v in s.seeds.items()} for s in small} == {
         "sample_scenes": {"train": 40, "val": 8},
@@ -222,7 +222,7 @@ def test_splits_share_no_scene_and_stay_when_another_grows():
         scenes.datasets(0, 100_001, 8)
 
 
-def test_rendering_can_be_shared_among_processes():
+def test_pickled_render_function_gives_the_same_records():
     (mattes,) = [s for s in scenes.datasets(0, 16, 4, size=48) if s.name == "sample_mattes"]
     render = pickle.loads(pickle.dumps(scenes.render))
     assert [r.to_bytes() for r in mattes.records("train")] == [

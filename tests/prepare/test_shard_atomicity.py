@@ -35,7 +35,7 @@ def threes(monkeypatch):
     monkeypatch.setattr(shards, "SHARD_IMAGES", 3)
 
 
-def test_records_keep_their_order_over_several_shards(tmp_path, threes):
+def test_records_keep_their_order_across_shards(tmp_path, threes):
     report = shards.write_split(str(tmp_path), "toy", "train", _plan(range(20)))
     assert report.shards == 7 and _numbers(tmp_path) == list(range(20))
     assert sorted(os.listdir(tmp_path / "toy"))[0] == "dataset.json" and len(os.listdir(tmp_path / "toy")) == 9
@@ -49,7 +49,7 @@ def test_interrupted_preparation_leaves_no_set(tmp_path, threes):
         _numbers(tmp_path)
 
 
-def test_interrupted_repetition_leaves_the_old_split(tmp_path, threes):
+def test_interrupted_repeat_preparation_keeps_the_old_split(tmp_path, threes):
     shards.write_split(str(tmp_path), "toy", "train", _plan(range(5)))
     with pytest.raises(KeyboardInterrupt):
         shards.write_split(str(tmp_path), "toy", "train", _plan(range(20), stop=15))
@@ -60,7 +60,7 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
-def test_a_kill_at_any_step_leaves_the_old_split_or_none_or_the_new_one(tmp_path, threes, monkeypatch):
+def test_kill_at_any_step_leaves_the_old_split_the_new_split_or_none(tmp_path, threes, monkeypatch):
     """Every call that changes a folder fails from the n-th on, as if the process were gone; 3 old shards give way to 4
     new ones.
     """

@@ -51,7 +51,7 @@ def _wait(condition):
 # ---- What is written ------------------------------------------------------------------------------------------------
 
 
-def test_classes_and_origins_are_counted(toy):
+def test_class_images_are_counted_and_origins_are_listed(toy):
     toy.prepare()
     kept = [i for i in range(COUNT) if i != 5]
     source = ShardSource(str(toy.root / "out"), "toy", "train")
@@ -62,7 +62,7 @@ def test_classes_and_origins_are_counted(toy):
     assert lines == [record.origin for record in records] == [f"coco/{i}" if i % 4 else "" for i in kept]
 
 
-def test_a_split_without_origins_or_classes_has_none(toy):
+def test_split_without_origins_or_classes_writes_neither(toy):
     toy.prepare()
     plan = toy.plan()
     plan.jobs = [dataclasses.replace(job, origin="") for job in plan.jobs]
@@ -73,7 +73,7 @@ def test_a_split_without_origins_or_classes_has_none(toy):
     )
 
 
-def test_a_shard_whose_images_are_all_dropped_is_no_file(toy, monkeypatch):
+def test_shard_with_all_images_dropped_is_not_written(toy, monkeypatch):
     monkeypatch.setattr(shards, "FEW_IMAGES", 1)  # a shard an image
     monkeypatch.setattr(shards, "SMALL_SHARDS", COUNT)
     assert toy.prepare().shards == COUNT - 1
@@ -90,7 +90,7 @@ def test_a_shard_whose_images_are_all_dropped_is_no_file(toy, monkeypatch):
         (100_000, 0, 48, 52),
     ],
 )
-def test_shards_are_neither_small_nor_many(images, size, fewest, most):
+def test_partition_bounds_the_size_and_number_of_shards(images, size, fewest, most):
     sizes = np.random.default_rng(0).integers(size // 2, size * 3 // 2 + 1, images).tolist()
     runs = shards.partition(range(images), sizes)
     assert [job for run in runs for job in run] == list(range(images))
@@ -102,7 +102,7 @@ def test_shards_are_neither_small_nor_many(images, size, fewest, most):
 # ---- What goes on --------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, capfd):
+def test_killed_preparation_resumes_and_gives_identical_bytes(toy, whole, capfd):
     """SIGKILL to the parent while one worker is in the middle of a shard; its workers end with it."""
     (toy.log / "wait").touch()
     code = f"""if 1:
@@ -128,7 +128,7 @@ def test_a_killed_preparation_goes_on_and_ends_in_the_same_bytes(toy, whole, cap
     assert {number: inodes[number] for number in finished} == finished
 
 
-def test_a_kill_while_shards_are_moved_redoes_none(toy, whole, monkeypatch):
+def test_kill_while_moving_shards_does_not_redo_finished_ones(toy, whole, monkeypatch):
     replace = os.replace
 
     def dying(old, new):
@@ -166,7 +166,7 @@ def _other_classes(toy):
 @pytest.mark.parametrize(
     "change", [_another_image, _other_labels, _one_less, _other_classes, lambda toy: toy.plan(greeting="hello")]
 )
-def test_shards_that_were_begun_for_something_else_are_thrown_away(toy, change, capfd):
+def test_partial_shards_are_discarded_if_the_input_changed(toy, change, capfd):
     with toy.acting(interrupt), pytest.raises(KeyboardInterrupt):
         toy.prepare()
     assert toy.made().total() == 10
@@ -176,7 +176,7 @@ def test_shards_that_were_begun_for_something_else_are_thrown_away(toy, change, 
     assert toy.made().total() == len(plan.jobs)
 
 
-def test_masks_that_changed_count_as_changed(tmp_path):
+def test_changed_mask_files_are_detected(tmp_path):
     def paths():
         mask = str(tmp_path / "mask.png")
         plan = shards.Plan(
@@ -192,7 +192,7 @@ def test_masks_that_changed_count_as_changed(tmp_path):
 # ---- What goes wrong -----------------------------------------------------------------------------------------------
 
 
-def test_a_worker_that_dies_is_one_line_and_costs_no_finished_shard(toy, whole):
+def test_dead_worker_is_a_one_line_error_and_keeps_finished_shards(toy, whole):
     with toy.acting(die), pytest.raises(OSError, match="^a worker process died. .* fewer --workers.*[^\n]$"):
         toy.prepare(workers=2)
     kept = len(list(toy.partial.glob("*.json")))
@@ -213,7 +213,7 @@ def _sample(out, train, **options):
     )
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_failed_write_is_a_one_line_error(tmp_path):
     """A file may be 64 KB, which no shard of 32 scenes is."""
     limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
     run = _sample(tmp_path, 64, preexec_fn=limit)
@@ -224,14 +224,14 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert not list((tmp_path / "sample_scenes" / "train.partial").glob("*.json"))
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(toy):
+def test_output_folder_blocked_by_a_file_is_a_one_line_error(toy):
     toy.folder.parent.mkdir()
     toy.folder.write_text("a file where a folder belongs")
     with pytest.raises(OSError, match=f"^[^\n]*{toy.folder}[^\n]*$"):
         toy.prepare()
 
 
-def test_ctrl_c_ends_at_once_and_says_that_shards_are_kept(tmp_path):
+def test_ctrl_c_stops_at_once_and_reports_that_shards_are_kept(tmp_path):
     """SIGINT to parent and workers, as a terminal sends it. 20,000 scenes would take minutes."""
     run = _sample(tmp_path, 20_000, start_new_session=True)
     partial = tmp_path / "sample_scenes" / "train.partial"
@@ -243,7 +243,7 @@ def test_ctrl_c_ends_at_once_and_says_that_shards_are_kept(tmp_path):
     assert os.listdir(tmp_path / "sample_scenes") == ["train.partial"]
 
 
-def test_what_is_prepared_is_not_prepared_again(toy, whole, capsys):
+def test_up_to_date_split_is_not_prepared_again(toy, whole, capsys):
     first = str(toy.prepare())
     before = {path: path.stat().st_mtime_ns for path in toy.folder.iterdir()}
     assert len(toy.made()) == COUNT
@@ -254,7 +254,7 @@ def test_what_is_prepared_is_not_prepared_again(toy, whole, capsys):
     assert str(toy.prepare()) == first and toy.result() == whole[0], "a shard was lost, so all is made again"
 
 
-def test_a_split_that_is_being_prepared_is_left_to_the_other_process(toy):
+def test_split_locked_by_another_process_is_rejected(toy):
     toy.partial.mkdir(parents=True)
     handle = os.open(toy.partial, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
@@ -267,14 +267,14 @@ def test_a_split_that_is_being_prepared_is_left_to_the_other_process(toy):
     assert toy.prepare().kept == COUNT - 1
 
 
-def test_a_list_of_origins_that_was_lost_is_made_again(toy, whole):
+def test_lost_origins_file_is_recreated(toy, whole):
     toy.prepare()
     os.remove(origins_path(str(toy.folder), "train"))
     toy.prepare()
     assert toy.result() == whole[0]
 
 
-def test_an_annotation_that_no_code_expects_costs_its_image_alone(tmp_path):
+def test_unexpected_annotation_error_drops_only_its_image(tmp_path):
     def record(job, image, problems):
         return {}[job.key]
 

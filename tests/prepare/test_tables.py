@@ -53,7 +53,7 @@ def _read(folder):
     return source.info, {r.key: r for r in (Record.from_bytes(source[i]) for i in range(len(source)))}
 
 
-def test_csv_and_jsonl_say_the_same(folder):
+def test_csv_and_jsonl_tables_give_the_same_records(folder):
     lines = (
         "image, mask, bbox, class, expression, no_target",
         'a.jpg,left.png,,black_cat,"the left cat;the  cat, asleep",',
@@ -92,7 +92,7 @@ def test_csv_and_jsonl_say_the_same(folder):
     assert records["sub/c.jpg"].segments[0].box == (1, 2, 4, 6)
 
 
-def test_an_exhaustive_table_says_what_is_not_there(folder):
+def test_exhaustive_table_treats_unlisted_classes_as_absent(folder):
     rows = (
         {"image": "a.jpg", "mask": "right.png", "class": "sky"},
         {"image": "a.jpg", "mask": "gone.png", "class": "dog"},
@@ -114,7 +114,7 @@ def test_an_exhaustive_table_says_what_is_not_there(folder):
     assert records["b.jpg"].segments == () and records["b.jpg"].partial_classes == ()
 
 
-def test_a_class_that_is_not_there_is_absent(folder):
+def test_no_target_class_is_absent_unless_it_also_has_a_box(folder):
     rows = [{"image": "a.jpg", "bbox": "1,1,5,5", "class": "dog"}]
     rows += [{"image": "a.jpg", "class": c, "no_target": 1} for c in ("dog", "cat")]
     assert _prepare(folder, _jsonl(folder, *rows)) == 0
@@ -122,7 +122,7 @@ def test_a_class_that_is_not_there_is_absent(folder):
     assert (record.absent_classes, record.partial_classes) == ((0,), (1,))
 
 
-def test_expressions_of_two_segments_are_dropped(folder, capsys):
+def test_expressions_shared_by_two_segments_are_dropped(folder, capsys):
     rows = (
         {"image": "a.jpg", "mask": "left.png", "expression": ["the cat", "the left cat"]},
         {"image": "a.jpg", "mask": "right.png", "expression": ["the cat"]},
@@ -156,14 +156,14 @@ def test_expressions_of_two_segments_are_dropped(folder, capsys):
         ({"mask": "left.png", "class": "dog"}, "its mask or bbox already has another class"),
     ],
 )
-def test_rows_that_cannot_be_used_are_counted_and_named(folder, capsys, row, reason):
+def test_unusable_rows_are_counted_and_named(folder, capsys, row, reason):
     table = _jsonl(folder, {"image": "a.jpg", "mask": "left.png", "class": "cat"}, {"image": "a.jpg", **row})
     assert _prepare(folder, table) == 0
     assert len(_read(folder)[1]["a.jpg"].segments) == 1
     assert f"1 x row: {reason} ({table}:3)" in capsys.readouterr().out
 
 
-def test_images_that_are_missing_and_boxes_of_corners_are_noted(folder, capsys):
+def test_missing_images_and_boxes_given_as_corners_are_noted(folder, capsys):
     assert (
         _prepare(
             folder, _csv(folder, "image,bbox,class", "gone.jpg,1 1 5 5,cat", ",1 1 5 5,cat", "a.jpg,20 10 36 24,cat")
@@ -176,7 +176,7 @@ def test_images_that_are_missing_and_boxes_of_corners_are_noted(folder, capsys):
     assert f"note: box clipped to its image (a bbox is x, y, width, height) ({folder / 't.csv'}:4)" in table
 
 
-def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
+def test_invalid_tables_are_one_line_errors(folder, capsys):
     def says(table, *words, options=()):
         assert _prepare(folder, table, *options) == 1
         error = capsys.readouterr().err
@@ -217,7 +217,7 @@ def test_mistakes_in_a_table_end_in_one_line(folder, capsys):
     says(_jsonl(folder, {"image": "a.jpg", "mask": "/left.png"}), "t.jsonl:1: mask '/left.png' is not within --masks")
 
 
-def test_spellings_of_a_path_are_one_image_and_one_mask(folder):
+def test_equivalent_paths_refer_to_the_same_image_and_mask(folder):
     rows = [
         {"image": image, "mask": mask, "class": "cat"}
         for image, mask in (("a.jpg", "./left.png"), ("./sub/../a.jpg", "left.png"))

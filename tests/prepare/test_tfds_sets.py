@@ -151,7 +151,7 @@ def ref_coco(make, tmp_path_factory):
     return make("ref_coco/refcoco_unc", folder), folder
 
 
-def test_expressions_of_ref_coco_have_the_masks_boxes_and_names_of_coco(ref_coco, tmp_path, capsys):
+def test_ref_coco_segments_match_coco_masks_boxes_and_class_names(ref_coco, tmp_path, capsys):
     data_dir, folder = ref_coco
     assert _prepare("ref_coco", data_dir, tmp_path, "train") == 0
     assert (
@@ -174,7 +174,7 @@ def test_expressions_of_ref_coco_have_the_masks_boxes_and_names_of_coco(ref_coco
         np.testing.assert_array_equal(record.decode_mask(segment.mask), oracle)
 
 
-def test_val_of_ref_coco_keeps_every_expression_as_often_as_it_was_said(ref_coco, tmp_path):
+def test_ref_coco_val_split_keeps_duplicate_expressions(ref_coco, tmp_path):
     assert _prepare("ref_coco/refcoco_unc", ref_coco[0], tmp_path, "val", name="other") == 0
     _, records = _records(tmp_path, "other", "val")
     assert sorted(s.texts for s in records["COCO_train2014_000000000007.jpg"].segments) == [
@@ -183,7 +183,7 @@ def test_val_of_ref_coco_keeps_every_expression_as_often_as_it_was_said(ref_coco
     ]
 
 
-def test_the_ids_of_ref_coco_are_coco_s(real_data):
+def test_ref_coco_category_ids_match_coco(real_data):
     categories = json.loads((real_data / "coco" / "instances_train.json").read_text())["categories"]
     classes, class_of = tfds_sets._coco_ids({})
     assert {c["id"]: c["name"] for c in categories} == {i: classes[number].name for i, number in class_of.items()}
@@ -192,7 +192,7 @@ def test_the_ids_of_ref_coco_are_coco_s(real_data):
 # ---- LVIS ----------------------------------------------------------------------------------------------------------
 
 
-def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labeled_classes(make, tmp_path):
+def test_lvis_keeps_masks_and_absent_and_partially_labeled_classes(make, tmp_path):
     files, annotations = tmp_path / "files", []
     fields = {"height": H, "width": W, "not_exhaustive_category_ids": []}
     images = [
@@ -242,7 +242,7 @@ def test_lvis_keeps_masks_and_the_lists_of_absent_and_partly_labeled_classes(mak
 # ---- VOC, Cityscapes -----------------------------------------------------------------------------------------------
 
 
-def test_boxes_of_voc_start_at_zero_and_difficult_objects_are_crowds(make, tmp_path):
+def test_voc_boxes_are_zero_based_and_difficult_objects_become_crowds(make, tmp_path):
     voc_2007 = tmp_path / "VOCdevkit" / "VOC2007"
     things = (("diningtable", 0, (1, 1, 30, 20)), ("tvmonitor", 1, (31, 11, 60, 40)), ("cat", 0, (7, 8, 8, 9)))
     objects = "".join(
@@ -267,7 +267,7 @@ def test_boxes_of_voc_start_at_zero_and_difficult_objects_are_crowds(make, tmp_p
     assert {(info.classes[s.class_id].name, s.crowd, s.box) for s in record.segments} == truth
 
 
-def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(make, tmp_path):
+def test_cityscapes_has_one_region_per_class_and_ignores_other_labels(make, tmp_path):
     labels = np.random.default_rng(1).choice([0, 7, 26, 33, 9], (H, W)).astype(np.uint8)
     png = io.BytesIO()
     Image.fromarray(labels).save(png, "PNG")
@@ -303,7 +303,7 @@ def test_cityscapes_has_one_region_for_each_class_and_ignores_the_other_labels(m
         ("cityscapes", "train", "manual does not exist or is empty"),
     ],
 )
-def test_a_set_that_cannot_be_made_is_one_line(builder, split, reason, tmp_path, monkeypatch, capsys):
+def test_unavailable_data_set_is_a_one_line_error(builder, split, reason, tmp_path, monkeypatch, capsys):
     """As on a machine without TensorFlow, except for Cityscapes, whose builder then looks for what has to be got by
     hand.
     """
@@ -317,7 +317,7 @@ def test_a_set_that_cannot_be_made_is_one_line(builder, split, reason, tmp_path,
     assert reason in said and said.startswith("mqformer prepare: ") and said.count("\n") == 1
 
 
-def test_without_tensorflow_datasets_the_extra_is_named(tmp_path, monkeypatch, capsys):
+def test_missing_tensorflow_datasets_error_names_the_pip_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     assert _prepare("lvis", tmp_path, tmp_path / "out", "train") == 1
     assert (
@@ -326,7 +326,7 @@ def test_without_tensorflow_datasets_the_extra_is_named(tmp_path, monkeypatch, c
     )
 
 
-def test_a_set_of_tfrecord_files_is_named_with_its_mend(ref_coco, tmp_path, capsys):
+def test_tfrecord_data_set_is_rejected_with_a_remedy(ref_coco, tmp_path, capsys):
     shutil.copytree(ref_coco[0], tmp_path / "sets")
     info = next((tmp_path / "sets").glob("ref_coco/*/*/dataset_info.json"))
     info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))

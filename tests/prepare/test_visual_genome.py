@@ -94,7 +94,7 @@ def _said(record):
     return dict(boxes)
 
 
-def test_objects_become_boxes_of_a_class_and_regions_boxes_with_phrases(genome):
+def test_objects_become_class_boxes_and_regions_become_phrase_boxes(genome):
     objects = {1: [_object("Trees"), _object("man", at=FAR)], 107: [_object("man")]}
     plan, records, problems = genome.made(objects, {1: [_region("The  tree is green.")]})
     assert (
@@ -110,7 +110,7 @@ def test_objects_become_boxes_of_a_class_and_regions_boxes_with_phrases(genome):
     assert records["107.jpg"].image == (genome.root / "VG_100K" / "107.jpg").read_bytes()
 
 
-def test_nothing_is_taught_to_be_absent(genome):
+def test_no_class_or_phrase_is_marked_absent(genome):
     plan, records, _ = genome.made({1: [_object("tree")], 107: [_object("man")]}, {1: [_region("a tree")]})
     info = DatasetInfo("vg", plan.classes, {}, plan.exhaustive, unique_texts=plan.unique_texts)
     assert not plan.exhaustive and not plan.unique_texts
@@ -120,7 +120,7 @@ def test_nothing_is_taught_to_be_absent(genome):
         assert not record.absent_classes and not record.absent_texts
 
 
-def test_aliases_are_one_class_and_rare_names_none(genome):
+def test_aliases_form_one_class_and_rare_names_are_dropped(genome):
     television = [_object("television"), _object("television", at=FAR), _object("tv", at=FAR), _object("Tv set")]
     objects = {1: [_object("tv"), _object("gnu", at=FAR), _object()], 107: television}
     plan, records, problems = genome.made(objects, alias="television,tv,tv set\nman,men\n", min_images=2)
@@ -133,14 +133,14 @@ def test_aliases_are_one_class_and_rare_names_none(genome):
     }
 
 
-def test_images_are_counted_and_not_objects(genome):
+def test_min_images_counts_images_rather_than_objects(genome):
     plan = genome.plan(
         {1: [_object("cup"), _object("cup", at=FAR), _object("dog")], 107: [_object("dog")]}, min_images=2
     )
     assert [c.name for c in plan.classes] == ["dog"]
 
 
-def test_an_object_of_several_names_has_the_first_that_is_a_class(genome):
+def test_object_with_several_names_gets_the_first_known_class(genome):
     objects = {1: [_object("chap", "man")], 107: [_object("man")]}
     plan, records, problems = genome.made(objects, min_images=2)
     assert (
@@ -150,7 +150,7 @@ def test_an_object_of_several_names_has_the_first_that_is_a_class(genome):
     )
 
 
-def test_an_object_drawn_twice_is_one_and_a_neighbor_another(genome):
+def test_duplicate_object_boxes_are_merged_and_distinct_ones_kept(genome):
     _, records, problems = genome.made(
         {1: [_object("tree"), _object("tree", at=NEAR_TREE), _object("tree", at=FAR), _object("bush")]}
     )
@@ -158,7 +158,7 @@ def test_an_object_drawn_twice_is_one_and_a_neighbor_another(genome):
     assert problems == {"segment: object annotated twice": 1, "image: has nothing labeled": 1}
 
 
-def test_a_phrase_of_two_boxes_is_dropped_and_one_drawn_twice_is_kept(genome):
+def test_phrase_of_two_objects_is_dropped_but_of_duplicate_boxes_kept(genome):
     regions = [
         _region("a tree"),
         _region("A tree.", at=NEAR_TREE),
@@ -177,7 +177,7 @@ def test_a_phrase_of_two_boxes_is_dropped_and_one_drawn_twice_is_kept(genome):
     }
 
 
-def test_boxes_are_clipped_and_impossible_ones_dropped(genome):
+def test_boxes_are_clipped_and_invalid_ones_dropped(genome):
     objects = [
         _object("tree", at=(-3, 10, 30, 30)),
         _object("tree", at=(90, 10, 5, 5)),
@@ -197,7 +197,7 @@ def test_boxes_are_clipped_and_impossible_ones_dropped(genome):
     assert all(problems[reason] == 1 for reason in reasons)
 
 
-def test_cocos_pictures_are_known_and_can_be_left_out(genome):
+def test_coco_images_are_identified_and_can_be_excluded(genome):
     plan = genome.plan({1: [_object("tree")], 107: [_object("tree")]})
     assert [(job.id, job.origin) for job in plan.jobs] == [(581857, "coco/581857"), ("vg/107", "")]
     held_out = genome.json("val.json", {"images": [{"id": 581857}]})
@@ -212,13 +212,13 @@ def test_cocos_pictures_are_known_and_can_be_left_out(genome):
     assert not source.info.exhaustive and not source.info.unique_texts
 
 
-def test_files_of_the_first_version_are_read(genome):
+def test_version_1_image_data_is_read(genome):
     genome.data = [{"id" if k == "image_id" else k: v for k, v in entry.items()} for entry in genome.data]
     _, records, problems = genome.made({1: [_object("tree")], 5: [_object("tree")], 107: [_object("tree")]})
     assert len(records) == 2 and problems == {"image: in objects, not in image_data.json": 1}
 
 
-def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
+def test_first_entry_of_an_image_listed_twice_is_used(genome):
     path = genome.json("objects.json", [{"image_id": 1, "objects": [_object(name)]} for name in ("tree", "man")])
     plan = visual_genome(
         [str(genome.root / "VG_100K")], genome.json("image_data.json", genome.data), path, None, None, 1
@@ -241,7 +241,7 @@ def test_an_image_that_comes_twice_is_counted_and_its_first_list_kept(genome):
         ("image_data.json", [[1]], "image_data.json: not a list of objects with 'image_id'"),
     ],
 )
-def test_mistakes_end_in_one_line(genome, name, content, said):
+def test_invalid_inputs_are_one_line_errors(genome, name, content, said):
     genome.plan({1: [_object("tree")]})
     genome.json(name, content)
     paths = [str(genome.root / file) for file in ("image_data.json", "objects.json")]

@@ -14,7 +14,7 @@ def command(root, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-m", "mqformer_jax", "synthesize", *args], capture_output=True, text=True)
 
 
-def test_the_direct_runner_makes_the_same_set(tmp_path):
+def test_beam_direct_runner_gives_the_same_records(tmp_path):
     pytest.importorskip("apache_beam")
     pytest.importorskip("better_profanity")
     write_set(tmp_path, "toy", two_boxes(10))
@@ -25,7 +25,7 @@ def test_the_direct_runner_makes_the_same_set(tmp_path):
     assert [plain[i] for i in range(10)] == [beam[i] for i in range(10)]
 
 
-def test_without_beam_it_is_one_line(tmp_path):
+def test_missing_beam_is_reported_without_a_traceback(tmp_path):
     try:
         import apache_beam  # noqa: F401
     except ImportError:

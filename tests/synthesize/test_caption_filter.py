@@ -38,11 +38,11 @@ def list_of_profane_words():
         (" .,! ", ""),
     ],
 )
-def test_text_is_cleaned(said, cleaned):
+def test_caption_text_is_cleaned(said, cleaned):
     assert clean(said) == cleaned
 
 
-def test_cleaning_twice_is_cleaning_once_whatever_the_letter():
+def test_cleaning_is_idempotent_for_every_unicode_character():
     for code in range(0x30000):
         once = clean(f"a{chr(code)}b{chr(code)}")
         assert clean(once) == once == once.lower(), hex(code)
@@ -69,7 +69,7 @@ def test_cleaning_twice_is_cleaning_once_whatever_the_letter():
         ("son-of-a-bitch", "profane"),
     ],
 )
-def test_what_is_no_use_is_refused_for_a_reason(text, reason, list_of_profane_words):
+def test_unusable_captions_are_rejected_with_a_reason(text, reason, list_of_profane_words):
     assert rejection_reason(text) == reason
 
 
@@ -90,15 +90,15 @@ def test_what_is_no_use_is_refused_for_a_reason(text, reason, list_of_profane_wo
         "scunthorpe, cocktail glass, shuttlecock, grass, titmouse",
     ],
 )
-def test_what_is_seen_in_pictures_passes(text, list_of_profane_words):
+def test_legitimate_captions_are_accepted(text, list_of_profane_words):
     assert rejection_reason(text) is None
 
 
-def test_how_long_is_the_callers():
+def test_caller_can_set_the_maximum_length():
     assert rejection_reason("one two three", longest=2) == "too long"
 
 
-def test_every_word_that_is_called_innocent_would_be_refused_otherwise(list_of_profane_words, monkeypatch):
+def test_allowed_words_would_otherwise_be_rejected_as_profane(list_of_profane_words, monkeypatch):
     assert not [word for word in ALLOWED_WORDS if rejection_reason(word)]
     monkeypatch.setattr(caption_filter, "ALLOWED_WORDS", frozenset())
     caption_filter._profane.cache_clear()
@@ -108,7 +108,7 @@ def test_every_word_that_is_called_innocent_would_be_refused_otherwise(list_of_p
         caption_filter._profane.cache_clear()
 
 
-def test_class_names_and_what_people_wrote_pass(real_data, list_of_profane_words):
+def test_real_class_names_and_human_expressions_are_accepted(real_data, list_of_profane_words):
     names = {
         name
         for part in ("lvis", "instances_train")
@@ -128,7 +128,7 @@ def _sentences(ref: dict) -> list[str]:
     return [s if isinstance(s, str) else s.get("raw", s.get("sent")) for s in ref["sentences"]]
 
 
-def test_without_the_list_one_line_says_what_to_install(monkeypatch):
+def test_missing_profanity_package_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "better_profanity", None)
     caption_filter._profane.cache_clear()
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_without_the_list_one_line_says_what_to_install(monkeypatch):
     assert rejection_reason("") == "empty"  # which no list is needed for
 
 
-def test_the_best_of_captions_that_say_the_same_are_kept():
+def test_best_scored_of_equivalent_captions_is_kept():
     said = [
         Caption("The red car.", 0.2),
         Caption("a red car", 0.5),
@@ -151,5 +151,5 @@ def test_the_best_of_captions_that_say_the_same_are_kept():
     assert distinct([], 5) == [] and said[0].text == "The red car."
 
 
-def test_of_equal_scores_the_first_comes_first():
+def test_distinct_captions_with_tied_scores_keep_their_order():
     assert [c.text for c in distinct([Caption("b", 0.5), Caption("c", 0.5), Caption("d", 0.5)], 2)] == ["b", "c"]

@@ -27,14 +27,14 @@ def texts(annotation) -> list[str]:
     return [text for text, _ in annotation.captions]
 
 
-def test_the_five_best_are_taken_clean_and_each_once():
+def test_five_best_captions_are_cleaned_and_deduplicated():
     cat, dog = asked(("A grey cat. ", "the grey  cat", "a cat", "c one", "d one", "e one", "f one"), ("a dog",))
     assert texts(cat) == ["a grey cat", "a cat", "c one", "d one", "e one"] and dict(cat.rejected) == {"duplicate": 1}
     assert cat.score == pytest.approx(0.9) and cat.captions[1][1] == pytest.approx(0.7)
     assert texts(dog) == ["a dog"] and not dog.reason and not dog.rejected
 
 
-def test_no_box_gets_what_is_no_expression():
+def test_unusable_captions_are_rejected_with_reasons():
     cat, dog = asked(("", "a a a a a", " ".join(["word"] * 40)), ("a fucking dog", "1234"))
     assert not cat.captions and cat.reason in ("empty", "not words", "too long")
     assert dict(cat.rejected) == {"empty": 1, "not words": 1, "too long": 1}
@@ -43,7 +43,7 @@ def test_no_box_gets_what_is_no_expression():
     assert nothing.reason == "no caption"
 
 
-def test_what_is_said_of_two_objects_tells_neither_from_the_other():
+def test_caption_given_to_two_objects_is_rejected():
     cat, dog = asked(("an animal", "a cat"), ("a dog", "an animal"))
     assert texts(cat) == ["a cat"] and texts(dog) == ["a dog"] and dict(cat.rejected) == {"given to several boxes": 1}
     same = record(0, Segment(0, box=(4.0, 4.0, 40.0, 40.0)), Segment(1, box=(5.0, 4.0, 40.0, 40.0)))
@@ -63,7 +63,7 @@ class Picks:
         ]
 
 
-def test_a_caption_that_means_another_box_or_none_is_not_taken():
+def test_verifier_rejects_captions_not_fitting_their_own_box_best():
     cat, dog = asked(("a cat", "the dog beside it", "a thing"), ("a dog", "a small cat"), Picks())
     assert texts(cat) == ["a cat"] and dict(cat.rejected) == {"does not fit its own box best": 2}
     assert texts(dog) == ["a dog"] and Captions(Says({}), Picks()).name == "says 1, verified by picks 1"
@@ -72,7 +72,7 @@ def test_a_caption_that_means_another_box_or_none_is_not_taken():
     assert texts(cat) == ["a dog"]  # the other box may be the same object
 
 
-def test_captions_enter_the_record_beside_what_people_said():
+def test_captions_are_added_to_the_record_beside_human_expressions():
     made = record(
         0, Segment(0, ("people's cat",), box=(4.0, 8.0, 28.0, 40.0)), Segment(1, box=(36.0, 10.0, 60.0, 30.0))
     )
@@ -83,7 +83,7 @@ def test_captions_enter_the_record_beside_what_people_said():
     assert type(new).from_bytes(new.to_bytes()) == new
 
 
-def test_single_things_are_asked_about_and_stuff_crowds_and_foregrounds_are_not():
+def test_captions_are_requested_for_things_not_stuff_crowds_or_foregrounds():
     box = dict(box=(1.0, 1.0, 9.0, 9.0))
     made = record(
         0,

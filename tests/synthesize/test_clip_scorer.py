@@ -99,7 +99,7 @@ def plain(original: tuple, pixels: np.ndarray, text: str) -> float:
         return (model(**inputs).logits_per_image / model.logit_scale.exp()).item()
 
 
-def test_cosines_are_those_of_clip_for_one_crop_and_one_text(scorer, original):
+def test_cosines_match_clip_for_single_crops_and_texts(scorer, original):
     first, empty, last = scorer(PICTURES, CAPTIONS)
     assert (
         [said.shape for said in first] == [(3, 4), (0, 4), (1, 4), (0, 4)]
@@ -121,13 +121,13 @@ def test_cosines_are_those_of_clip_for_one_crop_and_one_text(scorer, original):
     )
 
 
-def test_a_long_caption_is_cut_to_the_context(scorer):
+def test_long_caption_is_truncated_to_the_context_length(scorer):
     long, cut, other = (scorer(PICTURES[2:], [[[text]]])[0][0] for text in (LONG, "the small ox", "the small o"))
     np.testing.assert_allclose(long, cut, atol=1e-6)
     assert abs(cut - other).max() > 1e-3
 
 
-def test_in_how_many_parts_makes_no_difference(scorer, monkeypatch):
+def test_chunk_size_does_not_change_the_scores(scorer, monkeypatch):
     want = scorer(PICTURES, CAPTIONS)
     for chunk in (1, 2):
         monkeypatch.setattr(clip_scorer, "CHUNK", chunk)
@@ -136,7 +136,7 @@ def test_in_how_many_parts_makes_no_difference(scorer, monkeypatch):
                 np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_every_box_and_every_text_is_encoded_once(scorer, monkeypatch):
+def test_each_box_and_each_text_is_encoded_once(scorer, monkeypatch):
     seen = {"_words": 0, "_crops": 0}
     for kind in seen:
         encode = getattr(scorer, kind)
@@ -149,19 +149,19 @@ def test_every_box_and_every_text_is_encoded_once(scorer, monkeypatch):
     assert seen == {"_words": 4, "_crops": 5}
 
 
-def test_nothing_to_ask_is_nothing_to_answer(scorer):
+def test_empty_inputs_give_empty_scores(scorer):
     assert scorer([], []) == [] and scorer([picture([])], [[]]) == [[]]
     assert [said.shape for said in scorer([picture([[0, 0, 9, 9]])], [[[]]])[0]] == [(0, 1)]
 
 
-def test_it_is_had_by_name_and_marked_with_its_version(folder, scorer):
+def test_scorer_is_made_by_name_and_its_name_includes_the_version(folder, scorer):
     assert make_teacher(f"clip:{folder}", CAPTION_SCORERS).name == scorer.name
     assert re.fullmatch(
         rf"clip:clip\d+ [0-9a-f]{{8}} \(transformers {re.escape(transformers.__version__)}\)", scorer.name
     )
 
 
-def test_a_folder_of_another_family_is_refused_in_one_line(folder, tmp_path):
+def test_folder_of_another_model_family_is_a_one_line_error(folder, tmp_path):
     config = json.load(open(f"{folder}/config.json"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
     with pytest.raises(ValueError, match=r'^clip:.*has model_type "siglip", not "clip"\. Give a folder .*\.$'):

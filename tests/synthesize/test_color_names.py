@@ -14,7 +14,7 @@ def certainties_of(color: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("term", TERMS)
-def test_plain_colors_have_their_names(term):
+def test_plain_colors_get_only_their_own_color_term(term):
     plain = "000000 ffffff 808080 e00000 ff8000 ffee00 10a020 1040e0 8020a0 ff80c0 5c3510"
     color = dict(zip(TERMS, plain.split()))[term]
     certainties = certainties_of(color)
@@ -25,6 +25,6 @@ def test_plain_colors_have_their_names(term):
     "color, either",
     [("108080", "green blue"), ("800020", "red"), ("c8b070", "yellow brown"), ("b8b8b8", "white grey")],
 )
-def test_between_two_colors_neither_is_certain_nor_denied(color, either):
+def test_intermediate_colors_have_zero_certainty_for_both_terms(color, either):
     certainties = certainties_of(color)
     assert all(certainties[TERMS.index(term)] == 0 for term in either.split()) and certainties.max() == 0

@@ -27,7 +27,7 @@ def root(tmp_path_factory):
     return root
 
 
-def test_names_follow_the_paper():
+def test_default_output_names_follow_the_paper():
     assert default_name("masks", "objects365") == "objects365_syn_m"
     assert (
         default_name("captions", "objects365_syn_m") == "objects365_syn"
@@ -36,7 +36,7 @@ def test_names_follow_the_paper():
 
 
 @pytest.mark.slow
-def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
+def test_rule_captions_command_writes_a_set_a_report_and_a_picture(root):
     pytest.importorskip("better_profanity")
     done = run("captions", "--data=toy", f"--root={root}", "--teacher=rules")
     assert done.returncode == 0, done.stderr
@@ -87,12 +87,12 @@ def test_captions_by_attributes_end_in_a_set_a_report_and_a_picture(root):
         ),
     ],
 )
-def test_a_mistake_is_one_line(root, args, message):
+def test_invalid_arguments_are_reported_without_a_traceback(root, args, message):
     done = run(*args, f"--root={root}")
     assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
-def test_a_teacher_that_is_not_installed_is_one_line(monkeypatch):
+def test_missing_teacher_package_error_says_what_to_install(monkeypatch):
     for module in ("sam", "hf_captioners", "hugging_face"):
         monkeypatch.delitem(sys.modules, f"mqformer_jax.synthesize.{module}", raising=False)
     for missing in ("torch", "transformers"):
@@ -105,7 +105,7 @@ def test_a_teacher_that_is_not_installed_is_one_line(monkeypatch):
             make_teacher(given, among)
 
 
-def test_workers():
+def test_worker_argument_is_parsed_and_validated():
     assert parse_worker("0/1") == (0, 1) and parse_worker("3/8") == (3, 8)
     for wrong in ("1", "1/1", "-1/2", "a/b"):
         with pytest.raises(ValueError, match="--worker="):
@@ -113,7 +113,7 @@ def test_workers():
 
 
 @pytest.mark.slow
-def test_reports_of_shards_add_up_to_that_of_the_split(root):
+def test_tallies_can_be_added_up(root):
     pytest.importorskip("better_profanity")
     run("captions", "--data=toy", f"--root={root}", "--teacher=rules", "--output=again_syn")
     whole = Tally.load(str(root / "again_syn" / "train.synthesis.json"))

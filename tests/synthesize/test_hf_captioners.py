@@ -201,7 +201,7 @@ class Folded(transformers.LogitsProcessor):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_captions_and_scores_are_those_of_the_library_for_one_box_at_a_time(name, answers, folders):
+def test_captions_and_scores_match_transformers_for_single_boxes(name, answers, folders):
     assert [len(boxes) for boxes in answers[name]] == [3, 0, 3]
     for number, boxes in enumerate(answers[name]):
         for box, captions in enumerate(boxes):
@@ -211,7 +211,7 @@ def test_captions_and_scores_are_those_of_the_library_for_one_box_at_a_time(name
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_box_has_five_captions_of_its_own_best_first(name, answers):
+def test_each_box_has_five_captions_sorted_by_score(name, answers):
     found = [captions for boxes in answers[name] for captions in boxes]
     for captions in found:
         scores = [caption.score for caption in captions]
@@ -221,7 +221,7 @@ def test_each_box_has_five_captions_of_its_own_best_first(name, answers):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_in_how_many_parts_makes_no_difference(name, captioners, answers, monkeypatch):
+def test_chunk_size_does_not_change_the_captions(name, captioners, answers, monkeypatch):
     for chunk in (1, 2):
         monkeypatch.setattr(hf_captioners, "CHUNK", chunk)
         for boxes, others in zip(captioners[name](PICTURES), answers[name], strict=True):
@@ -231,11 +231,11 @@ def test_in_how_many_parts_makes_no_difference(name, captioners, answers, monkey
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_nothing_to_ask_is_nothing_to_answer(name, captioners):
+def test_empty_inputs_give_no_captions(name, captioners):
     assert captioners[name]([]) == [] and captioners[name]([picture([])]) == [[]]
 
 
-def test_a_florence_caption_ends_where_a_location_follows_and_its_five_differ(answers, captioners, folders):
+def test_florence_captions_end_at_location_tokens_and_are_distinct(answers, captioners, folders):
     """The score by hand: the mean over the caption's words and its end, where the end is </s> or any location."""
     model = transformers.Florence2ForConditionalGeneration.from_pretrained(folders["florence2"]).eval()
     captioner, pic = captioners["florence2"], PICTURES[0]
@@ -260,7 +260,7 @@ def test_a_florence_caption_ends_where_a_location_follows_and_its_five_differ(an
             assert caption.score == pytest.approx(float(np.exp(np.mean(np.log(terms)))), rel=1e-4)
 
 
-def test_what_a_checkpoint_says_of_the_search_is_not_heard(folders, answers, tmp_path):
+def test_generation_config_of_the_checkpoint_is_ignored(folders, answers, tmp_path):
     shutil.copytree(folders["florence2"], tmp_path, dirs_exist_ok=True)
     said = json.load(open(tmp_path / "generation_config.json"))
     said |= dict(num_beams=3, do_sample=True, temperature=9.0, length_penalty=3.0, early_stopping=True, max_length=4)
@@ -269,7 +269,7 @@ def test_what_a_checkpoint_says_of_the_search_is_not_heard(folders, answers, tmp
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_half_precision_says_nearly_the_same(name, folders, answers, monkeypatch):
+def test_half_precision_gives_nearly_the_same_best_score(name, folders, answers, monkeypatch):
     for module in (hugging_face, hf_captioners):
         monkeypatch.setattr(module, "device", lambda: (torch.device("cpu"), torch.float16))
     captioner = KINDS[name](folders[name])
@@ -278,7 +278,7 @@ def test_half_precision_says_nearly_the_same(name, folders, answers, monkeypatch
         assert captions[0].score == pytest.approx(wanted[0].score, rel=0.05)
 
 
-def test_a_crop_is_the_box_and_a_tenth_of_it_on_each_side_within_the_image():
+def test_crop_is_the_box_plus_ten_percent_per_side_within_the_image():
     for pic, wanted in zip(PICTURES, CROPS):
         for box, (x0, y0, x1, y1) in zip(pic.boxes, wanted, strict=True):
             np.testing.assert_array_equal(crop(pic.image, box), pic.image[y0:y1, x0:x1])
@@ -290,7 +290,7 @@ def test_a_crop_is_the_box_and_a_tenth_of_it_on_each_side_within_the_image():
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_it_is_had_by_name_and_marked_with_its_version(name, folders, captioners):
+def test_captioner_is_made_by_name_and_its_name_includes_the_version(name, folders, captioners):
     captioner = make_teacher(f"{name}:{folders[name]}/", CAPTIONERS)
     assert captioner.name == captioners[name].name and captioner.unique is False
     assert re.fullmatch(
@@ -298,7 +298,7 @@ def test_it_is_had_by_name_and_marked_with_its_version(name, folders, captioners
     )
 
 
-def test_another_training_and_another_configuration_have_another_name(folders, tmp_path):
+def test_changed_weights_or_configuration_change_the_teacher_name(folders, tmp_path):
     shutil.copytree(folders["blip"], tmp_path / "blip")
     there = str(tmp_path / "blip")
     assert (first := teacher_name("blip", there, there)) == teacher_name("blip", folders["blip"], folders["blip"])
@@ -319,7 +319,7 @@ def refused(where: object, kind: type = Blip) -> str:
     return message
 
 
-def test_what_cannot_be_loaded_is_refused_in_one_line(folders, tmp_path, monkeypatch):
+def test_unloadable_model_is_a_one_line_error(folders, tmp_path, monkeypatch):
     assert "no such folder" in refused("/no/such/folder") and "no such folder" in refused("../nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "hf download somebody/something --local-dir FOLDER" in refused("somebody/something")
@@ -327,7 +327,7 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(folders, tmp_path, monkeyp
     assert "save_pretrained of BlipForConditionalGeneration" in refused(tmp_path)
 
 
-def test_a_folder_that_lacks_something_is_refused_in_one_line(folders, tmp_path):
+def test_incomplete_model_folder_is_a_one_line_error(folders, tmp_path):
     def broken(change) -> str:
         shutil.rmtree(tmp_path)
         shutil.copytree(folders["blip"], tmp_path)
@@ -348,7 +348,7 @@ def test_a_folder_that_lacks_something_is_refused_in_one_line(folders, tmp_path)
     assert "has no vocabulary" in broken(lambda: os.remove(tmp_path / "tokenizer.json"))
 
 
-def test_no_pickle_is_read(folders, tmp_path):
+def test_pickled_weights_are_rejected(folders, tmp_path):
     shutil.copytree(folders["blip"], tmp_path, dirs_exist_ok=True)
     os.remove(tmp_path / "model.safetensors")
     model = transformers.BlipForConditionalGeneration.from_pretrained(folders["blip"])

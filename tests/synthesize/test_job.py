@@ -34,7 +34,7 @@ def records_of(root, name="toy_syn_m") -> list[Record]:
     return [Record.from_bytes(source[i]) for i in range(len(source))]
 
 
-def test_boxes_get_masks_that_are_marked_and_all_else_stays(root):
+def test_boxes_get_masks_marked_as_synthetic_and_other_data_is_unchanged(root):
     annotator = Masks(Ellipses(), Quality(min_score=0.85))
     tally = synthesize(job_of(root), annotator)
     made, given = records_of(root), records_of(root, "toy")
@@ -62,7 +62,7 @@ def test_boxes_get_masks_that_are_marked_and_all_else_stays(root):
 
 
 @pytest.mark.parametrize("dies_at", [0, 2, 6, 8, 14, 18])
-def test_work_that_was_stopped_goes_on_and_asks_again_about_no_image_that_was_answered(root, dies_at):
+def test_stopped_job_resumes_without_repeating_finished_images(root, dies_at):
     first, second, whole = Ellipses(dies_at=dies_at), Ellipses(), Ellipses()
     with pytest.raises(KeyboardInterrupt):
         synthesize(job_of(root), Masks(first, Quality()))
@@ -73,7 +73,7 @@ def test_work_that_was_stopped_goes_on_and_asks_again_about_no_image_that_was_an
     assert records_of(root) == records_of(root, "whole")
 
 
-def test_an_answer_that_was_cut_short_is_asked_for_again(root):
+def test_truncated_annotation_log_is_repaired_on_resume(root):
     with pytest.raises(KeyboardInterrupt):
         synthesize(job_of(root), Masks(Ellipses(dies_at=4), Quality()))
     log = root / "toy_syn_m" / "train.partial" / "00000.annotations"
@@ -105,7 +105,7 @@ def _until_killed(root: str, calls: int, reached) -> None:
 
 
 @pytest.mark.process
-def test_killed_at_any_moment_the_same_command_ends_with_the_same_set(root):
+def test_killed_job_resumes_and_gives_the_same_records(root):
     context = multiprocessing.get_context("spawn")
     synthesize(job_of(root, output="whole"), Masks(Ellipses(), Quality()))
     for calls in (1, 3, 2):
@@ -120,7 +120,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_set(root):
     assert records_of(root) == records_of(root, "whole")
 
 
-def test_a_kill_while_shards_move_to_their_place_leaves_no_half_set(root, monkeypatch):
+def test_interruption_while_moving_shards_leaves_no_partial_set(root, monkeypatch):
     replace, moved = os.replace, []
 
     def stops(source, target):
@@ -141,7 +141,7 @@ def test_a_kill_while_shards_move_to_their_place_leaves_no_half_set(root, monkey
     assert teacher.seen == 0 and len(records_of(root)) == 20
 
 
-def test_processes_share_the_shards_and_the_last_completes_the_set(root):
+def test_workers_share_the_shards_and_the_last_one_completes_the_set(root):
     teachers = [Ellipses() for _ in range(2)]
     annotators = [Masks(t, Quality()) for t in teachers]
     assert synthesize(job_of(root), annotators[1], (1, 2)) is None
@@ -151,7 +151,7 @@ def test_processes_share_the_shards_and_the_last_completes_the_set(root):
     assert is_complete(job_of(root)) and len(records_of(root)) == 20
 
 
-def test_no_two_processes_make_one_shard_or_work_with_other_settings_in_one_folder(root):
+def test_concurrent_work_on_a_shard_or_with_other_settings_is_rejected(root):
     annotator = Masks(Ellipses(), Quality())
     job, other = job_of(root), job_of(root, settings="squares")
     with open_job(job):
@@ -164,7 +164,7 @@ def test_no_two_processes_make_one_shard_or_work_with_other_settings_in_one_fold
             make_shard(job.source, 0, job.path(0), Masks(teacher, Quality()), 2)
 
 
-def test_other_settings_begin_anew_and_the_same_do_nothing(root):
+def test_changed_settings_restart_the_job(root):
     with pytest.raises(KeyboardInterrupt):
         synthesize(job_of(root), Masks(Ellipses(dies_at=8), Quality()))
     strict, teacher = Quality(min_score=0.95), Ellipses()
@@ -177,7 +177,7 @@ def test_other_settings_begin_anew_and_the_same_do_nothing(root):
     assert all(s.mask for r in records_of(root) for s in r.segments)
 
 
-def test_what_cannot_be_asked_is_counted_named_and_kept(root, tmp_path):
+def test_unusable_boxes_and_images_are_counted_named_and_kept(root, tmp_path):
     outside, empty = Segment(0, box=(100.0, 0.0, 120.0, 10.0)), Segment(1, box=(5.0, 5.0, 5.0, 9.0))
     partly = Segment(0, box=(-10.0, -10.0, 30.0, 30.0))
     crowd, masked = Segment(0, box=(0.0, 0.0, 9.0, 9.0), crowd=True), Segment(2, mask=encode_rle(np.ones((H, W), bool)))
@@ -199,7 +199,7 @@ def test_what_cannot_be_asked_is_counted_named_and_kept(root, tmp_path):
     assert taken.box == partly.box and taken.mask_by and made[0].decode_mask(taken.mask)[:30, :30].any()
 
 
-def test_a_damaged_record_is_left_out_and_named(root):
+def test_damaged_record_is_reported(root):
     path = next(pathlib.Path(root / "toy").glob("train-00001*"))
     data = bytearray(path.read_bytes())
     at = data.index(b"image 009")
@@ -214,7 +214,7 @@ def test_a_damaged_record_is_left_out_and_named(root):
         assert tally.reasons == {"the image cannot be decoded": 2}
 
 
-def test_a_set_of_another_kind_is_not_overwritten(root):
+def test_existing_unrelated_set_is_not_overwritten(root):
     write_set(root, "mine", two_boxes(3))
     with pytest.raises(ValueError, match="mine holds another data set; give another --output"):
         synthesize(job_of(root, output="mine"), Masks(Ellipses(), Quality()))

@@ -50,7 +50,7 @@ def annotation(*masks, box=(10.0, 10.0, 40.0, 40.0), score=1.0, **quality):
     return found
 
 
-def test_each_test_refuses_what_it_is_there_for_and_the_mask_is_kept_to_be_looked_at():
+def test_each_quality_check_rejects_bad_masks_and_keeps_them_for_review():
     good = rectangle(11, 10, 40, 39)
     assert annotation(good).reason == ""
     assert annotation(rectangle(10, 10, 25, 25)).reason == "low IoU with its box"
@@ -64,7 +64,7 @@ def test_each_test_refuses_what_it_is_there_for_and_the_mask_is_kept_to_be_looke
     assert (decode_rle(refused.mask, 48, 64) == good).all() and refused.score == 0.4
 
 
-def test_what_sticks_out_of_the_box_is_cut_off():
+def test_mask_is_clipped_to_its_box():
     found = annotation(rectangle(8, 8, 43, 43), min_box_iou=0.5)
     np.testing.assert_array_equal(decode_rle(found.mask, 48, 64), rectangle(10, 10, 40, 40))
     np.testing.assert_array_equal(
@@ -72,7 +72,7 @@ def test_what_sticks_out_of_the_box_is_cut_off():
     )
 
 
-def test_boxes_move_alike_whatever_is_asked_beside_them_and_never_out_of_the_image():
+def test_box_jitter_is_reproducible_and_stays_within_the_image():
     seen = []
 
     class Sees(Ellipses):
@@ -93,14 +93,14 @@ def test_boxes_move_alike_whatever_is_asked_beside_them_and_never_out_of_the_ima
         assert (boxes >= 0).all() and (boxes <= [64, 48, 64, 48]).all()
 
 
-def test_a_mask_that_does_not_change_is_stable():
+def test_stability_measures_agreement_between_masks():
     a, b = rectangle(0, 0, 20, 20), rectangle(0, 0, 20, 10)
     assert stability(np.stack([a, a, a])) == 1 and stability(np.stack([a])) == 1
     assert stability(np.stack([a, a, b])) == pytest.approx(0.75) and stability(np.stack([a, ~a])) == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_small_holes_and_islands_go_as_scipy_counts_them(seed):
+def test_small_holes_and_islands_are_removed_as_with_scipy(seed):
     mask, share = blobs(seed), 0.03
     found = cleaned(mask, share)
     everywhere = np.ones((3, 3))
@@ -116,7 +116,7 @@ def test_small_holes_and_islands_go_as_scipy_counts_them(seed):
     assert (found != mask).any() and (cleaned(mask, 0.0) == mask).all() and not cleaned(np.zeros_like(mask), 0.5).any()
 
 
-def test_crowds_and_what_has_a_mask_are_not_asked_about():
+def test_masks_are_not_requested_for_crowds_or_segments_with_masks():
     made = record(
         0,
         Segment(0, box=(0.0, 0.0, 9.0, 9.0), crowd=True),

@@ -41,7 +41,7 @@ def pictures(count: int) -> list[Picture]:
 
 
 @pytest.mark.slow
-def test_a_box_gets_the_same_mask_whatever_boxes_of_these_classes_are_asked_beside_it(teacher):
+def test_mask_of_a_box_does_not_depend_on_the_other_boxes(teacher):
     some = pictures(3)
     together = teacher(some, [p.boxes for p in some])
     for picture, drawn in zip(some, together):
@@ -51,7 +51,7 @@ def test_a_box_gets_the_same_mask_whatever_boxes_of_these_classes_are_asked_besi
     assert np.abs(together[0].masks.logits[0] - together[0].masks.logits[1]).max() > 0.1
 
 
-def test_the_answer_is_that_of_the_models_denoising_query(teacher, checkpoint):
+def test_masks_match_the_denoising_query_outputs(teacher, checkpoint):
     from mqformer_jax.input.transforms import fit_image
     from mqformer_jax.models.queries import DenoisingQueries
 
@@ -75,7 +75,7 @@ def test_the_answer_is_that_of_the_models_denoising_query(teacher, checkpoint):
     )
 
 
-def test_a_segment_claims_its_class_or_its_words():
+def test_segment_prompt_is_its_class_or_its_expression():
     made = two_boxes(1)[0]
     named = made.__class__(
         **{**vars(made), "segments": (Segment(1), Segment(texts=("red one",)), Segment(), Segment(foreground=True))}
@@ -89,7 +89,7 @@ def test_a_segment_claims_its_class_or_its_words():
     ]
 
 
-def test_a_model_that_never_restored_masks_is_no_teacher(tmp_path):
+def test_model_trained_without_denoising_is_rejected_as_teacher(tmp_path):
     config = tiny.get_config("train")
     config.denoising.num_queries = 0
     saved(str(tmp_path), config)
@@ -98,7 +98,7 @@ def test_a_model_that_never_restored_masks_is_no_teacher(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_scorer_says_which_box_the_best_answer_overlaps(checkpoint):
+def test_scorer_rates_boxes_by_overlap_with_the_best_prediction(checkpoint):
     scorer = make_teacher(f"ours:{checkpoint}", CAPTION_SCORERS, "verifier")
     predictor, some = Predictor.from_checkpoint(checkpoint), pictures(2)
     captions = [[["a ball", "a star"], []], [["a ring"], ["a ball"]]]
@@ -111,7 +111,7 @@ def test_the_scorer_says_which_box_the_best_answer_overlaps(checkpoint):
     assert fits.tolist() == [[pytest.approx(1.0, abs=1e-3)]]
 
 
-def test_a_mark_names_the_folder_and_the_step(checkpoint, teacher):
+def test_teacher_name_contains_the_checkpoint_folder_and_step(checkpoint, teacher):
     assert re.fullmatch(r"ours:tiny_checkpoint\d*, step 0", teacher.name)
     with pytest.raises(FileNotFoundError, match="no checkpoint found"):
         make_teacher("ours:nowhere", MASK_TEACHERS)

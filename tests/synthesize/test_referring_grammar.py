@@ -45,14 +45,14 @@ LEFT, RIGHT, MIDDLE = (20, 30, 50, 60), (150, 30, 180, 60), (85, 30, 115, 60)
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_two_that_look_the_same_are_told_apart_by_place(masks):
+def test_two_look_alikes_are_distinguished_by_position(masks):
     assert texts_of(*picture(("dog", LEFT, WHITE), ("dog", RIGHT, WHITE), classes=["dog"], masks=masks)) == [
         ["the left dog"],
         ["the right dog"],
     ]
 
 
-def test_looks_come_first_and_a_neighbor_helps():
+def test_captions_use_color_first_then_position_then_a_neighbor():
     record, info = picture(("dog", LEFT, WHITE), ("dog", RIGHT, RED), ("cat", MIDDLE, BLUE), classes=["dog", "cat"])
     white, red, cat = texts_of(record, info)
     assert white == ["the white dog", "the left dog", "the dog left of the cat"]
@@ -60,12 +60,12 @@ def test_looks_come_first_and_a_neighbor_helps():
     assert cat[0] == "the cat" and "the blue cat" in cat and "the cat right of the white dog" in cat
 
 
-def test_of_three_one_is_leftmost():
+def test_outer_two_of_three_look_alikes_are_leftmost_and_rightmost():
     pieces = [("dog", box, WHITE) for box in (MIDDLE, LEFT, RIGHT)]
     assert texts_of(*picture(*pieces, classes=["dog"])) == [[], ["the leftmost dog"], ["the rightmost dog"]]
 
 
-def test_sizes_are_told_only_where_they_differ_clearly():
+def test_size_is_mentioned_only_for_clear_differences():
     large, middling = (10, 10, 70, 70), (130, 30, 180, 80)
     texts = texts_of(*picture(("dog", large, WHITE), ("dog", RIGHT, WHITE), classes=["dog"]))
     assert texts[0][0] == "the large dog" and texts[1][0] == "the small dog"
@@ -78,33 +78,33 @@ def test_sizes_are_told_only_where_they_differ_clearly():
 
 
 @pytest.mark.parametrize("noun", ["person", "children", "human hand", "wine glass"])
-def test_of_people_and_of_glass_neither_color_nor_size_is_said(noun):
+def test_color_and_size_are_not_mentioned_for_people_and_glass(noun):
     record, info = picture((noun, (10, 10, 70, 70), RED), (noun, RIGHT, WHITE), classes=[noun])
     assert texts_of(record, info) == [[f"the left {noun}"], [f"the right {noun}"]]
 
 
 @pytest.mark.parametrize("known", [{"partial_classes": (0,)}, {"exhaustive": False, "partial_classes": (0, 1)}])
-def test_a_class_that_is_labeled_in_part_gives_nothing_and_anchors_nothing(known):
+def test_partially_labeled_class_gets_no_captions_and_is_no_anchor(known):
     record, info = picture(("dog", LEFT, WHITE), ("cat", MIDDLE, BLUE), classes=["dog", "cat"], **known)
     dog, cat = texts_of(record, info)
     assert dog == [] and not any("dog" in text for text in cat)
 
 
-def test_a_class_with_a_crowd_gives_nothing():
+def test_class_with_a_crowd_gets_no_captions():
     record, info = picture(
         ("dog", LEFT, WHITE), ("dog", RIGHT, WHITE, {"crowd": True}), ("cat", MIDDLE, BLUE), classes=["dog", "cat"]
     )
     assert [bool(texts) for texts in texts_of(record, info)] == [False, False, True]
 
 
-def test_a_class_that_may_be_unlabeled_here_gives_no_shorter_name():
+def test_ambiguous_name_is_unused_if_a_longer_class_may_be_unlabeled():
     classes = ["bear", "teddy bear"]
     assert texts_of(*picture(("bear", LEFT, WHITE), classes=classes, exhaustive=False)) == [[]]
     assert texts_of(*picture(("bear", LEFT, WHITE), classes=classes, exhaustive=False, absent_classes=(1,)))[0]
     assert texts_of(*picture(("teddy bear", LEFT, WHITE), classes=classes, exhaustive=False))[0]
 
 
-def test_a_teddy_bear_may_pass_for_a_bear():
+def test_class_name_ending_in_another_class_name_is_ambiguous():
     classes = ["bear", "teddy bear"]
     bear, teddy = texts_of(*picture(("bear", LEFT, RED), ("teddy bear", RIGHT, WHITE), classes=classes))
     assert "the bear" not in bear and bear[0] == "the red bear"
@@ -113,7 +113,7 @@ def test_a_teddy_bear_may_pass_for_a_bear():
     assert alone[0] == "the bear"
 
 
-def test_a_man_may_pass_for_a_person_and_synonyms_for_each_other():
+def test_man_vs_person_and_shared_synonyms_are_ambiguous():
     man, person = texts_of(*picture(("man", LEFT, RED), ("person", RIGHT, WHITE), classes=["man", "person"]))
     assert "the man" not in man and "the person" not in person
     animal, club = texts_of(
@@ -125,11 +125,11 @@ def test_a_man_may_pass_for_a_person_and_synonyms_for_each_other():
 
 
 @pytest.mark.parametrize("name", ["bow (weapon)", "right shoe", "in-line skate", "other animal", "24/7"])
-def test_names_that_cannot_be_said_are_not(name):
+def test_unsuitable_class_names_get_no_captions(name):
     assert texts_of(*picture((name, LEFT, RED), classes=[name])) == [[]]
 
 
-def test_synonyms_are_used_and_names_are_made_plain():
+def test_synonyms_are_used_and_class_names_are_normalized():
     classes = [("Alarm_Clock", "alarm")]
     found = {
         texts_of(
@@ -140,7 +140,7 @@ def test_synonyms_are_used_and_names_are_made_plain():
     assert found == {"the alarm clock", "the alarm"}
 
 
-def test_segments_that_are_no_things_get_nothing():
+def test_segments_that_are_not_things_get_no_captions():
     record, info = picture(("dog", LEFT, WHITE), classes=["dog"])
     words, foreground = (
         Segment(texts=("a cat",), box=(1.0, 1.0, 9.0, 9.0)),
@@ -155,7 +155,7 @@ def test_segments_that_are_no_things_get_nothing():
     assert captioner([]) == []
 
 
-def test_a_mask_without_a_box_counts():
+def test_object_with_a_mask_but_no_box_is_considered():
     record, info = picture(("dog", LEFT, WHITE), ("dog", RIGHT, WHITE), classes=["dog"])
     unboxed = dataclasses.replace(
         record, segments=(record.segments[0], dataclasses.replace(record.segments[1], box=None))
@@ -163,7 +163,7 @@ def test_a_mask_without_a_box_counts():
     assert texts_of(unboxed, info) == [["the left dog"]]
 
 
-def test_by_night_no_color_is_told():
+def test_dark_images_get_no_color_captions():
     record, info = picture(("dog", LEFT, WHITE), classes=["dog"])
     assert texts_of(record, info)[0] == ["the dog", "the white dog"]
     assert texts_of(record, info, image=record.decode_image() // 4) == [["the dog"]]

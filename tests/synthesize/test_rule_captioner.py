@@ -79,7 +79,7 @@ def along(things, axis, sign):
     "name, least_things, least_each",
     [pytest.param("sample_scenes", 0.9, 2.2, id="masks"), pytest.param("sample_boxes", 0.75, 1.3, id="boxes")],
 )
-def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_things, least_each):
+def test_every_sample_caption_identifies_exactly_one_thing(name, least_things, least_each):
     things = captioned = count = 0
     for seed in range(SCENES):
         drawn = scenes.scene_graph(seed).things
@@ -93,7 +93,7 @@ def test_every_caption_of_the_sample_names_its_thing_and_no_other(name, least_th
     assert captioned > least_things * things and count > least_each * things
 
 
-def test_every_way_of_naming_occurs():
+def test_every_kind_of_caption_wording_occurs():
     texts = [
         t for seed in range(60) for of_one in texts_of(scenes.scene(seed), SAMPLE["sample_scenes"]) for t in of_one
     ]
@@ -113,7 +113,7 @@ def test_every_way_of_naming_occurs():
     assert any(len(text.split()) == 2 for text in texts)
 
 
-def test_captions_are_few_distinct_and_the_same_again():
+def test_captions_are_limited_distinct_and_reproducible():
     for seed in range(20):
         record = scenes.scene(seed)
         found = captions_of(record, SAMPLE["sample_scenes"])
@@ -136,7 +136,7 @@ def flipped(record):
 
 
 @pytest.mark.parametrize("name", SAMPLE)
-def test_the_mirrored_image_has_the_mirrored_captions(name):
+def test_mirrored_image_gets_mirrored_captions(name):
     for seed in range(40):
         record = scenes.render(name, seed)
         image = record.decode_image()
@@ -151,7 +151,7 @@ def test_the_mirrored_image_has_the_mirrored_captions(name):
 
 
 @pytest.mark.parametrize("masks", [True, False])
-def test_captions_of_photographs_name_one_box_each(real_data, masks):
+def test_photograph_captions_are_unique_within_an_image(real_data, masks):
     plan = coco.instances(str(real_data / "coco/instances_train.json"), str(real_data / "coco/images"))
     info, boxes, captioned = DatasetInfo("coco", plan.classes, {}), 0, 0
     for job in plan.jobs[:60]:
@@ -171,7 +171,7 @@ def test_captions_of_photographs_name_one_box_each(real_data, masks):
 # ---- By name -------------------------------------------------------------------------------------------------------
 
 
-def test_it_is_made_by_its_name_and_takes_no_weights():
+def test_rule_captioner_is_made_by_name_and_takes_no_weights():
     made = make_teacher("rules", CAPTIONERS)
     assert (made.name, made.unique) == ("rules 1", True)
     with pytest.raises(ValueError, match="no weights") as e:

@@ -152,7 +152,7 @@ def theirs(family: str, folder: str, image: np.ndarray, boxes: np.ndarray) -> tu
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_masks_and_scores_are_those_of_transformers_for_images_of_any_shape(family, folders, teachers):
+def test_masks_and_scores_match_transformers_for_any_image_shape(family, folders, teachers):
     pictures, boxes = asked()
     for picture, own, drawn in zip(pictures, boxes, teachers[family](pictures, boxes), strict=True):
         masks, scores = theirs(family, folders[family], picture.image, own)
@@ -167,7 +167,7 @@ def test_masks_and_scores_are_those_of_transformers_for_images_of_any_shape(fami
         np.testing.assert_allclose(drawn.scores, scores, atol=1e-6)
 
 
-def test_what_sam_2_is_shown_is_what_its_own_image_processor_gives(folders, teachers):
+def test_sam2_pixels_match_its_own_image_processor(folders, teachers):
     pytest.importorskip("torchvision")
     original = transformers.Sam2ImageProcessor.from_pretrained(folders["sam2"])
     for picture in asked()[0]:
@@ -179,7 +179,7 @@ def test_what_sam_2_is_shown_is_what_its_own_image_processor_gives(folders, teac
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_how_many_are_run_at_once_changes_nothing(family, teachers, monkeypatch):
+def test_batch_sizes_do_not_change_masks_or_scores(family, teachers, monkeypatch):
     pictures, boxes = asked()
     before, seen = teachers[family](pictures, boxes), dict(images=[], boxes=[])
     monkeypatch.setattr("mqformer_jax.synthesize.sam.PICTURES", 3)
@@ -202,7 +202,7 @@ def test_how_many_are_run_at_once_changes_nothing(family, teachers, monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_an_image_without_boxes_has_no_masks_and_leaves_the_others_alone(family, teachers):
+def test_image_without_boxes_gets_no_masks_and_does_not_affect_others(family, teachers):
     pictures, boxes = asked()
     some = teachers[family](pictures, [boxes[0], np.zeros((0, 4), np.float32), *boxes[2:]])
     assert logits_of(some[1]).shape == (0, *SIZES[1]) and some[1].scores.shape == (0,)
@@ -212,14 +212,14 @@ def test_an_image_without_boxes_has_no_masks_and_leaves_the_others_alone(family,
 
 
 @pytest.mark.parametrize("shift, expected", [(-9, 0), (9, 1)])
-def test_scores_that_the_model_predicts_beyond_0_to_1_are_clipped(folders, shift, expected):
+def test_predicted_scores_are_clipped_to_0_and_1(folders, shift, expected):
     teacher = make_teacher(f"sam:{folders['sam']}", MASK_TEACHERS)
     with torch.no_grad():
         teacher.model.mask_decoder.iou_prediction_head.proj_out.bias += shift
     assert all((drawn.scores == expected).all() for drawn in teacher(*asked()))
 
 
-def test_sam_2_is_read_from_the_weights_for_video_that_are_published(folders, tmp_path):
+def test_sam2_image_model_loads_published_video_weights(folders, tmp_path):
     still, video = build("sam2"), transformers.Sam2VideoModel.from_pretrained(folders["sam2-video"])
     assert not still.load_state_dict(video.state_dict(), strict=False).missing_keys
     still.save_pretrained(tmp_path)
@@ -227,14 +227,14 @@ def test_sam_2_is_read_from_the_weights_for_video_that_are_published(folders, tm
     same(*(make_teacher(f"sam2:{folder}", MASK_TEACHERS)(*asked()) for folder in (folders["sam2-video"], tmp_path)))
 
 
-def test_weights_that_are_kept_in_half_precision_run_in_single(folders, tmp_path):
+def test_half_precision_weights_are_loaded_as_float32(folders, tmp_path):
     shutil.copytree(folders["sam"], tmp_path / "half")
     transformers.SamModel.from_pretrained(folders["sam"]).half().save_pretrained(tmp_path / "half")
     teacher = make_teacher(f"sam:{tmp_path / 'half'}", MASK_TEACHERS)
     assert {weight.dtype for weight in teacher.model.parameters()} == {torch.float32}
 
 
-def test_a_name_tells_weights_and_versions_apart(folders, teachers, tmp_path):
+def test_teacher_name_identifies_weights_and_transformers_version(folders, teachers, tmp_path):
     for family in FAMILIES:
         assert re.fullmatch(
             rf"{family}:{family} [0-9a-f]{{8}} \(transformers {transformers.__version__}\)", teachers[family].name
@@ -249,7 +249,7 @@ def test_a_name_tells_weights_and_versions_apart(folders, teachers, tmp_path):
     assert names[1:] == [teachers["sam"].name] * 2 != names[:1] * 2
 
 
-def test_a_name_on_the_hub_is_marked_with_its_weights(folders, teachers, monkeypatch):
+def test_teacher_name_of_a_hub_model_includes_the_weights_hash(folders, teachers, monkeypatch):
     monkeypatch.setattr("mqformer_jax.synthesize.hugging_face.snapshot_download", lambda name, **_: folders["sam2"])
     teacher = make_teacher("sam2:someone/sam2-tiny", MASK_TEACHERS)
     assert teacher.name == teachers["sam2"].name.replace("sam2:sam2", "sam2:someone/sam2-tiny")
@@ -298,7 +298,7 @@ def wider(folder: pathlib.Path) -> None:
         (wider, "mask_decoder.* has an unexpected shape"),
     ],
 )
-def test_a_folder_that_cannot_be_read_is_one_line_that_says_what_to_do(folders, tmp_path, monkeypatch, harm, words):
+def test_unreadable_weights_folder_is_a_one_line_error(folders, tmp_path, monkeypatch, harm, words):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     folder = tmp_path / "sam"
     shutil.copytree(folders["sam"], folder)
@@ -311,13 +311,13 @@ def test_a_folder_that_cannot_be_read_is_one_line_that_says_what_to_do(folders, 
 @pytest.mark.parametrize(
     "asked_as, holds", [("sam", "sam2"), ("sam2", "sam"), ("sam", "hq-sam"), ("hq-sam", "sam"), ("sam", "sam2-video")]
 )
-def test_weights_of_another_family_are_refused_with_the_name_of_their_teacher(folders, asked_as, holds):
+def test_weights_of_another_family_are_rejected_with_the_right_teacher(folders, asked_as, holds):
     with pytest.raises(ValueError, match=f"use {holds.removesuffix('-video')}:{folders[holds]}.$") as error:
         make_teacher(f"{asked_as}:{folders[holds]}", MASK_TEACHERS)
     assert "\n" not in str(error.value)
 
 
-def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
+def test_failed_hub_download_is_a_one_line_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
@@ -327,7 +327,7 @@ def test_a_name_on_the_hub_that_cannot_be_had_is_one_line(monkeypatch):
     assert "\n" not in str(error.value)
 
 
-def test_opening_and_drawing_say_nothing(folders, capfd):
+def test_loading_and_predicting_print_and_log_nothing(folders, capfd):
     heard: list[str] = []
     listener = logging.Handler()
     listener.emit = lambda record: heard.append(record.getMessage())

@@ -23,7 +23,7 @@ MADE = Segment(
 )
 
 
-def test_captions_are_wordings_of_one_prompt_beside_those_of_peoples():
+def test_synthetic_captions_form_one_prompt_beside_human_expressions():
     info = DatasetInfo("toy", CLASSES, {}, unique_texts=False)
     example = to_example(record(0, MADE), info, ("referring",), "toy/0")
     assert [p.texts for p in example.prompts] == [("mine",), ("a cat", "a pet")]
@@ -34,7 +34,7 @@ def test_captions_are_wordings_of_one_prompt_beside_those_of_peoples():
     assert needs_whole_image(silent, ("referring",)) and not needs_whole_image(silent, ("instance",))
 
 
-def test_doubtful_parts_go_and_peoples_stay():
+def test_low_score_synthetic_parts_are_dropped_and_human_ones_kept():
     people = Segment(1, ("yours",), (1.0, 1.0, 20.0, 20.0), MASK)
     made = record(0, MADE, people)
     assert made.trusting(0.0, 0.0) == made and made.trusting(0.7, 0.4) == made
@@ -45,7 +45,7 @@ def test_doubtful_parts_go_and_peoples_stay():
     assert len(cat.captions) == 2 and not made.trusting(0.0, 1.1).segments[0].captions
 
 
-def test_records_from_before_there_were_synthetic_parts_are_read():
+def test_old_records_without_synthetic_fields_are_read():
     import msgpack
 
     old = msgpack.unpackb(record(0, MADE).to_bytes(), raw=False)
@@ -56,7 +56,7 @@ def test_records_from_before_there_were_synthetic_parts_are_read():
 
 
 @pytest.mark.parametrize(("least", "masks"), [(None, True), (0.5, True), (0.8, False)])
-def test_a_mixture_says_how_good_synthetic_parts_must_be(tmp_path, least, masks):
+def test_mixture_min_mask_score_filters_synthetic_masks(tmp_path, least, masks):
     write_set(tmp_path, "toy_syn", [record(i, MADE) for i in range(4)])
     entry = dict(name="toy_syn", split="train", tasks=("instance",)) | (
         {} if least is None else dict(min_mask_score=least)

@@ -36,7 +36,7 @@ def report(eight_chips):
 
 
 @pytest.mark.tpu_compiler
-def test_a_small_step_fits_and_is_told_in_a_table(report):
+def test_small_train_step_fits_and_is_reported_in_a_table(report):
     assert report["fits"] and report["devices"] == 8 and report["hosts"] == 2 and report["images"] == 8
     assert 0 < report["needed"] < 1e9 and report["available"] > 15e9
     told = pods.table(report)
@@ -45,7 +45,7 @@ def test_a_small_step_fits_and_is_told_in_a_table(report):
 
 
 @pytest.mark.tpu_compiler
-def test_the_old_state_makes_room_for_the_new_one(report):
+def test_train_state_buffers_are_donated(report):
     assert report["memory"]["output"] < 0.01 * report["memory"]["arguments"]
 
 
@@ -59,7 +59,7 @@ def test_no_collective_runs_in_a_loop(report):
 
 
 @pytest.mark.tpu_compiler
-def test_each_device_sends_its_gradients_and_no_pixels(report):
+def test_devices_send_gradients_and_weights_but_no_activations(report):
     """Two bytes of gradients and one of weights for each of theirs, and hardly anything else: no activation travels."""
     config = get_config()
     config.mesh = (2, 4, 1)
@@ -68,7 +68,7 @@ def test_each_device_sends_its_gradients_and_no_pixels(report):
 
 
 @pytest.mark.tpu_compiler
-def test_an_estimate_is_of_what_is_slowest(report):
+def test_step_time_estimate_uses_the_slower_of_compute_and_memory(report):
     seconds = report["estimate"]
     assert seconds["step"] == max(seconds["compute"], seconds["memory"]) + seconds["network"]
     assert seconds["images_per_second"] == pytest.approx(8 / seconds["step"])
@@ -76,7 +76,7 @@ def test_an_estimate_is_of_what_is_slowest(report):
 
 
 @pytest.mark.tpu_compiler
-def test_too_much_is_told_with_how_much_was_needed(eight_chips):
+def test_needed_memory_is_parsed_from_the_out_of_memory_error(eight_chips):
     one = jax.sharding.SingleDeviceSharding(eight_chips[0])
     x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), "float32", sharding=one)
     with pytest.raises(jax.errors.JaxRuntimeError) as error:
@@ -85,7 +85,7 @@ def test_too_much_is_told_with_how_much_was_needed(eight_chips):
 
 
 @pytest.mark.tpu_compiler
-def test_the_table_of_a_step_that_does_not_fit_names_its_largest_arrays(report):
+def test_table_of_oversized_step_lists_the_largest_arrays(report):
     refused = {k: v for k, v in report.items() if k not in ("memory", "estimate", "bytes_accessed", "collectives")}
     told = pods.table(refused | {"fits": False, "needed": 4e10}).splitlines()
     sizes = [entry["bytes"] for entry in report["largest"]]  # few: of so small a step, most lies on the chip
@@ -96,7 +96,7 @@ def test_the_table_of_a_step_that_does_not_fit_names_its_largest_arrays(report):
 
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("name", ["v5e", "v3:2x2", "v5e:two", "v5e:9x9", ""])
-def test_a_topology_that_there_is_not_is_one_line(eight_chips, name):
+def test_unknown_topology_gives_one_line_error(eight_chips, name):
     with pytest.raises(ValueError) as error:
         pods.get_topology(name)
     assert f"--topology={name}" in str(error.value) and "\n" not in str(error.value)
@@ -106,18 +106,18 @@ def test_a_topology_that_there_is_not_is_one_line(eight_chips, name):
 @pytest.mark.parametrize(
     "name, devices", [("v5e:1x1", 1), ("v4:2x2x1", 4), ("v5p:2x2x2", 8), ("v6e:4x4", 16), ("tpu7x:2x2x1", 8)]
 )
-def test_every_generation_has_its_topologies(eight_chips, name, devices):
+def test_topologies_of_every_tpu_generation_are_available(eight_chips, name, devices):
     assert len(pods.get_topology(name)) == devices and name.partition(":")[0] in pods.CHIPS
 
 
-def test_a_batch_that_does_not_divide_becomes_one_image_a_part():
+def test_indivisible_batch_size_is_raised_to_one_image_per_device():
     config = get_config()
     assert pods.adapted(config, 8)[0].batch_size == 8 and pods.adapted(config, 8)[1] == ""
     adapted, note = pods.adapted(config, 256)
     assert adapted.batch_size == 256 and "batch_size 8" in note and config.batch_size == 8
 
 
-def test_remedies_end_with_what_fits(monkeypatch):
+def test_memory_advice_stops_at_the_first_fitting_config(monkeypatch):
     """Each is tried on top of those before it; recomputation that is on already, and parts of one image, are not."""
     config, seen = get_config(), []
     config.batch_size = 16
@@ -134,13 +134,13 @@ def test_remedies_end_with_what_fits(monkeypatch):
     )
 
 
-def test_a_wrong_topology_ends_the_command_in_one_line():
+def test_command_with_unknown_topology_fails_without_traceback():
     command = [sys.executable, "-m", "mqformer_jax", "compile", "--config=tests/tiny.py:train", "--topology=v9:2x2"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=hlo.__file__.split("mqformer_jax")[0])
     assert done.returncode == 1 and "Traceback" not in done.stderr and "--topology=v9:2x2" in done.stderr
 
 
-def test_the_full_recipe_gathers_scatters_and_sorts_few_single_numbers():
+def test_full_recipe_has_few_scalar_gathers_scatters_and_sorts():
     """Deformable attention reads rows. The rest of the step has no gather, scatter or sort of millions of numbers."""
     config = coco_ref.full()
     config.batch_size = 1

@@ -24,7 +24,7 @@ def abstract(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
-def test_a_scan_runs_its_body_as_often_as_it_is_long():
+def test_scan_body_is_counted_once_per_iteration():
     runs = [
         run
         for run in compiled(scan, abstract(N, N), abstract(7, N, N)).runs()
@@ -33,7 +33,7 @@ def test_a_scan_runs_its_body_as_often_as_it_is_long():
     assert runs and all(run.times == 7 and run.known and len(run.loops) == 1 for run in runs)
 
 
-def test_a_search_has_no_known_length():
+def test_while_loop_has_unknown_trip_count():
     search = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, lambda x: x * 1.5 + 1, x), abstract(N))
     inside = [run for run in search.runs() if run.loops]
     assert inside and not any(run.known for run in inside)
@@ -50,7 +50,7 @@ def test_matmuls_are_counted_through_scans_gradients_and_recomputation():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_and_its_gradients_are_three_times_its_forward(stride):
+def test_convolution_with_gradients_costs_three_times_the_forward(stride):
     conv = lambda x, k: jax.lax.conv_general_dilated(
         x, k, (stride,) * 2, [(1, 1)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -61,7 +61,7 @@ def test_a_convolution_and_its_gradients_are_three_times_its_forward(stride):
     assert both == pytest.approx(3 * forward, rel=0.01)
 
 
-def test_traffic_is_xlas_where_nothing_loops():
+def test_memory_traffic_without_loops_matches_xla():
     def net(x, w, v):
         return (jax.nn.relu(x @ w) @ v).sum(), jnp.sort(x, 0)
 
@@ -91,25 +91,25 @@ ENTRY %main (p: f32[100]) -> f32[50] {
 """
 
 
-def test_on_chip_memory_has_no_traffic():
+def test_on_chip_memory_access_is_not_counted_as_traffic():
     program = hlo.Program(ON_CHIP)
     by_kind = {"copy-start": 400, "negate": 400, "slice-start": 200, "exponential": 200}
     assert program.traffic_by_source() == by_kind and program.traffic() == sum(by_kind.values())
 
 
-def test_a_slice_of_a_stack_counts_as_the_slice():
+def test_traffic_of_a_scanned_stack_counts_only_the_slices():
     moved = compiled(scan, abstract(N, N), abstract(7, N, N)).traffic() / (4 * N * N)
     assert 7 * 3 < moved < 7 * 10  # the whole stack in every round would be 7 * 7 more
 
 
-def test_the_largest_arrays_are_named():
+def test_largest_arrays_are_reported_with_shape_and_size():
     traced = jaxprs.largest_traced(jax.make_jaxpr(scan)(abstract(N, N), abstract(7, N, N)).jaxpr)
     assert traced[0]["bytes"] == 4 * N * N and traced[0]["shape"] == f"float32[{N},{N}]"
     found = compiled(lambda x: jnp.sort(x @ x.T, 0).sum(), abstract(4 * N, N)).largest(1)
     assert found[0]["bytes"] == 4 * (4 * N) ** 2 and found[0]["shape"] == f"f32[{4 * N},{4 * N}]"
 
 
-def test_collectives_are_found_with_their_bytes_and_groups():
+def test_collectives_are_reported_with_bytes_and_group_size():
     mesh = make_mesh((2, 4, 1))
     rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
     program = compiled(lambda x: x.sum(0), rows, out_shardings=NamedSharding(mesh, P()))
@@ -117,7 +117,7 @@ def test_collectives_are_found_with_their_bytes_and_groups():
     assert (run.instruction.collective, run.instruction.bytes, group, run.loops) == ("all-reduce", 4 * N, 8, ())
 
 
-def test_a_collective_in_a_loop_is_known_as_one():
+def test_collective_inside_a_while_loop_is_detected():
     mesh = make_mesh((8, 1, 1))
     rows = jax.ShapeDtypeStruct((8, N), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     # its condition asks all devices
@@ -139,7 +139,7 @@ def test_bytes_of_a_shape(shape, size):
     assert hlo.shape_bytes(shape) == size
 
 
-def test_groups_are_read_in_each_way_that_xla_writes_them():
+def test_replica_group_size_is_parsed_from_every_xla_format():
     texts = {
         "replica_groups={{0,1},{2,3}}": 2,
         "replica_groups=[2,4]<=[8]": 4,
@@ -151,7 +151,7 @@ def test_groups_are_read_in_each_way_that_xla_writes_them():
     assert [hlo._group(text) for text in texts] == list(texts.values())
 
 
-def test_single_numbers_rows_and_sorts_are_told_apart():
+def test_scalar_and_row_gathers_and_sorts_are_counted_separately():
     def net(x, index):
         rows = x[index].sum()  # 5 rows of 64
         numbers = jnp.take_along_axis(x, jnp.broadcast_to(index[:3], (N, 3)), 1).sum()  # 64 x 3 numbers
@@ -164,7 +164,7 @@ def test_single_numbers_rows_and_sorts_are_told_apart():
     assert found["sorted_numbers"] == N and found["open_loops"] == 0
 
 
-def test_loops_are_multiplied_and_those_that_depend_on_data_are_counted():
+def test_fixed_loops_multiply_counts_and_open_loops_are_counted():
     def loop(x, keys):
         x, _ = jax.lax.scan(lambda x, key: (x + jax.random.uniform(key, x.shape), None), x, keys)
         x = jax.lax.fori_loop(0, 3, lambda _, x: x[::-1] + x[jnp.array([1, 0, 2])].sum(), x)
@@ -174,14 +174,14 @@ def test_loops_are_multiplied_and_those_that_depend_on_data_are_counted():
     assert found["random_numbers"] == 21 and found["gathered_numbers"] == 9 and found["open_loops"] == 1
 
 
-def test_only_the_alternative_for_tpus_counts():
+def test_only_the_tpu_branch_of_platform_dependent_is_counted():
     def choose(x):
         return jax.lax.platform_dependent(x, cpu=jnp.sort, default=lambda x: x * 2)
 
     assert jaxprs.irregular(jax.make_jaxpr(choose)(jnp.ones(N)).jaxpr)["sorted_numbers"] == 0
 
 
-def test_traffic_is_told_by_the_line_that_causes_it():
+def test_traffic_is_attributed_to_source_lines():
     program = compiled(scan, abstract(N, N), abstract(7, N, N))
     by_source = program.traffic_by_source(package="/tests/")
     assert sum(by_source.values()) == program.traffic()

@@ -68,7 +68,7 @@ def words(items):
     return [" ".join(piece.text for piece in item) for item in items]
 
 
-def test_the_outline_runs_along_the_mask_and_the_fill_stays_inside_it():
+def test_outline_follows_the_mask_and_fill_stays_inside():
     pixels = np.asarray(picture(shown(masks=[(8, 12, 40, 52)]), 64 * SCALE))
     inside = np.zeros((48 * SCALE, 64 * SCALE), bool)
     inside[8 * SCALE : 40 * SCALE, 12 * SCALE : 52 * SCALE] = True
@@ -81,12 +81,12 @@ def test_the_outline_runs_along_the_mask_and_the_fill_stays_inside_it():
     np.testing.assert_allclose(pixels[16 * SCALE, 20 * SCALE], 0.68 * GRAY + 0.32 * np.array(color(0)), atol=1.5)
 
 
-def test_a_target_thinner_than_a_pixel_of_the_grid_is_still_drawn():
+def test_target_thinner_than_an_output_pixel_is_drawn():
     pixels = np.asarray(picture(shown(masks=[(0, 30, 48, 31)]), 16))
     assert near(pixels[:3, 4:12], color(0)).any()
 
 
-def test_a_target_without_a_mask_is_a_dashed_box_and_not_filled():
+def test_target_without_mask_is_drawn_as_unfilled_dashed_box():
     pixels = np.asarray(picture(shown(boxes=[(12, 8, 52, 40)]), 64 * SCALE))
     for strip in (
         pixels[8 * SCALE, 80:200],
@@ -103,7 +103,7 @@ def test_a_target_without_a_mask_is_a_dashed_box_and_not_filled():
     assert (pixels[20 * SCALE : 38 * SCALE, 16 * SCALE : 50 * SCALE] == GRAY).all()
 
 
-def test_ignored_pixels_are_hatched_and_padding_is_bounded():
+def test_ignored_pixels_are_hatched_and_padding_is_outlined():
     pixels = np.asarray(picture(shown(ignore=np.s_[:20, :20], size=(40, 50)), 64 * SCALE))[..., 0]
     hatched = pixels[: 20 * SCALE, : 20 * SCALE]
     assert 0.15 < (hatched > 200).mean() < 0.35 and (hatched < GRAY).mean() > 0.6, "white diagonals on dim gray"
@@ -114,7 +114,7 @@ def test_ignored_pixels_are_hatched_and_padding_is_bounded():
     )
 
 
-def test_every_target_has_its_number_where_numbers_would_meet():
+def test_numbers_of_coinciding_targets_do_not_overlap():
     four = shown(masks=[(10, 10, 30, 30)] * 4)
     pixels = np.asarray(picture(four, 64 * SCALE))[48:112, 48:112]  # without the outlines
     centers = [ndimage.center_of_mass(near(pixels, color(i), 3)) for i in range(4)]
@@ -123,7 +123,7 @@ def test_every_target_has_its_number_where_numbers_would_meet():
 
 
 @pytest.mark.parametrize("small", [dict(masks=[(20, 30, 23, 33)]), dict(boxes=[(30, 20, 33, 23)])])
-def test_the_number_of_a_small_target_does_not_hide_it(small):
+def test_number_of_a_small_target_does_not_cover_it(small):
     pixels = np.asarray(picture(shown(**small), 64 * SCALE))
     inside = pixels[20 * SCALE + 3 : 23 * SCALE - 3, 30 * SCALE + 3 : 33 * SCALE - 3]
     expected = 0.68 * GRAY + 0.32 * np.array(color(0)) if "masks" in small else GRAY
@@ -156,7 +156,7 @@ def batch_of_one():
     return collate([row], spec), [Note("set/image", tuple(texts), ((7, "no record"),))]
 
 
-def test_words_say_who_owns_what_and_what_is_not_known():
+def test_panel_text_lists_prompt_targets_and_absent_classes():
     seen = show_batch.describe(*next(show_batch.rows([batch_of_one()])))
     owning, rest = prompt_items(seen.prompts)
     assert words(owning) == ["▢ person x2 1 2", "∎ red ball 3 ? not 1, 2, 4", "∎ sky 4"]
@@ -165,7 +165,7 @@ def test_words_say_who_owns_what_and_what_is_not_known():
     assert words(facts(seen)) == ["4 targets (3 with masks, 1 boxes only) · 4 prompts", "left out: record 7: no record"]
 
 
-def test_a_described_row_has_the_pixels_of_its_batch():
+def test_described_row_matches_the_masks_and_boxes_of_its_batch():
     seen = show_batch.describe(*next(show_batch.rows([batch_of_one()])))
     assert seen.size == (32, 64) and seen.has_mask.tolist() == [True, False, True, True]
     assert [ndimage.find_objects(m)[0] for m in seen.masks[[0, 2, 3]].astype(int)] == [
@@ -175,7 +175,7 @@ def test_a_described_row_has_the_pixels_of_its_batch():
     assert seen.ignore[30:32].all() and not seen.ignore[:30].any() and not seen.ignore[32:].any()
 
 
-def test_a_panel_of_160_prompts_is_bounded_and_counts_what_it_leaves_out():
+def test_panel_with_160_prompts_is_truncated_with_counts():
     asked = [
         ShownPrompt(f"the man behind the table number {i}", True, False, (i,) if i < 100 else (), ())
         for i in range(120)
@@ -193,7 +193,7 @@ def test_a_panel_of_160_prompts_is_bounded_and_counts_what_it_leaves_out():
     )
 
 
-def test_the_rows_drawn_are_those_that_training_gets(tiny_config, tmp_path, monkeypatch):
+def test_drawn_rows_match_the_training_stream(tiny_config, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(show_batch, "panel", lambda shown, side: drawn.append(shown) or panel(shown, side))
     tallies = show_batch.show(tiny_config, str(tmp_path / "a.png"), 11, start_step=3)
@@ -212,7 +212,7 @@ def test_the_rows_drawn_are_those_that_training_gets(tiny_config, tmp_path, monk
         assert page.format == "PNG"
 
 
-def test_one_data_set_alone_is_what_its_rows_in_the_stream_are(tiny_config, tmp_path, monkeypatch):
+def test_dataset_option_draws_only_rows_of_that_data_set(tiny_config, tmp_path, monkeypatch):
     keys = []
     monkeypatch.setattr(show_batch, "panel", lambda shown, side: keys.append(shown.key) or panel(shown, side))
     tallies = show_batch.show(tiny_config, str(tmp_path / "a.png"), 2, dataset="sample_boxes", side=128)
@@ -233,7 +233,7 @@ def test_one_data_set_alone_is_what_its_rows_in_the_stream_are(tiny_config, tmp_
         (["--config=configs/none.py"], ["configs/none.py"]),
     ],
 )
-def test_a_wrong_command_is_one_line(arguments, words, monkeypatch):
+def test_invalid_command_line_gives_one_line_error(arguments, words, monkeypatch):
     values = flags.FlagValues()
     show_batch.define_flags(values)
     argv = ["show", "--output=unused.png", *arguments]
@@ -251,13 +251,13 @@ def test_a_wrong_command_is_one_line(arguments, words, monkeypatch):
         (dict(output="a.jpg"), "--output=a.jpg: .* .png"),
     ],
 )
-def test_an_impossible_wish_is_one_line(arguments, words, tiny_config):
+def test_unknown_data_set_and_output_format_are_rejected(arguments, words, tiny_config):
     with pytest.raises(ValueError, match=words) as wrong:
         show_batch.show(tiny_config, count=1, **arguments)
     assert "\n" not in str(wrong.value)
 
 
-def test_the_command_writes_the_grid_and_a_line_for_each_data_set(sample_root, tmp_path):
+def test_command_writes_the_grid_and_a_summary_per_data_set(sample_root, tmp_path):
     command = [
         sys.executable,
         "-m",

@@ -15,7 +15,7 @@ def names():
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
 
 
-def test_norms_and_embeddings_do_not_decay_and_weights_and_biases_do(names):
+def test_weight_decay_skips_norms_and_embeddings_but_not_biases(names):
     spared = {name for name in names if NO_DECAY.search(name)}
     embeddings = {
         "learnable/content",
@@ -30,7 +30,7 @@ def test_norms_and_embeddings_do_not_decay_and_weights_and_biases_do(names):
     assert {exchange + "kernel", exchange + "bias"} <= set(names) - spared
 
 
-def test_each_group_has_its_rate_and_a_frozen_one_neither_moves_nor_counts_in_the_clip():
+def test_groups_have_own_learning_rates_and_frozen_ones_skip_clipping():
     config = get_config().optimizer
     config.update(
         schedule="steps",
@@ -51,7 +51,7 @@ def test_each_group_has_its_rate_and_a_frozen_one_neither_moves_nor_counts_in_th
     np.testing.assert_array_equal(updates["text_encoder"], 0.0)
 
 
-def test_the_schedule_warms_up_and_drops_by_ten():
+def test_step_schedule_warms_up_and_drops_tenfold_at_milestones():
     config = get_config().optimizer
     config.update(schedule="steps", warmup=10, learning_rate=1e-4, lr_milestones=(0.5, 0.8))
     rate = schedule(config, 1000)

@@ -9,11 +9,11 @@ from mqformer_jax.training.progress import Progress, duration
 @pytest.mark.parametrize(
     "seconds, said", [(40, "40 s"), (420, "7 min"), (12_600, "3.5 h"), (181_440, "2.1 days"), (89.6, "90 s")]
 )
-def test_times_read_as_a_person_would_say_them(seconds, said):
+def test_durations_are_formatted_in_readable_units(seconds, said):
     assert duration(seconds) == said
 
 
-def test_a_bar_says_that_it_compiles_and_how_long_the_rest_takes(monkeypatch, capsys):
+def test_progress_bar_shows_compilation_and_remaining_time(monkeypatch, capsys):
     with Progress(100, 0, shown=True) as progress:
         written = []
         monkeypatch.setattr(progress.bar, "write", written.append)
@@ -26,7 +26,7 @@ def test_a_bar_says_that_it_compiles_and_how_long_the_rest_takes(monkeypatch, ca
     assert "s a step: about" in line and line.endswith("for 95 more steps")
 
 
-def test_other_processes_show_nothing(capsys):
+def test_hidden_progress_prints_nothing(capsys):
     with Progress(100, 0, shown=False) as progress:
         for step in range(6):
             with progress.compiling(step):

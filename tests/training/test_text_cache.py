@@ -16,7 +16,7 @@ def tiny(tiny_weights):
     return get_config(), *tiny_weights
 
 
-def test_cached_vectors_are_the_encoders(tiny, tiny_batch):
+def test_cached_vectors_match_the_text_encoder(tiny, tiny_batch):
     config, params, frozen = tiny
     graph, _, _ = nnx.split(nnx.eval_shape(lambda: MQFormer(config.model, rngs=nnx.Rngs(0))), nnx.Param, ...)
     embed = jax.jit(lambda tokens: nnx.merge(graph, params, frozen).embed_text(tokens, tiny_batch.is_region))
@@ -39,7 +39,7 @@ def test_each_text_is_encoded_once(tiny, tiny_batch, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_frozen_text_encoder_does_not_move_in_training(tiny_run, tmp_path):
+def test_frozen_text_encoder_is_unchanged_by_training(tiny_run, tmp_path):
     from mqformer_jax.checkpoint import load_weights
 
     config = tiny_run
@@ -58,7 +58,7 @@ def test_a_frozen_text_encoder_does_not_move_in_training(tiny_run, tmp_path):
     )
 
 
-def test_sharded_parameters_come_back_whole():
+def test_gather_to_host_reassembles_sharded_parameters():
     mesh = make_mesh((2, 2, 2))
     table = np.arange(32.0).reshape(8, 4)
     split = jax.device_put(table, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "tensor")))

@@ -46,7 +46,7 @@ def other(tmp_path_factory):
     return params, folders
 
 
-def test_several_checkpoints_make_one_model(fresh, other):
+def test_model_is_initialized_from_several_checkpoints(fresh, other):
     config, params, frozen = fresh
     wanted, folders = other
     config.init_from = tuple(folders)
@@ -55,7 +55,7 @@ def test_several_checkpoints_make_one_model(fresh, other):
     assert not any(line.startswith("newly initialized") for line in lines)
 
 
-def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
+def test_missing_and_skipped_parameters_stay_fresh_and_are_reported(fresh, other):
     config, params, frozen = fresh
     wanted, folders = other
     config.init_from, config.init_skip = tuple(folders[:1]), ("^backbone/stem",)
@@ -66,7 +66,7 @@ def test_what_a_checkpoint_lacks_stays_fresh_and_is_named(fresh, other):
     assert "backbone/stem" in lines[-1] and "decoder/layers" in lines[-1] and lines[-1].startswith("newly initialized")
 
 
-def test_the_region_embedding_starts_as_nothing_beside_trained_classes_and_random_without_them(fresh, other, tmp_path):
+def test_region_embedding_is_zero_only_with_pretrained_heads(fresh, other, tmp_path):
     config, params, frozen = fresh
     wanted, folders = other
     save_weights(str(tmp_path), Weights(get_config(), {"heads": wanted["heads"]}, {}), {})
@@ -75,7 +75,7 @@ def test_the_region_embedding_starts_as_nothing_beside_trained_classes_and_rando
         assert (not np.any(start(params, frozen, config)[0]["region_embedding"])) == zero
 
 
-def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
+def test_parameters_of_incompatible_parts_are_skipped_and_reported(fresh, other, tmp_path):
     config, params, frozen = fresh
     theirs = get_config()
     theirs.model.backbone.name, theirs.model.text.embed_dim = "resnet50", 99
@@ -92,7 +92,7 @@ def test_parts_of_another_kind_are_left_out_and_named(fresh, other, tmp_path):
     assert "resnet50" in lines[0] and "text encoder" in lines[0] and lines[0].startswith(f"{tmp_path}: 1 of 3")
 
 
-def test_another_shape_is_one_line_with_its_mend(fresh, tmp_path):
+def test_shape_mismatch_is_rejected_with_an_init_skip_hint(fresh, tmp_path):
     config, params, frozen = fresh
     save_weights(str(tmp_path), Weights(get_config(), {"learnable": {"content": np.ones((7, 32))}}, {}), {})
     config.init_from = (str(tmp_path),)
@@ -100,7 +100,7 @@ def test_another_shape_is_one_line_with_its_mend(fresh, tmp_path):
         start(params, frozen, config)
 
 
-def test_text_positions_are_cut_to_the_context(fresh, tmp_path):
+def test_text_positions_are_truncated_to_the_context(fresh, tmp_path):
     config, params, frozen = fresh
     table = np.random.default_rng(0).normal(size=(77, 16)).astype(np.float32)
     save_weights(str(tmp_path), Weights(get_config(), {"text_encoder": {"positions": table}}, {}), {})
@@ -108,7 +108,7 @@ def test_text_positions_are_cut_to_the_context(fresh, tmp_path):
     np.testing.assert_array_equal(start(params, frozen, config)[0]["text_encoder"]["positions"], table[:12])
 
 
-def test_swin_tables_are_resized_to_another_window(tmp_path):
+def test_swin_position_bias_tables_are_resized_to_a_new_window(tmp_path):
     """Window 12 pre-trained weights serve a window of 7."""
     config = get_config()
     table = np.random.default_rng(0).normal(size=(1, 23 * 23, 3)).astype(np.float32)
@@ -120,7 +120,7 @@ def test_swin_tables_are_resized_to_another_window(tmp_path):
     np.testing.assert_array_equal(leaves(found)["backbone/stages/0/plain/position_bias"], resize_table(table, 7))
 
 
-def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
+def test_weights_with_another_tokenizer_or_level_order_are_rejected(fresh, tmp_path):
     """They fit by their shapes: another tokenizer, another order of levels, other classes in the rows of a table."""
     config, params, frozen = fresh
     theirs = get_config()
@@ -135,7 +135,7 @@ def test_weights_that_would_mean_something_else_are_refused(fresh, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
+def test_checkpoint_without_any_matching_array_is_rejected(fresh, tmp_path):
     config, params, frozen = fresh
     save_weights(str(tmp_path), Weights(get_config(), {"elsewhere": np.ones(3)}, {}), {})
     config.init_from = (str(tmp_path),)
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_which_nothing_fits_is_refused(fresh, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_them_and_goes_on_without_them(tiny_run, tmp_path):
+def test_run_starts_from_init_from_and_resumes_without_it(tiny_run, tmp_path):
     """The first step of the warm-up moves no weight by 0.001. A resumed run needs its own checkpoint alone."""
     config = tiny_run
     wanted, frozen = jax.jit(lambda: build_model(config.model, 1)[1:])()
@@ -161,7 +161,7 @@ def test_a_run_starts_from_them_and_goes_on_without_them(tiny_run, tmp_path):
     train(config, str(tmp_path / "run"))
 
 
-def test_a_run_keeps_the_tokenizer_of_the_text_encoder_it_starts_from(tmp_path):
+def test_run_copies_the_tokenizer_of_its_initial_text_encoder(tmp_path):
     config = get_config()
     config.model.text.tokenizer = "clip"
     for name, kind in (("a", "clip"), ("b", "wordpiece"), ("c", "words")):

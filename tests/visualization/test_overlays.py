@@ -27,7 +27,7 @@ def half(left: bool) -> np.ndarray:
     return mask if left else ~mask
 
 
-def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not():
+def test_small_images_are_enlarged_by_an_integer_factor_large_ones_kept():
     assert overlay(GRAY, segments(prompts=())).shape == (384, 384, 3)
     large = np.full((400, 640, 3), 128, np.uint8)
     empty = Segments(
@@ -36,7 +36,7 @@ def test_a_small_image_is_enlarged_by_a_whole_factor_and_a_large_one_is_not():
     np.testing.assert_array_equal(overlay(large, empty), large)
 
 
-def test_a_segment_has_its_prompts_color_and_the_rest_stays():
+def test_segment_is_tinted_with_its_prompt_color_and_the_rest_is_unchanged():
     before = GRAY.copy()
     out = overlay(GRAY, segments(half(True), prompts=(1,)), labels=False).astype(int)
     tint = out[200, 100] - 128
@@ -45,14 +45,14 @@ def test_a_segment_has_its_prompts_color_and_the_rest_stays():
     np.testing.assert_array_equal(GRAY, before)
 
 
-def test_a_smaller_segment_is_seen_on_a_larger_one():
+def test_smaller_segment_is_drawn_over_a_larger_one():
     spot = np.zeros((96, 96), bool)
     spot[30:60, 30:60] = True
     both = overlay(GRAY, segments(spot, np.ones((96, 96), bool), prompts=(0, 2)), labels=False)
     assert not np.array_equal(both[180, 180], both[20, 20])
 
 
-def test_labels_and_boxes_are_drawn_where_they_belong():
+def test_labels_and_boxes_are_drawn_at_their_segments():
     answer = segments(half(True), prompts=(0,))
     plain = overlay(GRAY, answer, labels=False)
     changed = (overlay(GRAY, answer) != plain).any(-1)
@@ -61,12 +61,12 @@ def test_labels_and_boxes_are_drawn_where_they_belong():
     assert boxed[40:200, 238:241].any(1).all() and not boxed[:, 250:].any()  # its right edge: 60 x 4 pixels
 
 
-def test_only_predictions_show_scores():
+def test_labels_show_scores_only_for_predictions():
     assert label_of(segments(half(True), prompts=(0,)), 0) == "cat 0.88"
     assert label_of(segments(half(True), prompts=(0,), query=-1), 0) == "cat"
 
 
-def test_a_box_without_a_mask_has_its_label_and_a_missing_target_has_none():
+def test_box_only_segment_is_drawn_and_empty_segment_is_not():
     nothing = np.zeros((96, 96), bool)
     assert (overlay(GRAY, segments(nothing, prompts=(0,))) != overlay(GRAY, segments(prompts=()))).any()
     missing = segments(nothing, prompts=(0,))
@@ -74,14 +74,14 @@ def test_a_box_without_a_mask_has_its_label_and_a_missing_target_has_none():
     np.testing.assert_array_equal(overlay(GRAY, missing), overlay(GRAY, segments(prompts=())))
 
 
-def test_segments_of_twelve_prompts_and_three_of_one_can_be_told_apart():
+def test_colors_of_prompts_and_of_same_prompt_segments_are_distinct():
     for shades in (colors(range(12), range(12)), colors([5, 5, 5], range(12))):
         distance = np.linalg.norm(shades[:, None] - shades[None], axis=-1) + 1e3 * np.eye(len(shades))
         assert distance.min() > 20
     np.testing.assert_array_equal(colors([7, 3], range(12))[1], colors([3], range(12))[0])  # the same in every picture
 
 
-def test_a_grid_holds_all_its_cells_at_one_height(tmp_path):
+def test_grid_resizes_the_cells_of_a_row_to_one_height(tmp_path):
     red, wide = np.zeros((96, 96, 3), np.uint8), np.zeros((192, 384, 3), np.uint8)
     red[..., 0], wide[..., 2] = 255, 255
     path = str(tmp_path / "grid.png")
@@ -96,7 +96,7 @@ def test_a_grid_holds_all_its_cells_at_one_height(tmp_path):
     assert (page[:10] == 255).all()
 
 
-def test_curves_are_drawn_and_a_missing_file_is_named(tmp_path):
+def test_curves_are_drawn_and_a_missing_log_file_is_an_error(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text(
         "".join(json.dumps({"step": s, "loss": 1 / (1 + s)}) + "\n" for s in range(5)) + '{"step": 5, "pq": 3}\n'
