@@ -27,7 +27,7 @@ demo: .venv/.demo data/records/.sample
 #   make finetune NAME=balloon IMAGES=photos JSON=annotations.json
 # Optional: VAL=val.json: annotations of held-out images (default: a fifth of the images is held out).
 #   FROM=runs/other: start from this checkpoint. STEPS=200: number of steps.
-#   LONG=1: train the larger model, which takes 50 minutes instead of ten on two cores.
+#   LONG=1: train the larger model, which takes 50 minutes instead of 10 to 15 on two cores.
 NAME ?= mine
 finetune: .venv/.demo
 	$(PIP) --editable '.[text]'
