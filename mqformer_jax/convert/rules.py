@@ -112,8 +112,7 @@ def count(shapes: Shapes, pattern: str) -> int:
     absent = next(i for i in range(len(found) + 1) if i not in found)
     if absent < max(len(found), 1):
         raise ValueError(
-            f"no tensor {pattern.replace('{}', str(absent))}* in the checkpoint, although it has later layers: "
-            "give the complete file."
+            f"{pattern.replace('{}', str(absent))}* is missing: layers are numbered from 0; give the complete file."
         )
     return len(found)
 

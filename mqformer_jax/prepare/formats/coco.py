@@ -320,7 +320,7 @@ def _need_known(path: str, field: str, annotations: list[dict], known: Collectio
         there = f"but known ids are, e.g., {', '.join(map(repr, list(known)[:3]))}" if known else "but no id is known"
         raise ValueError(
             f"{path}: no annotation has a known '{field}'; the first has {annotations[0].get(field)!r}, {there}; "
-            "an id must be equal and of the same type (e.g. an integer) wherever it occurs"
+            "use the same ids, of the same type (e.g. integers), wherever they occur"
         )
 
 
