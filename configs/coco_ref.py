@@ -10,7 +10,7 @@ Mask DINO's optimizer and schedule.
     mqformer train --config=coco_ref --workdir=runs/coco_ref
 
 - Hardware: 16 TPU v5e chips, one image each. Compiled for one chip, a step needs 8.3 GB of its 16.9 GB.
-- Time: 368,750 steps, at least 10 hours by the compiler's estimate, which no TPU has confirmed (docs/benchmarks.md).
+- Time: 368,750 steps, at least 9 hours by the compiler's estimate, which no TPU has confirmed (docs/benchmarks.md).
 - Expected score: unknown, not yet run. The paper reports PQ 56.5 for mixed queries on COCO, with a Swin backbone.
 
 `gpu`: the same recipe for GPUs (not run). For the backward pass, it stores the results of matmuls instead of

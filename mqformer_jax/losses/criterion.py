@@ -94,7 +94,8 @@ def criterion(
 def denoising_pairs(denoising: DenoisingTargets, stages: int) -> Pairs:
     """Return each denoising query and its target as a pair, the same pairs at each of `stages` prediction stages.
 
-    Stages are the outputs of the decoder layers. The returned arrays have a leading axis b.
+    Stages are the predictions from the initial queries and after each decoder layer. The returned arrays have a leading
+    axis b.
     """
     per_stage = lambda x: jnp.broadcast_to(x[:, None], (len(x), stages, *x.shape[1:]))
     target, valid = denoising.target, per_stage(denoising.queries.valid)

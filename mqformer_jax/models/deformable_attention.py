@@ -24,9 +24,7 @@ from mqformer_jax.models import layers
 from mqformer_jax.parallel.mesh import over_heads
 
 Shapes = Sequence[tuple[int, int]]
-PART = (
-    32 << 20
-)  # largest number of bytes of the gradients that `_lanes` computes at once; a TPU v5e has 128 MiB on chip
+PART = 32 << 20  # most bytes of gathered rows' gradients that `_lanes` computes at once; a TPU v5e has 128 MiB on chip
 
 
 def ms_deform_attn(
@@ -152,10 +150,8 @@ def _rows(
     batch, _, heads, lanes = rows.shape
     split = (*index.shape[:3], -1, lanes // 4)
     flat = index * heads + np.arange(heads)[:, None]
-    picked, weights = (
-        _gather(rows.reshape(batch, -1, lanes), flat).reshape(split),
-        corners.reshape(*index.shape[:3], 1, -1),
-    )
+    picked = _gather(rows.reshape(batch, -1, lanes), flat).reshape(split)
+    weights = corners.reshape(*index.shape[:3], 1, -1)
     summed = jnp.matmul(weights, picked, precision="highest", preferred_element_type=jnp.float32)
     return summed.reshape(*index.shape[:2], -1)
 

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     _add_whole_sets(kinds)
     _add_coco_formats(kinds)
     _add_mask_formats(kinds)
+    _add_table(kinds)
     _add_layouts(kinds)
     return top
 
@@ -185,7 +186,7 @@ def _add_coco_formats(kinds: Kinds) -> None:
 
 
 def _add_mask_formats(kinds: Kinds) -> None:
-    """Add the subcommands for formats with a mask file for each image, and for tables."""
+    """Add the subcommands for formats with a mask file for each image."""
     p = _one(
         kinds,
         "semantic",
@@ -252,6 +253,9 @@ def _add_mask_formats(kinds: Kinds) -> None:
     )
     _folder_options(p)
 
+
+def _add_table(kinds: Kinds) -> None:
+    """Add the subcommand for tables."""
     p = _one(kinds, "table", "your own data: a CSV or JSONL table", command_plans.table_plan)
     p.add_argument(
         "--table", required=True, help=f"CSV file with a header, or JSONL file. Columns: {', '.join(tables.COLUMNS)}."
